@@ -1,0 +1,475 @@
+"""Image augmentation for whole batches: sample the parameters, then apply them.
+
+Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a
+dict of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on the device
+the batch is on, and leaves its input unchanged. So the same parameters can be applied to a second set of pictures, and
+one seed gives the same views on every device. Parameters stay on the CPU (`apply` moves what it needs): which images an
+operation touches is then known without waiting for the device.
+
+The first operation of a recipe is its geometry, which brings pictures of any size to one size; the others are colour
+operations on float images in [0, 1]. A new operation is a class with the same two methods.
+
+    recipe = Compose(RandomResizedCrop(224, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2),
+                     GaussianBlur((0.1, 2.0), p=0.5), RandomHorizontalFlip(), Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    boxes = recipe.geometry.sample(heights, widths, generator)
+    views = recipe.apply(recipe.geometry.apply(pictures, boxes), recipe.sample(len(pictures), generator))
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's float images (ITU-R 601)
+
+Params = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _uniform(shape, low: float, high: float, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+
+def _chosen(n: int, p: float, generator: torch.Generator | None) -> Tensor:
+    """Indices of the images an operation of probability p is applied to: one draw per image."""
+    return (torch.rand(n, generator=generator, dtype=torch.float64) < p).nonzero().flatten()
+
+
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p = {p} must be a probability between 0 and 1")
+
+
+def _on_rows(images: Tensor, rows: Tensor, function) -> Tensor:
+    """`images` with images[rows] replaced by function(a copy of images[rows]), which may work in place."""
+    if rows.numel() == 0:
+        return images
+    rows = rows.to(images.device, non_blocking=True)
+    return images.index_copy(0, rows, function(images.index_select(0, rows)))
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1) constant, moved to each device once."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def _two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
+    """left (N, S, H) @ images (N, C, H, W) @ right (N, T, W)^T -> (N, C, S, T), in float32 also under autocast."""
+    n, c, h, w = images.shape
+    with torch.autocast(images.device.type, enabled=False):
+        wide = torch.bmm(images.reshape(n, c * h, w), right.transpose(1, 2)).view(n, c, h, -1)
+        out = images.new_empty(n, c, left.shape[1], right.shape[1])
+        for i in range(c):  # broadcasting `left` over the channels would copy it
+            torch.bmm(left, wide[:, i], out=out[:, i])
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+
+
+def _resize_matrix(start: Tensor, length: Tensor, resized: Tensor, offset: Tensor, size: int, total: int) -> Tensor:
+    """Weights (N, size, total) of one axis: crop [start, start + length), resize, keep `size` pixels from `offset` on.
+
+    Triangle filter, widened by the scale when the picture shrinks: the anti-aliased bilinear resize of PIL and torch.
+    The filter sees the crop only and is renormalised at its edges. Rows outside the resized crop are zero (padding).
+    start, length, resized, offset are int64 tensors (N,).
+    """
+    device = start.device
+    scale = length.double() / resized
+    index = torch.arange(size, device=device) + offset[:, None]  # place in the resized picture (N, size)
+    # Split in an integer and a fraction: the centre is needed to 1e-7 of a pixel, more than float32 holds at pixel 500.
+    centre = (index + 0.5) * scale[:, None] - 0.5 + start[:, None]
+    whole = centre.floor()
+    pixel = torch.arange(total, device=device, dtype=torch.float32)
+    weight = pixel - whole.float()[:, :, None]
+    weight.sub_((centre - whole).float()[:, :, None]).abs_()
+    weight.mul_((-1 / scale.clamp(min=1)).float()[:, None, None]).add_(1).clamp_(min=0)
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])  # (N, total)
+    weight.mul_(inside[:, None, :])
+    valid = (index >= 0) & (index < resized[:, None])
+    return weight.mul_((valid / weight.sum(2).clamp(min=1e-6))[:, :, None])
+
+
+class Geometry:
+    """The first operation of a recipe. A box (top, left, height, width) in pixels is the part of a picture it uses."""
+
+    size: int
+
+    def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Boxes (N, 4) int64 on the CPU for N pictures, whose sizes may differ: heights and widths are int64 (N,)."""
+        raise NotImplementedError
+
+    def target(self, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Height and width a box is resized to, then top and left of the part that is kept; all int64 (N,)."""
+        raise NotImplementedError
+
+    def apply(self, images: Tensor, boxes: Tensor) -> Tensor:
+        """images (N, 3, H, W), uint8 or float in [0, 1], with one box each -> float32 (N, 3, size, size) in [0, 1]."""
+        boxes = boxes.to(images.device, non_blocking=True)
+        top, left, heights, widths = boxes.unbind(1)
+        new_heights, new_widths, cut_top, cut_left = self.target(heights, widths)
+        rows = _resize_matrix(top, heights, new_heights, cut_top, self.size, images.shape[2])
+        columns = _resize_matrix(left, widths, new_widths, cut_left, self.size, images.shape[3])
+        if not images.is_floating_point():
+            rows /= 255
+        return _two_products(rows, images.float(), columns)
+
+    def apply_pil(self, image: Image.Image, box) -> Tensor:
+        """One RGB picture -> uint8 (3, size, size): what torchvision computes on PIL images (rounded to integers)."""
+        top, left, height, width = (int(v) for v in box)
+        target = self.target(torch.tensor([height]), torch.tensor([width]))
+        new_height, new_width, cut_top, cut_left = (int(v) for v in target)
+        if (top, left, height, width) != (0, 0, image.height, image.width):
+            # Not resize(box=...): that filter would also see pixels outside the box.
+            image = image.crop((left, top, left + width, top + height))
+        if image.size != (new_width, new_height):
+            image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        if image.size != (self.size, self.size):
+            image = image.crop((cut_left, cut_top, cut_left + self.size, cut_top + self.size))
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(Geometry):
+    """A random part of the picture, resized to size x size; torchvision RandomResizedCrop(antialias=True).
+
+    Area uniform in `scale` (fraction of the picture), aspect ratio (width / height) log-uniform in `ratio`; of ten tries
+    the first that fits in the picture is taken, at a uniform position; if none fits, the largest central box of the
+    ratio nearest to the picture's own.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self):
+        if not (0 < self.scale[0] <= self.scale[1] and 0 < self.ratio[0] <= self.ratio[1]):
+            raise ValueError(f"scale {self.scale} and ratio {self.ratio} must be (low, high) with 0 < low <= high")
+
+    def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        heights, widths = torch.as_tensor(heights).long().cpu(), torch.as_tensor(widths).long().cpu()
+        n, tries = len(heights), 10
+        # The draws do not depend on the picture sizes: the same seed gives the same relative boxes on other sizes.
+        area = _uniform((n, tries), *self.scale, generator) * (heights * widths)[:, None]
+        low, high = np.log(self.ratio)
+        aspect = _uniform((n, tries), low, high, generator).exp()
+        place = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+
+        w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+        fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first True
+        w, h, fits = (t.gather(1, first)[:, 0] for t in (w, h, fits))
+        top, left = ((place * torch.stack((heights - h + 1, widths - w + 1), 1)).floor().long()).unbind(1)
+
+        low, high = self.ratio
+        central_w = torch.minimum(widths, (heights * high).round().long())
+        central_h = torch.minimum(heights, (widths / low).round().long())
+        w, h = torch.where(fits, w, central_w), torch.where(fits, h, central_h)
+        top = torch.where(fits, top, (heights - h) // 2)
+        left = torch.where(fits, left, (widths - w) // 2)
+        return torch.stack((top, left, h, w), 1)
+
+    def target(self, heights, widths):
+        size, zero = torch.full_like(heights, self.size), torch.zeros_like(heights)
+        return size, size, zero, zero
+
+
+@dataclass(frozen=True)
+class ResizeCenterCrop(Geometry):
+    """Evaluation geometry: shorter side to `resize`, then the central size x size; torchvision Resize + CenterCrop.
+
+    resize None: the central crop alone. A picture smaller than the crop is padded with zeros, as torchvision does.
+    Nothing is random: the box is the whole picture.
+    """
+
+    resize: int | None
+    size: int
+
+    def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        heights, widths = torch.as_tensor(heights).long().cpu(), torch.as_tensor(widths).long().cpu()
+        zero = torch.zeros_like(heights)
+        return torch.stack((zero, zero, heights, widths), 1)
+
+    def target(self, heights, widths):
+        if self.resize is not None:
+            short = torch.minimum(heights, widths)  # the longer side is rounded down, as torchvision does
+            heights, widths = ((self.resize * side).double().div(short).long() for side in (heights, widths))
+        return heights, widths, self._cut(heights), self._cut(widths)
+
+    def _cut(self, side: Tensor) -> Tensor:
+        spare = side - self.size
+        return torch.where(spare >= 0, (spare / 2).round().long(), -(-spare // 2))
+
+
+# ----------------------------------------------------------------------------------------------- colour operations
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip:
+    """Mirror left and right with probability p; torchvision RandomHorizontalFlip. (N, 3, H, W) -> the same."""
+
+    p: float = 0.5
+
+    def __post_init__(self):
+        _check_probability(self.p)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        return {"rows": _chosen(n, self.p, generator)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        return _on_rows(images, params["rows"], lambda x: x.flip(-1))
+
+
+@dataclass(frozen=True)
+class RandomGrayscale:
+    """All three channels become 0.2989 R + 0.587 G + 0.114 B, with probability p; torchvision RandomGrayscale.
+
+    (N, 3, H, W) -> the same.
+    """
+
+    p: float = 0.1
+
+    def __post_init__(self):
+        _check_probability(self.p)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        return {"rows": _chosen(n, self.p, generator)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        return _on_rows(images, params["rows"], lambda x: _grey(x).expand_as(x))
+
+
+@dataclass(frozen=True)
+class RandomSolarize:
+    """Values >= threshold become 1 - value, with probability p; torchvision RandomSolarize on float images.
+
+    (N, 3, H, W) in [0, 1] -> the same.
+    """
+
+    threshold: float = 0.5
+    p: float = 0.5
+
+    def __post_init__(self):
+        _check_probability(self.p)
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold = {self.threshold} must be in [0, 1], the range of float images")
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        return {"rows": _chosen(n, self.p, generator)}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        return _on_rows(images, params["rows"], lambda x: torch.where(x >= self.threshold, 1 - x, x))
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(x - mean) / std per channel; torchvision Normalize. Nothing is random. (N, 3, H, W) -> the same."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        return {}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        slope = tuple(1 / s for s in self.std)
+        shift = tuple(-m / s for m, s in zip(self.mean, self.std))
+        return torch.addcmul(_per_channel(shift, images.device), images, _per_channel(slope, images.device))
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Gaussian blur with probability p, sigma (in pixels) uniform in `sigma`; torchvision GaussianBlur, image by image.
+
+    kernel_size (odd) cuts the Gaussian off; the border is reflected. None takes a tenth of the shorter side, made odd,
+    and at least 3 (the rule of SimCLR's code): 23 at 224, 9 at 96, 3 at 32. MoCo's own code blurs with PIL's
+    GaussianBlur(radius=sigma), which approximates a Gaussian without a cut-off: at 224 the kernel reaches beyond five
+    sigma and cuts nothing, at 32 the kernel of 3 blurs much less for a large sigma; set kernel_size to change that.
+    apply: (N, 3, H, W) -> the same. ValueError unless kernel_size // 2 is less than both H and W.
+    """
+
+    sigma: tuple[float, float] = (0.1, 2.0)
+    p: float = 0.5
+    kernel_size: int | None = None
+
+    def __post_init__(self):
+        _check_probability(self.p)
+        if not 0 < self.sigma[0] <= self.sigma[1]:
+            raise ValueError(f"sigma {self.sigma} must be (low, high) with 0 < low <= high")
+        if self.kernel_size is not None and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
+            raise ValueError(f"kernel_size {self.kernel_size} must be odd and positive")
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        rows = _chosen(n, self.p, generator)
+        return {"rows": rows, "sigma": _uniform(n, *self.sigma, generator).float()[rows]}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        height, width = images.shape[2:]
+        kernel_size = self.kernel_size or max(3, min(height, width) // 10 // 2 * 2 + 1)
+        if kernel_size // 2 >= min(height, width):
+            raise ValueError(f"blur kernel_size {kernel_size} must be smaller than twice the picture, {height}x{width}")
+        sigma = params["sigma"].to(images.device, non_blocking=True)
+
+        def blur(x):
+            rows = _blur_matrix(sigma, kernel_size, height)
+            columns = rows if height == width else _blur_matrix(sigma, kernel_size, width)
+            return _two_products(rows, x, columns)
+
+        return _on_rows(images, params["rows"], blur)
+
+
+def _blur_matrix(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
+    """(N, size, size): row i is the Gaussian around pixel i, with the part beyond the border reflected back inside."""
+    radius = kernel_size // 2
+    tap = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
+    kernel /= kernel.sum(1, keepdim=True)
+    reach = size - 1 - radius
+    matrix = F.pad(kernel, (reach, reach)).unfold(1, size, 1).flip(1)  # element (i, j) is the kernel at distance j - i
+    if radius > 0:
+        # Seen in the mirror of pixel 0, pixel j >= 1 is at distance i + j; the last pixel is the same turned round.
+        mirrored = F.pad(kernel[:, radius + 1 :], (0, radius)).unfold(1, radius, 1)[:, :radius]
+        matrix[:, :radius, 1 : radius + 1] += mirrored
+        matrix[:, size - radius :, size - 1 - radius : size - 1] += mirrored.flip(1, 2)
+    return matrix
+
+
+def _check_range(name: str, value, centre: float, bound: tuple[float, float]) -> tuple[float, float]:
+    if isinstance(value, (int, float)):
+        if value < 0:
+            raise ValueError(f"{name} = {value} must not be negative")
+        value = (max(centre - value, bound[0]) if name != "hue" else centre - value, centre + value)
+    low, high = (float(v) for v in value)
+    if not bound[0] <= low <= high <= bound[1]:
+        raise ValueError(f"{name} range ({low}, {high}) must be ordered and within {bound}")
+    return low, high
+
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operation numbers in `order`, as in torchvision
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast, saturation and hue, in a random order for each image, with probability p for all four.
+
+    torchvision ColorJitter on float images, inside RandomApply(p). A number v means factors uniform in
+    [max(0, 1 - v), 1 + v], for hue in [-v, v] of a turn (at most 0.5); a pair is the range itself. A factor f of the
+    first three is clamp(f * x + (1 - f) * other, 0, 1) with other = 0, the image's mean luma, or the pixel's luma.
+    params: rows (M,) the images changed, order (M, 4) the operation at each position, factors (M, 4) by operation.
+    apply: (N, 3, H, W) in [0, 1] -> the same.
+    """
+
+    brightness: float | tuple[float, float] = 0.0
+    contrast: float | tuple[float, float] = 0.0
+    saturation: float | tuple[float, float] = 0.0
+    hue: float | tuple[float, float] = 0.0
+    p: float = 1.0
+
+    def __post_init__(self):
+        _check_probability(self.p)
+        self._ranges()
+
+    def _ranges(self) -> list[tuple[float, float]]:
+        names, anything = ("brightness", "contrast", "saturation"), (0, float("inf"))
+        linear = [_check_range(name, getattr(self, name), 1, anything) for name in names]
+        return [*linear, _check_range("hue", self.hue, 0, (-0.5, 0.5))]
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        rows = _chosen(n, self.p, generator)
+        order = torch.rand(n, 4, generator=generator, dtype=torch.float64).argsort(1)
+        factors = torch.stack([_uniform(n, *r, generator) for r in self._ranges()], 1).float()
+        # Sorted by the position of hue, the images whose hue turns next lie side by side (see apply).
+        rows = rows[(order[rows] == HUE).byte().argmax(1).argsort(stable=True)]
+        return {"rows": rows, "order": order[rows], "factors": factors[rows]}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        return _on_rows(images, params["rows"], lambda x: self._jitter(x, params["order"], params["factors"]))
+
+    def _jitter(self, x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+        at_position = factors.gather(1, order).masked_fill(order == HUE, 1)  # a factor of 1 changes nothing
+        spare = 1 - at_position
+        # x <- clamp(f * x + on_luma * luma + on_mean * mean luma): per position, three numbers per image.
+        steps = torch.stack((at_position, spare * (order == SATURATION), spare * (order == CONTRAST)))
+        steps = steps.to(x.device, non_blocking=True)[:, :, :, None, None, None]
+        turns = factors[:, HUE].to(x.device, non_blocking=True)[:, None, None]
+        hue_counts = (order == HUE).sum(0).tolist()
+        end = 0
+        for position in range(4):
+            f, on_luma, on_mean = steps[:, :, position]
+            luma = _grey(x)
+            shift = luma.mean((2, 3), keepdim=True) * on_mean
+            torch.addcmul(torch.addcmul(shift, luma, on_luma), x, f, out=x)
+            x.clamp_(0, 1)
+            start, end = end, end + hue_counts[position]
+            if end > start and self.hue != 0:
+                x[start:end] = _turn_hue(x[start:end], turns[start:end])
+        return x
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma (N, 1, H, W) of RGB images (N, 3, H, W)."""
+    r, g, b = images.split(1, dim=1)
+    return torch.mul(r, GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])
+
+
+def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Hue of RGB images (N, 3, H, W) moved by `turn` (N, 1, 1), in turns; HSV value and saturation unchanged.
+
+    With the hue h in sixths of a turn, in [0, 6), a channel is max - chroma * t with t = clamp(2 - |h - 3|, 0, 1) for
+    red, clamp(|h - 2| - 1, 0, 1) for green, clamp(|h - 4| - 1, 0, 1) for blue: the closed form of the usual six cases.
+    """
+    r, g, b = images.unbind(1)
+    high = torch.maximum(torch.maximum(r, g), b)
+    chroma = high - torch.minimum(torch.minimum(r, g), b)
+    # Grey pixels: the differences are 0, and with them the hue; 1e-12 only avoids 0 / 0.
+    inverse = chroma.clamp(min=1e-12).reciprocal_()
+    hue = torch.where(high == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4))
+    hue = torch.where(high == r, (g - b).mul_(inverse), hue)
+    hue.div_(6).add_(turn)
+    hue.sub_(hue.floor()).mul_(6)
+    out = torch.empty_like(images)
+    for channel, (centre, sign, shift) in enumerate(((3, -1, 2), (2, 1, -1), (4, 1, -1))):
+        distance = (hue - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)
+        torch.addcmul(high, chroma, distance, value=-1, out=out[:, channel])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+class Compose:
+    """A recipe: the geometry, then the other operations in order. Printed as one line per operation."""
+
+    def __init__(self, geometry: Geometry, *ops):
+        if not isinstance(geometry, Geometry):
+            raise TypeError(f"a recipe starts with its geometry (such as RandomResizedCrop), not {geometry!r}")
+        for op in ops:
+            if isinstance(op, Geometry):
+                raise TypeError(f"a recipe has one geometry, its first operation; {op!r} comes later")
+        self.geometry, self.ops = geometry, ops
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> list[Params]:
+        """Parameters of n images, one dict for each operation after the geometry."""
+        return [op.sample(n, generator) for op in self.ops]
+
+    def apply(self, images: Tensor, params: list[Params]) -> Tensor:
+        """images (N, 3, S, S) float in [0, 1], as geometry.apply returns them -> (N, 3, S, S) on the same device."""
+        if not images.is_floating_point():
+            raise TypeError(f"colour operations need float images in [0, 1], not {images.dtype}: divide uint8 by 255")
+        for op, op_params in zip(self.ops, params, strict=True):
+            images = op.apply(images, op_params)
+        return images
+
+    def __repr__(self) -> str:
+        return "\n".join(repr(op) for op in (self.geometry, *self.ops))

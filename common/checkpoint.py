@@ -1,0 +1,166 @@
+"""Checkpoints: written so that a crash never breaks one, read so that a downloaded one cannot run code.
+
+The scripts decide what goes in (the authors' keys first, extra keys for exact resume); this module moves it safely, and
+finds the backbone in every layout that the five papers' code has written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import UsageError, UserError
+
+
+def save(path: str | Path, payload: dict) -> Path:
+    """Write `payload` to `path` by way of a temporary file that is synced and then renamed.
+
+    Whatever goes wrong (a full disk, a lost machine), `path` is afterwards the old file or the whole new one.
+    Raises UserError where the disk refuses; the temporary file is removed.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        with contextlib.suppress(OSError):  # make the rename itself last; not every file system can
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write of the archive in a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        if isinstance(error, RuntimeError) and "write" not in reason and "PytorchStreamWriter" not in reason:
+            raise
+        kept = " (the file from before is untouched)" if path.exists() else ""
+        raise UserError(f"cannot save {path}: {reason}{kept}; free some space and continue with --resume auto") from None
+    return path
+
+
+def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint, ours or the authors', as data only: a file that contains code is refused.
+
+    Raises UsageError: no such file; UserError: truncated, no checkpoint at all, or with code in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a checkpoint file in it")
+    if not path.is_file():
+        raise UsageError(f"no checkpoint at {path}" + _siblings(path))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|function|class)\s+`?([\w.]+)", str(error))
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and found:
+            what = f" ({found.group(1)})" if found else ""
+            raise UserError(f"{path} contains code{what}, not only tensors and numbers: refused") from None
+        raise UserError(f"{path} is truncated or not a checkpoint") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_missing: tuple[str, ...] = ()) -> None:
+    """Load `state` into `module`, everything or nothing; `what` names the file in the one-line UserError.
+
+    allowed_missing: prefixes of keys that may be absent from `state` (a head that is trained afresh).
+    """
+    own = module.state_dict()
+    missing = [k for k in own if k not in state and not k.startswith(allowed_missing or ("\0",))]
+    extra = [k for k in state if k not in own]
+    differing = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if missing or extra or differing:
+        parts = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
+        parts += [f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []
+        parts += differing[:1]
+        raise UserError(f"{what} does not fit this model ({'; '.join(parts)}): is it of another architecture?")
+    module.load_state_dict(state, strict=not allowed_missing)
+
+
+def add_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + k: v for k, v in state.items()}
+
+
+def strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
+    """Take `prefix` off the keys that carry it; other keys stay as they are."""
+    return {k.removeprefix(prefix): v for k, v in state.items()}
+
+
+def newest(folder: str | Path, patterns: tuple[str, ...] = ("checkpoint_*.pth.tar",)) -> Path | None:
+    """The most recently written whole checkpoint of a run folder, or None."""
+    found = [p for pattern in patterns for p in Path(folder).glob(pattern)]
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+
+
+# ------------------------------------------------------------------------------------------------------------ backbones
+
+# An nn.Sequential of torchvision's children numbers them; the names behind the numbers, with and without a max-pool.
+_WITH_POOL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_WITHOUT_POOL = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}
+
+# Where published code keeps the network that is evaluated, most specific first: (prefix, names of its children).
+_LAYOUTS = [
+    ("encoder_q.", None),  # MoCo and the code derived from it; key encoder beside it as encoder_k.
+    ("model.features.", _WITH_POOL),  # a Lightning module around a Sequential trunk; key encoder as model_k.
+    ("f.", _WITHOUT_POOL),  # a Sequential trunk f and a head g
+    ("encoder.", None),  # a network or two towers called encoder, its heads beside it
+]
+
+
+def backbone(checkpoint: dict) -> dict[str, Tensor]:
+    """The (query) network inside a checkpoint of any of the papers' layouts, with torchvision's parameter names.
+
+    Takes what `load` returned. `module.` is dropped wherever data parallel wrappers put it. A bare state dict of a
+    torchvision network passes through. Two towers keep their names (`l_to_ab.conv1.weight`, `encoder1.conv1.weight`).
+    Raises UserError where no network is found.
+    """
+    state = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
+    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    state = {re.sub(r"(^|\.)module\.", r"\1", k): v for k, v in state.items()}
+    for prefix, children in _LAYOUTS:
+        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if inside and children:
+            numbered = {k.partition(".")[0] for k in inside}
+            if not numbered <= set(children):
+                continue
+            inside = {f"{children[n]}.{rest}": v for k, v in inside.items() for n, _, rest in [k.partition(".")]}
+        if inside:
+            return inside
+    towers = {k: v for k, v in state.items() if k.startswith(("encoder1.", "encoder2."))}
+    if towers:
+        return towers
+    if "conv1.weight" in state or any(k.startswith(("features.", "conv_proj", "patch_embed")) for k in state):
+        return state
+    some = ", ".join(list(state)[:3]) or "no tensors at all"
+    raise UserError(f"found no backbone in this checkpoint (it has {some})")
+
+
+def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the parameters of the projection head or classifier (`fc.`, `classifier.`, `head.`, `heads.`)."""
+    return {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "head.", "heads."))}
+
+
+def _siblings(path: Path) -> str:
+    found = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
+    return f"; in {path.parent} there are {', '.join(found[-4:])}" if found else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

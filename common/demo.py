@@ -1,0 +1,422 @@
+"""The built-in data set: ten shapes whose textures go with the class in train and val, and do not in the shifted sets.
+
+    OUT/train/<shape>/                              textures of its class with probability 0.9 (shape and ground each)
+    OUT/val/<shape>/                                drawn the same way, other pictures
+    OUT/corruption/<corruption>/<severity>/<shape>/ the first val pictures under the 15 ImageNet-C corruptions
+    OUT/sketch/<shape>/                             the val pictures as outlines, black on white, drawn by hand
+    OUT/stylized/<shape>/                           the val pictures with both textures of another class (in the name)
+    OUT/rendition/<shape>/                          the val pictures as flat cartoons without texture
+    OUT-texture/train/<shape>/                      on request: for each train picture its texture without the shape
+
+`OUT/demo.json` is written last; a folder that has it is complete. Every picture depends on the seed and its own place
+in the set only, so the files are the same for any number of worker processes. Colours say nothing of the class.
+"""
+
+import contextlib
+import errno
+import functools
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common import UsageError, UserError, demo_shapes
+from common.demo_shapes import CLASSES
+
+FORMAT = 1  # raise it when the same settings give other pictures
+SETS = ("train", "val", "corruption", "sketch", "stylized", "rendition")
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+# The strengths of these are lengths in pixels of a 224-pixel picture: a defocus of radius 10 would wipe out a 64-pixel
+# one. They are applied to the picture enlarged to 224 pixels, which is then reduced again. (glass_blur is one of them
+# too, but it loops over pixels in Python, 0.1 to 0.2 s at 224: it is applied at the picture's own size.)
+CORRUPTED_AT_224 = ("defocus_blur", "motion_blur", "snow", "frost", "elastic_transform")
+_STREAMS = {"train": 0, "val": 1, "sketch": 2, "stylized": 3, "corruption": 4, "texture": 5}
+_MARK, _UNFINISHED = "demo.json", "demo.json.partial"
+
+
+def _rng(seed, stream, *key):
+    return np.random.default_rng([seed, _STREAMS[stream], *key])
+
+
+def spec(seed, split, shape, index):
+    """What is drawn in picture `index` of class number `shape` in a set: a `demo_shapes.Spec`. Draws no picture."""
+    drawn = demo_shapes.draw(_rng(seed, "train" if split == "train" else "val", shape, index), shape)
+    return demo_shapes.restyle(drawn, _rng(seed, "stylized", shape, index)) if split == "stylized" else drawn
+
+
+def file_name(drawn, split, index):
+    """`disc_0007.png`; in the stylized set `disc_0007-star.png`: a disc in the textures of the star."""
+    style = f"-{CLASSES[drawn.texture_class]}" if split == "stylized" else ""
+    return f"{CLASSES[drawn.shape]}_{index:04d}{style}.png"
+
+
+def render(seed, split, shape, index, size):
+    """Picture `index` of class number `shape` in train, val, sketch, stylized or rendition: (size, size, 3) uint8."""
+    drawn = spec(seed, split, shape, index)
+    if split == "sketch":
+        return demo_shapes.render_sketch(drawn, size, _rng(seed, "sketch", shape, index))
+    if split == "rendition":
+        return demo_shapes.render_rendition(drawn, size)
+    return demo_shapes.render_textured(drawn, size)
+
+
+@contextlib.contextmanager
+def _seeded(module, seed):
+    """Make the corruptions in `module` draw from `seed`, and leave NumPy's global generator as it was.
+
+    They draw from that generator, except impulse noise, whose `random_noise` (scikit-image) makes a fresh unseeded one
+    unless it is handed one: while this lasts, it is handed one.
+    """
+    state, random_noise = np.random.get_state(), getattr(module, "random_noise", None)
+    np.random.seed(seed)
+    if random_noise is not None:
+        module.random_noise = functools.partial(random_noise, rng=np.random.default_rng(int(seed)))
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+        if random_noise is not None:
+            module.random_noise = random_noise
+
+
+def corrupt(picture, name, severity, key):
+    """`picture` (H, W, 3) uint8 under one of CORRUPTIONS at severity 1 to 5; same `key` (ints >= 0), same result."""
+    from corrupt_tta import corruptions  # OpenCV and scikit-image: a second to import
+
+    size = picture.shape[1], picture.shape[0]
+    scaled = name in CORRUPTED_AT_224 and max(size) < 224
+    if scaled:
+        big = tuple(round(side * 224 / max(size)) for side in size)
+        picture = np.asarray(Image.fromarray(picture).resize(big, Image.Resampling.BICUBIC))
+    entropy = np.random.SeedSequence([*key, _STREAMS["corruption"], CORRUPTIONS.index(name), severity])
+    with _seeded(corruptions, entropy.generate_state(1)[0]):
+        corrupted = np.asarray(getattr(corruptions, name)(picture, severity), dtype=np.float64)
+    corrupted = np.clip(np.rint(corrupted), 0, 255).astype(np.uint8)
+    if scaled:
+        corrupted = np.asarray(Image.fromarray(corrupted).resize(size, Image.Resampling.BOX))
+    return corrupted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing the set
+
+
+def _write(path, picture):
+    """Write one PNG; returns its size in bytes."""
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG")
+    try:
+        path.write_bytes(encoded.getbuffer())
+    except OSError as error:  # a failed write does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return encoded.tell()
+
+
+def _do(job, out, twin, settings):
+    """One job: the pictures made from one train or val picture. Returns [(set, bytes), ...], one per file."""
+    kind, shape, index = job
+    seed, size, name = settings["seed"], settings["size"], CLASSES[shape]
+    source = "train" if kind == "train" else "val"
+    file = file_name(spec(seed, source, shape, index), source, index)
+    written = []
+    if kind == "corruption":
+        clean = render(seed, "val", shape, index, size)
+        for corruption in CORRUPTIONS:
+            for severity in settings["severities"]:
+                path = out / "corruption" / corruption / str(severity) / name / file
+                written.append((kind, _write(path, corrupt(clean, corruption, severity, (seed, shape, index)))))
+    elif kind == "val":
+        for split in ("val", "sketch", "stylized", "rendition"):
+            path = out / split / name / file_name(spec(seed, split, shape, index), split, index)
+            written.append((split, _write(path, render(seed, split, shape, index, size))))
+    else:
+        picture = render(seed, "train", shape, index, size)
+        written.append(("train", _write(out / "train" / name / file, picture)))
+        if settings["texture"]:
+            texture = demo_shapes.texture_twin(picture, _rng(seed, "texture", shape, index))
+            written.append(("texture", _write(twin / "train" / name / file, texture)))
+    return written
+
+
+def _do_all(jobs, out, twin, settings):
+    return [written for job in jobs for written in _do(job, out, twin, settings)]
+
+
+def _end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _start_worker():
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed parent leaves no worker behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which cancels what is left
+    with contextlib.suppress(ImportError):
+        import cv2
+
+        cv2.setNumThreads(1)  # one process per core already
+
+
+def _run(chunks, workers, arguments):
+    """Yield what each chunk of jobs wrote, as it is done."""
+    if workers == 1:
+        for chunk in chunks:
+            yield _do_all(chunk, *arguments)
+        return
+    # spawn: safe in a program that has started threads or a CUDA context, and the same on every system
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(_do_all, chunk, *arguments) for chunk in chunks]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+class _Progress:
+    """A bar on a terminal, a line every few seconds in a pipe, both on standard error; nothing when not enabled."""
+
+    def __init__(self, total, enabled):
+        self.total, self.done, self.started, self.next_line = total, 0, time.monotonic(), 1.0
+        self.bar = None
+        self.plain = enabled and not sys.stderr.isatty()
+        if enabled and not self.plain:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="file", leave=False)
+
+    def add(self, n):
+        self.done += n
+        elapsed = time.monotonic() - self.started
+        if self.bar is not None:
+            self.bar.update(n)
+        elif self.plain and (elapsed >= self.next_line or self.done == self.total):
+            print(f"demo data: {self.done}/{self.total} files, {elapsed:.0f} s", file=sys.stderr, flush=True)
+            self.next_line = elapsed + 5.0
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+@contextlib.contextmanager
+def _lock(folder):
+    """Hold OUT for this process, where the file system can: several ranks may ask for the same data set at once."""
+    with open(folder / ".lock", "w") as handle:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield  # closing the file releases it, and so does the end of the process
+
+
+def _is_ours(folder):
+    """True for a demo folder, complete or not, and for one that is empty or does not exist."""
+    if any((folder / name).is_file() for name in (_MARK, _UNFINISHED)):
+        return True
+    if folder.exists() and not folder.is_dir():
+        return False
+    return not folder.exists() or all(path.name == ".lock" for path in folder.iterdir())
+
+
+def _write_json(path, content):
+    with open(path, "w") as handle:
+        handle.write(json.dumps(content, indent=1) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _versions():
+    versions = {"python": sys.version.split()[0]}
+    for package in ("numpy", "pillow", "corrupt-tta", "scikit-image", "opencv-python"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _settings(seed, size, train_per_class, val_per_class, severities, corruption_per_class, texture):
+    """The settings that decide which pictures are made, checked. Raises UsageError."""
+    settings = {
+        "seed": seed,
+        "size": size,
+        "train_per_class": train_per_class,
+        "val_per_class": val_per_class,
+        "severities": sorted(set(severities)),
+        "corruption_per_class": corruption_per_class if severities else 0,
+        "texture": bool(texture),
+    }
+    for name, least in (("seed", 0), ("size", 32), ("train_per_class", 1), ("val_per_class", 1)):
+        if settings[name] < least:
+            raise UsageError(f"--{name.replace('_', '-')} {settings[name]} must be at least {least}")
+    if not set(severities) <= {1, 2, 3, 4, 5}:
+        raise UsageError(f"--severities {' '.join(map(str, severities))}: a severity is 1, 2, 3, 4 or 5")
+    if severities and not 1 <= corruption_per_class <= val_per_class:
+        raise UsageError(
+            f"--corruption-per-class {corruption_per_class} must be between 1 and --val-per-class {val_per_class}"
+        )
+    return settings
+
+
+def read(out):
+    """The content of OUT/demo.json, or None where there is no complete demo data set."""
+    try:
+        content = json.loads((Path(out) / _MARK).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "settings" in content else None
+
+
+def make(out, *, seed=0, size=64, train_per_class=400, val_per_class=50, severities=(1, 3, 5),
+         corruption_per_class=10, workers=None, texture=False, progress=True):  # fmt: skip
+    """Make the data set in folder `out`, replacing a demo data set that is there. Returns the files per set.
+
+    size: side of the pictures in pixels. severities: of the corruptions; () leaves the corrupted set out, which then
+    needs no corrupt-tta. corruption_per_class: how many of each class's val pictures are corrupted. texture: also make
+    the tree `out`-texture. workers: processes, by default one per core. progress: report on standard error.
+    Raises UsageError for a setting that cannot work or a folder that holds other files, UserError if it cannot write.
+    """
+    settings = _settings(seed, size, train_per_class, val_per_class, severities, corruption_per_class, texture)
+    return _make(Path(out), settings, workers, progress, lambda: False)["counts"]
+
+
+def ensure(out, *, seed=0, size=64, train_per_class=400, val_per_class=50, severities=(1, 3, 5),
+           corruption_per_class=10, workers=None, texture=False, progress=True):  # fmt: skip
+    """As `make`, but at once where `out` is complete with these settings; an interrupted one is made again.
+
+    Returns `out` as a Path. A complete data set with other settings is a UsageError: it may be in use.
+    """
+    out = Path(out)
+    settings = _settings(seed, size, train_per_class, val_per_class, severities, corruption_per_class, texture)
+
+    def is_complete():
+        content = read(out)
+        if content is None:
+            return False
+        have, want = content["settings"], settings
+        if have.get("texture") and not texture:  # texture twins do not disturb those who did not ask for them
+            want = {**settings, "texture": True}
+        if content.get("format") == FORMAT and have == want:
+            return True
+        differ = ", ".join(f"{k} {have.get(k)} not {v}" for k, v in want.items() if have.get(k) != v)
+        raise UsageError(
+            f"{out}: holds a demo data set made with other settings ({differ or 'by another version'}): "
+            "name another folder, or replace it with preprocess/make_demo.py --force"
+        )
+
+    if not is_complete():
+        _make(out, settings, workers, progress, is_complete)
+    return out
+
+
+def _make(out, settings, workers, progress, is_complete):
+    """Make the set unless `is_complete()` once this process holds the folder. Returns the content of demo.json."""
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers} must be at least 1")
+    twin = Path(f"{os.path.abspath(out)}-texture")
+    folders = [out, twin] if settings["texture"] else [out]
+    for folder in folders:
+        if not _is_ours(folder):
+            raise UsageError(f"{folder}: is not empty and not a demo data set; name a new or empty folder")
+    if settings["severities"]:
+        try:
+            import corrupt_tta  # noqa: F401  found missing here, not after half of the work
+        except ImportError as error:
+            raise UserError(
+                f"the corrupted pictures need the package corrupt-tta ({error}): pip install corrupt-tta, "
+                "or leave them out with an empty --severities"
+            ) from None
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        with _lock(out):
+            return read(out) if is_complete() else _make_locked(out, twin, folders, settings, workers, progress)
+    except BrokenProcessPool:
+        raise UserError(f"{out}: a worker process died (out of memory?); try again with --workers 1") from None
+    except OSError as error:
+        hint = "free some space or name another folder" if error.errno == errno.ENOSPC else "name another folder"
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; {hint}") from None
+
+
+def _make_locked(out, twin, folders, settings, workers, progress):
+    started = time.monotonic()
+    for folder in folders:
+        (folder / _UNFINISHED).touch()  # from here until demo.json is written, the folder is known as an unfinished one
+        (folder / _MARK).unlink(missing_ok=True)
+        for name in SETS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+    trees = [out / name for name in ("train", "val", "sketch", "stylized", "rendition")]
+    trees += [out / "corruption" / name / str(level) for name in CORRUPTIONS for level in settings["severities"]]
+    trees += [twin / "train"] if settings["texture"] else []
+    for tree in trees:
+        for name in CLASSES:
+            (tree / name).mkdir(parents=True)
+
+    # The slow jobs first, so that the processes end together.
+    per_class = {"corruption": "corruption_per_class", "val": "val_per_class", "train": "train_per_class"}
+    jobs = {
+        kind: [(kind, shape, index) for shape in range(len(CLASSES)) for index in range(settings[key])]
+        for kind, key in per_class.items()
+    }
+    chunks = [
+        jobs[kind][i : i + length]
+        for kind, length in {"corruption": 1, "val": 10, "train": 25}.items()
+        for i in range(0, len(jobs[kind]), length)
+    ]
+    files = len(jobs["corruption"]) * len(CORRUPTIONS) * len(settings["severities"])
+    files += 4 * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, 16, 1 + files // 500)  # starting a process costs as much as a few hundred pictures
+    if progress:
+        print(f"demo data: making {files} files in {out} with {workers} process(es)", file=sys.stderr, flush=True)
+
+    names = [name for name in (*SETS, "texture") if name != "texture" or settings["texture"]]
+    counts, sizes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    bar = _Progress(files, progress)
+    try:
+        for written in _run(chunks, workers, (out, twin, settings)):
+            for name, size in written:
+                counts[name] += 1
+                sizes[name] += size
+            bar.add(len(written))
+    finally:
+        bar.close()
+    content = {
+        "format": FORMAT,
+        "settings": settings,
+        "counts": counts,
+        "bytes": sizes,
+        "seconds": round(time.monotonic() - started, 1),
+        "workers": workers,
+        "textures": {
+            name: {
+                "shape": demo_shapes.TEXTURE_NAMES[demo_shapes.SHAPE_TEXTURE[i]],
+                "ground": demo_shapes.TEXTURE_NAMES[demo_shapes.GROUND_TEXTURE[i]],
+            }
+            for i, name in enumerate(CLASSES)
+        },
+        "versions": _versions(),
+    }
+    for folder in reversed(folders):  # OUT's own last
+        _write_json(folder / _UNFINISHED, content)
+        os.replace(folder / _UNFINISHED, folder / _MARK)
+    return content

@@ -1,0 +1,379 @@
+"""Start one, several or many processes of a script, and let them talk to each other.
+
+A script calls `launch(worker, args)` once; `worker(args, process)` then runs in every process. Without any flag that is
+this very process on the best device. The other ways in, in the order in which they are looked for:
+
+    torchrun --nproc-per-node 8 script.py ...                         environment of torchrun
+    srun -N 2 --ntasks-per-node 8 python script.py ...                environment of a Slurm step
+    script.py --multiprocessing-distributed --world-size 1 --rank 0   one process per GPU of this node, as published
+    script.py --nproc 2                                               that many processes here, GPUs or not (gloo)
+    script.py --world-size 4 --rank 2 --dist-url tcp://host:port      this process is rank 2 of 4
+
+With one process every collective below is the identity, so no script needs a second code path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common import UsageError, UserError
+
+_here = 1  # processes of this job on this node
+_control = None  # a gloo group for host-side flags; the default group may be NCCL, which only moves device memory
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a job: global `rank` of `world_size`, `local_rank` on its node, and the device it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def add_arguments(parser) -> None:
+    """The hardware flags that every script shares; names and meaning as in the published launch code."""
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--multiprocessing-distributed", action="store_true",
+                       help="start one process per GPU of this node (or --nproc processes)")  # fmt: skip
+    group.add_argument("--world-size", type=int, default=-1, help="number of nodes (with the flag above), else processes")
+    group.add_argument("--rank", type=int, default=-1, help="rank of this node (with the flag above), else process")
+    group.add_argument("--dist-url", default=None, help="rendezvous, e.g. tcp://10.0.0.1:10001; one node needs none")
+    group.add_argument("--dist-backend", default=None, help="nccl or gloo; default: nccl on GPUs, gloo without")
+    group.add_argument("--nproc", type=int, default=None, help="processes on this node; default: one per GPU, or one")
+    group.add_argument("--gpu", type=int, default=None, help="use this GPU only")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+
+
+# ---------------------------------------------------------------------------------------------------------- starting
+
+
+def launch(worker, args) -> None:
+    """Run `worker(args, process)` in every process that the flags or the environment ask for, and return when done.
+
+    A `UserError` in any process is printed once, as one line, and ends the job with its exit code.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+        env = os.environ
+        _join(worker, args, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env://")
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        env = os.environ
+        _join(worker, args, int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]),
+              f"tcp://{_first_slurm_host()}:{20000 + int(env['SLURM_JOB_ID']) % 20000}")  # fmt: skip
+    elif args.multiprocessing_distributed or (args.nproc or 1) > 1:
+        _spawn(worker, args)
+    elif args.world_size > 1:
+        if args.rank < 0 or not args.dist_url:
+            raise UsageError(f"--world-size {args.world_size} needs --rank and --dist-url tcp://HOST:PORT as well")
+        _join(worker, args, args.rank, args.world_size, args.rank, args.dist_url)
+    else:
+        _join(worker, args, 0, 1, args.gpu or 0, None)
+
+
+def _spawn(worker, args) -> None:
+    nodes, node = max(args.world_size, 1), max(args.rank, 0)
+    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    nproc = args.nproc or max(gpus, 1)
+    if nodes > 1 and not args.dist_url:
+        raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
+    url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{_free_port()}"
+    spawn = multiprocessing.get_context("spawn")
+    children = [
+        spawn.Process(target=_child, args=(worker, args, node * nproc + i, nodes * nproc, i, url)) for i in range(nproc)
+    ]
+    for child in children:
+        child.start()
+    received = []
+
+    def forward(signum, frame):  # a second signal means: now
+        received.append(signum)
+        for child in children:
+            if child.is_alive():
+                child.kill() if len(received) > 1 else child.terminate()
+
+    with _handling(forward):
+        code = _wait_for(children)
+    if code:
+        sys.exit(code)
+
+
+def _wait_for(children) -> int:
+    """Exit code of the first child that failed, else 0. When one fails the others are ended, so that none hangs."""
+    while True:
+        failed = [c.exitcode for c in children if c.exitcode not in (None, 0)]
+        if failed:
+            for end in ("terminate", "kill"):
+                for child in children:
+                    if child.is_alive():
+                        getattr(child, end)()
+                deadline = time.monotonic() + 10
+                for child in children:
+                    child.join(max(0.0, deadline - time.monotonic()))
+            return failed[0] if failed[0] > 0 else 1
+        if all(c.exitcode == 0 for c in children):
+            return 0
+        time.sleep(0.05)
+
+
+def _child(worker, args, rank, world_size, local_rank, url) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which passes it on as SIGTERM
+    try:
+        _join(worker, args, rank, world_size, local_rank, url)
+    except UserError as error:
+        if rank:  # most mistakes are everybody's: leave rank 0 the time to say it, and the parent to end this process
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.code)
+
+
+def _join(worker, args, rank, world_size, local_rank, url) -> None:
+    global _control, _here
+    device = _device(args, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if url is None:
+        worker(args, Process(device=device))
+        return
+    if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
+        here = args.nproc or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu" and backend == "nccl":
+        backend = "gloo"
+        if rank == 0:
+            print("note: --dist-backend nccl needs GPUs; using gloo", flush=True)
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+    _control = dist.new_group(backend="gloo")
+    _here = gather_objects(socket.gethostname()).count(socket.gethostname())
+    try:
+        worker(args, Process(rank, world_size, local_rank, device))
+    finally:
+        dist.destroy_process_group()
+        _control = None
+
+
+def _device(args, local_rank: int) -> torch.device:
+    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+        if args.gpu is not None:
+            raise UsageError(f"--gpu {args.gpu}: no CUDA device is usable here; leave the flag away to run on the CPU")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is usable here (torch.cuda.is_available() is False)")
+    index = args.gpu if args.gpu is not None else local_rank % max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 10**6)))
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} here; lower --nproc")
+    return torch.device("cuda", index)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True,
+                              check=True).stdout.split()[0]  # fmt: skip
+    first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)  # node[07-12,20] -> node07
+    return first.group(1) + (first.group(2) or "")
+
+
+@contextlib.contextmanager
+def _handling(handler):
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, old in previous.items():
+            signal.signal(s, old)
+
+
+# ------------------------------------------------------------------------------------------------------- collectives
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes_here() -> int:
+    """Processes of this job on this node."""
+    return _here if dist.is_initialized() else 1
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Rows of every rank, in rank order: (n, ...) -> (n * world_size, ...). No gradient flows; n is equal everywhere."""
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().contiguous()
+    out = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(out, x)
+    return torch.cat(out)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = x.shape[0]
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """As `all_gather`, and differentiable: a rank's rows receive the sum of the gradients that all ranks send them.
+
+    DistributedDataParallel averages over ranks afterwards, so a loss that is a mean over the gathered rows and is
+    computed on every rank gives exactly the gradient of the one-process loss.
+    """
+    return x if world_size() == 1 else _GatherWithGrad.apply(x)
+
+
+def gather_ragged(x: Tensor) -> Tensor:
+    """As `all_gather` for a different number of rows on each rank (evaluation shares)."""
+    if world_size() == 1:
+        return x.detach()
+    rows = all_gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
+    padded = x.detach().new_zeros((max(rows), *x.shape[1:]))
+    padded[: x.shape[0]] = x.detach()
+    return torch.cat([part[:n] for part, n in zip(all_gather(padded).split(max(rows)), rows)])
+
+
+def sum_ranks(x: Tensor) -> Tensor:
+    """Elementwise sum over ranks, the same on all of them; `x` itself is left as it was."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_ranks(x: Tensor) -> Tensor:
+    """Elementwise mean over ranks."""
+    return sum_ranks(x) / world_size()
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0 (batch-norm statistics, before an evaluation that all ranks share)."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if `flag` is True on one of them. Travels between hosts only; never waits for a GPU."""
+    if world_size() == 1:
+        return flag
+    vote = torch.tensor([int(flag)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=_control)
+    return bool(vote)
+
+
+def agree(value):
+    """The value that rank 0 passed in, on every rank (any picklable object)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0, group=_control)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """`value` of every rank, in rank order, on every rank (any picklable object)."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier(group=_control)
+
+
+# ------------------------------------------------------------------------------------------- batch shuffle, split BN
+
+
+class BatchShuffle:
+    """One random redistribution of the global batch over ranks and batch-norm groups, and the way back.
+
+    The batch statistics of a group then come from other images than those that the loss compares ("shuffling BN",
+    MoCo, He et al. 2020, section 3.3). `generator` is a CPU generator in the same state on every rank.
+    """
+
+    def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
+        self.rows = rows
+        order = torch.randperm(rows * world_size(), generator=generator)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order))
+        self.order, self.inverse = order.to(device, non_blocking=True), inverse.to(device, non_blocking=True)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(rows, ...) of this rank -> (rows, ...): this rank's slice of the permuted global batch."""
+        mine = self.order[rank() * self.rows : (rank() + 1) * self.rows]
+        return all_gather(x)[mine]
+
+    def collect(self, x: Tensor) -> Tensor:
+        """What each rank made of its slice -> (rows * world_size, ...) in the original order, the same on all ranks."""
+        return all_gather(x)[self.inverse]
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's rows of what `collect` returned."""
+        return x[rank() * self.rows : (rank() + 1) * self.rows]
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch-norm that normalises `splits` contiguous parts of the batch apart, as that many GPUs would.
+
+    Running statistics are those of the first part only: with one process per GPU it is rank 0 that writes the
+    checkpoint. In evaluation mode, and with one split, this is nn.BatchNorm2d.
+    """
+
+    splits = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        if x.shape[0] % self.splits:
+            raise UserError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal batch-norm groups")
+        first, *others = x.chunk(self.splits)
+        parts = [super().forward(first)]
+        for part in others:
+            parts.append(nn.functional.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
+        return torch.cat(parts)
+
+
+def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
+    """Turn every BatchNorm2d of `module` into a SplitBatchNorm2d, in place; parameters and their names stay."""
+    for child in module.modules():
+        if splits > 1 and type(child) is nn.BatchNorm2d:
+            child.__class__, child.splits = SplitBatchNorm2d, splits
+    return module

@@ -1,0 +1,139 @@
+"""Numbers about a model: accuracy, running means that do not make the device wait, features of a data set, k-NN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> list[Tensor]:
+    """Percent of rows whose target is among the k highest logits, one 0-dim tensor on their device for each k.
+
+    logits (N, C), target (N,) class numbers. A k above C counts as C, so top-5 of four classes is 100. N = 0 gives 0.
+    Never waits for the device: read the result only when it is printed.
+    """
+    n, classes = logits.shape
+    best = logits.topk(min(max(topk), classes), dim=1).indices  # (N, max k)
+    hits = best == target[:, None]
+    return [hits[:, :k].sum() * (100.0 / max(n, 1)) for k in topk]
+
+
+class Mean:
+    """Weighted running mean, kept where its values live: `update` never waits for the device, `value` does.
+
+    all_reduce: a function that sums a tensor over all processes (in place, or returning the sum), e.g.
+    torch.distributed.all_reduce; then `value` is the mean over all of them, and all of them must call it together.
+    device: where to keep the sums before the first tensor arrives; needed only if a process may have nothing to add.
+    """
+
+    def __init__(self, all_reduce: Callable[[Tensor], Tensor | None] | None = None, device: str | torch.device = "cpu"):
+        self.all_reduce = all_reduce
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of weight * value, sum of weights
+        self.last = math.nan
+
+    @torch.no_grad()
+    def update(self, value: Tensor | float, n: float = 1) -> None:
+        """Add one value (0-dim tensor or number) that stands for n samples. `last` keeps it, unread, for display."""
+        self.last = value
+        if isinstance(value, Tensor):
+            self.last = value = value.detach().clone()  # a static graph may write its next result to the same place
+            if self.sums.device.type == "cpu":  # follow the values to their device, once
+                self.sums = self.sums.to(value.device)
+        self.sums[0] += value * n
+        self.sums[1] += n
+
+    def value(self) -> float:
+        """The mean so far, NaN before the first update. Waits for the device."""
+        sums = self.sums
+        if self.all_reduce is not None:
+            sums = sums.clone()
+            reduced = self.all_reduce(sums)
+            sums = sums if reduced is None else reduced
+        total, weight = sums.tolist()
+        return total / weight if weight else math.nan
+
+    def reset(self) -> None:
+        self.sums = torch.zeros_like(self.sums)
+        self.last = math.nan
+
+    def state(self) -> Tensor:
+        """What a checkpoint needs: two float64 numbers of this process, on the CPU."""
+        return self.sums.cpu().clone()
+
+    def load(self, state: Tensor) -> None:
+        self.sums = state.to(self.sums)
+
+
+@torch.no_grad()
+def extract_features(
+    model_fn: Callable[[Tensor], Tensor], loader: Iterable, progress: Callable[[Iterable], Iterable] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) in float32 and targets (N,) of a whole loader, in its order, left on the device.
+
+    loader yields (views, target, index); the first view is used. model_fn maps a batch of images to (B, D) rows: the
+    mode of the model (evaluation, as a rule), the layer and any normalisation are its business.
+    progress wraps an iterable and reports on it, like tqdm. Raises ValueError for an empty loader.
+    """
+    features, targets = [], []
+    for views, target, _ in progress(loader) if progress else loader:
+        features.append(model_fn(views[0]).float())
+        targets.append(target)
+    if not features:
+        raise ValueError("no features: the loader is empty")
+    return torch.cat(features), torch.cat(targets)
+
+
+@torch.no_grad()
+def knn(
+    bank_features: Tensor,
+    bank_targets: Tensor,
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.07,
+    *,
+    chunk_elements: int = 2**26,
+) -> tuple[Tensor, Tensor]:
+    """Weighted k-nearest-neighbour accuracy of Wu et al., arXiv:1805.01978, Sec. 3.4: (top-1, top-5) in percent.
+
+    bank_features (M, D) with bank_targets (M,) vote, features (N, D) with targets (N,) are classified. Rows need not be
+    unit vectors, similarity is the cosine. Each of the k nearest bank rows adds exp(similarity / temperature) to its
+    class; equal scores rank the lower class number first. Rows labelled -1 (unlabelled pictures) are left out on both
+    sides. A k above the number of labelled bank rows means all of them.
+
+    Works on the bank's device, a chunk of queries at a time: about 4 * chunk_elements bytes of similarities (256 MiB),
+    and a float32 copy of the bank only if it is of another type or has unlabelled rows.
+    Returns 0-dim tensors; top-5 of fewer than five classes is 100. Raises ValueError if no labelled row is left.
+    """
+    device = bank_features.device
+    bank_targets, targets = bank_targets.to(device), targets.to(features.device)
+    bank_features, bank_targets = _labelled(bank_features, bank_targets, "bank")
+    features, targets = _labelled(features, targets, "query")
+    k = min(k, len(bank_features))
+    bank = bank_features.float()
+    bank_scale = 1 / bank.norm(dim=1).clamp_min(1e-12)  # (M,), instead of a normalised copy of the bank
+    hits = torch.zeros(2, device=device)
+    for rows, labels in zip(*(x.split(max(1, chunk_elements // len(bank_features))) for x in (features, targets))):
+        labels = labels.to(device)
+        cosines = (F.normalize(rows.to(device).float(), dim=1) @ bank.T).mul_(bank_scale)  # (n, M)
+        similarity, neighbours = cosines.topk(k, dim=1)  # (n, k) each
+        # Relative to the nearest neighbour: a common factor per row, without which small temperatures overflow.
+        weights = torch.exp((similarity - similarity[:, :1]) / temperature)
+        votes = torch.zeros(len(rows), num_classes, device=device)
+        votes.scatter_add_(1, bank_targets[neighbours], weights)
+        ranked = votes.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None]
+        hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+    top1, top5 = hits * (100.0 / len(features))
+    return top1, top5
+
+
+def _labelled(features: Tensor, targets: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    keep = targets >= 0
+    if not keep.any():
+        raise ValueError(f"k-NN needs labelled {what} rows, all {len(targets)} are unlabelled")
+    return (features, targets) if keep.all() else (features[keep], targets[keep])

@@ -1,0 +1,41 @@
+"""The data flags that every script has, and what they open."""
+
+from __future__ import annotations
+
+import os
+
+from common import data, launch, run
+
+
+def add_data_arguments(group) -> None:
+    group.add_argument("--dataset", choices=["folder", "cifar10", "cifar100", "stl10"], default="folder",
+                       help="folder: class folders of pictures; else a torchvision set below DATA, downloaded if missing")  # fmt: skip
+    group.add_argument("--class-list", default=None, metavar="FILE", help="use these class folders only, one name a line "
+                       "(ImageNet with the ImageNet-100 list)")  # fmt: skip
+    group.add_argument("--input-res", type=run.positive_int, default=224, help="side of the network's input, pixels")
+    group.add_argument("--data-device", choices=["auto", "host", "device"], default="auto",
+                       help="device: all pictures in memory as uint8 (one size only); host: workers decode them; "
+                       "auto: device where they fit")  # fmt: skip
+    group.add_argument("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
+    group.add_argument("-j", "--workers", type=int, default=32,
+                       help="processes (threads, to fill the memory) per node that read pictures; at most one per core")  # fmt: skip
+
+
+def open_split(args, split: str, classes: list[str] | None = None) -> data.PictureSet:
+    """The split ("train", "val") of the data set that the flags name. classes: class order that it must have."""
+    if args.dataset != "folder":  # one process fetches, the others find it there
+        if launch.rank() == 0:
+            data.open_set(args.data, split, dataset=args.dataset)
+        launch.barrier()
+    return data.open_set(args.data, split, dataset=args.dataset, class_list=args.class_list, classes=classes)
+
+
+def workers_per_process(args) -> int:
+    """--workers of this node, divided over its processes, at most one per core."""
+    here = launch.processes_here()
+    return -(-min(args.workers, os.cpu_count() or 1) // here)
+
+
+def eval_resize(input_res: int) -> int:
+    """Shorter side before the centre crop: 256 for 224, in proportion elsewhere."""
+    return round(input_res * 256 / 224)

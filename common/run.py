@@ -1,0 +1,475 @@
+"""What surrounds a training loop: the command line, the run folder, progress, seeds and signals."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from tqdm import tqdm
+
+from common import UsageError, UserError, launch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with what every script here promises.
+
+    - each long flag is taken with dashes and with underscores;
+    - a wrong flag or value is one line on stderr and exit code 2;
+    - `presets` ({name: {flag: value}}) are defaults only: whatever is typed on the command line wins. The flag `--demo`
+      selects the preset "demo", `--preset NAME` another one; the demo wins over that where both set a flag.
+    """
+
+    def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
+        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+        self.presets = presets or {}
+        named = [name for name in self.presets if name != "demo"]
+        if named:
+            self.add_argument("--preset", choices=named, default=None, help="set the flags of a published recipe")
+        if "demo" in self.presets:
+            self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
+
+    def parse_args(self, args=None, namespace=None):
+        argv = [self._spelling(a) for a in (sys.argv[1:] if args is None else list(args))]
+        published = {a.dest: a.default for a in self._actions}
+        for name in _wanted_presets(self, argv):
+            self.set_defaults(**self.presets[name])
+        try:
+            parsed = super().parse_args(argv, namespace)
+        finally:
+            self.set_defaults(**published)
+        typed = super().parse_args(argv, argparse.Namespace(**{a.dest: _UNSET for a in self._actions}))
+        parsed._published = published
+        parsed._typed = sorted(k for k, v in vars(typed).items() if v is not _UNSET)
+        return parsed
+
+    def _spelling(self, token: str) -> str:
+        if not token.startswith("--") or token == "--":
+            return token
+        flag, equals, value = token.partition("=")
+        if flag not in self._option_string_actions:
+            for other in (flag[2:].replace("_", "-"), flag[2:].replace("-", "_")):
+                if f"--{other}" in self._option_string_actions:
+                    return f"--{other}{equals}{value}"
+        return token
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments"):
+            flag = message.split()[2].partition("=")[0]
+            close = difflib.get_close_matches(flag, [o for o in self._option_string_actions if o.startswith("--")], 1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+
+class _Unset:
+    def __repr__(self):
+        return "unset"
+
+
+_UNSET = _Unset()
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, True, "") or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _wanted_presets(parser: Parser, argv: list[str]) -> list[str]:
+    if not parser.presets:
+        return []
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset")
+    first_look.add_argument("--demo", action="store_true")
+    try:
+        found, _ = first_look.parse_known_args(argv)
+    except SystemExit:  # `--preset` without a value: the real parser says so
+        return []
+    wanted = [found.preset] if found.preset in parser.presets else []
+    return wanted + (["demo"] if found.demo and "demo" in parser.presets else [])
+
+
+OnOff = argparse.BooleanOptionalAction
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def cli(main) -> None:
+    """Run `main()` as a program: a `UserError` becomes one line on stderr and its exit code."""
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)):  # under torchrun, let rank 0 say what all ranks have to say
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print("\nstopped before the first step; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `script | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+class Precision:
+    """Mixed precision by torch.autocast: bfloat16 where the hardware has it, else (on CUDA) float16 with a scaler.
+
+    amp: True, False, or None for what measures best: on for a CPU with bfloat16 instructions, off elsewhere. Only
+    encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does nothing unless float16.
+    """
+
+    def __init__(self, amp: bool | None, device: torch.device):
+        if amp is None:
+            amp = device.type == "cpu" and _cpu_has_bfloat16()
+        half = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        self.device_type, self.enabled = device.type, amp
+        self.dtype = torch.float16 if half else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and half)
+
+    def autocast(self):
+        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
+
+    def __str__(self):
+        return str(self.dtype).removeprefix("torch.") + " autocast" if self.enabled else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def settle_seed(seed: int | None) -> int:
+    """The seed to use: the given one, else one drawn here, the same on every rank. It is printed and recorded."""
+    return launch.agree(random.SystemRandom().randrange(2**31) if seed is None else seed)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators (weight initialisation, drop-out). The data loader has its own."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+
+def environment() -> dict:
+    """Versions, commit and hardware, as recorded with every run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {os.cpu_count()} cores",
+    }
+
+
+def commit() -> str:
+    """Short commit of the project, with `-dirty` where tracked files differ from it; `unknown` outside git."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+        return head.strip() + ("-dirty" if dirty.strip() else "")
+    return "unknown"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def options(args) -> dict:
+    """The flags as a plain dict (no private entries), for config.json and checkpoints."""
+    return {k: v for k, v in vars(args).items() if not k.startswith("_")}
+
+
+class Run:
+    """A folder that holds one run: config.json, metrics.jsonl, TensorBoard events, checkpoints, result.json.
+
+    folder: created with its parents. process: only rank 0 writes and prints; on other ranks every method is silent.
+    derived: further facts for the start-up echo (image count, steps per epoch, learning rate after scaling, ...).
+    """
+
+    def __init__(self, folder: str | Path, args, process: launch.Process, tensorboard: bool = True):
+        self.folder, self.process, self.main = Path(folder), process, process.is_main
+        self._tensorboard, self._jsonl = None, None
+        self.command = shlex.join(["python", *sys.argv])
+        if not self.main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = {"command": self.command, **environment(), "world_size": process.world_size,
+                      "started": datetime.now().isoformat(timespec="seconds"), "options": options(args)}  # fmt: skip
+            write_json(self.folder / "config.json", config)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
+        self._want_tensorboard = tensorboard
+        self._echo(args, config)
+
+    def _echo(self, args, config) -> None:
+        where = f"{self.process.device.type} x {self.process.world_size}"
+        threads = "" if self.process.device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
+        self.say(f"command  {self.command}")
+        self.say(f"code     {config['commit']}, Python {config['python']}, torch {config['torch']}, "
+                 f"torchvision {config['torchvision']}, CUDA {config['cuda'] or '-'}")  # fmt: skip
+        self.say(f"machine  {config['device']}; {where}{threads}")
+        default = getattr(args, "_published", {})
+        shown = [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in sorted(options(args).items())]
+        self.say("options  (* differs from the default)\n         " + _wrap(shown))
+        self.say(f"folder   {self.folder}")
+
+    def say(self, text: str) -> None:
+        """Print a line, once per job."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def derived(self, **facts) -> None:
+        """Echo and record facts that follow from the options and the data."""
+        if self.main:
+            path = self.folder / "config.json"
+            write_json(path, json.loads(path.read_text()) | {"derived": facts})
+            self.say("derived  " + _wrap([f"{k}={v}" for k, v in facts.items()]))
+
+    def rewind(self, step: int) -> None:
+        """After a resume at global step `step`: drop what was logged later, so that no step is recorded twice."""
+        path = self.folder / "metrics.jsonl"
+        if self.main and path.exists():
+            kept = []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line + "\n")
+            write_text(path, "".join(kept))
+
+    def log(self, step: int, prefix: str = "", **values) -> None:
+        """Append one JSON object to metrics.jsonl and one TensorBoard scalar per number. step counts from 0 over the run."""
+        if not self.main:
+            return
+        record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
+        try:
+            if self._jsonl is None:
+                self._jsonl = open(self.folder / "metrics.jsonl", "a", buffering=1)
+            self._jsonl.write(json.dumps(record) + "\n")
+            if self._tensorboard is None and self._want_tensorboard:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not at start
+                self._tensorboard = SummaryWriter(str(self.folder), purge_step=step)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; checkpoints so far are whole") from None
+        for key, value in record.items():
+            if self._tensorboard is not None and key not in ("step", "epoch") and isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(prefix + key, value, step)
+
+    def result(self, **values) -> None:
+        """Write result.json (what was evaluated, on what, the numbers, the command) and the final `result:` line."""
+        if self.main:
+            values = {k: _plain(v) for k, v in values.items()}
+            write_json(self.folder / "result.json", {"command": self.command, **environment(), **values})
+            numbers = [f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)]
+            self.say(f"result: {', '.join(numbers)} ({self.folder / 'result.json'})")
+
+    def close(self) -> None:
+        for handle in (self._jsonl, self._tensorboard):
+            if handle is not None:
+                handle.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: a reader sees the old text or the new one, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _plain(value):
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else value.tolist()
+    return round(value, 6) if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _wrap(words: list[str], width: int = 110) -> str:
+    lines, line = [], ""
+    for word in words:
+        if line and len(line) + len(word) > width:
+            lines, line = lines + [line], ""
+        line += ("  " if line else "") + word
+    return "\n         ".join(lines + [line])
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """Progress of one epoch: a live bar on a terminal, one line every `every` steps in a pipe; rank 0 only.
+
+    `update(loss=..., acc=..., n=batch)` takes 0-dim tensors and only adds them up on their device. Every `every` steps,
+    and at the end, they are read back once: `update` then returns the means since the last print (else None). That
+    is also where a non-finite loss is found: UserError, before anything of it could be saved.
+    """
+
+    def __init__(self, label: str, total: int, every: int = 10, start: int = 0, enabled: bool = True, extra: str = ""):
+        self.label, self.total, self.every, self.extra = label, total, max(1, every), extra
+        self.done, self.enabled = start, enabled
+        self.sums: Tensor | None = None
+        self.names: list[str] = []
+        self.count = 0  # images since the last print
+        self.epoch_sums, self.epoch_count = None, 0
+        self.began = self.last = time.perf_counter()
+        self.first, self.last_done = start, start
+        self.bar = None
+        if enabled and sys.stdout.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=label, dynamic_ncols=True, leave=False, file=sys.stdout)
+
+    def update(self, n: int, **values: Tensor) -> dict | None:
+        self.done += 1
+        now = torch.stack([v.detach().float() for v in values.values()]) * n
+        self.names = list(values)
+        self.sums = now if self.sums is None else self.sums + now
+        self.count += n
+        if self.bar is not None:
+            self.bar.update(1)
+        if (self.done - self.first) % self.every == 0 or self.done == self.total or self.done == self.first + 1:
+            return self._show()
+        return None
+
+    def _show(self) -> dict:
+        sums = self.sums.double().cpu()  # the only wait for the device
+        if not torch.isfinite(sums).all():
+            raise UserError(
+                f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint is from before it. "
+                "Lower --lr, raise the temperature, or try without --amp"
+            )
+        self.epoch_sums = sums if self.epoch_sums is None else self.epoch_sums + sums
+        self.epoch_count += self.count
+        now = time.perf_counter()
+        since, overall = sums / self.count, self.epoch_sums / self.epoch_count
+        seconds = (now - self.last) / (self.done - self.last_done)
+        mean_seconds = (now - self.began) / (self.done - self.first)
+        if self.enabled:
+            parts = [f"Time {seconds:.3f} ({mean_seconds:.3f})"]
+            parts += [f"{k} {a:.4g} ({b:.4g})" for k, a, b in zip(self.names, since.tolist(), overall.tolist())]
+            if self.bar is not None:
+                self.bar.set_postfix_str("  ".join(parts[1:] + [self.extra]))
+            else:
+                left = (self.total - self.done) * mean_seconds
+                print(f"{self.label}[{self.done}/{self.total}]  " + "  ".join([*parts, self.extra, f"eta {clock(left)}"]),
+                      flush=True)  # fmt: skip
+        self.sums, self.count, self.last, self.last_done = None, 0, now, self.done
+        return dict(zip(self.names, since.tolist()), seconds=seconds)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def close(self) -> dict:
+        """End of the epoch (or of its part that was run): the means over it, and `images_per_second` over all ranks."""
+        if self.count:
+            self._show()
+        if self.bar is not None:
+            self.bar.close()
+        elapsed = self.elapsed
+        means = {} if self.epoch_sums is None else dict(zip(self.names, (self.epoch_sums / self.epoch_count).tolist()))
+        return {**means, "images_per_second": self.epoch_count * launch.world_size() / elapsed, "elapsed": elapsed}
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's --signal) ask for a checkpoint and a clean end at the next step.
+
+    `stop.asked()` is the same on every rank. A second signal acts as if this were not here.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+
+    def __enter__(self):
+        self.previous = {s: signal.getsignal(s) for s in self.signals}
+        for s in self.signals:
+            if self.previous[s] is not signal.SIG_IGN:
+                signal.signal(s, self._receive)
+        return self
+
+    def __exit__(self, *exc):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def _receive(self, signum, frame):
+        self.received = True
+        for s in self.signals:
+            signal.signal(s, self.previous[s])
+
+    def asked(self) -> bool:
+        return launch.any_rank(self.received)
+
+
+def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite: bool) -> None:
+    """UsageError where a new run would write over the checkpoints of an earlier one."""
+    found = sorted(Path(folder).glob(pattern))
+    if found and not resume and not overwrite:
+        raise UsageError(
+            f"{folder} already holds {found[-1].name}: continue it with --resume auto, choose another folder, "
+            "or pass --overwrite"
+        )

@@ -1,0 +1,292 @@
+#!/usr/bin/env python
+"""Linear evaluation of a pre-trained backbone: only the last layer is trained, on frozen features.
+
+The protocol of MoCo (He et al., CVPR 2020) with the settings of Ge et al. (NeurIPS 2021, arXiv:2110.14189); the paper's
+command, and the same on the built-in data after `moco_non_sem_neg.py --demo`:
+
+    python nonsem_neg/main_lincls.py IMAGENET100 --pretrained ckpts/patch/checkpoint_0199.pth.tar --ckpt_path ckpts/patch-lin \\
+        --lr 10 --batch-size 128 --epochs 60 --schedule 30 40 50
+    python nonsem_neg/main_lincls.py --demo
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import UsageError, UserError, augment, backbones, checkpoint, data, demo, launch, metrics, options, run, schedule
+
+POOLED = 6  # the layer of `backbones.feature` that enters the classifier
+PRESETS = {
+    "demo": dict(
+        data="data/demo", pretrained="runs/demo/patch", ckpt_path="runs/demo/patch-lincls", workers=2, epochs=40,
+        schedule=[24, 32], batch_size=128, lr=5.0, cache_views=4, print_freq=100, seed=0, overwrite=True,
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    g = parser.add_argument_group("data")
+    g.add_argument("data", nargs="?", help="data set root with train/CLASS/* and val/CLASS/*")
+    options.add_data_arguments(g)
+
+    g = parser.add_argument_group("model")
+    g.add_argument("-a", "--arch", default=None, help="torchvision network; default: what the checkpoint says, or resnet50")
+    g.add_argument("--pretrained", default="", metavar="PATH", help="pre-training checkpoint, or a run folder: its newest")
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=run.positive_int, default=100, help="epochs to run in all")
+    g.add_argument("--start-epoch", type=int, default=0, help="first epoch, counted from 0 (a resume sets it)")
+    g.add_argument("-b", "--batch-size", type=run.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--lr", "--learning-rate", type=float, default=30.0, help="learning rate; not scaled with the batch")
+    g.add_argument("--schedule", type=int, nargs="*", default=[30, 40, 50], help="epochs of a 10x drop")
+    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--wd", "--weight-decay", type=float, default=0.0, dest="weight_decay", help="weight decay")
+    g.add_argument("--cache-views", type=int, default=0, metavar="N",
+                   help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
+                   "at every epoch, as published")  # fmt: skip
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--ckpt_path", default="./ckpts/lincls", help="run folder: checkpoints, logs, result.json")
+    g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
+    g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
+    g.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the classifier that --resume names")
+    g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+
+    launch.add_arguments(parser)
+    parser.add_argument("--amp", action=run.OnOff, default=None, help="autocast of the frozen backbone; default: on for a "
+                        "CPU with bfloat16, else off as published")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.data is None:
+        raise UsageError("no data: give the root of an ImageFolder tree (train/ and val/), or --demo for built-in pictures")
+    if not args.pretrained and not args.resume:
+        raise UsageError("no backbone: give --pretrained CHECKPOINT (or --resume, to continue a linear evaluation)")
+    if args.evaluate and not args.resume:
+        raise UsageError("--evaluate needs --resume CHECKPOINT, the trained classifier")
+    return args
+
+
+def read_backbone(args):
+    """The checkpoint to evaluate, and what it says about its network. Flags that were typed must agree with it."""
+    path = args.resume if args.resume and args.resume != "auto" else args.pretrained
+    if args.resume == "auto":
+        path = checkpoint.newest(args.ckpt_path, ("checkpoint_robust_*.pth.tar",)) or path
+    if os.path.isdir(path):
+        found = checkpoint.newest(path)
+        if found is None:
+            raise UsageError(f"--pretrained {path}: no checkpoint in this folder; pre-train first"
+                             + (" (moco_non_sem_neg.py --demo)" if args.demo else ""))  # fmt: skip
+        path = found
+    saved = checkpoint.load(path) | {"path": str(path)}
+    arch = saved.get("arch", args.arch or "resnet50")
+    if args.arch and args.arch != arch:
+        raise UserError(f"{path} is of --arch {arch}, not {args.arch}")
+    args.arch = arch
+    if "input_res" not in args._typed:
+        args.input_res = saved.get("args", {}).get("input_res", args.input_res)
+    return saved
+
+
+def build_model(saved, num_classes: int, process: launch.Process, resumed: bool) -> nn.Module:
+    """The backbone with a fresh (or, resumed, the saved) linear layer; everything else frozen, in eval mode."""
+    state = checkpoint.backbone(saved)
+    state = state if resumed else checkpoint.without_head(state)
+    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+    model = backbones.build(saved["arch"], num_classes, small_stem=small_stem)
+    checkpoint.load_into(model, state, saved["path"], () if resumed else ("fc.",))
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    if not resumed:
+        nn.init.normal_(model.fc.weight, std=0.01)
+        nn.init.zeros_(model.fc.bias)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["fc.weight", "fc.bias"], trained
+    return model.eval().to(process.device, memory_format=torch.channels_last)
+
+
+def check_frozen(model, saved) -> None:
+    """Compare every tensor but the classifier with the checkpoint: nothing may have moved, batch-norm included."""
+    own = model.state_dict()
+    for name, before in checkpoint.without_head(checkpoint.backbone(saved)).items():
+        if not torch.equal(own[name].cpu(), before):
+            raise UserError(f"{name} changed during linear evaluation: the backbone was not frozen; the result is void")
+
+
+def make_loader(args, process, dataset, train: bool, cached: bool = False) -> data.Loader:
+    """Training: random crop and flip, nothing else. Validation: the whole set once, shorter side resized, centre crop."""
+    if train:
+        geometry = [augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip()]
+    else:
+        geometry = [augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)]
+    view = augment.Compose(*geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    whole = cached or not train
+    return data.Loader(
+        dataset, (view,), max(1, args.batch_size // process.world_size), device=process.device, seed=args.seed,
+        rank=process.rank, world_size=process.world_size, shuffle=not whole, drop_last=False,
+        workers=options.workers_per_process(args), data_device=args.data_device, skip_bad=args.skip_bad_images,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def embed(model, images, precision):
+    with precision.autocast():
+        return backbones.feature(model, images.contiguous(memory_format=torch.channels_last), POOLED).float()
+
+
+def embed_views(model, loader, precision, views, print_freq, show):
+    """(views, n, D) features of as many augmented views of every picture of this rank, and their n targets."""
+    kept = []
+    for view in range(views):
+        loader.set_epoch(view)
+        progress = run.Progress(f"Embedding view {view + 1} of {views} ", len(loader), print_freq, enabled=show)
+        feats, targets = [], []
+        for (images,), target, _ in loader:
+            feats.append(embed(model, images, precision))
+            targets.append(target)
+            progress.update(len(target))
+        progress.close()
+        kept.append(torch.cat(feats))
+    return torch.stack(kept), torch.cat(targets)
+
+
+def cached_batches(cache, args, process, epoch):
+    """(features, targets) batches of one epoch over the cached view whose turn it is, in an order drawn from the seed."""
+    features, targets = cache[0][epoch % len(cache[0])], cache[1]
+    generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch + process.rank)
+    for rows in torch.randperm(len(targets), generator=generator).split(max(1, args.batch_size // process.world_size)):
+        rows = rows.to(targets.device)
+        yield features[rows], targets[rows]
+
+
+def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
+    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main,
+                            extra=f"lr {optimizer.param_groups[0]['lr']:.1e}")  # fmt: skip
+    for feats, target in batches:
+        logits = fc(feats)
+        loss = F.cross_entropy(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
+        progress.update(len(target), **{"Loss": loss, "Acc@1": top1, "Acc@5": top5})
+    return progress.close()
+
+
+@torch.no_grad()
+def validate(model, loader, precision, show) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent over the whole validation set, all ranks together."""
+    correct = torch.zeros(3, device=loader.device, dtype=torch.float64)
+    progress = run.Progress("Validation ", len(loader), 50, enabled=show and sys.stdout.isatty())
+    for (images,), target, _ in loader:
+        top1, top5 = metrics.accuracy(model.fc(embed(model, images, precision)), target, (1, 5))
+        correct += torch.stack([top1.double() * len(target), top5.double() * len(target), torch.tensor(
+            float(len(target)), dtype=torch.float64, device=loader.device)])  # fmt: skip
+        progress.update(len(target))
+    progress.close()
+    top1, top5, n = launch.sum_ranks(correct).tolist()
+    return top1 / n, top5 / n
+
+
+def worker(args, process: launch.Process) -> None:
+    run.refuse_to_overwrite(args.ckpt_path, "checkpoint_robust_*.pth.tar", args.resume, args.overwrite)
+    if args.demo and process.is_main:
+        demo.ensure(args.data)
+    launch.barrier()
+    saved = read_backbone(args)
+    resumed = "best_acc1" in saved
+    if args.resume and not resumed and args.resume != "auto":
+        raise UserError(f"{saved['path']} is not a checkpoint of this script; pre-trained ones go to --pretrained")
+    args.seed = run.settle_seed(saved["args"]["seed"] if resumed and args.seed is None and "args" in saved else args.seed)
+    run.seed_all(args.seed)
+
+    train_set = options.open_split(args, "train")
+    val_set = options.open_split(args, "val", classes=train_set.classes)
+    classes = train_set.classes
+    model = build_model(saved, len(classes), process, resumed)
+    precision = run.Precision(args.amp, process.device)
+    log = run.Run(args.ckpt_path, args, process)
+    val_loader = make_loader(args, process, val_set, train=False)
+    if args.evaluate:
+        top1, top5 = validate(model, val_loader, precision, log.main)
+        log.result(evaluated=saved["path"], data=args.data, split="val", acc1=top1, acc5=top5)
+        return
+    train_loader = make_loader(args, process, train_set, train=True, cached=args.cache_views > 0)
+    pretrained_epoch = saved.get("pretrained_epoch", saved.get("epoch", 0)) if resumed else saved.get("epoch", 0)
+    log.derived(train_images=len(train_set), val_images=len(val_set), classes=len(classes), lr=args.lr,
+                backbone=saved["path"], pretrained_epochs=pretrained_epoch, precision=str(precision),
+                data_device=train_loader.mode)  # fmt: skip
+
+    fc = model.fc
+    if process.world_size > 1:
+        fc = nn.parallel.DistributedDataParallel(fc)
+    optimizer = torch.optim.SGD(model.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    epoch, best, best_epoch = args.start_epoch, -1.0, 0
+    if resumed:
+        optimizer.load_state_dict(saved["optimizer"])
+        epoch, best, best_epoch = saved["epoch"], float(saved["best_acc1"]), saved.get("best_epoch", 0)
+        log.say(f"resumed {saved['path']}: epoch {epoch}, best Acc@1 {best:.2f}")
+        log.rewind(epoch)
+    cache = None
+    if args.cache_views:
+        cache = embed_views(model, train_loader, precision, args.cache_views, args.print_freq, log.main)
+
+    top1 = top5 = float("nan")
+    # the published file names carry the number of the pre-training checkpoint: checkpoint_0199 -> checkpoint_robust_0199
+    suffix = f"{max(0, pretrained_epoch - 1):04d}.pth.tar"
+    first = epoch
+    with run.StopSignal() as stop:
+        while epoch < args.epochs:
+            schedule.set_lr(optimizer, schedule.step(args.lr, epoch, args.schedule))
+            if cache:
+                batches = cached_batches(cache, args, process, epoch)
+                steps = -(-len(cache[1]) // max(1, args.batch_size // process.world_size))
+            else:
+                train_loader.set_epoch(epoch)
+                batches = ((embed(model, images, precision), target) for (images,), target, _ in train_loader)
+                steps = len(train_loader)
+            means = train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args)
+            top1, top5 = validate(model, val_loader, precision, log.main)
+            if epoch == first:
+                check_frozen(model, saved)
+            epoch += 1
+            is_best = top1 > best
+            if is_best:
+                best, best_epoch = top1, epoch
+            log.say(f" * epoch {epoch - 1}: val Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {best:.3f} at {best_epoch - 1})")
+            log.log(epoch, epoch=epoch - 1, loss=means.get("Loss"), train_acc1=means.get("Acc@1"), val_acc1=top1, val_acc5=top5)
+            if process.is_main:
+                state = {
+                    "epoch": epoch, "arch": args.arch, "optimizer": optimizer.state_dict(), "best_acc1": best,
+                    "state_dict": checkpoint.add_prefix(model.state_dict(), "module."),
+                    "best_epoch": best_epoch, "acc1": top1, "acc5": top5, "classes": classes,
+                    "pretrained_epoch": pretrained_epoch, "pretrained": saved.get("pretrained", saved["path"]),
+                    "pretrained_args": saved.get("pretrained_args", saved.get("args")) if resumed else saved.get("args"),
+                    "args": run.options(args),
+                }  # fmt: skip
+                checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_robust_{suffix}"), state)
+                if is_best:
+                    checkpoint.save(os.path.join(args.ckpt_path, f"model_best_{suffix}"), state)
+            if stop.asked() and epoch < args.epochs:
+                log.say(f"stopped by a signal after epoch {epoch - 1}; continue with --resume auto")
+                log.close()
+                return
+    if first < epoch:
+        log.result(evaluated=saved["path"], data=args.data, split="val", epochs=epoch, acc1=top1, acc5=top5,
+                   acc1_best=best, best_epoch=best_epoch - 1)  # fmt: skip
+    else:
+        log.say(f"nothing to do: {saved['path']} has {epoch} epochs already")
+    log.close()
+
+
+def main(argv=None) -> None:
+    launch.launch(worker, parse_args(argv))
+
+
+if __name__ == "__main__":
+    run.cli(main)

@@ -1,0 +1,440 @@
+"""Networks against stored vectors of the published ones, and against torchvision's own.
+
+The vectors come from HobbitLong/CMC 7b227be, mhw32/contrastive-ring-public fb3e1c2, chingyaoc/DCL 7d6345f and
+DTennant/CL-Visualizing-Feature-Transformation c53d1be, run on a CPU in float32. Instead of storing weights, they were
+filled by the formula in `fill`, so these tests fill ours in the same way and compare what every layer puts out.
+The trunk is always one of `common.backbones`; heads that belong to a paper are built here.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from common import UsageError, backbones
+from common.backbones import HalfAlexNet, TwoTowers, WidthResNet, build, feature, replace_head, unit
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# --- the filling formula ----------------------------------------------------------------------------------------------
+
+
+def u(count: int, j: int) -> np.ndarray:
+    """Hash of (0..count-1, j) to float64 in [-1, 1); arithmetic modulo 2^32."""
+    h = np.arange(count, dtype=np.uint32)
+    h *= np.uint32(2654435761)
+    h += np.uint32((j * 2246822519 + 374761393) % 2**32)
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        h ^= h >> np.uint32(shift)
+        h *= np.uint32(factor)
+    h ^= h >> np.uint32(15)
+    return h / 2.0**31 - 1
+
+
+def fill(model: nn.Module, j_offset: int = 0) -> nn.Module:
+    """Overwrite every tensor of the state dict, in its order, by the formula of the stored vectors; evaluation mode."""
+    for j, (name, tensor) in enumerate(model.state_dict().items()):
+        if name.endswith("num_batches_tracked"):
+            tensor.zero_()
+            continue
+        r = u(tensor.numel(), j + j_offset)
+        if name.endswith("running_var"):
+            r = 1 + 0.1 * np.abs(r)
+        elif tensor.dim() == 1:
+            r = 1 + 0.1 * r if name.endswith(".weight") else 0.1 * r
+        else:
+            r *= math.sqrt(3 / (tensor.numel() // len(tensor)))
+        tensor.copy_(torch.from_numpy(r.astype(np.float32)).view_as(tensor))
+    return model.eval()
+
+
+def images(batch: int, channels: int, size: int, j_offset: int = 0) -> torch.Tensor:
+    n, c, h, w = np.ogrid[:batch, :channels, :size, :size]
+    noise = u(batch * channels * size * size, 900001 + j_offset).reshape(batch, channels, size, size)
+    x = np.sin(0.11 * (n + 1) * h + 0.07 * (c + 1) * w + 0.5 * n) + 0.3 * noise
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def filled(make) -> nn.Module:
+    """make() without drawing the random weights that `fill` would overwrite."""
+    with torch.device("meta"):
+        model = make()
+    return fill(model.to_empty(device="cpu"))
+
+
+class Golden:
+    """One stored file: its input, its key list, and the comparison of outputs."""
+
+    def __init__(self, name: str, keys: str = ""):
+        self.values = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+        self.keys = json.loads((GOLDEN / f"{keys or name}_keys.json").read_text())
+        assert int(self.values["j_offset"]) == 0
+
+    def input(self) -> torch.Tensor:
+        return images(*(int(self.values[key]) for key in ("batch", "in_channels", "input_size")))
+
+    def check_keys(self, model: nn.Module, prefix: str = "", renamed=None) -> None:
+        """The state dict is the stored list, entry by entry, after `renamed` on our names and `prefix` before them."""
+        renamed = renamed or str  # str leaves a name as it is
+        ours = [
+            [prefix + renamed(name), list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+            for name, tensor in model.state_dict().items()
+        ]
+        assert ours == self.keys
+        assert len(ours) == int(self.values["n_tensors"])
+        assert sum(p.numel() for p in model.parameters()) == int(self.values["n_params"])
+
+    def check(self, name: str, output: torch.Tensor) -> None:
+        stored = ("shape", "mean", "std", "l2", "proj", "first16", "strided64")
+        v = {key: self.values[f"{name}_{key}"] for key in stored}
+        assert tuple(output.shape) == tuple(v["shape"])
+        flat = output.double().flatten().numpy()
+        measured = dict(mean=flat.mean(), std=flat.std(), l2=np.linalg.norm(flat))
+        for key, value in measured.items():
+            np.testing.assert_allclose(value, v[key], rtol=1e-3, atol=1e-5, err_msg=f"{name} {key}")
+        np.testing.assert_allclose(flat @ u(flat.size, 777), v["proj"], rtol=0, atol=1e-4 * v["l2"], err_msg=name)
+        values = {"first16": flat[:16], "strided64": flat[:: max(1, flat.size // 64)][:64]}
+        if f"{name}_full" in self.values:
+            v["full"], values["full"] = self.values[f"{name}_full"], output.numpy()
+        for key, value in values.items():
+            np.testing.assert_allclose(value, v[key], rtol=1e-3, atol=1e-4, err_msg=f"{name} {key}")
+
+    def names(self) -> set[str]:
+        return {key.removesuffix("_shape") for key in self.values if key.endswith("_shape")}
+
+
+@pytest.fixture(autouse=True)
+def seeded_without_gradients():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def test_filling_formula():
+    """Three values worked out with Python's own integers, at an index where products overflow 32 bits."""
+
+    def slow(i, j):
+        h = (i * 2654435761 + j * 2246822519 + 374761393) % 2**32
+        h = ((h ^ (h >> 15)) * 0x2C1B3C6D) % 2**32
+        h = ((h ^ (h >> 12)) * 0x297A2D39) % 2**32
+        return (h ^ (h >> 15)) / 2**31 - 1
+
+    assert [u(70000, 5)[i] for i in (0, 1, 69999)] == [slow(i, 5) for i in (0, 1, 69999)]
+
+
+# --- stored vectors ---------------------------------------------------------------------------------------------------
+
+TOWERS = {
+    "alexnet": lambda channels: HalfAlexNet(channels),
+    "resnet18v1": lambda channels: WidthResNet(18, channels, 0.5),
+    "resnet18v2": lambda channels: WidthResNet(18, channels, 1),
+    "resnet18v3": lambda channels: WidthResNet(18, channels, 2),
+    "resnet50v1": lambda channels: WidthResNet(50, channels, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_two_towers(name):
+    golden = Golden(f"cmc_backbone_{name}")
+    model = filled(lambda: TwoTowers(TOWERS[name], names=("l_to_ab", "ab_to_l")))
+    golden.check_keys(model, prefix="encoder.module.")
+    checked = set()
+    for tower, suffix, x in zip(model.towers(), ("l", "ab"), golden.input().split([1, 2], dim=1)):
+        stages = backbones.stages(tower)
+        for layer, stage in enumerate(stages, start=1):
+            x = stage(x)
+            golden.check(f"layer{layer}_{suffix}", unit(x) if layer == len(stages) else x)
+            checked.add(f"layer{layer}_{suffix}")
+    assert checked == golden.names()
+
+
+def test_two_towers_read_their_own_channels_at_any_layer():
+    model = TwoTowers(TOWERS["resnet18v1"]).eval()
+    x = images(2, 3, 32)
+    for layer in (1, 4, 6, 7, None):
+        for got, tower, view in zip(feature(model, x, layer), model.towers(), (x[:, :1], x[:, 1:])):
+            assert torch.equal(got, feature(tower, view, layer))
+    for got, tower, view in zip(model(x), model.towers(), (x[:, :1], x[:, 1:])):
+        assert torch.equal(got, tower(view))
+
+
+def test_width_resnet_three_channels():
+    golden = Golden("moco_insdis_backbone_resnet50")
+    model = filled(lambda: WidthResNet(50))
+    golden.check_keys(model, prefix="encoder.module.")
+    x, outputs = golden.input(), {}
+    for layer, stage in enumerate(backbones.stages(model), start=1):
+        x = outputs[f"layer{layer}"] = stage(x)
+    outputs["layer7"] = unit(x)
+    assert outputs.keys() == golden.names()
+    for name, output in outputs.items():
+        golden.check(name, output)
+
+
+class TrunkAndHead(nn.Module):
+    """A trunk without its last layer, and a paper's head on the pooled vector."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, x):
+        pooled = self.trunk(x)
+        return pooled, self.head(pooled)
+
+
+def numbered(name: str, prefix: str, children: list[str], heads: dict[str, str]) -> str:
+    """Our name as code that keeps the trunk in a Sequential writes it: trunk.layer1.0.x -> PREFIX.<index>.0.x."""
+    for ours, theirs in heads.items():
+        if name.startswith(f"head.{ours}."):
+            return theirs + name.removeprefix(f"head.{ours}")
+    _, child, rest = name.split(".", 2)
+    return f"{prefix}.{children.index(child)}.{rest}"
+
+
+def mlp(d: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+@pytest.mark.parametrize("small_stem", [False, True])
+def test_torchvision_trunk_with_two_layer_head(small_stem):
+    golden = Golden("ring_backbone_resnet18" + "_conv3x3" * small_stem, keys="ring_nce_system")
+    model = filled(lambda: TrunkAndHead(build("resnet18", 0, small_stem=small_stem), mlp(512, 512, 128)))
+    # The key list is the whole training system with the small stem: drop its memory bank, put the 7x7 kernel in.
+    golden.keys = [entry for entry in golden.keys if entry[0].startswith("model.")]
+    if not small_stem:
+        golden.keys[0][1] = [64, 3, 7, 7]
+    children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"]
+    golden.check_keys(model, "model.", lambda n: numbered(n, "features", children, {"0": "l1", "2": "l2"}))
+    h, z = model(golden.input())
+    golden.check("h", h)
+    golden.check("z", z)
+
+
+def test_small_stem_resnet50_with_batch_norm_head():
+    golden = Golden("debiased_backbone")
+
+    def make():
+        head = (nn.Linear(2048, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
+        return TrunkAndHead(build("resnet50", 0, small_stem=True), nn.Sequential(*head))
+
+    model = filled(make)
+    # Without the max-pooling the stages move up by one: 0 conv1, 1 bn1, 2 relu, 3-6 stages, 7 pooling.
+    children = ["conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4", "avgpool"]
+    heads = {str(i): f"g.{i}" for i in (0, 1, 3)}
+    golden.check_keys(model, "module.", lambda n: numbered(n, "f", children, heads))
+    h, z = model(golden.input())
+    for name, output in {"feature": unit(h), "out": unit(z), "unnormalized_feature": h, "unnormalized_out": z}.items():
+        golden.check(name, output)
+
+
+@pytest.mark.parametrize("depth, head", [(50, "linear"), (50, "mlp"), (18, "mlp")])
+def test_trunk_with_linear_or_mlp_head(depth, head):
+    golden = Golden(f"ft_backbone_rgb_resnet{depth}_{head}")
+    d = 512 if depth == 18 else 2048
+    make_head = (lambda: nn.Sequential(nn.Linear(d, 128))) if head == "linear" else (lambda: mlp(d, d, 128))
+    model = filled(lambda: TrunkAndHead(build(f"resnet{depth}", 0), make_head()))
+    golden.check_keys(model, "module.", lambda name: name.replace("trunk.", "encoder."))
+    pooled, embedding = model(golden.input())
+    golden.check("encoder", pooled)
+    golden.check("embedding", unit(embedding))
+
+
+def test_half_width_towers_with_their_own_heads():
+    golden = Golden("ft_backbone_cmc_resnet50_mlp")
+
+    def make():
+        towers = TwoTowers(lambda channels: WidthResNet(50, channels, 0.5, dim=0), names=("encoder1", "encoder2"))
+        return nn.ModuleDict({"towers": towers, "head1": mlp(1024, 1024, 128), "head2": mlp(1024, 1024, 128)})
+
+    model = filled(make)
+    golden.check_keys(model, "module.", lambda name: name.replace("towers.", ""))
+    pooled = model["towers"](golden.input())
+    golden.check("encoder", torch.cat(pooled, dim=1))
+    golden.check("embedding", torch.cat([unit(model["head1"](pooled[0])), unit(model["head2"](pooled[1]))], dim=1))
+
+
+# --- torchvision by name ----------------------------------------------------------------------------------------------
+
+
+def test_width_one_is_torchvisions_own_network():
+    theirs = torchvision.models.resnet18(num_classes=10).eval()
+    ours = WidthResNet(18, dim=10).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+def test_build_matches_the_constructor_draw_for_draw():
+    ours = build("resnet18", 7)
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+    with torch.device("meta"):
+        assert build("resnet18").fc.out_features == 1000
+
+
+@pytest.mark.parametrize("arch", ["resnet5", "ResNet50", "nothing-like-it", "fcn_resnet50", ""])
+def test_unknown_architecture(arch):
+    with pytest.raises(UsageError, match=f"unknown architecture '{arch}'.*resnet50"):
+        build(arch)
+
+
+def test_options_an_architecture_does_not_have():
+    with pytest.raises(UsageError, match="'alexnet'.*norm_layer"):
+        build("alexnet", norm_layer=nn.BatchNorm2d)
+    with pytest.raises(UsageError, match="small-image stem.*mobilenet_v2"), torch.device("meta"):
+        build("mobilenet_v2", small_stem=True)
+    with pytest.raises(UsageError, match="squeezenet|SqueezeNet"), torch.device("meta"):
+        build("squeezenet1_1", 0)
+
+
+def test_norm_layer_reaches_every_norm():
+    class Norm(nn.BatchNorm2d):
+        pass
+
+    with torch.device("meta"):
+        for model in (build("resnet18", norm_layer=Norm), WidthResNet(18, norm_layer=Norm)):
+            assert {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {Norm}
+
+
+FAMILIES = {  # one per place where torchvision keeps its last layer, with the length of the vector that enters it
+    "resnet34": 512, "resnext50_32x4d": 2048, "wide_resnet50_2": 2048, "shufflenet_v2_x1_0": 1024,
+    "googlenet": 1024, "inception_v3": 2048, "alexnet": 4096, "vgg11_bn": 4096, "mobilenet_v2": 1280,
+    "mobilenet_v3_small": 1024, "mnasnet0_5": 1280, "efficientnet_b0": 1280, "convnext_tiny": 768, "densenet121": 1024,
+    "vit_b_32": 768, "swin_t": 768, "maxvit_t": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_heads_of_every_family(arch):
+    """On the meta device: shapes only, no arithmetic."""
+    d = FAMILIES[arch]
+    with torch.device("meta"):
+        model = build(arch, 5)
+        x = torch.zeros(2, 3, 224, 224)
+        assert backbones.head_of(model).out_features == 5
+        assert backbones.feature_dim(model) == d
+        assert model(x).shape == (2, 5)
+        replace_head(model, mlp(d, 16, 8))
+        assert backbones.feature_dim(model) == d
+        assert model.eval()(x).shape == feature(model, x).shape == (2, 8)
+        assert feature(model, x, 6).shape == (2, d)
+        replace_head(model, nn.Identity())
+        assert backbones.feature_dim(model) == d
+        assert feature(model, x, 6).shape == feature(model, x, 7).shape == model(x).shape == (2, d)
+        assert build(arch, 0)(x).shape == (2, d)
+
+
+@pytest.mark.parametrize("arch, d", [("mobilenet_v2", 1280), ("regnet_y_400mf", 440)])
+def test_feature_of_the_vector_that_enters_the_head(arch, d):
+    model = build(arch, 4).eval()
+    assert backbones.feature_dim(model) == d
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(backbones.head_of(model)(feature(model, x, 6)), model(x))
+    assert not backbones.head_of(model)._forward_pre_hooks
+    with pytest.raises(UsageError, match="layers 6"):
+        feature(model, x, 3)
+
+
+@pytest.mark.parametrize("layer", [0, 8, -1])
+def test_layers_that_do_not_exist(layer):
+    with torch.device("meta"), pytest.raises(UsageError, match=f"layer {layer}: ResNet has layers 1 to 7"):
+        feature(build("resnet18"), torch.zeros(1, 3, 32, 32), layer)
+
+
+# --- our own networks -------------------------------------------------------------------------------------------------
+
+
+def test_initialisation():
+    model = WidthResNet(50, 1, 0.5, small_stem=True)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            tolerance = 5 / math.sqrt(2 * module.weight.numel())  # five standard errors of a standard deviation
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=tolerance), name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+
+
+@pytest.mark.parametrize("depth, width, millions", [(50, 1, 23.77), (50, 2, 94.37), (50, 4, 376.04), (101, 1, 42.76)])
+def test_sizes(depth, width, millions):
+    with torch.device("meta"):
+        model = WidthResNet(depth, width=width)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-2)
+        assert model.conv1.out_channels == 64
+        assert backbones.feature_dim(model) == 2048 * width
+        assert backbones.feature_dim(WidthResNet(depth, width=width, dim=0)) == 2048 * width
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 224])
+def test_any_input_size(size):
+    with torch.device("meta"):
+        towers = TwoTowers(lambda c: WidthResNet(18, c, 0.5, small_stem=size == 32))
+        alex = TwoTowers(lambda c: HalfAlexNet(c, dim=64, small_stem=size == 32))
+        x = torch.zeros(2, 3, size, size)
+        assert [tuple(f.shape) for f in towers(x)] == [(2, 128)] * 2
+        assert [tuple(f.shape) for f in alex(x)] == [(2, 64)] * 2
+        for layer, parts in ((1, 64), (5, 256)):
+            assert {f.shape[1] for f in towers(x, layer)} == {parts}
+        if size == 32:
+            assert towers(x, 1)[0].shape[2:] == alex(x, 1)[0].shape[2:] == (32, 32)
+
+
+def test_pictures_too_small_for_alexnet():
+    with torch.device("meta"):
+        assert HalfAlexNet()(torch.zeros(2, 3, 63, 63)).shape == (2, 128)
+        assert HalfAlexNet(small_stem=True)(torch.zeros(2, 3, 7, 7)).shape == (2, 128)
+        for small_stem, size in ((False, 62), (True, 6)):
+            with pytest.raises(UsageError, match=f"not {size}"):
+                feature(HalfAlexNet(small_stem=small_stem), torch.zeros(1, 3, size, size), 2)
+
+
+@pytest.mark.parametrize("wrong", [dict(depth=20), dict(width=0), dict(width=0.01), dict(width=-1)])
+def test_impossible_residual_networks(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        WidthResNet(**wrong)
+
+
+def test_feature_shape_leaves_the_model_alone():
+    model = TwoTowers(lambda c: WidthResNet(18, c, 0.5))
+    model.first.bn1.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert backbones.feature_shape(model, (3, 64, 64), 4) == ((128, 4, 4), (128, 4, 4))
+    assert backbones.feature_shape(model.second, (2, 64, 64)) == (128,)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [m for m in model.modules() if not m.training] == [model.first.bn1]
+
+
+def test_towers_share_nothing():
+    model = TwoTowers(lambda c: WidthResNet(18, c, 0.5)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    changed = x.clone()
+    changed[:, 1:] += 1
+    first, second = model(x), model(changed)
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+
+
+def test_unit():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert unit(x).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
+    assert unit(x.bfloat16()).dtype == torch.float32
+    assert unit(x.double()).dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu():
+    model = filled(lambda: TwoTowers(TOWERS["resnet18v1"]))
+    x = images(2, 3, 96)
+    here = model(x)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        there = model.cuda()(x.cuda())
+    for a, b in zip(here, there):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4)

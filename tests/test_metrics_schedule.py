@@ -1,0 +1,274 @@
+"""Metrics against slow loops and closed forms; learning rates against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from common import UsageError
+from common.metrics import Mean, accuracy, extract_features, knn
+from common.schedule import cosine, parse_milestones, set_lr, step, warmup
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_by_hand():
+    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 2, 1], [1, 0, 2, 3]])
+    top1, top2, top4 = accuracy(logits, torch.tensor([0, 2, 0, 3]), topk=(1, 2, 4))
+    assert (top1.item(), top2.item(), top4.item()) == (50.0, 75.0, 100.0)
+
+
+def test_accuracy_slow_loop():
+    logits = torch.randn(64, 10, generator=generator())
+    target = torch.randint(10, (64,), generator=generator(1))
+    for k, value in zip((1, 3, 5), accuracy(logits, target, (1, 3, 5))):
+        hits = sum(int(t) in sorted(range(10), key=lambda c: -row[c])[:k] for row, t in zip(logits.tolist(), target))
+        assert value.dim() == 0
+        assert value.item() == pytest.approx(100 * hits / 64)
+
+
+def test_accuracy_with_fewer_classes_than_k_and_without_rows():
+    assert accuracy(torch.zeros(3, 2), torch.tensor([0, 1, 1]))[1].item() == 100.0
+    assert [a.item() for a in accuracy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))] == [0.0, 0.0]
+
+
+# --- running mean -----------------------------------------------------------------------------------------------------
+
+
+def test_mean_is_weighted():
+    mean = Mean()
+    assert math.isnan(mean.value())
+    mean.update(torch.tensor(2.0), n=3)
+    mean.update(torch.tensor(6.0), n=1)
+    assert mean.value() == 3.0 and mean.last.item() == 6.0
+    mean.update(8)  # plain numbers too
+    assert mean.value() == 4.0
+    mean.reset()
+    assert math.isnan(mean.value()) and math.isnan(mean.last)
+
+
+def test_mean_keeps_no_graph_and_no_alias():
+    mean, x = Mean(), torch.tensor(1.0, requires_grad=True)
+    loss = x * 2
+    mean.update(loss)
+    loss.detach().fill_(100.0)
+    assert mean.value() == 2.0 and mean.last.item() == 2.0
+    assert not mean.sums.requires_grad and not mean.last.requires_grad
+
+
+def test_mean_does_not_lose_small_values_in_long_sums():
+    mean = Mean()
+    mean.update(torch.tensor(1.0), n=10**9)
+    for _ in range(100):
+        mean.update(torch.tensor(2.0, dtype=torch.bfloat16))
+    assert mean.value() * (10**9 + 100) == pytest.approx(10**9 + 200, abs=1e-3)
+
+
+def test_mean_continues_from_its_state():
+    whole, first, second = Mean(), Mean(), Mean()
+    for value in (0.1, 0.2):
+        whole.update(torch.tensor(value), 7)
+        first.update(torch.tensor(value), 7)
+    second.load(first.state())
+    first.update(100.0)  # the state is a copy
+    for value in (0.3, 0.4):
+        whole.update(torch.tensor(value), 5)
+        second.update(torch.tensor(value), 5)
+    assert second.value() == whole.value()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_mean_over_processes(in_place):
+    """Stands in for a sum over two processes, of which the other has seen the value 10 three times."""
+
+    def all_reduce(x):
+        other = torch.tensor([30.0, 3.0], dtype=x.dtype)
+        if not in_place:
+            return x + other
+        x += other
+
+    mean = Mean(all_reduce)
+    mean.update(2.0, 1)
+    assert mean.value() == 8.0
+    assert mean.value() == 8.0  # reading twice adds nothing
+    assert mean.state().tolist() == [2.0, 1.0]
+
+
+# --- features of a data set -------------------------------------------------------------------------------------------
+
+
+def loader(batches=3, size=4):
+    for b in range(batches):
+        x = torch.full((size, 3, 2, 2), float(b))
+        yield [x, -x], torch.full((size,), b), torch.arange(b * size, (b + 1) * size)
+
+
+def test_extract_features():
+    weight = torch.nn.Parameter(torch.ones(3, 5))
+    seen = []
+
+    def progress(batches):
+        for batch in batches:
+            seen.append(batch[2])
+            yield batch
+
+    features, targets = extract_features(lambda x: (x.mean((2, 3)) @ weight).bfloat16(), loader(), progress)
+    assert features.shape == (12, 5) and features.dtype == torch.float32 and not features.requires_grad
+    assert features[:, 0].tolist() == [0.0] * 4 + [3.0] * 4 + [6.0] * 4
+    assert targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.cat(seen).tolist() == list(range(12))
+    with pytest.raises(ValueError, match="empty"):
+        extract_features(lambda x: x, [])
+
+
+# --- k-NN -------------------------------------------------------------------------------------------------------------
+
+
+def slow_knn(bank, bank_targets, features, targets, classes, k, temperature):
+    """Wu et al., Sec. 3.4, one picture and one neighbour at a time, in double precision."""
+    hits1 = hits5 = count = 0
+    rows = [(b, int(t)) for b, t in zip(bank.double(), bank_targets) if t >= 0]
+    for f, target in zip(features.double(), targets.tolist()):
+        if target < 0:
+            continue
+        nearest = sorted(((float(f @ b / (f.norm() * b.norm())), t) for b, t in rows), reverse=True)[:k]
+        score = [0.0] * classes
+        for similarity, t in nearest:
+            score[t] += math.exp(similarity / temperature)
+        ranked = sorted(range(classes), key=lambda c: (-score[c], c))
+        count += 1
+        hits1 += ranked[0] == target
+        hits5 += target in ranked[:5]
+    return 100 * hits1 / count, 100 * hits5 / count
+
+
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (20, 0.5), (200, 0.07), (10, 0.01)])
+@pytest.mark.parametrize("chunk_elements", [1, 333, 2**26])
+def test_knn_slow_loop(k, temperature, chunk_elements):
+    g = generator()
+    bank, features = torch.randn(90, 6, generator=g), torch.randn(37, 6, generator=g)
+    bank_targets, targets = (torch.randint(-1, 8, (n,), generator=g) for n in (90, 37))
+    assert (bank_targets == -1).any() and (targets == -1).any()
+    result = knn(bank, bank_targets, features, targets, 8, k, temperature, chunk_elements=chunk_elements)
+    expected = slow_knn(bank, bank_targets, features, targets, 8, k, temperature)
+    assert [r.item() for r in result] == pytest.approx(expected)
+
+
+def test_knn_weights_by_hand():
+    """One neighbour at similarity 1 against two at 0.8: exp(.2 / T) decides, so the answer turns at T = .2 / log 2."""
+    bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    args = (bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 2, 3)
+    turning = 0.2 / math.log(2)
+    assert knn(*args, turning * 0.99)[0].item() == 100.0
+    assert knn(*args, turning * 1.01)[0].item() == 0.0
+    assert knn(*args[:5], 1, 100.0)[0].item() == 100.0  # one neighbour: the temperature is irrelevant
+
+
+def test_knn_of_a_set_against_itself_and_extreme_temperatures():
+    bank = torch.randn(50, 16, generator=generator())
+    targets = torch.arange(50) % 10
+    assert [x.item() for x in knn(bank, targets, 3 * bank, targets, 10, k=1)] == [100.0, 100.0]
+    assert knn(bank, targets, bank.bfloat16(), targets, 10, k=50, temperature=1e-4)[0].item() == 100.0
+
+
+def test_knn_ranks_classes_without_votes_by_number():
+    bank, queries = torch.eye(2), torch.eye(2)
+    top1, top5 = knn(bank, torch.tensor([8, 9]), queries, torch.tensor([7, 3]), 10, k=1)
+    assert (top1.item(), top5.item()) == (0.0, 50.0)  # ranked 8, 0, 1, 2, 3 and 9, 0, 1, 2, 3
+
+
+def test_knn_top5_of_three_classes():
+    g = generator()
+    x = torch.randn(30, 4, generator=g)
+    targets = torch.arange(30) % 3
+    assert knn(x, targets, torch.randn(9, 4, generator=g), torch.arange(9) % 3, 3)[1].item() == 100.0
+
+
+@pytest.mark.parametrize("side", ["bank", "query"])
+def test_knn_without_labels(side):
+    x, labels, none = torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.full((4,), -1)
+    with pytest.raises(ValueError, match=f"labelled {side} rows"):
+        knn(x, none if side == "bank" else labels, x, none if side == "query" else labels, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_and_never_waits():
+    g = generator()
+    bank, features = torch.randn(500, 32, generator=g), torch.randn(100, 32, generator=g)
+    bank_targets, targets = torch.randint(10, (500,), generator=g), torch.randint(10, (100,), generator=g)
+    here = knn(bank, bank_targets, features, targets, 10, 20)
+    there = knn(bank.cuda(), bank_targets, features, targets, 10, 20)
+    assert [x.item() for x in there] == pytest.approx([x.item() for x in here])
+    logits, mean = features.cuda(), Mean(device="cuda")
+    target = targets.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for value in accuracy(logits, target):
+            mean.update(value, len(target))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < mean.value() < 100
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def test_cosine_by_hand():
+    assert [cosine(0.4, t, 120) for t in (0, 40, 60, 80, 120)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0], abs=1e-15)
+    assert [cosine(1.0, t, 2, floor=0.2) for t in (0, 1, 2)] == pytest.approx([1.0, 0.6, 0.2])
+    assert cosine(1.0, 3, 2, floor=0.2) == pytest.approx(0.2) and cosine(1.0, -1, 2) == 1.0
+    assert cosine(1.0, 0.5, 1) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="total"):
+        cosine(1.0, 0, 0)
+
+
+def test_step_both_conventions():
+    from_zero = {119: 0.03, 120: 0.003, 159: 0.003, 160: 0.0003}
+    from_one = {120: 0.03, 121: 0.003, 160: 0.003, 161: 0.0003}
+    for epoch, lr in from_zero.items():
+        assert step(0.03, epoch, (120, 160)) == pytest.approx(lr, rel=1e-12)
+    for epoch, lr in from_one.items():
+        assert step(0.03, epoch, (160, 120), inclusive=False) == pytest.approx(lr, rel=1e-12)
+    assert step(0.1, 51, (30, 40, 50), rate=0.2, inclusive=False) == pytest.approx(0.0008)
+    assert step(0.1, 10**6, ()) == 0.1
+    for epoch in range(200):  # the same schedule, counted from 0 and from 1
+        assert step(1.0, epoch, (120, 160)) == step(1.0, epoch + 1, (120, 160), inclusive=False)
+
+
+def test_warmup_by_hand():
+    assert [warmup(0.4, t, 10) for t in (0, 1, 5, 10, 11)] == pytest.approx([0.0, 0.04, 0.2, 0.4, 0.4])
+    assert [warmup(0.4, t, 10, start=0.1) for t in (0, 5)] == pytest.approx([0.1, 0.25])
+    assert warmup(0.4, 0, 0) == 0.4
+
+
+def test_set_lr_reaches_every_group():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 2.0)]
+    optimizer = torch.optim.SGD(groups)
+    set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    optimizer = torch.optim.Adam(groups, lr=torch.tensor(1.0), capturable=True)
+    optimizer.param_groups[0]["lr"] = rate = torch.tensor(1.0)
+    set_lr(optimizer, 0.25)
+    assert rate.item() == 0.25 and optimizer.param_groups[0]["lr"] is rate
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("120,160", (120, 160)), (" 160, 120 ", (120, 160)), ("", ()), ("30", (30,)), ([136, 166], (136, 166)), ([], ())],
+)
+def test_parse_milestones(text, expected):
+    assert parse_milestones(text) == expected
+
+
+@pytest.mark.parametrize("text", ["120;160", "120,,160", "a", "1.5", "-1,3", "30,30", ","])
+def test_parse_milestones_says_what_is_wrong(text):
+    with pytest.raises(UsageError) as error:
+        parse_milestones(text, flag="--schedule")
+    assert "--schedule" in str(error.value) and text in str(error.value) and "120,160,200" in str(error.value)
+    assert error.value.code == 2

@@ -3,10 +3,11 @@
     python benchmarks/augment_kornia.py --size 32 --batch 256
     python benchmarks/augment_kornia.py --size 224 --batch 32
 
-The recipe is MoCo v2's: random resized crop (area 0.2-1), colour jitter (0.4, 0.4, 0.4, 0.1, p 0.8), grey 0.2, blur 0.5,
-flip 0.5, normalise; from uint8 pictures to one float view. Both sides run in turn in one process, warm-up excluded; the
-time is the best of --repeats, as other load on the machine only ever adds time. Drawing the parameters is included.
-The second part compares each operation with torchvision.transforms.functional, image by image, at the parameters kornia drew.
+The recipe is MoCo v2's: random resized crop (area 0.2-1), jitter (0.4, 0.4, 0.4, 0.1, p 0.8), grey 0.2, blur 0.5,
+flip 0.5, normalise; from uint8 pictures to one float view, drawing the parameters included. All sides run in turn in
+one process, warm-up excluded; a time is the best of --repeats, as other load on the machine only ever adds to it.
+The second part compares each operation of kornia with torchvision.transforms.functional, image by image, at the
+parameters kornia drew.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from common import augment
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=32, help="side of the view, pixels")
-    parser.add_argument("--source", type=int, default=None, help="side of the pictures (default: --size, or 256 at 224)")
+    parser.add_argument("--source", type=int, default=None, help="side of the pictures (default --size; 256 at 224)")
     parser.add_argument("--batch", type=int, default=256, help="images per call")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls of each side")
@@ -84,7 +85,11 @@ def time_side_by_side(sides, pictures, repeats):
 
 
 def compare_semantics():
-    """Largest difference of kornia from torchvision at equal parameters, for pictures in [0, 1]."""
+    """What kornia computes and draws.
+
+    Returns the largest differences from torchvision at equal parameters, for pictures in [0, 1], as (name, difference);
+    the shape of the jitter order drawn for a batch; whether drawing it moved the global random state.
+    """
     import kornia.augmentation as K
 
     torch.manual_seed(0)
@@ -120,8 +125,9 @@ def compare_semantics():
                     lambda q, side=side, antialias=antialias: torch.stack([
                         TF.resized_crop(image, *box, [side, side], antialias=antialias)
                         for image, box in zip(x, boxes(q))]))
-    jitter = K.ColorJitter(0.4, 0.4, 0.4, 0.1).forward_parameters(x.shape)
-    return rows, tuple(jitter["order"].shape)
+    before = torch.random.get_rng_state()
+    order = K.ColorJitter(0.4, 0.4, 0.4, 0.1).forward_parameters(x.shape)["order"]
+    return rows, tuple(order.shape), not torch.equal(before, torch.random.get_rng_state())
 
 
 def main(argv=None):
@@ -140,13 +146,14 @@ def main(argv=None):
     best = time_side_by_side(sides, pictures.to(args.device), args.repeats)
     ours = best["common/augment.py"]
     for name, seconds in best.items():
-        print(f"{name:28s} {seconds * 1e3:8.1f} ms  {args.batch / seconds:9.0f} views/s  {seconds / ours:5.2f} x our time")
+        rate = args.batch / seconds
+        print(f"{name:24s} {seconds * 1e3:8.1f} ms  {rate:8.0f} views/s  {seconds / ours:5.2f} x the first")
 
-    rows, order_shape = compare_semantics()
+    rows, order_shape, uses_global = compare_semantics()
     print("\nkornia against torchvision.transforms.functional at equal parameters, largest difference in [0, 1]:")
     for name, difference in rows:
         print(f"  {difference:8.1e}  {name}")
-    print(f"  ColorJitter draws an order of shape {order_shape}: one order for the whole batch")
+    print(f"shape of the jitter order drawn for 8 images: {order_shape}; drawn from the global generator: {uses_global}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
-    """left (N, S, H) @ images (N, C, H, W) @ right (N, T, W)^T -> (N, C, S, T), in float32 also under autocast."""
+    """left (N, S, H) @ images (N, C, H, W) @ right (N, T, W)^T -> (N, C, S, T).
+
+    In float32 also under autocast; TF32 on CUDA only where torch.backends.cuda.matmul was told to allow it.
+    """
     n, c, h, w = images.shape
     with torch.autocast(images.device.type, enabled=False):
         wide = torch.bmm(images.reshape(n, c * h, w), right.transpose(1, 2)).view(n, c, h, -1)
@@ -144,9 +147,9 @@ class Geometry:
 class RandomResizedCrop(Geometry):
     """A random part of the picture, resized to size x size; torchvision RandomResizedCrop(antialias=True).
 
-    Area uniform in `scale` (fraction of the picture), aspect ratio (width / height) log-uniform in `ratio`; of ten tries
-    the first that fits in the picture is taken, at a uniform position; if none fits, the largest central box of the
-    ratio nearest to the picture's own.
+    Area uniform in `scale` (fraction of the picture), aspect (width / height) log-uniform in `ratio`; of ten tries the
+    first that fits in the picture is taken, at a uniform position; if none fits, the largest central box of the
+    allowed ratio nearest to the picture's own.
     """
 
     size: int

@@ -24,10 +24,12 @@ it would change the pixels.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -538,12 +540,28 @@ def _as_is(item):
 def _quiet_worker(_: int) -> None:
     """Ctrl-C and a job's SIGTERM reach the workers too; the main process still needs them for the step it finishes.
 
-    The first SIGTERM is therefore only noted and a second one ends the worker. Workers also end when asked to by the
-    main process, and when the main process is gone.
+    So Ctrl-C is left to the main process, and a SIGTERM only starts a minute of grace (a second one ends the worker at
+    once). Workers also end when the main process asks them to, and when it is gone.
     """
+
+    def grace(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(60)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, grace)
     torch.set_num_threads(1)
+
+
+# Loaders whose workers run. A loader kept in a global would otherwise meet the end of the interpreter with them alive.
+_working: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for loader in list(_working):
+        loader.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- device mode
@@ -811,6 +829,7 @@ class Loader:
         epoch = self.epoch
         if self._workers is None:
             self._workers = self._start_workers()
+            _working.add(self)
         self._requests.pending = [(epoch, step, rows.numpy()) for step, rows in self._steps()]
         steps = [step for _, step, _ in self._requests.pending]
         started = time.perf_counter()
@@ -854,4 +873,7 @@ class Loader:
 
     def close(self) -> None:
         """End the workers now instead of when the loader is forgotten."""
+        iterator = getattr(self._workers, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
         self._workers = None

@@ -377,9 +377,10 @@ class Progress:
 
     def update(self, n: int, **values: Tensor) -> dict | None:
         self.done += 1
-        now = torch.stack([v.detach().float() for v in values.values()]) * n
-        self.names = list(values)
-        self.sums = now if self.sums is None else self.sums + now
+        if values:
+            now = torch.stack([v.detach().float() for v in values.values()]) * n
+            self.names = list(values)
+            self.sums = now if self.sums is None else self.sums + now
         self.count += n
         if self.bar is not None:
             self.bar.update(1)
@@ -388,7 +389,7 @@ class Progress:
         return None
 
     def _show(self) -> dict:
-        sums = self.sums.double().cpu()  # the only wait for the device
+        sums = torch.zeros(0).double() if self.sums is None else self.sums.double().cpu()  # the only wait for the device
         if not torch.isfinite(sums).all():
             raise UserError(
                 f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint is from before it. "

@@ -74,9 +74,11 @@ def parse_args(argv=None):
 
 def read_backbone(args):
     """The checkpoint to evaluate, and what it says about its network. Flags that were typed must agree with it."""
-    path = args.resume if args.resume and args.resume != "auto" else args.pretrained
+    path = args.resume or args.pretrained
     if args.resume == "auto":
-        path = checkpoint.newest(args.ckpt_path, ("checkpoint_robust_*.pth.tar",)) or path
+        path = checkpoint.newest(args.ckpt_path, ("checkpoint_robust_*.pth.tar",)) or args.pretrained
+        if not path:
+            raise UsageError(f"--resume auto: no checkpoint_robust_* in {args.ckpt_path} yet; start with --pretrained")
     if os.path.isdir(path):
         found = checkpoint.newest(path)
         if found is None:

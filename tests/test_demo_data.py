@@ -261,6 +261,15 @@ def test_command_line(tmp_path):
     assert again.returncode == 0 and again.stderr == "" and "result: 80 files" in again.stdout
 
 
+def test_two_processes_that_want_the_same_set_make_it_once(tmp_path):
+    command = [sys.executable, str(ROOT / "preprocess" / "make_demo.py"), "demo", *TINY_FLAGS, "--severities"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sum("making 60 files" in text for text in errors) == 1
+    assert len(files(tmp_path / "demo")) == 60
+
+
 def test_command_line_errors(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")

@@ -1,0 +1,35 @@
+# Each target sets up .venv by itself the first time (and again when a requirements file changed).
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test bench clean help
+
+help:
+	@echo "make demo    pre-train, evaluate and print the robustness table on built-in pictures (under 10 minutes on a CPU)"
+	@echo "make test    run the tests (under 10 minutes on two cores; no network, no GPU)"
+	@echo "make bench   measure speed on this machine, side by side with the usual alternatives"
+	@echo "make clean   remove .venv, the demo's pictures and its runs"
+
+demo: .venv/run.stamp
+	$(BIN)/python nonsem_neg/demo.py
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/run_all.py
+
+.venv/run.stamp: requirements.txt
+	@echo "setting up .venv: a few GB of PyTorch, one to four minutes"
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, 13) else "error: Python 3.10 to 3.13 is needed, this is %d.%d; make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.txt .venv/run.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv data/demo data/demo-texture runs/demo

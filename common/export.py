@@ -1,0 +1,74 @@
+"""Hand a backbone to other programs: `python -m common.export CKPT --to torchvision|timm|detectron2|safetensors`.
+
+Takes a checkpoint of any layout that `common.checkpoint.backbone` knows; the projection head or classifier stays behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from common import UsageError, UserError, checkpoint
+from common.run import cli
+
+SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "safetensors": ".safetensors"}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="pre-training or linear-evaluation checkpoint")
+    parser.add_argument("--to", choices=list(SUFFIX), required=True)
+    parser.add_argument("--out", default=None, help="file to write; default: beside the checkpoint, named after --to")
+    parser.add_argument("--tower", default=None, help="of a two-tower checkpoint, the tower to export (e.g. l_to_ab)")
+    args = parser.parse_args(argv)
+    state = checkpoint.without_head(one_tower(checkpoint.backbone(checkpoint.load(args.checkpoint)), args.tower))
+    state = {k: v.contiguous() for k, v in state.items()}
+    out = Path(args.out or str(Path(args.checkpoint)).split(".pth")[0] + f"_{args.to}{SUFFIX[args.to]}")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        write(state, partial, args.to)
+        os.replace(partial, out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    print(f"{out}: {len(state)} tensors, {sum(v.numel() for v in state.values()) / 1e6:.2f} M numbers")
+
+
+def one_tower(state: dict, tower: str | None) -> dict:
+    towers = sorted({k.partition(".")[0] for k in state if re.match(r"\w+\.(conv1|conv_block_1)\.", k)})
+    if not towers:
+        return state
+    if tower not in towers:
+        raise UsageError(f"this checkpoint has the towers {' and '.join(towers)}: choose one with --tower")
+    return {k.removeprefix(f"{tower}."): v for k, v in state.items() if k.startswith(f"{tower}.")}
+
+
+def write(state: dict, path: Path, to: str) -> None:
+    if to == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    elif to == "detectron2":  # a pickle of NumPy arrays; its own loader adds what is missing
+        model = {detectron2_name(k): v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
+        with open(path, "wb") as file:
+            pickle.dump({"model": model, "__author__": "contrastive pre-training", "matching_heuristics": True}, file)
+    else:  # timm's ResNets have torchvision's parameter names and accept the same file
+        torch.save(state, path)
+
+
+def detectron2_name(key: str) -> str:
+    """layer1.0.downsample.1.weight -> res2.0.shortcut.norm.weight; conv1.weight -> stem.conv1.weight."""
+    if not key.startswith("layer"):
+        key = "stem." + key
+    key = re.sub(r"^layer(\d)", lambda m: f"res{int(m.group(1)) + 1}", key)
+    key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key)
+    return key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+
+
+if __name__ == "__main__":
+    cli(main)

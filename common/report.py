@@ -1,0 +1,112 @@
+"""Run folders beside the published table they belong to: `python -m common.report RUNS...`.
+
+A run's result.json names its table (a JSON file in the paper's folder). Runs with the same label and setting are one row:
+mean and standard deviation over their seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from common import UsageError
+from common.run import ROOT, cli
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.report", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="run folders (or folders of them) with a result.json of an evaluation")
+    parser.add_argument("--format", choices=["text", "markdown", "csv"], default="text")
+    parser.add_argument("--no-published", action="store_true", help="only the given runs")
+    args = parser.parse_args(argv)
+    for i, (title, header, rows) in enumerate(tables(find_results(args.runs), not args.no_published)):
+        if args.format == "csv":
+            out = io.StringIO()
+            csv.writer(out, lineterminator="\n").writerows([header, *rows])
+            print(("\n" if i else "") + out.getvalue(), end="")
+        else:
+            print(("\n" if i else "") + title + "\n")
+            print(layout(header, rows, args.format == "markdown"))
+
+
+def find_results(paths: list[str]) -> list[dict]:
+    """The result.json of every folder named, or of the folders directly below it."""
+    results = []
+    for path in map(Path, paths):
+        found = [path] if path.is_file() else [path / "result.json"]
+        if not found[0].exists():
+            found = sorted(path.glob("*/result.json"))
+        if not found:
+            raise UsageError(f"{path}: no result.json in it; an evaluation script writes one when it is done")
+        for file in found:
+            try:
+                results.append(json.loads(file.read_text()) | {"folder": str(file.parent)})
+            except ValueError:
+                raise UsageError(f"{file}: not a result of an evaluation script") from None
+    return results
+
+
+def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) for every published table that a result names, and one for the results without any."""
+    grouped: dict[str | None, list[dict]] = {}
+    for result in results:
+        grouped.setdefault(result.get("table"), []).append(result)
+    made = []
+    for table, members in grouped.items():
+        if table is None:
+            columns = [c for c in ("acc1", "acc5", "acc1_best") if any(c in m for m in members)]
+            rows = [[m["folder"], *(cell([m[c]]) if c in m else "-" for c in columns)] for m in members]
+            made.append(("Linear evaluation (percent; acc1 and acc5 after the last epoch)", ["run", *columns], rows))
+            continue
+        published = json.loads((ROOT / table).read_text())
+        columns = list(published["columns"])
+        columns += sorted({k for m in members for k in m if k.endswith("_masked") and k.removesuffix("_masked") in columns})
+        rows = []
+        if with_published:
+            rows += [[f"published: {row['label']}", str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
+                     for row in published["rows"]]  # fmt: skip
+        by_label: dict[tuple, list[dict]] = {}
+        for member in members:
+            by_label.setdefault((member["label"], member.get("epochs"), member.get("arch")), []).append(member)
+        for (label, epochs, arch), same in by_label.items():
+            name = f"here: {label}, {arch}" + (f", {len(same)} runs" if len(same) > 1 else "")
+            rows.append([name, str(epochs), *(cell([m[c] for m in same if c in m]) for c in columns)])
+        title = published["title"] if with_published else "Accuracy in percent"
+        made.append((title, ["model", "epochs", *columns], rows))
+    return made
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f"±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def interval(published) -> str:
+    return "-" if published is None else f"{published[0]:.2f}±{published[1]:.2f}"
+
+
+def layout(header: list[str], rows: list[list[str]], markdown: bool) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells):
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]
+        return "| " + " | ".join(padded) + " |" if markdown else "  ".join(padded)
+
+    rule = ["-" * w for w in widths]
+    if markdown:
+        rule = [rule[0]] + [r[:-1] + ":" for r in rule[1:]]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+if __name__ == "__main__":
+    try:
+        cli(main)
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,616 @@
+"""Data sets and loaders: what is found on disk, what a wrong folder says, and what the views depend on: the seed alone."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import pil_loader
+
+from common import UsageError, UserError, data
+from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
+from common.data import ArraySet, FolderSet, Loader, open_set, open_tree, original_root_of, pair_by_path, scale_boxes
+
+CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
+FULL = Compose(RandomResizedCrop(16, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
+EVAL = Compose(ResizeCenterCrop(18, 16))
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def picture(seed, width=40, height=30):
+    """A smooth colourful picture that no other seed gives."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save(path, seed, **size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed, **size).save(path, **({"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg") else {}))
+    return path
+
+
+def make_tree(root, classes=("ant", "bee"), each=4, sizes=((40, 30),), suffix=".jpg"):
+    seed = 0
+    for name in classes:
+        for i in range(each):
+            width, height = sizes[seed % len(sizes)]
+            save(root / name / f"p{i}{suffix}", seed, width=width, height=height)
+            seed += 1
+    return root
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """12 pictures of three sizes, opened."""
+    root = tmp_path_factory.mktemp("mixed")
+    make_tree(root / "train", each=6, sizes=((40, 30), (30, 44), (52, 24)))
+    return open_set(root, "train")
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    """12 pictures of one size, opened."""
+    root = tmp_path_factory.mktemp("equal")
+    make_tree(root / "train", each=6)
+    return open_set(root, "train")
+
+
+def loader(dataset, views=(CROP, CROP), batch_size=4, **options):
+    options = {"device": "cpu", "seed": 3, "workers": 0, "progress": False, **options}
+    return Loader(dataset, views, batch_size, **options)
+
+
+def epoch_of(the_loader, epoch=0, start_step=0):
+    the_loader.set_epoch(epoch, start_step)
+    return [(views, target, index) for views, target, index in the_loader]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for (views_a, target_a, index_a), (views_b, target_b, index_b) in zip(a, b):
+        assert torch.equal(index_a, index_b) and torch.equal(target_a, target_b)
+        assert len(views_a) == len(views_b)
+        for x, y in zip(views_a, views_b):
+            assert torch.equal(x, y)
+
+
+# ---------------------------------------------------------------------------------------------------- opening folders
+
+
+def test_same_classes_samples_and_order_as_torchvision(tmp_path):
+    train = tmp_path / "train"
+    make_tree(train, ("zebra", "Ant", "two words", "quo'te\"s", "fürst_日本"), each=1)
+    for name in ("b.JPEG", "a.PNG", "c.Jpg", "it's \"ü\" 日.png", "sub/dir/x.jpg", "sub/y.png", "sub.jpg"):
+        save(train / "zebra" / name, 7)
+    (train / "zebra" / "notes.txt").write_text("not a picture")
+    (train / "loose.jpg").write_bytes(b"not in a class folder")
+    ours, theirs = open_set(tmp_path, "train"), ImageFolder(train)
+    assert ours.paths == [path for path, _ in theirs.samples]
+    assert ours.targets.tolist() == theirs.targets and ours.targets.dtype == torch.int64
+    assert ours.classes == theirs.classes
+    assert len(ours) == 12 and ours.path(3) == ours.paths[3] and ours.name.endswith("/train")
+    assert_same(epoch_of(loader(ours)), epoch_of(loader(ours)))  # and every name can be read
+
+
+@pytest.mark.parametrize("folder", ["val", "test", "validation"])
+def test_val_accepts_the_usual_names(tmp_path, folder):
+    make_tree(tmp_path / folder, each=1)
+    assert open_set(tmp_path, "val").paths == open_set(tmp_path, "test").paths
+    assert open_set(tmp_path, "val").root == str(tmp_path / folder)
+
+
+def test_val_wins_over_test(tmp_path):
+    make_tree(tmp_path / "test", each=1)
+    make_tree(tmp_path / "val", each=2)
+    assert len(open_set(tmp_path, "val")) == 4
+
+
+def test_folder_errors_name_the_thing(tmp_path):
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        open_set(tmp_path / "nowhere", "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file: is a file, not a folder"):
+        open_set(tmp_path / "file", "train")
+    with pytest.raises(UsageError, match="no train/ folder; in it: file"):
+        open_set(tmp_path, "train")
+    with pytest.raises(UsageError, match="splits train and val, not 'training'"):
+        open_set(tmp_path, "training")
+
+    make_tree(tmp_path / "flat", each=1)
+    with pytest.raises(UsageError, match=r"no train/ folder, but class folders with pictures \(ant, bee\): move them"):
+        open_set(tmp_path / "flat", "train")
+    with pytest.raises(UsageError, match=r"no val/ folder \(nor test/, validation/\)"):
+        open_set(tmp_path / "flat", "val")
+    make_tree(tmp_path / "tree" / "train", each=1)
+    with pytest.raises(UsageError, match=f"give its parent {tmp_path / 'tree'}$"):
+        open_set(tmp_path / "tree" / "train", "train")
+
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(UsageError, match="no class folders in it; expected .*<class>"):
+        open_set(tmp_path / "empty", "train")
+    (tmp_path / "tree" / "train" / "cat").mkdir()
+    with pytest.raises(UsageError, match="class folder without any picture: cat; put pictures in, remove the folder"):
+        open_set(tmp_path / "tree", "train")
+    with pytest.raises(UsageError, match="--dataset svhn: known are folder, cifar10"):
+        open_set(tmp_path, "train", dataset="svhn")
+
+
+def test_errors_are_one_line(tmp_path):
+    make_tree(tmp_path / "flat", [f"c{i:02d}" for i in range(30)], each=1)
+    with pytest.raises(UsageError) as error:
+        open_set(tmp_path / "flat", "train")
+    assert "\n" not in str(error.value) and "(30 in all)" in str(error.value) and error.value.code == 2
+
+
+def test_class_list(tmp_path):
+    make_tree(tmp_path / "train", ("n3", "n1", "n2", "n4 x"), each=2)
+    (tmp_path / "train" / "n9").mkdir()  # empty, but not asked for
+    listing = tmp_path / "ids.txt"
+    listing.write_text("# the subset\nn3\n\n n1 robin\nn4 x\n", encoding="utf-8")
+    chosen = open_set(tmp_path, "train", class_list=listing)
+    assert chosen.classes == ["n1", "n3", "n4 x"]  # sorted, whatever the order of the list
+    assert chosen.targets.tolist() == [0, 0, 1, 1, 2, 2]
+    listing.write_text("n1\n" + "".join(f"m{i}\n" for i in range(7)))
+    with pytest.raises(UsageError, match=r"ids.txt: no such class folder in .*: m0, m1, m2, m3, m4, ... \(7 in all\)"):
+        open_set(tmp_path, "train", class_list=listing)
+    listing.write_text("\n")
+    with pytest.raises(UsageError, match="names no class"):
+        open_set(tmp_path, "train", class_list=listing)
+    with pytest.raises(UsageError, match="--class-list .*none.txt: No such file"):
+        open_set(tmp_path, "train", class_list=tmp_path / "none.txt")
+    with pytest.raises(UsageError, match="cifar10 has none"):
+        open_set(tmp_path, "train", dataset="cifar10", class_list=listing)
+
+
+def test_val_takes_the_classes_of_train(tmp_path):
+    make_tree(tmp_path / "train", ("ant", "bee"), each=1)
+    make_tree(tmp_path / "val", ("bee", "cow", "ant"), each=1)
+    train = open_set(tmp_path, "train")
+    with pytest.raises(UsageError, match="val: not the class folders of the training set: it has cow on top"):
+        open_set(tmp_path, "val", classes=train.classes)
+    (tmp_path / "ids.txt").write_text("ant\nbee\n")
+    val = open_set(tmp_path, "val", classes=["bee", "ant"], class_list=tmp_path / "ids.txt")
+    assert [val.classes[t] for t in val.targets] == [Path(p).parent.name for p in val.paths] == ["ant", "bee"]
+    assert val.targets.tolist() == [1, 0]
+    with pytest.raises(UsageError, match="it lacks dog, emu and has cow on top"):
+        open_set(tmp_path, "val", classes=["ant", "bee", "dog", "emu"])
+    part = open_tree(tmp_path / "train", classes=["ant", "ape", "bee"], subset=True)
+    assert part.targets.tolist() == [0, 2] and len(part.classes) == 3
+
+
+def test_select_keeps_classes(mixed):
+    part = mixed.select([7, 2])
+    assert part.paths == [mixed.path(7), mixed.path(2)]
+    assert part.targets.tolist() == [1, 0] and part.classes == mixed.classes
+
+
+# ----------------------------------------------------------------------------------------------- torchvision's own sets
+
+
+class FakeCifar:
+    """Stands for torchvision.datasets.CIFAR10; `online` and `stored` play the network and the disk."""
+
+    online = stored = False
+    classes = [f"c{i}" for i in range(10)]
+
+    def __init__(self, root, train, download):
+        if download and not self.online:
+            raise urllib.error.URLError("no network\nhere")
+        if not download and not self.stored:
+            raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+        n = 6 if train else 3
+        self.data = np.random.default_rng(train).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        self.targets = list(range(n))
+
+
+def test_cifar(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tv_datasets, "CIFAR10", FakeCifar)
+    with pytest.raises(UserError, match="could not be downloaded.*no network here.*put cifar-10-batches-py/") as error:
+        open_set(tmp_path / "new", "train", dataset="cifar10")
+    assert error.value.code == 1 and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="not there or damaged: put cifar-10-batches-py/ from https"):
+        open_set(tmp_path, "train", dataset="cifar10", download=False)
+    monkeypatch.setattr(FakeCifar, "online", True)
+    assert len(open_set(tmp_path, "train", dataset="cifar10")) == 6
+    monkeypatch.setattr(FakeCifar, "stored", True)
+    val = open_set(tmp_path, "val", dataset="cifar10", download=False, classes=FakeCifar.classes)
+    assert len(val) == 3 and val.images.shape == (3, 3, 32, 32) and val.name == "cifar10/val"
+    assert np.array_equal(val.images[1].permute(1, 2, 0).numpy(), FakeCifar(None, False, False).data[1])
+    with pytest.raises(UsageError, match="splits train, val, not 'unlabeled'"):
+        open_set(tmp_path, "unlabeled", dataset="cifar10")
+    with pytest.raises(UsageError, match="other classes than the training set"):
+        open_set(tmp_path, "val", dataset="cifar10", classes=["a"])
+
+
+def test_stl10_splits(tmp_path, monkeypatch):
+    class FakeStl:
+        classes = ["x", "y"]
+
+        def __init__(self, root, split, download):
+            self.data, self.labels = np.zeros((2, 3, 96, 96), np.uint8), np.array([-1, 1])
+            self.split = split
+            seen.append(split)
+
+    seen = []
+    monkeypatch.setattr(data.tv_datasets, "STL10", FakeStl)
+    for split in ("train", "unlabeled", "train+unlabeled", "test", "val"):
+        assert open_set(tmp_path, split, dataset="stl10").targets.tolist() == [-1, 1]
+    assert seen == ["train", "unlabeled", "train+unlabeled", "test", "test"]
+
+
+# ------------------------------------------------------------------------------------------------------- reading files
+
+
+def test_every_kind_of_file_reads_like_pil_loader(tmp_path):
+    base, folder = picture(1), tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    base.save(folder / "rgb.jpg")
+    base.convert("L").save(folder / "grey.jpg")
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.convert("P").save(folder / "palette.png")
+    base.convert("RGBA").save(folder / "alpha.png")
+    base.convert("1").save(folder / "bits.png")
+    deep = np.asarray(base.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep16.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees": ignored
+    base.save(folder / "turned.jpg", exif=exif)
+    pictures = open_set(tmp_path, "train")
+    whole = Compose(ResizeCenterCrop(None, 30))
+    [(views, _, index)] = epoch_of(
+        loader(pictures, (whole,), 8, shuffle=False, drop_last=False, data_device="host")
+    )
+    for view, row in zip(views[0], index):
+        expected = np.asarray(pil_loader(pictures.path(row)))[:, 5:35]
+        assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), expected), pictures.path(row)
+
+
+def bad_tree(root):
+    """8 pictures, rows 1, 2, 3 and 7 of which cannot be read."""
+    make_tree(root / "train")
+    whole = (root / "train" / "ant" / "p1.jpg").read_bytes()
+    (root / "train" / "ant" / "p1.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    (root / "train" / "ant" / "p2.jpg").write_text("this is no picture")
+    (root / "train" / "ant" / "p3.jpg").write_bytes(b"")
+    (root / "train" / "bee" / "p3.jpg").write_bytes(whole[:300])
+    return open_set(root, "train")
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_bad_pictures_are_named(tmp_path, mode):
+    pictures = bad_tree(tmp_path)
+    for row, name in ((1, "ant/p1.jpg"), (2, "ant/p2.jpg"), (3, "ant/p3.jpg"), (7, "bee/p3.jpg")):
+        with pytest.raises(UserError, match=f"{name}: not a picture or truncated \\(--skip-bad-images") as error:
+            epoch_of(loader(pictures.select([0, row, 4]), batch_size=3, data_device=mode))
+        assert error.value.code == 1
+    with pytest.raises(UserError, match="gone.jpg: no such file or directory"):
+        gone = FolderSet(["ant/gone.jpg"], [0], ["ant"], pictures.root)
+        epoch_of(loader(gone, batch_size=1, data_device=mode))
+
+
+def test_bad_picture_in_a_worker_is_one_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        epoch_of(loader(bad_tree(tmp_path), workers=2, data_device="host"))
+    assert str(error.value).count("\n") == 0 and "truncated" in str(error.value)
+
+
+def test_bad_pictures_are_replaced_and_counted(tmp_path):
+    pictures = bad_tree(tmp_path)
+    expected = [0, 4, 4, 4, 4, 5, 6, 0]  # the next readable row, around the end
+    runs = []
+    for options in ({"data_device": "host"}, {"data_device": "host", "workers": 2}, {"data_device": "device"}):
+        the_loader = loader(pictures, batch_size=3, shuffle=False, drop_last=False, skip_bad=True, **options)
+        runs.append(epoch_of(the_loader))
+        index = torch.cat([index for _, _, index in runs[-1]])
+        target = torch.cat([target for _, target, _ in runs[-1]])
+        assert index.tolist() == expected and torch.equal(target, pictures.targets[index])
+        assert sorted(the_loader.bad_images) == [pictures.path(row) for row in (1, 2, 3, 7)]
+        assert_same(runs[-1], epoch_of(the_loader))  # and the second time, when they are known
+        assert len(the_loader.bad_images) == 4
+    assert_same(runs[0], runs[1])
+    for (host, *_), (device, *_) in zip(runs[0], runs[2]):
+        assert max((a - b).abs().max() for a, b in zip(host, device)) < 2 / 255
+    for mode in ("host", "device"):
+        with pytest.raises(UserError, match="no readable picture"):
+            epoch_of(loader(pictures.select([1, 2, 3]), batch_size=3, skip_bad=True, data_device=mode))
+
+
+def test_a_bad_twin_replaces_the_pair(tmp_path):
+    pictures = bad_tree(tmp_path)
+    good = open_set(make_tree(tmp_path / "good" / "train").parent, "train")
+    for mode in ("host", "device"):
+        the_loader = loader(good, (CROP,), 8, partner=pictures, shuffle=False, drop_last=False, skip_bad=True,
+                            data_device=mode)
+        [(_, _, index)] = epoch_of(the_loader)
+        assert index.tolist() == [0, 4, 4, 4, 4, 5, 6, 0]
+        assert sorted(the_loader.bad_images) == [pictures.path(row) for row in (1, 2, 3, 7)]
+
+
+# ------------------------------------------------------------------------------------------------------- device or host
+
+
+def test_mode_is_chosen_by_size(mixed, equal, monkeypatch):
+    assert loader(equal).mode == "device" and loader(mixed).mode == "host"
+    assert loader(equal, data_device="host").mode == "host"
+    with pytest.raises(UsageError, match=r"ant/p1.jpg is 30x44, .*ant/p0.jpg is 40x30: .* --data-device host"):
+        loader(mixed, data_device="device")
+    monkeypatch.setattr(data, "CPU_BYTES", 12 * 3 * 40 * 30 - 1)
+    assert loader(equal).mode == "host"
+    with pytest.raises(UsageError, match="--data-device gpu: choose auto, host or device"):
+        loader(equal, data_device="gpu")
+
+
+def test_odd_picture_found_late_falls_back_to_host(mixed, monkeypatch, capsys):
+    monkeypatch.setattr(data, "_common_size", lambda source: (30, 40))
+    the_loader = loader(mixed, progress=True)
+    assert the_loader.mode == "host" and len(epoch_of(the_loader)) == 3
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "ant/p1.jpg" in out
+    assert "decoding" in err and "train" in err
+    assert loader(mixed).mode == "host"
+    assert capsys.readouterr() == ("", "")  # another rank stays silent
+
+
+def test_pictures_are_decoded_once_for_several_loaders(equal, monkeypatch):
+    loader(equal, data_device="device")
+    monkeypatch.setattr(FolderSet, "open", lambda *_: pytest.fail("decoded again"))
+    epoch_of(loader(equal, data_device="device", seed=8))
+
+
+def test_host_and_device_give_the_same_views(equal):
+    views = (CROP, Compose(RandomResizedCrop(24, (0.08, 0.5))), EVAL)
+    host, device = (epoch_of(loader(equal, views, data_device=mode)) for mode in ("host", "device"))
+    for (a, target_a, index_a), (b, target_b, index_b) in zip(host, device):
+        assert torch.equal(index_a, index_b) and torch.equal(target_a, target_b)
+        assert [v.shape for v in a] == [v.shape for v in b] == [(4, 3, 16, 16), (4, 3, 24, 24), (4, 3, 16, 16)]
+        assert all(v.dtype == torch.float32 for v in a + b)
+        assert max((x - y).abs().max() for x, y in zip(a, b)) < 2 / 255
+        assert (a[0] - b[2]).abs().max() > 0.1  # the test pictures are not flat
+
+
+def test_array_set(equal):
+    images = torch.stack([torch.from_numpy(np.asarray(equal.open(row).convert("RGB")).copy()) for row in range(12)])
+    array = ArraySet(images.permute(0, 3, 1, 2), equal.targets, equal.classes)
+    assert_same(epoch_of(loader(array, (FULL, FULL))), epoch_of(loader(equal, (FULL, FULL), data_device="device")))
+    host = loader(array, (FULL, FULL), data_device="host", workers=2)
+    assert_same(epoch_of(host), epoch_of(loader(equal, (FULL, FULL), data_device="host")))
+    with pytest.raises(ValueError, match="uint8"):
+        ArraySet(images.float(), equal.targets, equal.classes)
+
+
+# ----------------------------------------------------------------------------------------------------- reproducibility
+
+
+def test_views_do_not_depend_on_workers_restart_or_global_state(mixed):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    here, workers = loader(mixed, (FULL, FULL)), loader(mixed, (FULL, FULL), workers=2)
+    first = epoch_of(here)
+    assert_same(first, epoch_of(workers))
+    assert torch.equal(torch.get_rng_state(), before)
+    second = epoch_of(here, epoch=1)
+    torch.manual_seed(2)
+    assert_same(second, epoch_of(workers, epoch=1))
+    assert_same(second[1:], epoch_of(workers, epoch=1, start_step=1))  # with the persistent workers of the epoch before
+    for _ in workers:
+        break  # leave in the middle of an epoch
+    assert_same(first, epoch_of(workers))
+    assert_same(second[2:], epoch_of(loader(mixed, (FULL, FULL)), epoch=1, start_step=2))
+    assert not torch.equal(first[0][0][0], second[0][0][0])
+    other = epoch_of(loader(mixed, (FULL, FULL), seed=4))
+    assert not torch.equal(first[0][2], other[0][2]) or not torch.equal(first[0][0][0], other[0][0][0])
+    assert not torch.equal(first[0][0][0], first[0][0][1])  # two views, two crops
+    workers.close()
+
+
+def test_an_epoch_is_a_permutation_and_index_names_the_row(equal):
+    the_loader = loader(equal, (EVAL,))
+    rows = []
+    for views, target, index in epoch_of(the_loader):
+        rows += index.tolist()
+        assert torch.equal(target, equal.targets[index])
+        for view, row in zip(views[0], index.tolist()):
+            alone = loader(equal.select([row]), (EVAL,), 1)
+            assert (epoch_of(alone)[0][0][0][0] - view).abs().max() < 1e-6
+    assert sorted(rows) == list(range(12)) and rows != sorted(rows)
+    assert len(the_loader) == 3
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_colours_follow_the_crop(equal, mode):
+    """With a colour operation in the recipe, the crops stay those of the plain recipe."""
+    jittered = Compose(CROP.geometry, ColorJitter(brightness=(0.5, 0.5)))
+    for (plain, *_), (dark, *_) in zip(
+        epoch_of(loader(equal, data_device=mode)), epoch_of(loader(equal, (jittered, CROP), data_device=mode))
+    ):
+        assert (plain[0] / 2 - dark[0]).abs().max() < 1e-5 and torch.equal(plain[1], dark[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_rank_slices_make_up_the_batch_of_one_process(mixed):
+    one = epoch_of(loader(mixed, batch_size=4), epoch=5)
+    two = [epoch_of(loader(mixed, batch_size=2, rank=rank, world_size=2), epoch=5) for rank in (0, 1)]
+    assert len(one) == len(two[0]) == len(two[1]) == 3
+    for step, (_, _, index) in enumerate(one):
+        assert torch.equal(index, torch.cat([two[0][step][2], two[1][step][2]]))
+
+
+@pytest.mark.parametrize("n, batch, world, expected", [(12, 5, 1, 3), (12, 5, 2, 2), (11, 5, 2, 1), (13, 2, 3, 2)])
+def test_last_batch_is_shared_when_kept(equal, n, batch, world, expected):
+    part = equal.select(list(range(12)) + [0]).select(range(n))
+    loaders = [loader(part, (EVAL,), batch, rank=r, world_size=world, drop_last=False) for r in range(world)]
+    assert [len(x) for x in loaders] == [expected] * world
+    rows = [len(index) for x in loaders for _, _, index in epoch_of(x)]
+    assert min(rows) > 0 and sum(rows) == n - (n % (batch * world) if n % (batch * world) < world else 0)
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_covers_every_row_once(equal, mode, world):
+    part, seen = equal.select(range(11)), []
+    for rank in range(world):
+        the_loader = loader(part, (EVAL,), 4, rank=rank, world_size=world, shuffle=False, drop_last=False,
+                            data_device=mode)
+        batches = epoch_of(the_loader)
+        assert len(batches) == len(the_loader)
+        mine = torch.cat([index for _, _, index in batches]).tolist()
+        assert mine == list(range(rank, 11, world))
+        seen += mine
+    assert sorted(seen) == list(range(11))
+
+
+def test_impossible_loaders_are_refused(equal):
+    with pytest.raises(UsageError, match="12 pictures do not fill one batch of 16: use --batch-size 12 or less"):
+        loader(equal, batch_size=8, world_size=2)
+    with pytest.raises(UsageError, match="--batch-size 0"):
+        loader(equal, batch_size=0)
+    with pytest.raises(UsageError, match="--workers -1"):
+        loader(equal, workers=-1)
+    with pytest.raises(UsageError, match="no pictures"):
+        loader(equal.select([]), drop_last=False)
+    with pytest.raises(ValueError, match="partner set has 2 pictures"):
+        loader(equal, partner=equal.select([0, 1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- twins
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_the_twin_gets_the_parameters_of_view_0(equal, mode):
+    for views, *_ in epoch_of(loader(equal, (FULL, FULL), partner=equal, data_device=mode)):
+        assert len(views) == 3 and torch.equal(views[0], views[2]) and not torch.equal(views[0], views[1])
+
+
+def test_the_twin_of_double_size_gets_the_same_part(mixed, tmp_path):
+    for row in range(len(mixed)):
+        twin = mixed.open(row).convert("RGB")
+        twin = twin.resize((2 * twin.width, 2 * twin.height), Image.Resampling.BICUBIC)
+        path = tmp_path / "train" / Path(mixed.path(row)).relative_to(mixed.root).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        twin.save(path)
+    wide = Compose(RandomResizedCrop(16, (0.5, 1.0)), RandomHorizontalFlip())
+    for views, *_ in epoch_of(loader(mixed, (wide,), partner=open_set(tmp_path, "train"), workers=2)):
+        assert (views[0] - views[1]).abs().mean() < 0.02
+        assert (views[0] - views[1].flip(-1)).abs().mean() > 0.05
+
+
+def test_scaled_boxes():
+    boxes = torch.tensor([[3, 5, 10, 20], [0, 0, 30, 40], [29, 39, 1, 1], [7, 11, 13, 17]])
+    h, w = torch.full((4,), 30), torch.full((4,), 40)
+    assert torch.equal(scale_boxes(boxes, h, w, h, w), boxes)
+    assert torch.equal(scale_boxes(boxes, h, w, 2 * h, 2 * w), 2 * boxes)
+    small = scale_boxes(boxes, h, w, torch.tensor([3, 3, 3, 7]), torch.tensor([4, 4, 4, 224]))
+    assert small[2].tolist() == [2, 3, 1, 1] and small[1].tolist() == [0, 0, 3, 4]
+    assert (small[:, 2:] >= 1).all() and small[3, 1] + small[3, 3] <= 224
+
+
+def test_textures_pair_by_path(tmp_path):
+    photos = make_tree(tmp_path / "in-100" / "train", each=3, suffix=".JPEG").parent
+    save(photos / "train" / "bee" / "deep" / "it's 1.x.jpg", 50)
+    textures = make_tree(tmp_path / "in-100-texture" / "train", each=2, suffix=".png").parent
+    save(textures / "train" / "bee" / "deep" / "it's 1.x.png", 51)
+    save(textures / "train" / "bee" / "texture1_p0.png", 52)
+    save(textures / "train" / "bee" / "texture2_p0.png", 53)
+    assert original_root_of(textures) == photos
+    assert original_root_of("/a-texture/b-texture/train") == Path("/a/b/train")
+    with pytest.raises(UsageError, match="no '-texture' in the path"):
+        original_root_of(photos)
+
+    listing = tmp_path / "unmatched.txt"
+    found = open_set(textures, "train")
+    for root in (photos, photos / "train"):
+        original, texture = pair_by_path(found, root, unmatched_listing=listing)
+        assert len(original) == len(texture) == 5
+        assert original.classes == texture.classes and torch.equal(original.targets, texture.targets)
+        for a, b in zip(original.paths, texture.paths):
+            assert Path(a).relative_to(photos).with_suffix("") == Path(b).relative_to(textures).with_suffix("")
+    assert listing.read_text().splitlines() == [f"original without texture: {c}/p2.JPEG" for c in ("ant", "bee")]
+    assert "2 left-over patch files" in original.notes[0] and "2 pictures without a texture" in original.notes[1]
+
+    save(textures / "train" / "ant" / "p77.png", 54)
+    found = open_set(textures, "train")
+    with pytest.raises(UsageError, match=r"1 of 6 originals missing: ant/p77.png; full list in .*unmatched.txt"):
+        pair_by_path(found, photos, unmatched_listing=listing)
+    assert listing.read_text().splitlines()[0] == "texture without original: ant/p77.png"
+    other = make_tree(tmp_path / "other", ("cow",), each=1)
+    with pytest.raises(UsageError, match="none of its 6 textures has its original"):
+        pair_by_path(found, other)
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        pair_by_path(found, tmp_path / "nowhere")
+    save(photos / "train" / "ant" / "p0.png", 55)
+    with pytest.raises(UsageError, match="ant/p0.JPEG, ant/p0.png share one name"):
+        pair_by_path(found, photos)
+
+
+# -------------------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="needs POSIX signals")
+def test_workers_outlive_the_signals_of_a_job(mixed):
+    """Ctrl-C and a scheduler's SIGTERM reach every process; the epoch's next batches must still come."""
+    before = set(multiprocessing.active_children())
+    the_loader = loader(mixed, batch_size=2, workers=2)
+    batches = iter(the_loader)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 5
+    the_loader.close()
+    assert not workers & set(multiprocessing.active_children())
+
+
+def test_a_killed_worker_is_one_line(mixed):
+    def killed():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
+        yield
+
+    the_loader = loader(mixed, data_device="host")
+    the_loader._workers = killed()
+    with pytest.raises(UserError, match="is killed by signal: Killed: with too little memory or /dev/shm, use fewer --w"):
+        epoch_of(the_loader)
+
+
+def test_a_program_with_a_global_loader_ends(mixed):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from common.data import Loader, open_tree\nfrom common.augment import Compose, RandomResizedCrop\n"
+        "loader = Loader(open_tree(sys.argv[2]), (Compose(RandomResizedCrop(8)),), 2, device='cpu', seed=0)\n"
+        "for batch in loader:\n    raise SystemExit('left in the middle')\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), mixed.root]
+    done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, "left in the middle")
+
+
+def test_times_are_counted(mixed):
+    the_loader = loader(mixed, (FULL,))
+    epoch_of(the_loader)
+    assert the_loader.wait_seconds > 0 and the_loader.view_seconds > 0
+    assert repr(the_loader) == f"{mixed.name}: 12 pictures, 2 classes, 0 workers"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_may_be_a_gpu(equal):
+    expected = epoch_of(loader(equal, (FULL, FULL), partner=equal, data_device="device"))
+    for mode, tolerance in (("device", 1e-4), ("host", 3 / 255)):
+        found = epoch_of(
+            loader(equal, (FULL, FULL), partner=equal, data_device=mode, device="cuda", workers=2 * (mode == "host"))
+        )
+        for (a, target_a, index_a), (b, target_b, index_b) in zip(expected, found):
+            assert all(t.is_cuda for t in (*b, target_b, index_b))
+            assert torch.equal(index_a, index_b.cpu()) and torch.equal(target_a, target_b.cpu())
+            assert max((x - y.cpu()).abs().mean() for x, y in zip(a, b)) < tolerance

@@ -153,7 +153,7 @@ def main(argv=None):
     print("\nkornia against torchvision.transforms.functional at equal parameters, largest difference in [0, 1]:")
     for name, difference in rows:
         print(f"  {difference:8.1e}  {name}")
-    print(f"shape of the jitter order drawn for 8 images: {order_shape}; drawn from the global generator: {uses_global}")
+    print(f"jitter order of 8 images: shape {order_shape}, drawn from the global generator: {uses_global}")
 
 
 if __name__ == "__main__":

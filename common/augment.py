@@ -2,9 +2,9 @@
 
 Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a
 dict of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on the device
-the batch is on, and leaves its input unchanged. So the same parameters can be applied to a second set of pictures, and
-one seed gives the same views on every device. Parameters stay on the CPU (`apply` moves what it needs): which images an
-operation touches is then known without waiting for the device.
+the batch is on, and leaves its input unchanged (where there is nothing to do it returns the input itself). So the same
+parameters can be applied to a second set of pictures, and one seed gives the same views on every device. Parameters
+stay on the CPU (`apply` moves what it needs): so the images an operation touches are known without waiting for it.
 
 The first operation of a recipe is its geometry, which brings pictures of any size to one size; the others are colour
 operations on float images in [0, 1]. A new operation is a class with the same two methods.
@@ -13,6 +13,14 @@ operations on float images in [0, 1]. A new operation is a class with the same t
                      GaussianBlur((0.1, 2.0), p=0.5), RandomHorizontalFlip(), Normalize(IMAGENET_MEAN, IMAGENET_STD))
     boxes = recipe.geometry.sample(heights, widths, generator)
     views = recipe.apply(recipe.geometry.apply(pictures, boxes), recipe.sample(len(pictures), generator))
+
+Why not kornia.augmentation? Measured with kornia 0.9.0 by benchmarks/augment_kornia.py (torch 2.15, CPU, one thread,
+a busy machine; the recipe above, one view, both sides in one run): 256 pictures of 32x32 take 17 ms here and 51-55 ms
+there, 32 views of 224x224 take 0.18 s and 0.39-0.41 s, that is 2 to 3 times as long. And it makes other views than the
+torchvision recipes of the papers. At equal parameters its blur, flip and ColorJitter arithmetic agree with torchvision
+(within 1e-4; ColorJiggle does not), but its ColorJitter draws one order of the four factors for the whole batch, its
+RandomResizedCrop does not anti-alias when it shrinks and by default aligns the corner pixels (align_corners=True; up
+to half the value range apart on noise), and its parameters come from the global random state.
 """
 
 from __future__ import annotations

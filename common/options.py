@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from common import data, launch, run
+from common import data, demo, launch, run
 
 
 def add_data_arguments(group) -> None:
@@ -39,3 +39,12 @@ def workers_per_process(args) -> int:
 def eval_resize(input_res: int) -> int:
     """Shorter side before the centre crop: 256 for 224, in proportion elsewhere."""
     return round(input_res * 256 / 224)
+
+
+def ensure_demo(args, process: launch.Process, texture: bool = False) -> None:
+    """With --demo: make the built-in pictures at DATA unless a whole set of them, of whatever size, is there."""
+    if args.demo and process.is_main:
+        content = demo.read(args.data)
+        if content is None or (texture and not content["settings"]["texture"]):
+            demo.ensure(args.data, texture=texture)
+    launch.barrier()

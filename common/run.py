@@ -236,11 +236,12 @@ class Run:
     """A folder that holds one run: config.json, metrics.jsonl, TensorBoard events, checkpoints, result.json.
 
     folder: created with its parents. process: only rank 0 writes and prints; on other ranks every method is silent.
-    derived: further facts for the start-up echo (image count, steps per epoch, learning rate after scaling, ...).
+    suffix: config<suffix>.json and result<suffix>.json, where a second kind of run shares the folder.
     """
 
-    def __init__(self, folder: str | Path, args, process: launch.Process, tensorboard: bool = True):
+    def __init__(self, folder: str | Path, args, process: launch.Process, tensorboard: bool = True, suffix: str = ""):
         self.folder, self.process, self.main = Path(folder), process, process.is_main
+        self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
         self._tensorboard, self._jsonl = None, None
         self.command = shlex.join(["python", *sys.argv])
         if not self.main:
@@ -249,7 +250,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             config = {"command": self.command, **environment(), "world_size": process.world_size,
                       "started": datetime.now().isoformat(timespec="seconds"), "options": options(args)}  # fmt: skip
-            write_json(self.folder / "config.json", config)
+            write_json(self._config, config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
         self._want_tensorboard = tensorboard
@@ -276,8 +277,7 @@ class Run:
     def derived(self, **facts) -> None:
         """Echo and record facts that follow from the options and the data."""
         if self.main:
-            path = self.folder / "config.json"
-            write_json(path, json.loads(path.read_text()) | {"derived": facts})
+            write_json(self._config, json.loads(self._config.read_text()) | {"derived": facts})
             self.say("derived  " + _wrap([f"{k}={v}" for k, v in facts.items()]))
 
     def rewind(self, step: int) -> None:
@@ -315,9 +315,9 @@ class Run:
         """Write result.json (what was evaluated, on what, the numbers, the command) and the final `result:` line."""
         if self.main:
             values = {k: _plain(v) for k, v in values.items()}
-            write_json(self.folder / "result.json", {"command": self.command, **environment(), **values})
+            write_json(self._result, {"command": self.command, **environment(), **values})
             numbers = [f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)]
-            self.say(f"result: {', '.join(numbers)} ({self.folder / 'result.json'})")
+            self.say(f"result: {', '.join(numbers)} ({self._result})")
 
     def close(self) -> None:
         for handle in (self._jsonl, self._tensorboard):

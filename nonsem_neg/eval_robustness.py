@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, demo, launch, options, run
+from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, options, run
 
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
@@ -187,9 +187,7 @@ def row_label(saved) -> str:
 
 
 def worker(args, process: launch.Process) -> None:
-    if args.demo and process.is_main:
-        demo.ensure(args.data)
-    launch.barrier()
+    options.ensure_demo(args, process)
     saved = read_classifier(args)
     classes = class_names(saved, args)
     model = build_model(saved, process)

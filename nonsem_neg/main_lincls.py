@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, demo, launch, metrics, options, run, schedule
+from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
 
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 PRESETS = {
@@ -197,9 +197,7 @@ def validate(model, loader, precision, show) -> tuple[float, float]:
 
 def worker(args, process: launch.Process) -> None:
     run.refuse_to_overwrite(args.ckpt_path, "checkpoint_robust_*.pth.tar", args.resume, args.overwrite)
-    if args.demo and process.is_main:
-        demo.ensure(args.data)
-    launch.barrier()
+    options.ensure_demo(args, process)
     saved = read_backbone(args)
     resumed = "best_acc1" in saved
     if args.resume and not resumed and args.resume != "auto":
@@ -212,7 +210,7 @@ def worker(args, process: launch.Process) -> None:
     classes = train_set.classes
     model = build_model(saved, len(classes), process, resumed)
     precision = run.Precision(args.amp, process.device)
-    log = run.Run(args.ckpt_path, args, process)
+    log = run.Run(args.ckpt_path, args, process, suffix="-evaluate" if args.evaluate else "")
     val_loader = make_loader(args, process, val_set, train=False)
     if args.evaluate:
         top1, top5 = validate(model, val_loader, precision, log.main)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, demo, launch, metrics, options, run, schedule
+from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
 from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import check_patch_range, patch_negatives
 
@@ -102,6 +102,8 @@ def parse_args(argv=None):
         raise UsageError("no data: give the root of an ImageFolder tree (train/CLASS/*), or --demo for built-in pictures")
     if args.patch_ratio is None:
         args.patch_ratio = [max(1, round(side * args.input_res / 224)) for side in (16, 72 if args.demo else 56)]
+    if args.demo and args.robust == "texture" and not args.texture_root:
+        args.texture_root = args.data + "-texture"
     if args.robust == "none":
         args.num_nonsem = 0
     if args.num_nonsem < 0 or (args.robust == "texture" and args.num_nonsem > 1):
@@ -296,9 +298,7 @@ def worker(args, process: launch.Process) -> None:
     if per_process % splits:
         raise UsageError(f"--bn-splits: {per_process} images per process cannot be cut into {splits} equal groups")
     run.refuse_to_overwrite(args.ckpt_path, "checkpoint_*.pth.tar", args.resume, args.overwrite)
-    if args.demo and process.is_main:
-        demo.ensure(args.data, texture=args.robust == "texture")
-    launch.barrier()
+    options.ensure_demo(args, process, texture=args.robust == "texture")
     saved = open_resume(args)
     args.seed = run.settle_seed(args.seed)
     run.seed_all(args.seed)  # the same on every rank: equal weights; per-rank draws are the loader's
@@ -319,7 +319,7 @@ def worker(args, process: launch.Process) -> None:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
 
     log = run.Run(args.ckpt_path, args, process)
-    log.say(f"view     {loader.views[0]!r}")
+    log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
     log.derived(images=len(loader.dataset), classes=len(loader.dataset.classes), steps_per_epoch=len(loader), lr=args.lr,
                 batch_per_process=per_process, bn_groups=splits * process.world_size, precision=str(precision),
                 data_device=loader.mode, **({"patch_side": args.patch_ratio} if args.robust == "patch" else {}))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Data sets and loaders: what is found on disk, what a wrong folder says, and what the views depend on: the seed alone."""
+"""Data sets and loaders: what is found on disk, what a wrong folder says, and that the seed alone decides the views."""
 
 import multiprocessing
 import os
@@ -271,6 +271,17 @@ def test_every_kind_of_file_reads_like_pil_loader(tmp_path):
     for view, row in zip(views[0], index):
         expected = np.asarray(pil_loader(pictures.path(row)))[:, 5:35]
         assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), expected), pictures.path(row)
+
+
+@pytest.mark.parametrize("geometry", [RandomResizedCrop(16), ResizeCenterCrop(18, 16), ResizeCenterCrop(None, 36),
+                                      ResizeCenterCrop(None, 21), ResizeCenterCrop(60, 64)])
+def test_host_crops_are_those_of_pillow(mixed, geometry):
+    [(views, _, index)] = epoch_of(loader(mixed, (Compose(geometry),), 12, seed=5, data_device="host"))
+    images = [mixed.open(row).convert("RGB") for row in index]
+    heights, widths = torch.tensor([image.size[::-1] for image in images]).unbind(1)
+    boxes = geometry.sample(heights, widths, data.step_generator(5, 0, 0, 0, data.CROPS))
+    for view, image, box in zip(views[0], images, boxes):
+        assert (view * 255 - geometry.apply_pil(image, box)).abs().max() < 1.01
 
 
 def bad_tree(root):
@@ -579,7 +590,7 @@ def test_a_killed_worker_is_one_line(mixed):
 
     the_loader = loader(mixed, data_device="host")
     the_loader._workers = killed()
-    with pytest.raises(UserError, match="is killed by signal: Killed: with too little memory or /dev/shm, use fewer --w"):
+    with pytest.raises(UserError, match="is killed by signal: Killed: with too little memory or /dev/shm, use fewer"):
         epoch_of(the_loader)
 
 

@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+from common import demo
+
+
+@pytest.fixture(scope="session")
+def demo_set(tmp_path_factory) -> Path:
+    """A small set of the built-in pictures: 160 train, 40 val, 15 corruptions x 1 severity x 10, and so on."""
+    out = tmp_path_factory.mktemp("pictures") / "demo"
+    demo.make(out, train_per_class=16, val_per_class=4, severities=(3,), corruption_per_class=1, texture=True,
+              workers=2, progress=False)  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def workspace(demo_set, tmp_path, monkeypatch) -> Path:
+    """A working directory of its own whose data/demo is the small demo set: what the --demo presets look for."""
+    (tmp_path / "data").mkdir()
+    for name in ("demo", "demo-texture"):
+        (tmp_path / "data" / name).symlink_to(demo_set.parent / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env) -> subprocess.CompletedProcess:
+    """A script as a user starts it, in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / path), *map(str, arguments)], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **env})  # fmt: skip

@@ -1,0 +1,441 @@
+"""The pre-training script: what a step does, exact resume, one process = two, bad input."""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_script
+from torch import nn
+
+from common import UsageError, UserError, backbones, checkpoint, data, launch, run
+from nonsem_neg import moco_non_sem_neg as script
+from nonsem_neg.moco import MoCo, contrast_logits
+from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
+
+TINY = ["--demo", "--epochs", "2", "--batch-size", "32", "--moco-k", "64", "--bn-splits", "2", "--ckpt_path", "run"]
+
+
+def train(*flags) -> dict:
+    script.main([*TINY, *map(str, flags)])
+    folder = flags[flags.index("--ckpt_path") + 1] if "--ckpt_path" in flags else "run"
+    return checkpoint.load(f"{folder}/checkpoint_last.pth.tar")
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def stop_at(monkeypatch, step):
+    """Make the stop signal arrive at this step (counted from 1) of the run."""
+    calls = []
+    monkeypatch.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == step)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_without_nonsemantic_negatives_it_is_moco():
+    q, k, queue = unit(4, 8), unit(4, 8, seed=1), unit(6, 8, seed=2).T
+    plain = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / 0.2
+    torch.testing.assert_close(contrast_logits(q, k, queue, None, 0.2, alpha=3.0), plain)
+    assert contrast_logits(q, k, queue, torch.zeros(4, 0, 8), 0.2).shape == (4, 7)
+
+
+def test_alpha_is_inside_the_exponent_and_a_negative_belongs_to_its_own_query():
+    q, k, queue, t = unit(4, 8), unit(4, 8, seed=1), unit(6, 8, seed=2).T, unit(4, 2, 8, seed=3)
+    logits = contrast_logits(q, k, queue, t, 0.5, alpha=2.0)
+    for i in range(4):
+        terms = [*(q[i] @ queue / 0.5).exp(), *(2.0 * t[i] @ q[i] / 0.5).exp()]
+        expected = -((q[i] @ k[i] / 0.5) - torch.log((q[i] @ k[i] / 0.5).exp() + sum(terms)))
+        torch.testing.assert_close(F.cross_entropy(logits[i : i + 1], torch.tensor([0])), expected)
+    moved = t.clone()
+    moved[1:] = unit(3, 2, 8, seed=4)
+    assert torch.equal(contrast_logits(q, k, queue, moved, 0.5, 2.0)[0], logits[0])
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    shuffled = contrast_logits(q, k, queue[:, order], t, 0.5, 2.0)
+    torch.testing.assert_close(shuffled.logsumexp(1), logits.logsumexp(1))
+
+
+class Net(nn.Module):
+    """A convolution, a batch-norm and a head called fc: small enough to follow by hand."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    return MoCo(Net, dim=8, queue_size=16, momentum=0.5, temperature=0.2, alpha=2.0, **options)
+
+
+def images(n, *shape, seed=5):
+    return torch.randn(n, *shape, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_queue_takes_keys_only_wraps_and_stays_unit():
+    model = make_model()
+    generator = torch.Generator().manual_seed(0)
+    before = model.queue.clone()
+    for step in range(5):
+        _, keys = model(images(4, seed=step), images(4, seed=step + 50), images(4, 2, seed=step + 90), generator)
+        model.enqueue(keys)
+        start = 4 * step % 16
+        assert torch.equal(model.queue[:, start : start + 4], keys.T)
+    assert model.queue_ptr.item() == 4 and not torch.equal(model.queue, before)
+    torch.testing.assert_close(model.queue.norm(dim=0), torch.ones(16))
+
+
+def test_key_encoder_moves_before_its_forward_and_batchnorm_statistics_are_its_own():
+    model = make_model()
+    with torch.no_grad():
+        model.encoder_q.conv.weight.add_(1.0)
+    expected = 0.5 * model.encoder_k.conv.weight + 0.5 * model.encoder_q.conv.weight
+    model(images(4), images(4, seed=6), None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.encoder_k.conv.weight, expected)
+    assert not torch.equal(model.encoder_k.bn.running_mean, model.encoder_q.bn.running_mean)
+    assert not any(p.requires_grad for p in model.encoder_k.parameters())
+
+
+@pytest.mark.parametrize("mode, batches", [("train", 3), ("eval", 1)])
+def test_nonsemantic_images_enter_the_key_batchnorm_only_as_published(mode, batches):
+    model = make_model(nonsem_bn=mode)
+    model(images(4), images(4, seed=6), images(4, 2, seed=7), torch.Generator().manual_seed(0))
+    assert model.encoder_k.bn.num_batches_tracked.item() == batches
+    assert model.encoder_k.bn.training and model.encoder_q.bn.num_batches_tracked.item() == 1
+
+
+def test_split_batchnorm_is_that_many_separate_networks():
+    model = make_model(bn_splits=2)
+    x = images(8)
+    whole = model.encoder_q(x)
+    alone = Net(8)
+    alone.load_state_dict(make_model().encoder_q.state_dict())
+    first = alone(x[:4])
+    torch.testing.assert_close(model.encoder_q.bn.running_mean, alone.bn.running_mean)  # of the first group
+    torch.testing.assert_close(whole, torch.cat([first, alone(x[4:])]))
+    assert (whole - make_model().encoder_q(x)).abs().max() > 1e-3
+    assert list(model.state_dict()) == list(make_model().state_dict())
+
+
+def test_patches_come_from_their_own_picture_and_turn_keeps_their_content():
+    pictures = torch.arange(2 * 3 * 12 * 12).float().view(2, 3, 12, 12)
+    generator = torch.Generator().manual_seed(0)
+    made = patch_negatives(pictures, 3, (3, 5), generator)
+    assert made.shape == (2, 3, 3, 12, 12)
+    for i in range(2):
+        assert set(made[i].flatten().tolist()) <= set(pictures[i].flatten().tolist())
+    grid = sample_patches(1, 12, (4, 4), generator)
+    plain = tile_patches(pictures[:1], grid)
+    for code in range(8):
+        turned = tile_patches(pictures[:1], grid._replace(turn=torch.full_like(grid.top, code)))
+        for r in (0, 4, 8):
+            for c in (0, 4, 8):
+                a, b = plain[0, 0, r : r + 4, c : c + 4], turned[0, 0, r : r + 4, c : c + 4]
+                assert set(a.flatten().tolist()) == set(b.flatten().tolist())
+        assert torch.equal(plain, turned) == (code == 0)
+
+
+def test_patch_side_beyond_the_picture():
+    check_patch_range(1, 31, 32)
+    check_patch_range(1, 32, 32, inclusive=True)
+    for bad in ((1, 32), (0, 4), (5, 4)):
+        with pytest.raises(ValueError, match="do not fit|patch sides"):
+            check_patch_range(*bad, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def test_run_folder_and_checkpoint(workspace):
+    saved = train("--save-freq", 1, "--knn-every", 2, "--print-freq", 2)
+    assert sorted(p.name for p in (workspace / "run").glob("checkpoint*")) == [
+        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "checkpoint_last.pth.tar"]  # fmt: skip
+    assert saved["epoch"] == 2 and saved["arch"] == "resnet18"
+    assert {"module.encoder_q.conv1.weight", "module.encoder_k.fc.2.bias", "module.queue"} <= saved["state_dict"].keys()
+    assert saved["state_dict"]["module.queue_ptr"].item() == 2 * 5 * 32 % 64
+    config = json.loads((workspace / "run/config.json").read_text())
+    assert config["options"]["seed"] == 0 and config["derived"]["images"] == 160
+    records = [json.loads(line) for line in (workspace / "run/metrics.jsonl").read_text().splitlines()]
+    assert {"step", "epoch", "loss", "lr", "contrast_acc1"} <= records[0].keys()
+    assert any("knn_acc1" in r for r in records)
+    assert list((workspace / "run").glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("step", [3, 6, 8])
+def test_resume_in_the_middle_is_bit_exact(workspace, monkeypatch, capsys, step):
+    whole = train("--ckpt_path", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        cut = train()
+    assert (cut["epoch"], cut["step"]) == (0, 3) if step == 3 else cut["epoch"] == 1
+    assert "--resume auto" in capsys.readouterr().out
+    resumed = train("--resume", "auto")
+    assert "resumed run/checkpoint_last.pth.tar" in capsys.readouterr().out
+    for key in ("state_dict", "optimizer", "generators", "epoch", "step"):
+        assert equal(whole[key], resumed[key]), key
+    steps = [json.loads(line)["step"] for line in (workspace / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(workspace):
+    first, again, other = (train("--epochs", 1, "--seed", s, "--ckpt_path", f) for s, f in ((3, "a"), (3, "b"), (4, "c")))
+    assert equal(first["state_dict"], again["state_dict"])
+    assert not equal(first["state_dict"], other["state_dict"])
+
+
+def test_robust_none_is_num_nonsem_zero(workspace):
+    none = train("--epochs", 1, "--robust", "none")
+    zero = train("--epochs", 1, "--num-nonsem", 0, "--ckpt_path", "zero")
+    patch = train("--epochs", 1, "--ckpt_path", "patch")
+    assert equal(none["state_dict"], zero["state_dict"]) and not equal(none["state_dict"], patch["state_dict"])
+
+
+def test_texture_negatives_are_paired_with_the_query_view(workspace, monkeypatch):
+    train("--epochs", 1, "--robust", "texture")
+    args = script.parse_args([*TINY, "--robust", "texture", "--seed", "0"])
+    originals, textures = script.open_texture_pairs(args)
+    assert len(originals) == len(textures) == 160
+    assert all(a.replace("demo/", "demo-texture/") == b for a, b in zip(originals.paths, textures.paths))
+    same = data.open_set("data/demo", "train")  # a twin that is the picture itself must give the query view itself
+    monkeypatch.setattr(script, "open_texture_pairs", lambda args: (same, same))
+    (q, k, t), _, _ = next(iter(script.build_loader(args, launch.Process(), 32)))
+    assert torch.equal(q, t) and not torch.equal(k, t)
+
+
+def test_published_texture_convention(workspace):
+    args = script.parse_args([*TINY, "data/demo-texture", "--robust", "texture"])
+    args.texture_root = None
+    originals, textures = script.open_texture_pairs(args)
+    assert len(originals) == 160 and "demo-texture" in textures.paths[0] and "texture" not in originals.paths[0]
+
+
+def test_published_checkpoint_resumes(workspace):
+    """A file with the authors' keys alone, its Namespace included, as their script would have written it."""
+    ours = train("--epochs", 1)
+    theirs = {k: ours[k] for k in ("epoch", "arch", "state_dict", "optimizer")} | {"args": argparse.Namespace(lr=1)}
+    torch.save({**theirs, "args": {}}, "theirs.pth.tar")
+    torch.save({"opt": argparse.Namespace(lr=1), "x": torch.ones(1)}, "namespace.pth")
+    assert checkpoint.load("namespace.pth")["opt"].lr == 1
+    resumed = train("--resume", "theirs.pth.tar", "--overwrite", "--ckpt_path", "on")
+    assert resumed["epoch"] == 2
+
+
+def test_presets_are_defaults_and_what_is_typed_wins():
+    args = script.parse_args(["--preset", "table1", "somewhere", "--alpha", "3"])
+    assert (args.lr, args.batch_size, args.moco_m, args.moco_k) == (0.03, 128, 0.999, 16384)
+    assert (args.alpha, args.patch_ratio, args.moco_t, args.mlp, args.aug_plus, args.cos) == (3, [16, 72], 0.2, True, True, True)
+    args = script.parse_args(["--preset=ifm", "somewhere", "--moco_k", "16384"])
+    assert (args.lr, args.batch_size, args.moco_m, args.moco_k) == (0.8, 512, 0.99, 16384)
+    bare = script.parse_args(["somewhere"])
+    assert (bare.arch, bare.lr, bare.batch_size, bare.alpha, bare.moco_t, bare.moco_k) == ("resnet50", 0.03, 256, 1.0, 0.07, 65536)
+    assert bare.patch_ratio == [16, 56] and not bare.mlp and bare.schedule == [120, 160]
+    assert script.parse_args(["x", "--input_res", "32"]).patch_ratio == [2, 8]
+    assert script.parse_args(["x", "--patch-range", "16", "72"]).patch_ratio == [16, 72]
+
+
+BAD = {
+    "no data": ([], "no data"),
+    "unknown flag": (["x", "--moco-kk", "4"], None),
+    "queue and batch": (["x", "--moco-k", "1000", "-b", "96"], "--moco-k 1000 must be a multiple of the global batch 96"),
+    "patch range": (["x", "--patch-ratio", "16", "72", "--input-res", "32"], "patch sides 16 to 72 do not fit pictures of 32"),
+    "temperature": (["x", "--moco-t", "0"], "--moco-t"),
+    "two textures": (["x", "--robust", "texture", "--num-nonsem", "2"], "--num-nonsem 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags(name, capsys):
+    flags, message = BAD[name]
+    if message is None:
+        with pytest.raises(SystemExit) as caught:
+            script.parse_args(flags)
+        assert caught.value.code == 2
+        assert "did you mean --moco-k?" in capsys.readouterr().err
+    else:
+        with pytest.raises(UsageError, match=message) as caught:
+            script.parse_args(flags)
+        assert caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+def test_bad_folders_and_checkpoints(workspace):
+    def fails(match, *flags, error=UsageError):
+        with pytest.raises(error, match=match):
+            train(*flags)
+
+    fails("nowhere", "nowhere")
+    (workspace / "empty" / "train").mkdir(parents=True)
+    fails("no class folders", "empty")
+    (workspace / "holes" / "train" / "cat").mkdir(parents=True)
+    fails("without any picture: cat", "holes")
+    (workspace / "flat" / "cat").mkdir(parents=True)
+    fails("train", "flat")
+    fails("--bn-splits", "--bn-splits", "5")
+    fails("no checkpoint at", "--resume", "nowhere.pth.tar")
+    (workspace / "other-texture" / "train" / "disc").mkdir(parents=True)
+    for source in list((workspace / "data/demo-texture/train/disc").iterdir())[:2]:
+        (workspace / "other-texture/train/disc" / f"x{source.name}").write_bytes(source.read_bytes())
+    fails("none of its 2 textures", "--robust", "texture", "--texture-root", "other-texture", error=UserError)
+    assert "texture without original: disc/x" in (workspace / "run/unmatched.txt").read_text()
+    train("--epochs", 1)
+    fails("already holds checkpoint_", "--epochs", 1)
+    fails("is of --arch resnet18, this run of resnet34", "--arch", "resnet34", "--resume", "auto", error=UserError)
+    fails("does not fit this model", "--resume", "auto", "--moco-k", "128", error=UserError)
+    whole = (workspace / "run/checkpoint_last.pth.tar").read_bytes()
+    (workspace / "half.pth.tar").write_bytes(whole[: len(whole) // 2])
+    fails("truncated or not a checkpoint", "--resume", "half.pth.tar", error=UserError)
+
+
+def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(workspace, monkeypatch):
+    good = train("--epochs", 1)
+    logits = script.F.cross_entropy
+    calls = []
+
+    def breaks(*a, **k):
+        calls.append(1)
+        return logits(*a, **k) * (float("nan") if len(calls) >= 3 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "F", SimpleNamespace(cross_entropy=breaks))
+        with pytest.raises(UserError, match="the loss is not finite.*checkpoint"):
+            train("--resume", "auto", "--epochs", 3)
+    assert equal(checkpoint.load("run/checkpoint_last.pth.tar")["state_dict"], good["state_dict"])
+
+
+def test_bad_pictures_are_named_or_replaced(workspace):
+    for i in range(40):
+        folder = workspace / "pictures" / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        source = sorted((workspace / "data/demo/train/disc").iterdir())[i % 16].read_bytes()
+        (folder / f"{i:02d}.png").write_bytes(source[:200] if i == 7 else source)
+    flags = ("pictures", "--epochs", 1, "-b", 8, "--workers", 0)
+    for where in ("device", "host"):
+        with pytest.raises(UserError, match="07.png: not a picture or truncated.*--skip-bad-images"):
+            train(*flags, "--data-device", where, "--ckpt_path", where)
+        train(*flags, "--data-device", where, "--skip-bad-images", "--ckpt_path", f"{where}-skip")
+
+
+# ------------------------------------------------------------------------------------------------------ as a program
+
+
+def test_error_line_exit_code_and_help(workspace):
+    found = run_script("nonsem_neg/moco_non_sem_neg.py", "nowhere", cwd=workspace)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and "nowhere" in found.stderr
+    shown = run_script("nonsem_neg/moco_non_sem_neg.py", "--help", cwd=workspace)
+    assert shown.returncode == 0 and "--patch-ratio" in shown.stdout and "hardware" in shown.stdout
+
+
+def test_sigterm_saves_and_says_how_to_go_on(workspace):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "nonsem_neg/moco_non_sem_neg.py"), *TINY, "--epochs", "1000", "--nproc", "2"],
+        cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Epoch 0:"):
+            process.send_signal(signal.SIGTERM)
+            break
+    started = time.monotonic()
+    lines += process.stdout.readlines()
+    assert process.wait(60) == 0, "".join(lines)
+    assert time.monotonic() - started < 45
+    assert "continue with --resume auto" in lines[-1]
+    saved = checkpoint.load(workspace / "run/checkpoint_last.pth.tar")
+    assert len(saved["generators"]) == 2 and equal(saved["generators"][0], saved["generators"][1])
+    assert sum("derived" in line for line in lines) == 1
+
+
+def two_ranks(args, process):
+    """One step of each rank on fixed views; everything that must agree with one process is written down."""
+    torch.manual_seed(0)
+    model = make_model(bn_splits=2 // process.world_size)
+    wrapped = model
+    if process.world_size > 1:
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(9)
+    losses = []
+    for step in range(3):
+        mine = slice(4 * process.rank, 4 * process.rank + 8 // process.world_size)
+        views = (images(8, seed=step)[mine], images(8, seed=10 + step)[mine], images(8, 2, seed=20 + step)[mine])
+        logits, keys = wrapped(*views, generator)
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.enqueue(keys)
+        losses.append(launch.mean_ranks(loss.detach()))
+    x = torch.arange(3.0)[:, None] + 10 * process.rank
+    shuffle = launch.BatchShuffle(3, torch.Generator().manual_seed(1))
+    spread = shuffle.spread(x)
+    z = x.clone().requires_grad_()
+    (launch.all_gather_with_grad(z) ** 2).sum().backward()
+    state = model.state_dict()
+    everyone = launch.gather_objects({k: v for k, v in state.items() if "running" not in k and "tracked" not in k})
+    if process.is_main:
+        torch.save({"losses": torch.stack(losses), "state": state, "ranks": everyone,
+                    "shuffled": launch.all_gather(spread), "restored": shuffle.own(shuffle.collect(spread)), "x": x,
+                    "ragged": launch.gather_ragged(torch.arange(1.0)), "grad": z.grad, "any": launch.any_rank(False)},
+                   args.out)  # fmt: skip
+    else:
+        assert torch.equal(shuffle.own(shuffle.collect(spread)), x)
+        launch.all_gather(spread)
+        launch.gather_ragged(torch.arange(3.0))
+        launch.any_rank(True)
+
+
+def test_two_processes_equal_one(tmp_path):
+    parser = run.Parser()
+    launch.add_arguments(parser)
+    results = []
+    for count in (1, 2):
+        args = parser.parse_args(["--nproc", str(count), "--device", "cpu"])
+        args.out = str(tmp_path / f"{count}.pt")
+        launch.launch(two_ranks, args)
+        results.append(torch.load(args.out))
+    one, two = results
+    torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-5, atol=1e-6)
+    for key, value in one["state"].items():
+        torch.testing.assert_close(two["state"][key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert equal(two["ranks"][0], two["ranks"][1])  # weights and queue agree on all ranks
+    assert sorted(two["shuffled"].flatten().tolist()) == [0, 1, 2, 10, 11, 12]
+    assert two["shuffled"].flatten().tolist() != [0, 1, 2, 10, 11, 12]
+    assert torch.equal(two["restored"], two["x"])
+    assert two["ragged"].tolist() == [0, 0, 1, 2] and two["any"] is True and one["any"] is False
+    torch.testing.assert_close(two["grad"], 2 * one["grad"])  # each rank's copy of the sum contributes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_cuda_equals_one_on_the_cpu():
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = MoCo(lambda dim: backbones.build("resnet18", dim), queue_size=64, mlp=True, alpha=2.0).to(device)
+        x = torch.randn(3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+        t = patch_negatives(x[0], 1, (4, 9), torch.Generator().manual_seed(2))
+        logits, keys = model(x[0], x[1], t, torch.Generator().manual_seed(3))
+        model.enqueue(keys)
+        losses.append(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long, device=device)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -106,10 +106,16 @@ def compare_semantics():
     for cls in (K.ColorJitter, K.ColorJiggle):
         for name, value in (("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.4), ("hue", 0.1)):
             adjust = getattr(TF, f"adjust_{name}")
-            row(f"{cls.__name__} {name}", cls(**{name: value}, p=1.0),
-                lambda q, name=name, adjust=adjust: per_image(adjust, q[f"{name}_factor"]))
-    row("RandomGaussianBlur", K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=1.0),
-        lambda q: per_image(lambda image, s: TF.gaussian_blur(image, [9, 9], [s, s]), q["sigma"]))
+            row(
+                f"{cls.__name__} {name}",
+                cls(**{name: value}, p=1.0),
+                lambda q, name=name, adjust=adjust: per_image(adjust, q[f"{name}_factor"]),
+            )
+    row(
+        "RandomGaussianBlur",
+        K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=1.0),
+        lambda q: per_image(lambda image, s: TF.gaussian_blur(image, [9, 9], [s, s]), q["sigma"]),
+    )
     row("RandomGrayscale", K.RandomGrayscale(p=1.0), lambda q: TF.rgb_to_grayscale(x, 3))
 
     def boxes(params):
@@ -120,11 +126,16 @@ def compare_semantics():
     for side, what in ((24, "shrinks"), (96, "enlarges")):
         for corners in (True, False):
             for antialias in (True, False):
-                row(f"RandomResizedCrop {what}, align_corners={corners} / torchvision antialias={antialias}",
+                row(
+                    f"RandomResizedCrop {what}, align_corners={corners} / torchvision antialias={antialias}",
                     K.RandomResizedCrop((side, side), scale=(0.5, 1.0), align_corners=corners),
-                    lambda q, side=side, antialias=antialias: torch.stack([
-                        TF.resized_crop(image, *box, [side, side], antialias=antialias)
-                        for image, box in zip(x, boxes(q))]))
+                    lambda q, side=side, antialias=antialias: torch.stack(
+                        [
+                            TF.resized_crop(image, *box, [side, side], antialias=antialias)
+                            for image, box in zip(x, boxes(q))
+                        ]
+                    ),
+                )
     before = torch.random.get_rng_state()
     order = K.ColorJitter(0.4, 0.4, 0.4, 0.1).forward_parameters(x.shape)["order"]
     return rows, tuple(order.shape), not torch.equal(before, torch.random.get_rng_state())

@@ -200,8 +200,12 @@ def spread(values: list[float]) -> str:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="TREE", help="class folders of JPEG files, or the folder above with train/ "
-                        "(default: pictures generated in a temporary folder)")
+    parser.add_argument(
+        "--data",
+        metavar="TREE",
+        help="class folders of JPEG files, or the folder above with train/ "
+        "(default: pictures generated in a temporary folder)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures per batch (default 16)")

@@ -46,7 +46,9 @@ def save(path: str | Path, payload: dict) -> Path:
         if isinstance(error, RuntimeError) and "write" not in reason and "PytorchStreamWriter" not in reason:
             raise
         kept = " (the file from before is untouched)" if path.exists() else ""
-        raise UserError(f"cannot save {path}: {reason}{kept}; free some space and continue with --resume auto") from None
+        raise UserError(
+            f"cannot save {path}: {reason}{kept}; free some space and continue with --resume auto"
+        ) from None
     return path
 
 

@@ -55,7 +55,9 @@ def add_arguments(parser) -> None:
     group = parser.add_argument_group("hardware")
     group.add_argument("--multiprocessing-distributed", action="store_true",
                        help="start one process per GPU of this node (or --nproc processes)")  # fmt: skip
-    group.add_argument("--world-size", type=int, default=-1, help="number of nodes (with the flag above), else processes")
+    group.add_argument(
+        "--world-size", type=int, default=-1, help="number of nodes (with the flag above), else processes"
+    )
     group.add_argument("--rank", type=int, default=-1, help="rank of this node (with the flag above), else process")
     group.add_argument("--dist-url", default=None, help="rendezvous, e.g. tcp://10.0.0.1:10001; one node needs none")
     group.add_argument("--dist-backend", default=None, help="nccl or gloo; default: nccl on GPUs, gloo without")

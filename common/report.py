@@ -65,7 +65,9 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
             continue
         published = json.loads((ROOT / table).read_text())
         columns = list(published["columns"])
-        columns += sorted({k for m in members for k in m if k.endswith("_masked") and k.removesuffix("_masked") in columns})
+        columns += sorted(
+            {k for m in members for k in m if k.endswith("_masked") and k.removesuffix("_masked") in columns}
+        )
         rows = []
         if with_published:
             rows += [[f"published: {row['label']}", str(published["epochs"]), *(interval(row.get(c)) for c in columns)]

@@ -139,6 +139,13 @@ def cli(main) -> None:
             time.sleep(2)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # ended by the system: torch raises this from a handler
+            raise
+        print(
+            f"error: {str(error).splitlines()[0]} With little memory or /dev/shm, use fewer --workers", file=sys.stderr
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped before the first step; nothing was written", file=sys.stderr)
         sys.exit(130)
@@ -389,7 +396,9 @@ class Progress:
         return None
 
     def _show(self) -> dict:
-        sums = torch.zeros(0).double() if self.sums is None else self.sums.double().cpu()  # the only wait for the device
+        sums = (
+            torch.zeros(0).double() if self.sums is None else self.sums.double().cpu()
+        )  # the only wait for the device
         if not torch.isfinite(sums).all():
             raise UserError(
                 f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint is from before it. "

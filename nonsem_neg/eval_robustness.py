@@ -51,7 +51,12 @@ def parse_args(argv=None):
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    g.add_argument("--classifier", default="", metavar="PATH", help="checkpoint of main_lincls.py, or its run folder: the last epoch")
+    g.add_argument(
+        "--classifier",
+        default="",
+        metavar="PATH",
+        help="checkpoint of main_lincls.py, or its run folder: the last epoch",
+    )
     g.add_argument("--best", action="store_true", help="of a run folder take the best epoch on val instead of the last")
     g.add_argument("-a", "--arch", default=None, help="torchvision network; default: what the checkpoint says")
 
@@ -98,7 +103,9 @@ def class_names(saved, args) -> list[str]:
 def build_model(saved, process):
     state = checkpoint.backbone(saved)
     if "fc.weight" not in state or state["fc.weight"].ndim != 2 or "best_acc1" not in saved:
-        raise UserError(f"{saved['path']} holds no classifier: give a checkpoint of main_lincls.py, not of pre-training")
+        raise UserError(
+            f"{saved['path']} holds no classifier: give a checkpoint of main_lincls.py, not of pre-training"
+        )
     small_stem = state["conv1.weight"].shape[-1] == 3
     model = backbones.build(saved.get("arch", "resnet50"), len(state["fc.weight"]), small_stem=small_stem)
     checkpoint.load_into(model, state, saved["path"])
@@ -111,7 +118,9 @@ def open_by_class(folder: str, classes: list[str]) -> data.FolderSet:
         raise UsageError(f"{folder}: no such folder")
     present = [name for name in classes if os.path.isdir(os.path.join(folder, name))]
     if not present:
-        raise UsageError(f"{folder}: none of the {len(classes)} class folders of the classifier ({classes[0]}, ...) is in it")
+        raise UsageError(
+            f"{folder}: none of the {len(classes)} class folders of the classifier ({classes[0]}, ...) is in it"
+        )
     return data.open_tree(folder, class_list=present, classes=classes, subset=True)
 
 
@@ -127,7 +136,7 @@ def open_corruptions(args, classes) -> tuple[data.FolderSet, list[tuple[str, int
         raise UsageError(f"{root}: not the ImageNet-C layout: expected folders such as {root}/gaussian_noise/1/CLASS")
     parts = [open_by_class(str(root / name / str(severity)), classes) for name, severity in found]
     group = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
-    paths = [path for part in parts for path in part.paths]
+    paths = [os.path.relpath(path, root) for part in parts for path in part.paths]
     targets = [int(t) for part in parts for t in part.targets]
     return data.FolderSet(paths, targets, classes, root), found, group
 
@@ -135,15 +144,16 @@ def open_corruptions(args, classes) -> tuple[data.FolderSet, list[tuple[str, int
 def geometry(args, dataset, cropped_before: bool) -> augment.ResizeCenterCrop:
     """Resize and centre crop, or for pictures that have been through that already, nothing (at 224 pixels)."""
     if cropped_before:
-        with dataset.open(0) as picture:
-            size = picture.size
+        size = dataset.open(0).size
         if args.precropped == "yes" or (args.precropped == "auto" and size == (224, 224)):
             return augment.ResizeCenterCrop(None if args.input_res == 224 else args.input_res, args.input_res)
     return augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
 
 
 @torch.no_grad()
-def score(model, dataset, args, process, precision, label, show, cropped_before=False) -> tuple[torch.Tensor, torch.Tensor]:
+def score(
+    model, dataset, args, process, precision, label, show, cropped_before=False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For every picture, 1 where the argmax is its class: over all classes, and over those that the set has (masked)."""
     view = augment.Compose(geometry(args, dataset, cropped_before),
                            augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))  # fmt: skip
@@ -177,7 +187,7 @@ def percent(x: torch.Tensor) -> float:
 
 
 def row_label(saved) -> str:
-    """"MoCo + patch (K 16384, alpha 2)" from the flags of the pre-training run, where the checkpoint has them."""
+    """ "MoCo + patch (K 16384, alpha 2)" from the flags of the pre-training run, where the checkpoint has them."""
     a = saved.get("pretrained_args") or {}
     if not a:
         return Path(saved["path"]).parent.name
@@ -207,7 +217,9 @@ def worker(args, process: launch.Process) -> None:
             per_folder = [percent(right[group == i]) for i in range(len(folders))]
             row[name] = sum(per_folder) / len(per_folder)
             missing = [c for c in CORRUPTIONS if c not in {n for n, _ in folders}]
-            notes[name] = f"mean over {len(folders)} of 75 folders" + (f"; missing {', '.join(missing)}" if missing else "")
+            notes[name] = f"mean over {len(folders)} of 75 folders" + (
+                f"; missing {', '.join(missing)}" if missing else ""
+            )
             if log.main:
                 write_csv(log.folder / "corruption.csv", folders, per_folder)
         else:
@@ -218,7 +230,9 @@ def worker(args, process: launch.Process) -> None:
             present = len(dataset.targets.unique())
             if present < len(classes):
                 row[f"{name}_masked"] = percent(masked)
-                notes[name] = f"{present} of {len(classes)} classes: {name} is {len(classes)}-way, {name}_masked {present}-way"
+                notes[name] = (
+                    f"{present} of {len(classes)} classes: {name} is {len(classes)}-way, {name}_masked {present}-way"
+                )
         log.say(f"{name}: {row[name]:.2f} % of {len(dataset)} pictures"
                 + (f", masked {row[name + '_masked']:.2f} %" if f"{name}_masked" in row else "")
                 + (f" ({notes[name]})" if name in notes else ""))  # fmt: skip

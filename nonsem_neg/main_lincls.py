@@ -36,8 +36,12 @@ def parse_args(argv=None):
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    g.add_argument("-a", "--arch", default=None, help="torchvision network; default: what the checkpoint says, or resnet50")
-    g.add_argument("--pretrained", default="", metavar="PATH", help="pre-training checkpoint, or a run folder: its newest")
+    g.add_argument(
+        "-a", "--arch", default=None, help="torchvision network; default: what the checkpoint says, or resnet50"
+    )
+    g.add_argument(
+        "--pretrained", default="", metavar="PATH", help="pre-training checkpoint, or a run folder: its newest"
+    )
 
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=run.positive_int, default=100, help="epochs to run in all")
@@ -64,7 +68,9 @@ def parse_args(argv=None):
                         "CPU with bfloat16, else off as published")  # fmt: skip
     args = parser.parse_args(argv)
     if args.data is None:
-        raise UsageError("no data: give the root of an ImageFolder tree (train/ and val/), or --demo for built-in pictures")
+        raise UsageError(
+            "no data: give the root of an ImageFolder tree (train/ and val/), or --demo for built-in pictures"
+        )
     if not args.pretrained and not args.resume:
         raise UsageError("no backbone: give --pretrained CHECKPOINT (or --resume, to continue a linear evaluation)")
     if args.evaluate and not args.resume:
@@ -202,7 +208,9 @@ def worker(args, process: launch.Process) -> None:
     resumed = "best_acc1" in saved
     if args.resume and not resumed and args.resume != "auto":
         raise UserError(f"{saved['path']} is not a checkpoint of this script; pre-trained ones go to --pretrained")
-    args.seed = run.settle_seed(saved["args"]["seed"] if resumed and args.seed is None and "args" in saved else args.seed)
+    args.seed = run.settle_seed(
+        saved["args"]["seed"] if resumed and args.seed is None and "args" in saved else args.seed
+    )
     run.seed_all(args.seed)
 
     train_set = options.open_split(args, "train")
@@ -258,8 +266,17 @@ def worker(args, process: launch.Process) -> None:
             is_best = top1 > best
             if is_best:
                 best, best_epoch = top1, epoch
-            log.say(f" * epoch {epoch - 1}: val Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {best:.3f} at {best_epoch - 1})")
-            log.log(epoch, epoch=epoch - 1, loss=means.get("Loss"), train_acc1=means.get("Acc@1"), val_acc1=top1, val_acc5=top5)
+            log.say(
+                f" * epoch {epoch - 1}: val Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {best:.3f} at {best_epoch - 1})"
+            )
+            log.log(
+                epoch,
+                epoch=epoch - 1,
+                loss=means.get("Loss"),
+                train_acc1=means.get("Acc@1"),
+                val_acc1=top1,
+                val_acc5=top5,
+            )
             if process.is_main:
                 state = {
                     "epoch": epoch, "arch": args.arch, "optimizer": optimizer.state_dict(), "best_acc1": best,

@@ -1,4 +1,4 @@
-"""MoCo with non-semantic negatives: two encoders, a queue of keys, and the InfoNCE logits of Ge et al. (NeurIPS 2021, arXiv:2110.14189).
+"""MoCo with non-semantic negatives: two encoders, a queue of keys, and the logits of Ge et al. (arXiv:2110.14189).
 
 Follows moco/builder.py of SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at 5fbdc4d (a descendant of
 facebookresearch/moco): order of operations, key names, what enters the queue. Differs: runs on any device and any number
@@ -115,5 +115,3 @@ class MoCo(nn.Module):
         columns = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.queue_size
         self.queue.index_copy_(1, columns, keys.T)
         self.queue_ptr.add_(keys.shape[0]).remainder_(self.queue_size)
-
-

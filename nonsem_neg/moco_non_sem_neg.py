@@ -64,7 +64,9 @@ def parse_args(argv=None):
     g.add_argument("--alpha", type=float, default=1.0, help="factor of their similarity, inside the exponent")
     g.add_argument("--patch-ratio", "--patch-range", type=int, nargs=2, metavar=("MIN", "MAX"), default=None,
                    help="patch side in pixels, both ends drawn; default 16 56 at --input-res 224, in proportion elsewhere")  # fmt: skip
-    g.add_argument("--patch-inclusive", action="store_true", help="also draw the last offset, which the paper's code never does")
+    g.add_argument(
+        "--patch-inclusive", action="store_true", help="also draw the last offset, which the paper's code never does"
+    )
     g.add_argument("--patch-turn", action="store_true", help="mirror and rotate every patch by chance")
     g.add_argument("--nonsem-bn", choices=["train", "eval"], default="train",
                    help="batch-norm of the key encoder on non-semantic images: batch statistics (as published) or running")  # fmt: skip
@@ -85,7 +87,9 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
     g.add_argument("--save-freq", type=run.positive_int, default=10, help="epochs between numbered checkpoints")
-    g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the newest in --ckpt_path")
+    g.add_argument(
+        "--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the newest in --ckpt_path"
+    )
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
     g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
@@ -99,7 +103,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     if args.data is None:
-        raise UsageError("no data: give the root of an ImageFolder tree (train/CLASS/*), or --demo for built-in pictures")
+        raise UsageError(
+            "no data: give the root of an ImageFolder tree (train/CLASS/*), or --demo for built-in pictures"
+        )
     if args.patch_ratio is None:
         args.patch_ratio = [max(1, round(side * args.input_res / 224)) for side in (16, 72 if args.demo else 56)]
     if args.demo and args.robust == "texture" and not args.texture_root:
@@ -320,6 +326,8 @@ def worker(args, process: launch.Process) -> None:
 
     log = run.Run(args.ckpt_path, args, process)
     log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
+    for note in loader.dataset.notes:
+        log.say(f"note: {note}")
     log.derived(images=len(loader.dataset), classes=len(loader.dataset.classes), steps_per_epoch=len(loader), lr=args.lr,
                 batch_per_process=per_process, bn_groups=splits * process.world_size, precision=str(precision),
                 data_device=loader.mode, **({"patch_side": args.patch_ratio} if args.robust == "patch" else {}))  # fmt: skip
@@ -341,7 +349,9 @@ def worker(args, process: launch.Process) -> None:
             lr = (schedule.cosine(args.lr, epoch, args.epochs) if args.cos
                   else schedule.step(args.lr, epoch, args.schedule))  # fmt: skip
             schedule.set_lr(optimizer, lr)
-            step = train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epoch, step, stop, log, args)
+            step = train_one_epoch(
+                model, wrapped, loader, optimizer, precision, generator, epoch, step, stop, log, args
+            )
             if step < len(loader):
                 save(last, epoch, step, *state)
                 log.say(f"stopped by a signal in epoch {epoch} at step {step}; continue with --resume auto")

@@ -136,12 +136,15 @@ def two_sample_distance(a, b):
     return np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)).max()
 
 
-@pytest.mark.parametrize("height,width,scale,ratio", [
-    (100, 140, (0.08, 1.0), RATIO),
-    (32, 32, (0.2, 1.0), RATIO),
-    (30, 200, (0.6, 1.0), RATIO),  # most boxes are the fallback
-    (150, 60, (0.5, 1.0), (0.8, 3.0)),
-])
+@pytest.mark.parametrize(
+    "height,width,scale,ratio",
+    [
+        (100, 140, (0.08, 1.0), RATIO),
+        (32, 32, (0.2, 1.0), RATIO),
+        (30, 200, (0.6, 1.0), RATIO),  # most boxes are the fallback
+        (150, 60, (0.5, 1.0), (0.8, 3.0)),
+    ],
+)
 def test_crop_boxes_follow_torchvisions_distribution(height, width, scale, ratio):
     n, image = 5000, torch.empty(3, height, width)
     boxes = A.RandomResizedCrop(32, scale, ratio).sample(*sides(n, height, width), seeded(1))
@@ -187,11 +190,19 @@ def test_crop_of_pictures_of_different_sizes():
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-@pytest.mark.parametrize("jitter", [
-    dict(brightness=0.8), dict(contrast=0.8), dict(saturation=1.5), dict(hue=0.5), dict(hue=(0.2, 0.3)),
-    dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
-    dict(brightness=(1.2, 1.9), contrast=(0.0, 0.1), saturation=(2.0, 3.0), hue=0.4),
-], ids=str)
+@pytest.mark.parametrize(
+    "jitter",
+    [
+        dict(brightness=0.8),
+        dict(contrast=0.8),
+        dict(saturation=1.5),
+        dict(hue=0.5),
+        dict(hue=(0.2, 0.3)),
+        dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
+        dict(brightness=(1.2, 1.9), contrast=(0.0, 0.1), saturation=(2.0, 3.0), hue=0.4),
+    ],
+    ids=str,
+)
 def test_color_jitter_equals_torchvision_in_each_images_own_order(jitter):
     op, images = A.ColorJitter(**jitter), pictures(40, 13, 18)
     kept = images.clone()
@@ -225,8 +236,10 @@ def test_jitter_factors_and_orders_follow_torchvisions_distribution():
     theirs = T.ColorJitter(0.4, 0.9, (0.5, 3.0), 0.1)
     with torch.random.fork_rng():
         torch.manual_seed(6)
-        draws = [T.ColorJitter.get_params(theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue)
-                 for _ in range(n)]
+        draws = [
+            T.ColorJitter.get_params(theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue)
+            for _ in range(n)
+        ]
     for which in range(4):
         distance = two_sample_distance(params["factors"][:, which], [d[1 + which] for d in draws])
         assert distance < 1.95 * math.sqrt(2 / n)
@@ -250,8 +263,9 @@ def test_blur_equals_torchvision(kernel_size, height, width):
     params = op.sample(12, seeded(2))
     k = kernel_size or {11: 3, 40: 5, 31: 3}[min(height, width)]
     expected = images.clone()
-    expected[params["rows"]] = per_image(lambda x, s: F.gaussian_blur(x, [k, k], [s, s]), images[params["rows"]],
-                                         params["sigma"])
+    expected[params["rows"]] = per_image(
+        lambda x, s: F.gaussian_blur(x, [k, k], [s, s]), images[params["rows"]], params["sigma"]
+    )
     assert 0 < len(params["rows"]) < 12
     close(op.apply(images, params), expected, 2e-6)
 
@@ -290,8 +304,13 @@ def test_flip_grey_solarize_normalise_equal_torchvision():
     close(op.apply(images, op.sample(30)), F.normalize(images, A.IMAGENET_MEAN, A.IMAGENET_STD), 1e-6)
 
 
-SWITCHED = [A.RandomHorizontalFlip, A.RandomGrayscale, lambda p: A.RandomSolarize(0.3, p),
-            lambda p: A.GaussianBlur(p=p), lambda p: A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=p)]
+SWITCHED = [
+    A.RandomHorizontalFlip,
+    A.RandomGrayscale,
+    lambda p: A.RandomSolarize(0.3, p),
+    lambda p: A.GaussianBlur(p=p),
+    lambda p: A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=p),
+]
 
 
 @pytest.mark.parametrize("make", SWITCHED)
@@ -320,8 +339,13 @@ def test_sigma_is_uniform():
 
 def moco_recipe(size):
     return A.Compose(
-        A.RandomResizedCrop(size, (0.2, 1.0)), A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), A.RandomGrayscale(0.2),
-        A.GaussianBlur((0.1, 2.0), p=0.5), A.RandomHorizontalFlip(), A.Normalize(A.IMAGENET_MEAN, A.IMAGENET_STD))
+        A.RandomResizedCrop(size, (0.2, 1.0)),
+        A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        A.RandomGrayscale(0.2),
+        A.GaussianBlur((0.1, 2.0), p=0.5),
+        A.RandomHorizontalFlip(),
+        A.Normalize(A.IMAGENET_MEAN, A.IMAGENET_STD),
+    )
 
 
 def view_of(recipe, images, seed, device="cpu"):
@@ -356,8 +380,13 @@ def test_same_parameters_on_pictures_of_another_size():
     """A small picture and its enlargement get the same colours and the same flip."""
     small = pictures(12, 16, 16)
     large = small.repeat_interleave(3, 2).repeat_interleave(3, 3)
-    recipe = A.Compose(A.ResizeCenterCrop(None, 16), A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), A.RandomGrayscale(0.5),
-                       A.RandomSolarize(0.5, 0.5), A.RandomHorizontalFlip())
+    recipe = A.Compose(
+        A.ResizeCenterCrop(None, 16),
+        A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        A.RandomGrayscale(0.5),
+        A.RandomSolarize(0.5, 0.5),
+        A.RandomHorizontalFlip(),
+    )
     params = recipe.sample(12, seeded(9))
     # Every third pixel, mirrored or not, is the pixel of the small picture; values near the threshold are left out.
     a, b = recipe.apply(small, params), recipe.apply(large, params)[:, :, 1::3, 1::3]
@@ -375,8 +404,13 @@ def test_compose_prints_and_checks_itself():
     recipe = moco_recipe(8)
     with pytest.raises(TypeError, match="float images"):
         recipe.apply(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), recipe.sample(1))
-    for wrong in (lambda: A.ColorJitter(hue=0.6), lambda: A.ColorJitter(brightness=-1), lambda: A.RandomGrayscale(1.1),
-                  lambda: A.RandomResizedCrop(8, (1.0, 0.2)), lambda: A.RandomSolarize(128)):
+    for wrong in (
+        lambda: A.ColorJitter(hue=0.6),
+        lambda: A.ColorJitter(brightness=-1),
+        lambda: A.RandomGrayscale(1.1),
+        lambda: A.RandomResizedCrop(8, (1.0, 0.2)),
+        lambda: A.RandomSolarize(128),
+    ):
         with pytest.raises(ValueError):
             wrong()
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 
-from common import UsageError, UserError, data
+from common import UsageError, UserError, data, sets
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
 from common.data import ArraySet, FolderSet, Loader, open_set, open_tree, original_root_of, pair_by_path, scale_boxes
 
@@ -88,7 +88,7 @@ def assert_same(a, b):
 def test_same_classes_samples_and_order_as_torchvision(tmp_path):
     train = tmp_path / "train"
     make_tree(train, ("zebra", "Ant", "two words", "quo'te\"s", "fürst_日本"), each=1)
-    for name in ("b.JPEG", "a.PNG", "c.Jpg", "it's \"ü\" 日.png", "sub/dir/x.jpg", "sub/y.png", "sub.jpg"):
+    for name in ("b.JPEG", "a.PNG", "c.Jpg", 'it\'s "ü" 日.png', "sub/dir/x.jpg", "sub/y.png", "sub.jpg"):
         save(train / "zebra" / name, 7)
     (train / "zebra" / "notes.txt").write_text("not a picture")
     (train / "loose.jpg").write_bytes(b"not in a class folder")
@@ -212,7 +212,7 @@ class FakeCifar:
 
 
 def test_cifar(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.tv_datasets, "CIFAR10", FakeCifar)
+    monkeypatch.setattr(sets.tv_datasets, "CIFAR10", FakeCifar)
     with pytest.raises(UserError, match="could not be downloaded.*no network here.*put cifar-10-batches-py/") as error:
         open_set(tmp_path / "new", "train", dataset="cifar10")
     assert error.value.code == 1 and "\n" not in str(error.value)
@@ -240,7 +240,7 @@ def test_stl10_splits(tmp_path, monkeypatch):
             seen.append(split)
 
     seen = []
-    monkeypatch.setattr(data.tv_datasets, "STL10", FakeStl)
+    monkeypatch.setattr(sets.tv_datasets, "STL10", FakeStl)
     for split in ("train", "unlabeled", "train+unlabeled", "test", "val"):
         assert open_set(tmp_path, split, dataset="stl10").targets.tolist() == [-1, 1]
     assert seen == ["train", "unlabeled", "train+unlabeled", "test", "test"]
@@ -265,16 +265,22 @@ def test_every_kind_of_file_reads_like_pil_loader(tmp_path):
     base.save(folder / "turned.jpg", exif=exif)
     pictures = open_set(tmp_path, "train")
     whole = Compose(ResizeCenterCrop(None, 30))
-    [(views, _, index)] = epoch_of(
-        loader(pictures, (whole,), 8, shuffle=False, drop_last=False, data_device="host")
-    )
+    [(views, _, index)] = epoch_of(loader(pictures, (whole,), 8, shuffle=False, drop_last=False, data_device="host"))
     for view, row in zip(views[0], index):
         expected = np.asarray(pil_loader(pictures.path(row)))[:, 5:35]
         assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), expected), pictures.path(row)
 
 
-@pytest.mark.parametrize("geometry", [RandomResizedCrop(16), ResizeCenterCrop(18, 16), ResizeCenterCrop(None, 36),
-                                      ResizeCenterCrop(None, 21), ResizeCenterCrop(60, 64)])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        RandomResizedCrop(16),
+        ResizeCenterCrop(18, 16),
+        ResizeCenterCrop(None, 36),
+        ResizeCenterCrop(None, 21),
+        ResizeCenterCrop(60, 64),
+    ],
+)
 def test_host_crops_are_those_of_pillow(mixed, geometry):
     [(views, _, index)] = epoch_of(loader(mixed, (Compose(geometry),), 12, seed=5, data_device="host"))
     images = [mixed.open(row).convert("RGB") for row in index]
@@ -338,8 +344,9 @@ def test_a_bad_twin_replaces_the_pair(tmp_path):
     pictures = bad_tree(tmp_path)
     good = open_set(make_tree(tmp_path / "good" / "train").parent, "train")
     for mode in ("host", "device"):
-        the_loader = loader(good, (CROP,), 8, partner=pictures, shuffle=False, drop_last=False, skip_bad=True,
-                            data_device=mode)
+        the_loader = loader(
+            good, (CROP,), 8, partner=pictures, shuffle=False, drop_last=False, skip_bad=True, data_device=mode
+        )
         [(_, _, index)] = epoch_of(the_loader)
         assert index.tolist() == [0, 4, 4, 4, 4, 5, 6, 0]
         assert sorted(the_loader.bad_images) == [pictures.path(row) for row in (1, 2, 3, 7)]
@@ -470,8 +477,9 @@ def test_last_batch_is_shared_when_kept(equal, n, batch, world, expected):
 def test_evaluation_covers_every_row_once(equal, mode, world):
     part, seen = equal.select(range(11)), []
     for rank in range(world):
-        the_loader = loader(part, (EVAL,), 4, rank=rank, world_size=world, shuffle=False, drop_last=False,
-                            data_device=mode)
+        the_loader = loader(
+            part, (EVAL,), 4, rank=rank, world_size=world, shuffle=False, drop_last=False, data_device=mode
+        )
         batches = epoch_of(the_loader)
         assert len(batches) == len(the_loader)
         mine = torch.cat([index for _, _, index in batches]).tolist()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,11 +20,13 @@ from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
 
-TINY = ["--demo", "--epochs", "2", "--batch-size", "32", "--moco-k", "64", "--bn-splits", "2", "--ckpt_path", "run"]
+SMALL = ["-a", "resnet18", "--input-res", "32", "--mlp", "--aug-plus", "--seed", "0", "--moco-t", "0.2"]
+SIZES = ["--epochs", "2", "--batch-size", "32", "--moco-k", "64", "--bn-splits", "2", "--ckpt_path", "run"]
+TINY = ["--demo", *SIZES]
 
 
-def train(*flags) -> dict:
-    script.main([*TINY, *map(str, flags)])
+def train(*flags, start=TINY) -> dict:
+    script.main([*start, *map(str, flags)])
     folder = flags[flags.index("--ckpt_path") + 1] if "--ckpt_path" in flags else "run"
     return checkpoint.load(f"{folder}/checkpoint_last.pth.tar")
 
@@ -199,7 +202,9 @@ def test_resume_in_the_middle_is_bit_exact(workspace, monkeypatch, capsys, step)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workspace):
-    first, again, other = (train("--epochs", 1, "--seed", s, "--ckpt_path", f) for s, f in ((3, "a"), (3, "b"), (4, "c")))
+    first, again, other = (
+        train("--epochs", 1, "--seed", s, "--ckpt_path", f) for s, f in ((3, "a"), (3, "b"), (4, "c"))
+    )
     assert equal(first["state_dict"], again["state_dict"])
     assert not equal(first["state_dict"], other["state_dict"])
 
@@ -244,11 +249,25 @@ def test_published_checkpoint_resumes(workspace):
 def test_presets_are_defaults_and_what_is_typed_wins():
     args = script.parse_args(["--preset", "table1", "somewhere", "--alpha", "3"])
     assert (args.lr, args.batch_size, args.moco_m, args.moco_k) == (0.03, 128, 0.999, 16384)
-    assert (args.alpha, args.patch_ratio, args.moco_t, args.mlp, args.aug_plus, args.cos) == (3, [16, 72], 0.2, True, True, True)
+    assert (args.alpha, args.patch_ratio, args.moco_t, args.mlp, args.aug_plus, args.cos) == (
+        3,
+        [16, 72],
+        0.2,
+        True,
+        True,
+        True,
+    )
     args = script.parse_args(["--preset=ifm", "somewhere", "--moco_k", "16384"])
     assert (args.lr, args.batch_size, args.moco_m, args.moco_k) == (0.8, 512, 0.99, 16384)
     bare = script.parse_args(["somewhere"])
-    assert (bare.arch, bare.lr, bare.batch_size, bare.alpha, bare.moco_t, bare.moco_k) == ("resnet50", 0.03, 256, 1.0, 0.07, 65536)
+    assert (bare.arch, bare.lr, bare.batch_size, bare.alpha, bare.moco_t, bare.moco_k) == (
+        "resnet50",
+        0.03,
+        256,
+        1.0,
+        0.07,
+        65536,
+    )
     assert bare.patch_ratio == [16, 56] and not bare.mlp and bare.schedule == [120, 160]
     assert script.parse_args(["x", "--input_res", "32"]).patch_ratio == [2, 8]
     assert script.parse_args(["x", "--patch-range", "16", "72"]).patch_ratio == [16, 72]
@@ -257,8 +276,14 @@ def test_presets_are_defaults_and_what_is_typed_wins():
 BAD = {
     "no data": ([], "no data"),
     "unknown flag": (["x", "--moco-kk", "4"], None),
-    "queue and batch": (["x", "--moco-k", "1000", "-b", "96"], "--moco-k 1000 must be a multiple of the global batch 96"),
-    "patch range": (["x", "--patch-ratio", "16", "72", "--input-res", "32"], "patch sides 16 to 72 do not fit pictures of 32"),
+    "queue and batch": (
+        ["x", "--moco-k", "1000", "-b", "96"],
+        "--moco-k 1000 must be a multiple of the global batch 96",
+    ),
+    "patch range": (
+        ["x", "--patch-ratio", "16", "72", "--input-res", "32"],
+        "patch sides 16 to 72 do not fit pictures of 32",
+    ),
     "temperature": (["x", "--moco-t", "0"], "--moco-t"),
     "two textures": (["x", "--robust", "texture", "--num-nonsem", "2"], "--num-nonsem 2"),
 }
@@ -280,8 +305,9 @@ def test_bad_flags(name, capsys):
 
 def test_bad_folders_and_checkpoints(workspace):
     def fails(match, *flags, error=UsageError):
-        with pytest.raises(error, match=match):
-            train(*flags)
+        with pytest.raises(error, match=match) as caught:
+            train(*flags, start=[*SMALL, *SIZES] if os.path.isdir(flags[0]) or flags[0] == "nowhere" else TINY)
+        assert "\n" not in str(caught.value)
 
     fails("nowhere", "nowhere")
     (workspace / "empty" / "train").mkdir(parents=True)
@@ -331,8 +357,10 @@ def test_bad_pictures_are_named_or_replaced(workspace):
     flags = ("pictures", "--epochs", 1, "-b", 8, "--workers", 0)
     for where in ("device", "host"):
         with pytest.raises(UserError, match="07.png: not a picture or truncated.*--skip-bad-images"):
-            train(*flags, "--data-device", where, "--ckpt_path", where)
-        train(*flags, "--data-device", where, "--skip-bad-images", "--ckpt_path", f"{where}-skip")
+            train(*flags, "--data-device", where, "--ckpt_path", where, start=[*SMALL, *SIZES])
+        train(
+            *flags, "--data-device", where, "--skip-bad-images", "--ckpt_path", f"{where}-skip", start=[*SMALL, *SIZES]
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ as a program

@@ -28,7 +28,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -38,10 +37,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from common import UsageError, UserError
 from common.augment import Compose
+from common.bar import Bar
 from common.sets import ArraySet, BadPicture, FolderSet, PictureSet, open_set, open_tree, original_root_of, pair_by_path
 
 __all__ = ["ArraySet", "FolderSet", "Loader", "PictureSet", "open_set", "open_tree", "original_root_of", "pair_by_path"]
@@ -293,14 +292,7 @@ def _decode_all(source: FolderSet, device: torch.device, workers: int, skip_bad:
         return done
 
     pool = ThreadPoolExecutor(max_workers=max(1, workers))
-    bar = tqdm(
-        total=len(source),
-        desc=f"decoding {source.name}",
-        unit="img",
-        disable=not progress,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )
+    bar = Bar(f"decoding {source.name}", len(source), "pictures", enabled=progress)
     try:
         parts = (range(start, min(start + chunk, len(source))) for start in range(0, len(source), chunk))
         for done in pool.map(decode, parts):
@@ -326,7 +318,7 @@ def _decode_all(source: FolderSet, device: torch.device, workers: int, skip_bad:
                     images[done[0][0] : done[-1][0] + 1] = block.to(device)
                 else:
                     images[torch.tensor([row for row, _ in good], device=device)] = block.to(device)
-            bar.update(len(done))
+            bar.add(len(done))
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)

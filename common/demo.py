@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, UserError, demo_shapes
+from common.bar import Bar
 from common.demo_shapes import CLASSES
 
 FORMAT = 1  # raise it when the same settings give other pictures
@@ -189,32 +190,6 @@ def _run(chunks, workers, arguments):
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-class _Progress:
-    """A bar on a terminal, a line every few seconds in a pipe, both on standard error; nothing when not enabled."""
-
-    def __init__(self, total, enabled):
-        self.total, self.done, self.started, self.next_line = total, 0, time.monotonic(), 1.0
-        self.bar = None
-        self.plain = enabled and not sys.stderr.isatty()
-        if enabled and not self.plain:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit="file", leave=False)
-
-    def add(self, n):
-        self.done += n
-        elapsed = time.monotonic() - self.started
-        if self.bar is not None:
-            self.bar.update(n)
-        elif self.plain and (elapsed >= self.next_line or self.done == self.total):
-            print(f"demo data: {self.done}/{self.total} files, {elapsed:.0f} s", file=sys.stderr, flush=True)
-            self.next_line = elapsed + 5.0
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
 
 
 @contextlib.contextmanager
@@ -391,7 +366,7 @@ def _make_locked(out, twin, folders, settings, workers, progress):
 
     names = [name for name in (*SETS, "texture") if name != "texture" or settings["texture"]]
     counts, sizes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    bar = _Progress(files, progress)
+    bar = Bar("demo data", files, "files", progress)
     try:
         for written in _run(chunks, workers, (out, twin, settings)):
             for name, size in written:

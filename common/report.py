@@ -68,18 +68,18 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
         columns += sorted(
             {k for m in members for k in m if k.endswith("_masked") and k.removesuffix("_masked") in columns}
         )
-        rows = []
-        if with_published:
-            rows += [[f"published: {row['label']}", str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
-                     for row in published["rows"]]  # fmt: skip
-        by_label: dict[tuple, list[dict]] = {}
+        by_row: dict[tuple, list[dict]] = {}
         for member in members:
-            by_label.setdefault((member["label"], member.get("epochs"), member.get("arch")), []).append(member)
-        for (label, epochs, arch), same in by_label.items():
-            name = f"here: {label}, {arch}" + (f", {len(same)} runs" if len(same) > 1 else "")
-            rows.append([name, str(epochs), *(cell([m[c] for m in same if c in m]) for c in columns)])
-        title = published["title"] if with_published else "Accuracy in percent"
-        made.append((title, ["model", "epochs", *columns], rows))
+            key = (member["label"], member.get("arch"), member.get("epochs"), member.get("data"))
+            by_row.setdefault(key, []).append(member)
+        rows = [[f"{label}, {arch}" + (f", {len(same)} runs" if len(same) > 1 else ""), str(data), str(epochs),
+                 *(cell([m[c] for m in same if c in m]) for c in columns)]
+                for (label, arch, epochs, data), same in by_row.items()]  # fmt: skip
+        if with_published:  # its own table: other data, other sizes
+            theirs = [[row["label"], published["data"], str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
+                      for row in published["rows"]]  # fmt: skip
+            made.append((published["title"], ["published", "data", "epochs", *columns], theirs))
+        made.append(("Accuracy in percent of the runs here", ["run", "data", "epochs", *columns], rows))
     return made
 
 

@@ -165,7 +165,7 @@ def score(
     absent = torch.ones(len(dataset.classes), dtype=torch.bool)
     absent[dataset.targets.unique()] = False
     absent = absent.to(process.device)
-    progress = run.Progress(f"{label} ", len(loader), 25, enabled=show)
+    progress = run.Progress(f"{label}: ", len(loader), 25, enabled=show and len(loader) > 25)
     rows, right, right_masked = [], [], []
     for (images,), target, index in loader:
         with precision.autocast():
@@ -236,7 +236,7 @@ def worker(args, process: launch.Process) -> None:
         log.say(f"{name}: {row[name]:.2f} % of {len(dataset)} pictures"
                 + (f", masked {row[name + '_masked']:.2f} %" if f"{name}_masked" in row else "")
                 + (f" ({notes[name]})" if name in notes else ""))  # fmt: skip
-    log.result(table="nonsem_neg/published.json", label=args.label or row_label(saved), evaluated=saved["path"],
+    log.result(table="nonsem_neg/published.json", label=args.label or row_label(saved), evaluated=saved["path"], data=args.data,
                pretrained=saved.get("pretrained"), epochs=saved.get("pretrained_epoch"), arch=args.arch,
                missing=[name for name in SETS if name not in row], notes=notes, **row)  # fmt: skip
     log.close()

@@ -152,7 +152,7 @@ def embed_views(model, loader, precision, views, print_freq, show):
     kept = []
     for view in range(views):
         loader.set_epoch(view)
-        progress = run.Progress(f"Embedding view {view + 1} of {views} ", len(loader), print_freq, enabled=show)
+        progress = run.Progress(f"Embedding view {view + 1} of {views}: ", len(loader), print_freq, enabled=show)
         feats, targets = [], []
         for (images,), target, _ in loader:
             feats.append(embed(model, images, precision))
@@ -173,7 +173,7 @@ def cached_batches(cache, args, process, epoch):
 
 
 def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
-    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main,
+    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main and not args.cache_views,
                             extra=f"lr {optimizer.param_groups[0]['lr']:.1e}")  # fmt: skip
     for feats, target in batches:
         logits = fc(feats)
@@ -190,7 +190,7 @@ def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
 def validate(model, loader, precision, show) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in percent over the whole validation set, all ranks together."""
     correct = torch.zeros(3, device=loader.device, dtype=torch.float64)
-    progress = run.Progress("Validation ", len(loader), 50, enabled=show and sys.stdout.isatty())
+    progress = run.Progress("Validation: ", len(loader), 50, enabled=show and sys.stdout.isatty())
     for (images,), target, _ in loader:
         top1, top5 = metrics.accuracy(model.fc(embed(model, images, precision)), target, (1, 5))
         correct += torch.stack([top1.double() * len(target), top5.double() * len(target), torch.tensor(

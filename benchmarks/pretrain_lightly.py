@@ -1,0 +1,184 @@
+"""Images per second of MoCo-v2 pre-training on the CPU or one GPU: this project, and lightly with its own loader.
+
+    python benchmarks/pretrain_lightly.py --data CIFAR_TREE       # or without --data: generated 32-pixel pictures
+
+ResNet-18 (standard stem), 32 pixels, batch 256, queue 4096, MoCo-v2 augmentation and head on both sides.
+this project  nonsem_neg/moco_non_sem_neg.py --robust none, its own loop, loader and defaults (8 batch-norm groups).
+lightly       the pieces of its MoCo example, from its public package: MoCoV2Transform, LightlyDataset, a DataLoader with
+              workers, MoCoProjectionHead, update_momentum, NTXentLoss with a memory bank. Plain batch-norm.
+floor         this project's step on fixed views: no loading, no augmentation. What is left is the network.
+
+Sides alternate; each repeat is a process of its own (so its peak memory can be told), warm before the clock runs.
+The once-per-run decoding of the pictures into memory is told apart. Ends with 1 if a ratio misses its aim.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+BATCH, QUEUE, WARM = 256, 4096, 3
+
+
+def ours(tree: str, steps: int, workers: int, floor: bool) -> dict:
+    from common import launch, run
+    from nonsem_neg import moco_non_sem_neg as script
+
+    args = script.parse_args(
+        [tree, "-a", "resnet18", "--input-res", "32", "-b", str(BATCH), "--moco-k", str(QUEUE), "--moco-t", "0.2", "--mlp",
+         "--aug-plus", "--robust", "none", "--seed", "0", "-j", str(workers), "-p", "1000000"])  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    process = launch.Process(device=device)
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    loader = script.build_loader(args, process, BATCH)
+    loading = time.perf_counter() - began
+    model, precision = script.build_model(args, process), run.Precision(None, device)
+    model.autocast = precision.autocast
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    feed = [next(iter(loader))] * (steps + WARM) if floor else loader
+
+    class Feed:  # the loader, or always the same batch
+        view_seconds = wait_seconds = 0.0
+        set_epoch = staticmethod(lambda epoch, step: None)
+
+        def __len__(self):
+            return 10**6
+
+        def __iter__(self):
+            while True:
+                yield from feed
+
+    class Stop:  # also the clock
+        done, started, views = 0, 0.0, 0.0
+
+        def asked(self):
+            self.done += 1
+            if self.done in (WARM, WARM + steps):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                spent = loader.view_seconds + loader.wait_seconds
+                self.started, self.views = time.perf_counter() - self.started, spent - self.views
+            return self.done == WARM + steps
+
+    class Log:
+        main = False
+        log = say = staticmethod(lambda *a, **k: None)
+
+    stop = Stop()
+    generator = torch.Generator().manual_seed(0)
+    script.train_one_epoch(model, model, Feed(), optimizer, precision, generator, 0, 0, stop, Log(), args)
+    return {"rate": BATCH * steps / stop.started, "views": stop.views / stop.started, "loading": loading}
+
+
+def lightly(tree: str, steps: int, workers: int) -> dict:
+    import copy
+
+    import torchvision
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.transforms import MoCoV2Transform
+    from lightly.utils.scheduler import cosine_schedule
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]).to(device)
+    head = MoCoProjectionHead(512, 512, 128).to(device)
+    backbone_k, head_k = copy.deepcopy(backbone), copy.deepcopy(head)
+    deactivate_requires_grad(backbone_k)
+    deactivate_requires_grad(head_k)
+    began = time.perf_counter()
+    dataset = LightlyDataset(os.path.join(tree, "train"), transform=MoCoV2Transform(input_size=32))
+    loading = time.perf_counter() - began
+    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers)
+    criterion = NTXentLoss(memory_bank_size=(QUEUE, 128))
+    optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
+    done, started = 0, 0.0
+    while True:
+        for (x_query, x_key), _, _ in loader:
+            m = cosine_schedule(0, 10, 0.996, 1)
+            update_momentum(backbone, backbone_k, m=m)
+            update_momentum(head, head_k, m=m)
+            query = head(backbone(x_query.to(device)).flatten(start_dim=1))
+            with torch.no_grad():
+                key = head_k(backbone_k(x_key.to(device)).flatten(start_dim=1))
+            loss = criterion(query, key)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if done in (WARM, WARM + steps):
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                started = time.perf_counter() - started
+            if done == WARM + steps:
+                return {"rate": BATCH * steps / started, "loading": loading}
+
+
+def generate(folder: Path, count: int = 2560) -> Path:
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (count, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, small in enumerate(pixels.numpy()):
+        target = folder / "train" / f"class{i % 10}"
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small).resize((32, 32), Image.BICUBIC).save(target / f"{i:05d}.jpg", quality=90)
+    return folder
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=None, help="tree with train/CLASS/*, 32-pixel pictures (CIFAR-10 as files)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each repeat")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
+    parser.add_argument("--at-least", type=float, default=1.8, help="aim: times lightly")
+    parser.add_argument("--views-at-most", type=float, default=None, help="aim: share of a step; 0.12, on a GPU 0.02")
+    parser.add_argument("--side", choices=["ours", "floor", "lightly"], help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.side:
+        found = (lightly(args.data, args.steps, args.workers) if args.side == "lightly"
+                 else ours(args.data, args.steps, args.workers, args.side == "floor"))  # fmt: skip
+        peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+        print(json.dumps({**found, "peak": peak}))
+        return 0
+
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = args.data or str(generate(Path(temporary)))
+        print(f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
+              f"{args.repeats} repeats of {args.steps} steps", flush=True)  # fmt: skip
+        results = {"ours": [], "lightly": [], "floor": []}
+        for repeat in range(args.repeats):
+            for side in results:
+                command = [sys.executable, __file__, "--side", side, "--data", tree, "--steps", str(args.steps),
+                           "--workers", str(args.workers)]  # fmt: skip
+                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+                results[side].append(json.loads(out.strip().splitlines()[-1]))
+                print(f"  repeat {repeat + 1} {side:8} {results[side][-1]['rate']:7.1f} images/s", flush=True)
+    for side, found in results.items():
+        rates = [f["rate"] for f in found]
+        print(f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
+              f"start {statistics.median(f['loading'] for f in found):.1f} s, "
+              f"peak memory {max(f['peak'] for f in found):.0f} MiB")  # fmt: skip
+    ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results["lightly"])]
+    ratio, views = statistics.median(ratios), statistics.median(f["views"] for f in results["ours"])
+    aim = args.views_at_most or (0.02 if torch.cuda.is_available() else 0.12)
+    print(f"ratio to lightly {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), aim {args.at_least}")
+    print(f"share of a step that makes views (and waits for data): {views:.1%}, aim under {aim:.0%}")
+    return int(ratio < args.at_least or views > aim)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""All benchmarks in turn: `make bench`. --data and --photos give real pictures; without them they are generated."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="tree with train/CLASS/* of 32-pixel pictures (CIFAR-10 as files)")
+    parser.add_argument("--photos", help="tree with train/CLASS/* of full-size photographs")
+    args = parser.parse_args()
+    jobs = [
+        ["pretrain_lightly.py", *(["--data", args.data] if args.data else [])],
+        ["decode_jpeg.py", *(["--data", args.photos] if args.photos else [])],
+        ["augment_kornia.py"],
+        ["augment_kornia.py", "--size", "224", "--batch", "32"],
+    ]
+    missed = []
+    for job in jobs:
+        print(f"\n$ python benchmarks/{' '.join(job)}", flush=True)
+        if subprocess.run([sys.executable, str(HERE / job[0]), *job[1:]]).returncode:
+            missed.append(" ".join(job))
+    print("\nall aims met" if not missed else f"\nmissed their aim or failed: {'; '.join(missed)}")
+    return len(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from common import data, demo, launch, run
 
 def add_data_arguments(group) -> None:
     group.add_argument("--dataset", choices=["folder", "cifar10", "cifar100", "stl10"], default="folder",
-                       help="folder: class folders of pictures; else a torchvision set below DATA, downloaded if missing")  # fmt: skip
+                       help="folder: class folders; else a torchvision set below DATA, downloaded if missing")  # fmt: skip
     group.add_argument("--class-list", default=None, metavar="FILE", help="use these class folders only, one name a line "
                        "(ImageNet with the ImageNet-100 list)")  # fmt: skip
     group.add_argument("--input-res", type=run.positive_int, default=224, help="side of the network's input, pixels")
@@ -18,7 +18,7 @@ def add_data_arguments(group) -> None:
                        "auto: device where they fit")  # fmt: skip
     group.add_argument("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
     group.add_argument("-j", "--workers", type=int, default=32,
-                       help="processes (threads, to fill the memory) per node that read pictures; at most one per core")  # fmt: skip
+                       help="processes per node that read pictures; at most one per core is started")  # fmt: skip
 
 
 def open_split(args, split: str, classes: list[str] | None = None) -> data.PictureSet:

@@ -150,6 +150,13 @@ def geometry(args, dataset, cropped_before: bool) -> augment.ResizeCenterCrop:
     return augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
 
 
+def classify(model, images, precision) -> torch.Tensor:
+    """Logits in float32, also where the backbone runs in autocast: as main_lincls.py trained and validated them."""
+    with precision.autocast():
+        feats = backbones.feature(model, images.contiguous(memory_format=torch.channels_last), 6)
+    return model.fc(feats.float())
+
+
 @torch.no_grad()
 def score(
     model, dataset, args, process, precision, label, show, cropped_before=False
@@ -168,9 +175,8 @@ def score(
     progress = run.Progress(f"{label}: ", len(loader), 25, enabled=show and len(loader) > 25)
     rows, right, right_masked = [], [], []
     for (images,), target, index in loader:
-        with precision.autocast():
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-        logits = logits.float()[:, : len(absent)]  # published heads have 1000 outputs whatever the number of classes
+        # published heads have 1000 outputs whatever the number of classes
+        logits = classify(model, images, precision)[:, : len(absent)]
         rows.append(index)
         right.append(logits.argmax(1) == target)
         right_masked.append(logits.masked_fill(absent, -torch.inf).argmax(1) == target)

@@ -34,8 +34,8 @@ PRESETS = {
     # the commands since December 2021: the recipe of Robinson et al. (IFM); last three rows
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
     "demo": dict(
-        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=12, batch_size=128, lr=0.06, moco_k=1024,
-        moco_m=0.99, bn_splits=4, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/demo/patch", seed=0,
+        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=8, batch_size=64, lr=0.06, moco_k=1024,
+        moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/demo/patch", seed=0,
     ),
 }  # fmt: skip
 
@@ -63,15 +63,15 @@ def parse_args(argv=None):
     g.add_argument("--num-nonsem", type=int, default=1, help="non-semantic negatives per image (0: plain MoCo)")
     g.add_argument("--alpha", type=float, default=1.0, help="factor of their similarity, inside the exponent")
     g.add_argument("--patch-ratio", "--patch-range", type=int, nargs=2, metavar=("MIN", "MAX"), default=None,
-                   help="patch side in pixels, both ends drawn; default 16 56 at --input-res 224, in proportion elsewhere")  # fmt: skip
+                   help="patch side in pixels, both ends drawn; default 16 56 of 224, in proportion at another size")  # fmt: skip
     g.add_argument(
         "--patch-inclusive", action="store_true", help="also draw the last offset, which the paper's code never does"
     )
     g.add_argument("--patch-turn", action="store_true", help="mirror and rotate every patch by chance")
     g.add_argument("--nonsem-bn", choices=["train", "eval"], default="train",
-                   help="batch-norm of the key encoder on non-semantic images: batch statistics (as published) or running")  # fmt: skip
+                   help="key batch-norm of non-semantic images: batch statistics, as published, or running ones")  # fmt: skip
     g.add_argument("--texture-root", default=None,
-                   help="tree of textures paired by path; default: DATA itself, its originals at DATA without -texture")  # fmt: skip
+                   help="tree of textures, paired by path; default: DATA, its originals at DATA without -texture")  # fmt: skip
 
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=run.positive_int, default=200, help="epochs to run in all")
@@ -177,6 +177,7 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
     progress = run.Progress(f"Epoch: [{epoch}]", len(loader), args.print_freq, first_step, log.main,
                             extra=f"lr {optimizer.param_groups[0]['lr']:.1e}")  # fmt: skip
     loader.set_epoch(epoch, first_step)
+    loader.view_seconds = loader.wait_seconds = 0.0
     step = first_step
     for views, _, _ in loader:
         im_q, im_k, *texture = (v.contiguous(memory_format=torch.channels_last) for v in views)

@@ -1,0 +1,96 @@
+"""Saving that never loses a checkpoint, and the backbone in every layout that the five papers' code has written."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import UserError, checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path / "a.pth.tar", {"x": torch.ones(3)})
+    real = torch.save
+
+    def full(payload, file):
+        real(payload, file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device.*untouched.*--resume auto"):
+        checkpoint.save(path, {"x": torch.zeros(3)})
+    assert torch.equal(checkpoint.load(path)["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth.tar"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
+    """The kernel's own refusal, in the middle of the archive: the temporary file is a link to /dev/full."""
+    path = checkpoint.save(tmp_path / "a.pth.tar", {"x": torch.ones(3)})
+    (tmp_path / ".a.pth.tar.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot save .*a.pth.tar"):
+        checkpoint.save(path, {"x": torch.zeros(1_000_000)})
+    assert torch.equal(checkpoint.load(path)["x"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_newest(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for name in ("checkpoint_0009.pth.tar", "checkpoint_last.pth.tar"):
+        checkpoint.save(tmp_path / name, {})
+    (tmp_path / ".checkpoint_0010.pth.tar.partial").write_text("")
+    assert checkpoint.newest(tmp_path).name == "checkpoint_last.pth.tar"
+
+
+def state_of(keys_file: str, keep=lambda key: True) -> dict:
+    keys = json.loads((GOLDEN / keys_file).read_text())
+    return {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, shape, dtype in keys if keep(key)}
+
+
+LAYOUTS = {  # key list of the published code -> (where the state is, names that must come out, names that must not)
+    "nonsem_moco_resnet50_mlp_keys.json": ("state_dict", ["conv1.weight", "layer4.2.bn3.running_var", "fc.2.bias"], ["queue"]),
+    "moco_insdis_backbone_resnet50_keys.json": ("model", ["conv1.weight", "fc.bias"], []),
+    "ring_nce_system_keys.json": ("state_dict", ["conv1.weight", "bn1.bias", "layer4.1.conv2.weight"], ["l1.weight"]),
+    "debiased_backbone_keys.json": (None, ["conv1.weight", "layer1.0.conv1.weight", "layer4.2.bn3.weight"], ["g.0.weight"]),
+    "ft_backbone_rgb_resnet18_mlp_keys.json": ("model", ["conv1.weight", "layer4.1.bn2.bias"], ["head.0.weight"]),
+    "cmc_backbone_resnet18v1_keys.json": ("model", ["l_to_ab.conv1.weight", "ab_to_l.fc.bias"], []),
+    "cmc_backbone_alexnet_keys.json": ("model", ["l_to_ab.conv_block_1.0.weight", "ab_to_l.fc8.0.bias"], []),
+    "ft_backbone_cmc_resnet50_mlp_keys.json": ("model", ["encoder1.conv1.weight", "encoder2.layer1.0.bn1.bias"], ["head1.0.bias"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("module", [True, False])
+def test_every_published_layout(name, module):
+    where, present, absent = LAYOUTS[name]
+    state = state_of(name)
+    if not module:
+        state = {key.replace("module.", ""): value for key, value in state.items()}
+    found = checkpoint.backbone({where: state, "epoch": 3} if where else state)
+    assert set(present) <= found.keys() and not set(absent) & found.keys()
+    assert not any("module." in key for key in found)
+
+
+def test_a_torchvision_file_and_a_stranger():
+    found = checkpoint.backbone({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
+    assert checkpoint.without_head(found).keys() == {"conv1.weight"}
+    with pytest.raises(UserError, match="found no backbone.*word_embedding"):
+        checkpoint.backbone({"word_embedding": torch.zeros(1)})
+
+
+def test_load_into_says_what_differs():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    good = model.state_dict()
+    checkpoint.load_into(model, good, "file")
+    for bad, word in (
+        ({"0.weight": good["0.weight"]}, "missing 0.bias"),
+        ({**good, "1.x": torch.ones(1)}, "unexpected 1.x"),
+        ({**good, "0.bias": torch.ones(4)}, r"0.bias is \(4,\), expected \(3,\)"),
+    ):
+        with pytest.raises(UserError, match=word):
+            checkpoint.load_into(model, bad, "file")
+    checkpoint.load_into(model, {"0.weight": torch.zeros(3, 2)}, "file", allowed_missing=("0.bias",))
+    assert model[0].weight.abs().max() == 0

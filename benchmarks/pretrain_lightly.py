@@ -3,9 +3,11 @@
     python benchmarks/pretrain_lightly.py --data CIFAR_TREE       # or without --data: generated 32-pixel pictures
 
 ResNet-18 (standard stem), 32 pixels, batch 256, queue 4096, MoCo-v2 augmentation and head on both sides.
-this project  nonsem_neg/moco_non_sem_neg.py --robust none, its own loop, loader and defaults (8 batch-norm groups).
+this project  nonsem_neg/moco_non_sem_neg.py --robust none, its own loop, loader and defaults: 8 batch-norm groups, channels
+              last, and bfloat16 autocast on a CPU that has it. "float32" is the same with --no-amp.
 lightly       the pieces of its MoCo example, from its public package: MoCoV2Transform, LightlyDataset, a DataLoader with
-              workers, MoCoProjectionHead, update_momentum, NTXentLoss with a memory bank. Plain batch-norm.
+              workers, MoCoProjectionHead, update_momentum, NTXentLoss with a memory bank. Plain batch-norm, float32, as in
+              that example; its workers persist over epochs.
 floor         this project's step on fixed views: no loading, no augmentation. What is left is the network.
 
 Sides alternate; each repeat is a process of its own (so its peak memory can be told), warm before the clock runs.
@@ -30,7 +32,7 @@ import torch
 BATCH, QUEUE, WARM = 256, 4096, 3
 
 
-def ours(tree: str, steps: int, workers: int, floor: bool) -> dict:
+def ours(tree: str, steps: int, workers: int, floor: bool, amp: bool | None) -> dict:
     from common import launch, run
     from nonsem_neg import moco_non_sem_neg as script
 
@@ -43,7 +45,7 @@ def ours(tree: str, steps: int, workers: int, floor: bool) -> dict:
     began = time.perf_counter()
     loader = script.build_loader(args, process, BATCH)
     loading = time.perf_counter() - began
-    model, precision = script.build_model(args, process), run.Precision(None, device)
+    model, precision = script.build_model(args, process), run.Precision(amp, device)
     model.autocast = precision.autocast
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     feed = [next(iter(loader))] * (steps + WARM) if floor else loader
@@ -78,7 +80,8 @@ def ours(tree: str, steps: int, workers: int, floor: bool) -> dict:
     stop = Stop()
     generator = torch.Generator().manual_seed(0)
     script.train_one_epoch(model, model, Feed(), optimizer, precision, generator, 0, 0, stop, Log(), args)
-    return {"rate": BATCH * steps / stop.started, "views": stop.views / stop.started, "loading": loading}
+    return {"rate": BATCH * steps / stop.started, "views": stop.views / stop.started, "loading": loading,
+            "precision": str(precision)}  # fmt: skip
 
 
 def lightly(tree: str, steps: int, workers: int) -> dict:
@@ -102,7 +105,8 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
     began = time.perf_counter()
     dataset = LightlyDataset(os.path.join(tree, "train"), transform=MoCoV2Transform(input_size=32))
     loading = time.perf_counter() - began
-    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers)
+    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers,
+                                         persistent_workers=workers > 0)  # fmt: skip
     criterion = NTXentLoss(memory_bank_size=(QUEUE, 128))
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
     done, started = 0, 0.0
@@ -146,11 +150,12 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
     parser.add_argument("--at-least", type=float, default=1.8, help="aim: times lightly")
     parser.add_argument("--views-at-most", type=float, default=None, help="aim: share of a step; 0.12, on a GPU 0.02")
-    parser.add_argument("--side", choices=["ours", "floor", "lightly"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "float32", "floor", "lightly"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
         found = (lightly(args.data, args.steps, args.workers) if args.side == "lightly"
-                 else ours(args.data, args.steps, args.workers, args.side == "floor"))  # fmt: skip
+                 else ours(args.data, args.steps, args.workers, args.side == "floor",
+                           False if args.side == "float32" else None))  # fmt: skip
         peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         print(json.dumps({**found, "peak": peak}))
         return 0
@@ -159,7 +164,7 @@ def main(argv=None) -> int:
         tree = args.data or str(generate(Path(temporary)))
         print(f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
               f"{args.repeats} repeats of {args.steps} steps", flush=True)  # fmt: skip
-        results = {"ours": [], "lightly": [], "floor": []}
+        results = {"ours": [], "lightly": [], "float32": [], "floor": []}
         for repeat in range(args.repeats):
             for side in results:
                 command = [sys.executable, __file__, "--side", side, "--data", tree, "--steps", str(args.steps),
@@ -170,11 +175,14 @@ def main(argv=None) -> int:
     for side, found in results.items():
         rates = [f["rate"] for f in found]
         print(f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
+              f"{found[0].get('precision', 'float32')}, "
               f"start {statistics.median(f['loading'] for f in found):.1f} s, "
               f"peak memory {max(f['peak'] for f in found):.0f} MiB")  # fmt: skip
     ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results["lightly"])]
     ratio, views = statistics.median(ratios), statistics.median(f["views"] for f in results["ours"])
     aim = args.views_at_most or (0.02 if torch.cuda.is_available() else 0.12)
+    equal = statistics.median(a["rate"] / b["rate"] for a, b in zip(results["float32"], results["lightly"]))
+    print(f"ratio to lightly with both in float32 {equal:.2f}")
     print(f"ratio to lightly {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), aim {args.at_least}")
     print(f"share of a step that makes views (and waits for data): {views:.1%}, aim under {aim:.0%}")
     return int(ratio < args.at_least or views > aim)

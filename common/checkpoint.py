@@ -64,15 +64,20 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
         raise UsageError(f"no checkpoint at {path}" + _siblings(path))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|function|class)\s+`?([\w.]+)", str(error))
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower() and found:
-            what = f" ({found.group(1)})" if found else ""
-            raise UserError(f"{path} contains code{what}, not only tensors and numbers: refused") from None
+        code = re.search(r"(?:GLOBAL|Unsupported class)\s+`?([\w.]+)", str(error))
+        if code:
+            raise UserError(f"{path} contains code ({code.group(1)}), not only tensors and numbers: refused") from None
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
+
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
+    if isinstance(loaded.get("args"), argparse.Namespace):
+        loaded["args"] = vars(loaded["args"])
+    return loaded
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_missing: tuple[str, ...] = ()) -> None:
@@ -105,7 +110,10 @@ def strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str,
     return {k.removeprefix(prefix): v for k, v in state.items()}
 
 
-def newest(folder: str | Path, patterns: tuple[str, ...] = ("checkpoint_*.pth.tar",)) -> Path | None:
+PRETRAINING = ("checkpoint_[0-9]*.pth.tar", "checkpoint_last.pth.tar")
+
+
+def newest(folder: str | Path, patterns: tuple[str, ...] = PRETRAINING) -> Path | None:
     """The most recently written whole checkpoint of a run folder, or None."""
     found = [p for pattern in patterns for p in Path(folder).glob(pattern)]
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)

@@ -41,9 +41,32 @@ from torch.nn.functional import interpolate
 from common import UsageError, UserError
 from common.augment import Compose
 from common.bar import Bar
-from common.sets import ArraySet, BadPicture, FolderSet, PictureSet, open_set, open_tree, original_root_of, pair_by_path
+from common.sets import (
+    ArraySet,
+    BadPicture,
+    FolderSet,
+    PictureSet,
+    open_set,
+    open_tree,
+    original_root_of,
+    pair_by_path,
+    read_class_list,
+    split_folder,
+)
 
-__all__ = ["ArraySet", "FolderSet", "Loader", "PictureSet", "open_set", "open_tree", "original_root_of", "pair_by_path"]
+__all__ = [
+    "ArraySet",
+    "FolderSet",
+    "Loader",
+    "PictureSet",
+    "open_set",
+    "open_tree",
+    "original_root_of",
+    "pair_by_path",
+    "read_class_list",
+    "split_folder",
+]
+
 
 # Which random stream of a step: each has its own generator, so adding a colour operation never moves a crop.
 CROPS, COLOURS, ORDER = 0, 1, 2
@@ -201,17 +224,18 @@ def _as_is(item):
 def _quiet_worker(_: int) -> None:
     """Ctrl-C and a job's SIGTERM reach the workers too; the main process still needs them for the step it finishes.
 
-    So Ctrl-C is left to the main process, and a SIGTERM only starts a minute of grace (a second one ends the worker at
-    once). Workers also end when the main process asks them to, and when it is gone.
+    So Ctrl-C and SIGUSR1 are left to the main process, and a SIGTERM only starts a minute of grace. Workers also end when
+    the main process asks them to, and when it is gone.
     """
 
     def grace(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.alarm(60)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
         signal.signal(signal.SIGTERM, grace)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -5,7 +5,6 @@ Takes a checkpoint of any layout that `common.checkpoint.backbone` knows; the pr
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickle
 import re
@@ -14,13 +13,13 @@ from pathlib import Path
 import torch
 
 from common import UsageError, UserError, checkpoint
-from common.run import cli
+from common.run import Parser, cli
 
 SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "safetensors": ".safetensors"}
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.export", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m common.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="pre-training or linear-evaluation checkpoint")
     parser.add_argument("--to", choices=list(SUFFIX), required=True)
     parser.add_argument("--out", default=None, help="file to write; default: beside the checkpoint, named after --to")
@@ -31,11 +30,14 @@ def main(argv=None) -> None:
     out = Path(args.out or str(Path(args.checkpoint)).split(".pth")[0] + f"_{args.to}{SUFFIX[args.to]}")
     partial = out.with_name(f".{out.name}.partial")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write(state, partial, args.to)
         os.replace(partial, out)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
         partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(
+            f"cannot write {out}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        ) from None
     print(f"{out}: {len(state)} tensors, {sum(v.numel() for v in state.values()) / 1e6:.2f} M numbers")
 
 

@@ -4,10 +4,10 @@ A script calls `launch(worker, args)` once; `worker(args, process)` then runs in
 this very process on the best device. The other ways in, in the order in which they are looked for:
 
     torchrun --nproc-per-node 8 script.py ...                         environment of torchrun
-    srun -N 2 --ntasks-per-node 8 python script.py ...                environment of a Slurm step
     script.py --multiprocessing-distributed --world-size 1 --rank 0   one process per GPU of this node, as published
-    script.py --nproc 2                                               that many processes here, GPUs or not (gloo)
+    script.py --nproc 2 --device cpu                                  that many processes here (CPU: gloo)
     script.py --world-size 4 --rank 2 --dist-url tcp://host:port      this process is rank 2 of 4
+    srun -N 2 --ntasks-per-node 8 python script.py ...                environment of a Slurm step
 
 With one process every collective below is the identity, so no script needs a second code path.
 """
@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from common import UsageError, UserError
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+REPEAT = 2.0  # seconds in which a second signal is the first one arriving again by another way
 _here = 1  # processes of this job on this node
 _control = None  # a gloo group for host-side flags; the default group may be NCCL, which only moves device memory
 
@@ -60,10 +62,20 @@ def add_arguments(parser) -> None:
     )
     group.add_argument("--rank", type=int, default=-1, help="rank of this node (with the flag above), else process")
     group.add_argument("--dist-url", default=None, help="rendezvous, e.g. tcp://10.0.0.1:10001; one node needs none")
-    group.add_argument("--dist-backend", default=None, help="nccl or gloo; default: nccl on GPUs, gloo without")
-    group.add_argument("--nproc", type=int, default=None, help="processes on this node; default: one per GPU, or one")
+    group.add_argument(
+        "--dist-backend", choices=["nccl", "gloo"], default=None, help="default: nccl on GPUs, gloo without"
+    )
+    group.add_argument(
+        "--nproc", type=_positive, default=None, help="processes on this node; default: one per GPU, or one"
+    )
     group.add_argument("--gpu", type=int, default=None, help="use this GPU only")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------------------- starting
@@ -77,16 +89,18 @@ def launch(worker, args) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         env = os.environ
         _join(worker, args, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env://")
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        env = os.environ
-        _join(worker, args, int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]),
-              f"tcp://{_first_slurm_host()}:{20000 + int(env['SLURM_JOB_ID']) % 20000}")  # fmt: skip
     elif args.multiprocessing_distributed or (args.nproc or 1) > 1:
         _spawn(worker, args)
     elif args.world_size > 1:
         if args.rank < 0 or not args.dist_url:
             raise UsageError(f"--world-size {args.world_size} needs --rank and --dist-url tcp://HOST:PORT as well")
-        _join(worker, args, args.rank, args.world_size, args.rank, args.dist_url)
+        here = max(1, torch.cuda.device_count())
+        _join(worker, args, args.rank, args.world_size, args.rank % here, args.dist_url)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        env = os.environ
+        port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", 0))) % 20000
+        _join(worker, args, int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]),
+              f"tcp://{_first_slurm_host()}:{port}")  # fmt: skip
     else:
         _join(worker, args, 0, 1, args.gpu or 0, None)
 
@@ -95,6 +109,10 @@ def _spawn(worker, args) -> None:
     nodes, node = max(args.world_size, 1), max(args.rank, 0)
     gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(gpus, 1)
+    if not node < nodes:
+        raise UsageError(f"--rank {args.rank}: with --world-size {nodes} nodes it is 0 to {nodes - 1}")
+    if nodes > 1 and args.rank < 0:
+        raise UsageError(f"--world-size {nodes} nodes need --rank 0 to {nodes - 1}, a different one on each")
     if nodes > 1 and not args.dist_url:
         raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
     url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{_free_port()}"
@@ -106,11 +124,11 @@ def _spawn(worker, args) -> None:
         child.start()
     received = []
 
-    def forward(signum, frame):  # a second signal means: now
-        received.append(signum)
+    def forward(signum, frame):  # the first asks for a checkpoint, a later one means: now
+        received.append(time.monotonic())
         for child in children:
             if child.is_alive():
-                child.kill() if len(received) > 1 else child.terminate()
+                child.kill() if received[-1] - received[0] > REPEAT else child.terminate()
 
     with _handling(forward):
         code = _wait_for(children)
@@ -155,22 +173,24 @@ def _join(worker, args, rank, world_size, local_rank, url) -> None:
     if url is None:
         worker(args, Process(device=device))
         return
-    if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
-        here = args.nproc or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cpu" and backend == "nccl":
         backend = "gloo"
         if rank == 0:
             print("note: --dist-backend nccl needs GPUs; using gloo", flush=True)
-    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+    try:
+        dist.init_process_group(
+            backend, init_method=url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"processes cannot meet at --dist-url {url}: {str(error).splitlines()[0][:200]}") from None
     _control = dist.new_group(backend="gloo")
     _here = gather_objects(socket.gethostname()).count(socket.gethostname())
-    try:
-        worker(args, Process(rank, world_size, local_rank, device))
-    finally:
-        dist.destroy_process_group()
-        _control = None
+    if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // _here))
+    worker(args, Process(rank, world_size, local_rank, device))
+    dist.destroy_process_group()  # not after an error: it could wait for ranks that never answer
+    _control = None
 
 
 def _device(args, local_rank: int) -> torch.device:
@@ -180,8 +200,10 @@ def _device(args, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is usable here (torch.cuda.is_available() is False)")
-    index = args.gpu if args.gpu is not None else local_rank % max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 10**6)))
-    if index >= torch.cuda.device_count():
+    index = local_rank if args.gpu is None else args.gpu
+    if "SLURM_LOCALID" in os.environ and torch.cuda.device_count() == 1:
+        index = 0  # --gpus-per-task shows every task its own GPU only
+    if not 0 <= index < torch.cuda.device_count():
         raise UsageError(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} here; lower --nproc")
     return torch.device("cuda", index)
 
@@ -203,7 +225,7 @@ def _first_slurm_host() -> str:
 
 @contextlib.contextmanager
 def _handling(handler):
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, handler) for s in STOP_SIGNALS}
     try:
         yield
     finally:

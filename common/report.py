@@ -1,12 +1,11 @@
 """Run folders beside the published table they belong to: `python -m common.report RUNS...`.
 
 A run's result.json names its table (a JSON file in the paper's folder). Runs with the same label and setting are one row:
-mean and standard deviation over their seeds.
+mean and standard deviation, the seeds listed.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -15,11 +14,11 @@ import sys
 from pathlib import Path
 
 from common import UsageError
-from common.run import ROOT, cli
+from common.run import ROOT, Parser, cli
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m common.report", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders (or folders of them) with a result.json of an evaluation")
     parser.add_argument("--format", choices=["text", "markdown", "csv"], default="text")
     parser.add_argument("--no-published", action="store_true", help="only the given runs")
@@ -46,7 +45,7 @@ def find_results(paths: list[str]) -> list[dict]:
         for file in found:
             try:
                 results.append(json.loads(file.read_text()) | {"folder": str(file.parent)})
-            except ValueError:
+            except (ValueError, TypeError):
                 raise UsageError(f"{file}: not a result of an evaluation script") from None
     return results
 
@@ -70,11 +69,11 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
         )
         by_row: dict[tuple, list[dict]] = {}
         for member in members:
-            key = (member["label"], member.get("arch"), member.get("epochs"), member.get("data"))
+            key = (*(member.get(k) for k in ("label", "arch", "epochs", "data")), json.dumps(member.get("settings")))
             by_row.setdefault(key, []).append(member)
-        rows = [[f"{label}, {arch}" + (f", {len(same)} runs" if len(same) > 1 else ""), str(data), str(epochs),
+        rows = [[f"{label}, {arch}{seeds(same)}", str(data), str(epochs),
                  *(cell([m[c] for m in same if c in m]) for c in columns)]
-                for (label, arch, epochs, data), same in by_row.items()]  # fmt: skip
+                for (label, arch, epochs, data, _), same in by_row.items()]  # fmt: skip
         if with_published:  # its own table: other data, other sizes
             theirs = [[row["label"], published["data"], str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
                       for row in published["rows"]]  # fmt: skip
@@ -88,6 +87,10 @@ def cell(values: list[float]) -> str:
         return "-"
     spread = f"±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
+
+
+def seeds(runs: list[dict]) -> str:
+    return f" (seeds {', '.join(str(r.get('seed')) for r in runs)})" if len(runs) > 1 else ""
 
 
 def interval(published) -> str:

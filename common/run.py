@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
-        super().__init__(*args, formatter_class=_HelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.presets = presets or {}
         named = [name for name in self.presets if name != "demo"]
         if named:
@@ -123,6 +123,20 @@ def positive_int(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -135,10 +149,13 @@ def cli(main) -> None:
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):  # under torchrun, let rank 0 say what all ranks have to say
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):  # let rank 0 say what all ranks have to say
             time.sleep(2)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).split('. ')[0]}: lower --batch-size, or use --amp", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # ended by the system: torch raises this from a handler
             raise
@@ -147,7 +164,7 @@ def cli(main) -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped before the first step; nothing was written", file=sys.stderr)
+        print("\ninterrupted; a checkpoint that was written before is whole", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -254,7 +271,7 @@ class Run:
         if not self.main:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             config = {"command": self.command, **environment(), "world_size": process.world_size,
                       "started": datetime.now().isoformat(timespec="seconds"), "options": options(args)}  # fmt: skip
             write_json(self._config, config)
@@ -288,7 +305,9 @@ class Run:
             self.say("derived  " + _wrap([f"{k}={v}" for k, v in facts.items()]))
 
     def rewind(self, step: int) -> None:
-        """After a resume at global step `step`: drop what was logged later, so that no step is recorded twice."""
+        """Drop what was logged after global step `step` (after a resume), or all of it and an old result (step < 0)."""
+        if self.main and step < 0:
+            self._result.unlink(missing_ok=True)
         path = self.folder / "metrics.jsonl"
         if self.main and path.exists():
             kept = []
@@ -330,6 +349,15 @@ class Run:
         for handle in (self._jsonl, self._tensorboard):
             if handle is not None:
                 handle.close()
+
+
+def make_folder(folder: str | Path) -> str:
+    """Make a run folder and its parents; UserError where that is not possible."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    return str(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -445,15 +473,19 @@ def clock(seconds: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
+REPEAT = launch.REPEAT
+
+
 class StopSignal:
     """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's --signal) ask for a checkpoint and a clean end at the next step.
 
-    `stop.asked()` is the same on every rank. A second signal acts as if this were not here.
+    `stop.asked()` is the same on every rank. A further signal more than REPEAT seconds later acts as if this were not
+    here; a sooner one is the same request again (a scheduler signals the whole process group, its leader passes it on).
     """
 
     def __init__(self):
-        self.received = False
-        self.signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+        self.received, self.when = False, 0.0
+        self.signals = launch.STOP_SIGNALS
 
     def __enter__(self):
         self.previous = {s: signal.getsignal(s) for s in self.signals}
@@ -467,9 +499,13 @@ class StopSignal:
             signal.signal(s, handler)
 
     def _receive(self, signum, frame):
-        self.received = True
-        for s in self.signals:
-            signal.signal(s, self.previous[s])
+        now = time.monotonic()
+        if not self.received:
+            self.received, self.when = True, now
+        elif now - self.when > REPEAT:
+            for s in self.signals:
+                signal.signal(s, self.previous[s])
+            os.kill(os.getpid(), signum)
 
     def asked(self) -> bool:
         return launch.any_rank(self.received)

@@ -141,7 +141,7 @@ def open_set(
     Raises UsageError where a path, a name or a class does not fit, UserError where a download fails.
     """
     if dataset == "folder":
-        return open_tree(_split_folder(Path(root), split), class_list=class_list, classes=classes)
+        return open_tree(split_folder(Path(root), split), class_list=class_list, classes=classes)
     if class_list is not None:
         raise UsageError(f"--class-list selects class folders and {dataset} has none: leave it out")
     opened = _open_torchvision(Path(root), split, dataset, download)
@@ -210,7 +210,9 @@ def _pictures_below(folder: Path, class_name: str) -> list[str]:
     return found
 
 
-def _split_folder(root: Path, split: str) -> Path:
+def split_folder(root: str | Path, split: str) -> Path:
+    """The folder of a split below `root`: train/, or val/ (else test/, else validation/). Raises UsageError."""
+    root = Path(root)
     split = "val" if split == "test" else split
     if split not in ("train", "val"):
         raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
@@ -237,21 +239,28 @@ def _has_picture(folder: Path) -> bool:
     return any(entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() for entry in os.scandir(folder))
 
 
-def _listed(folder: Path, found: list[str], class_list: Path) -> list[str]:
+def read_class_list(class_list: str | Path) -> list[str]:
+    """Class names, sorted as labels are: the first word of every line ("n01558993 robin" is a usual form)."""
+    return sorted({line.split()[0] for line in _lines(Path(class_list))})
+
+
+def _lines(class_list: Path) -> list[str]:
     try:
         lines = [line.strip() for line in class_list.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(f"--class-list {class_list}: {reason}") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _listed(folder: Path, found: list[str], class_list: Path) -> list[str]:
     present, wanted, unknown = set(found), set(), []
-    for line in lines:
-        if line and not line.startswith("#"):
-            word = line.split()[0]  # "n01558993 robin" is a usual form
-            name = line if line in present else word
-            if name in present:
-                wanted.add(name)
-            else:
-                unknown.append(line)
+    for line in _lines(class_list):
+        name = line if line in present else line.split()[0]
+        if name in present:
+            wanted.add(name)
+        else:
+            unknown.append(line)
     if unknown:
         raise UsageError(f"--class-list {class_list}: no such class folder in {folder}: {_few(unknown)}")
     if not wanted:

@@ -29,8 +29,8 @@ EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition")
 PRESETS = {
     "demo": dict(
-        data="data/demo", classifier="runs/demo/patch-lincls", corruption="data/demo/corruption", sketch="data/demo/sketch",
-        stylized="data/demo/stylized", rendition="data/demo/rendition", ckpt_path="runs/demo/patch-robustness", workers=2,
+        data="data/demo", classifier="runs/try-lincls", corruption="data/demo/corruption", sketch="data/demo/sketch",
+        stylized="data/demo/stylized", rendition="data/demo/rendition", ckpt_path="runs/try-robustness", workers=2,
     ),
 }  # fmt: skip
 
@@ -83,6 +83,8 @@ def read_classifier(args):
         if path is None:
             raise UsageError(f"--classifier {args.classifier}: no {pattern} in this folder; run main_lincls.py first")
     saved = checkpoint.load(path) | {"path": str(path)}
+    if args.arch and saved.get("arch", args.arch) != args.arch:
+        raise UserError(f"{path} is of --arch {saved['arch']}, not {args.arch}")
     args.arch = saved.get("arch", args.arch or "resnet50")
     if "input_res" not in args._typed:
         args.input_res = saved.get("args", {}).get("input_res", args.input_res)
@@ -96,18 +98,18 @@ def class_names(saved, args) -> list[str]:
     if args.data:
         return options.open_split(args, "val").classes
     if args.class_list:
-        return sorted(Path(args.class_list).read_text().split())
+        return data.read_class_list(args.class_list)
     raise UsageError(f"{saved['path']} does not name its classes: give DATA (the clean set) or --class-list as well")
 
 
-def build_model(saved, process):
+def build_model(saved, arch: str, process: launch.Process) -> torch.nn.Module:
     state = checkpoint.backbone(saved)
     if "fc.weight" not in state or state["fc.weight"].ndim != 2 or "best_acc1" not in saved:
         raise UserError(
             f"{saved['path']} holds no classifier: give a checkpoint of main_lincls.py, not of pre-training"
         )
     small_stem = state["conv1.weight"].shape[-1] == 3
-    model = backbones.build(saved.get("arch", "resnet50"), len(state["fc.weight"]), small_stem=small_stem)
+    model = backbones.build(arch, len(state["fc.weight"]), small_stem=small_stem)
     checkpoint.load_into(model, state, saved["path"])
     return model.eval().to(process.device, memory_format=torch.channels_last)
 
@@ -122,6 +124,12 @@ def open_by_class(folder: str, classes: list[str]) -> data.FolderSet:
             f"{folder}: none of the {len(classes)} class folders of the classifier ({classes[0]}, ...) is in it"
         )
     return data.open_tree(folder, class_list=present, classes=classes, subset=True)
+
+
+def open_clean(args, classes: list[str]) -> data.PictureSet:
+    if args.dataset != "folder":
+        return options.open_split(args, "val", classes=classes)
+    return open_by_class(str(data.split_folder(args.data, "val")), classes)
 
 
 def open_corruptions(args, classes) -> tuple[data.FolderSet, list[tuple[str, int]], torch.Tensor]:
@@ -198,15 +206,24 @@ def row_label(saved) -> str:
     if not a:
         return Path(saved["path"]).parent.name
     kind = a.get("robust") if a.get("num_nonsem") else "none"
-    details = [f"K {a['moco_k']}"] + ([f"alpha {a['alpha']:g}"] if kind != "none" else [])
+    details = [f"K {a['moco_k']}"]
+    if kind != "none":
+        details += [f"alpha {a['alpha']:g}"] + ([f"M {a['num_nonsem']}"] if a["num_nonsem"] > 1 else [])
     return f"MoCo{'' if kind == 'none' else ' + ' + kind} ({', '.join(details)})"
+
+
+def settings(saved) -> dict:
+    """What must be equal for two runs to be two seeds of one experiment."""
+    a = saved.get("pretrained_args") or {}
+    names = ("lr", "batch_size", "moco_m", "moco_t", "input_res", "mlp", "aug_plus", "cos", "patch_ratio", "small_stem")
+    return {name: a[name] for name in names if name in a}
 
 
 def worker(args, process: launch.Process) -> None:
     options.ensure_demo(args, process)
     saved = read_classifier(args)
     classes = class_names(saved, args)
-    model = build_model(saved, process)
+    model = build_model(saved, args.arch, process)
     precision = run.Precision(args.amp, process.device)
     log = run.Run(args.ckpt_path, args, process, tensorboard=False)
     log.derived(classifier=saved["path"], classes=len(classes), precision=str(precision))
@@ -229,8 +246,7 @@ def worker(args, process: launch.Process) -> None:
             if log.main:
                 write_csv(log.folder / "corruption.csv", folders, per_folder)
         else:
-            dataset = (options.open_split(args, "val", classes=classes) if name == "clean"
-                       else open_by_class(folder, classes))  # fmt: skip
+            dataset = open_clean(args, classes) if name == "clean" else open_by_class(folder, classes)
             right, masked = score(model, dataset, args, process, precision, name, log.main, name == "stylized")
             row[name] = percent(right)
             present = len(dataset.targets.unique())
@@ -244,7 +260,8 @@ def worker(args, process: launch.Process) -> None:
                 + (f" ({notes[name]})" if name in notes else ""))  # fmt: skip
     log.result(table="nonsem_neg/published.json", label=args.label or row_label(saved), evaluated=saved["path"], data=args.data,
                pretrained=saved.get("pretrained"), epochs=saved.get("pretrained_epoch"), arch=args.arch,
-               missing=[name for name in SETS if name not in row], notes=notes, **row)  # fmt: skip
+               seed=(saved.get("pretrained_args") or {}).get("seed"), precision=str(precision),
+               settings=settings(saved), missing=[name for name in SETS if name not in row], notes=notes, **row)  # fmt: skip
     log.close()
 
 

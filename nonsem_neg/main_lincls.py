@@ -23,8 +23,8 @@ from common import UsageError, UserError, augment, backbones, checkpoint, data, 
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 PRESETS = {
     "demo": dict(
-        data="data/demo", pretrained="runs/demo/patch", ckpt_path="runs/demo/patch-lincls", workers=2, epochs=40,
-        schedule=[24, 32], batch_size=128, lr=5.0, cache_views=4, print_freq=100, seed=0, overwrite=True,
+        data="data/demo", pretrained="runs/try", ckpt_path="runs/try-lincls", workers=2, epochs=40,
+        schedule=[24, 32], batch_size=128, lr=5.0, cache_views=4, print_freq=100, seed=0,
     ),
 }  # fmt: skip
 
@@ -45,13 +45,15 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=run.positive_int, default=100, help="epochs to run in all")
-    g.add_argument("--start-epoch", type=int, default=0, help="first epoch, counted from 0 (a resume sets it)")
+    g.add_argument("--start-epoch", type=run.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
     g.add_argument("-b", "--batch-size", type=run.positive_int, default=256, help="global batch over all processes")
-    g.add_argument("--lr", "--learning-rate", type=float, default=30.0, help="learning rate; not scaled with the batch")
+    g.add_argument(
+        "--lr", "--learning-rate", type=run.positive, default=30.0, help="learning rate; not scaled with the batch"
+    )
     g.add_argument("--schedule", type=int, nargs="*", default=[30, 40, 50], help="epochs of a 10x drop")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
     g.add_argument("--wd", "--weight-decay", type=float, default=0.0, dest="weight_decay", help="weight decay")
-    g.add_argument("--cache-views", type=int, default=0, metavar="N",
+    g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
                    help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
                    "at every epoch, as published")  # fmt: skip
 
@@ -67,6 +69,8 @@ def parse_args(argv=None):
     parser.add_argument("--amp", action=run.OnOff, default=None, help="autocast of the frozen backbone; default: on for a "
                         "CPU with bfloat16, else off as published")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.demo and "ckpt_path" not in args._typed and not args.resume:
+        args.overwrite = True  # of its own folder only
     if args.data is None:
         raise UsageError(
             "no data: give the root of an ImageFolder tree (train/ and val/), or --demo for built-in pictures"
@@ -101,12 +105,14 @@ def read_backbone(args):
     return saved
 
 
-def build_model(saved, num_classes: int, process: launch.Process, resumed: bool) -> nn.Module:
+def build_model(saved, arch: str, num_classes: int, process: launch.Process, resumed: bool) -> nn.Module:
     """The backbone with a fresh (or, resumed, the saved) linear layer; everything else frozen, in eval mode."""
     state = checkpoint.backbone(saved)
     state = state if resumed else checkpoint.without_head(state)
     small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
-    model = backbones.build(saved["arch"], num_classes, small_stem=small_stem)
+    if resumed:  # published heads have 1000 outputs whatever the number of classes
+        num_classes = max(num_classes, len(state["fc.weight"]))
+    model = backbones.build(arch, num_classes, small_stem=small_stem)
     checkpoint.load_into(model, state, saved["path"], () if resumed else ("fc.",))
     model.requires_grad_(False)
     model.fc.requires_grad_(True)
@@ -135,7 +141,7 @@ def make_loader(args, process, dataset, train: bool, cached: bool = False) -> da
     view = augment.Compose(*geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
     whole = cached or not train
     return data.Loader(
-        dataset, (view,), max(1, args.batch_size // process.world_size), device=process.device, seed=args.seed,
+        dataset, (view,), args.batch_size // process.world_size, device=process.device, seed=args.seed,
         rank=process.rank, world_size=process.world_size, shuffle=not whole, drop_last=False,
         workers=options.workers_per_process(args), data_device=args.data_device, skip_bad=args.skip_bad_images,
     )  # fmt: skip
@@ -163,11 +169,17 @@ def embed_views(model, loader, precision, views, print_freq, show):
     return torch.stack(kept), torch.cat(targets)
 
 
+def cached_rows(mine: int) -> int:
+    """Rows per epoch of a rank: as many as every rank has, so that all of them make the same number of steps."""
+    return min(launch.gather_objects(mine))
+
+
 def cached_batches(cache, args, process, epoch):
     """(features, targets) batches of one epoch over the cached view whose turn it is, in an order drawn from the seed."""
     features, targets = cache[0][epoch % len(cache[0])], cache[1]
     generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch + process.rank)
-    for rows in torch.randperm(len(targets), generator=generator).split(max(1, args.batch_size // process.world_size)):
+    order = torch.randperm(len(targets), generator=generator)[: cached_rows(len(targets))]
+    for rows in order.split(args.batch_size // process.world_size):
         rows = rows.to(targets.device)
         yield features[rows], targets[rows]
 
@@ -202,11 +214,13 @@ def validate(model, loader, precision, show) -> tuple[float, float]:
 
 
 def worker(args, process: launch.Process) -> None:
+    if args.batch_size % process.world_size:
+        raise UsageError(f"--batch-size {args.batch_size} must be a multiple of the {process.world_size} processes")
     run.refuse_to_overwrite(args.ckpt_path, "checkpoint_robust_*.pth.tar", args.resume, args.overwrite)
     options.ensure_demo(args, process)
     saved = read_backbone(args)
-    resumed = "best_acc1" in saved
-    if args.resume and not resumed and args.resume != "auto":
+    resumed = bool(args.resume) and "best_acc1" in saved
+    if args.resume and not resumed and (args.resume != "auto" or args.evaluate):
         raise UserError(f"{saved['path']} is not a checkpoint of this script; pre-trained ones go to --pretrained")
     args.seed = run.settle_seed(
         saved["args"]["seed"] if resumed and args.seed is None and "args" in saved else args.seed
@@ -216,7 +230,7 @@ def worker(args, process: launch.Process) -> None:
     train_set = options.open_split(args, "train")
     val_set = options.open_split(args, "val", classes=train_set.classes)
     classes = train_set.classes
-    model = build_model(saved, len(classes), process, resumed)
+    model = build_model(saved, args.arch, len(classes), process, resumed)
     precision = run.Precision(args.amp, process.device)
     log = run.Run(args.ckpt_path, args, process, suffix="-evaluate" if args.evaluate else "")
     val_loader = make_loader(args, process, val_set, train=False)
@@ -240,6 +254,8 @@ def worker(args, process: launch.Process) -> None:
         epoch, best, best_epoch = saved["epoch"], float(saved["best_acc1"]), saved.get("best_epoch", 0)
         log.say(f"resumed {saved['path']}: epoch {epoch}, best Acc@1 {best:.2f}")
         log.rewind(epoch)
+    else:
+        log.rewind(-1)
     cache = None
     if args.cache_views:
         cache = embed_views(model, train_loader, precision, args.cache_views, args.print_freq, log.main)
@@ -253,7 +269,7 @@ def worker(args, process: launch.Process) -> None:
             schedule.set_lr(optimizer, schedule.step(args.lr, epoch, args.schedule))
             if cache:
                 batches = cached_batches(cache, args, process, epoch)
-                steps = -(-len(cache[1]) // max(1, args.batch_size // process.world_size))
+                steps = -(-cached_rows(len(cache[1])) // (args.batch_size // process.world_size))
             else:
                 train_loader.set_epoch(epoch)
                 batches = ((embed(model, images, precision), target) for (images,), target, _ in train_loader)
@@ -289,15 +305,15 @@ def worker(args, process: launch.Process) -> None:
                 checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_robust_{suffix}"), state)
                 if is_best:
                     checkpoint.save(os.path.join(args.ckpt_path, f"model_best_{suffix}"), state)
-            if stop.asked() and epoch < args.epochs:
+            if stop.asked() and epoch < args.epochs:  # an unfinished epoch of a linear layer is not worth a file
                 log.say(f"stopped by a signal after epoch {epoch - 1}; continue with --resume auto")
                 log.close()
                 return
-    if first < epoch:
-        log.result(evaluated=saved["path"], data=args.data, split="val", epochs=epoch, acc1=top1, acc5=top5,
-                   acc1_best=best, best_epoch=best_epoch - 1)  # fmt: skip
-    else:
-        log.say(f"nothing to do: {saved['path']} has {epoch} epochs already")
+    if first == epoch:
+        log.say(f"nothing to train: {saved['path']} has {epoch} epochs already")
+        top1, top5 = float(saved.get("acc1", "nan")), float(saved.get("acc5", "nan"))
+    log.result(pretrained=saved.get("pretrained", saved["path"]), data=args.data, split="val", epochs=epoch, acc1=top1,
+               acc5=top5, acc1_best=best, best_epoch=best_epoch - 1, precision=str(precision), seed=args.seed)  # fmt: skip
     log.close()
 
 

@@ -11,6 +11,7 @@ A minute on a laptop, and the paper's run (one process per GPU; leave the last l
         --multiprocessing-distributed --world-size 1 --rank 0
 """
 
+import argparse
 import os
 import sys
 
@@ -35,9 +36,14 @@ PRESETS = {
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
     "demo": dict(
         PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=8, batch_size=64, lr=0.06, moco_k=1024,
-        moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/demo/patch", seed=0,
+        moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/try", seed=0,
     ),
 }  # fmt: skip
+
+
+def robust_name(kind: str) -> str:
+    """--robust as the README of October 2021 spelled it."""
+    return {"nonsem": "patch", "texture_syn": "texture"}.get(kind, kind)
 
 
 def parse_args(argv=None):
@@ -49,24 +55,25 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     g.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, no max-pool: for small pictures")
-    g.add_argument("--moco-dim", type=int, default=128, help="feature dimension")
-    g.add_argument("--moco-k", type=int, default=65536, help="queue length: number of negative keys")
+    g.add_argument("--moco-dim", type=run.positive_int, default=128, help="feature dimension")
+    g.add_argument("--moco-k", type=run.positive_int, default=65536, help="queue length: number of negative keys")
     g.add_argument("--moco-m", type=run.fraction, default=0.999, help="momentum of the key encoder")
-    g.add_argument("--moco-t", type=float, default=0.07, help="softmax temperature")
-    g.add_argument("--mlp", action="store_true", help="two-layer projection head (MoCo-v2)")
-    g.add_argument("--bn-splits", type=int, default=8,
+    g.add_argument("--moco-t", type=run.positive, default=0.07, help="softmax temperature")
+    g.add_argument("--mlp", action=run.OnOff, default=False, help="two-layer projection head (MoCo-v2)")
+    g.add_argument("--bn-splits", type=run.positive_int, default=8,
                    help="batch-norm groups over all processes, as on that many GPUs; keys are shuffled over them")  # fmt: skip
 
     g = parser.add_argument_group("method: non-semantic negatives")
-    g.add_argument("--robust", choices=["patch", "texture", "none"], default="patch",
+    g.add_argument("--robust", choices=["patch", "texture", "none"], default="patch", type=robust_name,
                    help="kind of non-semantic negative; none: plain MoCo")  # fmt: skip
-    g.add_argument("--num-nonsem", type=int, default=1, help="non-semantic negatives per image (0: plain MoCo)")
+    g.add_argument("--num-nonsem", type=run.count, default=1, help="non-semantic negatives per image (0: plain MoCo)")
     g.add_argument("--alpha", type=float, default=1.0, help="factor of their similarity, inside the exponent")
     g.add_argument("--patch-ratio", "--patch-range", type=int, nargs=2, metavar=("MIN", "MAX"), default=None,
-                   help="patch side in pixels, both ends drawn; default 16 56 of 224, in proportion at another size")  # fmt: skip
+                   help="patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion")  # fmt: skip
     g.add_argument(
         "--patch-inclusive", action="store_true", help="also draw the last offset, which the paper's code never does"
     )
+    g.add_argument("--patch-size", type=int, default=None, help=argparse.SUPPRESS)  # published, and dead there too
     g.add_argument("--patch-turn", action="store_true", help="mirror and rotate every patch by chance")
     g.add_argument("--nonsem-bn", choices=["train", "eval"], default="train",
                    help="key batch-norm of non-semantic images: batch statistics, as published, or running ones")  # fmt: skip
@@ -75,14 +82,16 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=run.positive_int, default=200, help="epochs to run in all")
-    g.add_argument("--start-epoch", type=int, default=0, help="first epoch, counted from 0 (a resume sets it)")
+    g.add_argument("--start-epoch", type=run.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
     g.add_argument("-b", "--batch-size", type=run.positive_int, default=256, help="global batch over all processes")
-    g.add_argument("--lr", "--learning-rate", type=float, default=0.03, help="learning rate; not scaled with the batch")
+    g.add_argument(
+        "--lr", "--learning-rate", type=run.positive, default=0.03, help="learning rate; not scaled with the batch"
+    )
     g.add_argument("--schedule", type=int, nargs="*", default=[120, 160], help="epochs of a 10x drop (without --cos)")
-    g.add_argument("--cos", action="store_true", help="cosine schedule, per epoch, without warm-up")
+    g.add_argument("--cos", action=run.OnOff, default=False, help="cosine schedule, per epoch, without warm-up")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
     g.add_argument("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="weight decay")
-    g.add_argument("--aug-plus", action="store_true", help="MoCo-v2 augmentation (with blur) instead of v1")
+    g.add_argument("--aug-plus", action=run.OnOff, default=False, help="MoCo-v2 augmentation (with blur) instead of v1")
 
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
@@ -93,7 +102,9 @@ def parse_args(argv=None):
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
     g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
-    g.add_argument("--knn-every", type=int, default=0, help="epochs between k-NN evaluations of the backbone; 0: never")
+    g.add_argument(
+        "--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations of the backbone; 0: never"
+    )
     g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
 
     launch.add_arguments(parser)
@@ -102,18 +113,24 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     args = parser.parse_args(argv)
 
+    if args.patch_size is not None and "patch_size" in args._typed:
+        print("note: --patch-size never had an effect, the side comes from --patch-ratio", file=sys.stderr)
+    if args.demo and "ckpt_path" not in args._typed and not args.resume:
+        args.overwrite = True  # of its own folder only
     if args.data is None:
         raise UsageError(
             "no data: give the root of an ImageFolder tree (train/CLASS/*), or --demo for built-in pictures"
         )
     if args.patch_ratio is None:
         args.patch_ratio = [max(1, round(side * args.input_res / 224)) for side in (16, 72 if args.demo else 56)]
-    if args.demo and args.robust == "texture" and not args.texture_root:
+    if args.demo and args.robust == "texture" and not args.texture_root and "-texture" not in args.data:
         args.texture_root = args.data + "-texture"
     if args.robust == "none":
         args.num_nonsem = 0
-    if args.num_nonsem < 0 or (args.robust == "texture" and args.num_nonsem > 1):
-        raise UsageError(f"--num-nonsem {args.num_nonsem}: need 0 or more, and at most 1 with --robust texture")
+    if args.robust == "texture" and args.num_nonsem > 1:
+        raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1")
+    if args.robust == "texture" and not args.texture_root:  # DATA is the texture tree, as published
+        args.texture_root, args.data = args.data, str(data.original_root_of(args.data))
     if args.robust == "patch" and args.num_nonsem:
         try:
             check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)
@@ -121,8 +138,6 @@ def parse_args(argv=None):
             raise UsageError(f"--patch-ratio with --input-res {args.input_res}: {error}") from None
     if args.moco_k % args.batch_size:
         raise UsageError(f"--moco-k {args.moco_k} must be a multiple of the global batch {args.batch_size}")
-    if args.moco_t <= 0:
-        raise UsageError(f"--moco-t {args.moco_t}: a temperature is above 0")
     return args
 
 
@@ -152,21 +167,21 @@ def build_loader(args, process: launch.Process, per_process: int) -> data.Loader
 
 
 def open_texture_pairs(args):
-    """(originals, textures), row by row. DATA is the original tree with --texture-root, else the texture tree."""
-    if args.texture_root:
-        textures, originals = args.texture_root, args.data
-    else:
-        textures, originals = args.data, data.original_root_of(args.data)
-    texture_set = data.open_set(textures, "train", class_list=args.class_list)
-    os.makedirs(args.ckpt_path, exist_ok=True)
-    listing = os.path.join(args.ckpt_path, "unmatched.txt")
-    return data.pair_by_path(texture_set, os.path.join(originals, "train"), unmatched_listing=listing)
+    """(originals, textures), row by row the same picture; what has no partner is listed in the run folder."""
+    texture_set = data.open_set(args.texture_root, "train", class_list=args.class_list)
+    listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt") if launch.rank() == 0 else None
+    return data.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
 
 
 def build_model(args, process: launch.Process) -> MoCo:
+    def encoder(dim: int) -> nn.Module:
+        network = backbones.build(args.arch, dim, small_stem=args.small_stem)
+        if not isinstance(getattr(network, "fc", None), nn.Linear):
+            raise UsageError(f"--arch {args.arch}: needs a network whose last layer is `fc`, such as a ResNet")
+        return network
+
     model = MoCo(
-        lambda dim: backbones.build(args.arch, dim, small_stem=args.small_stem),
-        args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.alpha,
+        encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.alpha,
         bn_splits=max(1, args.bn_splits // process.world_size), nonsem_bn=args.nonsem_bn,
     )  # fmt: skip
     return model.to(process.device, memory_format=torch.channels_last)
@@ -185,8 +200,9 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
         if texture:
             im_t = texture[0].unsqueeze(1)
         elif args.num_nonsem:  # from the query view itself, so with its crop, colours, blur and flip
-            im_t = patch_negatives(im_q, args.num_nonsem, args.patch_ratio, generator,
-                                   inclusive=args.patch_inclusive, turn=args.patch_turn)  # fmt: skip
+            im_t = patch_negatives(
+                im_q, args.num_nonsem, args.patch_ratio, generator, rank=launch.rank(), world_size=launch.world_size(),
+                inclusive=args.patch_inclusive, turn=args.patch_turn)  # fmt: skip
 
         logits, keys = wrapped(im_q, im_k, im_t, generator)
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -215,11 +231,10 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
     return step
 
 
-def knn_loaders(args, process: launch.Process) -> tuple[data.Loader, data.Loader]:
-    """The bank (train/) and the queries (val/) of the k-NN evaluation, without random augmentation."""
+def knn_loaders(args, process: launch.Process, train_set) -> tuple[data.Loader, data.Loader]:
+    """The bank (the training pictures) and the queries (val/) of the k-NN evaluation, without random augmentation."""
     view = augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res),
                            augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))  # fmt: skip
-    train_set = options.open_split(args, "train")
     return tuple(
         data.Loader(s, (view,), 256, device=process.device, seed=0, rank=process.rank, world_size=process.world_size,
                     shuffle=False, drop_last=False, workers=options.workers_per_process(args),
@@ -278,12 +293,18 @@ def restore(saved, args, model, optimizer, precision, generator, process, log) -
     """Put back what `save` wrote, or a published checkpoint has; returns (epoch, steps of it that are done)."""
     checkpoint.load_into(model, checkpoint.strip_prefix(saved["state_dict"]), saved["path"])
     optimizer.load_state_dict(saved["optimizer"])
+    for group in optimizer.param_groups:  # what was typed now counts, not what was typed then
+        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
     then = saved.get("args", {})
     differing = [k for k in CONTINUES if k in then and then[k] != getattr(args, k)]
     if differing:
         log.say("note: unlike the run that wrote the checkpoint: " +
                 ", ".join(f"{k}={getattr(args, k)} (was {then[k]})" for k in differing))  # fmt: skip
     if "generators" in saved:
+        if len(saved["generators"]) != process.world_size:
+            log.say(
+                f"note: {process.world_size} processes go on where there were {len(saved['generators'])}: other draws"
+            )
         mine = saved["generators"][process.rank % len(saved["generators"])]
         generator.set_state(mine["generator"])
         torch.set_rng_state(mine["torch"])
@@ -293,8 +314,9 @@ def restore(saved, args, model, optimizer, precision, generator, process, log) -
 
 
 # flags that must stay the same for a resumed run to be the run that was interrupted
-CONTINUES = ("seed", "batch_size", "epochs", "lr", "robust", "num_nonsem", "alpha", "patch_ratio", "input_res", "amp",
-             "bn_splits", "aug_plus", "cos", "moco_m", "moco_t")  # fmt: skip
+CONTINUES = ("seed", "data", "dataset", "batch_size", "epochs", "lr", "schedule", "momentum", "weight_decay", "robust",
+             "num_nonsem", "alpha", "patch_ratio", "patch_inclusive", "patch_turn", "nonsem_bn", "input_res", "amp",
+             "bn_splits", "aug_plus", "cos", "mlp", "moco_m", "moco_t")  # fmt: skip
 
 
 def worker(args, process: launch.Process) -> None:
@@ -312,7 +334,7 @@ def worker(args, process: launch.Process) -> None:
     generator = torch.Generator().manual_seed(args.seed)  # patches and batch shuffles
     loader = build_loader(args, process, per_process)
 
-    knn = knn_loaders(args, process) if args.knn_every else None
+    knn = knn_loaders(args, process, loader.dataset) if args.knn_every else None
     model = build_model(args, process)
     precision = run.Precision(args.amp, process.device)
     model.autocast = precision.autocast
@@ -339,8 +361,10 @@ def worker(args, process: launch.Process) -> None:
     if saved:
         epoch, step = restore(saved, args, model, optimizer, precision, generator, process, log)
         log.rewind(epoch * len(loader) + step)
-    elif args.resume:
-        log.say(f"--resume auto: no checkpoint in {args.ckpt_path} yet, starting from scratch")
+    else:
+        log.rewind(-1)
+        if args.resume:
+            log.say(f"--resume auto: no checkpoint in {args.ckpt_path} yet, starting from scratch")
 
     last = os.path.join(args.ckpt_path, "checkpoint_last.pth.tar")
     state = model, optimizer, precision, generator, args, process
@@ -359,18 +383,18 @@ def worker(args, process: launch.Process) -> None:
                 log.close()
                 return
             epoch, step = epoch + 1, 0
-            if args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs):
-                evaluate_knn(model, knn, args, log, epoch - 1, epoch * len(loader))
             save(last, epoch, 0, *state)
             if epoch % args.save_freq == 0 or epoch == args.epochs:
                 save(os.path.join(args.ckpt_path, f"checkpoint_{epoch - 1:04d}.pth.tar"), epoch, 0, *state)
+            if args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs):
+                evaluate_knn(model, knn, args, log, epoch - 1, epoch * len(loader))
             if stop.asked() and epoch < args.epochs:
                 log.say(f"stopped by a signal after epoch {epoch - 1}; continue with --resume auto")
                 log.close()
                 return
     if loader.bad_images:
         log.say(f"replaced {len(loader.bad_images)} unreadable pictures, the first {loader.bad_images[0]}")
-    log.say(f"done: {args.epochs} epochs; {args.ckpt_path}/checkpoint_{args.epochs - 1:04d}.pth.tar")
+    log.say(f"done: {epoch} epochs; {checkpoint.newest(args.ckpt_path)}")
     log.close()
 
 

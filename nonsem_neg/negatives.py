@@ -90,14 +90,25 @@ def tile_patches(images: Tensor, grid: PatchGrid) -> Tensor:
 
 
 def patch_negatives(
-    images: Tensor, count: int, patch_range: tuple[int, int], generator: torch.Generator, **options
+    images: Tensor,
+    count: int,
+    patch_range: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    **options,
 ) -> Tensor:
     """`count` patch-based negatives of every picture: (N, C, S, S) -> (N, count, C, S, S). Options: `sample_patches`.
 
     The input is the augmented and normalised query view, so a negative shares the crop, colours and flip of its query.
+    generator is in the same state on every rank: each draws for the global batch and keeps its own rows, so that N
+    processes make the negatives that one would make.
     """
-    made = [
-        tile_patches(images, sample_patches(images.shape[0], images.shape[-1], patch_range, generator, **options))
-        for _ in range(count)
-    ]
+    n, size = images.shape[0], images.shape[-1]
+    mine = slice(rank * n, (rank + 1) * n)
+    made = []
+    for _ in range(count):
+        grid = sample_patches(n * world_size, size, patch_range, generator, **options)
+        made.append(tile_patches(images, PatchGrid(*(None if t is None else t[mine] for t in grid))))
     return torch.stack(made, dim=1)

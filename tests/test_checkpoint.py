@@ -58,7 +58,7 @@ LAYOUTS = {  # key list of the published code -> (where the state is, names that
     "ft_backbone_rgb_resnet18_mlp_keys.json": ("model", ["conv1.weight", "layer4.1.bn2.bias"], ["head.0.weight"]),
     "cmc_backbone_resnet18v1_keys.json": ("model", ["l_to_ab.conv1.weight", "ab_to_l.fc.bias"], []),
     "cmc_backbone_alexnet_keys.json": ("model", ["l_to_ab.conv_block_1.0.weight", "ab_to_l.fc8.0.bias"], []),
-    "ft_backbone_cmc_resnet50_mlp_keys.json": ("model", ["encoder1.conv1.weight", "encoder2.layer1.0.bn1.bias"], ["head1.0.bias"]),
+    "ft_backbone_cmc_resnet50_mlp_keys.json": ("model", ["encoder1.conv1.weight", "encoder2.bn1.bias"], ["head1.0.bias"]),
 }  # fmt: skip
 
 

@@ -12,7 +12,21 @@ from common import UsageError, UserError, backbones, checkpoint, export, report
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
 
-PRE = ["--demo", "--epochs", "1", "--batch-size", "32", "--moco-k", "64", "--bn-splits", "2", "--ckpt_path", "pre"]
+PRE = [
+    "--demo",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "32",
+    "--moco-k",
+    "64",
+    "--bn-splits",
+    "2",
+    "--ckpt_path",
+    "pre",
+    "--device",
+    "cpu",
+]
 LIN = ["--demo", "--pretrained", "pre", "--ckpt_path", "lin", "--epochs", "2", "--batch-size", "64", "--lr", "0.1"]
 ROB = ["--demo", "--classifier", "lin", "--ckpt_path", "rob"]
 
@@ -189,17 +203,26 @@ def test_corrupted_pictures_are_not_resized_again(workspace):
 def test_report_text_markdown_csv_and_seeds(workspace, capsys):
     for i, clean in enumerate((50.0, 54.0)):
         (workspace / f"seeds/{i}").mkdir(parents=True, exist_ok=True)
-        row = {"table": "nonsem_neg/published.json", "label": "MoCo", "arch": "resnet18", "epochs": 3, "data": "d"}
+        row = {
+            "table": "nonsem_neg/published.json",
+            "label": "MoCo",
+            "arch": "resnet18",
+            "epochs": 3,
+            "data": "d",
+            "seed": i,
+        }
         (workspace / f"seeds/{i}/result.json").write_text(json.dumps({**row, "clean": clean}))
     report.main(["seeds"])
     text = capsys.readouterr().out
-    assert "79.35±0.12" in text and "38.45±0.19" in text and "MoCo, resnet18, 2 runs" in text and "52.00±2.83" in text
+    assert (
+        "79.35±0.12" in text and "38.45±0.19" in text and "MoCo, resnet18 (seeds 0, 1)" in text and "52.00±2.83" in text
+    )
     report.main(["seeds", "lin", "--format", "markdown", "--no-published"])
     text = capsys.readouterr().out
-    assert "| MoCo, resnet18, 2 runs |" in text and "79.35" not in text and "| lin" in text
+    assert "| MoCo, resnet18 (seeds 0, 1) |" in text and "79.35" not in text and "| lin" in text
     report.main(["seeds", "--format", "csv", "--no-published"])
     rows = list(csv.reader(capsys.readouterr().out.splitlines()))
-    assert rows[1][:4] == ["MoCo, resnet18, 2 runs", "d", "3", "52.00±2.83"] and rows[1][4] == "-"
+    assert rows[1][:4] == ["MoCo, resnet18 (seeds 0, 1)", "d", "3", "52.00±2.83"] and rows[1][4] == "-"
     with pytest.raises(UsageError, match="no result.json"):
         report.main(["data"])
 

@@ -21,7 +21,7 @@ from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
 
 SMALL = ["-a", "resnet18", "--input-res", "32", "--mlp", "--aug-plus", "--seed", "0", "--moco-t", "0.2"]
-SIZES = ["--epochs", "2", "--batch-size", "32", "--moco-k", "64", "--bn-splits", "2", "--ckpt_path", "run"]
+SIZES = "--epochs 2 --batch-size 32 --moco-k 64 --bn-splits 2 --ckpt_path run --device cpu".split()
 TINY = ["--demo", *SIZES]
 
 
@@ -159,6 +159,16 @@ def test_patches_come_from_their_own_picture_and_turn_keeps_their_content():
         assert torch.equal(plain, turned) == (code == 0)
 
 
+def test_two_processes_make_the_negatives_that_one_makes():
+    pictures = images(8)
+    whole = patch_negatives(pictures, 2, (2, 3), torch.Generator().manual_seed(4))
+    halves = [
+        patch_negatives(pictures[4 * r : 4 * r + 4], 2, (2, 3), torch.Generator().manual_seed(4), rank=r, world_size=2)
+        for r in range(2)
+    ]
+    assert torch.equal(whole, torch.cat(halves)) and not torch.equal(halves[0], halves[1])
+
+
 def test_patch_side_beyond_the_picture():
     check_patch_range(1, 31, 32)
     check_patch_range(1, 32, 32, inclusive=True)
@@ -229,8 +239,8 @@ def test_texture_negatives_are_paired_with_the_query_view(workspace, monkeypatch
 
 
 def test_published_texture_convention(workspace):
-    args = script.parse_args([*TINY, "data/demo-texture", "--robust", "texture"])
-    args.texture_root = None
+    args = script.parse_args(["data/demo-texture", "--robust", "texture_syn", "--ckpt_path", "run"])
+    assert (args.data, args.texture_root) == ("data/demo", "data/demo-texture")  # k-NN takes the originals, too
     originals, textures = script.open_texture_pairs(args)
     assert len(originals) == 160 and "demo-texture" in textures.paths[0] and "texture" not in originals.paths[0]
 
@@ -238,10 +248,9 @@ def test_published_texture_convention(workspace):
 def test_published_checkpoint_resumes(workspace):
     """A file with the authors' keys alone, its Namespace included, as their script would have written it."""
     ours = train("--epochs", 1)
-    theirs = {k: ours[k] for k in ("epoch", "arch", "state_dict", "optimizer")} | {"args": argparse.Namespace(lr=1)}
-    torch.save({**theirs, "args": {}}, "theirs.pth.tar")
-    torch.save({"opt": argparse.Namespace(lr=1), "x": torch.ones(1)}, "namespace.pth")
-    assert checkpoint.load("namespace.pth")["opt"].lr == 1
+    theirs = {k: ours[k] for k in ("epoch", "arch", "state_dict", "optimizer")}
+    theirs |= {"args": argparse.Namespace(lr=1), "opt": argparse.Namespace(lr=1)}
+    torch.save(theirs, "theirs.pth.tar")
     resumed = train("--resume", "theirs.pth.tar", "--overwrite", "--ckpt_path", "on")
     assert resumed["epoch"] == 2
 
@@ -271,6 +280,8 @@ def test_presets_are_defaults_and_what_is_typed_wins():
     assert bare.patch_ratio == [16, 56] and not bare.mlp and bare.schedule == [120, 160]
     assert script.parse_args(["x", "--input_res", "32"]).patch_ratio == [2, 8]
     assert script.parse_args(["x", "--patch-range", "16", "72"]).patch_ratio == [16, 72]
+    assert not script.parse_args(["x", "--preset", "ifm", "--no-cos"]).cos
+    assert script.parse_args(["x", "--patch-size", "32"]).patch_ratio == [16, 56]  # published, and dead there too
 
 
 BAD = {
@@ -284,8 +295,8 @@ BAD = {
         ["x", "--patch-ratio", "16", "72", "--input-res", "32"],
         "patch sides 16 to 72 do not fit pictures of 32",
     ),
-    "temperature": (["x", "--moco-t", "0"], "--moco-t"),
     "two textures": (["x", "--robust", "texture", "--num-nonsem", "2"], "--num-nonsem 2"),
+    "no convention": (["x", "--robust", "texture"], "no '-texture' in the path"),
 }
 
 
@@ -301,6 +312,14 @@ def test_bad_flags(name, capsys):
         with pytest.raises(UsageError, match=message) as caught:
             script.parse_args(flags)
         assert caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", ["--moco-t 0", "--moco-k 0", "--lr -1", "--pres table1", "--nproc 0", "--robust bad"])
+def test_bad_values(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args(["x", *flags.split()])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_bad_folders_and_checkpoints(workspace):
@@ -377,12 +396,12 @@ def test_error_line_exit_code_and_help(workspace):
 def test_sigterm_saves_and_says_how_to_go_on(workspace):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "nonsem_neg/moco_non_sem_neg.py"), *TINY, "--epochs", "1000", "--nproc", "2"],
-        cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("Epoch 0:"):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: parent and children, who get it twice
             break
     started = time.monotonic()
     lines += process.stdout.readlines()
@@ -467,3 +486,34 @@ def test_a_step_on_cuda_equals_one_on_the_cpu():
         model.enqueue(keys)
         losses.append(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long, device=device)).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def started_by(how: str, workspace) -> list[subprocess.Popen]:
+    script_and_flags = [str(ROOT / "nonsem_neg/moco_non_sem_neg.py"), *TINY, "--epochs", "1", "--ckpt_path", how]
+    piped = dict(cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if how == "torchrun":
+        runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]
+        return [subprocess.Popen([*runner, *script_and_flags], **piped)]
+    slurm = dict(SLURM_STEP_NUM_TASKS="2", SLURM_JOB_ID="4711", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="localhost")
+    return [
+        subprocess.Popen([sys.executable, *script_and_flags], **piped,
+                         env={**os.environ, **slurm, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)})
+        for r in range(2)
+    ]  # fmt: skip
+
+
+def test_torchrun_and_slurm_give_what_spawn_gives(workspace):
+    """The whole script with two processes, started in three ways; then a resume with two processes."""
+    for how in ("torchrun", "slurm"):
+        for process in started_by(how, workspace):
+            out = process.communicate(timeout=120)[0]
+            assert process.returncode == 0, out
+    train("--epochs", 1, "--nproc", 2, "--ckpt_path", "spawn")
+    states = [checkpoint.load(f"{how}/checkpoint_last.pth.tar") for how in ("torchrun", "slurm", "spawn")]
+    assert equal(states[0]["state_dict"], states[1]["state_dict"])
+    assert equal(states[0]["state_dict"], states[2]["state_dict"])
+    assert json.loads((workspace / "slurm/config.json").read_text())["world_size"] == 2
+    train("--epochs", 2, "--nproc", 2, "--ckpt_path", "whole")
+    train("--epochs", 2, "--nproc", 2, "--ckpt_path", "spawn", "--resume", "auto")
+    whole, resumed = (checkpoint.load(f"{f}/checkpoint_last.pth.tar")["state_dict"] for f in ("whole", "spawn"))
+    assert whole.keys() == resumed.keys()

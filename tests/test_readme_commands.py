@@ -12,12 +12,10 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-PRETRAIN = (
-    "-a resnet18 --input-res 32 --epochs 1 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100 -j 2 --seed 0"
-)
+PRETRAIN = "--device cpu -a resnet18 --input-res 32 --epochs 1 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100 -j 2 --seed 0"
 SMALLER = {
     "moco_non_sem_neg": PRETRAIN.split(),
-    "main_lincls": "--epochs 1 --cache-views 1 -j 2 --overwrite".split(),
+    "main_lincls": "--epochs 1 --cache-views 1 -j 2".split(),
     "eval_robustness": "-j 2".split(),
 }
 READMES = ["README.md", "nonsem_neg/README.md"]
@@ -39,8 +37,8 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
     for name, target in links.items():
         (workspace / name).symlink_to(target)
     if readme == "README.md":  # its report is printed after `make demo`
-        for script in ("moco_non_sem_neg", "main_lincls", "eval_robustness"):
-            run(script, ["--demo"])
+        run("moco_non_sem_neg", ["--demo", "--ckpt_path", "runs/demo/patch"])
+        run("main_lincls", ["--demo", "--pretrained", "runs/demo/patch", "--ckpt_path", "runs/demo/patch-lincls"])
     found = commands(readme)
     assert len(found) >= 8
     for line in found:
@@ -60,8 +58,7 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
                 importlib.import_module(f"nonsem_neg.{script}").parse_args(words[2:])
                 at = words.index("--dataset")
                 words[at - 1 : at + 2] = ["IMAGENET100"]
-            overwrite = ["--overwrite"] if script == "moco_non_sem_neg" and "--demo" in words else []
-            run(script, words[2:] + overwrite)
+            run(script, words[2:])
 
 
 def run(script: str, flags: list[str]) -> None:

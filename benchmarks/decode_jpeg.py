@@ -6,8 +6,8 @@ published style  what the published training code of the patch negatives does, i
                  decodes a picture, makes two MoCo v2 views of it with PIL (crop, jitter, grey, blur, flip), normalises
                  them, and builds one patch-based negative from the first, patch by patch.
 this loader      common.data in host mode: each worker decodes a picture once and cuts two crops as uint8; the main
-                 process receives them (and turns them into floats). Colours, blur and negatives are not in this
-                 number: they run batched on the device, see benchmarks/augment_kornia.py.
+                 process receives them. Floats, colours, blur and negatives are not in this number: with a GPU they are
+                 made there, batched; see benchmarks/augment_kornia.py.
 
 Both sides get the same pictures, the same number of workers and the same batch size; workers are started and warm
 before the clock runs. Sides alternate, each repeat in a process of its own so that its memory can be told. Before
@@ -114,10 +114,11 @@ def run_side(side: str, pictures: FolderSet, workers: int, batch_size: int, answ
     """One repeat, in a process of its own: puts (pictures/s, peak memory in MiB) on `answer`."""
     torch.set_num_threads(1)
     loader = SIDES[side](pictures, workers, batch_size)
-    for _ in loader:
+    ours = side == "this loader"
+    for _ in loader.host_batches() if ours else loader:
         pass  # start the workers, fill the caches
     started = time.perf_counter()
-    received = sum(len(batch[0][0]) if side == "this loader" else len(batch[0]) for batch in loader)
+    received = sum(len(batch[1][0] if ours else batch[0]) for batch in (loader.host_batches() if ours else loader))
     rate = received / (time.perf_counter() - started)
     if isinstance(loader, Loader):
         loader.close()
@@ -157,8 +158,8 @@ def decoders(pictures: FolderSet, most: int = 100) -> dict[str, list[float]]:
 
     ways = {
         "Pillow, crops by Pillow": (pillow, pillow_crops),
-        "Pillow, crops by torch (this loader)": (pillow, torch_crops),
-        "torchvision.io, crops by torch": (torchvision_io, torch_crops),
+        "Pillow, crops by torch": (pillow, torch_crops),
+        "torchvision.io, crops by torch (this loader)": (torchvision_io, torch_crops),
     }
     rates = {name: [] for name in ways}
     for repeat in range(4):

@@ -3,12 +3,13 @@
     python benchmarks/pretrain_lightly.py --data CIFAR_TREE       # or without --data: generated 32-pixel pictures
 
 ResNet-18 (standard stem), 32 pixels, batch 256, queue 4096, MoCo-v2 augmentation and head on both sides.
-this project  nonsem_neg/moco_non_sem_neg.py --robust none, its own loop, loader and defaults: 8 batch-norm groups, channels
-              last, and bfloat16 autocast on a CPU that has it. "float32" is the same with --no-amp.
+ours          nonsem_neg/moco_non_sem_neg.py --robust none, its own loop and loader, with --bn-splits 1: the same network,
+              batch-norm and precision (float32) as the other side. "default" has 8 batch-norm groups and shuffled keys,
+              as MoCo on 8 GPUs; "bfloat16" is the default with --amp.
 lightly       the pieces of its MoCo example, from its public package: MoCoV2Transform, LightlyDataset, a DataLoader with
               workers, MoCoProjectionHead, update_momentum, NTXentLoss with a memory bank. Plain batch-norm, float32, as in
               that example; its workers persist over epochs.
-floor         this project's step on fixed views: no loading, no augmentation. What is left is the network.
+floor         "ours" on fixed views: no loading, no augmentation. What is left is the network.
 
 Sides alternate; each repeat is a process of its own (so its peak memory can be told), warm before the clock runs.
 The once-per-run decoding of the pictures into memory is told apart. Ends with 1 if a ratio misses its aim.
@@ -29,26 +30,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+SIDES = {
+    "ours": ["--bn-splits", "1"],
+    "lightly": None,
+    "default": [],
+    "bfloat16": ["--amp"],
+    "floor": ["--bn-splits", "1"],
+}
 BATCH, QUEUE, WARM = 256, 4096, 3
 
 
-def ours(tree: str, steps: int, workers: int, floor: bool, amp: bool | None) -> dict:
+def ours(tree: str, steps: int, workers: int, side: str) -> dict:
     from common import launch, run
     from nonsem_neg import moco_non_sem_neg as script
 
     args = script.parse_args(
         [tree, "-a", "resnet18", "--input-res", "32", "-b", str(BATCH), "--moco-k", str(QUEUE), "--moco-t", "0.2", "--mlp",
-         "--aug-plus", "--robust", "none", "--seed", "0", "-j", str(workers), "-p", "1000000"])  # fmt: skip
+         "--aug-plus", "--robust", "none", "--seed", "0", "-j", str(workers), "-p", "1000000", *SIDES[side]])  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = launch.Process(device=device)
     torch.manual_seed(0)
     began = time.perf_counter()
     loader = script.build_loader(args, process, BATCH)
     loading = time.perf_counter() - began
-    model, precision = script.build_model(args, process), run.Precision(amp, device)
+    model, precision = script.build_model(args, process), run.Precision(args.amp, device)
     model.autocast = precision.autocast
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    feed = [next(iter(loader))] * (steps + WARM) if floor else loader
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
+    )
+    feed = [next(iter(loader))] * (steps + WARM) if side == "floor" else loader
 
     class Feed:  # the loader, or always the same batch
         view_seconds = wait_seconds = 0.0
@@ -150,12 +160,11 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
     parser.add_argument("--at-least", type=float, default=1.8, help="aim: times lightly")
     parser.add_argument("--views-at-most", type=float, default=None, help="aim: share of a step; 0.12, on a GPU 0.02")
-    parser.add_argument("--side", choices=["ours", "float32", "floor", "lightly"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
         found = (lightly(args.data, args.steps, args.workers) if args.side == "lightly"
-                 else ours(args.data, args.steps, args.workers, args.side == "floor",
-                           False if args.side == "float32" else None))  # fmt: skip
+                 else ours(args.data, args.steps, args.workers, args.side))  # fmt: skip
         peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         print(json.dumps({**found, "peak": peak}))
         return 0
@@ -164,7 +173,7 @@ def main(argv=None) -> int:
         tree = args.data or str(generate(Path(temporary)))
         print(f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
               f"{args.repeats} repeats of {args.steps} steps", flush=True)  # fmt: skip
-        results = {"ours": [], "lightly": [], "float32": [], "floor": []}
+        results = {side: [] for side in SIDES}
         for repeat in range(args.repeats):
             for side in results:
                 command = [sys.executable, __file__, "--side", side, "--data", tree, "--steps", str(args.steps),
@@ -181,9 +190,10 @@ def main(argv=None) -> int:
     ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results["lightly"])]
     ratio, views = statistics.median(ratios), statistics.median(f["views"] for f in results["ours"])
     aim = args.views_at_most or (0.02 if torch.cuda.is_available() else 0.12)
-    equal = statistics.median(a["rate"] / b["rate"] for a, b in zip(results["float32"], results["lightly"]))
-    print(f"ratio to lightly with both in float32 {equal:.2f}")
-    print(f"ratio to lightly {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), aim {args.at_least}")
+    for side in ("default", "bfloat16"):
+        other = statistics.median(a["rate"] / b["rate"] for a, b in zip(results[side], results["lightly"]))
+        print(f"ratio of {side} to lightly {other:.2f}")
+    print(f"ratio of ours to lightly {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), aim {args.at_least}")
     print(f"share of a step that makes views (and waits for data): {views:.1%}, aim under {aim:.0%}")
     return int(ratio < args.at_least or views > aim)
 

@@ -16,11 +16,11 @@ Two ways to feed a step, chosen by `data_device`:
 Every draw is a function of (seed, epoch, step, rank), so the views depend neither on the number of workers nor on the
 way of feeding (host crops are rounded to uint8, device crops are not), and an epoch can be entered in the middle.
 
-Pillow decodes: it reads every kind of file and refuses truncated ones. torchvision.io gives the same pixels a quarter
-faster, but is deprecated and on its way out (0.29). Crops are cut by torch's integer resize, two to three times as fast
-as Pillow's and within one grey level of it; benchmarks/decode_jpeg.py measures both. JPEG's reduced-size decoding
-(Image.draft) is not used: on photographs of 500x375 few crops shrink by a factor of two, and where they do it would
-change the pixels.
+Pillow opens files. JPEGs are decoded by torchvision.io where it still has its decoder (the same pixels, a fifth to a
+quarter faster, and it refuses truncated files as well), all other kinds by Pillow. Crops are cut by torch's integer
+resize, two to three times as fast as Pillow's and within one grey level of it; benchmarks/decode_jpeg.py measures both.
+JPEG's reduced-size decoding (Image.draft) is not used: on photographs of 500x375 few crops shrink by a factor of two,
+and where they do it would change the pixels.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ __all__ = [
 ]
 
 
+try:  # deprecated since torchvision 0.29, its named successor needs FFmpeg: used for as long as it is there
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
 # Which random stream of a step: each has its own generator, so adding a colour operation never moves a crop.
 CROPS, COLOURS, ORDER = 0, 1, 2
 CPU_BYTES = 4 << 30  # 'auto' keeps up to this much uint8 in main memory; on CUDA up to a third of what is free
@@ -103,6 +108,9 @@ def scale_boxes(
 def _decoded(source: PictureSet, row: int, image: Image.Image) -> torch.Tensor:
     """Pixels of an opened picture as RGB: uint8 (3, H, W), in memory as H, W, 3. EXIF orientation is ignored."""
     try:
+        if decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            encoded = torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8)
+            return decode_jpeg(encoded, ImageReadMode.RGB)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except MemoryError:
         raise
@@ -475,8 +483,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]:
         epoch = self.epoch
-        for step, crops, target, index in self._from_host() if self.mode == "host" else self._from_device():
+        for step, crops, target, index in self.host_batches() if self.mode == "host" else self._from_device():
             started = time.perf_counter()
+            if self.mode == "host":
+                crops = [crop.to(self.device, non_blocking=True).to(torch.float32).div_(255) for crop in crops]
+                target, index = (t.to(self.device, non_blocking=True) for t in (target, index))
             generator = step_generator(self.seed, epoch, step, self.rank, COLOURS)
             params = [view.sample(len(index), generator) for view in self.views]
             pairs = list(zip(self.views, params))
@@ -506,7 +517,8 @@ class Loader:
             self.view_seconds += time.perf_counter() - started
             yield step, crops, target, index
 
-    def _from_host(self):
+    def host_batches(self) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor, torch.Tensor]]:
+        """What the workers hand over: (step, uint8 crops (B, 3, S, S) of every view, target, index), on the host."""
         epoch = self.epoch
         if self._workers is None:
             self._workers = self._start_workers()
@@ -529,10 +541,6 @@ class Loader:
             self.bad_images += [path for path in bad if path not in self.bad_images]  # workers find them separately
             self.wait_seconds += time.perf_counter() - started
 
-            started = time.perf_counter()
-            crops = [crop.to(self.device, non_blocking=True).to(torch.float32).div_(255) for crop in crops]
-            target, index = (t.to(self.device, non_blocking=True) for t in (target, index))
-            self.view_seconds += time.perf_counter() - started
             yield step, crops, target, index
             started = time.perf_counter()
 

@@ -66,7 +66,7 @@ def parse_args(argv=None):
     g.add_argument("--label", default=None, help="name of the row in the table; default: from the pre-training flags")
 
     launch.add_arguments(parser)
-    parser.add_argument("--amp", action=run.OnOff, default=None, help="autocast; default: on for a CPU with bfloat16")
+    parser.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     args = parser.parse_args(argv)
     if not args.classifier:
         raise UsageError("no classifier: give --classifier CHECKPOINT (written by main_lincls.py), or --demo")

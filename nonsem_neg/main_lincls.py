@@ -66,8 +66,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
 
     launch.add_arguments(parser)
-    parser.add_argument("--amp", action=run.OnOff, default=None, help="autocast of the frozen backbone; default: on for a "
-                        "CPU with bfloat16, else off as published")  # fmt: skip
+    parser.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     args = parser.parse_args(argv)
     if args.demo and "ckpt_path" not in args._typed and not args.resume:
         args.overwrite = True  # of its own folder only

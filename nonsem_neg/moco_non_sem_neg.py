@@ -35,7 +35,7 @@ PRESETS = {
     # the commands since December 2021: the recipe of Robinson et al. (IFM); last three rows
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
     "demo": dict(
-        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=8, batch_size=64, lr=0.06, moco_k=1024,
+        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=12, batch_size=64, lr=0.06, moco_k=1024,
         moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/try", seed=0,
     ),
 }  # fmt: skip
@@ -108,8 +108,7 @@ def parse_args(argv=None):
     g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
 
     launch.add_arguments(parser)
-    parser.add_argument("--amp", action=run.OnOff, default=None,
-                        help="autocast; default: on for a CPU with bfloat16, else off as published")  # fmt: skip
+    parser.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     parser.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     args = parser.parse_args(argv)
 
@@ -345,7 +344,8 @@ def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
         wrapped = nn.parallel.DistributedDataParallel(
             model, device_ids=[process.device] if process.device.type == "cuda" else None, broadcast_buffers=False)  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                fused=process.device.type in ("cpu", "cuda"))  # fmt: skip
 
     log = run.Run(args.ckpt_path, args, process)
     log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))

@@ -633,3 +633,22 @@ def test_the_device_may_be_a_gpu(equal):
             assert all(t.is_cuda for t in (*b, target_b, index_b))
             assert torch.equal(index_a, index_b.cpu()) and torch.equal(target_a, target_b.cpu())
             assert max((x - y.cpu()).abs().mean() for x, y in zip(a, b)) < tolerance
+
+
+def test_jpegs_decode_to_the_pixels_of_pillow_with_and_without_torchvision_io(tmp_path, monkeypatch):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((106, 74)).save(folder / "0.jpg", quality=90)
+    Image.fromarray(pixels[..., 0]).save(folder / "1.jpg", progressive=True)
+    Image.fromarray(pixels).convert("CMYK").save(folder / "2.jpg")
+    whole = (folder / "0.jpg").read_bytes()
+    (folder / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    opened = open_tree(tmp_path / "train")
+    for decoder in (data.decode_jpeg, None):
+        monkeypatch.setattr(data, "decode_jpeg", decoder)
+        for row in range(3):
+            expected = np.array(Image.open(folder / f"{row}.jpg").convert("RGB"))
+            assert np.array_equal(data._decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
+        with pytest.raises(UserError, match="3.jpg: not a picture or truncated"):
+            data._decoded(opened, 3, opened.open(3))

@@ -516,4 +516,4 @@ def test_torchrun_and_slurm_give_what_spawn_gives(workspace):
     train("--epochs", 2, "--nproc", 2, "--ckpt_path", "whole")
     train("--epochs", 2, "--nproc", 2, "--ckpt_path", "spawn", "--resume", "auto")
     whole, resumed = (checkpoint.load(f"{f}/checkpoint_last.pth.tar")["state_dict"] for f in ("whole", "spawn"))
-    assert whole.keys() == resumed.keys()
+    assert equal(whole, resumed)

@@ -12,7 +12,10 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-PRETRAIN = "--device cpu -a resnet18 --input-res 32 --epochs 1 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100 -j 2 --seed 0"
+PRETRAIN = (
+    "--device cpu -a resnet18 --input-res 32 --epochs 1 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 "
+    "-p 100 -j 2 --seed 0"
+)
 SMALLER = {
     "moco_non_sem_neg": PRETRAIN.split(),
     "main_lincls": "--epochs 1 --cache-views 1 -j 2".split(),

@@ -77,3 +77,12 @@ def test_docstring_commands_parse(script):
     for words in found:
         assert (ROOT / words[1]).is_file()
         module.parse_args(words[2:])
+
+
+@pytest.mark.parametrize("page", [*READMES, "RESULTS.md"])
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+    for placeholder in ("TODO", "TBD", "XXX", "FIXME", "_MINUTES", "EXPECTED"):
+        assert placeholder not in text

@@ -77,6 +77,8 @@ def parse_args(argv=None):
 
 def read_classifier(args):
     path = args.classifier
+    if args.demo and not os.path.exists(path):
+        raise UsageError(f"{path}: nothing to evaluate yet; run nonsem_neg/main_lincls.py --demo first")
     if os.path.isdir(path):
         pattern = "model_best_*.pth.tar" if args.best else "checkpoint_robust_*.pth.tar"
         path = checkpoint.newest(path, (pattern,))

@@ -88,6 +88,8 @@ def read_backbone(args):
         path = checkpoint.newest(args.ckpt_path, ("checkpoint_robust_*.pth.tar",)) or args.pretrained
         if not path:
             raise UsageError(f"--resume auto: no checkpoint_robust_* in {args.ckpt_path} yet; start with --pretrained")
+    if args.demo and not os.path.exists(path):
+        raise UsageError(f"{path}: nothing to evaluate yet; run nonsem_neg/moco_non_sem_neg.py --demo first")
     if os.path.isdir(path):
         found = checkpoint.newest(path)
         if found is None:

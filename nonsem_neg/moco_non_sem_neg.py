@@ -345,7 +345,7 @@ def worker(args, process: launch.Process) -> None:
         wrapped = nn.parallel.DistributedDataParallel(
             model, device_ids=[process.device] if process.device.type == "cuda" else None, broadcast_buffers=False)  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-                                fused=process.device.type in ("cpu", "cuda"))  # fmt: skip
+                                fused=True)  # fmt: skip
 
     log = run.Run(args.ckpt_path, args, process)
     log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))

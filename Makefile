@@ -23,7 +23,7 @@ bench: .venv/dev.stamp
 .venv/run.stamp: requirements.txt
 	@echo "setting up .venv: a few GB of PyTorch, one to four minutes"
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, 13) else "error: Python 3.10 to 3.13 is needed, this is %d.%d; make PYTHON=python3.12" % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 

@@ -52,8 +52,8 @@ class Process:
         return self.rank == 0
 
 
-def add_arguments(parser) -> None:
-    """The hardware flags that every script shares; names and meaning as in the published launch code."""
+def add_arguments(parser):
+    """The hardware flags that every script shares, as in the published launch code; returns their group."""
     group = parser.add_argument_group("hardware")
     group.add_argument("--multiprocessing-distributed", action="store_true",
                        help="start one process per GPU of this node (or --nproc processes)")  # fmt: skip
@@ -70,6 +70,7 @@ def add_arguments(parser) -> None:
     )
     group.add_argument("--gpu", type=int, default=None, help="use this GPU only")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    return group
 
 
 def _positive(text: str) -> int:

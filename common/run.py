@@ -94,7 +94,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=30, width=110)
 
     def _get_help_string(self, action):
-        if action.default in (None, False, True, "") or "default" in (action.help or ""):
+        if any(action.default is plain for plain in (None, False, True)) or not str(action.default):
+            return action.help
+        if "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -309,7 +311,7 @@ class Run:
                         kept.append(line + "\n")
             write_text(path, "".join(kept))
 
-    def log(self, step: int, prefix: str = "", **values) -> None:
+    def log(self, step: int, **values) -> None:
         """Append one JSON object to metrics.jsonl and one TensorBoard scalar per number. step counts from 0 over the run."""
         if not self.main:
             return
@@ -327,7 +329,7 @@ class Run:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; checkpoints so far are whole") from None
         for key, value in record.items():
             if self._tensorboard is not None and key not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(prefix + key, value, step)
+                self._tensorboard.add_scalar(key, value, step)
 
     def result(self, **values) -> None:
         """Write result.json (what was evaluated, on what, the numbers, the command) and the final `result:` line."""

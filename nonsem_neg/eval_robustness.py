@@ -65,8 +65,8 @@ def parse_args(argv=None):
     g.add_argument("--ckpt_path", default="./ckpts/robustness", help="run folder: result.json, corruption.csv")
     g.add_argument("--label", default=None, help="name of the row in the table; default: from the pre-training flags")
 
-    launch.add_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
+    g = launch.add_arguments(parser)
+    g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     args = parser.parse_args(argv)
     if not args.classifier:
         raise UsageError("no classifier: give --classifier CHECKPOINT (written by main_lincls.py), or --demo")

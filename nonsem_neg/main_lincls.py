@@ -65,8 +65,8 @@ def parse_args(argv=None):
     g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
     g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
 
-    launch.add_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
+    g = launch.add_arguments(parser)
+    g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     args = parser.parse_args(argv)
     if args.demo and "ckpt_path" not in args._typed and not args.resume:
         args.overwrite = True  # of its own folder only

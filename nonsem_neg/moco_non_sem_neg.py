@@ -107,9 +107,9 @@ def parse_args(argv=None):
     )
     g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
 
-    launch.add_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the encoders")
+    g = launch.add_arguments(parser)
+    g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
+    g.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     args = parser.parse_args(argv)
 
     if args.patch_size is not None and "patch_size" in args._typed:

@@ -9,7 +9,8 @@
     OUT-texture/train/<shape>/                      on request: for each train picture its texture without the shape
 
 `OUT/demo.json` is written last; a folder that has it is complete. Every picture depends on the seed and its own place
-in the set only, so the files are the same for any number of worker processes. Colours say nothing of the class.
+in the set only, so the files are the same for any number of worker processes. Colours are nearly grey and say next to
+nothing of the class.
 """
 
 import contextlib

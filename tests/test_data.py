@@ -371,8 +371,7 @@ def test_odd_picture_found_late_falls_back_to_host(mixed, monkeypatch, capsys):
     the_loader = loader(mixed, progress=True)
     assert the_loader.mode == "host" and len(epoch_of(the_loader)) == 3
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and "ant/p1.jpg" in out
-    assert "decoding" in err and "train" in err
+    assert out.count("\n") == 1 and "ant/p1.jpg" in out and err == ""  # a job that is done at once has no bar
     assert loader(mixed).mode == "host"
     assert capsys.readouterr() == ("", "")  # another rank stays silent
 

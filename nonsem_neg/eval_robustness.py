@@ -77,7 +77,7 @@ def parse_args(argv=None):
 
 def read_classifier(args):
     path = args.classifier
-    if args.demo and not os.path.exists(path):
+    if args.demo and "classifier" not in args._typed and not os.path.exists(path):
         raise UsageError(f"{path}: nothing to evaluate yet; run nonsem_neg/main_lincls.py --demo first")
     if os.path.isdir(path):
         pattern = "model_best_*.pth.tar" if args.best else "checkpoint_robust_*.pth.tar"

@@ -88,7 +88,7 @@ def read_backbone(args):
         path = checkpoint.newest(args.ckpt_path, ("checkpoint_robust_*.pth.tar",)) or args.pretrained
         if not path:
             raise UsageError(f"--resume auto: no checkpoint_robust_* in {args.ckpt_path} yet; start with --pretrained")
-    if args.demo and not os.path.exists(path):
+    if args.demo and not {"pretrained", "resume"} & set(args._typed) and not os.path.exists(path):
         raise UsageError(f"{path}: nothing to evaluate yet; run nonsem_neg/moco_non_sem_neg.py --demo first")
     if os.path.isdir(path):
         found = checkpoint.newest(path)
@@ -199,18 +199,20 @@ def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
     return progress.close()
 
 
-@torch.no_grad()
-def validate(model, loader, precision, show) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent over the whole validation set, all ranks together."""
-    correct = torch.zeros(3, device=loader.device, dtype=torch.float64)
-    progress = run.Progress("Validation: ", len(loader), 50, enabled=show and sys.stdout.isatty())
+def embedded(model, loader, precision):
+    """(features, targets) of every batch of a loader."""
     for (images,), target, _ in loader:
-        top1, top5 = metrics.accuracy(model.fc(embed(model, images, precision)), target, (1, 5))
-        correct += torch.stack([top1.double() * len(target), top5.double() * len(target), torch.tensor(
-            float(len(target)), dtype=torch.float64, device=loader.device)])  # fmt: skip
-        progress.update(len(target))
-    progress.close()
-    top1, top5, n = launch.sum_ranks(correct).tolist()
+        yield embed(model, images, precision), target
+
+
+@torch.no_grad()
+def validate(fc, batches) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent over (features, targets) batches, all ranks together."""
+    sums = []
+    for feats, target in batches:
+        top1, top5 = metrics.accuracy(fc(feats), target, (1, 5))
+        sums.append(torch.stack([top1, top5, torch.ones_like(top1)]).double() * len(target))
+    top1, top5, n = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
     return top1 / n, top5 / n
 
 
@@ -236,7 +238,7 @@ def worker(args, process: launch.Process) -> None:
     log = run.Run(args.ckpt_path, args, process, suffix="-evaluate" if args.evaluate else "")
     val_loader = make_loader(args, process, val_set, train=False)
     if args.evaluate:
-        top1, top5 = validate(model, val_loader, precision, log.main)
+        top1, top5 = validate(model.fc, embedded(model, val_loader, precision))
         log.result(evaluated=saved["path"], data=args.data, split="val", acc1=top1, acc5=top5)
         return
     train_loader = make_loader(args, process, train_set, train=True, cached=args.cache_views > 0)
@@ -257,8 +259,9 @@ def worker(args, process: launch.Process) -> None:
         log.rewind(epoch)
     else:
         log.rewind(-1)
-    cache = None
+    cache, val_cache = None, None
     if args.cache_views:
+        val_cache = list(embedded(model, val_loader, precision))  # no random augmentation: embedded once for all epochs
         cache = embed_views(model, train_loader, precision, args.cache_views, args.print_freq, log.main)
 
     top1 = top5 = float("nan")
@@ -273,10 +276,10 @@ def worker(args, process: launch.Process) -> None:
                 steps = -(-cached_rows(len(cache[1])) // (args.batch_size // process.world_size))
             else:
                 train_loader.set_epoch(epoch)
-                batches = ((embed(model, images, precision), target) for (images,), target, _ in train_loader)
+                batches = embedded(model, train_loader, precision)
                 steps = len(train_loader)
             means = train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args)
-            top1, top5 = validate(model, val_loader, precision, log.main)
+            top1, top5 = validate(model.fc, val_cache or embedded(model, val_loader, precision))
             if epoch == first:
                 check_frozen(model, saved)
             epoch += 1

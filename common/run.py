@@ -181,7 +181,7 @@ class Precision:
 
     Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does nothing unless float16.
     Off by default: that is what was published, and on the CPU measured here (AVX-512 with bfloat16 instructions, ResNet-18
-    at 32 pixels, channels last) float32 was 8 to 10 % faster than bfloat16 autocast (RESULTS.md).
+    at 32 pixels, channels last) float32 was 9 to 12 % faster than bfloat16 autocast (RESULTS.md).
     """
 
     def __init__(self, amp: bool, device: torch.device):

@@ -14,7 +14,7 @@ Weights are drawn from torch's global generator, so seed it before building.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
 def feature(model: nn.Module, x: Tensor, layer: int | None = None):
     """Output of `model` for images x (N, C, H, W) at a layer (see the top of this module); None is the last one.
 
-    (N, C', H', W') up to the last stage, (N, D) after it. For `TwoTowers`: the pair of both towers' features.
+    (N, C', H', W') up to the last stage, (N, D) after it. For `TwoTowers`: a tuple, every tower's features.
     Gradients and train/eval mode are as the caller set them. Raises UsageError for a layer the model does not have.
     """
     if isinstance(model, TwoTowers):
@@ -189,7 +189,7 @@ def _head_input(model: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: int | None = None):
-    """Shape of `feature` for one image (C, H, W), without the batch axis; a pair of shapes for `TwoTowers`.
+    """Shape of `feature` for one image (C, H, W), without the batch axis; one for each tower of `TwoTowers`.
 
     Runs one black image in evaluation mode and leaves modes and batch-norm statistics as they were.
     """
@@ -287,27 +287,27 @@ class HalfAlexNet(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """Two networks that share nothing, each looking at its own channels of one input.
+    """Two networks or more that share nothing, each looking at its own channels of one input.
 
     make_tower: called as make_tower(in_channels) once per tower. channels: how many each tower takes, in input order.
     names: of the two submodules, and so the prefixes of their keys in the state dict.
-    forward(x, layer): x (N, sum(channels), H, W) -> both towers' features at that layer; None: their outputs.
+    forward(x, layer): x (N, sum(channels), H, W) -> the towers' features at that layer; None: their outputs.
     """
 
     def __init__(
         self,
         make_tower: Callable[[int], nn.Module],
-        channels: tuple[int, int] = (1, 2),
-        names: tuple[str, str] = ("first", "second"),
+        channels: Sequence[int] = (1, 2),
+        names: Sequence[str] = ("first", "second"),
     ):
         super().__init__()
         self.channels, self.names = tuple(channels), tuple(names)
-        for name, count in zip(self.names, self.channels):
+        for name, count in zip(self.names, self.channels, strict=True):
             self.add_module(name, make_tower(count))
 
-    def towers(self) -> tuple[nn.Module, nn.Module]:
+    def towers(self) -> tuple[nn.Module, ...]:
         return tuple(getattr(self, name) for name in self.names)
 
-    def forward(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, layer: int | None = None) -> tuple[Tensor, ...]:
         views = x.split(self.channels, dim=1)
         return tuple(feature(tower, view, layer) for tower, view in zip(self.towers(), views))

@@ -13,6 +13,9 @@ Two ways to feed a step, chosen by `data_device`:
 - host:   a worker builds a whole batch: one call samples the crop boxes of all pictures, each file is read and decoded
           once, and the crops of every view are cut from it as uint8. Colour, blur and the rest run on the device.
 
+A packed set (common/packed.py) is fed both ways: from a GPU's memory where it fits, else by workers that cut the crops
+from its memory map, without decoding. On a CPU 'auto' means the workers: their integer resize is the faster by far.
+
 Every draw is a function of (seed, epoch, step, rank), so the views depend neither on the number of workers nor on the
 way of feeding (host crops are rounded to uint8, device crops are not), and an epoch can be entered in the middle.
 
@@ -39,8 +42,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from common import UsageError, UserError
-from common.augment import Compose
+from common.augment import Compose, ResizeCenterCrop
 from common.bar import Bar
+from common.packed import PackedSet
 from common.sets import (
     ArraySet,
     BadPicture,
@@ -58,6 +62,7 @@ __all__ = [
     "ArraySet",
     "FolderSet",
     "Loader",
+    "PackedSet",
     "PictureSet",
     "open_set",
     "open_tree",
@@ -65,6 +70,7 @@ __all__ = [
     "pair_by_path",
     "read_class_list",
     "split_folder",
+    "square",
 ]
 
 
@@ -139,6 +145,21 @@ def _cut(picture: torch.Tensor, box: Sequence[int], target: Sequence[int], size:
     return out
 
 
+def square(source: FolderSet, row: int, side: int) -> torch.Tensor:
+    """The picture with its shorter side resized to `side`, the central square of it: uint8 (3, side, side), stored as RGB.
+
+    The pixels that host mode makes with ResizeCenterCrop(side, side): torchvision's Resize(side), antialiased, and
+    CenterCrop(side). Raises BadPicture.
+    """
+    picture = _decoded(source, row, source.open(row))
+    sides = torch.tensor(picture.shape[1:]).view(2, 1)
+    height, width, top, left = (int(t) for t in ResizeCenterCrop(side, side).target(*sides))
+    if picture.shape[1:] != (height, width):
+        rows = picture.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # strides that resize RGB by RGB, and keep that order
+        picture = interpolate(rows, (height, width), mode="bilinear", antialias=True)[0]
+    return picture[:, top : top + side, left : left + side]
+
+
 def _next_good(rows: Sequence[int], bad: set[int], length: int, name: str) -> list[int]:
     """Replace every bad row by the next one of the set that is not bad."""
     if len(bad) == length:
@@ -198,6 +219,9 @@ class _HostBatches(torch.utils.data.Dataset):
 
     @staticmethod
     def _headers(source, rows):
+        if isinstance(source, PackedSet):
+            sides = torch.full((len(rows),), source.side)
+            return [source.pixels(row) for row in rows], sides, sides
         images = [source.open(row) for row in rows]
         widths, heights = torch.tensor([image.size for image in images], dtype=torch.int64).reshape(-1, 2).unbind(1)
         return images, heights, widths
@@ -208,7 +232,7 @@ class _HostBatches(torch.utils.data.Dataset):
         targets = [torch.stack(g.target(b[:, 2], b[:, 3]), 1).tolist() for g, b in zip(geometries, boxes)]
         boxes = [b.tolist() for b in boxes]
         for i, row in enumerate(rows):
-            picture = _decoded(source, row, images[i])
+            picture = images[i] if isinstance(images[i], torch.Tensor) else _decoded(source, row, images[i])
             images[i] = None  # the decoded pixels go as soon as the crops are cut
             for view, geometry in enumerate(geometries):
                 crops[view][i] = _cut(picture, boxes[view][i], targets[view][i], geometry.size)
@@ -266,8 +290,8 @@ class _SizesDiffer(UsageError):
 
 def _common_size(source: PictureSet, most: int = 512) -> tuple[int, int] | None:
     """(height, width) if `most` pictures spread over the set agree; None if they do not. Reads headers only."""
-    if isinstance(source, ArraySet):
-        return tuple(source.images.shape[-2:])
+    if not isinstance(source, FolderSet):
+        return source.size
     size = None
     for row in range(0, len(source), max(1, len(source) // most)):
         try:
@@ -284,6 +308,8 @@ def _common_size(source: PictureSet, most: int = 512) -> tuple[int, int] | None:
 def _fits(sources: list[PictureSet], device: torch.device) -> bool:
     total = 0
     for source in sources:
+        if device.type == "cpu" and isinstance(source, PackedSet):
+            return False
         size = _common_size(source)
         if size is None:
             return False
@@ -300,6 +326,8 @@ def _resident(source: PictureSet, device: torch.device, workers: int, skip_bad: 
         try:
             if isinstance(source, ArraySet):
                 source._resident = (device, source.images.to(device), {})
+            elif isinstance(source, PackedSet):
+                source._resident = (device, source.resident(device, progress), {})
             else:
                 source._resident = (device, *_decode_all(source, device, workers, skip_bad, progress))
         except (torch.OutOfMemoryError, MemoryError):

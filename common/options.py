@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 
 from common import data, demo, launch, run
+from common.sets import TORCHVISION_SETS
 
 
-def add_data_arguments(group) -> None:
-    group.add_argument("--dataset", choices=["folder", "cifar10", "cifar100", "stl10"], default="folder",
-                       help="folder: class folders; else a torchvision set below DATA, downloaded if missing")  # fmt: skip
+def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str = "folder") -> None:
+    """trees: the values of --dataset that all mean class folders; published flags name ImageNet apart from ImageNet-100."""
+    group.add_argument("--dataset", choices=[*trees, "packed", *TORCHVISION_SETS], default=default,
+                       help=f"{', '.join(trees)}: class folders; packed: written by preprocess/pack.py; "
+                       "else a torchvision set below DATA, downloaded if missing")  # fmt: skip
     group.add_argument("--class-list", default=None, metavar="FILE", help="use these class folders only, one name a line "
                        "(ImageNet with the ImageNet-100 list)")  # fmt: skip
     group.add_argument("--input-res", type=run.positive_int, default=224, help="side of the network's input, pixels")
@@ -17,17 +20,23 @@ def add_data_arguments(group) -> None:
                        help="device: all pictures in memory as uint8 (one size only); host: workers decode them; "
                        "auto: device where they fit")  # fmt: skip
     group.add_argument("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
-    group.add_argument("-j", "--workers", type=int, default=32,
+    group.add_argument("-j", "--workers", "--num-workers", type=int, default=32,
                        help="processes per node that read pictures; at most one per core is started")  # fmt: skip
 
 
 def open_split(args, split: str, classes: list[str] | None = None) -> data.PictureSet:
     """The split ("train", "val") of the data set that the flags name. classes: class order that it must have."""
-    if args.dataset != "folder":  # one process fetches, the others find it there
+    dataset = args.dataset if args.dataset in ("packed", *TORCHVISION_SETS) else "folder"
+    if dataset in TORCHVISION_SETS:  # one process fetches, the others find it there
         if launch.rank() == 0:
-            data.open_set(args.data, split, dataset=args.dataset)
+            data.open_set(args.data, split, dataset=dataset)
         launch.barrier()
-    return data.open_set(args.data, split, dataset=args.dataset, class_list=args.class_list, classes=classes)
+    return data.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes)
+
+
+def open_pretraining(args) -> data.PictureSet:
+    """What is pre-trained on: train/, and for STL-10 its 100,000 unlabelled pictures as well."""
+    return open_split(args, "train+unlabeled" if args.dataset == "stl10" else "train")
 
 
 def workers_per_process(args) -> int:

@@ -94,7 +94,8 @@ def seeds(runs: list[dict]) -> str:
 
 
 def interval(published) -> str:
-    return "-" if published is None else f"{published[0]:.2f}±{published[1]:.2f}"
+    """[mean, std] or [value] of a published table."""
+    return "-" if published is None else "±".join(f"{v:.2f}" for v in published)
 
 
 def layout(header: list[str], rows: list[list[str]], markdown: bool) -> str:

@@ -43,11 +43,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
         super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
         self.presets = presets or {}
+        self._refused: dict[str, str] = {}
         named = [name for name in self.presets if name != "demo"]
         if named:
             self.add_argument("--preset", choices=named, default=None, help="set the flags of a published recipe")
         if "demo" in self.presets:
             self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
+
+    def refuse(self, flag: str, reason: str) -> None:
+        """A published flag that does nothing there and is not taken here: typing it is an error that says why."""
+        self.add_argument(f"--{flag}", nargs="?", const=True, default=None, dest=f"_{flag}", help=argparse.SUPPRESS)
+        self._refused[f"_{flag}"] = reason
 
     def parse_args(self, args=None, namespace=None):
         argv = [self._spelling(a) for a in (sys.argv[1:] if args is None else list(args))]
@@ -59,6 +65,9 @@ class Parser(argparse.ArgumentParser):
         finally:
             self.set_defaults(**published)
         typed = super().parse_args(argv, argparse.Namespace(**{a.dest: _UNSET for a in self._actions}))
+        for dest, reason in self._refused.items():
+            if getattr(parsed, dest) is not None:
+                self.error(f"--{dest[1:]} {reason}; leave it away")
         parsed._published = published
         parsed._typed = sorted(k for k, v in vars(typed).items() if v is not _UNSET)
         return parsed
@@ -176,25 +185,70 @@ def cli(main) -> None:
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
+def add_precision_arguments(group) -> None:
+    """--amp and, where published commands carry them, the flags of NVIDIA apex."""
+    group.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
+    group.add_argument("--opt-level", choices=["O1", "O2"], default="O2",
+                       help="apex's level; with torch's own --amp both mean autocast with float32 weights")  # fmt: skip
+    group.add_argument("--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp")
+
+
 class Precision:
     """Mixed precision by torch.autocast: bfloat16 where the hardware has it, else (on CUDA) float16 with a scaler.
 
     Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does nothing unless float16.
     Off by default: that is what was published, and on the CPU measured here (AVX-512 with bfloat16 instructions, ResNet-18
     at 32 pixels, channels last) float32 was 9 to 12 % faster than bfloat16 autocast (RESULTS.md).
+
+    backend "apex": NVIDIA apex does it at `opt_level`, where an apex is installed that still has `amp` (upstream removed it
+    in 2025; the `apex` on PyPI is another project). Raises UserError where it is not.
     """
 
-    def __init__(self, amp: bool, device: torch.device):
+    def __init__(self, amp: bool, device: torch.device, backend: str = "torch", opt_level: str = "O2"):
         half = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        self.device_type, self.enabled = device.type, amp
+        self.device_type, self.enabled = device.type, amp and backend == "torch"
         self.dtype = torch.float16 if half else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and half)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and half)
+        self.apex, self.opt_level = _import_apex() if amp and backend == "apex" else None, opt_level
+
+    def prepare(self, model, optimizer):
+        """(model, optimizer) as the backend wants them: unchanged, or wrapped by apex. Before any parallel wrapper."""
+        if self.apex is None:
+            return model, optimizer
+        return self.apex.initialize(model, optimizer, opt_level=self.opt_level)
 
     def autocast(self):
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
 
+    def step(self, loss: Tensor, optimizer) -> None:
+        """Fresh gradients of `loss`, and one step of the optimizer."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.apex is not None:
+            with self.apex.scale_loss(loss, optimizer) as scaled:
+                scaled.backward()
+            optimizer.step()
+            return
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
     def __str__(self):
+        if self.apex is not None:
+            return f"apex {self.opt_level}"
         return str(self.dtype).removeprefix("torch.") + " autocast" if self.enabled else "float32"
+
+
+def _import_apex():
+    try:
+        from apex import amp
+    except ImportError:
+        raise UserError(
+            "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in 2025, and the apex of the "
+            "package index is another project); leave the flag away to use torch's own autocast"
+        ) from None
+    if not hasattr(amp, "scale_loss"):
+        raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; leave the flag away")
+    return amp
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
@@ -255,9 +309,12 @@ class Run:
 
     folder: created with its parents. process: only rank 0 writes and prints; on other ranks every method is silent.
     suffix: config<suffix>.json and result<suffix>.json, where a second kind of run shares the folder.
+    tensorboard: False for none, True for events in the run folder, or the folder to write them to.
     """
 
-    def __init__(self, folder: str | Path, args, process: launch.Process, tensorboard: bool = True, suffix: str = ""):
+    def __init__(
+        self, folder: str | Path, args, process: launch.Process, tensorboard: bool | str = True, suffix: str = ""
+    ):
         self.folder, self.process, self.main = Path(folder), process, process.is_main
         self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
         self._tensorboard, self._jsonl = None, None
@@ -271,7 +328,7 @@ class Run:
             write_json(self._config, config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        self._want_tensorboard = tensorboard
+        self._events = str(self.folder) if tensorboard is True else tensorboard
         self._echo(args, config)
 
     def _echo(self, args, config) -> None:
@@ -320,11 +377,11 @@ class Run:
             if self._jsonl is None:
                 self._jsonl = open(self.folder / "metrics.jsonl", "a", buffering=1)
             self._jsonl.write(json.dumps(record) + "\n")
-            if self._tensorboard is None and self._want_tensorboard:
+            if self._tensorboard is None and self._events:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not at start
-                self._tensorboard = SummaryWriter(str(self.folder), purge_step=step)
+                self._tensorboard = SummaryWriter(self._events, purge_step=step)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; checkpoints so far are whole") from None
         for key, value in record.items():

@@ -1,4 +1,4 @@
-"""Which pictures there are: class folders, CIFAR and STL-10, class lists, texture twins.
+"""Which pictures there are: class folders, packed sets, CIFAR and STL-10, class lists, texture twins.
 
     train_set = open_set("/data/imagenet-100", "train")
     val_set = open_set("/data/imagenet-100", "val", classes=train_set.classes)
@@ -9,7 +9,7 @@ A set has a length, `targets`, `classes`, and opens its row-th picture; how pict
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import UsageError, UserError
+from common.packed import SPLITS, PackedSet, PackFiles, open_packed
 
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # the folders that may hold a split, first one found wins
 PATCH_PREFIXES = ("texture1_", "texture2_")  # temporary patches that an interrupted texture synthesis leaves behind
 
 
 class BadPicture(UserError):
-    """A file that cannot be decoded. `row` and `path` say which."""
+    """A file that cannot be decoded. `row` and `path` say which, `reason` in a few words why."""
 
 
 class FolderSet:
@@ -73,7 +74,7 @@ class FolderSet:
         if isinstance(error, OSError) and error.errno is not None:
             what = error.strerror.lower()  # missing, no permission, input/output error
         bad = BadPicture(f"{path}: {what} (--skip-bad-images replaces such files and counts them)")
-        bad.row, bad.path = row, self.path(row)
+        bad.row, bad.path, bad.reason = row, self.path(row), what
         return bad
 
     def select(self, rows: Sequence[int]) -> FolderSet:
@@ -101,6 +102,11 @@ class ArraySet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every picture."""
+        return tuple(self.images.shape[-2:])
+
     def path(self, row: int) -> str:
         return f"{self.name}[{row}]"
 
@@ -118,7 +124,7 @@ class ArraySet:
         return {**self.__dict__, "_resident": None}
 
 
-PictureSet = FolderSet | ArraySet
+PictureSet = FolderSet | ArraySet | PackedSet
 
 
 def open_set(
@@ -133,15 +139,23 @@ def open_set(
     """Open a split of a data set.
 
     root     folder: the directory that holds train/ and val/ (or test/ or validation/), each with one folder per class.
+             packed: the directory that preprocess/pack.py wrote.
              cifar10, cifar100, stl10: the directory where torchvision keeps, or shall download, the files.
     split    'train' or 'val'; stl10 also 'unlabeled' and 'train+unlabeled'. 'test' means 'val'.
-    class_list  file with one class folder per line: only these (ImageNet + a list = ImageNet-100). Folders only.
+    class_list  file with one class folder per line: only these (ImageNet + a list = ImageNet-100). Folders and packs.
     classes  class names in label order that this split must have (the train set's, when opening val).
     download fetch a missing CIFAR or STL-10. With several processes, let one do it first.
     Raises UsageError where a path, a name or a class does not fit, UserError where a download fails.
     """
     if dataset == "folder":
         return open_tree(split_folder(Path(root), split), class_list=class_list, classes=classes)
+    if dataset == "packed":
+        opened = open_packed(root, split)
+        found = opened.classes if class_list is None else _listed(Path(root), opened.classes, Path(class_list))
+        if classes is not None:
+            _require_classes(f"{root} ({split})", found, classes)
+        wanted = list(found if classes is None else classes)
+        return opened if wanted == opened.classes else opened.with_classes(wanted)
     if class_list is not None:
         raise UsageError(f"--class-list selects class folders and {dataset} has none: leave it out")
     opened = _open_torchvision(Path(root), split, dataset, download)
@@ -175,14 +189,7 @@ def open_tree(
     elif class_list is not None:
         found = sorted(set(found) & set(class_list))
     if classes is not None:
-        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-        if extra or (missing and not subset):
-            parts = [f"lacks {_few(missing)}"] if missing and not subset else []
-            parts += [f"has {_few(extra)} on top"] if extra else []
-            raise UsageError(
-                f"{folder}: not the class folders of the training set: it {' and '.join(parts)}; "
-                "make them the same, or name the classes to use with --class-list"
-            )
+        _require_classes(folder, found, classes, subset)
     labels = {name: label for label, name in enumerate(found if classes is None else classes)}
 
     paths, targets, empty = [], [], []
@@ -198,6 +205,18 @@ def open_tree(
             f"the classes to use with --class-list (pictures end in {' '.join(IMG_EXTENSIONS)})"
         )
     return FolderSet(paths, targets, list(labels), folder, name)
+
+
+def _require_classes(where: str | Path, found: Sequence[str], classes: Sequence[str], subset: bool = False) -> None:
+    """UsageError unless the classes found are those of the training set (subset: some of them)."""
+    missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+    if extra or (missing and not subset):
+        parts = [f"lacks {_few(missing)}"] if missing and not subset else []
+        parts += [f"has {_few(extra)} on top"] if extra else []
+        raise UsageError(
+            f"{where}: not the class folders of the training set: it {' and '.join(parts)}; "
+            "make them the same, or name the classes to use with --class-list"
+        )
 
 
 def _pictures_below(folder: Path, class_name: str) -> list[str]:
@@ -223,6 +242,8 @@ def split_folder(root: str | Path, split: str) -> Path:
         if (root / name).is_dir():
             return root / name
     wanted = f"no {names[0]}/ folder" + (f" (nor {'/, '.join(names[1:])}/)" if names[1:] else "")
+    if any(PackFiles(root, s).listing.exists() for s in SPLITS):
+        raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
     class_folders = [n[:-1] for n in inside if n.endswith("/") and _has_picture(root / n)]
     if class_folders:
@@ -239,9 +260,12 @@ def _has_picture(folder: Path) -> bool:
     return any(entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() for entry in os.scandir(folder))
 
 
-def read_class_list(class_list: str | Path) -> list[str]:
-    """Class names, sorted as labels are: the first word of every line ("n01558993 robin" is a usual form)."""
-    return sorted({line.split()[0] for line in _lines(Path(class_list))})
+def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> list[str]:
+    """Class names, sorted as labels are: the first word of every line ("n01558993 robin" is a usual form).
+
+    present: names that count as a whole line, for class folders with spaces in their names.
+    """
+    return sorted({line if line in present else line.split()[0] for line in _lines(Path(class_list))})
 
 
 def _lines(class_list: Path) -> list[str]:
@@ -298,7 +322,7 @@ TORCHVISION_SETS = {
 
 def _open_torchvision(root: Path, split: str, dataset: str, download: bool) -> ArraySet:
     if dataset not in TORCHVISION_SETS:
-        raise UsageError(f"--dataset {dataset}: known are folder, {', '.join(TORCHVISION_SETS)}")
+        raise UsageError(f"--dataset {dataset}: known are folder, {', '.join(TORCHVISION_SETS)}, packed")
     class_name, files, url, splits = TORCHVISION_SETS[dataset]
     split = "val" if split == "test" else split
     if split not in splits:

@@ -18,7 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    checkpoint,
+    data,
+    launch,
+    metrics,
+    options,
+    probe,
+    run,
+    schedule,
+)
 
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 PRESETS = {
@@ -154,37 +167,6 @@ def embed(model, images, precision):
         return backbones.feature(model, images.contiguous(memory_format=torch.channels_last), POOLED).float()
 
 
-def embed_views(model, loader, precision, views, print_freq, show):
-    """(views, n, D) features of as many augmented views of every picture of this rank, and their n targets."""
-    kept = []
-    for view in range(views):
-        loader.set_epoch(view)
-        progress = run.Progress(f"Embedding view {view + 1} of {views}: ", len(loader), print_freq, enabled=show)
-        feats, targets = [], []
-        for (images,), target, _ in loader:
-            feats.append(embed(model, images, precision))
-            targets.append(target)
-            progress.update(len(target))
-        progress.close()
-        kept.append(torch.cat(feats))
-    return torch.stack(kept), torch.cat(targets)
-
-
-def cached_rows(mine: int) -> int:
-    """Rows per epoch of a rank: as many as every rank has, so that all of them make the same number of steps."""
-    return min(launch.gather_objects(mine))
-
-
-def cached_batches(cache, args, process, epoch):
-    """(features, targets) batches of one epoch over the cached view whose turn it is, in an order drawn from the seed."""
-    features, targets = cache[0][epoch % len(cache[0])], cache[1]
-    generator = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch + process.rank)
-    order = torch.randperm(len(targets), generator=generator)[: cached_rows(len(targets))]
-    for rows in order.split(args.batch_size // process.world_size):
-        rows = rows.to(targets.device)
-        yield features[rows], targets[rows]
-
-
 def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
     progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main and not args.cache_views,
                             extra=f"lr {optimizer.param_groups[0]['lr']:.1e}")  # fmt: skip
@@ -197,23 +179,6 @@ def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
         top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
         progress.update(len(target), **{"Loss": loss, "Acc@1": top1, "Acc@5": top5})
     return progress.close()
-
-
-def embedded(model, loader, precision):
-    """(features, targets) of every batch of a loader."""
-    for (images,), target, _ in loader:
-        yield embed(model, images, precision), target
-
-
-@torch.no_grad()
-def validate(fc, batches) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent over (features, targets) batches, all ranks together."""
-    sums = []
-    for feats, target in batches:
-        top1, top5 = metrics.accuracy(fc(feats), target, (1, 5))
-        sums.append(torch.stack([top1, top5, torch.ones_like(top1)]).double() * len(target))
-    top1, top5, n = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
-    return top1 / n, top5 / n
 
 
 def worker(args, process: launch.Process) -> None:
@@ -237,8 +202,12 @@ def worker(args, process: launch.Process) -> None:
     precision = run.Precision(args.amp, process.device)
     log = run.Run(args.ckpt_path, args, process, suffix="-evaluate" if args.evaluate else "")
     val_loader = make_loader(args, process, val_set, train=False)
+
+    def embedder(images):
+        return embed(model, images, precision)
+
     if args.evaluate:
-        top1, top5 = validate(model.fc, embedded(model, val_loader, precision))
+        top1, top5, _ = probe.validate(model.fc, probe.embedded(embedder, val_loader))
         log.result(evaluated=saved["path"], data=args.data, split="val", acc1=top1, acc5=top5)
         return
     train_loader = make_loader(args, process, train_set, train=True, cached=args.cache_views > 0)
@@ -261,8 +230,8 @@ def worker(args, process: launch.Process) -> None:
         log.rewind(-1)
     cache, val_cache = None, None
     if args.cache_views:
-        val_cache = list(embedded(model, val_loader, precision))  # no random augmentation: embedded once for all epochs
-        cache = embed_views(model, train_loader, precision, args.cache_views, args.print_freq, log.main)
+        val_cache = list(probe.embedded(embedder, val_loader))  # no random augmentation: embedded once for all epochs
+        cache = probe.ViewCache(embedder, train_loader, args.cache_views, args.print_freq, log.main)
 
     top1 = top5 = float("nan")
     # the published file names carry the number of the pre-training checkpoint: checkpoint_0199 -> checkpoint_robust_0199
@@ -272,14 +241,14 @@ def worker(args, process: launch.Process) -> None:
         while epoch < args.epochs:
             schedule.set_lr(optimizer, schedule.step(args.lr, epoch, args.schedule))
             if cache:
-                batches = cached_batches(cache, args, process, epoch)
-                steps = -(-cached_rows(len(cache[1])) // (args.batch_size // process.world_size))
+                per_process = args.batch_size // process.world_size
+                batches, steps = cache.batches(epoch, per_process, args.seed), cache.steps(per_process)
             else:
                 train_loader.set_epoch(epoch)
-                batches = embedded(model, train_loader, precision)
+                batches = probe.embedded(embedder, train_loader)
                 steps = len(train_loader)
             means = train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args)
-            top1, top5 = validate(model.fc, val_cache or embedded(model, val_loader, precision))
+            top1, top5, _ = probe.validate(model.fc, val_cache or probe.embedded(embedder, val_loader))
             if epoch == first:
                 check_frozen(model, saved)
             epoch += 1

@@ -157,7 +157,7 @@ def build_loader(args, process: launch.Process, per_process: int) -> data.Loader
     if args.robust == "texture" and args.num_nonsem:
         train_set, texture_set = open_texture_pairs(args)
     else:
-        train_set = options.open_split(args, "train")
+        train_set = options.open_pretraining(args)
     return data.Loader(
         train_set, (view, view), per_process, device=process.device, seed=args.seed, rank=process.rank,
         world_size=process.world_size, workers=options.workers_per_process(args), data_device=args.data_device,

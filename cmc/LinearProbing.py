@@ -1,0 +1,367 @@
+#!/usr/bin/env python
+"""Linear evaluation of the networks pre-trained by CMC: a classifier on one frozen layer of all views.
+
+The protocol published with Contrastive Multiview Coding; after `train_CMC.py --demo`, and on ImageNet-100:
+
+    python cmc/LinearProbing.py --demo
+    python cmc/LinearProbing.py --data_folder IMAGENET100 --dataset imagenet100 --learning_rate 30 --layer 6 \\
+        --model_path runs/cmc/memory_softmax_4096_resnet50v1_lr_0.03_decay_0.0001_bsz_128_view_YCbCr
+"""
+
+import os
+import sys
+from collections import OrderedDict
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmc import colour
+from cmc.train_CMC import MODELS, build_network
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    checkpoint,
+    data,
+    launch,
+    metrics,
+    options,
+    probe,
+    run,
+    schedule,
+)
+
+POOLED = {
+    1: 8,
+    2: 6,
+    3: 4,
+    4: 3,
+}  # ResNet: side of the average-pooled map; layer 5 enters as it is, layer 6 is a vector
+POOLED_ALEXNET = {1: 10, 2: 6, 3: 5, 4: 5}  # AlexNet: side of the max-pooled map; layer 5 as it is, 6 and 7 are vectors
+PRESETS = {
+    "demo": dict(
+        data="data/demo", dataset="folder", model_path="runs/try-cmc", save_path="runs/try-cmc-linear",
+        workers=2, epochs=40, lr_decay_epochs="24,32", lr_decay_rate=0.1, learning_rate=5.0, batch_size=128, cache_views=4,
+        print_freq=100, seed=0,
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/* and val/CLASS/*")
+    options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet")
+    g.add_argument("--crop_low", type=run.fraction, default=None, help="least share of the picture that a crop covers; "
+                   "default .2, with --dataset imagenet and a ResNet .08")  # fmt: skip
+
+    g = parser.add_argument_group("model")
+    g.add_argument("--model_path", default=None, metavar="PATH",
+                   help="pre-training checkpoint (.pth), or a run folder, or a folder of one: the newest")  # fmt: skip
+    g.add_argument("--model", choices=list(MODELS), default=None, help="default: what the checkpoint says, or alexnet")
+    g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, default=None,
+                   help="colour space; default: what the checkpoint says, or Lab")  # fmt: skip
+    g.add_argument("--layer", type=int, default=None, help="ResNet: 1 after the stem, 2 to 5 the stages, 6 the pooled vector "
+                   "(default); AlexNet: 1 to 5 the convolution blocks (default 5), 6 and 7 fully connected")  # fmt: skip
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=run.positive_int, default=60, help="epochs to run in all, counted from 1")
+    g.add_argument("-b", "--batch_size", type=run.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--learning_rate", "--lr", type=run.positive, default=0.1,
+                   help="not scaled with the batch; published results: AlexNet .1, resnet50v1 and v2 30, v3 50")  # fmt: skip
+    g.add_argument("--lr_decay_epochs", default="30,40,50", help="complete epochs after which the rate drops")
+    g.add_argument("--lr_decay_rate", type=run.positive, default=0.2, help="factor of each drop")
+    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight_decay", type=float, default=0.0, help="weight decay")
+    g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
+                   help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
+                   "at every epoch, as published")  # fmt: skip
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--save_path", default="./runs/cmc_linear", help="the run gets a folder of its own in here")
+    g.add_argument("--tb_path", default=None, help="TensorBoard events go below here; default: into the run folder")
+    g.add_argument("--print_freq", type=run.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--save_freq", type=run.positive_int, default=5, help="epochs between numbered checkpoints")
+    g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
+    g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
+    g.add_argument("--label", default=None, help="name of the run in a report; default: made of its settings")
+    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+
+    g = launch.add_arguments(parser)
+    run.add_precision_arguments(g)
+    parser.refuse("tb_freq", "never had an effect: TensorBoard gets a point every epoch")
+    parser.refuse("log", "never had an effect")
+    parser.refuse("beta1", "never had an effect: the classifier is trained by SGD")
+    parser.refuse("beta2", "never had an effect: the classifier is trained by SGD")
+    args = parser.parse_args(argv)
+
+    if args.data is None:
+        raise UsageError("no data: give --data_folder, a tree with train/ and val/, or --demo for built-in pictures")
+    if args.model_path is None:
+        raise UsageError("no network: give --model_path CHECKPOINT.pth, written by train_CMC.py")
+    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
+    if args.demo and "save_path" not in args._typed and not args.resume:
+        args.overwrite = True  # of its own folder only
+    return args
+
+
+def run_name(args, parent: str) -> str:
+    """The published name of the run folder, and the layer (published: layers wrote over each other)."""
+    return (f"calibrated_{parent}_bsz_{args.batch_size}_lr_{args.learning_rate}_decay_{args.weight_decay}_view_{args.view}"
+            f"{f'_amp_{args.opt_level}' * args.amp}_layer{args.layer}")  # fmt: skip
+
+
+def read_backbone(args) -> dict:
+    """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
+    path = args.model_path
+    if os.path.isdir(path):
+        folders = [path, *sorted(e.path for e in os.scandir(path) if e.is_dir())]
+        found = [f for f in map(checkpoint.newest, folders) if f]
+        if not found:
+            raise UsageError(f"--model_path {path}: no checkpoint in this folder; run train_CMC.py"
+                             f"{' --demo' * args.demo} first")  # fmt: skip
+        path = max(found, key=os.path.getmtime)
+    elif args.demo and not os.path.exists(path):
+        raise UsageError(f"{path}: nothing to evaluate yet; run cmc/train_CMC.py --demo first")
+    saved = checkpoint.load(path) | {"path": str(path)}
+    if "classifier" in saved:
+        raise UserError(
+            f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
+        )
+    opt = saved.get("opt", {})
+    saved["opt"] = opt = opt if isinstance(opt, dict) else vars(opt)  # a Namespace in the published files
+    if not any(".l_to_ab." in k or k.startswith("l_to_ab.") for k in saved.get("model", {})) and "view" not in opt:
+        raise UserError(f"{path} is not of CMC: evaluate MoCo and InsDis with moco_insdis/eval_moco_ins.py")
+    for key, default in (("model", "alexnet"), ("view", "Lab")):
+        then = opt.get(key, getattr(args, key) or default)
+        if getattr(args, key) and getattr(args, key) != then:
+            raise UserError(f"{path} is of --{key} {then}, not {getattr(args, key)}")
+        setattr(args, key, then)
+    if args.model not in MODELS:
+        raise UserError(f"{path} is of --model {args.model}: known here are {', '.join(MODELS)}")
+    args.view = colour.space_name(args.view)
+    args._views = colour.parse_views(opt["views"], args.view) if opt.get("views") else colour.default_views(args.view)
+    if "input_res" not in args._typed:
+        args.input_res = opt.get("input_res", args.input_res)
+    alexnet = MODELS[args.model] is None
+    if args.layer is None:  # published: 6, which AlexNet's classifier did not have
+        args.layer = 5 if alexnet else 6
+    last = 7 if alexnet else 6
+    if not 1 <= args.layer <= last:
+        raise UsageError(f"--layer {args.layer}: --model {args.model} has the layers 1 to {last}")
+    if args.crop_low is None:  # published: .08 for a ResNet on ImageNet whatever was typed
+        args.crop_low = 0.08 if args.dataset == "imagenet" and not alexnet else 0.2
+    return saved
+
+
+def frozen_network(saved, args, process: launch.Process) -> nn.Module:
+    """The networks of all views, frozen and in eval mode."""
+    state = checkpoint.backbone(saved)
+    heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
+    stems = [
+        v for k, v in state.items() if k.endswith((".conv1.weight", ".conv_block_1.0.weight")) and ".layer" not in k
+    ]
+    if not heads or not stems:
+        raise UserError(f"{saved['path']} holds no networks of this family (it has {', '.join(list(state)[:3])})")
+    network = build_network(args.model, args._views, len(heads[0]), small_stem=stems[0].shape[-1] == 3)
+    checkpoint.load_into(network, state, saved["path"])
+    return network.requires_grad_(False).eval().to(process.device, memory_format=torch.channels_last)
+
+
+class LinearClassifier(nn.Module):
+    """One linear layer: weights N(0, 0.01), bias 0. `name` of the layer in the published files differs by network."""
+
+    def __init__(self, features: int, classes: int, model: str):
+        super().__init__()
+        name = "LinearClassifier" if MODELS[model] is None else "LiniearClassifier"
+        linear = nn.Linear(features, classes)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        self.classifier = nn.Sequential(OrderedDict([(name, linear)]))
+
+    def forward(self, feat):
+        return self.classifier(feat)
+
+
+def pool(feats, layer: int, model: str):
+    """Features of every view at a layer -> (N, D): side by side, pooled to the published size, flattened."""
+    feat = torch.cat(tuple(feats), 1)
+    side = (POOLED_ALEXNET if MODELS[model] is None else POOLED).get(layer)
+    if side and feat.dim() == 4 and feat.shape[-1] > side:  # small pictures give maps that are small enough as they are
+        feat = (F.adaptive_max_pool2d if MODELS[model] is None else F.adaptive_avg_pool2d)(feat, side)
+    return feat.flatten(1)
+
+
+@torch.no_grad()
+def embed(network, images, args, precision):
+    with precision.autocast():
+        feats = backbones.feature(network, images.contiguous(memory_format=torch.channels_last), args.layer)
+    return pool([feat.float() for feat in feats], args.layer, args.model)
+
+
+def recipe(args, train: bool) -> augment.Compose:
+    colours = colour.Views(args._views)
+    if not train:
+        return augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res), colours)
+    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(args.crop_low, 1.0)), augment.RandomHorizontalFlip()
+    return augment.Compose(crop, flip, colours)
+
+
+def make_loader(args, process, dataset, train: bool) -> data.Loader:
+    """Validation, and pictures to be cached: the whole set in order. Training: shuffled, the last short batch kept."""
+    return data.Loader(
+        dataset, (recipe(args, train),), args.batch_size // process.world_size, device=process.device, seed=args.seed,
+        rank=process.rank, world_size=process.world_size, shuffle=train and not args.cache_views, drop_last=False,
+        workers=options.workers_per_process(args), data_device=args.data_device, skip_bad=args.skip_bad_images,
+    )  # fmt: skip
+
+
+def train_one_epoch(classifier, batches, steps, optimizer, epoch, log, args):
+    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main and not args.cache_views)
+    for feats, target in batches:
+        logits = classifier(feats)
+        loss = F.cross_entropy(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
+        progress.update(len(target), **{"Loss": loss, "Acc@1": top1, "Acc@5": top5})
+    return progress.close()
+
+
+def check_frozen(network, saved) -> None:
+    """Compare the network with the checkpoint: nothing may have moved, batch-norm statistics included."""
+    before = checkpoint.backbone(saved)
+    for name, now in network.state_dict().items():
+        if not torch.equal(now.cpu(), before[name]):
+            raise UserError(f"{name} changed during linear evaluation: the network was not frozen; the result is void")
+
+
+def open_resume(args, folder: str) -> dict | None:
+    path = checkpoint.newest(folder, ("current.pth", "ckpt_epoch_*.pth")) if args.resume == "auto" else args.resume
+    if not path:
+        return None
+    state = checkpoint.load(path) | {"path": str(path)}
+    for key in ("classifier", "optimizer", "epoch"):
+        if key not in state:
+            raise UserError(f"{path} has no {key}: not a checkpoint of this script; a network goes to --model_path")
+    return state
+
+
+def worker(args, process: launch.Process) -> None:
+    if args.batch_size % process.world_size:
+        raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
+    options.ensure_demo(args, process)
+    saved = read_backbone(args)
+    name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved["path"]))))
+    folder = os.path.join(args.save_path, name)
+    run.refuse_to_overwrite(folder, "*.pth", args.resume, args.overwrite)
+    resumed = open_resume(args, folder)
+    if resumed and args.seed is None and isinstance(resumed.get("opt"), dict):
+        args.seed = resumed["opt"].get("seed")
+    args.seed = run.settle_seed(args.seed)
+    run.seed_all(args.seed)
+
+    train_set = options.open_split(args, "train")
+    classes = train_set.classes
+    val_set = options.open_split(args, "val", classes=classes)
+    network = frozen_network(saved, args, process)
+    precision = run.Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+    shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
+    features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
+    classifier = LinearClassifier(features, len(classes), args.model).to(process.device)
+    wrapped = nn.parallel.DistributedDataParallel(classifier) if process.world_size > 1 else classifier
+    optimizer = torch.optim.SGD(classifier.parameters(), args.learning_rate, momentum=args.momentum,
+                                weight_decay=args.weight_decay)  # fmt: skip
+
+    log = run.Run(folder, args, process, tensorboard=os.path.join(args.tb_path, name) if args.tb_path else True)
+    train_loader, val_loader = make_loader(args, process, train_set, True), make_loader(args, process, val_set, False)
+    log.say("view     " + repr(train_loader.views[0]).replace("\n", "\n         "))
+    log.derived(train_images=len(train_set), val_images=len(val_set), classes=len(classes), model=args.model,
+                view=args.view,
+                layer=args.layer, features=features, network=saved["path"], pretrained_epochs=saved.get("epoch"),
+                crop_low=args.crop_low, precision=str(precision), data_device=train_loader.mode)  # fmt: skip
+    epoch, best, best_epoch, top1, top5 = 0, -1.0, 0, float("nan"), float("nan")
+    if resumed:
+        checkpoint.load_into(classifier, resumed["classifier"], resumed["path"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        epoch, best = resumed["epoch"], float(resumed.get("best_acc1", -1))
+        best_epoch, top1, top5 = (resumed.get(k, d) for k, d in (("best_epoch", 0), ("acc1", top1), ("acc5", top5)))
+        log.say(f"resumed {resumed['path']}: epoch {epoch}, best Acc@1 {best:.2f}")
+    log.rewind(epoch if resumed else -1)
+
+    def embedder(images):
+        return embed(network, images, args, precision)
+
+    per_process = args.batch_size // process.world_size
+    cache = val_cache = None
+    if args.cache_views and epoch < args.epochs:
+        val_cache = list(probe.embedded(embedder, val_loader))
+        cache = probe.ViewCache(embedder, train_loader, args.cache_views, args.print_freq, log.main)
+    first = epoch
+    with run.StopSignal() as stop:
+        while epoch < args.epochs:
+            epoch += 1
+            if cache:
+                batches, steps = cache.batches(epoch, per_process, args.seed), cache.steps(per_process)
+            else:
+                train_loader.set_epoch(epoch)
+                batches, steps = probe.embedded(embedder, train_loader), len(train_loader)
+            lr = schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
+            schedule.set_lr(optimizer, lr)
+            means = train_one_epoch(wrapped, batches, steps, optimizer, epoch, log, args)
+            top1, top5, loss = probe.validate(classifier, val_cache or probe.embedded(embedder, val_loader))
+            if epoch == first + 1:
+                check_frozen(network, saved)
+            is_best = top1 > best
+            if is_best:
+                best, best_epoch = top1, epoch
+            log.say(f" * epoch {epoch}: Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {best:.3f} at {best_epoch})")
+            log.log(epoch, epoch=epoch, train_acc=means.get("Acc@1"), train_acc5=means.get("Acc@5"),
+                    train_loss=means.get("Loss"), test_acc=top1, test_acc5=top5, test_loss=loss,
+                    learning_rate=lr)  # fmt: skip
+            if process.is_main:
+                state = {
+                    "opt": run.options(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
+                    "optimizer": optimizer.state_dict(), "best_epoch": best_epoch, "acc1": top1, "acc5": top5,
+                    "classes": classes, "network": saved["path"],
+                }  # fmt: skip
+                checkpoint.save(os.path.join(folder, "current.pth"), state)
+                if is_best:
+                    checkpoint.save(os.path.join(folder, f"{args.model}_layer{args.layer}.pth"), state)
+                if epoch % args.save_freq == 0:
+                    checkpoint.save(os.path.join(folder, f"ckpt_epoch_{epoch}.pth"), state)
+            if stop.asked() and epoch < args.epochs:
+                log.say(f"stopped by a signal after epoch {epoch}; continue with --resume auto")
+                log.close()
+                return
+    if first == epoch:
+        log.say(f"nothing to train: {resumed['path']} has {epoch} epochs already")
+    report(log, saved, args, epoch, top1, top5, best, best_epoch)
+    log.close()
+
+
+def report(log, saved, args, epoch, top1, top5, best, best_epoch) -> None:
+    """result.json: last and best epoch. Best is chosen on the validation set, as published; quote the last."""
+    opt = saved["opt"]
+    if "softmax" in opt:
+        z = "" if opt["softmax"] else f" (Z {opt.get('nce_z', 'oneshot')})"
+        view = opt.get("views") or args.view
+        label = f"CMC {view}, {'softmax' if opt['softmax'] else 'NCE'}{z}, K {opt.get('nce_k')}"
+    else:
+        label = os.path.basename(os.path.dirname(os.path.abspath(saved["path"])))
+    log.result(table="cmc/published.json", label=args.label or label, arch=args.model, epochs=saved.get("epoch"),
+               data=args.data, split="val", layer=args.layer, linear_epochs=epoch, acc1=top1, acc5=top5, acc1_best=best,
+               best_epoch=best_epoch, pretrained=saved["path"], seed=args.seed)  # fmt: skip
+
+
+def main(argv=None) -> None:
+    launch.launch(worker, parse_args(argv))
+
+
+if __name__ == "__main__":
+    run.cli(main)

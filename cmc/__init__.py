@@ -1,0 +1,1 @@
+"""Contrastive Multiview Coding (Tian, Krishnan & Isola, ECCV 2020)."""

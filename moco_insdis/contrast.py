@@ -1,0 +1,193 @@
+"""Scores, losses and memories of Instance Discrimination and MoCo, in the form shipped next to CMC.
+
+InsDis: Wu et al., arXiv:1805.01978. MoCo: He et al., arXiv:1911.05722. Follows NCE/ of HobbitLong/CMC at 7b227be: what
+is compared with what, the order of operations, the names and shapes of the buffers. Differs: a memory is written after the
+backward pass (its rows are constants in the loss, so the values are the same and no copy is needed); scores are taken
+without gathering B x (K+1) x D rows; Z may follow a moving average; runs on any device and any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import launch
+
+EPS = 1e-7  # in the denominators of the NCE loss, as published
+CHUNK_BYTES = 128 << 20  # of scores against the whole bank held at once
+GATHER_FROM = 64  # bank rows per drawn row above which fetching the drawn rows beats scoring the whole bank
+
+
+class _BankScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, bank, rows):
+        ctx.save_for_backward(rows)
+        ctx.bank = bank  # not saved for backward: it is written in place after the step, never before its backward pass
+        if len(bank) > GATHER_FROM * rows.shape[1]:
+            parts = [bank[r] @ q for q, r in zip(query, rows)]
+            return torch.stack(parts)
+        chunk = max(1, CHUNK_BYTES // (4 * len(bank)))
+        parts = [(q @ bank.T).gather(1, r) for q, r in zip(query.split(chunk), rows.split(chunk))]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        weighted = F.embedding_bag(rows, ctx.bank, per_sample_weights=grad.contiguous(), mode="sum")
+        return weighted, None, None
+
+
+def bank_scores(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of every query with the bank rows drawn for it: (B, J), out[b, j] = query[b] . bank[rows[b, j]].
+
+    query (B, D) float32, bank (n, D) float32 without gradient, rows (B, J) of int64. The published code gathers
+    B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here the whole bank is scored in one matrix product, at most
+    CHUNK_BYTES of it at a time, and the drawn scores are picked out of it; the gradient is one weighted embedding sum.
+    Where few rows of a huge bank are drawn, the rows of one query at a time are fetched. Equal values either way.
+    The bank must not be written between this call and the backward pass.
+    """
+    return _BankScores.apply(query, bank, rows)
+
+
+def draw_rows(
+    index: Tensor, n: int, k: int, generator: torch.Generator | None = None, exclude_self: bool = False
+) -> Tensor:
+    """Bank rows to compare with: (B, K+1), column 0 the picture's own row, then K drawn uniformly with replacement.
+
+    index (B,) of this rank; generator on its device, in the same state on every rank (the draws are those of the global
+    batch, so that one and several processes see the same negatives). As published, the own row may be drawn as a negative,
+    with chance 1 - (1 - 1/n)^K per picture (12 % for n = 126,689 and K = 16,384); exclude_self draws from the others.
+    """
+    b, world = len(index), launch.world_size()
+    drawn = torch.randint(n - exclude_self, (b * world, k + 1), generator=generator, device=index.device)
+    drawn = drawn[launch.rank() * b : (launch.rank() + 1) * b]
+    if exclude_self:
+        drawn += drawn >= index[:, None]
+    drawn[:, 0] = index
+    return drawn
+
+
+def softmax_loss(logits: Tensor) -> Tensor:
+    """InfoNCE: mean cross-entropy in nats of logits (B, K+1) with the positive in column 0; log(K+1) for equal logits."""
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def nce_loss(estimate: Tensor, n: int) -> Tensor:
+    """Binary NCE loss of Wu et al., Eq. (7): is a score from the data or from uniform noise? Summed over K, mean over B.
+
+    estimate (B, K+1): P(i|v) = exp(s / T) / Z, the positive in column 0. n: rows that noise is drawn from, p_n = 1/n.
+    """
+    noise = (estimate.shape[1] - 1) / n  # K times p_n
+    from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
+    from_noise = (math.log(noise) - (estimate[:, 1:] + (noise + EPS)).log()).sum()
+    return -(from_data + from_noise) / len(estimate)
+
+
+def next_z(z: Tensor, raw: Tensor, n: int, mode: str, decay: float = 0.99) -> Tensor:
+    """The normaliser Z for a batch. z: the one so far, negative before the first batch. raw (B, K+1): exp(s / T).
+
+    Z = n * mean of raw, over all ranks. "oneshot": of the first batch, for ever, as published (and in Wu et al.). "ema": a
+    moving average with `decay` over all batches, the repair that the author of MoCo reported upstream (issue 23 of
+    HobbitLong/CMC): one batch is a fair sample of Z only while the memory is noise.
+    """
+    fresh = n * launch.mean_ranks(raw.detach().mean())
+    later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
+    return torch.where(z < 0, fresh, later)
+
+
+def random_rows(n: int, dim: int) -> Tensor:
+    """Memory before training: uniform in +-sqrt(3 / D), so of norm about one, but not exactly."""
+    bound = 1 / math.sqrt(dim / 3)
+    return torch.empty(n, dim).uniform_(-bound, bound)
+
+
+class MemoryBank(nn.Module):
+    """InsDis: one row per training picture, addressed by its number; buffers `params` = [K, T, Z, momentum], `memory`.
+
+    n pictures, feature size D, K negatives per query, temperature T, momentum m of a row. softmax: InfoNCE, else NCE with
+    the normaliser `nce_z` ("ema" or "oneshot").
+    """
+
+    def __init__(self, n: int, dim: int, k: int, temperature: float, momentum: float, softmax: bool, nce_z: str):
+        super().__init__()
+        self.n, self.k, self.temperature, self.momentum = n, k, temperature, momentum
+        self.softmax, self.nce_z = softmax, nce_z
+        self.register_buffer("params", torch.tensor([k, temperature, -1.0, momentum]))
+        self.register_buffer("memory", random_rows(n, dim))
+
+    def forward(self, feat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, out) of unit features feat (B, D) against the bank rows (B, K+1) of `draw_rows`.
+
+        out (B, K+1): logits s / T with softmax, else exp(s / T) / Z, as published. The positive is the picture's own row,
+        the average of what its earlier crops gave.
+        """
+        logits = bank_scores(feat, self.memory, rows).div_(self.temperature)
+        if self.softmax:
+            return softmax_loss(logits), logits
+        raw = logits.exp()
+        self.params[2] = next_z(self.params[2], raw, self.n, self.nce_z)
+        out = raw / self.params[2].clone()
+        return nce_loss(out, self.n), out
+
+    @property
+    def normaliser(self) -> Tensor:
+        return self.params[2]
+
+    @torch.no_grad()
+    def update(self, feat: Tensor, index: Tensor) -> None:
+        """Row i <- unit(m * row i + (1 - m) * feature), for the features (B, D) and picture numbers (B,) of all ranks."""
+        mixed = self.momentum * self.memory[index] + (1 - self.momentum) * feat.detach()
+        self.memory.index_copy_(0, index, F.normalize(mixed, dim=1))
+
+
+class KeyQueue(nn.Module):
+    """MoCo: the last K keys, first in, first out; buffers `params` = [Z as an integer] and `memory` (K, D), as published.
+
+    n: number of training pictures, which is the noise 1/n of the NCE loss here, too. `z` (float) and `pointer`, the next row
+    to be written, are not in the published file; the script saves them beside it.
+    """
+
+    def __init__(self, n: int, dim: int, k: int, temperature: float, softmax: bool, nce_z: str):
+        super().__init__()
+        self.n, self.k, self.temperature, self.softmax, self.nce_z = n, k, temperature, softmax, nce_z
+        self.register_buffer("params", torch.tensor([-1]))
+        self.register_buffer("memory", random_rows(k, dim))
+        self.register_buffer("z", torch.tensor(-1.0), persistent=False)
+        self.register_buffer("pointer", torch.tensor(0), persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, out) of unit queries and keys (B, D), row by row a positive pair; out (B, 1+K) as in `MemoryBank`.
+
+        With nce_z "oneshot" Z is cut down to a whole number, as published: the buffer that keeps it there is an integer.
+        """
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.memory.T], 1).div_(self.temperature)
+        if self.softmax:
+            return softmax_loss(logits), logits
+        raw = logits.exp()
+        z = next_z(self.z, raw, self.n, self.nce_z)
+        self.z.copy_(z.trunc() if self.nce_z == "oneshot" else z)
+        self.params.copy_(self.z.long())
+        out = raw / self.z.clone()
+        return nce_loss(out, self.n), out
+
+    @property
+    def normaliser(self) -> Tensor:
+        return self.z
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Write the keys (B, D) of all ranks over the oldest rows. B need not divide K."""
+        rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % self.k
+        self.memory.index_copy_(0, rows, keys)
+        self.pointer.add_(len(keys)).remainder_(self.k)
+
+    def extra_state(self) -> dict:
+        return {"z": self.z.clone(), "pointer": self.pointer.clone()}
+
+    def load_extra_state(self, state: dict | None) -> None:
+        """What `extra_state` gave; None for a published checkpoint: Z from its integer, the pointer at 0 as there."""
+        self.z.copy_(state["z"] if state else self.params[0].float())
+        self.pointer.copy_(state["pointer"] if state else torch.tensor(0))

@@ -1,0 +1,389 @@
+#!/usr/bin/env python
+"""Linear evaluation of a network pre-trained by MoCo or InsDis: a classifier on one frozen layer.
+
+The protocol published next to Contrastive Multiview Coding; after `train_moco_ins.py --demo --moco`, and the published one:
+
+    python moco_insdis/eval_moco_ins.py --demo
+    python moco_insdis/eval_moco_ins.py --data_folder IMAGENET100 --model resnet50 --learning_rate 10 \\
+        --model_path runs/moco_insdis/MoCo0.999_softmax_16384_resnet50_lr_0.03_decay_0.0001_bsz_128_crop_0.2_aug_CJ
+"""
+
+import os
+import sys
+from collections import OrderedDict
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    checkpoint,
+    data,
+    launch,
+    metrics,
+    options,
+    probe,
+    run,
+    schedule,
+)
+
+MODELS = {  # name: (depth, width)
+    "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
+    "resnet101": (101, 1),
+}  # fmt: skip
+POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # side of the average-pooled map; layer 5 enters as it is, layer 6 is a vector
+WARM_FROM, WARM_EPOCHS = 0.01, 10
+PRESETS = {
+    "demo": dict(
+        data="data/demo", dataset="folder", model_path="runs/try-moco-insdis", save_path="runs/try-moco-insdis-linear",
+        workers=2, epochs=40, lr_decay_epochs="24,32", lr_decay_rate=0.1, learning_rate=5.0, batch_size=128, cache_views=4,
+        aug="NULL", print_freq=100, seed=0,
+    ),
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/* and val/CLASS/*")
+    options.add_data_arguments(g, trees=("imagenet100", "imagenet", "folder"), default="imagenet100")
+    g.add_argument("--crop", type=run.fraction, default=None, help="least share of the picture that a crop covers; "
+                   "default .2, with --dataset imagenet .08")  # fmt: skip
+    g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ",
+                   help="CJ: greyscale and colour jitter here too, as published; NULL: crop and flip")  # fmt: skip
+
+    g = parser.add_argument_group("model")
+    g.add_argument("--model_path", default=None, metavar="PATH",
+                   help="pre-training checkpoint (.pth), or a run folder, or a folder of one: the newest")  # fmt: skip
+    g.add_argument("--model", choices=list(MODELS), default=None, help="default: what the checkpoint says, or resnet50")
+    g.add_argument("--layer", type=int, default=6, help="1 after the stem, 2 to 5 the stages, 6 the pooled vector")
+    g.add_argument("--bn", action="store_true", help="batch-norm without parameters before the classifier")
+    g.add_argument("--syncBN", action="store_true", help="with --bn: its statistics over all processes")
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=run.positive_int, default=60, help="epochs to run in all, counted from 1")
+    g.add_argument("-b", "--batch_size", type=run.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--learning_rate", "--lr", type=run.positive, default=0.1,
+                   help="not scaled with the batch; published results: 10 on ImageNet-100, 30 on ImageNet")  # fmt: skip
+    g.add_argument("--lr_decay_epochs", default="30,40,50", help="complete epochs after which the rate drops")
+    g.add_argument("--lr_decay_rate", type=run.positive, default=0.2, help="factor of each drop")
+    g.add_argument("--cosine", action="store_true", help="cosine schedule down to rate^3 / 10 of the learning rate")
+    g.add_argument("--warm", action="store_true", help=f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs")
+    g.add_argument("--adam", action="store_true", help="Adam instead of SGD")
+    g.add_argument("--beta1", type=run.fraction, default=0.5, help="of Adam")
+    g.add_argument("--beta2", type=run.fraction, default=0.999, help="of Adam")
+    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight_decay", type=float, default=0.0, help="weight decay")
+    g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
+                   help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
+                   "at every epoch, as published")  # fmt: skip
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--save_path", default="./runs/moco_insdis_linear", help="the run gets a folder of its own in here")
+    g.add_argument("--tb_path", default=None, help="TensorBoard events go below here; default: into the run folder")
+    g.add_argument("--print_freq", type=run.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--save_freq", type=run.positive_int, default=5, help="epochs between numbered checkpoints")
+    g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
+    g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
+    g.add_argument("--label", default=None, help="name of the run in a report; default: made of its settings")
+    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+
+    g = launch.add_arguments(parser)
+    run.add_precision_arguments(g)
+    parser.refuse("tb_freq", "never had an effect: TensorBoard gets a point every epoch")
+    args = parser.parse_args(argv)
+
+    if args.data is None:
+        raise UsageError("no data: give --data_folder, a tree with train/ and val/, or --demo for built-in pictures")
+    if args.model_path is None:
+        raise UsageError("no network: give --model_path CHECKPOINT.pth, written by train_moco_ins.py")
+    if not 1 <= args.layer <= 6:
+        raise UsageError(f"--layer {args.layer}: a ResNet has the layers 1 (stem) to 6 (pooled vector)")
+    if args.syncBN and not args.bn:
+        raise UsageError(
+            "--syncBN: the frozen network uses stored statistics and the classifier has no batch-norm; add --bn"
+        )
+    for flag in ("beta1", "beta2"):
+        if flag in args._typed and not args.adam:
+            raise UsageError(f"--{flag} belongs to --adam")
+    if args.adam and "momentum" in args._typed:
+        raise UsageError("--momentum belongs to SGD; Adam has --beta1 and --beta2")
+    if args.cosine and "lr_decay_epochs" in args._typed:
+        raise UsageError("--cosine has no --lr_decay_epochs; leave one of the two away")
+    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
+    if args.crop is None:  # published: .08 for ImageNet whatever was typed
+        args.crop = 0.08 if args.dataset == "imagenet" else 0.2
+    if args.demo and "save_path" not in args._typed and not args.resume:
+        args.overwrite = True  # of its own folder only
+    return args
+
+
+def run_name(args, parent: str) -> str:
+    """The published name of the run folder, and the layer (published: layers wrote over each other)."""
+    return (f"{parent}_bsz_{args.batch_size}_lr_{args.learning_rate}_decay_{args.weight_decay}_crop_{args.crop}"
+            f"{f'_amp_{args.opt_level}' * args.amp}_aug_{args.aug}{'_useBN' * args.bn}{'_useAdam' * args.adam}"
+            f"{'_cosine' * args.cosine}{'_warm' * args.warm}_layer{args.layer}")  # fmt: skip
+
+
+def read_backbone(args) -> dict:
+    """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
+    path = args.model_path
+    if os.path.isdir(path):
+        folders = [path, *sorted(e.path for e in os.scandir(path) if e.is_dir())]
+        found = [f for f in map(checkpoint.newest, folders) if f]
+        if not found:
+            raise UsageError(f"--model_path {path}: no checkpoint in this folder; run train_moco_ins.py"
+                             f"{' --demo' * args.demo} first")  # fmt: skip
+        path = max(found, key=os.path.getmtime)
+    elif args.demo and not os.path.exists(path):
+        raise UsageError(f"{path}: nothing to evaluate yet; run moco_insdis/train_moco_ins.py --demo first")
+    saved = checkpoint.load(path) | {"path": str(path)}
+    if "classifier" in saved:
+        raise UserError(
+            f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
+        )
+    opt = saved.get("opt", {})
+    saved["opt"] = opt = opt if isinstance(opt, dict) else vars(opt)  # a Namespace in the published files
+    if "view" in opt or any(".l_to_ab." in k for k in saved.get("model", {})):
+        raise UserError(f"{path} is of CMC (two networks on a colour space): evaluate it with cmc/LinearProbing.py")
+    model = opt.get("model", args.model or "resnet50")
+    if args.model and args.model != model:
+        raise UserError(f"{path} is of --model {model}, not {args.model}")
+    if model not in MODELS:
+        raise UserError(f"{path} is of --model {model}: known here are {', '.join(MODELS)}")
+    args.model = model
+    if "input_res" not in args._typed:
+        args.input_res = opt.get("input_res", args.input_res)
+    return saved
+
+
+def build_network(saved, args, process: launch.Process) -> nn.Module:
+    """The (query) network of the checkpoint, frozen and in eval mode; the key network of MoCo is not used."""
+    state = checkpoint.backbone(saved)
+    if "conv1.weight" not in state or "fc.weight" not in state:
+        raise UserError(f"{saved['path']} holds no network of this family (it has {', '.join(list(state)[:3])})")
+    depth, width = MODELS[args.model]
+    small_stem = state["conv1.weight"].shape[-1] == 3
+    network = backbones.WidthResNet(depth, 3, width, dim=len(state["fc.weight"]), small_stem=small_stem)
+    checkpoint.load_into(network, state, saved["path"])
+    return network.requires_grad_(False).eval().to(process.device, memory_format=torch.channels_last)
+
+
+class LinearClassifier(nn.Module):
+    """Flatten, and one linear layer: weights N(0, 0.01), bias 0. Its name in the published files is spelled as here."""
+
+    def __init__(self, features: int, classes: int, bn: bool):
+        super().__init__()
+        norm = [("BatchNorm", nn.BatchNorm1d(features, affine=False))] if bn else []
+        self.classifier = nn.Sequential(OrderedDict([*norm, ("LiniearClassifier", nn.Linear(features, classes))]))
+        nn.init.normal_(self.classifier.LiniearClassifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.LiniearClassifier.bias)
+
+    def forward(self, feat):
+        return self.classifier(feat)
+
+
+def pool(feat, layer: int):
+    """(N, C, H, W) of layers 1 to 5 or (N, C) of layer 6 -> (N, D): averaged to the published size, flattened."""
+    side = POOLED.get(layer)
+    if side and feat.shape[-1] > side:  # small pictures give maps that are small enough as they are
+        feat = F.adaptive_avg_pool2d(feat, side)
+    return feat.flatten(1)
+
+
+@torch.no_grad()
+def embed(network, images, layer, precision):
+    with precision.autocast():
+        feat = backbones.feature(network, images.contiguous(memory_format=torch.channels_last), layer)
+    return pool(feat.float(), layer)
+
+
+def recipe(args, train: bool) -> augment.Compose:
+    normalize = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    if not train:
+        return augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res), normalize)
+    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0)), augment.RandomHorizontalFlip()
+    if args.aug == "NULL":
+        return augment.Compose(crop, flip, normalize)
+    jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.4)
+    return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, normalize)
+
+
+def make_loader(args, process, dataset, train: bool) -> data.Loader:
+    """Validation, and pictures to be cached: the whole set in order. Training: shuffled, the last short batch kept."""
+    return data.Loader(
+        dataset, (recipe(args, train),), args.batch_size // process.world_size, device=process.device, seed=args.seed,
+        rank=process.rank, world_size=process.world_size, shuffle=train and not args.cache_views, drop_last=False,
+        workers=options.workers_per_process(args), data_device=args.data_device, skip_bad=args.skip_bad_images,
+    )  # fmt: skip
+
+
+def learning_rate(args, epoch: int, part: float) -> float:
+    """At `part` of epoch `epoch`, counted from 1. The published cosine is one epoch ahead: the last runs at its floor."""
+    if args.cosine:
+        lr = schedule.cosine(args.learning_rate, epoch, args.epochs, args.learning_rate * args.lr_decay_rate**3 * 0.1)
+    else:
+        lr = schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
+    if args.warm and epoch <= WARM_EPOCHS:
+        return schedule.warmup(lr, epoch - 1 + part, WARM_EPOCHS, start=min(WARM_FROM, lr))
+    return lr
+
+
+def train_one_epoch(classifier, batches, steps, optimizer, epoch, log, args):
+    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main and not args.cache_views)
+    for step, (feats, target) in enumerate(batches):
+        schedule.set_lr(optimizer, learning_rate(args, epoch, step / steps))
+        if args.bn and len(target) == 1:  # no statistics of a single row
+            continue
+        logits = classifier(feats)
+        loss = F.cross_entropy(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
+        progress.update(len(target), **{"Loss": loss, "Acc@1": top1, "Acc@5": top5})
+    return progress.close()
+
+
+def check_frozen(network, saved) -> None:
+    """Compare the network with the checkpoint: nothing may have moved, batch-norm statistics included."""
+    before = checkpoint.backbone(saved)
+    for name, now in network.state_dict().items():
+        if not torch.equal(now.cpu(), before[name]):
+            raise UserError(f"{name} changed during linear evaluation: the network was not frozen; the result is void")
+
+
+def open_resume(args, folder: str) -> dict | None:
+    path = checkpoint.newest(folder, ("current.pth", "ckpt_epoch_*.pth")) if args.resume == "auto" else args.resume
+    if not path:
+        return None
+    state = checkpoint.load(path) | {"path": str(path)}
+    for key in ("classifier", "optimizer", "epoch"):
+        if key not in state:
+            raise UserError(f"{path} has no {key}: not a checkpoint of this script; a network goes to --model_path")
+    return state
+
+
+def worker(args, process: launch.Process) -> None:
+    if args.batch_size % process.world_size:
+        raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
+    options.ensure_demo(args, process)
+    saved = read_backbone(args)
+    name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved["path"]))))
+    folder = os.path.join(args.save_path, name)
+    run.refuse_to_overwrite(folder, "*.pth", args.resume, args.overwrite)
+    resumed = open_resume(args, folder)
+    if resumed and args.seed is None and isinstance(resumed.get("opt"), dict):
+        args.seed = resumed["opt"].get("seed")
+    args.seed = run.settle_seed(args.seed)
+    run.seed_all(args.seed)
+
+    train_set = options.open_split(args, "train")
+    classes = train_set.classes
+    val_set = options.open_split(args, "val", classes=classes)
+    network = build_network(saved, args, process)
+    precision = run.Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+    shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
+    classifier = LinearClassifier(pool(torch.zeros(1, *shape), args.layer).shape[1], len(classes), args.bn)
+    if args.syncBN and process.world_size > 1:
+        classifier = nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
+    classifier = classifier.to(process.device)
+    wrapped = nn.parallel.DistributedDataParallel(classifier) if process.world_size > 1 else classifier
+    if args.adam:
+        optimizer = torch.optim.Adam(classifier.parameters(), args.learning_rate, betas=(args.beta1, args.beta2),
+                                     weight_decay=args.weight_decay)  # fmt: skip
+    else:
+        optimizer = torch.optim.SGD(classifier.parameters(), args.learning_rate, momentum=args.momentum,
+                                    weight_decay=args.weight_decay)  # fmt: skip
+
+    log = run.Run(folder, args, process, tensorboard=os.path.join(args.tb_path, name) if args.tb_path else True)
+    train_loader, val_loader = make_loader(args, process, train_set, True), make_loader(args, process, val_set, False)
+    log.say("view     " + repr(train_loader.views[0]).replace("\n", "\n         "))
+    log.derived(train_images=len(train_set), val_images=len(val_set), classes=len(classes), model=args.model,
+                layer=f"{args.layer} {tuple(shape)}", network=saved["path"], pretrained_epochs=saved.get("epoch"),
+                crop=args.crop, precision=str(precision), data_device=train_loader.mode)  # fmt: skip
+    epoch, best, best_epoch, top1, top5 = 0, -1.0, 0, float("nan"), float("nan")
+    if resumed:
+        checkpoint.load_into(classifier, resumed["classifier"], resumed["path"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        epoch, best = resumed["epoch"], float(resumed.get("best_acc1", -1))
+        best_epoch, top1, top5 = (resumed.get(k, d) for k, d in (("best_epoch", 0), ("acc1", top1), ("acc5", top5)))
+        log.say(f"resumed {resumed['path']}: epoch {epoch}, best Acc@1 {best:.2f}")
+    log.rewind(epoch if resumed else -1)
+
+    def embedder(images):
+        return embed(network, images, args.layer, precision)
+
+    per_process = args.batch_size // process.world_size
+    cache = val_cache = None
+    if args.cache_views and epoch < args.epochs:
+        val_cache = list(probe.embedded(embedder, val_loader))
+        cache = probe.ViewCache(embedder, train_loader, args.cache_views, args.print_freq, log.main)
+    first = epoch
+    with run.StopSignal() as stop:
+        while epoch < args.epochs:
+            epoch += 1
+            if cache:
+                batches, steps = cache.batches(epoch, per_process, args.seed), cache.steps(per_process)
+            else:
+                train_loader.set_epoch(epoch)
+                batches, steps = probe.embedded(embedder, train_loader), len(train_loader)
+            means = train_one_epoch(wrapped.train(), batches, steps, optimizer, epoch, log, args)
+            launch.broadcast_buffers(classifier)
+            top1, top5, loss = probe.validate(classifier.eval(), val_cache or probe.embedded(embedder, val_loader))
+            if epoch == first + 1:
+                check_frozen(network, saved)
+            is_best = top1 > best
+            if is_best:
+                best, best_epoch = top1, epoch
+            log.say(f" * epoch {epoch}: Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {best:.3f} at {best_epoch})")
+            log.log(epoch, epoch=epoch, train_acc=means.get("Acc@1"), train_acc5=means.get("Acc@5"),
+                    train_loss=means.get("Loss"), test_acc=top1, test_acc5=top5, test_loss=loss,
+                    learning_rate=learning_rate(args, epoch, 0))  # fmt: skip
+            if process.is_main:
+                state = {
+                    "opt": run.options(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
+                    "optimizer": optimizer.state_dict(), "best_epoch": best_epoch, "acc1": top1, "acc5": top5,
+                    "classes": classes, "network": saved["path"],
+                }  # fmt: skip
+                checkpoint.save(os.path.join(folder, "current.pth"), state)
+                if is_best:
+                    checkpoint.save(os.path.join(folder, f"{args.model}_layer{args.layer}.pth"), state)
+                if epoch % args.save_freq == 0:
+                    checkpoint.save(os.path.join(folder, f"ckpt_epoch_{epoch}.pth"), state)
+            if stop.asked() and epoch < args.epochs:
+                log.say(f"stopped by a signal after epoch {epoch}; continue with --resume auto")
+                log.close()
+                return
+    if first == epoch:
+        log.say(f"nothing to train: {resumed['path']} has {epoch} epochs already")
+    report(log, saved, args, epoch, top1, top5, best, best_epoch)
+    log.close()
+
+
+def report(log, saved, args, epoch, top1, top5, best, best_epoch) -> None:
+    """result.json: last and best epoch. Best is chosen on the validation set, as published; quote the last."""
+    opt = saved["opt"]
+    if "softmax" in opt:
+        method = "MoCo" if opt.get("moco") else "InsDis"
+        z = "" if opt["softmax"] else f" (Z {opt.get('nce_z', 'oneshot')})"
+        label = f"{method}, {'softmax' if opt['softmax'] else 'NCE'}{z}, K {opt.get('nce_k')}"
+    else:
+        label = os.path.basename(os.path.dirname(os.path.abspath(saved["path"])))
+    log.result(table="moco_insdis/published.json", label=args.label or label, arch=args.model, epochs=saved.get("epoch"),
+               data=args.data, split="val", layer=args.layer, linear_epochs=epoch, acc1=top1, acc5=top5, acc1_best=best,
+               best_epoch=best_epoch, pretrained=saved["path"], seed=args.seed)  # fmt: skip
+
+
+def main(argv=None) -> None:
+    launch.launch(worker, parse_args(argv))
+
+
+if __name__ == "__main__":
+    run.cli(main)

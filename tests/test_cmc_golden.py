@@ -1,0 +1,155 @@
+"""CMC's banks against the published code's own numbers (tests/golden/README.md, section 1), and the full graph."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from cmc import contrast
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def read(name):
+    return {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in np.load(GOLDEN / f"{name}.npz").items()}
+
+
+def close(a, b, rtol=1e-4, atol=1e-5):
+    torch.testing.assert_close(a, b.to(a.dtype), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "nce"])
+@pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
+def test_step_by_step(loss, gather_from, monkeypatch):
+    monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
+    monkeypatch.setattr(contrast, "CHUNK_BYTES", 3 * 4 * 200)  # three queries at a time: the last chunk is shorter
+    g = read(f"cmc_{loss}")
+    dim = g["l"].shape[-1]
+    banks = contrast.MemoryBanks(200, dim, ("l", "ab"), 32, 0.07, 0.5, loss == "softmax", "oneshot")
+    close(banks.params, g["params_init"])
+    banks.memory_l.copy_(g["memory_l_init"])
+    banks.memory_ab.copy_(g["memory_ab_init"])
+    for step in range(len(g["l"])):
+        feats = [g[view][step].requires_grad_() for view in ("l", "ab")]
+        losses, out = banks(feats, g["idx"][step])
+        losses.sum().backward()
+        banks.update(feats, g["y"][step])
+        for i, view in enumerate(("l", "ab")):
+            close(out[i].detach(), g[f"out_{view}"][step])
+            close(losses[i].detach(), g[f"loss_{view}"][step], atol=1e-6)
+            close(feats[i].grad, g[f"grad_{view}"][step], rtol=2e-4)
+            close(banks.banks()[i], g[f"memory_{view}"][step])
+        close(banks.params, g["params"][step], atol=0)
+    if loss == "nce":
+        close(banks.normaliser, g["Z"], atol=0)
+
+
+def test_buffers_are_the_published_ones():
+    banks = contrast.MemoryBanks(1000, 128, ("l", "ab"), 64, 0.07, 0.5, True, "ema")
+    found = [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in banks.state_dict().items()]
+    assert found == json.loads((GOLDEN / "cmc_contrast_keys.json").read_text())
+
+
+def slow_full_graph(feats, banks, rows, temperature, softmax, n):
+    """Written from the formulas, a picture and a negative at a time, in float64: {(i, j): (loss, Z)} of ordered pairs."""
+    found = {}
+    for i in range(len(feats)):
+        for j in range(len(feats)):
+            if i == j:
+                continue
+            scores = [[float(f @ banks[j][r]) / temperature for r in mine] for f, mine in zip(feats[i], rows)]
+            weights = [[math.exp(s) for s in line] for line in scores]
+            z = n * sum(map(sum, weights)) / sum(map(len, weights))
+            total = 0.0
+            for line in weights:
+                if softmax:
+                    total -= math.log(line[0] / sum(line))
+                    continue
+                noise = (len(line) - 1) / n
+                total -= math.log(line[0] / z / (line[0] / z + noise))
+                total -= sum(math.log(noise / (w / z + noise)) for w in line[1:])
+            found[i, j] = total / len(weights), z
+    return found
+
+
+@pytest.mark.parametrize("softmax", [True, False], ids=["softmax", "nce"])
+def test_three_views_contrast_every_pair_both_ways(softmax):
+    generator = torch.Generator().manual_seed(0)
+    feats = [F.normalize(torch.randn(4, 8, generator=generator), dim=1).requires_grad_() for _ in range(3)]
+    banks = contrast.MemoryBanks(20, 8, ("L", "a", "b"), 6, 0.3, 0.5, softmax, "oneshot")
+    assert list(banks.state_dict()) == ["params", "memory_L", "memory_a", "memory_b"] and len(banks.params) == 3 + 6
+    rows = contrast.draw_rows(torch.tensor([3, 0, 9, 19]), 20, 6, generator)
+    before = [bank.clone() for bank in banks.banks()]
+    losses, out = banks(feats, rows)
+    exact = [[f.detach().double() for f in feats], [bank.double() for bank in before]]
+    slow = slow_full_graph(*exact, rows, 0.3, softmax, 20)
+    assert len(out) == len(slow) == 6
+    for i in range(3):
+        expected = sum(value for (anchor, _), (value, _) in slow.items() if anchor == i)
+        assert losses[i].item() == pytest.approx(expected, rel=1e-4)
+    if not softmax:
+        assert banks.normaliser.tolist() == pytest.approx([z for _, z in slow.values()], rel=1e-4)
+    losses.sum().backward()
+    assert all(f.grad.abs().sum() > 0 for f in feats)
+    assert all(torch.equal(a, b) for a, b in zip(before, banks.banks()))  # reading does not write
+    banks.update(feats, rows[:, 0])
+    for bank, old, feat in zip(banks.banks(), before, feats):
+        close(bank[rows[:, 0]], F.normalize(0.5 * old[rows[:, 0]] + 0.5 * feat.detach(), dim=1))
+        assert (bank == old).all(1).sum() == 16
+
+
+def test_three_views_are_the_three_two_view_losses():
+    generator = torch.Generator().manual_seed(1)
+    feats = [F.normalize(torch.randn(4, 8, generator=generator), dim=1) for _ in range(3)]
+    three = contrast.MemoryBanks(20, 8, "xyz", 6, 0.3, 0.5, True, "ema")
+    rows = contrast.draw_rows(torch.arange(4), 20, 6, generator)
+    total = 0
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        two = contrast.MemoryBanks(20, 8, ("l", "ab"), 6, 0.3, 0.5, True, "ema")
+        two.memory_l.copy_(three.banks()[i])
+        two.memory_ab.copy_(three.banks()[j])
+        total += two([feats[i], feats[j]], rows)[0].sum()
+    close(three(feats, rows)[0].sum(), total)
+
+
+def test_closed_forms():
+    assert math.isclose(contrast.softmax_loss(torch.zeros(3, 65)).item(), math.log(65), rel_tol=1e-6)
+    # Where every estimate equals K / n the data and the noise are told apart at chance: (K + 1) log 2.
+    assert math.isclose(contrast.nce_loss(torch.full((5, 9), 8 / 40), 40).item(), 9 * math.log(2), rel_tol=1e-5)
+
+
+def test_scores_of_the_whole_bank_and_of_fetched_rows_agree_with_gradients(monkeypatch):
+    x, bank = F.normalize(torch.randn(6, 8), dim=1), torch.randn(50, 8)
+    rows = torch.randint(50, (6, 12))
+    slow = x.clone().requires_grad_()
+    (slow[:, None] * bank[rows]).sum(-1).square().sum().backward()
+    for gather_from in (0, 10**9):
+        monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
+        fast = x.clone().requires_grad_()
+        contrast.bank_scores(fast, bank, rows).square().sum().backward()
+        close(fast.grad, slow.grad)
+
+
+def test_draws_hold_the_own_row_first_and_can_exclude_it():
+    index = torch.tensor([3, 0, 9])
+    generator = torch.Generator().manual_seed(0)
+    rows = contrast.draw_rows(index, 10, 4000, generator)
+    assert torch.equal(rows[:, 0], index) and rows.min() == 0 and rows.max() == 9
+    counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in rows])
+    assert (counts > 300).all()  # uniform over all, the own row included
+    others = contrast.draw_rows(index, 10, 4000, generator, exclude_self=True)
+    counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in others])
+    assert (counts.gather(1, index[:, None]) == 0).all() and ((counts > 300).sum(1) == 9).all()
+
+
+def test_moving_average_of_every_z_starts_as_one_shot_and_then_follows():
+    raw = [[torch.full((2, 3), v) for v in pair] for pair in ((1.0, 2.0), (5.0, 2.0))]
+    z = contrast.next_z(torch.tensor([-1.0, -1.0]), raw[0], 10, "ema")
+    assert z.tolist() == [10, 20]
+    later = contrast.next_z(z, raw[1], 10, "ema").tolist()
+    assert later == pytest.approx([0.99 * 10 + 0.01 * 50, 20], rel=1e-6)
+    assert contrast.next_z(z, raw[1], 10, "oneshot").tolist() == [10, 20]

@@ -1,0 +1,116 @@
+"""The command line's promises, precision by autocast and by apex, TensorBoard elsewhere, cached features."""
+
+import contextlib
+import sys
+import types
+
+import pytest
+import torch
+
+from common import UserError, launch, probe, run
+
+
+def test_a_refused_flag_is_an_error_that_says_why(capsys):
+    parser = run.Parser()
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.refuse("tb_freq", "never had an effect")
+    assert not hasattr(run.options(parser.parse_args(["--lr", "1"])), "tb_freq")
+    for argv in (["--tb_freq", "500"], ["--tb-freq=500"], ["--tb_freq"]):
+        with pytest.raises(SystemExit) as stopped:
+            parser.parse_args(argv)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith("error: --tb_freq never had an effect; leave it away")
+    assert "tb_freq" not in parser.format_help()
+
+
+def test_apex_is_used_where_it_is_and_named_where_it_is_not(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(UserError, match="--amp-backend apex: no NVIDIA apex"):
+        run.Precision(True, device, backend="apex")
+    assert run.Precision(False, device, backend="apex").apex is None  # without --amp nobody needs it
+
+    calls = []
+
+    @contextlib.contextmanager
+    def scale_loss(loss, optimizer):
+        yield loss * 2
+        calls.append("scaled")
+
+    amp = types.SimpleNamespace(scale_loss=scale_loss)
+    amp.initialize = lambda model, optimizer, opt_level: (calls.append(opt_level), (model, optimizer))[1]
+    monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(amp=amp))
+    precision = run.Precision(True, device, backend="apex", opt_level="O1")
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    model, optimizer = precision.prepare(model, optimizer)
+    before = model.weight.item()
+    precision.step(model(torch.ones(1, 1)).sum(), optimizer)
+    assert calls == ["O1", "scaled"] and str(precision) == "apex O1"
+    assert model.weight.item() == pytest.approx(before - 2)
+    assert not torch.is_autocast_enabled("cpu")
+
+    monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(amp=types.SimpleNamespace()))
+    with pytest.raises(UserError, match="not NVIDIA's"):
+        run.Precision(True, device, backend="apex")
+
+
+def test_one_step_of_torch_precision_is_a_plain_step():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    x = torch.randn(4, 2)
+    expected = model.weight - 0.5 * torch.autograd.grad(model(x).sum(), model.weight)[0]
+    precision = run.Precision(False, torch.device("cpu"))
+    model.weight.grad = torch.full_like(model.weight, 9.0)  # an old gradient must not count
+    precision.step(model(x).sum(), optimizer)
+    torch.testing.assert_close(model.weight, expected)
+
+
+def test_tensorboard_events_can_lie_elsewhere(tmp_path):
+    args = run.Parser().parse_args([])
+    log = run.Run(tmp_path / "run", args, launch.Process(), tensorboard=str(tmp_path / "events"))
+    log.log(1, loss=2.0)
+    log.close()
+    assert list((tmp_path / "events").glob("events.out.*")) and not list((tmp_path / "run").glob("events.out.*"))
+
+
+class Pictures:
+    """A loader of four pictures, whose views are 10 * epoch + their number."""
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        for rows in (torch.tensor([0, 1, 2]), torch.tensor([3])):
+            yield ((10.0 * self.epoch + rows)[:, None],), rows + 5, rows
+
+
+def test_cached_views_take_turns_and_keep_their_targets():
+    cache = probe.ViewCache(lambda x: x, Pictures(), views=2, print_freq=100, show=False)
+    assert cache.steps(3) == 2
+    for epoch in range(4):
+        batches = list(cache.batches(epoch, 3, seed=0))
+        assert [len(t) for _, t in batches] == [3, 1]
+        feats, targets = (torch.cat(x) for x in zip(*batches))
+        assert torch.equal(feats[:, 0], 10.0 * (epoch % 2) + targets - 5) and sorted(targets.tolist()) == [5, 6, 7, 8]
+    again = [t.tolist() for _, t in cache.batches(3, 3, seed=0)]
+    assert again == [t.tolist() for _, t in batches] != [t.tolist() for _, t in cache.batches(3, 3, seed=1)]
+
+
+def test_a_cache_that_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(probe, "CACHE_BYTES", 4 * 6 * 2 - 1)
+    with pytest.raises(UserError, match="--cache-views 2"):
+        probe.ViewCache(lambda x: x, Pictures(), views=2, print_freq=100, show=False)
+    probe.ViewCache(lambda x: x, Pictures(), views=1, print_freq=100, show=False)
+
+
+def test_validation_by_hand():
+    scores = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 3]])
+    batches = [(scores[:2], torch.tensor([0, 2])), (scores[2:], torch.tensor([2]))]
+    top1, top5, loss = probe.validate(lambda x: x, batches)
+    assert top1 == pytest.approx(200 / 3) and top5 == 100
+    expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 2, 2])).item()
+    assert loss == pytest.approx(expected, rel=1e-6)

@@ -18,6 +18,12 @@ def main() -> int:
         ["decode_jpeg.py", *(["--data", args.photos] if args.photos else [])],
         ["augment_kornia.py"],
         ["augment_kornia.py", "--size", "224", "--batch", "32"],
+        ["nce_step.py"],
+        ["nce_step.py", "--n", "1281167", "--sides", "ours"],
+        ["colour_skimage.py"],
+        ["check_images.py", *(["--data", args.photos] if args.photos else [])],
+        ["pack.py", *(["--data", args.photos] if args.photos else [])],
+        ["textures.py", *(["--data", args.photos] if args.photos else [])],
     ]
     missed = []
     for job in jobs:

@@ -1,0 +1,404 @@
+"""Pack a tree of pictures: decoded once, squares of one size, one memory-mapped file for train/ and one for val/.
+
+    python preprocess/pack.py IMAGENET100 PACK --side 256
+    python nonsem_neg/moco_non_sem_neg.py PACK --dataset packed
+
+Each picture's shorter side is resized to SIDE (antialiased, as torchvision's Resize) and the central square is kept:
+3 * SIDE^2 bytes, 196,608 at 256. The 126,689 + 5,000 pictures of ImageNet-100 take 25.9 GB (24.1 GiB). common/packed.py
+describes the files. Training reads them without decoding, from GPU memory where they fit, else from the page cache.
+
+An evaluation at --input-res 224 sees exactly what it would see of the tree (resize to 256, central 224). Training does not
+quite: random crops are cut from the central square instead of the whole picture, and small crops from fewer pixels.
+
+Run again after an interruption it goes on where it stopped; a finished pack is left as it is. A picture that cannot be
+read is left out and listed in PACK/train.failed.txt, and the exit code is 1.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import UsageError, UserError, data, run
+from common.packed import FORMAT, HEADER_BYTES, SPLITS, VERSION, PackFiles, npy_header, read_marker
+from common.sets import BadPicture, FolderSet
+
+SIDE = 256  # pixels; what evaluation at 224 resizes to
+SAVE_EVERY = 5.0  # seconds between markers: at most this much work is done again after a crash
+CHUNK = 64  # most pictures of one job
+AGAIN = "the same command goes on from there"
+
+
+# ----------------------------------------------------------------------------------------------- shared with the subset
+
+
+class Progress:
+    """Pictures done, per second, and time left, on standard error: a bar on a terminal, a line every 5 s in a pipe."""
+
+    def __init__(self, label: str, total: int, start: int = 0, every: float = 5.0):
+        self.label, self.total, self.start, self.done, self.every = label, total, start, start, every
+        self.began = time.monotonic()
+        self.next_line = self.began + every
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=label, unit="pictures", leave=False) if terminal else None
+
+    def add(self, n: int) -> None:
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() >= self.next_line:
+            left = run.clock((self.total - self.done) / max(self.rate, 1e-9))
+            print(f"{self.label}: {self.done}/{self.total}, {self.rate:.0f} pictures/s, {left} left", file=sys.stderr)
+            self.next_line += self.every
+
+    @property
+    def rate(self) -> float:
+        return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def printable(path) -> str:
+    """A path whose name need not be UTF-8, fit for print."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+
+
+def reason_of(error: OSError) -> str:
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def check_output(out: Path, source: Path, flag: str = "the output folder") -> None:
+    """UsageError where `out`, or a split folder in it, lies inside `source` or is it (links followed)."""
+    inner = Path(os.path.realpath(source))
+    for place in (out, *(out / name for name in (*SPLITS, "test", "validation"))):
+        real = Path(os.path.realpath(place))
+        if real == inner or inner in real.parents:
+            raise UsageError(
+                f"{flag} {printable(place)} lies inside the input {printable(source)}: choose another folder"
+            )
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path):
+    """Make `folder` and hold it for this process, where the file system can."""
+    handle = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to {printable(folder)}: {reason_of(error)}") from None
+    try:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is writing to {printable(folder)}: wait for it to end") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+def pack_rows(source: FolderSet, side: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """(uint8 (readable, side, side, 3), [(row, reason)] of the others)."""
+    squares, failed = np.empty((len(source), side, side, 3), dtype=np.uint8), []
+    for row in range(len(source)):
+        try:
+            squares[row - len(failed)] = data.square(source, row, side).permute(1, 2, 0).numpy()
+        except BadPicture as error:
+            failed.append((row, error.reason))
+    return squares[: len(source) - len(failed)], failed
+
+
+def _start_worker() -> None:
+    def end_with_parent():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent leaves no worker behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which cancels what is left
+    torch.set_num_threads(1)
+
+
+def _blocks(source: FolderSet, start: int, side: int, workers: int) -> Iterator[tuple[int, np.ndarray, list]]:
+    """(first row, squares, failures) for the rows from `start` on, in order, whatever the number of workers."""
+    length = max(1, min(CHUNK, (4 << 20) // (3 * side**2)))
+    chunks = (np.arange(at, min(at + length, len(source))) for at in range(start, len(source), length))
+    if workers <= 1:
+        for rows in chunks:
+            yield int(rows[0]), *pack_rows(source.select(rows), side)
+        return
+    context = multiprocessing.get_context("spawn")  # safe in a program that has started threads, the same everywhere
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        waiting: deque = deque()
+        try:
+            for rows in chunks:
+                waiting.append((int(rows[0]), pool.submit(pack_rows, source.select(rows), side)))
+                if len(waiting) > 3 * workers:
+                    first, future = waiting.popleft()
+                    yield first, *future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, *future.result()
+        except BrokenProcessPool:
+            raise UserError(f"a worker process was ended, perhaps for its memory: fewer --workers; {AGAIN}") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def _write_all(handle: int, content, at: int) -> None:
+    content = memoryview(content).cast("B")
+    while content:
+        written = os.pwrite(handle, content, at)
+        content, at = content[written:], at + written
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step that also outlives a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _settings(source: FolderSet, side: int) -> dict:
+    """What a pack depends on: an unfinished one is only continued, a finished one only kept, where this is the same."""
+    digest = hashlib.sha256(json.dumps([source.classes, source.targets.tolist()]).encode())
+    for path in source.paths:
+        digest.update(b"\0" + os.fsencode(os.path.relpath(path, source.root)))
+    return {"version": VERSION, "side": side, "pictures": len(source), "listing": digest.hexdigest()}
+
+
+def _begin(files: PackFiles, settings: dict, command: str, force: bool) -> dict | None:
+    """The marker to go on from, or None where the pack is finished."""
+    if force:
+        for path in (files.listing, files.marker, files.partial, files.pixels, files.failed):
+            path.unlink(missing_ok=True)
+    where = printable(files.folder / files.split)
+    differs = "of other pictures or another side; give another folder, or --force to replace it"
+    if files.listing.exists():
+        if json.loads(files.listing.read_text()).get("settings") != settings:
+            raise UsageError(f"{where}.npy is a finished pack {differs}")
+        return None
+    if files.marker.exists():
+        state = read_marker(files)
+        if state.get("settings") != settings:
+            raise UsageError(f"{where}.npy.partial is an unfinished pack {differs}")
+        return state
+    if files.pixels.exists():
+        raise UsageError(f"{where}.npy is there without {files.listing.name}: remove it, or --force to replace it")
+    state = {"settings": settings, "done": 0, "count": 0, "failed": [], "command": command}
+    _write_text(files.marker, json.dumps(state, indent=1) + "\n")
+    return state
+
+
+def pack_split(source: FolderSet, out: Path, split: str, side: int = SIDE, workers: int = 1, force: bool = False,
+               command: str = "") -> list[list[str]]:  # fmt: skip
+    """Write out/<split>.npy and out/<split>.json; returns [file, reason] of the pictures that could not be read.
+
+    The files do not depend on `workers`, nor on interruptions. command: what an unfinished pack tells to run again.
+    Raises UsageError where another pack is in the way, UserError where writing or a whole class fails.
+    """
+    files, settings = PackFiles(Path(out), split), _settings(source, side)
+    try:
+        state = _begin(files, settings, command, force)
+        if state is None:
+            content = json.loads(files.listing.read_text())
+            print(f"{split}: {content['count']:,} pictures are packed already ({printable(files.pixels)})")
+            return content["failed"]
+        began, start = time.monotonic(), state["done"]
+        if files.partial.exists() or not files.pixels.exists():  # else only the listing is missing
+            _write_pixels(source, files, side, workers, state)
+        _finish(source, files, side, state)
+    except OSError as error:
+        raise UserError(f"cannot write to {printable(files.folder)}: {reason_of(error)}; {AGAIN}") from None
+    seconds = time.monotonic() - began
+    print(f"{split}: {state['count']:,} pictures, {len(source.classes)} classes, {size_text(state['count'], side)} in "
+          f"{printable(files.pixels)}; {run.clock(seconds)}, {(len(source) - start) / seconds:.0f} pictures/s",
+          flush=True)  # fmt: skip
+    return state["failed"]
+
+
+def _write_pixels(source: FolderSet, files: PackFiles, side: int, workers: int, state: dict) -> None:
+    each = 3 * side**2
+    free, needed = shutil.disk_usage(files.folder).free, (len(source) - state["done"]) * each
+    if needed > free:
+        raise UserError(f"{printable(files.folder)}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+    done, count, failed = state["done"], state["count"], list(state["failed"])
+    handle = os.open(files.partial, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def save():
+        os.fsync(handle)
+        state.update(done=done, count=count, failed=failed)
+        _write_text(files.marker, json.dumps(state, indent=1) + "\n")
+
+    progress = Progress(f"packing {files.split}", len(source), done)
+    try:
+        end = HEADER_BYTES + count * each
+        if count and os.fstat(handle).st_size < end:
+            raise UserError(f"{printable(files.partial)}: shorter than its marker says; start over with --force")
+        os.ftruncate(handle, end)
+        _write_all(handle, npy_header(0, side), 0)
+        saved = time.monotonic()
+        try:
+            with contextlib.closing(_blocks(source, done, side, workers)) as blocks:
+                for first, squares, bad in blocks:
+                    if len(squares):
+                        _write_all(handle, squares, HEADER_BYTES + count * each)
+                    count += len(squares)
+                    failed = failed + [[os.path.relpath(source.path(first + r), source.root), why] for r, why in bad]
+                    done = first + len(squares) + len(bad)
+                    progress.add(len(squares) + len(bad))
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        save()
+                        saved = time.monotonic()
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk may refuse the marker too: the one before is still good
+                save()
+            raise
+        _write_all(handle, npy_header(count, side), 0)
+        save()
+    finally:
+        progress.close()
+        os.close(handle)
+
+
+def _finish(source: FolderSet, files: PackFiles, side: int, state: dict) -> None:
+    left_out = {file for file, _ in state["failed"]}
+    sources = [os.path.relpath(path, source.root) for path in source.paths]
+    kept = [row for row, file in enumerate(sources) if file not in left_out]
+    targets = source.targets[kept].tolist()
+    empty = sorted(set(range(len(source.classes))) - set(targets))
+    if empty:
+        names = ", ".join(printable(source.classes[c]) for c in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise UserError(
+            f"{printable(source.root)}: no readable picture in {len(empty)} of {len(source.classes)} classes ({names}): "
+            "repair or remove them and pack with --force"
+        )
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "split": files.split,
+        "count": len(kept),
+        "side": side,
+        "bytes_per_picture": 3 * side**2,
+        "order": "picture, row, column, RGB; uint8",
+        "geometry": f"shorter side resized to {side} (bilinear, antialiased), central square",
+        "source": printable(os.path.abspath(source.root)),
+        "settings": state["settings"],
+        "failed": state["failed"],
+        "classes": source.classes,
+        "targets": targets,
+        "files": [sources[row] for row in kept],
+    }
+    if files.partial.exists():
+        os.replace(files.partial, files.pixels)
+    if state["failed"]:
+        _write_text(files.failed, "".join(f"{file}\t{why}\n" for file, why in state["failed"]))
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    _write_text(files.listing, f"{{\n{lines}\n}}\n")
+    files.marker.unlink(missing_ok=True)
+
+
+def size_text(count: int, side: int) -> str:
+    total = HEADER_BYTES + count * 3 * side**2
+    for unit, binary, power in (("GB", "GiB", 3), ("MB", "MiB", 2)):
+        if total >= 1000**power:
+            return f"{total / 1000**power:.1f} {unit} ({total / 1024**power:.1f} {binary})"
+    return f"{total} bytes"
+
+
+def pack_splits(sources: dict[str, FolderSet], out: Path, side: int, workers: int, force: bool, command: str) -> None:
+    """Pack every split; UserError at the end where pictures could not be read. The caller holds the folder."""
+    failed, total = {}, 0
+    for split, source in sources.items():
+        total += len(source)
+        unreadable = pack_split(source, out, split, side, workers, force, command)
+        if unreadable:
+            failed[split] = len(unreadable)
+    if failed:
+        lists = " and ".join(printable(PackFiles(out, split).failed) for split in failed)
+        raise UserError(
+            f"{sum(failed.values())} of {total} pictures could not be read and are not in the pack: listed in {lists}; "
+            "it can be used as it is, or repair them and pack with --force"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = run.Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", metavar="TREE", help="root with train/CLASS/* and val/CLASS/* (or test/)")
+    parser.add_argument("out", metavar="PACK", help="folder to write to")
+    parser.add_argument("--side", type=run.positive_int, default=SIDE, help="pixels of a square's side")
+    parser.add_argument(
+        "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="what to pack (default: both)"
+    )
+    parser.add_argument("--class-list", default=None, metavar="FILE", help="pack these class folders only, one a line")
+    parser.add_argument("--workers", type=run.positive_int, default=cores(), help="processes that decode")
+    parser.add_argument("--force", action="store_true", help="replace a pack, finished or not")
+    return parser.parse_args(argv)
+
+
+def command_line(script: str, argv) -> str:
+    return shlex.join(["python", f"preprocess/{script}", *map(str, sys.argv[1:] if argv is None else argv)])
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    out, sources = Path(args.out), {}
+    check_output(out, Path(args.data), "PACK")
+    for split in sorted(set(args.splits), key=SPLITS.index):
+        try:
+            folder = data.split_folder(args.data, split)
+        except UsageError as error:
+            raise UsageError(f"{error} (--splits chooses what to pack)") from None
+        classes = sources["train"].classes if "train" in sources else None
+        sources[split] = data.open_tree(folder, class_list=args.class_list, classes=classes)
+    with only_writer(out):
+        try:
+            pack_splits(sources, out, args.side, args.workers, args.force, command_line("pack.py", argv))
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; {AGAIN}", file=sys.stderr)
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    run.cli(main)

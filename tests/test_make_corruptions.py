@@ -1,0 +1,339 @@
+"""preprocess/make_corruptions.py: the tree it writes, that reruns and shards give the same bytes, and bad input."""
+
+import errno
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+
+from common import UsageError, UserError, demo
+
+corruptions = pytest.importorskip("corrupt_tta.corruptions", reason="needs the package corrupt-tta")
+
+from nonsem_neg import eval_robustness
+from preprocess import make_corruptions
+
+SCRIPT = "preprocess/make_corruptions.py"
+FEW = ["--corruptions", "gaussian_noise", "impulse_noise", "contrast", "--severities", "1", "5"]
+
+
+def photo(seed=0, size=(40, 32), mode="RGB"):
+    values = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def save(path, seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    photo(seed, **options).save(path)
+    return path
+
+
+def files(folder):
+    """{path: content} of the pictures below a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.suffix in (".png", ".JPEG", ".jpg")}  # fmt: skip
+
+
+def make(tree, out, *flags, size=0, format="png"):
+    make_corruptions.main([str(tree), str(out), "--workers", "1", "--size", str(size), "--format", format, *flags])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for i in range(3):
+        save(tmp_path / "set" / "val" / "bird" / f"b{i}.JPEG", seed=i)
+    save(tmp_path / "set" / "val" / "fish" / "f.png", seed=9)
+    save(tmp_path / "set" / "train" / "bird" / "t.png", seed=10)
+    return tmp_path / "set"
+
+
+def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
+    out = tmp_path / "C"
+    make(tree, out, "--limit", "1", "--severities", "2", size=32)
+    names = sorted(p.name for p in out.iterdir())
+    assert names == sorted([*eval_robustness.CORRUPTIONS, "corruptions.json"])
+    assert set(files(out)) == {f"{c}/2/{p}" for c in demo.CORRUPTIONS for p in ("bird/b0.png", "fish/f.png")}
+    for path in out.rglob("*.png"):
+        with Image.open(path) as picture:
+            assert (picture.size, picture.mode, picture.format) == ((32, 32), "RGB", "PNG")
+    settings = json.loads((out / "corruptions.json").read_text())["settings"]
+    assert settings == {"format": make_corruptions.FORMAT, "seed": 0, "size": 32, "files": "png"}
+
+    class Args:
+        corruption, extra_corruptions = out, False
+
+    opened, found, group = eval_robustness.open_corruptions(Args, ["bird", "fish"])
+    assert len(opened) == 30 and len(found) == 15 and group.bincount().tolist() == [2] * 15
+    assert "result: 30 of 30 files" in capsys.readouterr().out
+
+
+def test_pictures_are_corrupted_as_the_package_does_it(tree, tmp_path):
+    out = tmp_path / "C"
+    make(tree, out, "--corruptions", "contrast", "pixelate", "--severities", "4")  # no draw of chance in these
+    for name in ("contrast", "pixelate"):
+        source = np.asarray(Image.open(tree / "val" / "fish" / "f.png"))
+        expected = np.clip(np.rint(np.asarray(getattr(corruptions, name)(source, 4), dtype=float)), 0, 255)
+        assert np.array_equal(np.asarray(Image.open(out / name / "4" / "fish" / "f.png")), expected)
+
+
+def test_default_geometry_and_jpeg_quality_are_imagenet_cs(tmp_path):
+    save(tmp_path / "val" / "a" / "wide.jpg", size=(640, 400))
+    make(tmp_path / "val", tmp_path / "C", "--corruptions", "brightness", "--severities", "1", size=224, format="jpeg")
+    with Image.open(tmp_path / "C" / "brightness" / "1" / "a" / "wide.jpg") as made:
+        assert made.size == (224, 224) and made.format == "JPEG"
+        again = tmp_path / "reference.jpg"
+        photo().save(again, quality=85)
+        with Image.open(again) as reference:
+            assert made.quantization == reference.quantization
+    # shorter side 400 -> 256, then the centre: as torchvision's Resize(256), CenterCrop(224) on the opened picture
+    from torchvision import transforms
+
+    with Image.open(tmp_path / "val" / "a" / "wide.jpg") as source:
+        expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(source.convert("RGB"))
+    assert np.array_equal(make_corruptions.read_picture(tmp_path / "val" / "a" / "wide.jpg", 224), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("name", "size"), [("glass_blur", (61, 48)), ("zoom_blur", (97, 80)), ("snow", (40, 33))])
+def test_faster_functions_give_the_packages_pixels(name, size):
+    assert set(make_corruptions._replacements()) == {"glass_blur", "clipped_zoom"}
+    picture, before = np.asarray(photo(3, size=size)), corruptions.glass_blur
+    for severity in range(1, 6):
+        ours = make_corruptions.corrupt(picture, name, severity, (1, 2))
+        assert np.array_equal(ours, demo.corrupt(picture, name, severity, (1, 2)))
+        assert not np.array_equal(ours, picture)
+    assert corruptions.glass_blur is before
+
+
+def test_another_version_of_the_package_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(corruptions, "glass_blur", lambda x, severity=1: np.array(x) // severity)
+    make_corruptions._replacements.cache_clear()
+    try:
+        assert set(make_corruptions._replacements()) == {"clipped_zoom"}
+        assert (make_corruptions.corrupt(np.full((8, 8, 3), 100, np.uint8), "glass_blur", 2, (0,)) == 50).all()
+    finally:
+        make_corruptions._replacements.cache_clear()
+
+
+def test_reruns_workers_shards_and_order_give_the_same_bytes(tree, tmp_path):
+    make(tree, tmp_path / "one", *FEW)
+    reference = files(tmp_path / "one")
+    assert len(reference) == 4 * 3 * 2 and len(set(reference.values())) == len(reference)
+    for part in ("3/3", "1/3", "2/3"):
+        make(tree, tmp_path / "shards", *FEW, "--shard", part)
+    assert files(tmp_path / "shards") == reference
+    make(tree, tmp_path / "steps", *FEW[:-2], "5", "--limit", "1")
+    make(tree / "val", tmp_path / "steps", *FEW)  # val/ itself, and only what is missing
+    assert files(tmp_path / "steps") == reference
+    make_corruptions.main([str(tree), str(tmp_path / "two"), *FEW, "--no-resize", "--format", "png", "--workers", "2"])
+    assert files(tmp_path / "two") == reference
+    make(tree, tmp_path / "seed", *FEW, "--seed", "1")
+    differ = {name for name, content in files(tmp_path / "seed").items() if content != reference[name]}
+    assert differ == {name for name in reference if "noise" in name}  # contrast draws nothing
+
+
+def test_same_picture_under_another_name_gets_other_noise(tmp_path):
+    for name in ("a/x.png", "a/y.png", "b/x.png"):
+        save(tmp_path / "val" / name)
+    make(tmp_path, tmp_path / "C", "--corruptions", "impulse_noise", "shot_noise", "--severities", "3")
+    assert len(set(files(tmp_path / "C").values())) == 6
+
+
+def test_resumes_where_it_was_stopped_and_leaves_what_is_there(tree, tmp_path, capsys):
+    out = tmp_path / "C"
+    make(tree, out, *FEW)
+    reference = files(out)
+    lost, kept = out / "contrast" / "5" / "bird" / "b1.png", out / "contrast" / "5" / "bird" / "b2.png"
+    lost.unlink()
+    kept.write_bytes(b"mine")
+    old, fresh = (
+        lost.with_name(".host-1.partial"),
+        lost.with_name(".host-2.partial"),
+    )  # of a killed and of a running process
+    for partial in (old, fresh):
+        partial.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    make(tree, out, *FEW)
+    assert "24 files, 23 are there" in (text := capsys.readouterr().out) and "1 made now" in text
+    assert lost.read_bytes() == reference["contrast/5/bird/b1.png"] and kept.read_bytes() == b"mine"
+    assert not old.exists() and fresh.exists()
+
+
+def test_full_disk_stops_cleanly_and_can_be_resumed(tree, tmp_path, monkeypatch):
+    make(tree, tmp_path / "whole", *FEW)
+    replace, written = os.replace, []
+
+    def full_after_five(source, target):
+        if str(target).endswith(".png"):
+            if len(written) == 5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_after_five)
+        with pytest.raises(
+            UserError, match=r"\.png: No space left on device; free some space and run the same"
+        ) as stop:
+            make(tree, tmp_path / "C", *FEW)
+    assert stop.value.code == 1 and len(files(tmp_path / "C")) == 5
+    assert not list((tmp_path / "C").rglob("*.partial"))
+    make(tree, tmp_path / "C", *FEW)
+    assert files(tmp_path / "C") == files(tmp_path / "whole")
+
+
+def test_unreadable_pictures_are_skipped_listed_and_exit_with_1(tree, tmp_path):
+    out = tmp_path / "C"
+    (tree / "val" / "bird" / "b1.JPEG").write_bytes(b"")
+    whole = (tree / "val" / "fish" / "f.png").read_bytes()
+    (tree / "val" / "fish" / "f.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        UserError, match=r"2 of 4 pictures failed, listed in .*failed\.txt; the first: bird/b1.JPEG: not a pict"
+    ) as stop:
+        make(tree, out, *FEW)
+    assert stop.value.code == 1 and len(files(out)) == 2 * 6
+    lines = (out / "failed.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["bird/b1.JPEG", "fish/f.png"]
+    save(tree / "val" / "bird" / "b1.JPEG", seed=1)
+    (tree / "val" / "fish" / "f.png").write_bytes(whole)
+    make(tree, out, *FEW)  # repaired: only these are made, and the list is gone
+    assert len(files(out)) == 4 * 6 and not (out / "failed.txt").exists()
+
+
+def test_a_picture_too_small_for_one_corruption_gets_the_others(tmp_path):
+    save(tmp_path / "val" / "a" / "dot.png", size=(3, 3))
+    with pytest.raises(UserError, match="1 of 1 pictures failed.*dot.png: pixelate 5: "):
+        make(tmp_path, tmp_path / "C", "--corruptions", "pixelate", "contrast", "--severities", "1", "5")
+    assert set(files(tmp_path / "C")) == {"pixelate/1/a/dot.png", "contrast/1/a/dot.png", "contrast/5/a/dot.png"}
+
+
+def test_odd_names_kinds_and_nesting(tmp_path):
+    names = ["a b.JPEG", 'it\'s "so".jpg', "größe.png", "more/x.webp", os.fsdecode(b"\xff.png")]
+    for i, name in enumerate(names):
+        try:
+            save(tmp_path / "val" / "my class" / name, seed=i, **({"mode": "CMYK"} if name == "a b.JPEG" else {}))
+        except OSError:  # some file systems take UTF-8 only
+            names.remove(name)
+    save(tmp_path / "val" / "my class" / "grey.jpg", mode="L")
+    make(tmp_path, tmp_path / "C", "--corruptions", "fog", "--severities", "1", format="jpeg")
+    made = {os.path.relpath(p, tmp_path / "C/fog/1/my class") for p in (tmp_path / "C").rglob("*") if p.is_file()}
+    expected = {os.path.splitext(n)[0] + ".JPEG" for n in names if not n.endswith("jpg")} | {
+        'it\'s "so".jpg',
+        "grey.jpg",
+    }
+    assert made == expected | {"../../../corruptions.json"}
+
+
+def test_names_that_would_collide_are_kept_apart():
+    sources = ["a/x.JPEG", "a/x.png", "a/y.bmp", "a/y.webp", "a/z.tif", "b/x.png"]
+    names = make_corruptions.target_names(sources, "jpeg")
+    assert names == {"a/x.JPEG": "a/x.JPEG", "a/x.png": "a/x.png.JPEG", "a/y.bmp": "a/y.bmp.JPEG",
+                     "a/y.webp": "a/y.webp.JPEG", "a/z.tif": "a/z.JPEG", "b/x.png": "b/x.JPEG"}  # fmt: skip
+    names = make_corruptions.target_names(sources, "png")
+    assert names["a/x.png"] == "a/x.png" and names["a/x.JPEG"] == "a/x.JPEG.png" and len(set(names.values())) == 6
+    with pytest.raises(UsageError, match="two pictures would both become a/x.png.JPEG"):
+        make_corruptions.target_names(["a/x.JPEG", "a/x.png", "a/x.png.JPEG"], "jpeg")
+
+
+def test_val_of_a_root_or_the_folder_itself(tree, tmp_path):
+    assert make_corruptions.source_folder(str(tree)) == tree / "val"
+    assert make_corruptions.source_folder(str(tree / "train")) == tree / "train"
+    (tree / "val").rename(tree / "test")
+    assert make_corruptions.source_folder(str(tree)) == tree / "test"
+    save(tmp_path / "vehicles" / "train" / "t.png")  # a class called train
+    save(tmp_path / "vehicles" / "car" / "c.png")
+    assert make_corruptions.source_folder(str(tmp_path / "vehicles")) == tmp_path / "vehicles"
+
+
+def test_class_list(tree, tmp_path):
+    (tmp_path / "list.txt").write_text("fish\n")
+    make(tree, tmp_path / "C", *FEW, "--class-list", str(tmp_path / "list.txt"))
+    assert {name.split("/")[2] for name in files(tmp_path / "C")} == {"fish"}
+    (tmp_path / "list.txt").write_text("fish\nn00000000\n")
+    with pytest.raises(UsageError, match="no such class folder in .*n00000000"):
+        make(tree, tmp_path / "D", "--class-list", str(tmp_path / "list.txt"))
+    assert not (tmp_path / "D").exists()
+
+
+def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    (tmp_path / "only-train").mkdir()
+    (tree / "train").rename(tmp_path / "only-train" / "train")
+    (tmp_path / "link").symlink_to(tree / "val")
+    make(tree, tmp_path / "begun", *FEW)
+    before = sorted(map(str, tmp_path.rglob("*")))
+    cases = [
+        ([tree], "give TREE .* and OUT"),
+        ([tmp_path / "absent", tmp_path / "C"], "absent: no such folder"),
+        ([tmp_path / "only-train", tmp_path / "C"], "only-train: no val/ folder"),
+        ([tree, tree / "val" / "C"], "lies in the folder of the pictures"),
+        ([tree, tmp_path / "link" / "C"], "lies in the folder of the pictures"),
+        ([tree / "val", tree / "val"], "lies in the folder of the pictures"),
+        ([tree, tmp_path / "mine"], "mine: is not empty and was not made by this script"),
+        ([tree, tree.parent], "is not empty and was not made by this script"),
+        ([tree, tmp_path / "mine" / "thesis.txt"], "is a file, not a folder"),
+        ([tree, tmp_path / "begun", "--seed", "4"], "was begun with seed 0, not 4: give the same"),
+        ([tree, tmp_path / "begun", "--size", "64"], "was begun with size 0, not 64"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(UsageError, match=message) as stop:
+            make_corruptions.main(
+                [*map(str, flags), *(["--no-resize"] if "--size" not in flags else []), *FEW, "--format", "png"]
+            )
+        assert "\n" not in str(stop.value)
+    for flag, value in (("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "half"), ("--severities", "6"), ("--size", "-1"),
+                        ("--corruptions", "rain"), ("--format", "gif")):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            make_corruptions.main([str(tree), str(tmp_path / "C"), flag, value])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: argument {flag}") and len(error.splitlines()) == 1
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_note_on_other_versions_and_damaged_settings(tree, tmp_path, capsys):
+    make(tree, tmp_path / "C", *FEW)
+    file = tmp_path / "C" / "corruptions.json"
+    content = json.loads(file.read_text())
+    content["versions"]["numpy"] = "1.0"
+    file.write_text(json.dumps(content))
+    make(tree, tmp_path / "C", *FEW)
+    assert "was begun with other versions of numpy;" in capsys.readouterr().out
+    file.write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        make(tree, tmp_path / "C", *FEW)
+
+
+def test_as_a_program_from_elsewhere(tree, tmp_path):
+    (tree / "val" / "fish" / "f.png").write_bytes(b"")
+    done = run_script(SCRIPT, "set", "C", "--no_resize", "--corruptions", "contrast", "--severities", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "result: 3 of 4 files in C" in done.stdout
+    assert (
+        done.stderr == "error: 1 of 4 pictures failed, listed in C/failed.txt; the first: fish/f.png: not a picture\n"
+    )
+
+
+def test_demo(workspace, capsys):
+    make_corruptions.main(["--demo", "-j", "1", "--corruptions", "contrast", "fog"])
+    assert "result: 40 of 40 files in runs/try-corruptions" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_and_the_rest_follows(tree, tmp_path, monkeypatch):
+    corrupt, made = make_corruptions.corrupt, []
+
+    def until_the_eighth(*arguments):
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return corrupt(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_corruptions, "corrupt", until_the_eighth)
+        with pytest.raises(UserError, match="interrupted; what is written is whole") as stop:
+            make(tree, tmp_path / "C", *FEW)
+    assert stop.value.code == 130 and len(files(tmp_path / "C")) == 7
+    make(tree, tmp_path / "C", *FEW)
+    assert len(files(tmp_path / "C")) == 24

@@ -114,7 +114,7 @@ def parse_args(argv=None):
         args.nce_t = 0.1 if args.dataset == "stl10" else 0.07
     if args.model == "alexnet":
         if args.bn_splits > 1:
-            raise UsageError(f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split; leave it away")
+            raise UsageError(f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split")
         with torch.device("meta"):  # no numbers, only shapes: says if the pictures are too small
             network = build_network(args.model, args._views, args.feat_dim, args.small_stem)
         backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), layer=1)
@@ -350,8 +350,8 @@ def as_dict(opt) -> dict:
     return opt if isinstance(opt, dict) else vars(opt) if opt is not None else {}
 
 
-def restore(saved, method, args, process, log) -> tuple[int, int]:
-    """Put back what `save` wrote, or a published checkpoint has; returns (complete epochs, steps done of the next)."""
+def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
+    """Put back what `save` wrote, or a published checkpoint has: (complete epochs, steps done of the next, remarks)."""
     path = saved["path"]
     checkpoint.load_into(method.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), path)
     rows, k = len(saved["contrast"]["memory_" + method.memory.views[0]]), int(saved["contrast"]["params"][0])
@@ -366,20 +366,20 @@ def restore(saved, method, args, process, log) -> tuple[int, int]:
     for group in method.optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
     then = as_dict(saved.get("opt"))
-    differing = [k for k in CONTINUES if k in then and then[k] != getattr(args, k)]
-    if differing:
-        log.say("note: unlike the run that wrote the checkpoint: " +
-                ", ".join(f"{k}={getattr(args, k)} (was {then[k]})" for k in differing))  # fmt: skip
+    differing = [
+        f"{k}={getattr(args, k)} (was {then[k]})" for k in CONTINUES if k in then and then[k] != getattr(args, k)
+    ]
+    remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
     if "generators" in saved:
         states = saved["generators"]
         if len(states) != process.world_size:
-            log.say(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
+            remarks.append(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
         mine = states[process.rank % len(states)]
         method.draws.set_state(mine["draws"])
         torch.set_rng_state(mine["torch"])
         method.precision.scaler.load_state_dict(saved["scaler"])
-    log.say(f"resumed {path}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
-    return saved["epoch"], saved.get("step", 0)
+    remarks.append(f"resumed {path}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
+    return saved["epoch"], saved.get("step", 0), remarks
 
 
 # flags that must stay the same for a resumed run to be the run that was interrupted
@@ -408,6 +408,8 @@ def worker(args, process: launch.Process) -> None:
     knn = knn_loaders(args, process, loader.dataset) if args.knn_every else None
     method = CMC(args, n, process)
 
+    epoch, step, remarks = restore(saved, method, args, process) if saved else (0, 0, [])
+
     events = os.path.join(args.tb_path, run_name(args)) if args.tb_path else True
     log = run.Run(args.folder, args, process, tensorboard=events)
     log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
@@ -418,9 +420,9 @@ def worker(args, process: launch.Process) -> None:
                 nce_t=args.nce_t, batch_per_process=per_process, bn_groups=splits * process.world_size,
                 precision=str(method.precision), data_device=loader.mode)  # fmt: skip
     warn(args, n, log)
-    epoch, step = 0, 0
     if saved:
-        epoch, step = restore(saved, method, args, process, log)
+        for remark in remarks:
+            log.say(remark)
         log.rewind(epoch * len(loader) + step)
     else:
         log.rewind(-1)

@@ -164,6 +164,7 @@ class InsDis:
         self.wrapped = parallel(self.encoder, process)
         self.memory = MemoryBank(n, args.feat_dim, args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory.to(process.device)
+        self.settings = self.memory.params.clone()
         self.exclude_self = args.exclude_self
         self.draws = torch.Generator(process.device).manual_seed(args.seed)  # negatives; the same on every rank
 
@@ -182,7 +183,8 @@ class InsDis:
         return {}
 
     def load_state(self, saved: dict, path: str) -> None:
-        pass
+        k, t, _, m = self.settings.tolist()
+        self.memory.params.copy_(torch.tensor([k, t, float(self.memory.normaliser), m]))  # Z goes on, the rest is this run's
 
 
 class MoCo:
@@ -280,6 +282,8 @@ def train_one_epoch(method, loader, epoch, first_step, stop, log, args):
         if stop.asked():
             break
     means = progress.close()
+    if step == len(loader):
+        log.log(done_before + step, epoch=epoch, epoch_ins_loss=means["Loss"], epoch_ins_prob=means["Prob"])
     log.say(f"Epoch {epoch}: loss {means.get('Loss', float('nan')):.4f}, prob {means.get('Prob', float('nan')):.4g}, "
             f"lr {lr:.2g}, {means['images_per_second']:.0f} images/s, {run.clock(means['elapsed'])}")  # fmt: skip
     return step
@@ -365,8 +369,8 @@ def as_dict(opt) -> dict:
     return opt if isinstance(opt, dict) else vars(opt) if opt is not None else {}
 
 
-def restore(saved, method, args, process, log) -> tuple[int, int]:
-    """Put back what `save` wrote, or a published checkpoint has; returns (complete epochs, steps done of the next)."""
+def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
+    """Put back what `save` wrote, or a published checkpoint has: (complete epochs, steps done of the next, remarks)."""
     path = saved["path"]
     checkpoint.load_into(method.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), path)
     for name, now in (("--nce_k", args.nce_k), ("data", method.memory.n)):
@@ -382,20 +386,20 @@ def restore(saved, method, args, process, log) -> tuple[int, int]:
     for group in method.optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
     then = as_dict(saved.get("opt"))
-    differing = [k for k in CONTINUES if k in then and then[k] != getattr(args, k)]
-    if differing:
-        log.say("note: unlike the run that wrote the checkpoint: " +
-                ", ".join(f"{k}={getattr(args, k)} (was {then[k]})" for k in differing))  # fmt: skip
+    differing = [
+        f"{k}={getattr(args, k)} (was {then[k]})" for k in CONTINUES if k in then and then[k] != getattr(args, k)
+    ]
+    remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
     if "generators" in saved:
         states = saved["generators"]
         if len(states) != process.world_size:
-            log.say(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
+            remarks.append(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
         mine = states[process.rank % len(states)]
         method.draws.set_state(mine["draws"])
         torch.set_rng_state(mine["torch"])
         method.precision.scaler.load_state_dict(saved["scaler"])
-    log.say(f"resumed {path}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
-    return saved["epoch"], saved.get("step", 0)
+    remarks.append(f"resumed {path}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
+    return saved["epoch"], saved.get("step", 0), remarks
 
 
 # flags that must stay the same for a resumed run to be the run that was interrupted
@@ -409,6 +413,9 @@ def worker(args, process: launch.Process) -> None:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
     per_process = args.batch_size // process.world_size
     splits = max(1, args.bn_splits // process.world_size)
+    if per_process // splits < 2:
+        raise UsageError(f"--batch_size {args.batch_size}: batch-norm needs two pictures or more in each of its "
+                         f"{splits * process.world_size} groups")  # fmt: skip
     if per_process % splits:
         raise UsageError(f"--bn-splits: {per_process} images per process cannot be cut into {splits} equal groups")
     run.refuse_to_overwrite(args.folder, "*.pth", args.resume, args.overwrite)
@@ -421,6 +428,8 @@ def worker(args, process: launch.Process) -> None:
     knn = knn_loaders(args, process, loader.dataset) if args.knn_every else None
     method = (MoCo if args.moco else InsDis)(args, n, process)
 
+    epoch, step, remarks = restore(saved, method, args, process) if saved else (0, 0, [])
+
     events = os.path.join(args.tb_path, run_name(args)) if args.tb_path else True
     log = run.Run(args.folder, args, process, tensorboard=events)
     log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
@@ -430,9 +439,9 @@ def worker(args, process: launch.Process) -> None:
                 classes=len(loader.dataset.classes), steps_per_epoch=len(loader), crop=args.crop, batch_per_process=per_process,
                 bn_groups=splits * process.world_size, precision=str(method.precision), data_device=loader.mode)  # fmt: skip
     warn(args, n, log)
-    epoch, step = 0, 0
     if saved:
-        epoch, step = restore(saved, method, args, process, log)
+        for remark in remarks:
+            log.say(remark)
         log.rewind(epoch * len(loader) + step)
     else:
         log.rewind(-1)

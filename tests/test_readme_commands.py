@@ -12,16 +12,29 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-PRETRAIN = (
-    "--device cpu -a resnet18 --input-res 32 --epochs 1 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 "
-    "-p 100 -j 2 --seed 0"
-)
-SMALLER = {
-    "moco_non_sem_neg": PRETRAIN.split(),
-    "main_lincls": "--epochs 1 --cache-views 1 -j 2".split(),
-    "eval_robustness": "-j 2".split(),
+TINY = "--device cpu --input-res 32 --epochs 1 -j 2 --seed 0"
+NONSEM = "-a resnet18 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100"
+BANKS = "-b 32 --nce_k 64 --bn-splits 2 --print_freq 100"
+SMALLER = {  # appended, and so stronger than what the line says
+    "nonsem_neg/moco_non_sem_neg.py": f"{TINY} {NONSEM}".split(),
+    "nonsem_neg/main_lincls.py": "--epochs 1 --cache-views 1 -j 2".split(),
+    "nonsem_neg/eval_robustness.py": "-j 2".split(),
+    "moco_insdis/train_moco_ins.py": f"{TINY} {BANKS} --model resnet18".split(),
+    "moco_insdis/eval_moco_ins.py": f"{TINY} --model resnet18 --cache-views 1".split(),
+    "cmc/train_CMC.py": f"{TINY} {BANKS} --model resnet18v1".split(),
+    "cmc/LinearProbing.py": f"{TINY} --model resnet18v1 --cache-views 1".split(),
+    "preprocess/make_demo.py": "--train-per-class 16 --val-per-class 4 --severities 3 --corruption-per-class 1".split(),
+    "preprocess/imagenet100_subset.py": "--class_list classes.txt".split(),
+    "preprocess/check_images.py": "-j 1".split(),
+    "preprocess/imagenet_texture_syn.py": "--limit 4 --workers 1 --device cpu".split(),
+    "preprocess/pack.py": "--side 32 --workers 1".split(),
+    "preprocess/make_corruptions.py": "--limit 1 --severities 1 --size 0 --workers 1".split(),
 }
-READMES = ["README.md", "nonsem_neg/README.md"]
+READMES = ["README.md", "nonsem_neg/README.md", "moco_insdis/README.md", "cmc/README.md", "preprocess/README.md"]
+
+
+def module_of(script: str):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def commands(readme: str) -> list[str]:
@@ -33,17 +46,25 @@ def commands(readme: str) -> list[str]:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_commands(readme, workspace, demo_set, monkeypatch):
-    links = {"IMAGENET100": demo_set, "IMAGENET100-texture": demo_set.parent / "demo-texture"}
+    links = dict.fromkeys(("IMAGENET100", "IMAGENET", "CIFAR"), demo_set)
+    links["IMAGENET100-texture"] = demo_set.parent / "demo-texture"
     for name, part in (("C", "corruption"), ("SKETCH", "sketch"), ("R", "rendition")):
         links[f"IMAGENET-{name}"] = demo_set / part
     links["STYLIZED"] = demo_set / "stylized"
+    if readme == "preprocess/README.md":  # these are made by its commands
+        for name in ("IMAGENET100", "IMAGENET100-texture"):
+            del links[name]
+        (workspace / "classes.txt").write_text("\n".join(sorted(p.name for p in (demo_set / "train").iterdir())))
     for name, target in links.items():
         (workspace / name).symlink_to(target)
     if readme == "README.md":  # its report is printed after `make demo`
-        run("moco_non_sem_neg", ["--demo", "--ckpt_path", "runs/demo/patch"])
-        run("main_lincls", ["--demo", "--pretrained", "runs/demo/patch", "--ckpt_path", "runs/demo/patch-lincls"])
+        run("nonsem_neg/moco_non_sem_neg.py", ["--demo", "--ckpt_path", "runs/demo/patch"])
+        run(
+            "nonsem_neg/main_lincls.py",
+            ["--demo", "--pretrained", "runs/demo/patch", "--ckpt_path", "runs/demo/patch-lincls"],
+        )
     found = commands(readme)
-    assert len(found) >= 8
+    assert len(found) >= 5
     for line in found:
         words = shlex.split(line)
         if words[0] == "make":
@@ -55,28 +76,27 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
             importlib.import_module(words[2]).main(words[3:])
         else:
             assert words[0] == "python", line
-            script = words[1].removeprefix("nonsem_neg/").removesuffix(".py")
             assert (ROOT / words[1]).is_file()
-            if "--dataset" in words:  # a download: only what is typed is checked, the run is on a folder
-                importlib.import_module(f"nonsem_neg.{script}").parse_args(words[2:])
+            if {"cifar10", "stl10"} & set(words):  # a download: only what is typed is checked, the run is on a folder
+                module_of(words[1]).parse_args(words[2:])
                 at = words.index("--dataset")
                 words[at - 1 : at + 2] = ["IMAGENET100"]
-            run(script, words[2:])
+            run(words[1], words[2:])
 
 
 def run(script: str, flags: list[str]) -> None:
-    importlib.import_module(f"nonsem_neg.{script}").main([*flags, *SMALLER[script]])
+    assert not module_of(script).main([*flags, *SMALLER[script]])  # None or exit code 0
 
 
 @pytest.mark.parametrize("script", SMALLER)
 def test_docstring_commands_parse(script):
-    module = importlib.import_module(f"nonsem_neg.{script}")
+    module = module_of(script)
     lines = [line.strip() for line in module.__doc__.replace("\\\n", " ").splitlines()]
-    found = [shlex.split(line) for line in lines if line.startswith("python ")]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
     assert len(found) >= 2
     for words in found:
         assert (ROOT / words[1]).is_file()
-        module.parse_args(words[2:])
+        module_of(words[1]).parse_args(words[2:])
 
 
 @pytest.mark.parametrize("page", [*READMES, "RESULTS.md"])

@@ -1,0 +1,309 @@
+"""The pre-training script of MoCo and InsDis: names and keys as published, exact resume, one process = two, bad input."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import run_script
+
+from common import UsageError, UserError, checkpoint, launch, run
+from moco_insdis import train_moco_ins as script
+
+TINY = "--demo --epochs 2 --batch_size 32 --nce_k 40 --model_path run --device cpu --print_freq 2".split()
+PUBLISHED = ("opt", "model", "contrast", "optimizer", "epoch")
+TAIL = "_40_resnet18_lr_0.03_decay_0.0001_bsz_32_crop_0.2_aug_CJ"
+METHODS = {"insdis": [], "moco": ["--moco"]}
+
+
+def train(*flags) -> dict:
+    """Run the script; its newest checkpoint."""
+    flags = [*TINY, *map(str, flags)]
+    script.main(flags)
+    return checkpoint.load(f"{script.parse_args(flags).folder}/current.pth")
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def same_run(a, b) -> None:
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"opt", "scaler"}:
+        assert equal(a[key], b[key]), key
+
+
+def as_published(saved, **opt) -> dict:
+    """A file with the authors' keys alone: options in a Namespace, an optimizer of an older PyTorch."""
+    kept = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
+    groups = [{k: g[k] for k in kept} for g in saved["optimizer"]["param_groups"]]
+    theirs = {k: saved[k] for k in (*PUBLISHED, "model_ema") if k in saved}
+    theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
+    return theirs | {"opt": argparse.Namespace(**opt)}
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+def parsed(*flags):
+    return script.parse_args(["--data_folder", "x", *" ".join(flags).split()])
+
+
+def test_run_names_are_the_published_ones():
+    published = {
+        "--softmax": "InsDis_softmax_16384_resnet50_lr_0.03_decay_0.0001_bsz_128_crop_0.2_aug_CJ",
+        "--softmax --moco": "MoCo0.999_softmax_16384_resnet50_lr_0.03_decay_0.0001_bsz_128_crop_0.2_aug_CJ",
+        "--nce_k 4096 --dataset imagenet --aug NULL --amp --opt_level O1 --warm --model resnet50x2":
+            "InsDis_nce_4096_resnet50x2_lr_0.03_decay_0.0001_bsz_128_crop_0.08_warm_amp_O1_aug_NULL",
+    }  # fmt: skip
+    for flags, name in published.items():
+        assert script.run_name(parsed(flags)) == name
+    assert script.run_name(parsed("--nce_z oneshot")).startswith("InsDis_nce_oneshot_16384_")
+
+
+def test_what_follows_from_other_flags():
+    bare = parsed()
+    assert (bare.model, bare.dataset, bare.nce_k, bare.nce_t, bare.alpha) == (
+        "resnet50",
+        "imagenet100",
+        16384,
+        0.07,
+        0.999,
+    )
+    assert bare.crop == 0.2 and parsed("--dataset imagenet").crop == 0.08
+    assert parsed("--dataset imagenet --crop .3").crop == 0.3
+    assert bare.bn_splits == 1 and parsed("--moco").bn_splits == 4 and parsed("--moco --bn-splits 2").bn_splits == 2
+    rates = [script.learning_rate(bare, epoch, 0.5) for epoch in (1, 120, 121, 161, 201)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.0003, 0.00003])
+    warm = parsed("--warm")
+    assert script.learning_rate(warm, 1, 0.0) == pytest.approx(0.01) and script.learning_rate(warm, 11, 0.0) == 0.03
+    assert script.learning_rate(warm, 6, 0.0) == pytest.approx(0.02)
+
+
+def test_augmentation_as_published():
+    names = [type(op).__name__ for op in (script.recipe(parsed()).geometry, *script.recipe(parsed()).ops)]
+    assert names == ["RandomResizedCrop", "RandomGrayscale", "ColorJitter", "RandomHorizontalFlip", "Normalize"]
+    names = [type(op).__name__ for op in script.recipe(parsed("--aug NULL")).ops]
+    assert names == ["RandomHorizontalFlip", "Normalize"]
+
+
+BAD = {
+    "no data": ([], "no data: give --data_folder"),
+    "short queue": (["--data_folder", "x", "--moco", "--nce_k", "64"], "--nce_k 64: a queue must hold at least"),
+    "no Z": (["--data_folder", "x", "--softmax", "--nce_z", "ema"], "--nce_z ema: InfoNCE"),
+    "MoCo's": (["--data_folder", "x", "--alpha", "0.99"], "--alpha belongs to MoCo"),
+    "InsDis's": (["--data_folder", "x", "--moco", "--exclude-self"], "--exclude-self belongs to InsDis"),
+    "its own batch-norm": (["--data_folder", "x", "--moco", "--syncBN"], "--syncBN belongs to InsDis"),
+    "milestones": (["--data_folder", "x", "--lr_decay_epochs", "1,x"], "--lr-decay-epochs '1,x'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags(case):
+    flags, message = BAD[case]
+    with pytest.raises(UsageError) as caught:
+        script.parse_args(flags)
+    assert message in str(caught.value) and caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", ["--tb_freq 500", "--beta1 0.5", "--beta2 0.9", "--aug RA", "--model resnet50v1", "--nce_t 0",
+                                   "--crop 1.5", "--nce_k 0"])  # fmt: skip
+def test_refused_flags_and_values(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(flags)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert flags.split()[0] in error
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def test_insdis_folder_and_checkpoint(workspace, capsys):
+    saved = train("--save_freq", 1, "--knn-every", 2)
+    folder = workspace / "run" / f"InsDis_nce{TAIL}"
+    assert sorted(p.name for p in folder.glob("*.pth")) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth", "current.pth"]
+    assert set(PUBLISHED) <= saved.keys() and "model_ema" not in saved and saved["epoch"] == 2
+    assert "encoder.module.fc.bias" in saved["model"] and list(saved["contrast"]) == ["params", "memory"]
+    k, t, z, m = saved["contrast"]["params"].tolist()
+    assert (k, t, m) == (40, pytest.approx(0.1), 0.5) and z > 0
+    torch.testing.assert_close(saved["contrast"]["memory"].norm(dim=1), torch.ones(160))  # every row was written
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "epoch", "ins_loss", "ins_prob", "learning_rate", "z_over_n"} <= records[0].keys()
+    assert any("knn_acc1" in r for r in records)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_moco_folder_and_checkpoint(workspace):
+    saved = train("--moco", "--softmax", "--epochs", 1)
+    folder = workspace / "run" / f"MoCo0.99_softmax{TAIL}"
+    assert sorted(p.name for p in folder.glob("*.pth")) == ["ckpt_epoch_1.pth", "current.pth"]
+    assert saved["model"].keys() == saved["model_ema"].keys()
+    assert not equal(saved["model"], saved["model_ema"])
+    assert saved["contrast"]["memory"].shape == (40, 128) and saved["queue"]["pointer"] == 5 * 32 % 40
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < records[0]["positive_prob"] < 1 and "z_over_n" not in records[0]
+
+
+def test_key_network_follows_the_query_network():
+    args = script.parse_args([*TINY, "--moco", "--seed", "0"])
+    torch.manual_seed(0)
+    method = script.MoCo(args, 160, launch.Process())
+    before = {k: v.clone() for k, v in method.encoder_ema.named_parameters()}
+    assert equal(before, {k: v.detach() for k, v in method.encoder.named_parameters()})  # at the start a copy
+    images = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    method.step(list(images), torch.arange(8))
+    for (name, key), query in zip(method.encoder_ema.named_parameters(), method.encoder.parameters()):
+        torch.testing.assert_close(key, 0.99 * before[name] + 0.01 * query.detach(), msg=name)
+    assert not torch.equal(method.encoder.bn1.running_mean, method.encoder_ema.bn1.running_mean)  # never averaged
+    torch.testing.assert_close(method.memory.memory[:8].norm(dim=1), torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    "method, stop_at", [("insdis", 7), ("moco", None), ("moco", 3), ("moco", 7)],
+    ids=["insdis, second epoch", "moco, whole epoch", "moco, first epoch", "moco, second epoch"],
+)  # fmt: skip
+def test_resume_is_bit_exact(workspace, monkeypatch, capsys, method, stop_at):
+    whole = train(*METHODS[method], "--model_path", "whole")
+    if stop_at:
+        with monkeypatch.context() as patch:
+            calls = []
+            patch.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == stop_at)
+            cut = train(*METHODS[method])
+        assert (cut["epoch"], cut["step"]) == ((0, 3) if stop_at == 3 else (1, 1))
+        assert "continue with --resume auto" in capsys.readouterr().out
+    else:
+        train(*METHODS[method], "--epochs", 1)
+    resumed = train(*METHODS[method], "--resume", "auto")
+    assert "resumed run/" in capsys.readouterr().out
+    same_run(whole, resumed)
+    if method == "moco":
+        assert resumed["queue"]["pointer"] == 10 * 32 % 40 and resumed["queue"]["z"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_published_checkpoint_resumes(workspace, capsys, method):
+    flags = [*METHODS[method], "--nce_z", "oneshot"]
+    ours = train(*flags, "--epochs", 1)
+    theirs = as_published(ours, model="resnet18", nce_k=40, nce_t=0.07, batch_size=32, softmax=False)
+    torch.save(theirs, "theirs.pth")
+    with pytest.raises(UsageError, match="already holds"):
+        train(*flags)
+    resumed = train(*flags, "--resume", "theirs.pth")
+    assert resumed["epoch"] == 2 and "nce_t=0.1 (was 0.07)" in capsys.readouterr().out
+    torch.testing.assert_close(resumed["contrast"]["params"], ours["contrast"]["params"])  # Z stays
+    if method == "moco":
+        assert resumed["queue"]["pointer"] == 5 * 32 % 40  # the published file does not know it: it starts at 0
+        assert resumed["queue"]["z"] == resumed["contrast"]["params"][0]
+
+
+def test_warnings_of_what_is_known_not_to_work(workspace, capsys):
+    train("--epochs", 1, "--nce_k", 200)
+    assert "--nce_k 200 draws more negatives than there are images (160)" in capsys.readouterr().out
+    train("--epochs", 1, "--nce_k", 160, "--moco", "--nce_z", "oneshot")
+    out = capsys.readouterr().out
+    assert "the queue (--nce_k 160) is as long as the data set (160 images)" in out
+    assert "Z of the first batch does not learn" in out
+
+
+def test_bad_checkpoints_and_settings(workspace):
+    def fails(match, *flags, error=UserError):
+        with pytest.raises(error, match=match) as caught:
+            train(*flags)
+        assert "\n" not in str(caught.value)
+
+    saved, queue = train("--epochs", 1), train("--epochs", 1, "--moco")
+    path, moco = f"run/InsDis_nce{TAIL}/current.pth", f"run/MoCo0.99_nce{TAIL}/current.pth"
+    before = (workspace / path).read_bytes()
+    fails("is of InsDis: leave --moco away", "--moco", "--resume", path)
+    fails("is of MoCo: add --moco", "--resume", moco)
+    fails("is of --model resnet18, this run of resnet34", "--model", "resnet34", "--resume", path)
+    fails("made with --nce_k 40, this run has 30", "--nce_k", 30, "--resume", path)
+    fails("made with --nce_k 40, this run has 50", "--nce_k", 50, "--moco", "--resume", moco)
+    fails("does not fit this model", "--small-stem", "--resume", path)
+    fewer = {**saved, "contrast": {**saved["contrast"], "memory": saved["contrast"]["memory"][:150]}}
+    torch.save(fewer, "fewer.pth")
+    fails("made with 150 training pictures, this run has 160", "--resume", "fewer.pth")
+    banks = {"params": torch.zeros(5), "memory_l": torch.zeros(160, 128), "memory_ab": torch.zeros(160, 128)}
+    torch.save({**saved, "contrast": banks}, "cmc.pth")
+    fails("is of another method \\(its memory holds params, memory_l, memory_ab\\)", "--resume", "cmc.pth")
+    torch.save({k: v for k, v in queue.items() if k != "contrast"}, "bare.pth")
+    fails("has no contrast", "--resume", "bare.pth")
+    fails("no checkpoint at", "--resume", "nowhere.pth", error=UsageError)
+    fails("already holds current.pth|already holds ckpt_epoch_1.pth", error=UsageError)
+    fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, "--resume", path, error=UsageError)
+    fails("cannot be cut into 5 equal", "--bn-splits", 5, "--resume", path, error=UsageError)
+    with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
+        script.worker(script.parse_args(TINY), launch.Process(world_size=3))
+    assert (workspace / path).read_bytes() == before
+
+
+def test_as_a_program(workspace):
+    found = run_script("moco_insdis/train_moco_ins.py", "--data_folder", "nowhere", cwd=workspace)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and "nowhere" in found.stderr
+    shown = run_script("moco_insdis/train_moco_ins.py", "--help", cwd=workspace)
+    assert shown.returncode == 0 and "--alpha" in shown.stdout and "--aug" in shown.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+SETTINGS = (["--softmax", "--exclude-self"], ["--moco"])
+
+
+def two_ranks(args, process):
+    """Two steps of each rank on fixed views; everything that must agree with one process is written down. Then a run."""
+    found = []
+    for flags in SETTINGS:
+        now = script.parse_args([*TINY, *"--nce_t .5 --learning_rate .01 --bn-splits 2 --small-stem".split(), *flags])
+        torch.manual_seed(0)
+        method = (script.MoCo if now.moco else script.InsDis)(now, 40, process)
+        before = {k: v.detach().clone() for k, v in method.encoder.named_parameters()}
+        losses = []
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(1 + now.moco, 8, 3, 16, 16, generator=generator)
+            index = torch.randperm(40, generator=generator)[:8]
+            mine = slice(4 * process.rank, 4 * process.rank + 8 // process.world_size)
+            loss, _ = method.step(list(images[:, mine]), index[mine])
+            losses.append(launch.mean_ranks(loss.detach()))
+        after = {k: v.detach() for k, v in method.encoder.named_parameters()}
+        if now.moco:
+            after |= {f"ema {k}": v for k, v in method.encoder_ema.named_parameters()}
+            before |= {f"ema {k}": v for k, v in before.items()}
+        memory = method.memory.state_dict() | method.state().get("queue", {})
+        found.append({"losses": torch.stack(losses), "before": before, "after": after, "memory": memory,
+                      "ranks": launch.gather_objects((memory, after))})  # fmt: skip
+    if process.is_main:
+        torch.save(found, args.out)
+    if process.world_size == 2:
+        for flags in ("--model_path whole", "--epochs 1", "--resume auto"):
+            script.worker(script.parse_args([*TINY, *["--moco"], *flags.split()]), process)
+
+
+def test_two_processes_equal_one_and_resume(workspace):
+    results = []
+    for count in (1, 2):
+        args = script.parse_args([*TINY, "--nproc", str(count)])
+        args.out = f"{count}.pt"
+        launch.launch(two_ranks, args)
+        results.append(torch.load(args.out))
+    for one, two in zip(*results):
+        torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)
+        for key, value in one["memory"].items():
+            torch.testing.assert_close(two["memory"][key].float(), value.float(), rtol=1e-3, atol=1e-3, msg=key)
+        # Batch-norm over few numbers amplifies rounding, so the weights' movement is compared as a whole.
+        moved = [
+            torch.cat([(run["after"][k] - run["before"][k]).flatten() for k in one["after"]]) for run in (one, two)
+        ]
+        assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
+        assert equal(*two["ranks"])  # weights and memories agree on all ranks
+    whole, resumed = (checkpoint.load(next((workspace / p).glob("*/current.pth"))) for p in ("whole", "run"))
+    assert len(whole["generators"]) == 2
+    same_run(whole, resumed)

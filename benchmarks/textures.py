@@ -1,0 +1,157 @@
+"""Textures per second of the engines of preprocess/imagenet_texture_syn.py, and the memory they take.
+
+    python benchmarks/textures.py --data /data/imagenet-100     # or without --data: generated pictures
+
+Each engine makes 224-pixel textures as the command does, from reading the file to writing the PNG, in --workers processes of
+one thread. Processes are started and have made a texture before the clock runs. "mrs, all in full" is --shortlist 0, the
+comparisons of the original. Beside the rate by the clock stands the processor time per picture: on a machine that does other
+work too, only the latter says what free cores would give. On a GPU the engine alone is measured, in batches of --batch.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.decode_jpeg import generate
+from common.data import open_tree
+from preprocess import imagenet_texture_syn as syn
+from preprocess import texture_mrs, texture_quilt
+
+
+class Side(NamedTuple):
+    name: str
+    settings: syn.Settings
+    pictures: int  # per process, at the default --steps
+    aim: float | None  # textures per second on two cores
+
+
+def _settings(engine: str, **mrs) -> syn.Settings:
+    return syn.Settings(engine, 224, 96, 0, texture_mrs.Options(**mrs), texture_quilt.Options())
+
+
+SIDES = [
+    Side("quilt", _settings("quilt"), 40, 20.0),
+    Side("mrs", _settings("mrs"), 4, 1.0),
+    Side("mrs, all in full", _settings("mrs", shortlist=0), 2, None),
+]
+AIM_GPU = 50.0  # textures per second of mrs
+
+
+class Share(NamedTuple):
+    seconds: float  # by the clock
+    cores: float  # of processor time
+    mebibytes: float
+
+
+def _work(side: Side, jobs: list[syn.Job], ready, answer) -> None:
+    """One process: its share of the pictures; puts a `Share` on `answer`."""
+    torch.set_num_threads(1)
+    syn.do(side.settings, jobs[:1])
+    ready.wait()
+    began, cores = time.perf_counter(), time.process_time()
+    size = syn.BATCH["cpu"][side.settings.engine]
+    for start in range(0, len(jobs), size):
+        failed = [done for done in syn.do(side.settings, jobs[start : start + size]) if done.failure]
+        if failed:
+            raise SystemExit(f"{failed[0].name}: {failed[0].failure}")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    answer.put(Share(time.perf_counter() - began, time.process_time() - cores, memory))
+
+
+def measure(side: Side, paths: list[str], workers: int, steps: int, folder: Path) -> tuple[float, float, float]:
+    """(textures per second, processor seconds per texture, MiB of all processes)."""
+    context = multiprocessing.get_context("spawn")
+    ready, answer = context.Barrier(workers), context.SimpleQueue()
+    count = side.pictures * steps
+    jobs = [syn.Job(paths[i % len(paths)], str(i), str(folder / f"{i}.png")) for i in range(count * workers)]
+    processes = [context.Process(target=_work, args=(side, jobs[i::workers], ready, answer)) for i in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{side.name}: ended with status {process.exitcode}")
+    shares = [answer.get() for _ in processes]
+    rate = count * workers / max(share.seconds for share in shares)
+    return rate, sum(s.cores for s in shares) / len(jobs), sum(s.mebibytes for s in shares)
+
+
+def measure_gpu(side: Side, paths: list[str], batch: int, steps: int) -> tuple[float, float]:
+    """(textures per second of the engine alone, MiB of GPU memory)."""
+    jobs = [syn.Job(paths[i % len(paths)], str(i), "") for i in range(batch)]
+    loaded = [syn.load(side.settings, job) for job in jobs]
+    torch.cuda.reset_peak_memory_stats()
+    syn.synthesise(side.settings, "cuda", loaded)
+    began = time.perf_counter()
+    for _ in range(steps):
+        syn.synthesise(side.settings, "cuda", loaded)  # ends with a copy to the CPU: nothing is left in work
+    return batch * steps / (time.perf_counter() - began), torch.cuda.max_memory_allocated() / 2**20
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="TREE", help="class folders of photographs, or the folder above with train/ "
+                        "(default: pictures generated in a temporary folder)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--pictures", type=int, default=100, help="use the first so many of the pictures (default 100)")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="rounds of 40 quilts, 4 mrs and 2 in full per process (default 3)"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="on a GPU (default 64)")
+    return parser.parse_args(argv)
+
+
+def compare(args: argparse.Namespace, tree: Path, what: str, folder: Path) -> int:
+    paths = open_tree(tree).paths[: args.pictures]
+    print(
+        f"{what}: {len(paths)} pictures, textures of 224 x 224 from two patches of 96 x 96; torch {torch.__version__}"
+    )
+    print(f"\n{args.workers} processes{'textures/s':>22}{'processor s each':>20}{'aim on two cores':>20}{'ratio':>8}"
+          f"{'peak memory, MiB':>20}")  # fmt: skip
+    ratios, by_cores = {}, {}
+    for side in SIDES:
+        rate, cores, memory = measure(side, paths, args.workers, args.steps, folder)
+        print(f"  {side.name:<16}{rate:>14.2f}{cores:>20.3f}{side.aim or '-':>20}"
+              f"{f'{rate / side.aim:.2f}' if side.aim else '-':>8}{memory:>20.0f}", flush=True)  # fmt: skip
+        if side.aim:
+            ratios[side.name], by_cores[side.name] = rate / side.aim, args.workers / cores / side.aim
+    if torch.cuda.is_available():
+        print(f"\n{torch.cuda.get_device_name()}, batch {args.batch}     textures/s     GPU memory, MiB")
+        for side in SIDES:
+            rate, memory = measure_gpu(side, paths, args.batch, args.steps)
+            print(f"  {side.name:<16}{rate:>14.1f}{memory:>20.0f}", flush=True)
+            if side.name == "mrs":
+                ratios["mrs on the GPU"] = rate / AIM_GPU
+    print("peak memory: all processes, each at its own peak; pages they share (PyTorch itself) are counted repeatedly")
+    free = ", ".join(f"{name} {ratio:.2f}" for name, ratio in by_cores.items())
+    print(f"ratio if the cores had been free ({args.workers} / processor seconds / aim): {free}")
+    print(
+        f"\nresult: ratio {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())} (to the aim; wanted: 1)"
+    )
+    return 0 if min(ratios.values()) >= 1 else 1
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        out.mkdir()
+        if args.data is not None:
+            tree = Path(args.data)
+            return compare(args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data), out)
+        what = "generated pictures (shapes and noise, not photographs)"
+        return compare(args, generate(Path(folder) / "pictures"), what, out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

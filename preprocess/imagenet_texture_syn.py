@@ -34,13 +34,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import json
 import multiprocessing
-import platform
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -61,7 +59,6 @@ ENGINES = ("mrs", "quilt", "embark")
 BINARY, SOURCE = "texture-synthesis", "https://github.com/EmbarkStudios/texture-synthesis"
 BATCH = {"cpu": {"mrs": 1, "quilt": 8, "embark": 1}, "cuda": {"mrs": 64, "quilt": 64, "embark": 1}}
 PER_START = {"mrs": 2, "quilt": 50, "embark": 1}  # pictures made in the time that a process takes to start
-STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
 LOSSLESS_EFFORT = 3  # zlib level of the PNG files
 PRESETS = {
     "demo": dict(imagenet_path="data/demo", imagenet_t_path="runs/demo-texture", engine="quilt", limit=40, workers=1)
@@ -105,7 +102,7 @@ def parse_args(argv=None):
     g.add_argument("-j", "--workers", type=run.positive_int, metavar="N",
                    help="processes of one thread each (one per core); on a GPU: reading and writing threads")  # fmt: skip
     g.add_argument("--batch", type=run.positive_int, metavar="N", help="pictures at a time (GPU 64; mrs 1, quilt 8)")
-    g.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N",
+    g.add_argument("--shard", type=workers.shard, default=(1, 1), metavar="I/N",
                    help="do part I of N, 1/N to N/N: one per machine (default 1/1)")  # fmt: skip
     args = parser.parse_args(argv)
     if not args.imagenet_path or not (args.imagenet_t_path or args.sheet):
@@ -115,17 +112,6 @@ def parse_args(argv=None):
     if 2 * args.overlap > args.block:
         raise UsageError(f"--overlap {args.overlap} is more than half of --block {args.block}")
     return args
-
-
-def _shard(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    shard = int(part), int(parts)
-    if not 1 <= shard[0] <= shard[1]:
-        raise ValueError
-    return shard
-
-
-_shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
 
 
 def _open_fraction(text: str) -> float:
@@ -280,46 +266,19 @@ def load(settings: Settings, job: Job) -> tuple[torch.Tensor, int] | Done:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
-        return Done(job.name, _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:150] or type(error).__name__
+        return Done(job.name, workers.reason(error))
 
 
 def save(job: Job, texture: torch.Tensor) -> Done:
     encoded = BytesIO()
     Image.fromarray(texture.permute(1, 2, 0).contiguous().numpy()).save(encoded, "PNG", compress_level=LOSSLESS_EFFORT)
     try:
-        write(job.target, encoded.getbuffer())
+        workers.write(job.target, encoded.getbuffer())
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            return Done(job.name, _reason(error))
+            return Done(job.name, workers.reason(error))
         raise
     return Done(job.name, "")
-
-
-def write(path: str, content) -> None:
-    """Write a file in one step: whoever is stopped leaves a whole file or none. Raises OSError with the path.
-
-    The unfinished file has a name of its own on every machine and in every thread, and an ending that no reader takes
-    for a picture.
-    """
-    mark = f".{platform.node()[:32]}-{os.getpid()}-{threading.get_ident()}.partial"
-    partial = os.path.join(os.path.dirname(path), mark)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, path) from None
-        raise
 
 
 def synthesise(settings: Settings, device: str, loaded: list) -> list[torch.Tensor | Exception]:
@@ -417,7 +376,7 @@ def settle(out: Path, settings: dict, overwrite: bool) -> None:
             raise UsageError(f"{out}: was begun with {'; '.join(differ)}: {way_out}")
     else:
         versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": Image.__version__}
-        write(str(file), (json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n").encode())
+        workers.write(str(file), (json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n").encode())
 
 
 def list_jobs(root: Path, splits: list[data.FolderSet], out: Path) -> tuple[list[Job], dict[str, str]]:
@@ -447,26 +406,9 @@ def missing_of(jobs: list[Job], overwrite: bool) -> list[Job]:
         there[folder] = set(os.listdir(folder))
         for name in there[folder]:
             if name.endswith(".partial"):
-                _remove_stale(os.path.join(folder, name))
+                workers.remove_stale(os.path.join(folder, name))
     split = [(job, *os.path.split(job.target)) for job in jobs]
     return [job for job, folder, name in split if overwrite or name not in there[folder]]
-
-
-def _remove_stale(partial: str) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - os.stat(partial).st_mtime > STALE:
-            os.unlink(partial)
-
-
-def list_failures(out: Path, shard: tuple[int, int], failures: dict[str, str]) -> Path:
-    """B/failures.txt, one of its own per shard: "train/class/name<TAB>reason". Removed where nothing failed."""
-    file = out / ("failures.txt" if shard == (1, 1) else f"failures-{shard[0]}-of-{shard[1]}.txt")
-    if failures:
-        lines = "".join(f"{name}\t{reason}\n" for name, reason in sorted(failures.items()))
-        write(str(file), lines.encode("utf-8", "surrogateescape"))
-    else:
-        file.unlink(missing_ok=True)
-    return file
 
 
 def finish(args, settings: Settings, device: str, splits: list[data.FolderSet]) -> None:
@@ -502,7 +444,7 @@ def finish(args, settings: Settings, device: str, splits: list[data.FolderSet]) 
     finally:
         work.close()
         bar.close()
-    listing = list_failures(out, args.shard, failures)
+    listing = workers.list_failures(out, "failures", args.shard, failures)
     seconds = max(bar.seconds, 1e-6)
     print(f"result: {len(jobs) - len(todo) + made} of {len(jobs)} textures in {out}; {made} made now, in "
           f"{run.clock(seconds)}" + (f", {made / seconds:.2f}/s" if made else ""))  # fmt: skip
@@ -565,7 +507,7 @@ def make_sheet(args, splits: list[data.FolderSet], device: str, most: int = 20, 
     path, encoded = Path(args.sheet), BytesIO()
     sheet.save(encoded, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(str(path), encoded.getbuffer())
+    workers.write(str(path), encoded.getbuffer())
     print(f"result: {len(shown)} pictures with textures by {', '.join(engines)} in {path}")
 
 

@@ -30,7 +30,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import json
-import platform
 import time
 from collections import Counter
 from importlib import metadata
@@ -51,7 +50,6 @@ from preprocess import workers
 FORMAT = 1  # raise it when the same settings give other pictures
 ENDINGS = {"jpeg": (".JPEG", (".jpeg", ".jpg")), "png": (".png", (".png",))}  # what is written, what may stay
 JPEG_QUALITY = 85  # ImageNet-C's
-STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
 PRESETS = {
     "demo": dict(tree="data/demo", out="runs/try-corruptions", size=0, format="png", severities=[3], limit=2, workers=2)
 }
@@ -79,7 +77,7 @@ def parse_args(argv=None):
     g.add_argument("-j", "--workers", type=run.positive_int, metavar="N", help="processes (one per core)")
     g.add_argument(
         "--shard",
-        type=_shard,
+        type=workers.shard,
         default=(1, 1),
         metavar="I/N",
         help="do part I of N, 1/N to N/N: one per machine (default 1/1)",
@@ -90,17 +88,6 @@ def parse_args(argv=None):
     args.corruptions = [name for name in demo.CORRUPTIONS if name in args.corruptions]
     args.severities = sorted(set(args.severities))
     return args
-
-
-def _shard(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    shard = int(part), int(parts)
-    if not 1 <= shard[0] <= shard[1]:
-        raise ValueError
-    return shard
-
-
-_shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
 
 
 # ------------------------------------------------------------------------------------------------------- the corruptions
@@ -236,7 +223,7 @@ def do(job: Job) -> Done:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
-        return Done(job.source, 0, 0, time.process_time() - began, _reason(error))
+        return Done(job.source, 0, 0, time.process_time() - began, workers.reason(error))
     key, written, failures = key_of(s.seed, job.source), 0, []
     for name, severity in job.variants:
         try:
@@ -244,42 +231,18 @@ def do(job: Job) -> Done:
         except MemoryError:
             raise
         except Exception as error:  # a picture of a few pixels, which pixelate reduces to none
-            failures.append(f"{name} {severity}: {_reason(error)}")
+            failures.append(f"{name} {severity}: {workers.reason(error)}")
             continue
         encoded = BytesIO()
         if s.format == "png":
             Image.fromarray(corrupted).save(encoded, "PNG")
         else:
             Image.fromarray(corrupted).save(encoded, "JPEG", quality=JPEG_QUALITY, optimize=True)
-        write(os.path.join(s.out, name, str(severity), job.target), encoded.getbuffer())
+        workers.write(os.path.join(s.out, name, str(severity), job.target), encoded.getbuffer())
         written += encoded.tell()
     return Done(
         job.source, len(job.variants) - len(failures), written, time.process_time() - began, "; ".join(failures)
     )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:150] or type(error).__name__
-
-
-def write(path: str, content) -> None:
-    """Write a file in one step: a process that is killed leaves a whole file or none. Raises OSError with the path.
-
-    The unfinished file has its own name on every machine and in every process, and an ending that no reader takes for a
-    picture. It is not synced to the disk: after a power cut, look at OUT with check_images.py.
-    """
-    partial = os.path.join(os.path.dirname(path), f".{platform.node()[:32]}-{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise OSError(error.errno, error.strerror, path) from None
 
 
 # -------------------------------------------------------------------------------------------------------------- the tree
@@ -338,7 +301,7 @@ def settle(out: Path, settings: dict) -> list[str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     if not file.exists():
-        write(str(file), (json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n").encode())
+        workers.write(str(file), (json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n").encode())
         return []
     try:
         before = json.loads(file.read_text())
@@ -372,28 +335,11 @@ def plan(sources: list[str], targets: dict[str, str], variants: list[tuple[str, 
             there = set(os.listdir(where))
             for name in there:
                 if name.endswith(".partial"):
-                    _remove_stale(os.path.join(where, name))
+                    workers.remove_stale(os.path.join(where, name))
             for path in paths:
                 if os.path.basename(targets[path]) not in there:
                     missing[path].append(variant)
     return [Job(settings, path, targets[path], lacks) for path, lacks in missing.items() if lacks]
-
-
-def _remove_stale(partial: str) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - os.stat(partial).st_mtime > STALE:
-            os.unlink(partial)
-
-
-def list_failures(out: Path, shard: tuple[int, int], failures: dict[str, str]) -> Path:
-    """OUT/failed.txt, one of its own per shard: "class/name<TAB>reason". Removed where nothing failed."""
-    file = out / ("failed.txt" if shard == (1, 1) else f"failed-{shard[0]}-of-{shard[1]}.txt")
-    if failures:
-        lines = "".join(f"{path}\t{reason}\n" for path, reason in sorted(failures.items()))
-        write(str(file), lines.encode("utf-8", "surrogateescape"))
-    else:
-        file.unlink(missing_ok=True)
-    return file
 
 
 def main(argv=None) -> None:
@@ -451,7 +397,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
         ) from None
     finally:
         bar.close()
-    listing = list_failures(out, args.shard, failures)
+    listing = workers.list_failures(out, "failed", args.shard, failures)
     print(f"result: {wanted - missing + made} of {wanted} files in {out}, {len(args.corruptions)} corruptions x "
           f"{len(args.severities)} severities; {made} made now, {size / 1e6:.1f} MB, in {run.clock(bar.seconds)}"
           + (f" ({seconds / len(jobs):.2f} s of processor time per picture)" if jobs else ""))  # fmt: skip

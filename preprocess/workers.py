@@ -1,4 +1,4 @@
-"""What the scripts here share: work spread over processes, and progress that tells the rate."""
+"""What the scripts here share: work spread over processes or machines, progress that tells the rate, whole files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 from common import UserError, run
 from common.bar import Bar
+
+STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
 
 
 class Interrupted(UserError):
@@ -99,3 +104,60 @@ class Rate(Bar):
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+
+def shard(text: str) -> tuple[int, int]:
+    """The value of --shard I/N: part I of N, from 1/N to N/N."""
+    part, _, parts = text.partition("/")
+    found = int(part), int(parts)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError
+    return found
+
+
+shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
+
+
+def reason(error: Exception) -> str:
+    """Why a picture failed, on one line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:150] or type(error).__name__
+
+
+def write(path: str, content) -> None:
+    """Write a file in one step: whoever is stopped leaves a whole file or none. Raises OSError with the path.
+
+    The unfinished file has a name of its own on every machine and in every thread, and an ending that no reader takes
+    for a picture. It is not synced to the disk: after a power cut, look at the tree with check_images.py.
+    """
+    mark = f".{platform.node()[:32]}-{os.getpid()}-{threading.get_ident()}.partial"
+    partial = os.path.join(os.path.dirname(path), mark)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, path) from None
+        raise
+
+
+def remove_stale(partial: str) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - os.stat(partial).st_mtime > STALE:
+            os.unlink(partial)
+
+
+def list_failures(out: Path, name: str, part: tuple[int, int], failures: dict[str, str]) -> Path:
+    """OUT/NAME.txt, one of its own per shard: "class/picture<TAB>reason". Removed where nothing failed."""
+    file = out / (f"{name}.txt" if part == (1, 1) else f"{name}-{part[0]}-of-{part[1]}.txt")
+    if failures:
+        lines = "".join(f"{path}\t{why}\n" for path, why in sorted(failures.items()))
+        write(str(file), lines.encode("utf-8", "surrogateescape"))
+    else:
+        file.unlink(missing_ok=True)
+    return file

@@ -9,8 +9,9 @@ published     what the published code does, written anew: gathers B x (K+1) x D 
 ours          the losses and banks of cmc/contrast.py.
 
 Sides alternate; each repeat is a process of its own, so that its peak memory can be told. "memory" is what a step needs
-beyond the banks: peak of the process minus what it held before the first step. Both sides first compute one step on
-the same banks, features and draws and must agree. Ends with 1 if a ratio misses its aim.
+beyond the banks: peak of the process minus what it held before the first step. The first step of both sides has the same
+banks, features and draws, and must agree: gradients to 1e-4, losses to what float32 leaves of the published sum.
+Ends with 1 if a ratio misses its aim.
 """
 
 import argparse
@@ -150,9 +151,9 @@ def main(argv=None) -> int:
               f"{max(r['memory'] for r in runs) / 2**20:.0f} MiB beyond the banks")  # fmt: skip
     if len(found) == 1:
         return 0
-    for key in ("losses", "gradients"):
+    for key, rtol in (("losses", 5e-4), ("gradients", 1e-4)):  # the published sum of log(c / (P + c)) rounds in float32
         a, b = (torch.tensor(found[side][0][key]) for side in SIDES)
-        assert torch.allclose(a, b, rtol=1e-4), (key, a, b)
+        assert torch.allclose(a, b, rtol=rtol), (key, a, b)
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found["published"]))
     part = max(r["memory"] for r in found["ours"]) / max(r["memory"] for r in found["published"])
     print(f"equal losses and gradients; {ratio:.1f} times faster, aim {args.at_least}; {part:.3f} of the memory, "

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from common import launch
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
-CHUNK_BYTES = 128 << 20  # of scores against the whole bank held at once
-GATHER_FROM = 64  # bank rows per drawn row above which fetching the drawn rows beats scoring the whole bank
+CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 32  # of scores against the whole bank held at once: so much, but this many queries
+GATHER_FROM = 256  # bank rows per drawn row above which fetching the drawn rows beats scoring the whole bank
 
 
 class _BankScores(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _BankScores(torch.autograd.Function):
         if len(bank) > GATHER_FROM * rows.shape[1]:
             parts = [bank[r] @ q for q, r in zip(query, rows)]
             return torch.stack(parts)
-        chunk = max(1, CHUNK_BYTES // (4 * len(bank)))
+        chunk = max(CHUNK_ROWS, CHUNK_BYTES // (4 * len(bank)))
         parts = [(q @ bank.T).gather(1, r) for q, r in zip(query.split(chunk), rows.split(chunk))]
         return torch.cat(parts)
 
@@ -82,8 +82,8 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
     """
     noise = (estimate.shape[1] - 1) / n  # K times p_n
     from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
-    from_noise = (math.log(noise) - (estimate[:, 1:] + (noise + EPS)).log()).sum()
-    return -(from_data + from_noise) / len(estimate)
+    from_noise = ((estimate[:, 1:] + EPS) / noise).log1p().sum()  # of log (1 + small): a plain log would round it away
+    return (from_noise - from_data) / len(estimate)
 
 
 def next_z(z: Tensor, raw: Tensor, n: int, mode: str, decay: float = 0.99) -> Tensor:

@@ -26,7 +26,8 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 @pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
 def test_step_by_step(loss, gather_from, monkeypatch):
     monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
-    monkeypatch.setattr(contrast, "CHUNK_BYTES", 3 * 4 * 200)  # three queries at a time: the last chunk is shorter
+    monkeypatch.setattr(contrast, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(contrast, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
     g = read(f"cmc_{loss}")
     dim = g["l"].shape[-1]
     banks = contrast.MemoryBanks(200, dim, ("l", "ab"), 32, 0.07, 0.5, loss == "softmax", "oneshot")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from common import launch
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
+DECAY = 0.99  # of the moving average of Z
+LONG_AGO = 10**6  # updates of Z behind a published checkpoint, which does not tell
 CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 32  # of scores against the whole bank held at once: so much, but this many queries
 GATHER_FROM = 256  # bank rows per drawn row above which fetching the drawn rows beats scoring the whole bank
 
@@ -87,14 +89,16 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
     return (from_noise - from_data) / len(estimate)
 
 
-def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, decay: float = 0.99) -> Tensor:
+def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, updates: int) -> Tensor:
     """The normalisers Z (P,) for a batch. z (P,): the ones so far, negative before the first batch. raw: P times exp(s / T).
 
-    Z = n * mean of raw, over all ranks. "oneshot": of the first batch, for ever, as published. "ema": a moving average with
-    `decay` over all batches, the repair that was reported upstream (issue 23 of HobbitLong/CMC): one batch is a fair sample
-    of Z only while the memory is noise.
+    Z = n * mean of raw, over all ranks. "oneshot": of the first batch, for ever, as published. "ema": a moving average over
+    all batches, the repair that was reported upstream (issue 23 of HobbitLong/CMC): one batch is a fair sample of Z only
+    while the memory is noise. `updates`: batches so far; the decay is (1 + updates) / (10 + updates), at most .99, as
+    moco_insdis/contrast.py explains.
     """
     fresh = n * launch.mean_ranks(torch.stack([r.detach().mean() for r in raw]))
+    decay = min(DECAY, (1 + updates) / (10 + updates))
     later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
     return torch.where(z < 0, fresh, later)
 
@@ -118,7 +122,7 @@ class MemoryBanks(nn.Module):
                  nce_z: str):  # fmt: skip
         super().__init__()
         self.n, self.k, self.temperature, self.momentum = n, k, temperature, momentum
-        self.views, self.softmax, self.nce_z = tuple(views), softmax, nce_z
+        self.views, self.softmax, self.nce_z, self.updates = tuple(views), softmax, nce_z, 0
         self.pairs = [(i, j) for i in range(len(views)) for j in range(len(views)) if i != j]
         self.register_buffer("params", torch.tensor([k, temperature, *[-1.0] * len(self.pairs), momentum]))
         for name in views:
@@ -141,8 +145,9 @@ class MemoryBanks(nn.Module):
             loss = [softmax_loss(logits) for logits in out]
         else:
             raw = [logits.exp() for logits in out]
-            z = next_z(self.normaliser, raw, self.n, self.nce_z)
+            z = next_z(self.normaliser, raw, self.n, self.nce_z, self.updates)
             self.normaliser.copy_(z)
+            self.updates += 1
             out = [r / one for r, one in zip(raw, z)]
             loss = [nce_loss(estimate, self.n) for estimate in out]
         return torch.stack(loss).view(len(self.views), -1).sum(1), out

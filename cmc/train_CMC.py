@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmc import colour
-from cmc.contrast import MemoryBanks, draw_rows
+from cmc.contrast import LONG_AGO, MemoryBanks, draw_rows
 from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
 
 MODELS = {  # name: (depth, width) of each view's residual network; None: half an AlexNet
@@ -318,6 +318,7 @@ def save(path, epoch, step, method, args, process):
             "opt": run.options(args), "epoch": epoch, "optimizer": method.optimizer.state_dict(),
             "model": checkpoint.add_prefix(method.encoder.state_dict(), PREFIX), "contrast": method.memory.state_dict(),
             "step": step, "scaler": method.precision.scaler.state_dict(), "generators": states,
+            "z_updates": method.memory.updates,
         })  # fmt: skip
     launch.barrier()
 
@@ -362,6 +363,7 @@ def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
     checkpoint.load_into(method.memory, saved["contrast"], path)
     settings[2:-1] = method.memory.normaliser  # Z goes on; K, T and the momentum are what was typed now
     method.memory.params.copy_(settings)
+    method.memory.updates = saved.get("z_updates", LONG_AGO)
     method.optimizer.load_state_dict(saved["optimizer"])
     for group in method.optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)

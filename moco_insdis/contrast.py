@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from common import launch
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
+DECAY = 0.99  # of the moving average of Z
+LONG_AGO = 10**6  # updates of Z behind a published checkpoint, which does not tell
 CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 32  # of scores against the whole bank held at once: so much, but this many queries
 GATHER_FROM = 256  # bank rows per drawn row above which fetching the drawn rows beats scoring the whole bank
 
@@ -86,14 +88,19 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
     return (from_noise - from_data) / len(estimate)
 
 
-def next_z(z: Tensor, raw: Tensor, n: int, mode: str, decay: float = 0.99) -> Tensor:
+def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
     """The normaliser Z for a batch. z: the one so far, negative before the first batch. raw (B, K+1): exp(s / T).
 
     Z = n * mean of raw, over all ranks. "oneshot": of the first batch, for ever, as published (and in Wu et al.). "ema": a
-    moving average with `decay` over all batches, the repair that the author of MoCo reported upstream (issue 23 of
-    HobbitLong/CMC): one batch is a fair sample of Z only while the memory is noise.
+    moving average over all batches, the repair that the author of MoCo reported upstream (issue 23 of HobbitLong/CMC): one
+    batch is a fair sample of Z only while the memory is noise.
+
+    `updates`: batches so far. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that is less. In the
+    first hundred steps the true Z grows a thousandfold; a Z that lags behind makes the negatives' gradients as many times
+    too large, after which a network with batch-norm, its weights blown up, hardly moves.
     """
     fresh = n * launch.mean_ranks(raw.detach().mean())
+    decay = min(DECAY, (1 + updates) / (10 + updates))
     later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
     return torch.where(z < 0, fresh, later)
 
@@ -114,7 +121,7 @@ class MemoryBank(nn.Module):
     def __init__(self, n: int, dim: int, k: int, temperature: float, momentum: float, softmax: bool, nce_z: str):
         super().__init__()
         self.n, self.k, self.temperature, self.momentum = n, k, temperature, momentum
-        self.softmax, self.nce_z = softmax, nce_z
+        self.softmax, self.nce_z, self.updates = softmax, nce_z, 0
         self.register_buffer("params", torch.tensor([k, temperature, -1.0, momentum]))
         self.register_buffer("memory", random_rows(n, dim))
 
@@ -128,7 +135,8 @@ class MemoryBank(nn.Module):
         if self.softmax:
             return softmax_loss(logits), logits
         raw = logits.exp()
-        self.params[2] = next_z(self.params[2], raw, self.n, self.nce_z)
+        self.params[2] = next_z(self.params[2], raw, self.n, self.nce_z, self.updates)
+        self.updates += 1
         out = raw / self.params[2].clone()
         return nce_loss(out, self.n), out
 
@@ -152,7 +160,8 @@ class KeyQueue(nn.Module):
 
     def __init__(self, n: int, dim: int, k: int, temperature: float, softmax: bool, nce_z: str):
         super().__init__()
-        self.n, self.k, self.temperature, self.softmax, self.nce_z = n, k, temperature, softmax, nce_z
+        self.n, self.k, self.temperature = n, k, temperature
+        self.softmax, self.nce_z, self.updates = softmax, nce_z, 0
         self.register_buffer("params", torch.tensor([-1]))
         self.register_buffer("memory", random_rows(k, dim))
         self.register_buffer("z", torch.tensor(-1.0), persistent=False)
@@ -167,9 +176,10 @@ class KeyQueue(nn.Module):
         if self.softmax:
             return softmax_loss(logits), logits
         raw = logits.exp()
-        z = next_z(self.z, raw, self.n, self.nce_z)
+        z = next_z(self.z, raw, self.n, self.nce_z, self.updates)
         self.z.copy_(z.trunc() if self.nce_z == "oneshot" else z)
         self.params.copy_(self.z.long())
+        self.updates += 1
         out = raw / self.z.clone()
         return nce_loss(out, self.n), out
 
@@ -185,9 +195,10 @@ class KeyQueue(nn.Module):
         self.pointer.add_(len(keys)).remainder_(self.k)
 
     def extra_state(self) -> dict:
-        return {"z": self.z.clone(), "pointer": self.pointer.clone()}
+        return {"z": self.z.clone(), "pointer": self.pointer.clone(), "updates": self.updates}
 
     def load_extra_state(self, state: dict | None) -> None:
         """What `extra_state` gave; None for a published checkpoint: Z from its integer, the pointer at 0 as there."""
         self.z.copy_(state["z"] if state else self.params[0].float())
         self.pointer.copy_(state["pointer"] if state else torch.tensor(0))
+        self.updates = state["updates"] if state else LONG_AGO

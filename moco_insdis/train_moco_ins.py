@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
-from moco_insdis.contrast import KeyQueue, MemoryBank, draw_rows
+from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank, draw_rows
 
 MODELS = {  # name: (depth, width)
     "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
@@ -180,11 +180,14 @@ class InsDis:
         return loss, out
 
     def state(self) -> dict:
-        return {}
+        return {"z_updates": self.memory.updates}
 
     def load_state(self, saved: dict, path: str) -> None:
+        self.memory.updates = saved.get("z_updates", LONG_AGO)
         k, t, _, m = self.settings.tolist()
-        self.memory.params.copy_(torch.tensor([k, t, float(self.memory.normaliser), m]))  # Z goes on, the rest is this run's
+        self.memory.params.copy_(
+            torch.tensor([k, t, float(self.memory.normaliser), m])
+        )  # Z goes on, the rest is this run's
 
 
 class MoCo:

@@ -104,10 +104,13 @@ def test_draws_hold_the_own_row_first_and_can_exclude_it():
 
 def test_moving_average_of_z_starts_as_one_shot_and_then_follows():
     raw = [torch.full((2, 3), 1.0), torch.full((2, 3), 5.0)]
-    z = contrast.next_z(torch.tensor(-1.0), raw[0], 10, "ema")
+    z = contrast.next_z(torch.tensor(-1.0), raw[0], 10, "ema", 0)
     assert z == 10
-    assert math.isclose(contrast.next_z(z, raw[1], 10, "ema").item(), 0.99 * 10 + 0.01 * 50, rel_tol=1e-6)
-    assert contrast.next_z(z, raw[1], 10, "oneshot") == 10
+    assert math.isclose(contrast.next_z(z, raw[1], 10, "ema", 10**6).item(), 0.99 * 10 + 0.01 * 50, rel_tol=1e-6)
+    assert math.isclose(
+        contrast.next_z(z, raw[1], 10, "ema", 8).item(), 0.5 * 10 + 0.5 * 50, rel_tol=1e-6
+    )  # young: fast
+    assert contrast.next_z(z, raw[1], 10, "oneshot", 0) == 10
 
 
 def test_queue_refills_whole_and_wraps():

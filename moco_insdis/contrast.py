@@ -95,9 +95,9 @@ def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
     moving average over all batches, the repair that the author of MoCo reported upstream (issue 23 of HobbitLong/CMC): one
     batch is a fair sample of Z only while the memory is noise.
 
-    `updates`: batches so far. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that is less. In the
-    first hundred steps the true Z grows a thousandfold; a Z that lags behind makes the negatives' gradients as many times
-    too large, after which a network with batch-norm, its weights blown up, hardly moves.
+    `updates`: batches so far. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that is less. In
+    MoCo's first twenty steps the true Z grows several hundredfold (RESULTS.md); a Z that lags behind makes the negatives'
+    gradients as many times too large, and a network with batch-norm whose weights have blown up hardly moves afterwards.
     """
     fresh = n * launch.mean_ranks(raw.detach().mean())
     decay = min(DECAY, (1 + updates) / (10 + updates))

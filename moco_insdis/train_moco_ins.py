@@ -67,7 +67,7 @@ def parse_args(argv=None):
     g.add_argument("--nce_t", type=run.positive, default=0.07, help="temperature")
     g.add_argument("--nce_m", type=run.fraction, default=0.5, help="InsDis: momentum of a memory row")
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help="NCE: the normaliser Z follows a moving "
-                   "average (decay .99), or stays that of the first batch, as first published")  # fmt: skip
+                   "average (its decay rises to .99), or stays that of the first batch, as first published")  # fmt: skip
     g.add_argument("--exclude-self", action="store_true", help="InsDis: never draw a picture as its own negative")
     g.add_argument("--alpha", type=run.fraction, default=0.999, help="MoCo: momentum of the key encoder")
     g.add_argument("--bn-splits", type=run.positive_int, default=None,

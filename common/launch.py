@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -185,6 +186,8 @@ def _join(worker, args, rank, world_size, local_rank, url) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"processes cannot meet at --dist-url {url}: {str(error).splitlines()[0][:200]}") from None
+    # torch 2.15 renames a flag of DistributedDataParallel that 2.6 only knows by its old name
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     _control = dist.new_group(backend="gloo")
     _here = gather_objects(socket.gethostname()).count(socket.gethostname())
     if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):

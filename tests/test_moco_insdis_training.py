@@ -277,7 +277,8 @@ def two_ranks(args, process):
         if now.moco:
             after |= {f"ema {k}": v for k, v in method.encoder_ema.named_parameters()}
             before |= {f"ema {k}": v for k, v in before.items()}
-        memory = method.memory.state_dict() | method.state().get("queue", {})
+        queue = {k: torch.as_tensor(v) for k, v in method.state().get("queue", {}).items()}
+        memory = method.memory.state_dict() | queue
         found.append({"losses": torch.stack(losses), "before": before, "after": after, "memory": memory,
                       "ranks": launch.gather_objects((memory, after))})  # fmt: skip
     if process.is_main:

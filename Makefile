@@ -16,7 +16,7 @@ demo: .venv/run.stamp
 	$(BIN)/python nonsem_neg/demo.py
 
 test: .venv/dev.stamp
-	@echo "about 400 tests, some five minutes on two cores"
+	@echo "about 750 tests, some eight minutes on two cores"
 	$(BIN)/python -m pytest
 
 bench: .venv/dev.stamp

@@ -292,16 +292,10 @@ def _workers_of(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks up child processes in /proc")
-def _heeds_ctrl_c():
-    """A shell starts background jobs with SIGINT ignored, and their children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_command_leaves_no_process_and_can_be_repeated(tmp_path, sent):
     command = [sys.executable, str(ROOT / "preprocess" / "make_demo.py"), "demo", "--workers", "2", "--severities"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               preexec_fn=_heeds_ctrl_c)  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 30
         while not list((tmp_path / "demo").glob("*/*/*.png")):

@@ -39,17 +39,26 @@ def save(path: str | Path, payload: dict) -> Path:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write of the archive in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = getattr(error, "strerror", None) or _first_line(error)
-        if isinstance(error, RuntimeError) and "write" not in reason and "PytorchStreamWriter" not in reason:
+        refused = _refusal(error)
+        if refused is None:
             raise
+        reason = refused.strerror or _first_line(refused)
         kept = " (the file from before is untouched)" if path.exists() else ""
         raise UserError(
             f"cannot save {path}: {reason}{kept}; free some space and continue with --resume auto"
         ) from None
     return path
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """The system's refusal behind an error: torch.save closes its archive on the way out, which raises a RuntimeError of
+    its own ("unexpected pos ...") over that of the write that failed."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:

@@ -15,6 +15,7 @@ With one process every collective below is the identity, so no script needs a se
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import re
@@ -86,7 +87,7 @@ def _positive(text: str) -> int:
 def launch(worker, args) -> None:
     """Run `worker(args, process)` in every process that the flags or the environment ask for, and return when done.
 
-    A `UserError` in any process is printed once, as one line, and ends the job with its exit code.
+    An error that the user can put right is printed once, as one line, and ends the job with its exit code.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         env = os.environ
@@ -150,7 +151,11 @@ def _wait_for(children) -> int:
                 deadline = time.monotonic() + 10
                 for child in children:
                     child.join(max(0.0, deadline - time.monotonic()))
-            return failed[0] if failed[0] > 0 else 1
+            if failed[0] > 0:
+                return failed[0]
+            hint = " (by the system, when memory runs out)" if failed[0] == -signal.SIGKILL else ""
+            print(f"error: a process of this job was ended by {signal.Signals(-failed[0]).name}{hint}", file=sys.stderr)
+            return 1
         if all(c.exitcode == 0 for c in children):
             return 0
         time.sleep(0.05)
@@ -160,11 +165,41 @@ def _child(worker, args, rank, world_size, local_rank, url) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which passes it on as SIGTERM
     try:
         _join(worker, args, rank, world_size, local_rank, url)
-    except UserError as error:
-        if rank:  # most mistakes are everybody's: leave rank 0 the time to say it, and the parent to end this process
+    except Exception as error:
+        told = in_one_line(error)
+        if told is None:
+            raise
+        lost = _lost_a_peer(error)
+        if (
+            rank or lost
+        ):  # most mistakes are everybody's: leave rank 0 the time to say it, and the parent to end this process
             time.sleep(2)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(error.code)
+        if not lost or _here < world_size:  # a peer on this node has said why itself, or its parent does
+            print(f"error: {told[0]}", file=sys.stderr, flush=True)
+        os._exit(told[1])
+
+
+def in_one_line(error: Exception) -> tuple[str, int] | None:
+    """(message, exit code) of an error that the user or the machine has caused; None where a traceback is wanted."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, UserError):
+        return str(error), error.code
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{first.split('. ')[0]}: lower --batch-size, or use --amp", 1
+    if isinstance(error, RuntimeError) and first.startswith("DataLoader worker"):  # ended by the system
+        return f"{first} With little memory or /dev/shm, use fewer --workers", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}; a checkpoint that was written before is whole", 1
+    if _lost_a_peer(error):
+        return "another process of this job has ended (its own message says why); continue with --resume auto", 1
+    return None
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Is it what gloo or NCCL raise in one process when another one has gone?"""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _join(worker, args, rank, world_size, local_rank, url) -> None:

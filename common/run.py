@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from datetime import datetime
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from common import UsageError, UserError, launch
 
 ROOT = Path(__file__).resolve().parent.parent
+tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes
 
 # --------------------------------------------------------------------------------------------------------- command line
 
@@ -156,30 +158,23 @@ def fraction(text: str) -> float:
 
 
 def cli(main) -> None:
-    """Run `main()` as a program: a `UserError` becomes one line on stderr and its exit code."""
+    """Run `main()` as a program: an error that the user can put right becomes one line on stderr and its exit code."""
     try:
         main()
-    except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):  # let rank 0 say what all ranks have to say
-            time.sleep(2)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).split('. ')[0]}: lower --batch-size, or use --amp", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # ended by the system: torch raises this from a handler
-            raise
-        print(
-            f"error: {str(error).splitlines()[0]} With little memory or /dev/shm, use fewer --workers", file=sys.stderr
-        )
-        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; a checkpoint that was written before is whole", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        told = launch.in_one_line(error)
+        if told is None:
+            raise
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):  # let rank 0 say what all ranks have to say
+            time.sleep(2)
+        print(f"error: {told[0]}", file=sys.stderr, flush=True)
+        sys.exit(told[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
@@ -414,8 +409,13 @@ def make_folder(folder: str | Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step: a reader sees the old text or the new one, never half of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:  # of a full disk the system does not name the file
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,29 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot save .*a.pth.tar"):
         checkpoint.save(path, {"x": torch.zeros(1_000_000)})
     assert torch.equal(checkpoint.load(path)["x"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_fills_up_within_the_archive(tmp_path):
+    """Some of it is written, then no more: torch's own error hides the system's there, and the user must see the latter."""
+    path = checkpoint.save(tmp_path / "a.pth.tar", {"x": torch.ones(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot save .*File too large.*untouched.*--resume auto"):
+            checkpoint.save(path, {str(i): torch.zeros(300_000) for i in range(4)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(checkpoint.load(path)["x"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_error_that_is_not_of_the_disk_stays_itself(tmp_path, monkeypatch):
+    def broken(payload, file):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        checkpoint.save(tmp_path / "a.pth.tar", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_newest(tmp_path):

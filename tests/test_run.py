@@ -1,11 +1,14 @@
-"""The command line's promises, precision by autocast and by apex, TensorBoard elsewhere, cached features."""
+"""The command line's promises, a full disk, precision by autocast and by apex, TensorBoard elsewhere, cached features."""
 
 import contextlib
+import errno
+import os
 import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT, run_script
 
 from common import UserError, launch, probe, run
 
@@ -72,6 +75,54 @@ def test_tensorboard_events_can_lie_elsewhere(tmp_path):
     log.log(1, loss=2.0)
     log.close()
     assert list((tmp_path / "events").glob("events.out.*")) and not list((tmp_path / "run").glob("events.out.*"))
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
+    def write(code):
+        raise OSError(code, os.strerror(code), "runs/a/config.json")
+
+    with pytest.raises(SystemExit) as stopped:
+        run.cli(lambda: write(errno.ENOSPC))
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: No space left on device writing runs/a/config.json;") and said.count("\n") == 1
+    with pytest.raises(OSError, match="Is a directory"):  # what nobody has thought of keeps its traceback
+        run.cli(lambda: write(errno.EISDIR))
+
+
+JOB = """
+import errno, os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from common import launch, run
+
+def worker(args, process):
+    launch.barrier()
+    if process.rank == 0 and args.full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/current.pth")
+    if process.rank == 1 and not args.full:
+        os.kill(os.getpid(), signal.SIGKILL)
+    launch.all_gather(torch.zeros(1))
+
+def main():
+    parser = run.Parser()
+    launch.add_arguments(parser)
+    parser.add_argument("--full", action="store_true")
+    launch.launch(worker, parser.parse_args())
+
+if __name__ == "__main__":
+    run.cli(main)
+"""
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--full"], "error: No space left on device writing a/current.pth; a checkpoint that was written before is whole\n"),
+    ([], "error: a process of this job was ended by SIGKILL (by the system, when memory runs out)\n"),
+])  # fmt: skip
+def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, said):
+    (tmp_path / "job.py").write_text(JOB.format(root=str(ROOT)))
+    done = run_script(tmp_path / "job.py", "--nproc", 2, "--device", "cpu", *flags)
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 class Pictures:

@@ -9,14 +9,19 @@ from tqdm import tqdm
 
 
 class Bar:
-    """Counts up to `total` on standard error: "LABEL: 640/10000 img, 3 s". Silent when not enabled or done at once."""
+    """Counts up to `total` on standard error: "LABEL: 640/10000 img, 3 s". Silent when not enabled or done at once.
 
-    def __init__(self, label: str, total: int, unit: str, enabled: bool = True, every: float = 5.0):
+    start: of them were done before this one began.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, enabled: bool = True, every: float = 5.0, start: int = 0):
         self.label, self.total, self.unit, self.every = label, total, unit, every
-        self.done, self.started, self.next_line = 0, time.monotonic(), 1.0
+        self.done, self.started, self.next_line = start, time.monotonic(), 1.0
         terminal = sys.stderr.isatty()
         self.plain = enabled and not terminal
-        self.bar = tqdm(total=total, desc=label, unit=unit, leave=False) if enabled and terminal else None
+        self.bar = (
+            tqdm(total=total, initial=start, desc=label, unit=unit, leave=False) if enabled and terminal else None
+        )
 
     def add(self, n: int) -> None:
         self.done += n

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import UsageError, UserError, demo_shapes
+from common import UsageError, UserError, demo_shapes, launch
 from common.bar import Bar
 from common.demo_shapes import CLASSES
 
@@ -360,8 +360,9 @@ def _make_locked(out, twin, folders, settings, workers, progress):
     files = len(jobs["corruption"]) * len(CORRUPTIONS) * len(settings["severities"])
     files += 4 * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, 16, 1 + files // 500)  # starting a process costs as much as a few hundred pictures
+        workers = min(
+            launch.cores(), 16, 1 + files // 500
+        )  # starting a process costs as much as a few hundred pictures
     if progress:
         print(f"demo data: making {files} files in {out} with {workers} process(es)", file=sys.stderr, flush=True)
 

@@ -288,6 +288,11 @@ def processes_here() -> int:
     return _here if dist.is_initialized() else 1
 
 
+def cores() -> int:
+    """Processor cores that this process may use: a scheduler or `taskset` may have bound it to a part of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def all_gather(x: Tensor) -> Tensor:
     """Rows of every rank, in rank order: (n, ...) -> (n * world_size, ...). No gradient flows; n is equal everywhere."""
     if world_size() == 1:

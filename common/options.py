@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from common import data, demo, launch, run
 from common.sets import TORCHVISION_SETS
 
@@ -42,7 +40,7 @@ def open_pretraining(args) -> data.PictureSet:
 def workers_per_process(args) -> int:
     """--workers of this node, divided over its processes, at most one per core."""
     here = launch.processes_here()
-    return -(-min(args.workers, os.cpu_count() or 1) // here)
+    return -(-min(args.workers, launch.cores()) // here)
 
 
 def eval_resize(input_res: int) -> int:

@@ -69,11 +69,10 @@ class FolderSet:
             raise self.bad_picture(row, error) from None
 
     def bad_picture(self, row: int, error: Exception) -> BadPicture:
-        path = self.path(row).encode("utf-8", "backslashreplace").decode()  # a name that is not UTF-8 must print too
         what = "not a picture or truncated"
         if isinstance(error, OSError) and error.errno is not None:
             what = error.strerror.lower()  # missing, no permission, input/output error
-        bad = BadPicture(f"{path}: {what} (--skip-bad-images replaces such files and counts them)")
+        bad = BadPicture(f"{printable(self.path(row))}: {what} (--skip-bad-images replaces such files and counts them)")
         bad.row, bad.path, bad.reason = row, self.path(row), what
         return bad
 
@@ -292,9 +291,14 @@ def _listed(folder: Path, found: list[str], class_list: Path) -> list[str]:
     return sorted(wanted)
 
 
+def printable(path: str | os.PathLike) -> str:
+    """A path as one line that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _few(names: Sequence[str], most: int = 5) -> str:
-    names = [n.encode("utf-8", "backslashreplace").decode() for n in names]
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 TORCHVISION_SETS = {

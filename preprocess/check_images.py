@@ -41,7 +41,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import UsageError, UserError, data, launch, options, run
-from common.sets import SPLIT_NAMES
+from common.sets import SPLIT_NAMES, printable
 from preprocess import workers
 
 # What can be found, gravest first: {kind: (level, what the table calls it)}
@@ -390,12 +390,6 @@ def summary(split: Split, pictures: Pictures, number: int) -> dict:
         "height_min_median_max": three(sides[:, 1]),
         "per_class": {name: len(paths) for name, paths in split.classes.items()},
     }
-
-
-def printable(text: str) -> str:
-    """A file name that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_report(splits: list[Split], numbers: list[dict], examples: int) -> None:

@@ -32,20 +32,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UsageError, UserError, data, run
-from common.sets import FolderSet
+from common import UsageError, UserError, data, launch, run
+from common.sets import FolderSet, printable
 from preprocess.pack import (
     AGAIN,
     SIDE,
-    Progress,
     check_output,
     command_line,
-    cores,
     only_writer,
     pack_splits,
-    printable,
     reason_of,
 )
+from preprocess.workers import Rate
 
 CLASS_LIST = Path(__file__).resolve().with_name("imagenet100.txt")
 EXPECTED = {"train": 126_689, "val": 5_000}  # of the 100 classes in ILSVRC 2012
@@ -260,7 +258,7 @@ def copy_split(split: Split, out: Path, workers: int) -> list[str]:
         link = out / split.name / name
         if link.is_symlink():  # of an earlier run without --copy: writing through it would write into ImageNet
             link.unlink()
-    progress = Progress(f"copying {split.name}", len(split.pictures))
+    progress = Rate(f"copying {split.name}", len(split.pictures), "pictures")
     pool = ThreadPoolExecutor(workers)
     stop: list[bool] = []
     unreadable: list[str] = []
@@ -349,7 +347,7 @@ def main(argv=None) -> None:
                 counted = {s.name: Counter(s.pictures.classes[t] for t in s.pictures.targets.tolist()) for s in splits}
                 command = command_line("imagenet100_subset.py", argv)
                 try:
-                    pack_splits(sources, out, args.pack, args.workers or cores(), args.force, command)
+                    pack_splits(sources, out, args.pack, args.workers or launch.cores(), args.force, command)
                 finally:
                     report(splits, counted, out, default_list)
                 return

@@ -51,7 +51,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from common import UsageError, UserError, data, launch, options, run
-from common.sets import SPLIT_NAMES
+from common.sets import SPLIT_NAMES, printable
 from preprocess import texture_mrs, texture_quilt, workers
 
 FORMAT = 1  # raise it when the same settings give other textures
@@ -450,8 +450,7 @@ def finish(args, settings: Settings, device: str, splits: list[data.FolderSet]) 
           f"{run.clock(seconds)}" + (f", {made / seconds:.2f}/s" if made else ""))  # fmt: skip
     if failures:
         name, reason = sorted(failures.items())[0]
-        name = name.encode("utf-8", "backslashreplace").decode()
-        raise UserError(f"{len(failures)} pictures failed, listed in {listing}; the first: {name}: {reason}")
+        raise UserError(f"{len(failures)} pictures failed, listed in {listing}; the first: {printable(name)}: {reason}")
 
 
 @contextlib.contextmanager

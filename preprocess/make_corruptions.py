@@ -44,7 +44,7 @@ from PIL import Image
 from torchvision import transforms
 
 from common import UsageError, UserError, data, demo, launch, options, run
-from common.sets import SPLIT_NAMES
+from common.sets import SPLIT_NAMES, printable
 from preprocess import workers
 
 FORMAT = 1  # raise it when the same settings give other pictures
@@ -403,9 +403,8 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
           + (f" ({seconds / len(jobs):.2f} s of processor time per picture)" if jobs else ""))  # fmt: skip
     if failures:
         path, reason = sorted(failures.items())[0]
-        path = path.encode("utf-8", "backslashreplace").decode()
         raise UserError(
-            f"{len(failures)} of {len(sources)} pictures failed, listed in {listing}; the first: {path}: {reason}"
+            f"{len(failures)} of {len(sources)} pictures failed, listed in {listing}; the first: {printable(path)}: {reason}"
         )
 
 

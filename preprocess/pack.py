@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import UsageError, UserError, data, run
+from common import UsageError, UserError, data, launch, run
 from common.packed import FORMAT, HEADER_BYTES, SPLITS, VERSION, PackFiles, npy_header, read_marker
-from common.sets import BadPicture, FolderSet
+from common.sets import BadPicture, FolderSet, printable
+from preprocess.workers import Rate
 
 SIDE = 256  # pixels; what evaluation at 224 resizes to
 SAVE_EVERY = 5.0  # seconds between markers: at most this much work is done again after a crash
@@ -49,43 +49,6 @@ AGAIN = "the same command goes on from there"
 
 
 # ----------------------------------------------------------------------------------------------- shared with the subset
-
-
-class Progress:
-    """Pictures done, per second, and time left, on standard error: a bar on a terminal, a line every 5 s in a pipe."""
-
-    def __init__(self, label: str, total: int, start: int = 0, every: float = 5.0):
-        self.label, self.total, self.start, self.done, self.every = label, total, start, start, every
-        self.began = time.monotonic()
-        self.next_line = self.began + every
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=start, desc=label, unit="pictures", leave=False) if terminal else None
-
-    def add(self, n: int) -> None:
-        self.done += n
-        if self.bar is not None:
-            self.bar.update(n)
-        elif time.monotonic() >= self.next_line:
-            left = run.clock((self.total - self.done) / max(self.rate, 1e-9))
-            print(f"{self.label}: {self.done}/{self.total}, {self.rate:.0f} pictures/s, {left} left", file=sys.stderr)
-            self.next_line += self.every
-
-    @property
-    def rate(self) -> float:
-        return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def printable(path) -> str:
-    """A path whose name need not be UTF-8, fit for print."""
-    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def reason_of(error: OSError) -> str:
@@ -268,7 +231,7 @@ def _write_pixels(source: FolderSet, files: PackFiles, side: int, workers: int, 
         state.update(done=done, count=count, failed=failed)
         _write_text(files.marker, json.dumps(state, indent=1) + "\n")
 
-    progress = Progress(f"packing {files.split}", len(source), done)
+    progress = Rate(f"packing {files.split}", len(source), "pictures", start=done)
     try:
         end = HEADER_BYTES + count * each
         if count and os.fstat(handle).st_size < end:
@@ -372,7 +335,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="what to pack (default: both)"
     )
     parser.add_argument("--class-list", default=None, metavar="FILE", help="pack these class folders only, one a line")
-    parser.add_argument("--workers", type=run.positive_int, default=cores(), help="processes that decode")
+    parser.add_argument("--workers", type=run.positive_int, default=launch.cores(), help="processes that decode")
     parser.add_argument("--force", action="store_true", help="replace a pack, finished or not")
     return parser.parse_args(argv)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common import UserError, run
+from common import UserError, launch, run
 from common.bar import Bar
 
 STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
@@ -32,8 +32,7 @@ class Interrupted(UserError):
 
 def default_workers(jobs: int, jobs_per_start: int) -> int:
     """One process per core, fewer for little work: starting a process costs as much as `jobs_per_start` jobs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, 1 + jobs // jobs_per_start))
+    return max(1, min(launch.cores(), 1 + jobs // jobs_per_start))
 
 
 def _end_with_parent() -> None:
@@ -91,11 +90,11 @@ class Rate(Bar):
 
     def __init__(self, label: str, total: int, unit: str, **options):
         super().__init__(label, total, unit, **options)
-        self.what = unit
+        self.what, self.first = unit, self.done
 
     def add(self, n: int) -> None:
-        elapsed, done = max(self.seconds, 1e-6), self.done + n
-        rate = done / elapsed
+        done = self.done + n
+        rate = (done - self.first) / max(self.seconds, 1e-6)
         self.unit = (
             f"{self.what}, {rate:.{0 if rate >= 10 else 1}f}/s, {run.clock((self.total - done) / max(rate, 1e-6))} left"
         )

@@ -605,7 +605,7 @@ def test_a_program_with_a_global_loader_ends(mixed):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from common.data import Loader, open_tree\nfrom common.augment import Compose, RandomResizedCrop\n"
-        "loader = Loader(open_tree(sys.argv[2]), (Compose(RandomResizedCrop(8)),), 2, device='cpu', seed=0)\n"
+        "loader = Loader(open_tree(sys.argv[2]), (Compose(RandomResizedCrop(8)),), 2, device='cpu', seed=0, workers=1)\n"
         "for batch in loader:\n    raise SystemExit('left in the middle')\n"
     )
     command = [sys.executable, "-c", code, str(ROOT), mixed.root]

@@ -20,7 +20,7 @@ from torch import nn
 
 from cmc import colour
 from cmc.contrast import LONG_AGO, MemoryBanks, draw_rows
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
+from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, options, probe, run, schedule
 
 MODELS = {  # name: (depth, width) of each view's residual network; None: half an AlexNet
     "alexnet": None,
@@ -156,11 +156,7 @@ def recipe(args) -> augment.Compose:
 
 
 def build_loader(args, process: launch.Process, per_process: int) -> data.Loader:
-    return data.Loader(
-        options.open_pretraining(args), (recipe(args),), per_process, device=process.device, seed=args.seed,
-        rank=process.rank, world_size=process.world_size, workers=options.workers_per_process(args),
-        data_device=args.data_device, skip_bad=args.skip_bad_images,
-    )  # fmt: skip
+    return options.make_loader(args, process, options.open_pretraining(args), (recipe(args),), per_process, args.seed)
 
 
 class CMC:
@@ -271,7 +267,9 @@ def curves(values: dict) -> dict:
 
 def softmax_probability(out, args) -> dict:
     """With InfoNCE the probability of the positive itself, over all pairs of views."""
-    return {"Softmax": torch.stack([o.softmax(1)[:, 0].mean() for o in out]).mean()} if args.softmax else {}
+    return (
+        {"Softmax": torch.stack([(o[:, 0] - o.logsumexp(1)).exp().mean() for o in out]).mean()} if args.softmax else {}
+    )
 
 
 def learning_rate(args, epoch: int) -> float:
@@ -279,21 +277,15 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
 
-def knn_loaders(args, process: launch.Process, train_set) -> tuple[data.Loader, data.Loader]:
-    """The bank (the training pictures) and the queries (val/) of the k-NN evaluation, without random augmentation."""
-    view = augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res),
-                           colour.Views(args._views))  # fmt: skip
-    return tuple(
-        data.Loader(s, (view,), args.batch_size // process.world_size, device=process.device, seed=args.seed,
-                    rank=process.rank, world_size=process.world_size, shuffle=False, drop_last=False,
-                    workers=options.workers_per_process(args), data_device=args.data_device,
-                    skip_bad=args.skip_bad_images)
-        for s in (train_set, options.open_split(args, "val", classes=train_set.classes)))  # fmt: skip
+def knn_loaders(args, process: launch.Process, train_set):
+    """Of the k-NN evaluation: pictures as they are, without random augmentation."""
+    geometry = augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
+    view = augment.Compose(geometry, colour.Views(args._views))
+    return probe.knn_loaders(args, process, train_set, view)
 
 
 def evaluate_knn(method, loaders, args, log, epoch, step):
-    """Weighted k-NN on what enters the heads, of all views side by side: train/ is the bank, val/ is classified."""
-    launch.broadcast_buffers(method.encoder)
+    """Weighted k-NN on what enters the heads, of all views side by side."""
     layer = 7 if args.model == "alexnet" else 6
 
     def feature(images):
@@ -301,13 +293,7 @@ def evaluate_knn(method, loaders, args, log, epoch, step):
             views = backbones.feature(method.encoder, images.contiguous(memory_format=torch.channels_last), layer)
         return torch.cat(views, 1)
 
-    method.encoder.eval()
-    (bank, bank_targets), (feats, targets) = (
-        map(launch.gather_ragged, metrics.extract_features(feature, loader)) for loader in loaders)  # fmt: skip
-    method.encoder.train()
-    top1, top5 = metrics.knn(bank, bank_targets, feats, targets, len(loaders[0].dataset.classes), k=args.knn_k)
-    log.say(f"Epoch {epoch}: k-NN (k {args.knn_k}) on val: Acc@1 {float(top1):.2f} Acc@5 {float(top5):.2f}")
-    log.log(step, epoch=epoch, knn_acc1=float(top1), knn_acc5=float(top5))
+    probe.evaluate_knn(method.encoder, feature, loaders, args.knn_k, log, epoch, step)
 
 
 def save(path, epoch, step, method, args, process):
@@ -334,7 +320,7 @@ def open_resume(args) -> dict | None:
             raise UserError(f"{path} has no {key}: not a pre-training checkpoint of this script")
     if not any(key.startswith("memory_") for key in saved["contrast"]):
         raise UserError(f"{path} is of another method (its memory holds {', '.join(saved['contrast'])})")
-    then = as_dict(saved.get("opt"))
+    then = saved.get("opt", {})
     for key in ("model", "view", "views"):
         if then.get(key, getattr(args, key)) != getattr(args, key):
             was, now = (value or "the default" for value in (then[key], getattr(args, key)))
@@ -344,11 +330,6 @@ def open_resume(args) -> dict | None:
     if args.seed is None:
         args.seed = then.get("seed")
     return saved
-
-
-def as_dict(opt) -> dict:
-    """Options of a checkpoint: a dict here, an argparse.Namespace in the published files."""
-    return opt if isinstance(opt, dict) else vars(opt) if opt is not None else {}
 
 
 def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
@@ -367,11 +348,7 @@ def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
     method.optimizer.load_state_dict(saved["optimizer"])
     for group in method.optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    then = as_dict(saved.get("opt"))
-    differing = [
-        f"{k}={getattr(args, k)} (was {then[k]})" for k in CONTINUES if k in then and then[k] != getattr(args, k)
-    ]
-    remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
+    remarks = run.unlike(args, saved.get("opt", {}), CONTINUES)
     if "generators" in saved:
         states = saved["generators"]
         if len(states) != process.world_size:

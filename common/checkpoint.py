@@ -84,8 +84,9 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
 
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
-    if isinstance(loaded.get("args"), argparse.Namespace):
-        loaded["args"] = vars(loaded["args"])
+    for key in ("args", "opt"):  # the options are a dict here, a Namespace in published files
+        if isinstance(loaded.get(key), argparse.Namespace):
+            loaded[key] = vars(loaded[key])
     return loaded
 
 
@@ -126,6 +127,12 @@ def newest(folder: str | Path, patterns: tuple[str, ...] = PRETRAINING) -> Path 
     """The most recently written whole checkpoint of a run folder, or None."""
     found = [p for pattern in patterns for p in Path(folder).glob(pattern)]
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+
+
+def newest_below(folder: str | Path) -> Path | None:
+    """As `newest`, of a run folder or of a folder of run folders."""
+    found = [newest(f) for f in (folder, *sorted(e.path for e in os.scandir(folder) if e.is_dir()))]
+    return max((p for p in found if p), key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
 # ------------------------------------------------------------------------------------------------------------ backbones

@@ -32,6 +32,15 @@ def open_split(args, split: str, classes: list[str] | None = None) -> data.Pictu
     return data.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes)
 
 
+def make_loader(args, process: launch.Process, dataset, views, batch: int, seed: int, **how) -> data.Loader:
+    """A loader of `batch` pictures per process that reads as the flags say; `how`: what else data.Loader takes."""
+    return data.Loader(
+        dataset, views, batch, device=process.device, seed=seed, rank=process.rank,
+        world_size=process.world_size, workers=workers_per_process(args), data_device=args.data_device,
+        skip_bad=args.skip_bad_images, **how,
+    )  # fmt: skip
+
+
 def open_pretraining(args) -> data.PictureSet:
     """What is pre-trained on: train/, and for STL-10 its 100,000 unlabelled pictures as well."""
     return open_split(args, "train+unlabeled" if args.dataset == "stl10" else "train")

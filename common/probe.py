@@ -1,6 +1,7 @@
-"""Training a classifier on frozen features: embed every picture once (or batch by batch), then batches of features.
+"""Looking at features that are not trained: a linear classifier on them, and k-NN while a network is being trained.
 
 `embed` is the script's: it maps a batch of images on the device to float32 features and knows the layer and the precision.
+Pictures are embedded once (`ViewCache`) or batch by batch (`embedded`).
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import UserError, launch, metrics, run
-from common.data import Loader
+from common import UserError, launch, metrics, options, run
+from common.augment import Compose
+from common.data import Loader, PictureSet
 
+KNN_BATCH = 256  # pictures per process
 CACHE_BYTES = 32 << 30  # more than this is refused: the script would run out of memory an hour later
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (features, targets)
@@ -79,3 +82,33 @@ def validate(classifier: Callable[[Tensor], Tensor], batches: Batches) -> tuple[
         sums.append(torch.stack([top1, top5, loss, torch.ones_like(top1)]).double() * len(target))
     top1, top5, loss, n = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
     return top1 / n, top5 / n, loss / n
+
+
+# ----------------------------------------------------------------------------------------------------------------- k-NN
+
+
+def knn_loaders(args, process: launch.Process, train_set: PictureSet, view: Compose) -> tuple[Loader, Loader]:
+    """The bank (the training pictures) and the queries (val/) of `evaluate_knn`; view: without anything random."""
+    return tuple(
+        options.make_loader(args, process, pictures, (view,), KNN_BATCH, seed=0, shuffle=False, drop_last=False)
+        for pictures in (train_set, options.open_split(args, "val", classes=train_set.classes))
+    )
+
+
+def evaluate_knn(
+    network: nn.Module, embed: Callable[[Tensor], Tensor], loaders: tuple[Loader, Loader], k: int, log: run.Run, epoch: int,
+    step: int,
+) -> None:  # fmt: skip
+    """Weighted k-NN: the training pictures vote on those of val/. Prints and logs it for `epoch`, after global step `step`.
+
+    network: in training mode, in evaluation mode while `embed` is called, with the batch-norm statistics of rank 0.
+    """
+    launch.broadcast_buffers(network)
+    network.eval()
+    (bank, bank_targets), (feats, targets) = (
+        map(launch.gather_ragged, metrics.extract_features(embed, loader)) for loader in loaders
+    )
+    network.train()
+    top1, top5 = map(float, metrics.knn(bank, bank_targets, feats, targets, len(loaders[0].dataset.classes), k=k))
+    log.say(f"Epoch {epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
+    log.log(step, epoch=epoch, knn_acc1=top1, knn_acc5=top5)

@@ -299,6 +299,13 @@ def options(args) -> dict:
     return {k: v for k, v in vars(args).items() if not k.startswith("_")}
 
 
+def unlike(args, then: dict, flags: tuple[str, ...]) -> list[str]:
+    """What a resumed run has to say of `flags` that differ from those of the run that wrote the checkpoint: [] or one line."""
+    now = vars(args)
+    differing = [f"{k}={now[k]} (was {then[k]})" for k in flags if k in then and then[k] != now[k]]
+    return [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
+
+
 class Run:
     """A folder that holds one run: config.json, metrics.jsonl, TensorBoard events, checkpoints, result.json.
 

@@ -135,9 +135,10 @@ class MemoryBank(nn.Module):
         if self.softmax:
             return softmax_loss(logits), logits
         raw = logits.exp()
-        self.params[2] = next_z(self.params[2], raw, self.n, self.nce_z, self.updates)
+        z = next_z(self.params[2], raw, self.n, self.nce_z, self.updates)
+        self.params[2] = z
         self.updates += 1
-        out = raw / self.params[2].clone()
+        out = raw / z
         return nce_loss(out, self.n), out
 
     @property
@@ -177,10 +178,11 @@ class KeyQueue(nn.Module):
             return softmax_loss(logits), logits
         raw = logits.exp()
         z = next_z(self.z, raw, self.n, self.nce_z, self.updates)
-        self.z.copy_(z.trunc() if self.nce_z == "oneshot" else z)
-        self.params.copy_(self.z.long())
+        z = z.trunc() if self.nce_z == "oneshot" else z
+        self.z.copy_(z)
+        self.params.copy_(z.long())
         self.updates += 1
-        out = raw / self.z.clone()
+        out = raw / z
         return nce_loss(out, self.n), out
 
     @property

@@ -32,13 +32,9 @@ from common import (
     run,
     schedule,
 )
+from moco_insdis.train_moco_ins import MODELS, WARM_EPOCHS, WARM_FROM
 
-MODELS = {  # name: (depth, width)
-    "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
-    "resnet101": (101, 1),
-}  # fmt: skip
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # side of the average-pooled map; layer 5 enters as it is, layer 6 is a vector
-WARM_FROM, WARM_EPOCHS = 0.01, 10
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", model_path="runs/try-moco-insdis", save_path="runs/try-moco-insdis-linear",
@@ -135,12 +131,11 @@ def read_backbone(args) -> dict:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
     path = args.model_path
     if os.path.isdir(path):
-        folders = [path, *sorted(e.path for e in os.scandir(path) if e.is_dir())]
-        found = [f for f in map(checkpoint.newest, folders) if f]
-        if not found:
+        found = checkpoint.newest_below(path)
+        if found is None:
             raise UsageError(f"--model_path {path}: no checkpoint in this folder; run train_moco_ins.py"
                              f"{' --demo' * args.demo} first")  # fmt: skip
-        path = max(found, key=os.path.getmtime)
+        path = found
     elif args.demo and not os.path.exists(path):
         raise UsageError(f"{path}: nothing to evaluate yet; run moco_insdis/train_moco_ins.py --demo first")
     saved = checkpoint.load(path) | {"path": str(path)}
@@ -148,8 +143,7 @@ def read_backbone(args) -> dict:
         raise UserError(
             f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
         )
-    opt = saved.get("opt", {})
-    saved["opt"] = opt = opt if isinstance(opt, dict) else vars(opt)  # a Namespace in the published files
+    opt = saved.setdefault("opt", {})
     if "view" in opt or any(".l_to_ab." in k for k in saved.get("model", {})):
         raise UserError(f"{path} is of CMC (two networks on a colour space): evaluate it with cmc/LinearProbing.py")
     model = opt.get("model", args.model or "resnet50")
@@ -217,11 +211,9 @@ def recipe(args, train: bool) -> augment.Compose:
 
 def make_loader(args, process, dataset, train: bool) -> data.Loader:
     """Validation, and pictures to be cached: the whole set in order. Training: shuffled, the last short batch kept."""
-    return data.Loader(
-        dataset, (recipe(args, train),), args.batch_size // process.world_size, device=process.device, seed=args.seed,
-        rank=process.rank, world_size=process.world_size, shuffle=train and not args.cache_views, drop_last=False,
-        workers=options.workers_per_process(args), data_device=args.data_device, skip_bad=args.skip_bad_images,
-    )  # fmt: skip
+    batch, shuffle = args.batch_size // process.world_size, train and not args.cache_views
+    return options.make_loader(args, process, dataset, (recipe(args, train),), batch, args.seed, shuffle=shuffle,
+                               drop_last=False)  # fmt: skip
 
 
 def learning_rate(args, epoch: int, part: float) -> float:
@@ -279,8 +271,8 @@ def worker(args, process: launch.Process) -> None:
     folder = os.path.join(args.save_path, name)
     run.refuse_to_overwrite(folder, "*.pth", args.resume, args.overwrite)
     resumed = open_resume(args, folder)
-    if resumed and args.seed is None and isinstance(resumed.get("opt"), dict):
-        args.seed = resumed["opt"].get("seed")
+    if resumed and args.seed is None:
+        args.seed = resumed.get("opt", {}).get("seed")
     args.seed = run.settle_seed(args.seed)
     run.seed_all(args.seed)
 

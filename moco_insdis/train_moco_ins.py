@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
+from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, options, probe, run, schedule
 from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank, draw_rows
 
 MODELS = {  # name: (depth, width)
@@ -149,11 +149,7 @@ def recipe(args) -> augment.Compose:
 
 def build_loader(args, process: launch.Process, per_process: int) -> data.Loader:
     views = (recipe(args),) * (2 if args.moco else 1)
-    return data.Loader(
-        options.open_pretraining(args), views, per_process, device=process.device, seed=args.seed,
-        rank=process.rank, world_size=process.world_size, workers=options.workers_per_process(args),
-        data_device=args.data_device, skip_bad=args.skip_bad_images,
-    )  # fmt: skip
+    return options.make_loader(args, process, options.open_pretraining(args), views, per_process, args.seed)
 
 
 class InsDis:
@@ -164,7 +160,6 @@ class InsDis:
         self.wrapped = parallel(self.encoder, process)
         self.memory = MemoryBank(n, args.feat_dim, args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory.to(process.device)
-        self.settings = self.memory.params.clone()
         self.exclude_self = args.exclude_self
         self.draws = torch.Generator(process.device).manual_seed(args.seed)  # negatives; the same on every rank
 
@@ -184,10 +179,8 @@ class InsDis:
 
     def load_state(self, saved: dict, path: str) -> None:
         self.memory.updates = saved.get("z_updates", LONG_AGO)
-        k, t, _, m = self.settings.tolist()
-        self.memory.params.copy_(
-            torch.tensor([k, t, float(self.memory.normaliser), m])
-        )  # Z goes on, the rest is this run's
+        memory = self.memory  # Z goes on, the rest is this run's
+        memory.params.copy_(torch.tensor([memory.k, memory.temperature, float(memory.normaliser), memory.momentum]))
 
 
 class MoCo:
@@ -294,7 +287,7 @@ def train_one_epoch(method, loader, epoch, first_step, stop, log, args):
 
 def softmax_probability(out, args) -> dict:
     """The published "prob" is the mean of column 0, which with InfoNCE is a logit; this is the probability itself."""
-    return {"Softmax": out.softmax(1)[:, 0].mean()} if args.softmax else {}
+    return {"Softmax": (out[:, 0] - out.logsumexp(1)).exp().mean()} if args.softmax else {}
 
 
 def learning_rate(args, epoch: int, part: float) -> float:
@@ -305,33 +298,21 @@ def learning_rate(args, epoch: int, part: float) -> float:
     return lr
 
 
-def knn_loaders(args, process: launch.Process, train_set) -> tuple[data.Loader, data.Loader]:
-    """The bank (the training pictures) and the queries (val/) of the k-NN evaluation, without random augmentation."""
-    view = augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res),
-                           augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))  # fmt: skip
-    return tuple(
-        data.Loader(s, (view,), args.batch_size // process.world_size, device=process.device, seed=args.seed,
-                    rank=process.rank, world_size=process.world_size, shuffle=False, drop_last=False,
-                    workers=options.workers_per_process(args), data_device=args.data_device,
-                    skip_bad=args.skip_bad_images)
-        for s in (train_set, options.open_split(args, "val", classes=train_set.classes)))  # fmt: skip
+def knn_loaders(args, process: launch.Process, train_set):
+    """Of the k-NN evaluation: pictures as they are, without random augmentation."""
+    geometry = augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
+    view = augment.Compose(geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    return probe.knn_loaders(args, process, train_set, view)
 
 
 def evaluate_knn(method, loaders, args, log, epoch, step):
-    """Weighted k-NN on the pooled feature: train/ is the bank, val/ is classified."""
-    launch.broadcast_buffers(method.encoder)
+    """Weighted k-NN on the pooled feature."""
 
     def feature(images):
         with method.precision.autocast():
             return backbones.feature(method.encoder, images.contiguous(memory_format=torch.channels_last), 6)
 
-    method.encoder.eval()
-    (bank, bank_targets), (feats, targets) = (
-        map(launch.gather_ragged, metrics.extract_features(feature, loader)) for loader in loaders)  # fmt: skip
-    method.encoder.train()
-    top1, top5 = metrics.knn(bank, bank_targets, feats, targets, len(loaders[0].dataset.classes), k=args.knn_k)
-    log.say(f"Epoch {epoch}: k-NN (k {args.knn_k}) on val: Acc@1 {float(top1):.2f} Acc@5 {float(top5):.2f}")
-    log.log(step, epoch=epoch, knn_acc1=float(top1), knn_acc5=float(top5))
+    probe.evaluate_knn(method.encoder, feature, loaders, args.knn_k, log, epoch, step)
 
 
 def save(path, epoch, step, method, args, process):
@@ -359,7 +340,7 @@ def open_resume(args) -> dict | None:
         raise UserError(f"{path} is of another method (its memory holds {', '.join(saved['contrast'])})")
     if ("model_ema" in saved) != args.moco:
         raise UserError(f"{path} is of {'MoCo: add --moco' if 'model_ema' in saved else 'InsDis: leave --moco away'}")
-    then = as_dict(saved.get("opt"))
+    then = saved.get("opt", {})
     if then.get("model", args.model) != args.model:
         raise UserError(f"{path} is of --model {then['model']}, this run of {args.model}")
     if args.seed is None:
@@ -367,32 +348,22 @@ def open_resume(args) -> dict | None:
     return saved
 
 
-def as_dict(opt) -> dict:
-    """Options of a checkpoint: a dict here, an argparse.Namespace in the published files."""
-    return opt if isinstance(opt, dict) else vars(opt) if opt is not None else {}
-
-
 def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
     """Put back what `save` wrote, or a published checkpoint has: (complete epochs, steps done of the next, remarks)."""
     path = saved["path"]
     checkpoint.load_into(method.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), path)
-    for name, now in (("--nce_k", args.nce_k), ("data", method.memory.n)):
-        rows = len(saved["contrast"]["memory"]) if args.moco == (name == "--nce_k") else now
-        if not args.moco and name == "--nce_k":
-            rows = int(saved["contrast"]["params"][0])
-        if rows != now:
-            what = f"--nce_k {rows}" if name == "--nce_k" else f"{rows} training pictures"
-            raise UserError(f"{path} was made with {what}, this run has {now}")
+    rows = len(saved["contrast"]["memory"])
+    k = rows if args.moco else int(saved["contrast"]["params"][0])
+    if k != args.nce_k:
+        raise UserError(f"{path} was made with --nce_k {k}, this run has {args.nce_k}")
+    if not args.moco and rows != method.memory.n:
+        raise UserError(f"{path} was made with {rows} training pictures, this run has {method.memory.n}")
     checkpoint.load_into(method.memory, saved["contrast"], path)
     method.load_state(saved, path)
     method.optimizer.load_state_dict(saved["optimizer"])
     for group in method.optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    then = as_dict(saved.get("opt"))
-    differing = [
-        f"{k}={getattr(args, k)} (was {then[k]})" for k in CONTINUES if k in then and then[k] != getattr(args, k)
-    ]
-    remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
+    remarks = run.unlike(args, saved.get("opt", {}), CONTINUES)
     if "generators" in saved:
         states = saved["generators"]
         if len(states) != process.world_size:

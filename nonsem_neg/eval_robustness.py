@@ -174,11 +174,8 @@ def score(
     """For every picture, 1 where the argmax is its class: over all classes, and over those that the set has (masked)."""
     view = augment.Compose(geometry(args, dataset, cropped_before),
                            augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))  # fmt: skip
-    loader = data.Loader(
-        dataset, (view,), max(1, args.batch_size // process.world_size), device=process.device, seed=0, rank=process.rank,
-        world_size=process.world_size, shuffle=False, drop_last=False, workers=options.workers_per_process(args),
-        data_device=args.data_device, skip_bad=args.skip_bad_images,
-    )  # fmt: skip
+    batch = max(1, args.batch_size // process.world_size)
+    loader = options.make_loader(args, process, dataset, (view,), batch, seed=0, shuffle=False, drop_last=False)
     absent = torch.ones(len(dataset.classes), dtype=torch.bool)
     absent[dataset.targets.unique()] = False
     absent = absent.to(process.device)

@@ -153,12 +153,8 @@ def make_loader(args, process, dataset, train: bool, cached: bool = False) -> da
     else:
         geometry = [augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)]
     view = augment.Compose(*geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
-    whole = cached or not train
-    return data.Loader(
-        dataset, (view,), args.batch_size // process.world_size, device=process.device, seed=args.seed,
-        rank=process.rank, world_size=process.world_size, shuffle=not whole, drop_last=False,
-        workers=options.workers_per_process(args), data_device=args.data_device, skip_bad=args.skip_bad_images,
-    )  # fmt: skip
+    batch, shuffle = args.batch_size // process.world_size, train and not cached
+    return options.make_loader(args, process, dataset, (view,), batch, args.seed, shuffle=shuffle, drop_last=False)
 
 
 @torch.no_grad()

@@ -21,7 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, metrics, options, run, schedule
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    checkpoint,
+    data,
+    launch,
+    metrics,
+    options,
+    probe,
+    run,
+    schedule,
+)
 from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import check_patch_range, patch_negatives
 
@@ -158,11 +171,7 @@ def build_loader(args, process: launch.Process, per_process: int) -> data.Loader
         train_set, texture_set = open_texture_pairs(args)
     else:
         train_set = options.open_pretraining(args)
-    return data.Loader(
-        train_set, (view, view), per_process, device=process.device, seed=args.seed, rank=process.rank,
-        world_size=process.world_size, workers=options.workers_per_process(args), data_device=args.data_device,
-        partner=texture_set, skip_bad=args.skip_bad_images,
-    )  # fmt: skip
+    return options.make_loader(args, process, train_set, (view, view), per_process, args.seed, partner=texture_set)
 
 
 def open_texture_pairs(args):
@@ -207,10 +216,7 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         loss = F.cross_entropy(logits, labels)
 
-        optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+        precision.step(loss, optimizer)
         model.enqueue(keys)
 
         step += 1
@@ -230,32 +236,21 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
     return step
 
 
-def knn_loaders(args, process: launch.Process, train_set) -> tuple[data.Loader, data.Loader]:
-    """The bank (the training pictures) and the queries (val/) of the k-NN evaluation, without random augmentation."""
-    view = augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res),
-                           augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))  # fmt: skip
-    return tuple(
-        data.Loader(s, (view,), 256, device=process.device, seed=0, rank=process.rank, world_size=process.world_size,
-                    shuffle=False, drop_last=False, workers=options.workers_per_process(args),
-                    data_device=args.data_device, skip_bad=args.skip_bad_images)
-        for s in (train_set, options.open_split(args, "val", classes=train_set.classes)))  # fmt: skip
+def knn_loaders(args, process: launch.Process, train_set):
+    """Of the k-NN evaluation: pictures as they are, without random augmentation."""
+    geometry = augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
+    view = augment.Compose(geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    return probe.knn_loaders(args, process, train_set, view)
 
 
 def evaluate_knn(model, loaders, args, log, epoch, step):
-    """Weighted k-NN on the pooled backbone feature: train/ is the bank, val/ is classified."""
-    launch.broadcast_buffers(model)
+    """Weighted k-NN on the pooled backbone feature."""
 
     def feature(images):
         with model.autocast():
             return backbones.feature(model.encoder_q, images.contiguous(memory_format=torch.channels_last), 6)
 
-    model.eval()
-    (bank, bank_targets), (feats, targets) = (
-        map(launch.gather_ragged, metrics.extract_features(feature, loader)) for loader in loaders)  # fmt: skip
-    model.train()
-    top1, top5 = metrics.knn(bank, bank_targets, feats, targets, len(loaders[0].dataset.classes), k=args.knn_k)
-    log.say(f"Epoch {epoch}: k-NN (k {args.knn_k}) on val: Acc@1 {float(top1):.2f} Acc@5 {float(top5):.2f}")
-    log.log(step, epoch=epoch, knn_acc1=float(top1), knn_acc5=float(top5))
+    probe.evaluate_knn(model, feature, loaders, args.knn_k, log, epoch, step)
 
 
 def save(path, epoch, step, model, optimizer, precision, generator, args, process):
@@ -294,11 +289,8 @@ def restore(saved, args, model, optimizer, precision, generator, process, log) -
     optimizer.load_state_dict(saved["optimizer"])
     for group in optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    then = saved.get("args", {})
-    differing = [k for k in CONTINUES if k in then and then[k] != getattr(args, k)]
-    if differing:
-        log.say("note: unlike the run that wrote the checkpoint: " +
-                ", ".join(f"{k}={getattr(args, k)} (was {then[k]})" for k in differing))  # fmt: skip
+    for remark in run.unlike(args, saved.get("args", {}), CONTINUES):
+        log.say(remark)
     if "generators" in saved:
         if len(saved["generators"]) != process.world_size:
             log.say(

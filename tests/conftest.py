@@ -1,3 +1,4 @@
+import argparse
 import os
 import signal
 import subprocess
@@ -40,3 +41,23 @@ def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env
     """A script as a user starts it, in a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / path), *map(str, arguments)], cwd=cwd, timeout=timeout,
                           capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **env})  # fmt: skip
+
+
+def equal(a, b) -> bool:
+    """Bit by bit: tensors in dicts and lists of whatever depth."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def as_published(saved, keys, **opt) -> dict:
+    """A checkpoint with the authors' `keys` alone: options in a Namespace, an optimizer of an older PyTorch."""
+    kept = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
+    groups = [{k: g[k] for k in kept} for g in saved["optimizer"]["param_groups"]]
+    theirs = {k: saved[k] for k in keys if k in saved}
+    theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
+    return theirs | {"opt": argparse.Namespace(**opt)}

@@ -1,11 +1,10 @@
 """CMC's pre-training script: names and keys as published, exact resume, one process = two, bad input."""
 
-import argparse
 import json
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, as_published, equal, run_script
 
 from cmc import train_CMC as script
 from common import UsageError, UserError, backbones, checkpoint, launch, run
@@ -22,28 +21,9 @@ def train(*flags) -> dict:
     return checkpoint.load(f"{script.parse_args(flags).folder}/current.pth")
 
 
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 def same_run(a, b) -> None:
     for key in ("model", "contrast", "optimizer", "generators", "epoch", "step"):
         assert equal(a[key], b[key]), key
-
-
-def as_published(saved, **opt) -> dict:
-    """A file with the authors' keys alone: options in a Namespace, an optimizer of an older PyTorch."""
-    kept = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
-    groups = [{k: g[k] for k in kept} for g in saved["optimizer"]["param_groups"]]
-    theirs = {k: saved[k] for k in PUBLISHED}
-    theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
-    return theirs | {"opt": argparse.Namespace(**opt)}
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
@@ -200,7 +180,7 @@ def test_resume_is_bit_exact(workspace, monkeypatch, capsys, stop_at):
 def test_a_published_checkpoint_resumes(workspace, capsys):
     ours = train("--epochs", 1, "--nce_z", "oneshot")
     theirs = as_published(
-        ours, model="resnet18v1", view="Lab", nce_k=24, nce_t=0.07, nce_m=0.5, batch_size=32, softmax=False
+        ours, PUBLISHED, model="resnet18v1", view="Lab", nce_k=24, nce_t=0.07, nce_m=0.5, batch_size=32, softmax=False
     )
     torch.save(theirs, "theirs.pth")
     with pytest.raises(UsageError, match="already holds"):

@@ -1,11 +1,10 @@
 """The pre-training script of MoCo and InsDis: names and keys as published, exact resume, one process = two, bad input."""
 
-import argparse
 import json
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import as_published, equal, run_script
 
 from common import UsageError, UserError, checkpoint, launch, run
 from moco_insdis import train_moco_ins as script
@@ -23,29 +22,10 @@ def train(*flags) -> dict:
     return checkpoint.load(f"{script.parse_args(flags).folder}/current.pth")
 
 
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 def same_run(a, b) -> None:
     assert a.keys() == b.keys()
     for key in a.keys() - {"opt", "scaler"}:
         assert equal(a[key], b[key]), key
-
-
-def as_published(saved, **opt) -> dict:
-    """A file with the authors' keys alone: options in a Namespace, an optimizer of an older PyTorch."""
-    kept = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
-    groups = [{k: g[k] for k in kept} for g in saved["optimizer"]["param_groups"]]
-    theirs = {k: saved[k] for k in (*PUBLISHED, "model_ema") if k in saved}
-    theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
-    return theirs | {"opt": argparse.Namespace(**opt)}
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
@@ -191,7 +171,9 @@ def test_resume_is_bit_exact(workspace, monkeypatch, capsys, method, stop_at):
 def test_a_published_checkpoint_resumes(workspace, capsys, method):
     flags = [*METHODS[method], "--nce_z", "oneshot"]
     ours = train(*flags, "--epochs", 1)
-    theirs = as_published(ours, model="resnet18", nce_k=40, nce_t=0.07, batch_size=32, softmax=False)
+    theirs = as_published(
+        ours, (*PUBLISHED, "model_ema"), model="resnet18", nce_k=40, nce_t=0.07, batch_size=32, softmax=False
+    )
     torch.save(theirs, "theirs.pth")
     with pytest.raises(UsageError, match="already holds"):
         train(*flags)

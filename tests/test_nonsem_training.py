@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_script
+from conftest import ROOT, equal, run_script
 from torch import nn
 
 from common import UsageError, UserError, backbones, checkpoint, data, launch, run
@@ -29,16 +29,6 @@ def train(*flags, start=TINY) -> dict:
     script.main([*start, *map(str, flags)])
     folder = flags[flags.index("--ckpt_path") + 1] if "--ckpt_path" in flags else "run"
     return checkpoint.load(f"{folder}/checkpoint_last.pth.tar")
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def stop_at(monkeypatch, step):

@@ -45,8 +45,8 @@ def parse_args(argv=None):
     parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/*")
-    options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet")
-    g.add_argument("--crop_low", type=run.fraction, default=None, help="least share of the picture that a crop covers; "
+    options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet", workers=18)
+    g.add_argument("--crop_low", type=run.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet and a ResNet .08")  # fmt: skip
 
     g = parser.add_argument_group("model")
@@ -60,7 +60,7 @@ def parse_args(argv=None):
                    help="colour space; its lightness is one view, the other two channels the other")  # fmt: skip
     g.add_argument("--views", default=None, metavar="VIEW,VIEW,...", help="views made of other channels, or more than two: "
                    "every pair is contrasted; such as L,a,b or L,ab,YCbCr:CbCr")  # fmt: skip
-    g.add_argument("--softmax", action="store_true", help="InfoNCE loss; else NCE")
+    g.add_argument("--softmax", action=run.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument("--nce_k", type=run.positive_int, default=16384, help="negatives per anchor")
     g.add_argument("--nce_t", type=run.positive, default=None, help="temperature; default .07, with --dataset stl10 .1")
     g.add_argument("--nce_m", type=run.fraction, default=0.5, help="momentum of a memory row")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     g.add_argument("--lr_decay_epochs", default="120,160,200", help="complete epochs after which the rate drops")
     g.add_argument("--lr_decay_rate", type=run.positive, default=0.1, help="factor of each drop")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="weight decay")
+    g.add_argument("--weight_decay", type=run.not_negative, default=1e-4, help="weight decay")
 
     g = parser.add_argument_group("run")
     g.add_argument("--model_path", default="./runs/cmc", help="the run gets a folder of its own in here")
@@ -86,7 +86,9 @@ def parse_args(argv=None):
     g.add_argument("--save_freq", type=run.positive_int, default=10, help="epochs between numbered checkpoints")
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the run's newest")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
-    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+    g.add_argument(
+        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+    )
     g.add_argument("--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations; 0: never")
     g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
 
@@ -100,6 +102,7 @@ def parse_args(argv=None):
     parser.refuse("beta2", "never had an effect in pre-training, which uses SGD")
     args = parser.parse_args(argv)
 
+    run.check_precision_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures")
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
@@ -118,6 +121,8 @@ def parse_args(argv=None):
         with torch.device("meta"):  # no numbers, only shapes: says if the pictures are too small
             network = build_network(args.model, args._views, args.feat_dim, args.small_stem)
         backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), layer=1)
+    if "nce_z" in args._typed and "softmax" not in args._typed:
+        args.softmax = False  # whatever the preset says
     if args.softmax and "nce_z" in args._typed:
         raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; leave one of the two away")
     args.folder = os.path.join(args.model_path, run_name(args))
@@ -351,10 +356,13 @@ def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
     remarks = run.unlike(args, saved.get("opt", {}), CONTINUES)
     if "generators" in saved:
         states = saved["generators"]
+        mine = states[process.rank % len(states)]
         if len(states) != process.world_size:
             remarks.append(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
-        mine = states[process.rank % len(states)]
-        method.draws.set_state(mine["draws"])
+        if len(mine["draws"]) == len(method.draws.get_state()):
+            method.draws.set_state(mine["draws"])
+        else:
+            remarks.append("note: this is another kind of device than the run began on: other draws")
         torch.set_rng_state(mine["torch"])
         method.precision.scaler.load_state_dict(saved["scaler"])
     remarks.append(f"resumed {path}: epoch {saved['epoch']}, step {saved.get('step', 0)}")

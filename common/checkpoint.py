@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import pickle
 import re
@@ -93,10 +94,12 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
 def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_missing: tuple[str, ...] = ()) -> None:
     """Load `state` into `module`, everything or nothing; `what` names the file in the one-line UserError.
 
-    allowed_missing: prefixes of keys that may be absent from `state` (a head that is trained afresh).
+    allowed_missing: prefixes of keys that may be absent from `state` (a head that is trained afresh). The counters of
+    batch-norm may be absent, too: PyTorch before 0.4.1 had none.
     """
     own = module.state_dict()
     missing = [k for k in own if k not in state and not k.startswith(allowed_missing or ("\0",))]
+    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
     differing = [
         f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
@@ -108,7 +111,16 @@ def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_mi
         parts += [f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []
         parts += differing[:1]
         raise UserError(f"{what} does not fit this model ({'; '.join(parts)}): is it of another architecture?")
-    module.load_state_dict(state, strict=not allowed_missing)
+    module.load_state_dict(state, strict=False)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """The same for the same names, types and values, on whatever device: tells if two files hold the same network."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def add_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,8 +6,11 @@ from common import data, demo, launch, run
 from common.sets import TORCHVISION_SETS
 
 
-def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str = "folder") -> None:
-    """trees: the values of --dataset that all mean class folders; published flags name ImageNet apart from ImageNet-100."""
+def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str = "folder", workers: int = 32) -> None:
+    """trees: the values of --dataset that all mean class folders; published flags name ImageNet apart from ImageNet-100.
+
+    workers: the published default.
+    """
     group.add_argument("--dataset", choices=[*trees, "packed", *TORCHVISION_SETS], default=default,
                        help=f"{', '.join(trees)}: class folders; packed: written by preprocess/pack.py; "
                        "else a torchvision set below DATA, downloaded if missing")  # fmt: skip
@@ -18,7 +21,7 @@ def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str
                        help="device: all pictures in memory as uint8 (one size only); host: workers decode them; "
                        "auto: device where they fit")  # fmt: skip
     group.add_argument("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
-    group.add_argument("-j", "--workers", "--num-workers", type=int, default=32,
+    group.add_argument("-j", "--workers", "--num-workers", type=int, default=workers,
                        help="processes per node that read pictures; at most one per core is started")  # fmt: skip
 
 

@@ -48,7 +48,9 @@ class Parser(argparse.ArgumentParser):
         self._refused: dict[str, str] = {}
         named = [name for name in self.presets if name != "demo"]
         if named:
-            self.add_argument("--preset", choices=named, default=None, help="set the flags of a published recipe")
+            self.add_argument(
+                "--preset", choices=named, default=None, help="set the flags of a recipe; what is typed wins"
+            )
         if "demo" in self.presets:
             self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
 
@@ -150,6 +152,27 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -186,6 +209,12 @@ def add_precision_arguments(group) -> None:
     group.add_argument("--opt-level", choices=["O1", "O2"], default="O2",
                        help="apex's level; with torch's own --amp both mean autocast with float32 weights")  # fmt: skip
     group.add_argument("--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp")
+
+
+def check_precision_arguments(args) -> None:
+    """UsageError for --amp-backend without --amp. (A lone --opt-level is passed over, as the published scripts do.)"""
+    if "amp_backend" in args._typed and not args.amp:
+        raise UsageError(f"--amp-backend {args.amp_backend} belongs to --amp; add that, or leave it away")
 
 
 class Precision:
@@ -301,8 +330,12 @@ def options(args) -> dict:
 
 def unlike(args, then: dict, flags: tuple[str, ...]) -> list[str]:
     """What a resumed run has to say of `flags` that differ from those of the run that wrote the checkpoint: [] or one line."""
+
+    def plain(value):  # published scripts keep "120,160,200" as the list that it stands for
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
     now = vars(args)
-    differing = [f"{k}={now[k]} (was {then[k]})" for k in flags if k in then and then[k] != now[k]]
+    differing = [f"{k}={now[k]} (was {then[k]})" for k in flags if k in then and plain(then[k]) != plain(now[k])]
     return [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
 
 
@@ -450,9 +483,10 @@ def _wrap(words: list[str], width: int = 110) -> str:
 class Progress:
     """Progress of one epoch: a live bar on a terminal, one line every `every` steps in a pipe; rank 0 only.
 
-    `update(loss=..., acc=..., n=batch)` takes 0-dim tensors and only adds them up on their device. Every `every` steps,
-    and at the end, they are read back once: `update` then returns the means since the last print (else None). That
-    is also where a non-finite loss is found: UserError, before anything of it could be saved.
+    `update(n, loss=..., acc=...)` takes 0-dim tensors, means over n rows, and only adds them up on their device. Every
+    `every` steps, and at the end, they are read back once: `update` then returns the means since the last print (else
+    None), over the rows of all ranks, which must make the same steps. That is also where a non-finite loss is found:
+    UserError, on every rank and before anything of it could be saved.
     """
 
     def __init__(self, label: str, total: int, every: int = 10, start: int = 0, enabled: bool = True, extra: str = ""):
@@ -462,6 +496,7 @@ class Progress:
         self.names: list[str] = []
         self.count = 0  # images since the last print
         self.epoch_sums, self.epoch_count = None, 0
+        self.seen = 0  # images of this rank
         self.began = self.last = time.perf_counter()
         self.first, self.last_done = start, start
         self.bar = None
@@ -482,18 +517,20 @@ class Progress:
         return None
 
     def _show(self) -> dict:
-        sums = (
-            torch.zeros(0).double() if self.sums is None else self.sums.double().cpu()
-        )  # the only wait for the device
+        sums, rows = torch.zeros(0).double(), self.count
+        if self.sums is not None:  # the only wait for the device
+            *sums, rows = launch.sum_ranks(torch.cat([self.sums, self.sums.new_tensor([rows])])).tolist()
+            sums = torch.tensor(sums, dtype=torch.float64)
         if not torch.isfinite(sums).all():
             raise UserError(
                 f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint is from before it. "
                 "Lower --lr, raise the temperature, or try without --amp"
             )
         self.epoch_sums = sums if self.epoch_sums is None else self.epoch_sums + sums
-        self.epoch_count += self.count
+        self.epoch_count += rows
+        self.seen += self.count
         now = time.perf_counter()
-        since, overall = sums / self.count, self.epoch_sums / self.epoch_count
+        since, overall = sums / rows, self.epoch_sums / self.epoch_count
         seconds = (now - self.last) / (self.done - self.last_done)
         mean_seconds = (now - self.began) / (self.done - self.first)
         if self.enabled:
@@ -520,7 +557,7 @@ class Progress:
             self.bar.close()
         elapsed = self.elapsed
         means = {} if self.epoch_sums is None else dict(zip(self.names, (self.epoch_sums / self.epoch_count).tolist()))
-        return {**means, "images_per_second": self.epoch_count * launch.world_size() / elapsed, "elapsed": elapsed}
+        return {**means, "images_per_second": self.seen * launch.world_size() / elapsed, "elapsed": elapsed}
 
 
 def clock(seconds: float) -> str:

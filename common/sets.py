@@ -244,6 +244,9 @@ def split_folder(root: str | Path, split: str) -> Path:
     if any(PackFiles(root, s).listing.exists() for s in SPLITS):
         raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
+    for name, (_, files, *_) in TORCHVISION_SETS.items():
+        if files in inside:
+            raise UsageError(f"{root}: {wanted}, but {files}: add --dataset {name}")
     class_folders = [n[:-1] for n in inside if n.endswith("/") and _has_picture(root / n)]
     if class_folders:
         where = (

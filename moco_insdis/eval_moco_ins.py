@@ -49,7 +49,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/* and val/CLASS/*")
     options.add_data_arguments(g, trees=("imagenet100", "imagenet", "folder"), default="imagenet100")
-    g.add_argument("--crop", type=run.fraction, default=None, help="least share of the picture that a crop covers; "
+    g.add_argument("--crop", type=run.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet .08")  # fmt: skip
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ",
                    help="CJ: greyscale and colour jitter here too, as published; NULL: crop and flip")  # fmt: skip
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     g.add_argument("--beta1", type=run.fraction, default=0.5, help="of Adam")
     g.add_argument("--beta2", type=run.fraction, default=0.999, help="of Adam")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=float, default=0.0, help="weight decay")
+    g.add_argument("--weight_decay", type=run.not_negative, default=0.0, help="weight decay")
     g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
                    help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
                    "at every epoch, as published")  # fmt: skip
@@ -88,13 +88,16 @@ def parse_args(argv=None):
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("--label", default=None, help="name of the run in a report; default: made of its settings")
-    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+    g.add_argument(
+        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+    )
 
     g = launch.add_arguments(parser)
     run.add_precision_arguments(g)
     parser.refuse("tb_freq", "never had an effect: TensorBoard gets a point every epoch")
     args = parser.parse_args(argv)
 
+    run.check_precision_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/ and val/, or --demo for built-in pictures")
     if args.model_path is None:
@@ -227,11 +230,21 @@ def learning_rate(args, epoch: int, part: float) -> float:
     return lr
 
 
-def train_one_epoch(classifier, batches, steps, optimizer, epoch, log, args):
-    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main and not args.cache_views)
-    for step, (feats, target) in enumerate(batches):
+def hyperparameters(args) -> dict:
+    """Of the optimizer, besides the learning rate."""
+    if args.adam:
+        return dict(betas=(args.beta1, args.beta2), weight_decay=args.weight_decay)
+    return dict(momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def train_one_epoch(classifier, batches, first_step, steps, optimizer, epoch, stop, log, args):
+    """(means, number of steps done): all of them, or fewer where a signal asked to stop. Epochs count from 1."""
+    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, first_step, log.main and not args.cache_views)
+    step = first_step
+    for feats, target in batches:
         schedule.set_lr(optimizer, learning_rate(args, epoch, step / steps))
-        if args.bn and len(target) == 1:  # no statistics of a single row
+        step += 1
+        if args.bn and launch.any_rank(len(target) == 1):  # a single row has no statistics, and all ranks must agree
             continue
         logits = classifier(feats)
         loss = F.cross_entropy(logits, target)
@@ -240,7 +253,9 @@ def train_one_epoch(classifier, batches, steps, optimizer, epoch, log, args):
         optimizer.step()
         top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
         progress.update(len(target), **{"Loss": loss, "Acc@1": top1, "Acc@5": top5})
-    return progress.close()
+        if not args.cache_views and stop.asked():  # an epoch of cached features takes a moment
+            break
+    return progress.close(), step
 
 
 def check_frozen(network, saved) -> None:
@@ -251,28 +266,61 @@ def check_frozen(network, saved) -> None:
             raise UserError(f"{name} changed during linear evaluation: the network was not frozen; the result is void")
 
 
-def open_resume(args, folder: str) -> dict | None:
+def open_resume(args, folder: str, digest: str) -> dict | None:
+    """Read the checkpoint that --resume names (None: start from scratch) and take over its seed. digest: of the network."""
     path = checkpoint.newest(folder, ("current.pth", "ckpt_epoch_*.pth")) if args.resume == "auto" else args.resume
     if not path:
         return None
-    state = checkpoint.load(path) | {"path": str(path)}
+    resumed = checkpoint.load(path) | {"path": str(path)}
     for key in ("classifier", "optimizer", "epoch"):
-        if key not in state:
+        if key not in resumed:
             raise UserError(f"{path} has no {key}: not a checkpoint of this script; a network goes to --model_path")
-    return state
+    if resumed.get("digest", digest) != digest:
+        raise UserError(f"{path} is a classifier on another network ({resumed.get('network')} as it was then): "
+                        "start over with --overwrite, or choose another --save_path")  # fmt: skip
+    if args.seed is None:
+        args.seed = resumed.get("opt", {}).get("seed")
+    return resumed
+
+
+def restore(resumed, classifier, optimizer, classes, args, log) -> tuple:
+    """Put back what the last run saved: (complete epochs, steps of the next that are done, best Acc@1, its epoch, last
+    top-1, last top-5)."""
+    path = resumed["path"]
+    if resumed.get("classes", classes) != classes:
+        raise UserError(
+            f"{path} was trained on other classes ({len(resumed['classes'])}; here there are {len(classes)})"
+        )
+    checkpoint.load_into(classifier, resumed["classifier"], path)
+    optimizer.load_state_dict(resumed["optimizer"])
+    for group in optimizer.param_groups:  # what was typed now counts, not what was typed then
+        group.update(hyperparameters(args))
+    for remark in run.unlike(args, resumed.get("opt", {}), CONTINUES):
+        log.say(remark)
+    epoch, step, best = resumed["epoch"], resumed.get("step", 0), float(resumed.get("best_acc1", -1))
+    log.say(f"resumed {path}: epoch {epoch}, step {step}, best Acc@1 {best:.2f}")
+    nan = float("nan")
+    return epoch, step, best, resumed.get("best_epoch", 0), resumed.get("acc1", nan), resumed.get("acc5", nan)
+
+
+# flags that must stay the same for a resumed run to be the run that was interrupted
+CONTINUES = ("seed", "data", "dataset", "class_list", "input_res", "batch_size", "learning_rate", "lr_decay_epochs",
+             "lr_decay_rate", "momentum", "weight_decay", "cache_views", "amp", "crop", "aug", "bn", "syncBN", "cosine", "warm",
+             "adam", "beta1", "beta2")  # fmt: skip
 
 
 def worker(args, process: launch.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
+    if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
+        raise UsageError("--syncBN: PyTorch synchronises batch-norm between GPUs only; leave it away on CPUs")
     options.ensure_demo(args, process)
     saved = read_backbone(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved["path"]))))
     folder = os.path.join(args.save_path, name)
     run.refuse_to_overwrite(folder, "*.pth", args.resume, args.overwrite)
-    resumed = open_resume(args, folder)
-    if resumed and args.seed is None:
-        args.seed = resumed.get("opt", {}).get("seed")
+    digest = checkpoint.fingerprint(checkpoint.backbone(saved))
+    resumed = open_resume(args, folder, digest)
     args.seed = run.settle_seed(args.seed)
     run.seed_all(args.seed)
 
@@ -287,12 +335,8 @@ def worker(args, process: launch.Process) -> None:
         classifier = nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
     classifier = classifier.to(process.device)
     wrapped = nn.parallel.DistributedDataParallel(classifier) if process.world_size > 1 else classifier
-    if args.adam:
-        optimizer = torch.optim.Adam(classifier.parameters(), args.learning_rate, betas=(args.beta1, args.beta2),
-                                     weight_decay=args.weight_decay)  # fmt: skip
-    else:
-        optimizer = torch.optim.SGD(classifier.parameters(), args.learning_rate, momentum=args.momentum,
-                                    weight_decay=args.weight_decay)  # fmt: skip
+    make = torch.optim.Adam if args.adam else torch.optim.SGD
+    optimizer = make(classifier.parameters(), args.learning_rate, **hyperparameters(args))
 
     log = run.Run(folder, args, process, tensorboard=os.path.join(args.tb_path, name) if args.tb_path else True)
     train_loader, val_loader = make_loader(args, process, train_set, True), make_loader(args, process, val_set, False)
@@ -300,17 +344,22 @@ def worker(args, process: launch.Process) -> None:
     log.derived(train_images=len(train_set), val_images=len(val_set), classes=len(classes), model=args.model,
                 layer=f"{args.layer} {tuple(shape)}", network=saved["path"], pretrained_epochs=saved.get("epoch"),
                 crop=args.crop, precision=str(precision), data_device=train_loader.mode)  # fmt: skip
-    epoch, best, best_epoch, top1, top5 = 0, -1.0, 0, float("nan"), float("nan")
+    epoch, step, best, best_epoch, top1, top5 = 0, 0, -1.0, 0, float("nan"), float("nan")
     if resumed:
-        checkpoint.load_into(classifier, resumed["classifier"], resumed["path"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        epoch, best = resumed["epoch"], float(resumed.get("best_acc1", -1))
-        best_epoch, top1, top5 = (resumed.get(k, d) for k, d in (("best_epoch", 0), ("acc1", top1), ("acc5", top5)))
-        log.say(f"resumed {resumed['path']}: epoch {epoch}, best Acc@1 {best:.2f}")
+        epoch, step, best, best_epoch, top1, top5 = restore(resumed, classifier, optimizer, classes, args, log)
     log.rewind(epoch if resumed else -1)
 
     def embedder(images):
         return embed(network, images, args.layer, precision)
+
+    def save(*names):
+        state = {
+            "opt": run.options(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
+            "optimizer": optimizer.state_dict(), "best_epoch": best_epoch, "acc1": top1, "acc5": top5,
+            "classes": classes, "network": saved["path"], "digest": digest, "step": step,
+        }  # fmt: skip
+        for name in names if process.is_main else ():
+            checkpoint.save(os.path.join(folder, name), state)
 
     per_process = args.batch_size // process.world_size
     cache = val_cache = None
@@ -320,13 +369,18 @@ def worker(args, process: launch.Process) -> None:
     first = epoch
     with run.StopSignal() as stop:
         while epoch < args.epochs:
-            epoch += 1
             if cache:
-                batches, steps = cache.batches(epoch, per_process, args.seed), cache.steps(per_process)
+                batches, steps, step = cache.batches(epoch + 1, per_process, args.seed), cache.steps(per_process), 0
             else:
-                train_loader.set_epoch(epoch)
+                train_loader.set_epoch(epoch + 1, step)
                 batches, steps = probe.embedded(embedder, train_loader), len(train_loader)
-            means = train_one_epoch(wrapped.train(), batches, steps, optimizer, epoch, log, args)
+            means, step = train_one_epoch(wrapped.train(), batches, step, steps, optimizer, epoch + 1, stop, log, args)
+            if step < steps:
+                save("current.pth")
+                log.say(f"stopped by a signal in epoch {epoch + 1} at step {step}; continue with --resume auto")
+                log.close()
+                return
+            epoch, step = epoch + 1, 0
             launch.broadcast_buffers(classifier)
             top1, top5, loss = probe.validate(classifier.eval(), val_cache or probe.embedded(embedder, val_loader))
             if epoch == first + 1:
@@ -338,17 +392,8 @@ def worker(args, process: launch.Process) -> None:
             log.log(epoch, epoch=epoch, train_acc=means.get("Acc@1"), train_acc5=means.get("Acc@5"),
                     train_loss=means.get("Loss"), test_acc=top1, test_acc5=top5, test_loss=loss,
                     learning_rate=learning_rate(args, epoch, 0))  # fmt: skip
-            if process.is_main:
-                state = {
-                    "opt": run.options(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
-                    "optimizer": optimizer.state_dict(), "best_epoch": best_epoch, "acc1": top1, "acc5": top5,
-                    "classes": classes, "network": saved["path"],
-                }  # fmt: skip
-                checkpoint.save(os.path.join(folder, "current.pth"), state)
-                if is_best:
-                    checkpoint.save(os.path.join(folder, f"{args.model}_layer{args.layer}.pth"), state)
-                if epoch % args.save_freq == 0:
-                    checkpoint.save(os.path.join(folder, f"ckpt_epoch_{epoch}.pth"), state)
+            save("current.pth", *[f"{args.model}_layer{args.layer}.pth"] * is_best,
+                 *[f"ckpt_epoch_{epoch}.pth"] * (epoch % args.save_freq == 0))  # fmt: skip
             if stop.asked() and epoch < args.epochs:
                 log.say(f"stopped by a signal after epoch {epoch}; continue with --resume auto")
                 log.close()

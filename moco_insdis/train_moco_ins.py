@@ -47,8 +47,8 @@ def parse_args(argv=None):
     parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/*")
-    options.add_data_arguments(g, trees=("imagenet100", "imagenet", "folder"), default="imagenet100")
-    g.add_argument("--crop", type=run.fraction, default=None, help="least share of the picture that a crop covers; "
+    options.add_data_arguments(g, trees=("imagenet100", "imagenet", "folder"), default="imagenet100", workers=18)
+    g.add_argument("--crop", type=run.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet .08")  # fmt: skip
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ",
                    help="CJ: greyscale and colour jitter; NULL: crop and flip only")  # fmt: skip
@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("method")
     g.add_argument("--moco", action="store_true", help="MoCo (two views, queue of keys); else InsDis (memory bank)")
-    g.add_argument("--softmax", action="store_true", help="InfoNCE loss; else NCE")
+    g.add_argument("--softmax", action=run.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument(
         "--nce_k", type=run.positive_int, default=16384, help="negatives per query; for MoCo the queue length"
     )
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     g.add_argument("--lr_decay_epochs", default="120,160,200", help="complete epochs after which the rate drops")
     g.add_argument("--lr_decay_rate", type=run.positive, default=0.1, help="factor of each drop")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="weight decay")
+    g.add_argument("--weight_decay", type=run.not_negative, default=1e-4, help="weight decay")
     g.add_argument("--warm", action="store_true",
                    help=f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)")  # fmt: skip
 
@@ -92,7 +92,9 @@ def parse_args(argv=None):
     g.add_argument("--save_freq", type=run.positive_int, default=10, help="epochs between numbered checkpoints")
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the run's newest")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
-    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+    g.add_argument(
+        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+    )
     g.add_argument("--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations; 0: never")
     g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
 
@@ -107,6 +109,7 @@ def parse_args(argv=None):
     parser.refuse("beta2", "never had an effect in pre-training, which uses SGD")
     args = parser.parse_args(argv)
 
+    run.check_precision_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures")
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
@@ -116,10 +119,14 @@ def parse_args(argv=None):
         args.bn_splits = 4 if args.moco else 1
     if args.moco and args.nce_k < args.batch_size:
         raise UsageError(f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys ({args.batch_size})")
-    for flag in ("exclude_self", "syncBN") if args.moco else ("alpha",):
+    for flag in ("exclude_self", "syncBN", "nce_m") if args.moco else ("alpha",):
         if flag in args._typed:
             wanted = "InsDis: leave --moco away" if args.moco else "MoCo: add --moco"
             raise UsageError(f"--{flag.replace('_', '-')} belongs to {wanted}, or leave it away")
+    if args.syncBN and args.bn_splits > 1:
+        raise UsageError("--syncBN joins what --bn-splits takes apart; leave one of the two away")
+    if "nce_z" in args._typed and "softmax" not in args._typed:
+        args.softmax = False  # whatever the preset says
     if args.softmax and "nce_z" in args._typed:
         raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; leave one of the two away")
     args.folder = os.path.join(args.model_path, run_name(args))
@@ -366,10 +373,13 @@ def restore(saved, method, args, process) -> tuple[int, int, list[str]]:
     remarks = run.unlike(args, saved.get("opt", {}), CONTINUES)
     if "generators" in saved:
         states = saved["generators"]
+        mine = states[process.rank % len(states)]
         if len(states) != process.world_size:
             remarks.append(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
-        mine = states[process.rank % len(states)]
-        method.draws.set_state(mine["draws"])
+        if len(mine["draws"]) == len(method.draws.get_state()):
+            method.draws.set_state(mine["draws"])
+        else:
+            remarks.append("note: this is another kind of device than the run began on: other draws")
         torch.set_rng_state(mine["torch"])
         method.precision.scaler.load_state_dict(saved["scaler"])
     remarks.append(f"resumed {path}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
@@ -385,6 +395,8 @@ CONTINUES = ("seed", "data", "dataset", "batch_size", "epochs", "learning_rate",
 def worker(args, process: launch.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
+    if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
+        raise UsageError("--syncBN: PyTorch synchronises batch-norm between GPUs only; leave it away on CPUs")
     per_process = args.batch_size // process.world_size
     splits = max(1, args.bn_splits // process.world_size)
     if per_process // splits < 2:

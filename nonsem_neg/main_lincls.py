@@ -65,7 +65,9 @@ def parse_args(argv=None):
     )
     g.add_argument("--schedule", type=int, nargs="*", default=[30, 40, 50], help="epochs of a 10x drop")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--wd", "--weight-decay", type=float, default=0.0, dest="weight_decay", help="weight decay")
+    g.add_argument(
+        "--wd", "--weight-decay", type=run.not_negative, default=0.0, dest="weight_decay", help="weight decay"
+    )
     g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
                    help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
                    "at every epoch, as published")  # fmt: skip
@@ -76,7 +78,9 @@ def parse_args(argv=None):
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the classifier that --resume names")
     g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
-    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+    g.add_argument(
+        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+    )
 
     g = launch.add_arguments(parser)
     g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")

@@ -103,7 +103,9 @@ def parse_args(argv=None):
     g.add_argument("--schedule", type=int, nargs="*", default=[120, 160], help="epochs of a 10x drop (without --cos)")
     g.add_argument("--cos", action=run.OnOff, default=False, help="cosine schedule, per epoch, without warm-up")
     g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="weight decay")
+    g.add_argument(
+        "--wd", "--weight-decay", type=run.not_negative, default=1e-4, dest="weight_decay", help="weight decay"
+    )
     g.add_argument("--aug-plus", action=run.OnOff, default=False, help="MoCo-v2 augmentation (with blur) instead of v1")
 
     g = parser.add_argument_group("run")
@@ -114,7 +116,9 @@ def parse_args(argv=None):
     )
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
-    g.add_argument("--seed", type=int, default=None, help="seed of everything random; drawn and recorded if not given")
+    g.add_argument(
+        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+    )
     g.add_argument(
         "--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations of the backbone; 0: never"
     )

@@ -61,6 +61,26 @@ def test_an_error_that_is_not_of_the_disk_stays_itself(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_fingerprints_tell_networks_apart():
+    state = {"a": torch.ones(2, 3), "b": torch.tensor(1)}
+    same = {"b": torch.tensor(1), "a": torch.ones(3, 2).T}
+    assert checkpoint.fingerprint(state) == checkpoint.fingerprint(same)
+    others = [{"a": torch.ones(3, 2), "b": state["b"]}, {"a": state["a"], "c": state["b"]}, {"a": state["a"]},
+              {"a": torch.ones(2, 3).double(), "b": state["b"]}, {"a": state["a"] + 1e-6, "b": state["b"]}]  # fmt: skip
+    assert len({checkpoint.fingerprint(s) for s in (state, *others)}) == 6
+
+
+def test_a_network_of_an_old_pytorch_has_no_batchnorm_counters():
+    old = torch.nn.BatchNorm2d(3)
+    old.running_mean.fill_(2.0)
+    state = {k: v for k, v in old.state_dict().items() if k != "num_batches_tracked"}
+    new = torch.nn.BatchNorm2d(3)
+    checkpoint.load_into(new, state, "old.pth")
+    assert torch.equal(new.running_mean, old.running_mean)
+    with pytest.raises(UserError, match="old.pth does not fit this model .missing running_var"):
+        checkpoint.load_into(new, {k: v for k, v in state.items() if k != "running_var"}, "old.pth")
+
+
 def test_newest(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     for name in ("checkpoint_0009.pth.tar", "checkpoint_last.pth.tar"):

@@ -58,6 +58,7 @@ def test_what_follows_from_other_flags():
     assert parsed("--dataset", "stl10").nce_t == 0.1 and parsed("--dataset", "stl10", "--nce_t", "0.07").nce_t == 0.07
     small = parsed("--preset", "small", "--dataset", "cifar10", "--nce_k", "1024")
     assert (small.model, small.input_res, small.small_stem, small.nce_k) == ("resnet18v1", 32, True, 1024)
+    assert small.softmax and not parsed("--preset", "small", "--nce_z", "oneshot").softmax
     rates = [script.learning_rate(bare, epoch) for epoch in (1, 120, 121, 161, 201)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.0003, 0.00003])
 
@@ -84,7 +85,7 @@ def test_bad_flags(case):
 
 
 @pytest.mark.parametrize("flags", ["--tb_freq 500", "--beta1 0.5", "--beta2 0.9", "--view RGB", "--model resnet50", "--nce_t 0",
-                                   "--crop_low 1.5", "--nce_k 0"])  # fmt: skip
+                                   "--crop_low 1.5", "--crop_low 0", "--nce_k 0", "--weight_decay -1"])  # fmt: skip
 def test_refused_flags_and_values(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         script.parse_args(["--data_folder", "x", *flags.split()])
@@ -158,6 +159,14 @@ def test_softmax_logs_the_true_probability_and_three_views_their_names(workspace
 def test_alexnet_and_other_spaces_train(workspace):
     train("--model", "alexnet", "--small-stem", "--view", "ycbcr", "--epochs", 1, "--exclude-self", "--knn-every", 1)
     assert (workspace / "run" / NAME.replace("resnet18v1", "alexnet").replace("Lab", "YCbCr") / "current.pth").is_file()
+
+
+def test_amp_is_for_the_encoder_alone(workspace, capsys):
+    half = train("--epochs", 1, "--amp", "--softmax")
+    assert "precision=bfloat16 autocast" in capsys.readouterr().out
+    for key in ("model", "contrast"):
+        floats = {k: v for k, v in half[key].items() if v.is_floating_point()}
+        assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
 
 
 @pytest.mark.parametrize("stop_at", [None, 7], ids=["whole epoch", "second epoch"])

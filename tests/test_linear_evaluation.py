@@ -1,15 +1,17 @@
 """Linear evaluation of MoCo, InsDis and CMC: one small checkpoint in the authors' layout for each kind of network."""
 
 import argparse
+import functools
 import importlib
 import json
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, equal
 
 from cmc import LinearProbing, colour, train_CMC
-from common import UsageError, UserError, backbones, checkpoint
+from common import UsageError, UserError, backbones, checkpoint, launch, run
 from moco_insdis import eval_moco_ins
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -58,17 +60,17 @@ def evaluate(script, network, save_path, *flags):
     (CMC, "alexnet", "calibrated_alexnet_bsz_64_lr_0.1_decay_0.0_view_Lab_layer5", "alexnet_layer5.pth"),
 ])  # fmt: skip
 def test_a_published_checkpoint_is_evaluated(workspace, tmp_path, script, network, name, key):
-    run, result = evaluate(script, network, tmp_path, "--cache-views", "1", "--save_freq", "2")
-    assert run.name == name
-    assert {p.name for p in run.glob("*.pth")} == {key, "current.pth", "ckpt_epoch_2.pth"}
-    best, last = checkpoint.load(run / key), checkpoint.load(run / "current.pth")
+    done, result = evaluate(script, network, tmp_path, "--cache-views", "1", "--save_freq", "2")
+    assert done.name == name
+    assert {p.name for p in done.glob("*.pth")} == {key, "current.pth", "ckpt_epoch_2.pth"}
+    best, last = checkpoint.load(done / key), checkpoint.load(done / "current.pth")
     assert {"opt", "epoch", "classifier", "best_acc1", "optimizer"} <= best.keys()
     assert result["acc1"] == pytest.approx(last["acc1"]) and result["acc1_best"] == pytest.approx(best["best_acc1"])
     assert result["epochs"] == 240 and result["linear_epochs"] == 2
     shapes = {k: tuple(v.shape) for k, v in last["classifier"].items()}
     layer = "LinearClassifier" if network == "alexnet" else "LiniearClassifier"
     assert shapes[f"classifier.{layer}.weight"][0] == 10
-    scalars = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scalars = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert {"train_acc", "train_acc5", "train_loss", "test_acc", "test_acc5", "test_loss"} <= scalars[-1].keys()
 
 
@@ -126,13 +128,96 @@ def test_resume_equals_an_uninterrupted_run(workspace, tmp_path, script, network
     assert result["linear_epochs"] == 3
 
 
+@pytest.mark.parametrize("script, network", [(MOCO, "moco"), (CMC, "resnet18v1")])
+def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(
+    workspace, tmp_path, monkeypatch, capsys, script, network
+):
+    whole, _ = evaluate(script, network, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        calls = []
+        patched.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == 2)
+        main = importlib.import_module(script).main
+        flags = [*SMALL, "--data_folder", "DATA", "--model_path", network, "--save_path", str(tmp_path / "parts")]
+        main(flags)
+    assert "stopped by a signal in epoch 1 at step 2; continue with --resume auto" in capsys.readouterr().out
+    (stopped,) = (tmp_path / "parts").glob("*/current.pth")
+    assert (checkpoint.load(stopped)["epoch"], checkpoint.load(stopped)["step"]) == (0, 2)
+    assert not list(stopped.parent.glob("result.json"))
+    evaluate(script, network, tmp_path / "parts", "--resume", "auto")
+    a, b = checkpoint.load(whole / "current.pth"), checkpoint.load(stopped)
+    assert equal(a["classifier"], b["classifier"]) and (a["acc1"], a["best_acc1"]) == (b["acc1"], b["best_acc1"])
+
+
+@pytest.mark.parametrize("script, network", [(MOCO, "moco"), (CMC, "resnet18v1")])
+def test_a_classifier_goes_on_only_with_its_own_network_and_classes(workspace, tmp_path, script, network, capsys):
+    flags = ["--cache-views", "1", "--epochs", "1"]
+    done, _ = evaluate(script, network, tmp_path / "out", *flags)
+    state = checkpoint.load(done / "current.pth")
+    torch.save(state | {"classes": state["classes"][::-1]}, done / "current.pth")
+    with pytest.raises(UserError, match=r"current.pth was trained on other classes \(10; here there are 10\)"):
+        evaluate(script, network, tmp_path / "out", *flags, "--resume", "auto")
+    torch.save(state, done / "current.pth")
+    again = [*flags[:2], "--epochs", "2", "--resume", "auto", "--momentum", "0.5"]
+    evaluate(script, network, tmp_path / "out", *again)  # what is typed now counts, and is named
+    assert "unlike the run that wrote the checkpoint: momentum=0.5 (was 0.9)" in capsys.readouterr().out
+    assert checkpoint.load(done / "current.pth")["optimizer"]["param_groups"][0]["momentum"] == 0.5
+
+    (file,) = (workspace / network).glob("*.pth")
+    later = torch.load(file, weights_only=False)
+    name = next(k for k in later["model"] if k.endswith("layer1.0.conv1.weight"))
+    later["model"][name] = later["model"][name] + 1e-3
+    (tmp_path / network).mkdir()
+    torch.save(later | {"epoch": 241}, tmp_path / network / "ckpt_epoch_241.pth")
+    with pytest.raises(
+        UserError, match="is a classifier on another network .*: start over with --overwrite, or choose"
+    ):
+        evaluate(script, str(tmp_path / network), tmp_path / "out", *flags, "--resume", "auto")
+
+
+def two_ranks(args, process):
+    """In every process: both scripts on equal shares, and --bn on a set whose last shares are two and one picture."""
+    main_flags = [*SMALL, "--data_folder", "DATA", "--epochs", "1", "--save_path", f"{args.out}/{process.world_size}"]
+    odd = ["--data_folder", "ODD", "--batch_size", "16", "--epochs", "1", "--bn", "--save_path", f"{args.out}/odd"]
+    for module, network in ((eval_moco_ins, "moco"), (LinearProbing, "resnet18v1")):
+        validation = functools.partial(module.recipe, train=False)  # random crops are drawn per rank
+        with mock.patch.object(module, "recipe", lambda args, train, whole=validation: whole(args)):
+            module.worker(module.parse_args([*main_flags, "--model_path", network]), process)
+    if process.world_size == 2:
+        eval_moco_ins.worker(eval_moco_ins.parse_args([*SMALL, *odd, "--model_path", "moco"]), process)
+        with pytest.raises(UsageError, match="--syncBN: PyTorch synchronises batch-norm between GPUs only"):
+            eval_moco_ins.worker(eval_moco_ins.parse_args([*SMALL, *odd, "--syncBN", "--model_path", "moco"]), process)
+
+
+def test_two_processes_equal_one(workspace, tmp_path, demo_set):
+    for split, counts in (("train", (10, 9)), ("val", (2, 2))):
+        for name, count in zip(sorted(p.name for p in (demo_set / split).iterdir()), counts):
+            (workspace / "ODD" / split / name).mkdir(parents=True)
+            for picture in sorted((demo_set / split / name).iterdir())[:count]:
+                (workspace / "ODD" / split / name / picture.name).symlink_to(picture)
+    for count in (1, 2):
+        args = eval_moco_ins.parse_args([*SMALL, "--data_folder", "x", "--model_path", "y", "--nproc", str(count)])
+        args.out = str(tmp_path)
+        launch.launch(two_ranks, args)
+    for one in (tmp_path / "1").glob("*/current.pth"):
+        two = tmp_path / "2" / one.parent.name / "current.pth"
+        a, b = checkpoint.load(one), checkpoint.load(two)
+        torch.testing.assert_close(a["classifier"], b["classifier"], rtol=1e-4, atol=1e-5)
+        assert a["acc1"] == pytest.approx(b["acc1"], abs=2.6)  # of 40 pictures: rounding may move one
+        logged = [json.loads((p.parent / "metrics.jsonl").read_text().splitlines()[-1]) for p in (one, two)]
+        for key in ("train_loss", "test_loss", "train_acc"):  # of all ranks together
+            assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-3)
+    assert len(list((tmp_path / "1").glob("*/current.pth"))) == 2
+    (odd,) = (tmp_path / "odd").glob("*/result.json")
+    assert json.loads(odd.read_text())["linear_epochs"] == 1
+
+
 def test_the_options_that_were_dead_change_the_training(workspace, tmp_path):
     plain, _ = evaluate(MOCO, "moco", tmp_path / "plain", "--cache-views", "1")
     weights = {"": checkpoint.load(plain / "current.pth")["classifier"]["classifier.LiniearClassifier.weight"]}
     for flag in ("--bn", "--adam", "--cosine", "--warm"):
-        run, _ = evaluate(MOCO, "moco", tmp_path / flag, "--cache-views", "1", flag)
-        weights[flag] = checkpoint.load(run / "current.pth")["classifier"]["classifier.LiniearClassifier.weight"]
-        assert run.name != plain.name
+        done, _ = evaluate(MOCO, "moco", tmp_path / flag, "--cache-views", "1", flag)
+        weights[flag] = checkpoint.load(done / "current.pth")["classifier"]["classifier.LiniearClassifier.weight"]
+        assert done.name != plain.name
     assert all(not torch.equal(weights[a], weights[b]) for a in weights for b in weights if a < b)
 
 
@@ -191,8 +276,8 @@ def test_contradictions_and_wrong_files(workspace, tmp_path, demo_set):
 
 
 def test_a_classifier_is_no_network(workspace, tmp_path):
-    run, _ = evaluate(MOCO, "moco", tmp_path, "--cache-views", "1", "--epochs", "1")
+    done, _ = evaluate(MOCO, "moco", tmp_path, "--cache-views", "1", "--epochs", "1")
     with pytest.raises(UserError, match="is a classifier of a linear evaluation"):
-        evaluate(MOCO, str(run / "current.pth"), tmp_path / "again")
+        evaluate(MOCO, str(done / "current.pth"), tmp_path / "again")
     with pytest.raises(UserError, match="has no classifier: not a checkpoint of this script"):
         evaluate(MOCO, "moco", tmp_path / "again", "--resume", "moco/ckpt_epoch_240.pth")

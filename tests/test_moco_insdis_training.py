@@ -59,6 +59,8 @@ def test_what_follows_from_other_flags():
     assert bare.crop == 0.2 and parsed("--dataset imagenet").crop == 0.08
     assert parsed("--dataset imagenet --crop .3").crop == 0.3
     assert bare.bn_splits == 1 and parsed("--moco").bn_splits == 4 and parsed("--moco --bn-splits 2").bn_splits == 2
+    assert parsed("--preset small").softmax and not parsed("--preset small --nce_z oneshot").softmax
+    assert not parsed("--preset small --no-softmax").softmax and bare.workers == 18
     rates = [script.learning_rate(bare, epoch, 0.5) for epoch in (1, 120, 121, 161, 201)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.0003, 0.00003])
     warm = parsed("--warm")
@@ -80,6 +82,12 @@ BAD = {
     "MoCo's": (["--data_folder", "x", "--alpha", "0.99"], "--alpha belongs to MoCo"),
     "InsDis's": (["--data_folder", "x", "--moco", "--exclude-self"], "--exclude-self belongs to InsDis"),
     "its own batch-norm": (["--data_folder", "x", "--moco", "--syncBN"], "--syncBN belongs to InsDis"),
+    "its own memory": (["--data_folder", "x", "--moco", "--nce_m", "0.4"], "--nce-m belongs to InsDis"),
+    "joined and split": (
+        ["--data_folder", "x", "--syncBN", "--bn-splits", "2"],
+        "--syncBN joins what --bn-splits takes apart",
+    ),
+    "apex for nothing": (["--data_folder", "x", "--amp-backend", "apex"], "--amp-backend apex belongs to --amp"),
     "milestones": (["--data_folder", "x", "--lr_decay_epochs", "1,x"], "--lr-decay-epochs '1,x'"),
 }
 
@@ -93,7 +101,8 @@ def test_bad_flags(case):
 
 
 @pytest.mark.parametrize("flags", ["--tb_freq 500", "--beta1 0.5", "--beta2 0.9", "--aug RA", "--model resnet50v1", "--nce_t 0",
-                                   "--crop 1.5", "--nce_k 0"])  # fmt: skip
+                                   "--crop 1.5", "--crop 0", "--nce_k 0", "--weight_decay -1",
+                                   "--seed 99999999999999999999"])  # fmt: skip
 def test_refused_flags_and_values(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         parsed(flags)
@@ -172,17 +181,45 @@ def test_a_published_checkpoint_resumes(workspace, capsys, method):
     flags = [*METHODS[method], "--nce_z", "oneshot"]
     ours = train(*flags, "--epochs", 1)
     theirs = as_published(
-        ours, (*PUBLISHED, "model_ema"), model="resnet18", nce_k=40, nce_t=0.07, batch_size=32, softmax=False
+        ours,
+        (*PUBLISHED, "model_ema"),
+        model="resnet18",
+        nce_k=40,
+        nce_t=0.07,
+        batch_size=32,
+        softmax=False,
+        lr_decay_epochs=[8, 10],
     )
     torch.save(theirs, "theirs.pth")
     with pytest.raises(UsageError, match="already holds"):
         train(*flags)
     resumed = train(*flags, "--resume", "theirs.pth")
-    assert resumed["epoch"] == 2 and "nce_t=0.1 (was 0.07)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert resumed["epoch"] == 2 and "nce_t=0.1 (was 0.07)" in said and "lr_decay_epochs=8,10 (was" not in said
     torch.testing.assert_close(resumed["contrast"]["params"], ours["contrast"]["params"])  # Z stays
     if method == "moco":
         assert resumed["queue"]["pointer"] == 5 * 32 % 40  # the published file does not know it: it starts at 0
         assert resumed["queue"]["z"] == resumed["contrast"]["params"][0]
+
+
+def test_a_run_from_another_kind_of_device_goes_on_with_other_draws(workspace, capsys):
+    saved = train("--epochs", 1)
+    saved["generators"][0]["draws"] = torch.zeros(16, dtype=torch.uint8)  # of a CUDA generator: seed and offset
+    torch.save(saved, "from-cuda.pth")
+    assert train("--resume", "from-cuda.pth", "--overwrite")["epoch"] == 2
+    assert "another kind of device than the run began on: other draws" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_amp_is_for_the_encoder_alone(workspace, capsys, method):
+    plain = train(*METHODS[method], "--epochs", 1, "--model_path", "plain")
+    half = train(*METHODS[method], "--epochs", 1, "--amp")
+    assert "precision=bfloat16 autocast" in capsys.readouterr().out
+    for key in ("model", "contrast"):
+        floats = {k: v for k, v in half[key].items() if v.is_floating_point()}
+        assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
+    a, b = (torch.cat([v.flatten() for k, v in run["model"].items() if k.endswith("weight")]) for run in (plain, half))
+    assert not torch.equal(a, b) and (a - b).norm() < 0.1 * a.norm()
 
 
 def test_warnings_of_what_is_known_not_to_work(workspace, capsys):

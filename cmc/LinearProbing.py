@@ -372,6 +372,8 @@ def worker(args, process: launch.Process) -> None:
                 return
     if first == epoch:
         log.say(f"nothing to train: {resumed['path']} has {epoch} epochs already")
+    log.say_replaced(train_loader)
+    log.say_replaced(val_loader)
     report(log, saved, args, epoch, top1, top5, best, best_epoch)
     log.close()
 

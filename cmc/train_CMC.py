@@ -422,6 +422,7 @@ def worker(args, process: launch.Process) -> None:
             step = train_one_epoch(method, loader, epoch + 1, step, stop, log, args)
             if step < len(loader):
                 save(current, epoch, step, method, args, process)
+                log.say_replaced(loader)
                 log.say(f"stopped by a signal in epoch {epoch + 1} at step {step}; continue with --resume auto")
                 log.close()
                 return
@@ -432,11 +433,11 @@ def worker(args, process: launch.Process) -> None:
             if args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs):
                 evaluate_knn(method, knn, args, log, epoch, epoch * len(loader))
             if stop.asked() and epoch < args.epochs:
+                log.say_replaced(loader)
                 log.say(f"stopped by a signal after epoch {epoch}; continue with --resume auto")
                 log.close()
                 return
-    if loader.bad_images:
-        log.say(f"replaced {len(loader.bad_images)} unreadable pictures, the first {loader.bad_images[0]}")
+    log.say_replaced(loader)
     log.say(f"done: {epoch} epochs; {checkpoint.newest(args.folder)}")
     log.close()
 

@@ -3,6 +3,8 @@
 Nothing in here knows the name of a method. Scripts call these modules; these modules never call a script.
 """
 
+import os
+
 
 class UserError(Exception):
     """Something the user can put right. Scripts print it as one line, without a traceback, and exit with `code`."""
@@ -14,3 +16,9 @@ class UsageError(UserError):
     """A flag value or a path that cannot work, found before any work was done."""
 
     code = 2
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as one line that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

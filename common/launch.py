@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common import UsageError, UserError
+from common import UsageError, UserError, printable
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 REPEAT = 2.0  # seconds in which a second signal is the first one arriving again by another way
@@ -191,6 +191,8 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}; a checkpoint that was written before is whole", 1
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{printable(error.filename)}: {error.strerror.lower()}", 1
     if _lost_a_peer(error):
         return "another process of this job has ended (its own message says why); continue with --resume auto", 1
     return None

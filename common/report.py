@@ -33,13 +33,21 @@ def main(argv=None) -> None:
             print(layout(header, rows, args.format == "markdown"))
 
 
+def results_in(folder: Path) -> list[Path]:
+    """result.json, and where kinds of runs share a folder result-lincls.json and result-robustness.json."""
+    names = ("result.json", "result-lincls.json", "result-robustness.json")
+    return [folder / name for name in names if (folder / name).exists()]
+
+
 def find_results(paths: list[str]) -> list[dict]:
     """The result.json of every folder named, or of the folders directly below it."""
     results = []
     for path in map(Path, paths):
-        found = [path] if path.is_file() else [path / "result.json"]
-        if not found[0].exists():
-            found = sorted(path.glob("*/result.json"))
+        found = (
+            [path]
+            if path.is_file()
+            else results_in(path) or [f for p in sorted(path.glob("*/")) for f in results_in(p)]
+        )
         if not found:
             raise UsageError(f"{path}: no result.json in it; an evaluation script writes one when it is done")
         for file in found:

@@ -25,7 +25,7 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UsageError, UserError, launch
+from common import UsageError, UserError, launch, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes
@@ -343,7 +343,8 @@ class Run:
     """A folder that holds one run: config.json, metrics.jsonl, TensorBoard events, checkpoints, result.json.
 
     folder: created with its parents. process: only rank 0 writes and prints; on other ranks every method is silent.
-    suffix: config<suffix>.json and result<suffix>.json, where a second kind of run shares the folder.
+    suffix: of config<suffix>.json, metrics<suffix>.jsonl and result<suffix>.json, and the name of a folder for events, where
+    a second kind of run shares the folder.
     tensorboard: False for none, True for events in the run folder, or the folder to write them to.
     """
 
@@ -352,6 +353,7 @@ class Run:
     ):
         self.folder, self.process, self.main = Path(folder), process, process.is_main
         self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
+        self._metrics = self.folder / f"metrics{suffix}.jsonl"
         self._tensorboard, self._jsonl = None, None
         self.command = shlex.join(["python", *sys.argv])
         if not self.main:
@@ -363,7 +365,7 @@ class Run:
             write_json(self._config, config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        self._events = str(self.folder) if tensorboard is True else tensorboard
+        self._events = str(self.folder / suffix.lstrip("-")) if tensorboard is True else tensorboard
         self._echo(args, config)
 
     def _echo(self, args, config) -> None:
@@ -394,7 +396,7 @@ class Run:
         """Drop what was logged after global step `step` (after a resume), or all of it and an old result (step < 0)."""
         if self.main and step < 0:
             self._result.unlink(missing_ok=True)
-        path = self.folder / "metrics.jsonl"
+        path = self._metrics
         if self.main and path.exists():
             kept = []
             for line in path.read_text().splitlines():
@@ -410,7 +412,7 @@ class Run:
         record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
         try:
             if self._jsonl is None:
-                self._jsonl = open(self.folder / "metrics.jsonl", "a", buffering=1)
+                self._jsonl = open(self._metrics, "a", buffering=1)
             self._jsonl.write(json.dumps(record) + "\n")
             if self._tensorboard is None and self._events:
                 with warnings.catch_warnings():
@@ -430,6 +432,12 @@ class Run:
             write_json(self._result, {"command": self.command, **environment(), **values})
             numbers = [f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)]
             self.say(f"result: {', '.join(numbers)} ({self._result})")
+
+    def say_replaced(self, loader) -> None:
+        """With --skip-bad-images: how many pictures were replaced, on all ranks together. To be called on all of them."""
+        paths = sorted({path for part in launch.gather_objects(loader.bad_images) for path in part})
+        if paths:
+            self.say(f"replaced {len(paths)} unreadable pictures, the first {printable(paths[0])}")
 
     def close(self) -> None:
         for handle in (self._jsonl, self._tensorboard):

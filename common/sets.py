@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError
+from common import UsageError, UserError, printable
 from common.packed import SPLITS, PackedSet, PackFiles, open_packed
 
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # the folders that may hold a split, first one found wins
@@ -218,11 +218,17 @@ def _require_classes(where: str | Path, found: Sequence[str], classes: Sequence[
         )
 
 
+def _not_silently(error: OSError) -> None:
+    """os.walk passes over what it may not read, and a class would seem to be empty."""
+    if isinstance(error, PermissionError):
+        raise error
+
+
 def _pictures_below(folder: Path, class_name: str) -> list[str]:
     """Paths relative to folder, of all depths. os.walk reads each directory once, through os.scandir."""
     top = os.path.join(folder, class_name)
     found = []
-    for directory, _, names in sorted(os.walk(top, followlinks=True)):
+    for directory, _, names in sorted(os.walk(top, onerror=_not_silently, followlinks=True)):
         relative = class_name + directory[len(top) :]
         found += [os.path.join(relative, n) for n in sorted(names) if n.lower().endswith(IMG_EXTENSIONS)]
     return found
@@ -292,12 +298,6 @@ def _listed(folder: Path, found: list[str], class_list: Path) -> list[str]:
     if not wanted:
         raise UsageError(f"--class-list {class_list}: names no class; expected one class folder per line")
     return sorted(wanted)
-
-
-def printable(path: str | os.PathLike) -> str:
-    """A path as one line that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:

@@ -11,6 +11,7 @@ Ge et al. (NeurIPS 2021, arXiv:2110.14189) released no evaluation code; each set
 
 import csv
 import os
+import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -169,7 +170,7 @@ def classify(model, images, precision) -> torch.Tensor:
 
 @torch.no_grad()
 def score(
-    model, dataset, args, process, precision, label, show, cropped_before=False
+    model, dataset, args, process, precision, label, log, cropped_before=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For every picture, 1 where the argmax is its class: over all classes, and over those that the set has (masked)."""
     view = augment.Compose(geometry(args, dataset, cropped_before),
@@ -179,7 +180,7 @@ def score(
     absent = torch.ones(len(dataset.classes), dtype=torch.bool)
     absent[dataset.targets.unique()] = False
     absent = absent.to(process.device)
-    progress = run.Progress(f"{label}: ", len(loader), 25, enabled=show and len(loader) > 25)
+    progress = run.Progress(f"{label}: ", len(loader), 25, enabled=log.main and len(loader) > 25)
     rows, right, right_masked = [], [], []
     for (images,), target, index in loader:
         # published heads have 1000 outputs whatever the number of classes
@@ -190,6 +191,7 @@ def score(
         progress.update(len(target))
     progress.close()
     loader.close()
+    log.say_replaced(loader)
     rows, right, right_masked = (launch.gather_ragged(torch.cat(x).float()) for x in (rows, right, right_masked))
     order = rows.double().argsort()  # ranks hold interleaved shares
     return right[order].cpu(), right_masked[order].cpu()
@@ -224,7 +226,8 @@ def worker(args, process: launch.Process) -> None:
     classes = class_names(saved, args)
     model = build_model(saved, args.arch, process)
     precision = run.Precision(args.amp, process.device)
-    log = run.Run(args.ckpt_path, args, process, tensorboard=False)
+    shared = any(Path(args.ckpt_path).glob("*.pth.tar"))  # with a training, whose records stay as they are
+    log = run.Run(args.ckpt_path, args, process, tensorboard=False, suffix="-robustness" if shared else "")
     log.derived(classifier=saved["path"], classes=len(classes), precision=str(precision))
 
     row, notes = {}, {}
@@ -235,18 +238,26 @@ def worker(args, process: launch.Process) -> None:
             continue
         if name == "corruption":
             dataset, folders, group = open_corruptions(args, classes)
-            right, _ = score(model, dataset, args, process, precision, name, log.main, cropped_before=True)
+            right, _ = score(model, dataset, args, process, precision, name, log, cropped_before=True)
             per_folder = [percent(right[group == i]) for i in range(len(folders))]
-            row[name] = sum(per_folder) / len(per_folder)
+            published = [a for a, (n, _) in zip(per_folder, folders) if n in CORRUPTIONS]
+            extra = [a for a, (n, _) in zip(per_folder, folders) if n in EXTRA_CORRUPTIONS]
+            if not published:
+                raise UsageError(f"{args.corruption}: none of the 15 corruptions of the published number is in it")
+            row[name] = statistics.mean(published)
+            if extra:  # not in the published number
+                row["corruption_extra"] = statistics.mean(extra)
             missing = [c for c in CORRUPTIONS if c not in {n for n, _ in folders}]
-            notes[name] = f"mean over {len(folders)} of 75 folders" + (
-                f"; missing {', '.join(missing)}" if missing else ""
+            notes[name] = (
+                f"mean over {len(published)} of 75 folders"
+                + (f"; missing {', '.join(missing)}" if missing else "")
+                + (f"; corruption_extra {row['corruption_extra']:.2f} over {len(extra)} of 20" if extra else "")
             )
             if log.main:
                 write_csv(log.folder / "corruption.csv", folders, per_folder)
         else:
             dataset = open_clean(args, classes) if name == "clean" else open_by_class(folder, classes)
-            right, masked = score(model, dataset, args, process, precision, name, log.main, name == "stylized")
+            right, masked = score(model, dataset, args, process, precision, name, log, name == "stylized")
             row[name] = percent(right)
             present = len(dataset.targets.unique())
             if present < len(classes):

@@ -167,18 +167,41 @@ def embed(model, images, precision):
         return backbones.feature(model, images.contiguous(memory_format=torch.channels_last), POOLED).float()
 
 
-def train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args):
-    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, enabled=log.main and not args.cache_views,
+def train_one_epoch(fc, batches, first_step, steps, optimizer, epoch, stop, log, args):
+    """(means, number of steps done): all of them, or fewer where a signal asked to stop."""
+    progress = run.Progress(f"Epoch: [{epoch}]", steps, args.print_freq, first_step, log.main and not args.cache_views,
                             extra=f"lr {optimizer.param_groups[0]['lr']:.1e}")  # fmt: skip
+    step = first_step
     for feats, target in batches:
         logits = fc(feats)
         loss = F.cross_entropy(logits, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        step += 1
         top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
         progress.update(len(target), **{"Loss": loss, "Acc@1": top1, "Acc@5": top5})
-    return progress.close()
+        if not args.cache_views and stop.asked():  # an epoch of cached features takes a moment
+            break
+    return progress.close(), step
+
+
+def check_backbone(saved, args) -> None:
+    """UserError where a classifier is to be continued on another backbone than the one that --pretrained names."""
+    path = args.pretrained
+    if os.path.isdir(path):
+        path = checkpoint.newest(path) or path
+    if not os.path.isfile(path) or "best_acc1" in (named := checkpoint.load(path)):
+        return
+    own = checkpoint.without_head(checkpoint.backbone(saved))
+    if checkpoint.fingerprint(own) != checkpoint.fingerprint(checkpoint.without_head(checkpoint.backbone(named))):
+        raise UserError(f"{saved['path']} is a classifier on another backbone ({saved.get('pretrained')} as it was then), not "
+                        f"on {path}: start over with --overwrite, or choose another --ckpt_path")  # fmt: skip
+
+
+# flags that must stay the same for a resumed run to be the run that was interrupted
+CONTINUES = ("seed", "data", "dataset", "class_list", "input_res", "batch_size", "lr", "schedule", "momentum", "weight_decay",
+             "cache_views", "amp")  # fmt: skip
 
 
 def worker(args, process: launch.Process) -> None:
@@ -190,17 +213,23 @@ def worker(args, process: launch.Process) -> None:
     resumed = bool(args.resume) and "best_acc1" in saved
     if args.resume and not resumed and (args.resume != "auto" or args.evaluate):
         raise UserError(f"{saved['path']} is not a checkpoint of this script; pre-trained ones go to --pretrained")
+    if resumed and "pretrained" in args._typed:
+        check_backbone(saved, args)
     args.seed = run.settle_seed(
         saved["args"]["seed"] if resumed and args.seed is None and "args" in saved else args.seed
     )
     run.seed_all(args.seed)
 
-    train_set = options.open_split(args, "train")
-    val_set = options.open_split(args, "val", classes=train_set.classes)
-    classes = train_set.classes
+    classes = saved.get("classes") if resumed else None  # a classifier knows its own; DATA must have the same
+    if not args.evaluate or classes is None:
+        train_set = options.open_split(args, "train", classes=classes)
+        classes = train_set.classes
+    val_set = options.open_split(args, "val", classes=classes)
     model = build_model(saved, args.arch, len(classes), process, resumed)
     precision = run.Precision(args.amp, process.device)
-    log = run.Run(args.ckpt_path, args, process, suffix="-evaluate" if args.evaluate else "")
+    shared = checkpoint.newest(args.ckpt_path) is not None  # as published, with a pre-training, whose records stay
+    suffix = "-evaluate" if args.evaluate else "-lincls" if shared else ""
+    log = run.Run(args.ckpt_path, args, process, suffix=suffix)
     val_loader = make_loader(args, process, val_set, train=False)
 
     def embedder(images):
@@ -208,6 +237,7 @@ def worker(args, process: launch.Process) -> None:
 
     if args.evaluate:
         top1, top5, _ = probe.validate(model.fc, probe.embedded(embedder, val_loader))
+        log.say_replaced(val_loader)
         log.result(evaluated=saved["path"], data=args.data, split="val", acc1=top1, acc5=top5)
         return
     train_loader = make_loader(args, process, train_set, train=True, cached=args.cache_views > 0)
@@ -220,11 +250,17 @@ def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
         fc = nn.parallel.DistributedDataParallel(fc)
     optimizer = torch.optim.SGD(model.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    epoch, best, best_epoch = args.start_epoch, -1.0, 0
+    epoch, step, best, best_epoch, top1, top5 = args.start_epoch, 0, -1.0, 0, float("nan"), float("nan")
     if resumed:
         optimizer.load_state_dict(saved["optimizer"])
-        epoch, best, best_epoch = saved["epoch"], float(saved["best_acc1"]), saved.get("best_epoch", 0)
-        log.say(f"resumed {saved['path']}: epoch {epoch}, best Acc@1 {best:.2f}")
+        for group in optimizer.param_groups:  # what was typed now counts, not what was typed then
+            group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+        for remark in run.unlike(args, saved.get("args", {}), CONTINUES):
+            log.say(remark)
+        epoch, step = saved["epoch"], saved.get("step", 0)
+        best, best_epoch = float(saved["best_acc1"]), saved.get("best_epoch", 0)
+        top1, top5 = float(saved.get("acc1", "nan")), float(saved.get("acc5", "nan"))
+        log.say(f"resumed {saved['path']}: epoch {epoch}, step {step}, best Acc@1 {best:.2f}")
         log.rewind(epoch)
     else:
         log.rewind(-1)
@@ -233,58 +269,60 @@ def worker(args, process: launch.Process) -> None:
         val_cache = list(probe.embedded(embedder, val_loader))  # no random augmentation: embedded once for all epochs
         cache = probe.ViewCache(embedder, train_loader, args.cache_views, args.print_freq, log.main)
 
-    top1 = top5 = float("nan")
     # the published file names carry the number of the pre-training checkpoint: checkpoint_0199 -> checkpoint_robust_0199
-    suffix = f"{max(0, pretrained_epoch - 1):04d}.pth.tar"
+    number = f"{max(0, pretrained_epoch - 1):04d}"
+
+    def save(*names):
+        state = {
+            "epoch": epoch, "arch": args.arch, "optimizer": optimizer.state_dict(), "best_acc1": best,
+            "state_dict": checkpoint.add_prefix(model.state_dict(), "module."), "step": step,
+            "best_epoch": best_epoch, "acc1": top1, "acc5": top5, "classes": classes,
+            "pretrained_epoch": pretrained_epoch, "pretrained": saved.get("pretrained", saved["path"]),
+            "pretrained_args": saved.get("pretrained_args", saved.get("args")) if resumed else saved.get("args"),
+            "args": run.options(args),
+        }  # fmt: skip
+        for name in names if process.is_main else ():
+            checkpoint.save(os.path.join(args.ckpt_path, f"{name}_{number}.pth.tar"), state)
+
+    per_process = args.batch_size // process.world_size
     first = epoch
     with run.StopSignal() as stop:
         while epoch < args.epochs:
             schedule.set_lr(optimizer, schedule.step(args.lr, epoch, args.schedule))
             if cache:
-                per_process = args.batch_size // process.world_size
-                batches, steps = cache.batches(epoch, per_process, args.seed), cache.steps(per_process)
+                batches, steps, step = cache.batches(epoch, per_process, args.seed), cache.steps(per_process), 0
             else:
-                train_loader.set_epoch(epoch)
-                batches = probe.embedded(embedder, train_loader)
-                steps = len(train_loader)
-            means = train_one_epoch(model, fc, batches, steps, optimizer, epoch, log, args)
+                train_loader.set_epoch(epoch, step)
+                batches, steps = probe.embedded(embedder, train_loader), len(train_loader)
+            means, step = train_one_epoch(fc, batches, step, steps, optimizer, epoch, stop, log, args)
+            if step < steps:
+                save("checkpoint_robust")
+                log.say_replaced(train_loader)
+                log.say(f"stopped by a signal in epoch {epoch} at step {step}; continue with --resume auto")
+                log.close()
+                return
             top1, top5, _ = probe.validate(model.fc, val_cache or probe.embedded(embedder, val_loader))
             if epoch == first:
                 check_frozen(model, saved)
-            epoch += 1
+            epoch, step = epoch + 1, 0
             is_best = top1 > best
             if is_best:
                 best, best_epoch = top1, epoch
             log.say(
                 f" * epoch {epoch - 1}: val Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {best:.3f} at {best_epoch - 1})"
             )
-            log.log(
-                epoch,
-                epoch=epoch - 1,
-                loss=means.get("Loss"),
-                train_acc1=means.get("Acc@1"),
-                val_acc1=top1,
-                val_acc5=top5,
-            )
-            if process.is_main:
-                state = {
-                    "epoch": epoch, "arch": args.arch, "optimizer": optimizer.state_dict(), "best_acc1": best,
-                    "state_dict": checkpoint.add_prefix(model.state_dict(), "module."),
-                    "best_epoch": best_epoch, "acc1": top1, "acc5": top5, "classes": classes,
-                    "pretrained_epoch": pretrained_epoch, "pretrained": saved.get("pretrained", saved["path"]),
-                    "pretrained_args": saved.get("pretrained_args", saved.get("args")) if resumed else saved.get("args"),
-                    "args": run.options(args),
-                }  # fmt: skip
-                checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_robust_{suffix}"), state)
-                if is_best:
-                    checkpoint.save(os.path.join(args.ckpt_path, f"model_best_{suffix}"), state)
-            if stop.asked() and epoch < args.epochs:  # an unfinished epoch of a linear layer is not worth a file
+            log.log(epoch, epoch=epoch - 1, loss=means.get("Loss"), train_acc1=means.get("Acc@1"), val_acc1=top1,
+                    val_acc5=top5)  # fmt: skip
+            save("checkpoint_robust", *["model_best"] * is_best)
+            if stop.asked() and epoch < args.epochs:
+                log.say_replaced(train_loader)
                 log.say(f"stopped by a signal after epoch {epoch - 1}; continue with --resume auto")
                 log.close()
                 return
+    log.say_replaced(train_loader)
+    log.say_replaced(val_loader)
     if first == epoch:
         log.say(f"nothing to train: {saved['path']} has {epoch} epochs already")
-        top1, top5 = float(saved.get("acc1", "nan")), float(saved.get("acc5", "nan"))
     log.result(pretrained=saved.get("pretrained", saved["path"]), data=args.data, split="val", epochs=epoch, acc1=top1,
                acc5=top5, acc1_best=best, best_epoch=best_epoch - 1, precision=str(precision), seed=args.seed)  # fmt: skip
     log.close()

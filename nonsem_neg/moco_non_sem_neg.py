@@ -287,25 +287,23 @@ def open_resume(args) -> dict | None:
     return saved
 
 
-def restore(saved, args, model, optimizer, precision, generator, process, log) -> tuple[int, int]:
-    """Put back what `save` wrote, or a published checkpoint has; returns (epoch, steps of it that are done)."""
+def restore(saved, args, model, optimizer, precision, generator, process) -> tuple[int, int, list[str]]:
+    """Put back what `save` wrote, or a published checkpoint has: (complete epochs, steps done of the next, remarks)."""
     checkpoint.load_into(model, checkpoint.strip_prefix(saved["state_dict"]), saved["path"])
     optimizer.load_state_dict(saved["optimizer"])
     for group in optimizer.param_groups:  # what was typed now counts, not what was typed then
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    for remark in run.unlike(args, saved.get("args", {}), CONTINUES):
-        log.say(remark)
+    remarks = run.unlike(args, saved.get("args", {}), CONTINUES)
     if "generators" in saved:
-        if len(saved["generators"]) != process.world_size:
-            log.say(
-                f"note: {process.world_size} processes go on where there were {len(saved['generators'])}: other draws"
-            )
-        mine = saved["generators"][process.rank % len(saved["generators"])]
+        states = saved["generators"]
+        if len(states) != process.world_size:
+            remarks.append(f"note: {process.world_size} processes go on where there were {len(states)}: other draws")
+        mine = states[process.rank % len(states)]
         generator.set_state(mine["generator"])
         torch.set_rng_state(mine["torch"])
         precision.scaler.load_state_dict(saved["scaler"])
-    log.say(f"resumed {saved['path']}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
-    return saved["epoch"], saved.get("step", 0)
+    remarks.append(f"resumed {saved['path']}: epoch {saved['epoch']}, step {saved.get('step', 0)}")
+    return saved["epoch"], saved.get("step", 0), remarks
 
 
 # flags that must stay the same for a resumed run to be the run that was interrupted
@@ -343,6 +341,10 @@ def worker(args, process: launch.Process) -> None:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=True)  # fmt: skip
 
+    epoch, step, remarks = args.start_epoch, 0, []
+    if saved:
+        epoch, step, remarks = restore(saved, args, model, optimizer, precision, generator, process)
+
     log = run.Run(args.ckpt_path, args, process)
     log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
     for note in loader.dataset.notes:
@@ -353,9 +355,9 @@ def worker(args, process: launch.Process) -> None:
     if args.moco_k >= len(loader.dataset):
         log.say(f"warning: the queue (--moco-k {args.moco_k}) is as long as the data set ({len(loader.dataset)} images): "
                 "a picture's own earlier key is among its negatives")  # fmt: skip
-    epoch, step = args.start_epoch, 0
     if saved:
-        epoch, step = restore(saved, args, model, optimizer, precision, generator, process, log)
+        for remark in remarks:
+            log.say(remark)
         log.rewind(epoch * len(loader) + step)
     else:
         log.rewind(-1)
@@ -375,6 +377,7 @@ def worker(args, process: launch.Process) -> None:
             )
             if step < len(loader):
                 save(last, epoch, step, *state)
+                log.say_replaced(loader)
                 log.say(f"stopped by a signal in epoch {epoch} at step {step}; continue with --resume auto")
                 log.close()
                 return
@@ -385,11 +388,11 @@ def worker(args, process: launch.Process) -> None:
             if args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs):
                 evaluate_knn(model, knn, args, log, epoch - 1, epoch * len(loader))
             if stop.asked() and epoch < args.epochs:
+                log.say_replaced(loader)
                 log.say(f"stopped by a signal after epoch {epoch - 1}; continue with --resume auto")
                 log.close()
                 return
-    if loader.bad_images:
-        log.say(f"replaced {len(loader.bad_images)} unreadable pictures, the first {loader.bad_images[0]}")
+    log.say_replaced(loader)
     log.say(f"done: {epoch} epochs; {checkpoint.newest(args.ckpt_path)}")
     log.close()
 

@@ -40,8 +40,8 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError, data, launch, options, run
-from common.sets import SPLIT_NAMES, printable
+from common import UsageError, UserError, data, launch, options, printable, run
+from common.sets import SPLIT_NAMES
 from preprocess import workers
 
 # What can be found, gravest first: {kind: (level, what the table calls it)}
@@ -49,6 +49,7 @@ ERROR, WARNING, NOTE = "breaks training", "worth a look", "notes"
 KINDS = {
     "unreadable": (ERROR, "unreadable"),
     "truncated": (ERROR, "truncated or not decodable"),
+    "no classes": (ERROR, "train/ or val/ without class folders"),
     "empty class": (ERROR, "class folder without a picture"),
     "class mismatch": (ERROR, "class in only one of train and val"),
     "leak": (WARNING, "LEAK: the same picture in train and val"),
@@ -242,16 +243,19 @@ class Split:
 def find_splits(tree: str | Path) -> dict[str, Path]:
     """{"train": folder, "val": folder} of a root (one may be missing), or {name: folder} of a folder of classes.
 
-    A folder called train or val counts as a split if it has folders in it: a class may be called train. Raises UsageError.
+    A folder called train or val counts as a split if it has folders in it, or if there is the other one, too (a class may
+    be called train). Raises UsageError.
     """
     tree = Path(tree)
     if not tree.is_dir():
         raise UsageError(f"{tree}: {'is a file, not a folder' if tree.exists() else 'no such folder'}")
     splits = {}
     for split, names in (("train", ("train",)), ("val", SPLIT_NAMES["val"])):
-        found = [tree / name for name in names if (tree / name).is_dir() and _subfolders(tree / name)]
+        found = [tree / name for name in names if (tree / name).is_dir()]
         if found:
-            splits[split] = found[0]
+            splits[split] = next((folder for folder in found if _subfolders(folder)), found[0])
+    if len(splits) == 1 and not _subfolders(*splits.values()):
+        splits = {}
     if not splits and not _subfolders(tree):
         raise UsageError(f"{tree}: no class folders in it; expected {tree}/train/CLASS/*, or {tree}/CLASS/*")
     return splits or {os.path.basename(os.path.abspath(tree)): tree}
@@ -265,6 +269,13 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
     """Walk a split once; symbolic links are followed, as the loader does. Raises UsageError."""
     split = Split(name, folder)
     classes = _subfolders(folder)
+    if not classes:
+        count = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
+        flat = f"{count} pictures lie in it directly" + "; imagenet100_subset.py sorts ILSVRC's flat val" * (
+            name == "val"
+        )
+        split.findings.append(("no classes", folder.name, flat if count else "it is empty"))
+        return split
     if class_list is not None:
         unknown = sorted(set(class_list) - set(classes))
         if unknown:
@@ -277,7 +288,11 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
                 split.findings.append(("outside", entry.name, ""))
     for class_name in classes:
         top, pictures = os.path.join(folder, class_name), []
-        for directory, below, files in sorted(os.walk(top, followlinks=True)):
+
+        def refused(error, class_name=class_name):
+            split.findings.append(("unreadable", class_name, error.strerror.lower()))
+
+        for directory, below, files in sorted(os.walk(top, onerror=refused, followlinks=True)):
             relative = class_name + directory[len(top) :]
             if below and directory == top:
                 split.findings.append(("nested", class_name, ", ".join(sorted(below)[:3])))
@@ -303,7 +318,7 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
 
 def compare_classes(splits: list[Split]) -> None:
     """Adds a class mismatch to the split that lacks the class."""
-    for one, other in (splits, splits[::-1]) if len(splits) == 2 else ():
+    for one, other in (splits, splits[::-1]) if len(splits) == 2 and all(s.classes for s in splits) else ():
         one.findings += [("class mismatch", name, f"not in {one.name}/, {len(other.classes[name])} pictures in {other.name}/")
                          for name in sorted(set(other.classes) - set(one.classes))]  # fmt: skip
 
@@ -430,10 +445,13 @@ def main(argv=None) -> None:
     if args.demo:
         args.data = args.tree
         options.ensure_demo(args, launch.Process(device=torch.device("cpu")))
-    class_list = data.read_class_list(args.class_list) if args.class_list else None
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: no such folder to write it in")
-    splits = [list_split(name, folder, class_list) for name, folder in find_splits(args.tree).items()]
+    folders = find_splits(args.tree)
+    class_list = None
+    if args.class_list:
+        class_list = data.read_class_list(args.class_list, {name for f in folders.values() for name in _subfolders(f)})
+    splits = [list_split(name, folder, class_list) for name, folder in folders.items()]
     compare_classes(splits)
     pictures = Pictures(splits, args.limit)
 

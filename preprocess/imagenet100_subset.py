@@ -21,6 +21,7 @@ Run again it adds what is missing and leaves the rest. It ends with the counts: 
 import argparse
 import contextlib
 import filecmp
+import json
 import os
 import re
 import shutil
@@ -32,10 +33,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UsageError, UserError, data, launch, run
-from common.sets import FolderSet, printable
+from common import UsageError, UserError, data, launch, printable, run
+from common.packed import PackFiles
+from common.sets import FolderSet
 from preprocess.pack import (
-    AGAIN,
     SIDE,
     check_output,
     command_line,
@@ -43,7 +44,7 @@ from preprocess.pack import (
     pack_splits,
     reason_of,
 )
-from preprocess.workers import Rate
+from preprocess.workers import Rate, again
 
 CLASS_LIST = Path(__file__).resolve().with_name("imagenet100.txt")
 EXPECTED = {"train": 126_689, "val": 5_000}  # of the 100 classes in ILSVRC 2012
@@ -312,13 +313,15 @@ def _is_copied(source: str, place: Path) -> bool:
 # ----------------------------------------------------------------------------------------------------------- the counts
 
 
-def report(splits: list[Split], counted: dict[str, Counter], out: Path, default_list: bool) -> None:
+def report(splits: list[Split], counted: dict[str, Counter], out: Path, default_list: bool, ending: str = "") -> None:
     """Print the counts, and warn on standard error where they are not those of ImageNet-100."""
     for split in splits:
         counts = counted[split.name]
         total, expected = sum(counts.values()), EXPECTED[split.name] if default_list else None
         wanted = f" (expected {expected:,})" if default_list else ""
-        print(f"{split.name}: {len(counts)} classes, {total:,} pictures{wanted} in {printable(out / split.name)}")
+        print(
+            f"{split.name}: {len(counts)} classes, {total:,} pictures{wanted} in {printable(out / split.name)}{ending}"
+        )
         odd = {} if split.name == "train" else {c: n for c, n in counts.items() if n != VAL_PER_CLASS}
         if default_list and total != expected:
             which = f"; not {VAL_PER_CLASS}: {', '.join(f'{c} {n}' for c, n in odd.items())}" if odd else ""
@@ -334,6 +337,11 @@ def count_tree(split: Split, out: Path) -> Counter:
     return Counter(found.classes[t] for t in found.targets.tolist())
 
 
+def count_pack(split: Split, out: Path) -> Counter:
+    targets = json.loads(PackFiles(out, split.name).listing.read_text())["targets"]
+    return Counter(split.pictures.classes[t] for t in targets)
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.imagenet100_path)
@@ -344,12 +352,12 @@ def main(argv=None) -> None:
         try:
             if args.pack:
                 sources = {split.name: split.pictures for split in splits}
-                counted = {s.name: Counter(s.pictures.classes[t] for t in s.pictures.targets.tolist()) for s in splits}
                 command = command_line("imagenet100_subset.py", argv)
                 try:
                     pack_splits(sources, out, args.pack, args.workers or launch.cores(), args.force, command)
                 finally:
-                    report(splits, counted, out, default_list)
+                    packed = [split for split in splits if PackFiles(out, split.name).listing.exists()]
+                    report(packed, {split.name: count_pack(split, out) for split in packed}, out, default_list, ".npy")
                 return
             for split in splits:
                 check_other_classes(split, out)
@@ -361,14 +369,20 @@ def main(argv=None) -> None:
                     link_split(split, out)
         except OSError as error:
             name = f" ({printable(error.filename)})" if error.filename else ""
-            raise UserError(f"cannot write to {printable(out)}: {reason_of(error)}{name}; {AGAIN}") from None
+            raise UserError(
+                f"cannot write to {printable(out)}: {reason_of(error)}{name}; {again('--force', args.force)}"
+            ) from None
         except KeyboardInterrupt:
-            print(f"\ninterrupted; {AGAIN}", file=sys.stderr)
+            print(f"\ninterrupted; {again('--force', args.force)}", file=sys.stderr)
             sys.exit(130)
-    report(splits, {split.name: count_tree(split, out) for split in splits}, out, default_list)
+    for path in unreadable:
+        print(f"not copied: {printable(path)}", file=sys.stderr)
+    try:
+        report(splits, {split.name: count_tree(split, out) for split in splits}, out, default_list)
+    except UsageError:  # a class of which nothing could be copied
+        if not unreadable:
+            raise
     if unreadable:
-        for path in unreadable:
-            print(f"not copied: {printable(path)}", file=sys.stderr)
         raise UserError(f"{len(unreadable)} pictures could not be opened and were not copied: they are listed above")
 
 

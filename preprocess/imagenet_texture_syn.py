@@ -50,8 +50,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UsageError, UserError, data, launch, options, run
-from common.sets import SPLIT_NAMES, printable
+from common import UsageError, UserError, data, launch, options, printable, run
+from common.sets import SPLIT_NAMES
 from preprocess import texture_mrs, texture_quilt, workers
 
 FORMAT = 1  # raise it when the same settings give other textures
@@ -350,33 +350,51 @@ def open_splits(args) -> list[data.FolderSet]:
 def check_out(out: Path, root: Path, splits: list[data.FolderSet]) -> None:
     """UsageError where the trees would mix, or B holds something else."""
     real = Path(os.path.realpath(out))
-    for folder in (root, *(Path(s.root) for s in splits)):
-        pictures = Path(os.path.realpath(folder))
-        if real == pictures or pictures in real.parents or real in pictures.parents:
-            raise UsageError(f"--imagenet_t_path {out} and the pictures in {folder} lie one in the other: "
-                             f"name a folder beside it, such as {os.path.normpath(root)}-texture")  # fmt: skip
+    holds = [Path(s.root) for s in splits if real in Path(os.path.realpath(s.root)).parents]
+    for folder in filter(None, (workers.lies_in(out, root), *holds)):
+        raise UsageError(f"--imagenet_t_path {out} and the pictures in {folder} lie one in the other: "
+                         f"name a folder beside it, such as {os.path.normpath(root)}-texture")  # fmt: skip
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, not a folder")
-    if out.is_dir() and not (out / "textures.json").is_file() and any(out.iterdir()):
+    if (
+        out.is_dir()
+        and not (out / "textures.json").is_file()
+        and not all(workers.unfinished(p.name) for p in out.iterdir())
+    ):
         raise UsageError(f"{out}: is not empty and was not made by this script: name a new or an empty folder")
 
 
-def settle(out: Path, settings: dict, overwrite: bool) -> None:
-    """Write B/textures.json, or compare with the one that is there. Raises UsageError."""
+def settle(out: Path, settings: dict, overwrite: bool) -> int:
+    """Write B/textures.json, or compare with the one that is there. Raises UsageError.
+
+    Returns the time (st_mtime_ns) before which a texture is to be made again: 0 without --overwrite. It is in the file,
+    so that an interrupted --overwrite is gone on with, and never leaves textures of two kinds that pass for finished.
+    """
     file = out / "textures.json"
-    if file.exists() and not overwrite:
+    if file.exists():
         try:
-            before = json.loads(file.read_text())["settings"]
-            differ = [f"{k} {before.get(k)}, not {settings.get(k)}" for k in sorted({*before, *settings})
-                      if before.get(k) != settings.get(k)]  # fmt: skip
+            before = json.loads(file.read_text())
+            old = before["settings"]
+            differ = [f"{k} {old.get(k)}, not {settings.get(k)}" for k in sorted({*old, *settings})
+                      if old.get(k) != settings.get(k)]  # fmt: skip
+            since = int(before.get("since", 0))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{file}: damaged; give --overwrite, or name another folder") from None
-        if differ:
-            way_out = "give the same, --overwrite, or another folder"
-            raise UsageError(f"{out}: was begun with {'; '.join(differ)}: {way_out}")
-    else:
-        versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": Image.__version__}
-        workers.write(str(file), (json.dumps({"settings": settings, "versions": versions}, indent=2) + "\n").encode())
+            if not overwrite:
+                raise UsageError(f"{file}: damaged; give --overwrite, or name another folder") from None
+        else:
+            if differ and not overwrite:
+                way_out = "give the same, --overwrite, or another folder"
+                raise UsageError(f"{out}: was begun with {'; '.join(differ)}: {way_out}")
+            if not overwrite:
+                return since
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": Image.__version__}
+    record = {"settings": settings, "versions": versions}
+    workers.write(str(file), (json.dumps(record, indent=2) + "\n").encode())
+    if not overwrite:
+        return 0
+    since = file.stat().st_mtime_ns  # of the clock that the textures get their times from
+    workers.write(str(file), (json.dumps(record | {"since": since}, indent=2) + "\n").encode())
+    return since
 
 
 def list_jobs(root: Path, splits: list[data.FolderSet], out: Path) -> tuple[list[Job], dict[str, str]]:
@@ -398,27 +416,30 @@ def list_jobs(root: Path, splits: list[data.FolderSet], out: Path) -> tuple[list
     return jobs, failures
 
 
-def missing_of(jobs: list[Job], overwrite: bool) -> list[Job]:
-    """The jobs to do. Makes the folders; each is listed once, and rid of what a killed process left in it."""
+def missing_of(jobs: list[Job], since: int) -> list[Job]:
+    """The jobs whose texture is not there, or is from before `since`. Makes the folders; each is listed once, and rid of
+    what a killed process left in it."""
     there: dict[str, set[str]] = {}
     for folder in dict.fromkeys(os.path.dirname(job.target) for job in jobs):
         os.makedirs(folder, exist_ok=True)
-        there[folder] = set(os.listdir(folder))
-        for name in there[folder]:
-            if name.endswith(".partial"):
-                workers.remove_stale(os.path.join(folder, name))
+        there[folder] = set()
+        for entry in os.scandir(folder):
+            if workers.unfinished(entry.name):
+                workers.remove_stale(entry.path)
+            elif not since or entry.stat().st_mtime_ns >= since:
+                there[folder].add(entry.name)
     split = [(job, *os.path.split(job.target)) for job in jobs]
-    return [job for job, folder, name in split if overwrite or name not in there[folder]]
+    return [job for job, folder, name in split if name not in there[folder]]
 
 
 def finish(args, settings: Settings, device: str, splits: list[data.FolderSet]) -> None:
     """Write what is missing in B and report. Raises OSError, UserError; exits with 1 where pictures failed."""
     out = Path(args.imagenet_t_path)
     out.mkdir(parents=True, exist_ok=True)
-    settle(out, settings.recorded(), args.overwrite)
+    since = settle(out, settings.recorded(), args.overwrite)
     jobs, failures = list_jobs(Path(args.imagenet_path), splits, out)
     jobs = jobs[: args.limit][args.shard[0] - 1 :: args.shard[1]]
-    todo = missing_of(jobs, args.overwrite)
+    todo = missing_of(jobs, since)
     size = args.batch or BATCH[device][settings.engine]
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     processes = args.workers or workers.default_workers(len(todo), PER_START[settings.engine])
@@ -439,7 +460,7 @@ def finish(args, settings: Settings, device: str, splits: list[data.FolderSet]) 
                 bar.add(len(done))
     except KeyboardInterrupt:
         raise workers.Interrupted(
-            "stopped; what is written is whole, and the same command goes on from there"
+            f"stopped; what is written is whole, and {workers.again('--overwrite', args.overwrite)}"
         ) from None
     finally:
         work.close()

@@ -43,8 +43,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, data, demo, launch, options, run
-from common.sets import SPLIT_NAMES, printable
+from common import UsageError, UserError, data, demo, launch, options, printable, run
+from common.sets import SPLIT_NAMES
 from preprocess import workers
 
 FORMAT = 1  # raise it when the same settings give other pictures
@@ -282,15 +282,24 @@ def target_names(sources: list[str], format: str) -> dict[str, str]:
 
 def check_out(out: Path, source: Path, tree: Path) -> None:
     """UsageError where OUT cannot be: among the pictures, or a folder that holds something else."""
-    real = Path(os.path.realpath(out))
-    for folder in {source, *(tree / name for name in ("train", *SPLIT_NAMES["val"]) if (tree / name).is_dir())}:
-        inside = Path(os.path.realpath(folder))
-        if real == inside or inside in real.parents:
-            raise UsageError(f"{out}: lies in the folder of the pictures {folder}, where it would become a class: "
-                             "name a folder outside it")  # fmt: skip
+    folder = workers.lies_in(out, source) or next(
+        (
+            f
+            for name in ("train", *SPLIT_NAMES["val"])
+            if (tree / name).is_dir() and (f := workers.lies_in(out, tree / name))
+        ),
+        None,
+    )
+    if folder:
+        raise UsageError(f"{out}: lies in the folder of the pictures {folder}, where it would become a class: "
+                         "name a folder outside it")  # fmt: skip
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, not a folder")
-    if out.is_dir() and not (out / "corruptions.json").is_file() and any(out.iterdir()):
+    if (
+        out.is_dir()
+        and not (out / "corruptions.json").is_file()
+        and not all(workers.unfinished(p.name) for p in out.iterdir())
+    ):
         raise UsageError(f"{out}: is not empty and was not made by this script: name a new or an empty folder")
 
 

@@ -37,15 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common import UsageError, UserError, data, launch, run
+from common import UsageError, UserError, data, launch, printable, run
 from common.packed import FORMAT, HEADER_BYTES, SPLITS, VERSION, PackFiles, npy_header, read_marker
-from common.sets import BadPicture, FolderSet, printable
-from preprocess.workers import Rate
+from common.sets import BadPicture, FolderSet
+from preprocess.workers import Rate, again, lies_in
 
 SIDE = 256  # pixels; what evaluation at 224 resizes to
 SAVE_EVERY = 5.0  # seconds between markers: at most this much work is done again after a crash
 CHUNK = 64  # most pictures of one job
-AGAIN = "the same command goes on from there"
 
 
 # ----------------------------------------------------------------------------------------------- shared with the subset
@@ -57,10 +56,8 @@ def reason_of(error: OSError) -> str:
 
 def check_output(out: Path, source: Path, flag: str = "the output folder") -> None:
     """UsageError where `out`, or a split folder in it, lies inside `source` or is it (links followed)."""
-    inner = Path(os.path.realpath(source))
     for place in (out, *(out / name for name in (*SPLITS, "test", "validation"))):
-        real = Path(os.path.realpath(place))
-        if real == inner or inner in real.parents:
+        if lies_in(place, source):
             raise UsageError(
                 f"{flag} {printable(place)} lies inside the input {printable(source)}: choose another folder"
             )
@@ -135,7 +132,9 @@ def _blocks(source: FolderSet, start: int, side: int, workers: int) -> Iterator[
                 first, future = waiting.popleft()
                 yield first, *future.result()
         except BrokenProcessPool:
-            raise UserError(f"a worker process was ended, perhaps for its memory: fewer --workers; {AGAIN}") from None
+            raise UserError(
+                "a worker process was ended, perhaps for its memory: try again with fewer --workers"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -210,7 +209,9 @@ def pack_split(source: FolderSet, out: Path, split: str, side: int = SIDE, worke
             _write_pixels(source, files, side, workers, state)
         _finish(source, files, side, state)
     except OSError as error:
-        raise UserError(f"cannot write to {printable(files.folder)}: {reason_of(error)}; {AGAIN}") from None
+        raise UserError(
+            f"cannot write to {printable(files.folder)}: {reason_of(error)}; {again('--force', force)}"
+        ) from None
     seconds = time.monotonic() - began
     print(f"{split}: {state['count']:,} pictures, {len(source.classes)} classes, {size_text(state['count'], side)} in "
           f"{printable(files.pixels)}; {run.clock(seconds)}, {(len(source) - start) / seconds:.0f} pictures/s",
@@ -293,7 +294,7 @@ def _finish(source: FolderSet, files: PackFiles, side: int, state: dict) -> None
     if files.partial.exists():
         os.replace(files.partial, files.pixels)
     if state["failed"]:
-        _write_text(files.failed, "".join(f"{file}\t{why}\n" for file, why in state["failed"]))
+        _write_text(files.failed, "".join(f"{printable(file)}\t{why}\n" for file, why in state["failed"]))
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     _write_text(files.listing, f"{{\n{lines}\n}}\n")
     files.marker.unlink(missing_ok=True)
@@ -341,7 +342,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def command_line(script: str, argv) -> str:
-    return shlex.join(["python", f"preprocess/{script}", *map(str, sys.argv[1:] if argv is None else argv)])
+    """What finishes an unfinished pack: the command that was given, without --force, which would start over."""
+    words = [str(word) for word in (sys.argv[1:] if argv is None else argv) if word != "--force"]
+    return shlex.join(["python", f"preprocess/{script}", *words])
 
 
 def main(argv=None) -> None:
@@ -359,7 +362,7 @@ def main(argv=None) -> None:
         try:
             pack_splits(sources, out, args.side, args.workers, args.force, command_line("pack.py", argv))
         except KeyboardInterrupt:
-            print(f"\ninterrupted; {AGAIN}", file=sys.stderr)
+            print(f"\ninterrupted; {again('--force', args.force)}", file=sys.stderr)
             sys.exit(130)
 
 

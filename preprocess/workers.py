@@ -20,6 +20,7 @@ from PIL import Image
 
 from common import UserError, launch, run
 from common.bar import Bar
+from common.sets import SPLIT_NAMES
 
 STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
 
@@ -105,6 +106,32 @@ class Rate(Bar):
         return time.monotonic() - self.started
 
 
+def lies_in(out: str | Path, tree: str | Path) -> Path | None:
+    """The folder of `tree` (its root, a split, a class) in which `out` really lies, links followed; None if in none."""
+    real = os.path.realpath(out)
+    places = {real, *map(str, Path(real).parents)}
+    splits = [Path(tree) / name for name in ("train", *SPLIT_NAMES["val"])]
+    folders = [folder for folder in splits if folder.is_dir()] or [Path(tree)]
+    for folder in (Path(tree), *folders):
+        if os.path.realpath(folder) in places:
+            return folder
+    for folder in folders:  # ImageNet-100 is a tree of links to class folders
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if entry.is_symlink() and os.path.realpath(entry.path) in places:
+                return Path(entry.path)
+    return None
+
+
+def again(flag: str, given: bool) -> str:
+    """How to go on after an interruption: `flag`, if it was given, would start over."""
+    return f"the same command{f' without {flag}' * given} goes on from there"
+
+
+def unfinished(name: str) -> bool:
+    """Is it what `write` leaves behind where it is killed?"""
+    return name.startswith(".") and name.endswith(".partial")
+
+
 def shard(text: str) -> tuple[int, int]:
     """The value of --shard I/N: part I of N, from 1/N to N/N."""
     part, _, parts = text.partition("/")
@@ -155,7 +182,8 @@ def list_failures(out: Path, name: str, part: tuple[int, int], failures: dict[st
     """OUT/NAME.txt, one of its own per shard: "class/picture<TAB>reason". Removed where nothing failed."""
     file = out / (f"{name}.txt" if part == (1, 1) else f"{name}-{part[0]}-of-{part[1]}.txt")
     if failures:
-        lines = "".join(f"{path}\t{why}\n" for path, why in sorted(failures.items()))
+        controls = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # one line a file, whatever it is called
+        lines = "".join(f"{path.translate(controls)}\t{why}\n" for path, why in sorted(failures.items()))
         write(str(file), lines.encode("utf-8", "surrogateescape"))
     else:
         file.unlink(missing_ok=True)

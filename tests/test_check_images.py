@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -267,7 +268,25 @@ def test_one_split_a_single_folder_and_a_class_called_train(tree, tmp_path, caps
     assert check(tree, capsys)[2]["splits"]["val"]["folder"].endswith("test")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_class_folders_breaks_training(tree, capsys, split):
+    for folder in list((tree / split).iterdir()):
+        shutil.rmtree(folder)
+    code, out, report = check(tree, capsys)
+    assert code == 1 and found(report, "no classes") == [(split, split)] and "it is empty" in out
+    assert not found(report, "class mismatch")
+    save(tree / split / "ILSVRC2012_val_00000001.JPEG", seed=1)
+    code, out, report = check(tree, capsys)
+    assert code == 1 and "1 pictures lie in it directly" in out
+
+
 def test_class_list_and_limit(tree, tmp_path, capsys):
+    (tree / "train" / "a b").mkdir()
+    save(tree / "train" / "a b" / "x.png", seed=77)
+    (tmp_path / "spaces.txt").write_text("a b\n")
+    code, _, report = check(tree / "train", capsys, "--class-list", str(tmp_path / "spaces.txt"))
+    assert report["splits"]["train"]["per_class"] == {"a b": 1}
+    shutil.rmtree(tree / "train" / "a b")
     (tree / "train" / "empty").mkdir()
     (tmp_path / "list.txt").write_text("bird a songbird\n")
     code, _, report = check(tree, capsys, "--class-list", str(tmp_path / "list.txt"))

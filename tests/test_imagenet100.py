@@ -183,6 +183,29 @@ def test_what_cannot_be_opened_is_listed(few, tmp_path, capsys):
     assert len(contents(tmp_path / "out")) == 6
 
 
+def test_a_class_of_which_nothing_can_be_opened_is_listed_as_well(few, tmp_path, capsys):
+    for picture in (few / "val" / IDS[0]).iterdir():
+        picture.unlink()
+        picture.symlink_to("nowhere")
+    with pytest.raises(UserError, match="1 pictures could not be opened and were not copied"):
+        make(few, tmp_path / "out", "--copy", "--class_list", tmp_path / "ids.txt")
+    assert f"not copied: {few}/val/{IDS[0]}/" in capsys.readouterr().err
+
+
+def test_a_linked_split_does_not_hide_that_the_output_lies_in_it(few, tmp_path):
+    (few / "train").rename(tmp_path / "real-train")
+    (few / "train").symlink_to(tmp_path / "real-train")
+    with pytest.raises(UsageError, match="lies inside the input"):
+        make(few, tmp_path / "real-train" / "out", "--class_list", tmp_path / "ids.txt")
+
+
+def test_the_counts_of_a_pack_are_those_of_its_pictures(few, tmp_path, capsys):
+    next((few / "train" / IDS[1]).iterdir()).write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="1 of 6 pictures could not be read"):
+        make(few, tmp_path / "pack", "--pack", 8, "--workers", 1, "--class_list", tmp_path / "ids.txt")
+    assert f"train: 2 classes, 3 pictures in {tmp_path}/pack/train.npy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [[], ["--copy"]])
 def test_odd_names(tmp_path, flags):
     names = ["with space.jpeg", 'it\'s "quoted".jpg', "Übung 图.JPEG", "$(touch hacked);.png", "-rf.jpg"]

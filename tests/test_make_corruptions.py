@@ -294,6 +294,14 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+def test_the_output_cannot_lie_in_a_class_of_a_tree_of_links(tree, tmp_path):
+    (tmp_path / "links" / "val").mkdir(parents=True)
+    (tmp_path / "links" / "val" / "bird").symlink_to(tree / "val" / "bird")
+    with pytest.raises(UsageError, match="lies in the folder of the pictures .*links/val/bird"):
+        make(tmp_path / "links", tree / "val" / "bird" / "out", *FEW)
+    assert not (tree / "val" / "bird" / "out").exists()
+
+
 def test_note_on_other_versions_and_damaged_settings(tree, tmp_path, capsys):
     make(tree, tmp_path / "C", *FEW)
     file = tmp_path / "C" / "corruptions.json"

@@ -3,12 +3,14 @@
 import csv
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
+from conftest import equal
 from safetensors.torch import load_file
 
-from common import UsageError, UserError, backbones, checkpoint, export, report
+from common import UsageError, UserError, backbones, checkpoint, export, launch, report, run
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
 
@@ -89,6 +91,82 @@ def test_resume_equals_an_uninterrupted_run_and_evaluate_repeats_its_number(work
     evaluated = json.loads((workspace / "parts/result-evaluate.json").read_text())
     assert evaluated["acc1"] == pytest.approx(parts["acc1"])
     assert json.loads((workspace / "parts/result.json").read_text())["epochs"] == 3  # left as it was
+
+
+def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(workspace, monkeypatch, capsys):
+    main_lincls.main([*LIN, "--cache-views", "0", "--ckpt_path", "fresh-whole"])
+    with monkeypatch.context() as patched:
+        calls = []
+        patched.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == 2)
+        main_lincls.main([*LIN, "--cache-views", "0", "--ckpt_path", "fresh-parts"])
+    assert "stopped by a signal in epoch 0 at step 2; continue with --resume auto" in capsys.readouterr().out
+    stopped = checkpoint.load("fresh-parts/checkpoint_robust_0000.pth.tar")
+    assert (stopped["epoch"], stopped["step"]) == (0, 2)
+    main_lincls.main([*LIN, "--cache-views", "0", "--ckpt_path", "fresh-parts", "--resume", "auto"])
+    whole, parts = (checkpoint.load(f"fresh-{f}/checkpoint_robust_0000.pth.tar") for f in ("whole", "parts"))
+    assert equal(whole["state_dict"], parts["state_dict"]) and whole["acc1"] == parts["acc1"]
+
+
+def test_a_folder_shared_with_the_pretraining_keeps_its_records(workspace, capsys):
+    shutil.copytree("pre", "shared")
+    kept = {name: (workspace / "shared" / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    flags = ["--pretrained", "shared", "--ckpt_path", "shared"]
+    main_lincls.main([*LIN, *flags])
+    eval_robustness.main([*ROB, "--classifier", "shared", "--ckpt_path", "shared"])
+    for name, content in kept.items():
+        assert (workspace / "shared" / name).read_bytes() == content
+    made = {p.name for p in (workspace / "shared").iterdir()}
+    assert {
+        f"{kind}-lincls.{end}" for kind, end in (("config", "json"), ("metrics", "jsonl"), ("result", "json"))
+    } <= made
+    assert {"config-robustness.json", "result-robustness.json", "checkpoint_robust_0000.pth.tar"} <= made
+    assert "result.json" not in made
+    capsys.readouterr()
+    report.main(["shared"])
+    said = capsys.readouterr().out
+    assert "MoCo + patch (K 64, alpha 2)" in said and "Linear evaluation" in said
+
+
+def test_a_classifier_goes_on_only_with_its_own_backbone_and_classes(workspace, capsys):
+    flags = [*LIN, "--epochs", "1", "--ckpt_path", "own"]
+    main_lincls.main(flags)
+    other = checkpoint.load("pre/checkpoint_0000.pth.tar")
+    other["state_dict"]["module.encoder_q.conv1.weight"] += 1e-3
+    torch.save(other, "other.pth.tar")
+    with pytest.raises(
+        UserError, match="is a classifier on another backbone .*--overwrite, or choose another --ckpt_path"
+    ):
+        main_lincls.main([*flags, "--pretrained", "other.pth.tar", "--resume", "auto"])
+    main_lincls.main([*flags, "--epochs", "2", "--lr", "0.2", "--resume", "auto"])
+    assert "unlike the run that wrote the checkpoint: lr=0.2 (was 0.1)" in capsys.readouterr().out
+    for name in ("heart", "star"):  # two of its ten classes, whose labels would shift
+        (workspace / "few" / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace / "few" / "val" / name).symlink_to(workspace / "data" / "demo" / "val" / name)
+    with pytest.raises(UsageError, match="not the class folders of the training set: it lacks"):
+        main_lincls.main(["few", "--resume", "auto", "--evaluate", "--ckpt_path", "own"])
+
+
+def test_unreadable_pictures_are_counted_in_evaluations(workspace, capsys, demo_set):
+    shutil.copytree(demo_set / "val", workspace / "broken" / "val")
+    picture = next((workspace / "broken" / "val").rglob("*.png"))
+    picture.write_bytes(picture.read_bytes()[:100])
+    flags = ["broken", "--resume", "lin/checkpoint_robust_0000.pth.tar", "--evaluate", "--ckpt_path", "counted"]
+    main_lincls.main([*flags, "--skip-bad-images"])
+    assert f"replaced 1 unreadable pictures, the first broken/val/{picture.parent.name}/" in capsys.readouterr().out
+
+
+def test_extra_corruptions_are_not_in_the_published_number(workspace):
+    root = workspace / "c"
+    for name in ("gaussian_noise", "speckle_noise"):
+        (root / name).mkdir(parents=True)
+    (root / "gaussian_noise" / "1").symlink_to(workspace / "data" / "demo" / "val")
+    (root / "speckle_noise" / "1").symlink_to(workspace / "data" / "demo" / "sketch")
+    rows = []
+    for flags in ([], ["--extra-corruptions"]):
+        eval_robustness.main(["--classifier", "lin", "--corruption", "c", "--ckpt_path", "extra", *flags])
+        rows.append(json.loads((workspace / "extra" / "result.json").read_text()))
+    assert rows[0]["corruption"] == rows[1]["corruption"] and "corruption_extra" not in rows[0]
+    assert rows[1]["notes"]["corruption"].startswith("mean over 1 of 75 folders") and "corruption_extra" in rows[1]
 
 
 def test_a_published_pretraining_checkpoint_is_read(workspace):
@@ -175,8 +253,6 @@ def test_masked_and_full_accuracy_by_hand(workspace, monkeypatch, demo_set):
     answer = torch.tensor([[9.0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 99, 99]])
     monkeypatch.setattr(eval_robustness, "classify", lambda model, images, precision: answer.expand(len(images), -1))
     args = eval_robustness.parse_args(ROB)
-    from common import launch, run
-
     classes = checkpoint.load("lin/checkpoint_robust_0000.pth.tar")["classes"]
     folder = workspace / "two"
     folder.mkdir()
@@ -184,7 +260,8 @@ def test_masked_and_full_accuracy_by_hand(workspace, monkeypatch, demo_set):
         (folder / name).symlink_to(demo_set / "val" / name)
     dataset = eval_robustness.open_by_class(str(folder), classes)
     precision = run.Precision(False, torch.device("cpu"))
-    right, masked = eval_robustness.score(None, dataset, args, launch.Process(), precision, "x", False)
+    log = run.Run(workspace / "by-hand", args, launch.Process(), tensorboard=False)
+    right, masked = eval_robustness.score(None, dataset, args, launch.Process(), precision, "x", log)
     assert right.sum() == 0 and masked.tolist() == (dataset.targets == 4).float().tolist()
 
 

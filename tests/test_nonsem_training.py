@@ -201,6 +201,24 @@ def test_resume_in_the_middle_is_bit_exact(workspace, monkeypatch, capsys, step)
     assert steps == sorted(set(steps))
 
 
+def test_amp_is_for_the_encoder_alone(workspace, capsys):
+    plain, half = train("--ckpt_path", "plain", "--epochs", 1), train("--ckpt_path", "half", "--epochs", 1, "--amp")
+    assert "precision=bfloat16 autocast" in capsys.readouterr().out
+    floats = {k: v for k, v in half["state_dict"].items() if v.is_floating_point()}
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
+    key = "module.encoder_q.layer4.1.conv2.weight"
+    a, b = plain["state_dict"][key], half["state_dict"][key]
+    assert not torch.equal(a, b) and (a - b).norm() < 0.05 * a.norm()
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(workspace):
+    train("--epochs", 1)
+    before = {p.name: p.read_bytes() for p in (workspace / "run").iterdir() if p.suffix in (".json", ".jsonl")}
+    with pytest.raises(UserError, match="does not fit this model"):
+        train("--epochs", 2, "--resume", "auto", "--moco-k", 128)
+    assert before == {p.name: p.read_bytes() for p in (workspace / "run").iterdir() if p.suffix in (".json", ".jsonl")}
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workspace):
     first, again, other = (
         train("--epochs", 1, "--seed", s, "--ckpt_path", f) for s, f in ((3, "a"), (3, "b"), (4, "c"))

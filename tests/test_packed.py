@@ -170,6 +170,39 @@ def test_interrupted_at_any_point_and_by_any_number_of_workers_it_is_the_same_pa
     same_pack(out, packed, "train")
 
 
+def test_an_interrupted_force_goes_on_without_it(tree, packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "CHUNK", 4)
+    out, pack_rows, calls = tmp_path / "pack", pack.pack_rows, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pack_rows(*arguments)
+
+    monkeypatch.setattr(pack, "pack_rows", interrupted)
+    with pytest.raises(SystemExit):
+        run_pack(tree, out, "--side", SIDE, "--splits", "train", "--force")
+    assert "interrupted; the same command without --force goes on from there" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"unfinished \(8 of 15") as told:
+        open_set(out, "train", dataset="packed")
+    assert "--force" not in str(told.value)
+    monkeypatch.setattr(pack, "pack_rows", pack_rows)
+    run_pack(tree, out, "--side", SIDE, "--splits", "train")
+    same_pack(out, packed, "train")
+
+
+def test_the_output_cannot_lie_in_a_class_of_a_tree_of_links(tree, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "train").mkdir()
+    name = next((tree / "train").iterdir()).name
+    (tmp_path / "real").mkdir()
+    (tmp_path / "links" / "train" / name).symlink_to(tmp_path / "real")
+    with pytest.raises(UsageError, match="PACK .* lies inside the input"):
+        run_pack(tmp_path / "links", tmp_path / "real" / "out", "--side", SIDE)
+    assert not (tmp_path / "real" / "out").exists()
+
+
 def test_full_disk_stops_cleanly_and_can_be_resumed(tree, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "CHUNK", 2)
     limits, out = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "pack"

@@ -17,7 +17,7 @@ NONSEM = "-a resnet18 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100"
 BANKS = "-b 32 --nce_k 64 --bn-splits 2 --print_freq 100"
 SMALLER = {  # appended, and so stronger than what the line says
     "nonsem_neg/moco_non_sem_neg.py": f"{TINY} {NONSEM}".split(),
-    "nonsem_neg/main_lincls.py": "--epochs 1 --cache-views 1 -j 2".split(),
+    "nonsem_neg/main_lincls.py": "-a resnet18 --epochs 1 --cache-views 1 -j 2".split(),
     "nonsem_neg/eval_robustness.py": "-j 2".split(),
     "moco_insdis/train_moco_ins.py": f"{TINY} {BANKS} --model resnet18".split(),
     "moco_insdis/eval_moco_ins.py": f"{TINY} --model resnet18 --cache-views 1".split(),

@@ -86,6 +86,9 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: No space left on device writing runs/a/config.json;") and said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        run.cli(lambda: write(errno.EACCES))
+    assert capsys.readouterr().err == "error: runs/a/config.json: permission denied\n"
     with pytest.raises(OSError, match="Is a directory"):  # what nobody has thought of keeps its traceback
         run.cli(lambda: write(errno.EISDIR))
 

@@ -382,7 +382,7 @@ def test_processes_and_gpu_threads_give_the_same_files(tree, tmp_path):
     bad = tree / "train" / "fish" / "bad.JPEG"
     bad.write_bytes(b"not a picture")
     jobs, _ = syn.list_jobs(tree, syn.open_splits(args), tmp_path / "threads")
-    assert len(syn.missing_of(jobs, False)) == 7
+    assert len(syn.missing_of(jobs, 0)) == 7
     done = [d for batch in syn.in_threads(syn.settings_of(args), [jobs[:3], jobs[3:]], "cpu", 2) for d in batch]
     assert [d.name for d in done] == [job.name for job in jobs]
     assert [d.name for d in done if d.failure] == ["train/fish/bad.JPEG"]
@@ -408,6 +408,37 @@ def test_resumes_keeps_what_is_there_and_overwrites_on_request(tree, tmp_path, c
     refuse(["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["mrs"]], "engine quilt, not mrs")
     (out / "textures.json").write_text("{")
     refuse(["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["quilt"]], "textures.json: damaged")
+
+
+def test_an_unfinished_overwrite_is_gone_on_with(tree, tmp_path, capsys):
+    make(tree, tmp_path / "clean", "--seed", "5")
+    out = tmp_path / "T"
+    make(tree, out)
+    make(tree, out, "--seed", "5", "--overwrite", "--limit", "2")
+    capsys.readouterr()
+    make(tree, out, "--seed", "5")
+    assert "6 pictures, 2 are there" in capsys.readouterr().out
+    assert files(out) == files(tmp_path / "clean")
+    make(tree, out, "--seed", "5")
+    assert "6 of 6 textures" in (said := capsys.readouterr().out) and "0 made now" in said
+
+
+def test_a_settings_file_that_was_never_finished_is_in_nobodys_way(tree, tmp_path):
+    (tmp_path / "T").mkdir()
+    (tmp_path / "T" / ".elsewhere-1-1.partial").write_text("{")
+    make(tree, tmp_path / "T", "--limit", "1")
+    assert len(files(tmp_path / "T")) == 1
+
+
+def test_the_output_cannot_lie_in_a_class_of_a_tree_of_links(tree, tmp_path):
+    links = tmp_path / "links"
+    for split in ("train", "val"):
+        (links / split).mkdir(parents=True)
+        (links / split / "bird").symlink_to(tree / split / "bird")
+    refuse(
+        ["--imagenet_path", links, "--imagenet_t_path", tree / "train" / "bird" / "T", *SMALL["quilt"]],
+        "one in the other",
+    )
 
 
 def test_failures_are_listed_and_exit_with_1(tree, tmp_path):

@@ -10,7 +10,8 @@ ours          the losses and banks of cmc/contrast.py.
 
 Sides alternate; each repeat is a process of its own, so that its peak memory can be told. "memory" is what a step needs
 beyond the banks: peak of the process minus what it held before the first step. The first step of both sides has the same
-banks, features and draws, and must agree: gradients to 1e-4, losses to what float32 leaves of the published sum.
+banks, features and draws, and must agree: every number of the gradients to 1e-4 of the largest, losses to what float32
+leaves of the published sum.
 Ends with 1 if a ratio misses its aim.
 """
 
@@ -113,7 +114,7 @@ def measure(side: str, args) -> dict:
         losses = memory.step(step_feats, index, draw_rows(index, args.n, args.k, generator))
         times.append(time.perf_counter() - began)
         if repeat == 0:
-            checked = {"losses": losses.tolist(), "gradients": [f.grad.norm().item() for f in step_feats]}
+            checked = {"losses": losses.tolist(), "gradients": [f.grad.flatten().tolist() for f in step_feats]}
     peak.over = True
     return {"seconds": min(times[1:]), "memory": peak.most - before, **checked}
 
@@ -153,7 +154,7 @@ def main(argv=None) -> int:
         return 0
     for key, rtol in (("losses", 5e-4), ("gradients", 1e-4)):  # the published sum of log(c / (P + c)) rounds in float32
         a, b = (torch.tensor(found[side][0][key]) for side in SIDES)
-        assert torch.allclose(a, b, rtol=rtol), (key, a, b)
+        assert (a - b).abs().max() <= rtol * b.abs().max(), (key, (a - b).abs().max(), b.abs().max())
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found["published"]))
     part = max(r["memory"] for r in found["ours"]) / max(r["memory"] for r in found["published"])
     print(f"equal losses and gradients; {ratio:.1f} times faster, aim {args.at_least}; {part:.3f} of the memory, "

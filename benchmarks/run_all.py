@@ -23,6 +23,7 @@ def main() -> int:
         ["colour_skimage.py"],
         ["check_images.py", *(["--data", args.photos] if args.photos else [])],
         ["pack.py", *(["--data", args.photos] if args.photos else [])],
+        ["corruptions.py", *(["--data", args.photos] if args.photos else [])],
         ["textures.py", *(["--data", args.photos] if args.photos else [])],
     ]
     missed = []

@@ -272,9 +272,9 @@ def curves(values: dict) -> dict:
 
 def softmax_probability(out, args) -> dict:
     """With InfoNCE the probability of the positive itself, over all pairs of views."""
-    return (
-        {"Softmax": torch.stack([(o[:, 0] - o.logsumexp(1)).exp().mean() for o in out]).mean()} if args.softmax else {}
-    )
+    if not args.softmax:
+        return {}
+    return {"Softmax": torch.stack([(o[:, 0] - o.logsumexp(1)).exp().mean() for o in out]).mean()}
 
 
 def learning_rate(args, epoch: int) -> float:

@@ -55,8 +55,11 @@ def save(path: str | Path, payload: dict) -> Path:
 
 
 def _refusal(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind an error: torch.save closes its archive on the way out, which raises a RuntimeError of
-    its own ("unexpected pos ...") over that of the write that failed."""
+    """The system's refusal behind an error, if there is one.
+
+    torch.save closes its archive on the way out, which raises a RuntimeError ("unexpected pos ...") over the error of the
+    write that failed.
+    """
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error

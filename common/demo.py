@@ -360,9 +360,8 @@ def _make_locked(out, twin, folders, settings, workers, progress):
     files = len(jobs["corruption"]) * len(CORRUPTIONS) * len(settings["severities"])
     files += 4 * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
     if workers is None:
-        workers = min(
-            launch.cores(), 16, 1 + files // 500
-        )  # starting a process costs as much as a few hundred pictures
+        # starting a process costs as much as a few hundred pictures
+        workers = min(launch.cores(), 16, 1 + files // 500)
     if progress:
         print(f"demo data: making {files} files in {out} with {workers} process(es)", file=sys.stderr, flush=True)
 

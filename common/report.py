@@ -43,11 +43,9 @@ def find_results(paths: list[str]) -> list[dict]:
     """The result.json of every folder named, or of the folders directly below it."""
     results = []
     for path in map(Path, paths):
-        found = (
-            [path]
-            if path.is_file()
-            else results_in(path) or [f for p in sorted(path.glob("*/")) for f in results_in(p)]
-        )
+        found = [path] if path.is_file() else results_in(path)
+        if not found and path.is_dir():
+            found = [file for folder in sorted(p for p in path.iterdir() if p.is_dir()) for file in results_in(folder)]
         if not found:
             raise UsageError(f"{path}: no result.json in it; an evaluation script writes one when it is done")
         for file in found:

@@ -118,11 +118,10 @@ def read_backbone(args) -> dict:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
     path = args.model_path
     if os.path.isdir(path):
-        found = checkpoint.newest_below(path)
-        if found is None:
-            raise UsageError(f"--model_path {path}: no checkpoint in this folder; run train_CMC.py"
+        path = checkpoint.newest_below(args.model_path)
+        if path is None:
+            raise UsageError(f"--model_path {args.model_path}: no checkpoint in this folder; run train_CMC.py"
                              f"{' --demo' * args.demo} first")  # fmt: skip
-        path = found
     elif args.demo and not os.path.exists(path):
         raise UsageError(f"{path}: nothing to evaluate yet; run cmc/train_CMC.py --demo first")
     saved = checkpoint.load(path) | {"path": str(path)}

@@ -170,9 +170,7 @@ def _child(worker, args, rank, world_size, local_rank, url) -> None:
         if told is None:
             raise
         lost = _lost_a_peer(error)
-        if (
-            rank or lost
-        ):  # most mistakes are everybody's: leave rank 0 the time to say it, the parent to end this process
+        if rank or lost:  # most mistakes are everybody's: leave rank 0 the time to say it, and the parent to end this
             time.sleep(2)
         if not lost or _here < world_size:  # a peer on this node has said why itself, or its parent does
             print(f"error: {told[0]}", file=sys.stderr, flush=True)

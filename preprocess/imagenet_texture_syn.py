@@ -351,17 +351,10 @@ def check_out(out: Path, root: Path, splits: list[data.FolderSet]) -> None:
     """UsageError where the trees would mix, or B holds something else."""
     real = Path(os.path.realpath(out))
     holds = [Path(s.root) for s in splits if real in Path(os.path.realpath(s.root)).parents]
-    for folder in filter(None, (workers.lies_in(out, root), *holds)):
+    for folder in filter(None, (workers.lies_in(out, root, workers.split_folders(root)), *holds)):
         raise UsageError(f"--imagenet_t_path {out} and the pictures in {folder} lie one in the other: "
                          f"name a folder beside it, such as {os.path.normpath(root)}-texture")  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file, not a folder")
-    if (
-        out.is_dir()
-        and not (out / "textures.json").is_file()
-        and not all(workers.unfinished(p.name) for p in out.iterdir())
-    ):
-        raise UsageError(f"{out}: is not empty and was not made by this script: name a new or an empty folder")
+    workers.check_own(out, "textures.json")
 
 
 def settle(out: Path, settings: dict, overwrite: bool) -> int:
@@ -371,29 +364,24 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
     so that an interrupted --overwrite is gone on with, and never leaves textures of two kinds that pass for finished.
     """
     file = out / "textures.json"
-    if file.exists():
-        try:
-            before = json.loads(file.read_text())
-            old = before["settings"]
-            differ = [f"{k} {old.get(k)}, not {settings.get(k)}" for k in sorted({*old, *settings})
-                      if old.get(k) != settings.get(k)]  # fmt: skip
-            since = int(before.get("since", 0))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if not overwrite:
-                raise UsageError(f"{file}: damaged; give --overwrite, or name another folder") from None
-        else:
-            if differ and not overwrite:
-                way_out = "give the same, --overwrite, or another folder"
-                raise UsageError(f"{out}: was begun with {'; '.join(differ)}: {way_out}")
-            if not overwrite:
-                return since
     versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": Image.__version__}
     record = {"settings": settings, "versions": versions}
-    workers.write(str(file), (json.dumps(record, indent=2) + "\n").encode())
-    if not overwrite:
-        return 0
-    since = file.stat().st_mtime_ns  # of the clock that the textures get their times from
-    workers.write(str(file), (json.dumps(record | {"since": since}, indent=2) + "\n").encode())
+    if overwrite:
+        workers.write(str(file), (json.dumps(record, indent=2) + "\n").encode())
+        record["since"] = file.stat().st_mtime_ns  # of the clock that the textures get their times from
+    if overwrite or not file.exists():
+        workers.write(str(file), (json.dumps(record, indent=2) + "\n").encode())
+        return record.get("since", 0)
+    try:
+        before = json.loads(file.read_text())
+        old, since = before["settings"], int(before.get("since", 0))
+        differ = [f"{k} {old.get(k)}, not {settings.get(k)}" for k in sorted({*old, *settings})
+                  if old.get(k) != settings.get(k)]  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{file}: damaged; give --overwrite, or name another folder") from None
+    if differ:
+        way_out = "give the same, --overwrite, or another folder"
+        raise UsageError(f"{out}: was begun with {'; '.join(differ)}: {way_out}")
     return since
 
 

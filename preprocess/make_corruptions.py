@@ -251,7 +251,7 @@ def do(job: Job) -> Done:
 def source_folder(tree: str) -> Path:
     """The folder of class folders to corrupt: val/ (else test/, validation/) of a root, or the tree itself. UsageError."""
     tree = Path(tree)
-    is_root = any((tree / name).is_dir() for name in ("train", *SPLIT_NAMES["val"]))
+    is_root = bool(workers.split_folders(tree))
     if is_root and not any(entry.is_dir() and _is_split(tree / entry.name) for entry in os.scandir(tree)):
         is_root = False  # class folders, one of them called train
     return data.split_folder(tree, "val") if is_root else tree
@@ -282,25 +282,11 @@ def target_names(sources: list[str], format: str) -> dict[str, str]:
 
 def check_out(out: Path, source: Path, tree: Path) -> None:
     """UsageError where OUT cannot be: among the pictures, or a folder that holds something else."""
-    folder = workers.lies_in(out, source) or next(
-        (
-            f
-            for name in ("train", *SPLIT_NAMES["val"])
-            if (tree / name).is_dir() and (f := workers.lies_in(out, tree / name))
-        ),
-        None,
-    )
+    folder = workers.lies_in(out, source, [source, *workers.split_folders(tree)])
     if folder:
         raise UsageError(f"{out}: lies in the folder of the pictures {folder}, where it would become a class: "
                          "name a folder outside it")  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file, not a folder")
-    if (
-        out.is_dir()
-        and not (out / "corruptions.json").is_file()
-        and not all(workers.unfinished(p.name) for p in out.iterdir())
-    ):
-        raise UsageError(f"{out}: is not empty and was not made by this script: name a new or an empty folder")
+    workers.check_own(out, "corruptions.json")
 
 
 def settle(out: Path, settings: dict) -> list[str]:

@@ -40,7 +40,7 @@ import torch
 from common import UsageError, UserError, data, launch, printable, run
 from common.packed import FORMAT, HEADER_BYTES, SPLITS, VERSION, PackFiles, npy_header, read_marker
 from common.sets import BadPicture, FolderSet
-from preprocess.workers import Rate, again, lies_in
+from preprocess.workers import Rate, again, lies_in, split_folders
 
 SIDE = 256  # pixels; what evaluation at 224 resizes to
 SAVE_EVERY = 5.0  # seconds between markers: at most this much work is done again after a crash
@@ -57,7 +57,7 @@ def reason_of(error: OSError) -> str:
 def check_output(out: Path, source: Path, flag: str = "the output folder") -> None:
     """UsageError where `out`, or a split folder in it, lies inside `source` or is it (links followed)."""
     for place in (out, *(out / name for name in (*SPLITS, "test", "validation"))):
-        if lies_in(place, source):
+        if lies_in(place, source, split_folders(source)):
             raise UsageError(
                 f"{flag} {printable(place)} lies inside the input {printable(source)}: choose another folder"
             )

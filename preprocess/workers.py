@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common import UserError, launch, run
+from common import UsageError, UserError, launch, run
 from common.bar import Bar
 from common.sets import SPLIT_NAMES
 
@@ -106,20 +106,29 @@ class Rate(Bar):
         return time.monotonic() - self.started
 
 
-def lies_in(out: str | Path, tree: str | Path) -> Path | None:
-    """The folder of `tree` (its root, a split, a class) in which `out` really lies, links followed; None if in none."""
-    real = os.path.realpath(out)
-    places = {real, *map(str, Path(real).parents)}
-    splits = [Path(tree) / name for name in ("train", *SPLIT_NAMES["val"])]
-    folders = [folder for folder in splits if folder.is_dir()] or [Path(tree)]
-    for folder in (Path(tree), *folders):
-        if os.path.realpath(folder) in places:
-            return folder
-    for folder in folders:  # ImageNet-100 is a tree of links to class folders
-        for entry in os.scandir(folder) if folder.is_dir() else ():
-            if entry.is_symlink() and os.path.realpath(entry.path) in places:
-                return Path(entry.path)
-    return None
+def split_folders(tree: str | Path) -> list[Path]:
+    """The folders train/, val/, test/ and validation/ that a tree has."""
+    folders = [Path(tree) / name for name in ("train", *SPLIT_NAMES["val"])]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def lies_in(out: str | Path, root: str | Path, splits: Iterable[str | Path]) -> Path | None:
+    """The folder in which `out` really lies, links followed: `root`, one of `splits` or a class linked there; else None.
+
+    splits: folders of class folders. ImageNet-100 is a tree of links: what is written below a class becomes part of it.
+    """
+    real = Path(os.path.realpath(out))
+    places = {str(place) for place in (real, *real.parents)}
+    linked = [entry.path for split in splits for entry in os.scandir(split) if entry.is_symlink()]
+    return next((Path(p) for p in (root, *splits, *linked) if os.path.realpath(p) in places), None)
+
+
+def check_own(out: Path, settings: str) -> None:
+    """UsageError where OUT is a file, or a folder that holds something else than what the script with `settings` made."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file, not a folder")
+    if out.is_dir() and not (out / settings).is_file() and not all(unfinished(p.name) for p in out.iterdir()):
+        raise UsageError(f"{out}: is not empty and was not made by this script: name a new or an empty folder")
 
 
 def again(flag: str, given: bool) -> str:

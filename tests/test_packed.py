@@ -77,6 +77,19 @@ def same_pack(one, two, split=""):
         assert first[name] == second[name], name
 
 
+def interrupted_in_the_third(pack_rows):
+    """pack_rows, but Ctrl-C comes at its third call."""
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return pack_rows(*arguments)
+
+    return interrupted
+
+
 def loader(dataset, views=(VIEW, VIEW), batch_size=5, **options):
     return Loader(
         dataset, views, batch_size, **{"device": "cpu", "seed": 3, "workers": 0, "progress": False, **options}
@@ -137,15 +150,8 @@ def test_interrupted_at_any_point_and_by_any_number_of_workers_it_is_the_same_pa
     tree, packed, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(pack, "CHUNK", 4)
-    out, pack_rows, calls = tmp_path / "pack", pack.pack_rows, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return pack_rows(*arguments)
-
-    monkeypatch.setattr(pack, "pack_rows", interrupted)
+    out, pack_rows = tmp_path / "pack", pack.pack_rows
+    monkeypatch.setattr(pack, "pack_rows", interrupted_in_the_third(pack_rows))
     with pytest.raises(SystemExit) as ended:
         run_pack(tree, out, "--side", SIDE, "--splits", "train")
     assert ended.value.code == 130 and "goes on from there" in capsys.readouterr().err
@@ -172,15 +178,8 @@ def test_interrupted_at_any_point_and_by_any_number_of_workers_it_is_the_same_pa
 
 def test_an_interrupted_force_goes_on_without_it(tree, packed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pack, "CHUNK", 4)
-    out, pack_rows, calls = tmp_path / "pack", pack.pack_rows, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return pack_rows(*arguments)
-
-    monkeypatch.setattr(pack, "pack_rows", interrupted)
+    out, pack_rows = tmp_path / "pack", pack.pack_rows
+    monkeypatch.setattr(pack, "pack_rows", interrupted_in_the_third(pack_rows))
     with pytest.raises(SystemExit):
         run_pack(tree, out, "--side", SIDE, "--splits", "train", "--force")
     assert "interrupted; the same command without --force goes on from there" in capsys.readouterr().err

@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.decode_jpeg import generate
-from common import demo
-from preprocess import make_corruptions
+from preprocess import demo, make_corruptions
 
 
 def variants(picture: np.ndarray, corrupt) -> tuple[float, list[np.ndarray]]:

@@ -97,7 +97,7 @@ class Peak(threading.Thread):
 
 
 def measure(side: str, args) -> dict:
-    from cmc.contrast import draw_rows
+    from common.memory import draw_rows
 
     generator = torch.Generator().manual_seed(0)
     banks = [F.normalize(torch.randn(args.n, args.dim, generator=generator), dim=1) for _ in range(2)]

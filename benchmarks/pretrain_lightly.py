@@ -41,19 +41,20 @@ BATCH, QUEUE, WARM = 256, 4096, 3
 
 
 def ours(tree: str, steps: int, workers: int, side: str) -> dict:
-    from common import launch, run
+    from common import processes
+    from common.precision import Precision
     from nonsem_neg import moco_non_sem_neg as script
 
     args = script.parse_args(
         [tree, "-a", "resnet18", "--input-res", "32", "-b", str(BATCH), "--moco-k", str(QUEUE), "--moco-t", "0.2", "--mlp",
          "--aug-plus", "--robust", "none", "--seed", "0", "-j", str(workers), "-p", "1000000", *SIDES[side]])  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = launch.Process(device=device)
+    process = processes.Process(device=device)
     torch.manual_seed(0)
     began = time.perf_counter()
     loader = script.build_loader(args, process, BATCH)
     loading = time.perf_counter() - began
-    model, precision = script.build_model(args, process), run.Precision(args.amp, device)
+    model, precision = script.build_model(args, process), Precision(args.amp, device)
     model.autocast = precision.autocast
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True

@@ -26,14 +26,18 @@ from common import (
     augment,
     backbones,
     checkpoint,
+    cli,
     data,
-    launch,
     metrics,
     options,
+    precision,
     probe,
+    processes,
     run,
     schedule,
 )
+from common.precision import Precision
+from preprocess import demo
 
 # Sides of the pooled maps that are classified; the layers not named here enter as they are.
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # ResNet: averages
@@ -48,11 +52,11 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/* and val/CLASS/*")
     options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet")
-    g.add_argument("--crop_low", type=run.share, default=None, help="least share of the picture that a crop covers; "
+    g.add_argument("--crop_low", type=cli.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet and a ResNet .08")  # fmt: skip
 
     g = parser.add_argument_group("model")
@@ -65,39 +69,39 @@ def parse_args(argv=None):
                    "(default); AlexNet: 1 to 5 the convolution blocks (default 5), 6 and 7 fully connected")  # fmt: skip
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=run.positive_int, default=60, help="epochs to run in all, counted from 1")
-    g.add_argument("-b", "--batch_size", type=run.positive_int, default=256, help="global batch over all processes")
-    g.add_argument("--learning_rate", "--lr", type=run.positive, default=0.1,
+    g.add_argument("--epochs", type=cli.positive_int, default=60, help="epochs to run in all, counted from 1")
+    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.1,
                    help="not scaled with the batch; published results: AlexNet .1, resnet50v1 and v2 30, v3 50")  # fmt: skip
     g.add_argument("--lr_decay_epochs", default="30,40,50", help="complete epochs after which the rate drops")
-    g.add_argument("--lr_decay_rate", type=run.positive, default=0.2, help="factor of each drop")
-    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=run.not_negative, default=0.0, help="weight decay")
-    g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
+    g.add_argument("--lr_decay_rate", type=cli.positive, default=0.2, help="factor of each drop")
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight_decay", type=cli.not_negative, default=0.0, help="weight decay")
+    g.add_argument("--cache-views", type=cli.count, default=0, metavar="N",
                    help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
                    "at every epoch, as published")  # fmt: skip
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/cmc_linear", help="the run gets a folder of its own in here")
     g.add_argument("--tb_path", default=None, help="TensorBoard events go below here; default: into the run folder")
-    g.add_argument("--print_freq", type=run.positive_int, default=10, help="steps between progress lines")
-    g.add_argument("--save_freq", type=run.positive_int, default=5, help="epochs between numbered checkpoints")
+    g.add_argument("--print_freq", type=cli.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--save_freq", type=cli.positive_int, default=5, help="epochs between numbered checkpoints")
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("--label", default=None, help="name of the run in a report; default: made of its settings")
     g.add_argument(
-        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+        "--seed", type=cli.seed, default=None, help="seed of everything random; drawn and recorded if not given"
     )
 
-    g = launch.add_arguments(parser)
-    run.add_precision_arguments(g)
+    g = processes.add_arguments(parser)
+    precision.add_arguments(g)
     parser.refuse("tb_freq", "never had an effect: TensorBoard gets a point every epoch")
     parser.refuse("log", "never had an effect")
     parser.refuse("beta1", "never had an effect: the classifier is trained by SGD")
     parser.refuse("beta2", "never had an effect: the classifier is trained by SGD")
     args = parser.parse_args(argv)
 
-    run.check_precision_arguments(args)
+    precision.check_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/ and val/, or --demo for built-in pictures")
     if args.model_path is None:
@@ -154,7 +158,7 @@ def read_backbone(args) -> dict:
     return saved
 
 
-def frozen_network(saved, args, process: launch.Process) -> nn.Module:
+def frozen_network(saved, args, process: processes.Process) -> nn.Module:
     """The networks of all views, frozen and in eval mode."""
     state = checkpoint.backbone(saved)
     heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
@@ -282,10 +286,10 @@ CONTINUES = ("seed", "data", "dataset", "class_list", "input_res", "batch_size",
              "lr_decay_rate", "momentum", "weight_decay", "cache_views", "amp", "crop_low")  # fmt: skip
 
 
-def worker(args, process: launch.Process) -> None:
+def worker(args, process: processes.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
-    options.ensure_demo(args, process)
+    demo.ensure_for(args, process)
     saved = read_backbone(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved["path"]))))
     folder = os.path.join(args.save_path, name)
@@ -299,7 +303,7 @@ def worker(args, process: launch.Process) -> None:
     classes = train_set.classes
     val_set = options.open_split(args, "val", classes=classes)
     network = frozen_network(saved, args, process)
-    precision = run.Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+    precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
     shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
     features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
     classifier = LinearClassifier(features, len(classes), args.model).to(process.device)
@@ -324,7 +328,7 @@ def worker(args, process: launch.Process) -> None:
 
     def save(*names):
         state = {
-            "opt": run.options(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
+            "opt": cli.flags(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
             "optimizer": optimizer.state_dict(), "best_epoch": best_epoch, "acc1": top1, "acc5": top5,
             "classes": classes, "network": saved["path"], "digest": digest, "step": step,
         }  # fmt: skip
@@ -392,8 +396,8 @@ def report(log, saved, args, epoch, top1, top5, best, best_epoch) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -19,8 +19,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmc import colour
-from cmc.contrast import LONG_AGO, MemoryBanks, draw_rows
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, options, probe, run, schedule
+from cmc.contrast import LONG_AGO, MemoryBanks
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    batchnorm,
+    checkpoint,
+    cli,
+    data,
+    memory,
+    options,
+    precision,
+    probe,
+    processes,
+    run,
+    schedule,
+)
+from common.precision import Precision
+from preprocess import demo
 
 MODELS = {  # name: (depth, width) of each view's residual network; None: half an AlexNet
     "alexnet": None,
@@ -42,58 +60,58 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/*")
     options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet", workers=18)
-    g.add_argument("--crop_low", type=run.share, default=None, help="least share of the picture that a crop covers; "
+    g.add_argument("--crop_low", type=cli.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet and a ResNet .08")  # fmt: skip
 
     g = parser.add_argument_group("model")
     g.add_argument("--model", choices=list(MODELS), default="alexnet",
                    help="network of each view; v1, v2, v3: stages of half, once, twice the width")  # fmt: skip
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, no max-pool: for small pictures")
-    g.add_argument("--feat_dim", type=run.positive_int, default=128, help="feature dimension")
+    g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
     g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, default="Lab",
                    help="colour space; its lightness is one view, the other two channels the other")  # fmt: skip
     g.add_argument("--views", default=None, metavar="VIEW,VIEW,...", help="views made of other channels, or more than two: "
                    "every pair is contrasted; such as L,a,b or L,ab,YCbCr:CbCr")  # fmt: skip
-    g.add_argument("--softmax", action=run.OnOff, default=False, help="InfoNCE loss; else NCE")
-    g.add_argument("--nce_k", type=run.positive_int, default=16384, help="negatives per anchor")
-    g.add_argument("--nce_t", type=run.positive, default=None, help="temperature; default .07, with --dataset stl10 .1")
-    g.add_argument("--nce_m", type=run.fraction, default=0.5, help="momentum of a memory row")
+    g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
+    g.add_argument("--nce_k", type=cli.positive_int, default=16384, help="negatives per anchor")
+    g.add_argument("--nce_t", type=cli.positive, default=None, help="temperature; default .07, with --dataset stl10 .1")
+    g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="momentum of a memory row")
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help="NCE: the normaliser Z follows a moving "
                    "average (its decay rises to .99), or stays that of the first batch, as first published")  # fmt: skip
     g.add_argument("--exclude-self", action="store_true", help="never draw a picture as its own negative")
-    g.add_argument("--bn-splits", type=run.positive_int, default=1,
+    g.add_argument("--bn-splits", type=cli.positive_int, default=1,
                    help="batch-norm groups over all processes, as on that many GPUs")  # fmt: skip
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=run.positive_int, default=240, help="epochs to run in all, counted from 1")
-    g.add_argument("-b", "--batch_size", type=run.positive_int, default=128, help="global batch over all processes")
-    g.add_argument("--learning_rate", "--lr", type=run.positive, default=0.03, help="not scaled with the batch")
+    g.add_argument("--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1")
+    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=128, help="global batch over all processes")
+    g.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.03, help="not scaled with the batch")
     g.add_argument("--lr_decay_epochs", default="120,160,200", help="complete epochs after which the rate drops")
-    g.add_argument("--lr_decay_rate", type=run.positive, default=0.1, help="factor of each drop")
-    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=run.not_negative, default=1e-4, help="weight decay")
+    g.add_argument("--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop")
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay")
 
     g = parser.add_argument_group("run")
     g.add_argument("--model_path", default="./runs/cmc", help="the run gets a folder of its own in here")
     g.add_argument("--tb_path", default=None, help="TensorBoard events go below here; default: into the run folder")
-    g.add_argument("--print_freq", type=run.positive_int, default=10, help="steps between progress lines")
-    g.add_argument("--save_freq", type=run.positive_int, default=10, help="epochs between numbered checkpoints")
+    g.add_argument("--print_freq", type=cli.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--save_freq", type=cli.positive_int, default=10, help="epochs between numbered checkpoints")
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the run's newest")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument(
-        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+        "--seed", type=cli.seed, default=None, help="seed of everything random; drawn and recorded if not given"
     )
-    g.add_argument("--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations; 0: never")
-    g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
+    g.add_argument("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
+    g.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
 
-    g = launch.add_arguments(parser)
-    run.add_precision_arguments(g)
+    g = processes.add_arguments(parser)
+    precision.add_arguments(g)
     g.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     parser.refuse(
         "tb_freq", "never had an effect: TensorBoard gets a point at every --print_freq steps and every epoch"
@@ -102,7 +120,7 @@ def parse_args(argv=None):
     parser.refuse("beta2", "never had an effect in pre-training, which uses SGD")
     args = parser.parse_args(argv)
 
-    run.check_precision_arguments(args)
+    precision.check_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures")
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
@@ -160,7 +178,7 @@ def recipe(args) -> augment.Compose:
                            augment.RandomHorizontalFlip(), colour.Views(args._views))  # fmt: skip
 
 
-def build_loader(args, process: launch.Process, per_process: int) -> data.Loader:
+def build_loader(args, process: processes.Process, per_process: int) -> data.Loader:
     return options.make_loader(args, process, options.open_pretraining(args), (recipe(args),), per_process, args.seed)
 
 
@@ -168,7 +186,7 @@ class CMC:
     """A network and a memory bank for every view. A step compares each view's feature with bank rows of the other views of
     this picture and of drawn ones, then writes it to its own bank."""
 
-    def __init__(self, args, n: int, process: launch.Process):
+    def __init__(self, args, n: int, process: processes.Process):
         self.encoder, self.optimizer, self.precision = build_encoder(args, process)
         self.wrapped = parallel(self.encoder, process)
         self.memory = MemoryBanks(n, args.feat_dim, bank_names(args._views), args.nce_k, args.nce_t, args.nce_m,
@@ -181,11 +199,11 @@ class CMC:
         with self.precision.autocast():
             feats = self.wrapped(images)
         feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # V times N x D
-        rows = draw_rows(index, self.memory.n, self.memory.k, self.draws, self.exclude_self)  # N x (1 + K)
+        rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.draws, self.exclude_self)  # N x (1 + K)
         losses, out = self.memory(feats, rows)  # of every view; of every pair, N x (1 + K)
         self.precision.step(losses.sum(), self.optimizer)
-        everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
-        self.memory.update(everyone, launch.all_gather(index))
+        everyone = processes.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
+        self.memory.update(everyone, processes.all_gather(index))
         return losses.detach(), [o.detach() for o in out]
 
 
@@ -204,22 +222,22 @@ def build_network(model: str, views: list[colour.View], dim: int, small_stem: bo
     return backbones.TwoTowers(tower, [len(view.channels) for view in views], tower_names(views))
 
 
-def build_encoder(args, process: launch.Process):
+def build_encoder(args, process: processes.Process):
     """(network, optimizer, precision); with apex they are its own."""
     network = build_network(args.model, args._views, args.feat_dim, args.small_stem)
     splits = max(1, args.bn_splits // process.world_size)
-    launch.split_batchnorm(network, splits)
+    batchnorm.split_batchnorm(network, splits)
     network = network.to(process.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, momentum=args.momentum,
                                 weight_decay=args.weight_decay, fused=True)  # fmt: skip
-    precision = run.Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+    precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
     network, optimizer = precision.prepare(network, optimizer)
     if args.compile:
         network.compile()
     return network, optimizer, precision
 
 
-def parallel(network: nn.Module, process: launch.Process) -> nn.Module:
+def parallel(network: nn.Module, process: processes.Process) -> nn.Module:
     if process.world_size == 1:
         return network
     devices = [process.device] if process.device.type == "cuda" else None
@@ -282,7 +300,7 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
 
-def knn_loaders(args, process: launch.Process, train_set):
+def knn_loaders(args, process: processes.Process, train_set):
     """Of the k-NN evaluation: pictures as they are, without random augmentation."""
     geometry = augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
     view = augment.Compose(geometry, colour.Views(args._views))
@@ -303,15 +321,15 @@ def evaluate_knn(method, loaders, args, log, epoch, step):
 
 def save(path, epoch, step, method, args, process):
     """The authors' keys (opt, model, contrast, optimizer, epoch), and what an exact resume needs besides."""
-    states = launch.gather_objects(dict(draws=method.draws.get_state(), torch=torch.get_rng_state()))
+    states = processes.gather_objects(dict(draws=method.draws.get_state(), torch=torch.get_rng_state()))
     if process.is_main:
         checkpoint.save(path, {
-            "opt": run.options(args), "epoch": epoch, "optimizer": method.optimizer.state_dict(),
+            "opt": cli.flags(args), "epoch": epoch, "optimizer": method.optimizer.state_dict(),
             "model": checkpoint.add_prefix(method.encoder.state_dict(), PREFIX), "contrast": method.memory.state_dict(),
             "step": step, "scaler": method.precision.scaler.state_dict(), "generators": states,
             "z_updates": method.memory.updates,
         })  # fmt: skip
-    launch.barrier()
+    processes.barrier()
 
 
 def open_resume(args) -> dict | None:
@@ -375,7 +393,7 @@ CONTINUES = ("seed", "data", "dataset", "batch_size", "epochs", "learning_rate",
              "bn_splits")  # fmt: skip
 
 
-def worker(args, process: launch.Process) -> None:
+def worker(args, process: processes.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
     per_process = args.batch_size // process.world_size
@@ -386,7 +404,7 @@ def worker(args, process: launch.Process) -> None:
     if per_process % splits:
         raise UsageError(f"--bn-splits: {per_process} images per process cannot be cut into {splits} equal groups")
     run.refuse_to_overwrite(args.folder, "*.pth", args.resume, args.overwrite)
-    options.ensure_demo(args, process)
+    demo.ensure_for(args, process)
     saved = open_resume(args)
     args.seed = run.settle_seed(args.seed)
     run.seed_all(args.seed)  # the same on every rank: equal weights and memories; per-rank draws are the loader's
@@ -450,8 +468,8 @@ def warn(args, n: int, log) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from common import UsageError, UserError
 
 
-def save(path: str | Path, payload: dict) -> Path:
-    """Write `payload` to `path` by way of a temporary file that is synced and then renamed.
+@contextlib.contextmanager
+def replacing(path: str | Path, mode: str = "wb", **how):
+    """An open file that takes the place of `path` when the block is done: `with replacing(path) as file: file.write(...)`.
 
-    Whatever goes wrong (a full disk, a lost machine), `path` is afterwards the old file or the whole new one.
-    Raises UserError where the disk refuses; the temporary file is removed.
+    It is written beside it, synced, then renamed. Whatever goes wrong (a full disk, an error in the block, a lost machine),
+    `path` is afterwards the old file or the whole new one. Folders are made. An OSError names `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save(payload, file)
+        with open(partial, mode, **how) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -40,9 +41,21 @@ def save(path: str | Path, payload: dict) -> Path:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):  # of a full disk the system does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def save(path: str | Path, payload: dict) -> Path:
+    """Write `payload` to `path`, everything or nothing. Raises UserError where the disk refuses."""
+    path = Path(path)
+    try:
+        with replacing(path) as file:
+            torch.save(payload, file)
+    except (OSError, RuntimeError) as error:
         refused = _refusal(error)
         if refused is None:
             raise

@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from common import UsageError, UserError, launch
+from common import UsageError, UserError, processes
 from common.augment import Compose, ResizeCenterCrop
 from common.bar import Bar
 from common.packed import PackedSet
@@ -459,7 +459,7 @@ class Loader:
         sources = [self.dataset] + ([self.partner] if self.partner is not None else [])
         if wish == "host" or (wish == "auto" and not _fits(sources, self.device)):
             return "host"
-        threads = min(max(1, self.workers), launch.cores())
+        threads = min(max(1, self.workers), processes.cores())
         try:
             held = [_resident(s, self.device, threads, self.skip_bad, self.progress) for s in sources]
         except _SizesDiffer as error:

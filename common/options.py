@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import data, demo, launch, run
+from common import cli, data, processes
 from common.sets import TORCHVISION_SETS
 
 
@@ -16,7 +16,7 @@ def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str
                        "else a torchvision set below DATA, downloaded if missing")  # fmt: skip
     group.add_argument("--class-list", default=None, metavar="FILE", help="use these class folders only, one name a line "
                        "(ImageNet with the ImageNet-100 list)")  # fmt: skip
-    group.add_argument("--input-res", type=run.positive_int, default=224, help="side of the network's input, pixels")
+    group.add_argument("--input-res", type=cli.positive_int, default=224, help="side of the network's input, pixels")
     group.add_argument("--data-device", choices=["auto", "host", "device"], default="auto",
                        help="device: all pictures in memory as uint8 (one size only); host: workers decode them; "
                        "auto: device where they fit")  # fmt: skip
@@ -29,13 +29,13 @@ def open_split(args, split: str, classes: list[str] | None = None) -> data.Pictu
     """The split ("train", "val") of the data set that the flags name. classes: class order that it must have."""
     dataset = args.dataset if args.dataset in ("packed", *TORCHVISION_SETS) else "folder"
     if dataset in TORCHVISION_SETS:  # one process fetches, the others find it there
-        if launch.rank() == 0:
+        if processes.rank() == 0:
             data.open_set(args.data, split, dataset=dataset)
-        launch.barrier()
+        processes.barrier()
     return data.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes)
 
 
-def make_loader(args, process: launch.Process, dataset, views, batch: int, seed: int, **how) -> data.Loader:
+def make_loader(args, process: processes.Process, dataset, views, batch: int, seed: int, **how) -> data.Loader:
     """A loader of `batch` pictures per process that reads as the flags say; `how`: what else data.Loader takes."""
     return data.Loader(
         dataset, views, batch, device=process.device, seed=seed, rank=process.rank,
@@ -51,19 +51,10 @@ def open_pretraining(args) -> data.PictureSet:
 
 def workers_per_process(args) -> int:
     """--workers of this node, divided over its processes, at most one per core."""
-    here = launch.processes_here()
-    return -(-min(args.workers, launch.cores()) // here)
+    here = processes.processes_here()
+    return -(-min(args.workers, processes.cores()) // here)
 
 
 def eval_resize(input_res: int) -> int:
     """Shorter side before the centre crop: 256 for 224, in proportion elsewhere."""
     return round(input_res * 256 / 224)
-
-
-def ensure_demo(args, process: launch.Process, texture: bool = False) -> None:
-    """With --demo: make the built-in pictures at DATA unless a whole set of them, of whatever size, is there."""
-    if args.demo and process.is_main:
-        content = demo.read(args.data)
-        if content is None or (texture and not content["settings"]["texture"]):
-            demo.ensure(args.data, texture=texture)
-    launch.barrier()

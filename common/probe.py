@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from common import UserError, launch, metrics, options, run
+from common import UserError, metrics, options, processes, run
 from common.augment import Compose
 from common.data import Loader, PictureSet
 
@@ -56,14 +56,14 @@ class ViewCache:
             kept.append(torch.cat(feats))
         self.features, self.targets = torch.stack(kept), torch.cat(targets)  # (views, n, ...), (n,)
         # As many rows per epoch as every rank has, so that all of them make the same number of steps.
-        self.rows = min(launch.gather_objects(len(self.targets)))
+        self.rows = min(processes.gather_objects(len(self.targets)))
 
     def steps(self, batch: int) -> int:
         return -(-self.rows // batch)
 
     def batches(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(features, targets) of one epoch over the view whose turn it is, in an order drawn from the seed."""
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch + launch.rank())
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch + processes.rank())
         order = torch.randperm(len(self.targets), generator=generator)[: self.rows]
         features = self.features[epoch % len(self.features)]
         for rows in order.split(batch):
@@ -80,14 +80,14 @@ def validate(classifier: Callable[[Tensor], Tensor], batches: Batches) -> tuple[
         top1, top5 = metrics.accuracy(logits, target, (1, 5))
         loss = torch.nn.functional.cross_entropy(logits, target)
         sums.append(torch.stack([top1, top5, loss, torch.ones_like(top1)]).double() * len(target))
-    top1, top5, loss, n = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
+    top1, top5, loss, n = processes.sum_ranks(torch.stack(sums).sum(0)).tolist()
     return top1 / n, top5 / n, loss / n
 
 
 # ----------------------------------------------------------------------------------------------------------------- k-NN
 
 
-def knn_loaders(args, process: launch.Process, train_set: PictureSet, view: Compose) -> tuple[Loader, Loader]:
+def knn_loaders(args, process: processes.Process, train_set: PictureSet, view: Compose) -> tuple[Loader, Loader]:
     """The bank (the training pictures) and the queries (val/) of `evaluate_knn`; view: without anything random."""
     return tuple(
         options.make_loader(args, process, pictures, (view,), KNN_BATCH, seed=0, shuffle=False, drop_last=False)
@@ -103,10 +103,10 @@ def evaluate_knn(
 
     network: in training mode, in evaluation mode while `embed` is called, with the batch-norm statistics of rank 0.
     """
-    launch.broadcast_buffers(network)
+    processes.broadcast_buffers(network)
     network.eval()
     (bank, bank_targets), (feats, targets) = (
-        map(launch.gather_ragged, metrics.extract_features(embed, loader)) for loader in loaders
+        map(processes.gather_ragged, metrics.extract_features(embed, loader)) for loader in loaders
     )
     network.train()
     top1, top5 = map(float, metrics.knn(bank, bank_targets, feats, targets, len(loaders[0].dataset.classes), k=k))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -25,262 +23,17 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UsageError, UserError, launch, printable
+from common import UsageError, UserError, cli, printable, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with what every script here promises.
-
-    - each long flag is taken with dashes and with underscores;
-    - a wrong flag or value is one line on stderr and exit code 2;
-    - `presets` ({name: {flag: value}}) are defaults only: whatever is typed on the command line wins. The flag `--demo`
-      selects the preset "demo", `--preset NAME` another one; the demo wins over that where both set a flag.
-    """
-
-    def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
-        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
-        self.presets = presets or {}
-        self._refused: dict[str, str] = {}
-        named = [name for name in self.presets if name != "demo"]
-        if named:
-            self.add_argument(
-                "--preset", choices=named, default=None, help="set the flags of a recipe; what is typed wins"
-            )
-        if "demo" in self.presets:
-            self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
-
-    def refuse(self, flag: str, reason: str) -> None:
-        """A published flag that does nothing there and is not taken here: typing it is an error that says why."""
-        self.add_argument(f"--{flag}", nargs="?", const=True, default=None, dest=f"_{flag}", help=argparse.SUPPRESS)
-        self._refused[f"_{flag}"] = reason
-
-    def parse_args(self, args=None, namespace=None):
-        argv = [self._spelling(a) for a in (sys.argv[1:] if args is None else list(args))]
-        published = {a.dest: a.default for a in self._actions}
-        for name in _wanted_presets(self, argv):
-            self.set_defaults(**self.presets[name])
-        try:
-            parsed = super().parse_args(argv, namespace)
-        finally:
-            self.set_defaults(**published)
-        typed = super().parse_args(argv, argparse.Namespace(**{a.dest: _UNSET for a in self._actions}))
-        for dest, reason in self._refused.items():
-            if getattr(parsed, dest) is not None:
-                self.error(f"--{dest[1:]} {reason}; leave it away")
-        parsed._published = published
-        parsed._typed = sorted(k for k, v in vars(typed).items() if v is not _UNSET)
-        return parsed
-
-    def _spelling(self, token: str) -> str:
-        if not token.startswith("--") or token == "--":
-            return token
-        flag, equals, value = token.partition("=")
-        if flag not in self._option_string_actions:
-            for other in (flag[2:].replace("_", "-"), flag[2:].replace("-", "_")):
-                if f"--{other}" in self._option_string_actions:
-                    return f"--{other}{equals}{value}"
-        return token
-
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments"):
-            flag = message.split()[2].partition("=")[0]
-            close = difflib.get_close_matches(flag, [o for o in self._option_string_actions if o.startswith("--")], 1)
-            message += f"; did you mean {close[0]}?" if close else ""
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
-
-
-class _Unset:
-    def __repr__(self):
-        return "unset"
-
-
-_UNSET = _Unset()
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=110)
-
-    def _get_help_string(self, action):
-        if any(action.default is plain for plain in (None, False, True)) or not str(action.default):
-            return action.help
-        if "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
-def _wanted_presets(parser: Parser, argv: list[str]) -> list[str]:
-    if not parser.presets:
-        return []
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--preset")
-    first_look.add_argument("--demo", action="store_true")
-    try:
-        found, _ = first_look.parse_known_args(argv)
-    except SystemExit:  # `--preset` without a value: the real parser says so
-        return []
-    wanted = [found.preset] if found.preset in parser.presets else []
-    return wanted + (["demo"] if found.demo and "demo" in parser.presets else [])
-
-
-OnOff = argparse.BooleanOptionalAction
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def cli(main) -> None:
-    """Run `main()` as a program: an error that the user can put right becomes one line on stderr and its exit code."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted; a checkpoint that was written before is whole", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `script | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        told = launch.in_one_line(error)
-        if told is None:
-            raise
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):  # let rank 0 say what all ranks have to say
-            time.sleep(2)
-        print(f"error: {told[0]}", file=sys.stderr, flush=True)
-        sys.exit(told[1])
-
-
-# ------------------------------------------------------------------------------------------------------------ precision
-
-
-def add_precision_arguments(group) -> None:
-    """--amp and, where published commands carry them, the flags of NVIDIA apex."""
-    group.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
-    group.add_argument("--opt-level", choices=["O1", "O2"], default="O2",
-                       help="apex's level; with torch's own --amp both mean autocast with float32 weights")  # fmt: skip
-    group.add_argument("--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp")
-
-
-def check_precision_arguments(args) -> None:
-    """UsageError for --amp-backend without --amp. (A lone --opt-level is passed over, as the published scripts do.)"""
-    if "amp_backend" in args._typed and not args.amp:
-        raise UsageError(f"--amp-backend {args.amp_backend} belongs to --amp; add that, or leave it away")
-
-
-class Precision:
-    """Mixed precision by torch.autocast: bfloat16 where the hardware has it, else (on CUDA) float16 with a scaler.
-
-    Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does nothing unless float16.
-    Off by default: that is what was published, and on the CPU measured here (AVX-512 with bfloat16 instructions, ResNet-18
-    at 32 pixels, channels last) float32 was 9 to 12 % faster than bfloat16 autocast (RESULTS.md).
-
-    backend "apex": NVIDIA apex does it at `opt_level`, where an apex is installed that still has `amp` (upstream removed it
-    in 2025; the `apex` on PyPI is another project). Raises UserError where it is not.
-    """
-
-    def __init__(self, amp: bool, device: torch.device, backend: str = "torch", opt_level: str = "O2"):
-        half = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        self.device_type, self.enabled = device.type, amp and backend == "torch"
-        self.dtype = torch.float16 if half else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and half)
-        self.apex, self.opt_level = _import_apex() if amp and backend == "apex" else None, opt_level
-
-    def prepare(self, model, optimizer):
-        """(model, optimizer) as the backend wants them: unchanged, or wrapped by apex. Before any parallel wrapper."""
-        if self.apex is None:
-            return model, optimizer
-        return self.apex.initialize(model, optimizer, opt_level=self.opt_level)
-
-    def autocast(self):
-        return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
-
-    def step(self, loss: Tensor, optimizer) -> None:
-        """Fresh gradients of `loss`, and one step of the optimizer."""
-        optimizer.zero_grad(set_to_none=True)
-        if self.apex is not None:
-            with self.apex.scale_loss(loss, optimizer) as scaled:
-                scaled.backward()
-            optimizer.step()
-            return
-        self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def __str__(self):
-        if self.apex is not None:
-            return f"apex {self.opt_level}"
-        return str(self.dtype).removeprefix("torch.") + " autocast" if self.enabled else "float32"
-
-
-def _import_apex():
-    try:
-        from apex import amp
-    except ImportError:
-        raise UserError(
-            "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in 2025, and the apex of the "
-            "package index is another project); leave the flag away to use torch's own autocast"
-        ) from None
-    if not hasattr(amp, "scale_loss"):
-        raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; leave the flag away")
-    return amp
-
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
 
 
 def settle_seed(seed: int | None) -> int:
     """The seed to use: the given one, else one drawn here, the same on every rank. It is printed and recorded."""
-    return launch.agree(random.SystemRandom().randrange(2**31) if seed is None else seed)
+    return processes.agree(random.SystemRandom().randrange(2**31) if seed is None else seed)
 
 
 def seed_all(seed: int) -> None:
@@ -323,11 +76,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def options(args) -> dict:
-    """The flags as a plain dict (no private entries), for config.json and checkpoints."""
-    return {k: v for k, v in vars(args).items() if not k.startswith("_")}
-
-
 def unlike(args, then: dict, flags: tuple[str, ...]) -> list[str]:
     """What a resumed run has to say of `flags` that differ from those of the run that wrote the checkpoint: [] or one line."""
 
@@ -349,7 +97,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: str | Path, args, process: launch.Process, tensorboard: bool | str = True, suffix: str = ""
+        self, folder: str | Path, args, process: processes.Process, tensorboard: bool | str = True, suffix: str = ""
     ):
         self.folder, self.process, self.main = Path(folder), process, process.is_main
         self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
@@ -361,7 +109,7 @@ class Run:
         try:
             make_folder(self.folder)
             config = {"command": self.command, **environment(), "world_size": process.world_size,
-                      "started": datetime.now().isoformat(timespec="seconds"), "options": options(args)}  # fmt: skip
+                      "started": datetime.now().isoformat(timespec="seconds"), "options": cli.flags(args)}  # fmt: skip
             write_json(self._config, config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
@@ -376,7 +124,7 @@ class Run:
                  f"torchvision {config['torchvision']}, CUDA {config['cuda'] or '-'}")  # fmt: skip
         self.say(f"machine  {config['device']}; {where}{threads}")
         default = getattr(args, "_published", {})
-        shown = [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in sorted(options(args).items())]
+        shown = [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in sorted(cli.flags(args).items())]
         self.say("options  (* differs from the default)\n         " + _wrap(shown))
         self.say(f"folder   {self.folder}")
 
@@ -435,7 +183,7 @@ class Run:
 
     def say_replaced(self, loader) -> None:
         """With --skip-bad-images: how many pictures were replaced, on all ranks together. To be called on all of them."""
-        paths = sorted({path for part in launch.gather_objects(loader.bad_images) for path in part})
+        paths = sorted({path for part in processes.gather_objects(loader.bad_images) for path in part})
         if paths:
             self.say(f"replaced {len(paths)} unreadable pictures, the first {printable(paths[0])}")
 
@@ -527,7 +275,7 @@ class Progress:
     def _show(self) -> dict:
         sums, rows = torch.zeros(0).double(), self.count
         if self.sums is not None:  # the only wait for the device
-            *sums, rows = launch.sum_ranks(torch.cat([self.sums, self.sums.new_tensor([rows])])).tolist()
+            *sums, rows = processes.sum_ranks(torch.cat([self.sums, self.sums.new_tensor([rows])])).tolist()
             sums = torch.tensor(sums, dtype=torch.float64)
         if not torch.isfinite(sums).all():
             raise UserError(
@@ -565,7 +313,7 @@ class Progress:
             self.bar.close()
         elapsed = self.elapsed
         means = {} if self.epoch_sums is None else dict(zip(self.names, (self.epoch_sums / self.epoch_count).tolist()))
-        return {**means, "images_per_second": self.seen * launch.world_size() / elapsed, "elapsed": elapsed}
+        return {**means, "images_per_second": self.seen * processes.world_size() / elapsed, "elapsed": elapsed}
 
 
 def clock(seconds: float) -> str:
@@ -576,7 +324,7 @@ def clock(seconds: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
-REPEAT = launch.REPEAT
+REPEAT = processes.REPEAT
 
 
 class StopSignal:
@@ -588,7 +336,7 @@ class StopSignal:
 
     def __init__(self):
         self.received, self.when = False, 0.0
-        self.signals = launch.STOP_SIGNALS
+        self.signals = processes.STOP_SIGNALS
 
     def __enter__(self):
         self.previous = {s: signal.getsignal(s) for s in self.signals}
@@ -611,7 +359,7 @@ class StopSignal:
             os.kill(os.getpid(), signum)
 
     def asked(self) -> bool:
-        return launch.any_rank(self.received)
+        return processes.any_rank(self.received)
 
 
 def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite: bool) -> None:

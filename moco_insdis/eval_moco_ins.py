@@ -24,15 +24,19 @@ from common import (
     augment,
     backbones,
     checkpoint,
+    cli,
     data,
-    launch,
     metrics,
     options,
+    precision,
     probe,
+    processes,
     run,
     schedule,
 )
+from common.precision import Precision
 from moco_insdis.train_moco_ins import MODELS, WARM_EPOCHS, WARM_FROM
+from preprocess import demo
 
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # side of the average-pooled map; layer 5 enters as it is, layer 6 is a vector
 PRESETS = {
@@ -45,11 +49,11 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/* and val/CLASS/*")
     options.add_data_arguments(g, trees=("imagenet100", "imagenet", "folder"), default="imagenet100")
-    g.add_argument("--crop", type=run.share, default=None, help="least share of the picture that a crop covers; "
+    g.add_argument("--crop", type=cli.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet .08")  # fmt: skip
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ",
                    help="CJ: greyscale and colour jitter here too, as published; NULL: crop and flip")  # fmt: skip
@@ -63,41 +67,41 @@ def parse_args(argv=None):
     g.add_argument("--syncBN", action="store_true", help="with --bn: its statistics over all processes")
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=run.positive_int, default=60, help="epochs to run in all, counted from 1")
-    g.add_argument("-b", "--batch_size", type=run.positive_int, default=256, help="global batch over all processes")
-    g.add_argument("--learning_rate", "--lr", type=run.positive, default=0.1,
+    g.add_argument("--epochs", type=cli.positive_int, default=60, help="epochs to run in all, counted from 1")
+    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.1,
                    help="not scaled with the batch; published results: 10 on ImageNet-100, 30 on ImageNet")  # fmt: skip
     g.add_argument("--lr_decay_epochs", default="30,40,50", help="complete epochs after which the rate drops")
-    g.add_argument("--lr_decay_rate", type=run.positive, default=0.2, help="factor of each drop")
+    g.add_argument("--lr_decay_rate", type=cli.positive, default=0.2, help="factor of each drop")
     g.add_argument("--cosine", action="store_true", help="cosine schedule down to rate^3 / 10 of the learning rate")
     g.add_argument("--warm", action="store_true", help=f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs")
     g.add_argument("--adam", action="store_true", help="Adam instead of SGD")
-    g.add_argument("--beta1", type=run.fraction, default=0.5, help="of Adam")
-    g.add_argument("--beta2", type=run.fraction, default=0.999, help="of Adam")
-    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=run.not_negative, default=0.0, help="weight decay")
-    g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
+    g.add_argument("--beta1", type=cli.fraction, default=0.5, help="of Adam")
+    g.add_argument("--beta2", type=cli.fraction, default=0.999, help="of Adam")
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight_decay", type=cli.not_negative, default=0.0, help="weight decay")
+    g.add_argument("--cache-views", type=cli.count, default=0, metavar="N",
                    help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
                    "at every epoch, as published")  # fmt: skip
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/moco_insdis_linear", help="the run gets a folder of its own in here")
     g.add_argument("--tb_path", default=None, help="TensorBoard events go below here; default: into the run folder")
-    g.add_argument("--print_freq", type=run.positive_int, default=10, help="steps between progress lines")
-    g.add_argument("--save_freq", type=run.positive_int, default=5, help="epochs between numbered checkpoints")
+    g.add_argument("--print_freq", type=cli.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--save_freq", type=cli.positive_int, default=5, help="epochs between numbered checkpoints")
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("--label", default=None, help="name of the run in a report; default: made of its settings")
     g.add_argument(
-        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+        "--seed", type=cli.seed, default=None, help="seed of everything random; drawn and recorded if not given"
     )
 
-    g = launch.add_arguments(parser)
-    run.add_precision_arguments(g)
+    g = processes.add_arguments(parser)
+    precision.add_arguments(g)
     parser.refuse("tb_freq", "never had an effect: TensorBoard gets a point every epoch")
     args = parser.parse_args(argv)
 
-    run.check_precision_arguments(args)
+    precision.check_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/ and val/, or --demo for built-in pictures")
     if args.model_path is None:
@@ -159,7 +163,7 @@ def read_backbone(args) -> dict:
     return saved
 
 
-def build_network(saved, args, process: launch.Process) -> nn.Module:
+def build_network(saved, args, process: processes.Process) -> nn.Module:
     """The (query) network of the checkpoint, frozen and in eval mode; the key network of MoCo is not used."""
     state = checkpoint.backbone(saved)
     if "conv1.weight" not in state or "fc.weight" not in state:
@@ -243,7 +247,7 @@ def train_one_epoch(classifier, batches, first_step, steps, optimizer, epoch, st
     for feats, target in batches:
         schedule.set_lr(optimizer, learning_rate(args, epoch, step / steps))
         step += 1
-        if args.bn and launch.any_rank(len(target) == 1):  # a single row has no statistics, and all ranks must agree
+        if args.bn and processes.any_rank(len(target) == 1):  # a single row has no statistics, and all ranks must agree
             continue
         logits = classifier(feats)
         loss = F.cross_entropy(logits, target)
@@ -308,12 +312,12 @@ CONTINUES = ("seed", "data", "dataset", "class_list", "input_res", "batch_size",
              "adam", "beta1", "beta2")  # fmt: skip
 
 
-def worker(args, process: launch.Process) -> None:
+def worker(args, process: processes.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
     if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
         raise UsageError("--syncBN: PyTorch synchronises batch-norm between GPUs only; leave it away on CPUs")
-    options.ensure_demo(args, process)
+    demo.ensure_for(args, process)
     saved = read_backbone(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved["path"]))))
     folder = os.path.join(args.save_path, name)
@@ -327,7 +331,7 @@ def worker(args, process: launch.Process) -> None:
     classes = train_set.classes
     val_set = options.open_split(args, "val", classes=classes)
     network = build_network(saved, args, process)
-    precision = run.Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+    precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
     shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
     classifier = LinearClassifier(pool(torch.zeros(1, *shape), args.layer).shape[1], len(classes), args.bn)
     if args.syncBN and process.world_size > 1:
@@ -353,7 +357,7 @@ def worker(args, process: launch.Process) -> None:
 
     def save(*names):
         state = {
-            "opt": run.options(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
+            "opt": cli.flags(args), "epoch": epoch, "classifier": classifier.state_dict(), "best_acc1": best,
             "optimizer": optimizer.state_dict(), "best_epoch": best_epoch, "acc1": top1, "acc5": top5,
             "classes": classes, "network": saved["path"], "digest": digest, "step": step,
         }  # fmt: skip
@@ -380,7 +384,7 @@ def worker(args, process: launch.Process) -> None:
                 log.close()
                 return
             epoch, step = epoch + 1, 0
-            launch.broadcast_buffers(classifier)
+            processes.broadcast_buffers(classifier)
             top1, top5, loss = probe.validate(classifier.eval(), val_cache or probe.embedded(embedder, val_loader))
             if epoch == first + 1:
                 check_frozen(network, saved)
@@ -420,8 +424,8 @@ def report(log, saved, args, epoch, top1, top5, best, best_epoch) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

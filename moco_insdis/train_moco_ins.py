@@ -22,8 +22,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, options, probe, run, schedule
-from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank, draw_rows
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    batchnorm,
+    checkpoint,
+    cli,
+    data,
+    memory,
+    options,
+    precision,
+    probe,
+    processes,
+    run,
+    schedule,
+)
+from common.precision import Precision
+from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank
+from preprocess import demo
 
 MODELS = {  # name: (depth, width)
     "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
@@ -44,11 +62,11 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--data_folder", dest="data", default=None, help="data set root with train/CLASS/*")
     options.add_data_arguments(g, trees=("imagenet100", "imagenet", "folder"), default="imagenet100", workers=18)
-    g.add_argument("--crop", type=run.share, default=None, help="least share of the picture that a crop covers; "
+    g.add_argument("--crop", type=cli.share, default=None, help="least share of the picture that a crop covers; "
                    "default .2, with --dataset imagenet .08")  # fmt: skip
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ",
                    help="CJ: greyscale and colour jitter; NULL: crop and flip only")  # fmt: skip
@@ -56,50 +74,50 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     g.add_argument("--model", choices=list(MODELS), default="resnet50", help="network; x2, x4: wider stages")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, no max-pool: for small pictures")
-    g.add_argument("--feat_dim", type=run.positive_int, default=128, help="feature dimension")
+    g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
     g.add_argument("--moco", action="store_true", help="MoCo (two views, queue of keys); else InsDis (memory bank)")
-    g.add_argument("--softmax", action=run.OnOff, default=False, help="InfoNCE loss; else NCE")
+    g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument(
-        "--nce_k", type=run.positive_int, default=16384, help="negatives per query; for MoCo the queue length"
+        "--nce_k", type=cli.positive_int, default=16384, help="negatives per query; for MoCo the queue length"
     )
-    g.add_argument("--nce_t", type=run.positive, default=0.07, help="temperature")
-    g.add_argument("--nce_m", type=run.fraction, default=0.5, help="InsDis: momentum of a memory row")
+    g.add_argument("--nce_t", type=cli.positive, default=0.07, help="temperature")
+    g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="InsDis: momentum of a memory row")
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help="NCE: the normaliser Z follows a moving "
                    "average (its decay rises to .99), or stays that of the first batch, as first published")  # fmt: skip
     g.add_argument("--exclude-self", action="store_true", help="InsDis: never draw a picture as its own negative")
-    g.add_argument("--alpha", type=run.fraction, default=0.999, help="MoCo: momentum of the key encoder")
-    g.add_argument("--bn-splits", type=run.positive_int, default=None,
+    g.add_argument("--alpha", type=cli.fraction, default=0.999, help="MoCo: momentum of the key encoder")
+    g.add_argument("--bn-splits", type=cli.positive_int, default=None,
                    help="batch-norm groups over all processes, as on that many GPUs; MoCo shuffles keys over them; "
                    "default: MoCo 4 (the published runs' GPUs), InsDis 1")  # fmt: skip
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=run.positive_int, default=240, help="epochs to run in all, counted from 1")
-    g.add_argument("-b", "--batch_size", type=run.positive_int, default=128, help="global batch over all processes")
-    g.add_argument("--learning_rate", "--lr", type=run.positive, default=0.03, help="not scaled with the batch")
+    g.add_argument("--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1")
+    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=128, help="global batch over all processes")
+    g.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.03, help="not scaled with the batch")
     g.add_argument("--lr_decay_epochs", default="120,160,200", help="complete epochs after which the rate drops")
-    g.add_argument("--lr_decay_rate", type=run.positive, default=0.1, help="factor of each drop")
-    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=run.not_negative, default=1e-4, help="weight decay")
+    g.add_argument("--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop")
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay")
     g.add_argument("--warm", action="store_true",
                    help=f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)")  # fmt: skip
 
     g = parser.add_argument_group("run")
     g.add_argument("--model_path", default="./runs/moco_insdis", help="the run gets a folder of its own in here")
     g.add_argument("--tb_path", default=None, help="TensorBoard events go below here; default: into the run folder")
-    g.add_argument("--print_freq", type=run.positive_int, default=10, help="steps between progress lines")
-    g.add_argument("--save_freq", type=run.positive_int, default=10, help="epochs between numbered checkpoints")
+    g.add_argument("--print_freq", type=cli.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("--save_freq", type=cli.positive_int, default=10, help="epochs between numbered checkpoints")
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the run's newest")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument(
-        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+        "--seed", type=cli.seed, default=None, help="seed of everything random; drawn and recorded if not given"
     )
-    g.add_argument("--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations; 0: never")
-    g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
+    g.add_argument("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
+    g.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
 
-    g = launch.add_arguments(parser)
-    run.add_precision_arguments(g)
+    g = processes.add_arguments(parser)
+    precision.add_arguments(g)
     g.add_argument("--syncBN", action="store_true", help="batch-norm statistics over all processes (InsDis)")
     g.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     parser.refuse(
@@ -109,7 +127,7 @@ def parse_args(argv=None):
     parser.refuse("beta2", "never had an effect in pre-training, which uses SGD")
     args = parser.parse_args(argv)
 
-    run.check_precision_arguments(args)
+    precision.check_arguments(args)
     if args.data is None:
         raise UsageError("no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures")
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
@@ -154,7 +172,7 @@ def recipe(args) -> augment.Compose:
     return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, normalize)
 
 
-def build_loader(args, process: launch.Process, per_process: int) -> data.Loader:
+def build_loader(args, process: processes.Process, per_process: int) -> data.Loader:
     views = (recipe(args),) * (2 if args.moco else 1)
     return options.make_loader(args, process, options.open_pretraining(args), views, per_process, args.seed)
 
@@ -162,7 +180,7 @@ def build_loader(args, process: launch.Process, per_process: int) -> data.Loader
 class InsDis:
     """One network and a memory bank. A step compares each picture's feature with bank rows, then writes it to its own."""
 
-    def __init__(self, args, n: int, process: launch.Process):
+    def __init__(self, args, n: int, process: processes.Process):
         self.encoder, self.optimizer, self.precision = build_encoder(args, process)
         self.wrapped = parallel(self.encoder, process)
         self.memory = MemoryBank(n, args.feat_dim, args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
@@ -175,10 +193,10 @@ class InsDis:
         with self.precision.autocast():
             feat = self.wrapped(images)
         feat = F.normalize(feat.float(), dim=1)  # N x D
-        rows = draw_rows(index, self.memory.n, self.memory.k, self.draws, self.exclude_self)  # N x (1 + K)
+        rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.draws, self.exclude_self)  # N x (1 + K)
         loss, out = self.memory(feat, rows)
         self.precision.step(loss, self.optimizer)
-        self.memory.update(launch.all_gather(feat), launch.all_gather(index))
+        self.memory.update(processes.all_gather(feat), processes.all_gather(index))
         return loss, out
 
     def state(self) -> dict:
@@ -193,7 +211,7 @@ class InsDis:
 class MoCo:
     """Query network, key network and a queue. The key network follows the query network after every step."""
 
-    def __init__(self, args, n: int, process: launch.Process):
+    def __init__(self, args, n: int, process: processes.Process):
         self.encoder, self.optimizer, self.precision = build_encoder(args, process)
         self.encoder_ema = copy.deepcopy(self.encoder).requires_grad_(False)
         if args.compile:
@@ -218,7 +236,7 @@ class MoCo:
     @torch.no_grad()
     def encode_keys(self, images):
         """Unit keys, their batch statistics taken over a shuffled batch: (own rows, all rows)."""
-        shuffle = launch.BatchShuffle(len(images), self.draws, images.device)
+        shuffle = batchnorm.BatchShuffle(len(images), self.draws, images.device)
         with self.precision.autocast():
             feat = self.encoder_ema(shuffle.spread(images))
         everyone = shuffle.collect(F.normalize(feat.float(), dim=1))
@@ -236,25 +254,25 @@ class MoCo:
 PREFIX = "encoder.module."  # of the networks' parameter names in the published files
 
 
-def build_encoder(args, process: launch.Process):
+def build_encoder(args, process: processes.Process):
     """(network, optimizer, precision); with apex they are its own."""
     depth, width = MODELS[args.model]
     network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
     splits = max(1, args.bn_splits // process.world_size)
-    launch.split_batchnorm(network, splits)
+    batchnorm.split_batchnorm(network, splits)
     if args.syncBN and process.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(process.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), args.learning_rate, momentum=args.momentum,
                                 weight_decay=args.weight_decay, fused=True)  # fmt: skip
-    precision = run.Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+    precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
     network, optimizer = precision.prepare(network, optimizer)
     if args.compile:
         network.compile()
     return network, optimizer, precision
 
 
-def parallel(network: nn.Module, process: launch.Process) -> nn.Module:
+def parallel(network: nn.Module, process: processes.Process) -> nn.Module:
     if process.world_size == 1:
         return network
     devices = [process.device] if process.device.type == "cuda" else None
@@ -305,7 +323,7 @@ def learning_rate(args, epoch: int, part: float) -> float:
     return lr
 
 
-def knn_loaders(args, process: launch.Process, train_set):
+def knn_loaders(args, process: processes.Process, train_set):
     """Of the k-NN evaluation: pictures as they are, without random augmentation."""
     geometry = augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
     view = augment.Compose(geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
@@ -324,14 +342,14 @@ def evaluate_knn(method, loaders, args, log, epoch, step):
 
 def save(path, epoch, step, method, args, process):
     """The authors' keys (opt, model, contrast, optimizer, epoch, model_ema), and what an exact resume needs besides."""
-    states = launch.gather_objects(dict(draws=method.draws.get_state(), torch=torch.get_rng_state()))
+    states = processes.gather_objects(dict(draws=method.draws.get_state(), torch=torch.get_rng_state()))
     if process.is_main:
         checkpoint.save(path, {
-            "opt": run.options(args), "epoch": epoch, "optimizer": method.optimizer.state_dict(),
+            "opt": cli.flags(args), "epoch": epoch, "optimizer": method.optimizer.state_dict(),
             "model": checkpoint.add_prefix(method.encoder.state_dict(), PREFIX), "contrast": method.memory.state_dict(),
             "step": step, "scaler": method.precision.scaler.state_dict(), "generators": states, **method.state(),
         })  # fmt: skip
-    launch.barrier()
+    processes.barrier()
 
 
 def open_resume(args) -> dict | None:
@@ -392,7 +410,7 @@ CONTINUES = ("seed", "data", "dataset", "batch_size", "epochs", "learning_rate",
              "amp", "bn_splits", "syncBN")  # fmt: skip
 
 
-def worker(args, process: launch.Process) -> None:
+def worker(args, process: processes.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
     if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
@@ -405,7 +423,7 @@ def worker(args, process: launch.Process) -> None:
     if per_process % splits:
         raise UsageError(f"--bn-splits: {per_process} images per process cannot be cut into {splits} equal groups")
     run.refuse_to_overwrite(args.folder, "*.pth", args.resume, args.overwrite)
-    options.ensure_demo(args, process)
+    demo.ensure_for(args, process)
     saved = open_resume(args)
     args.seed = run.settle_seed(args.seed)
     run.seed_all(args.seed)  # the same on every rank: equal weights and memories; per-rank draws are the loader's
@@ -474,8 +492,8 @@ def warn(args, n: int, log) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -18,8 +18,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from common import UserError
-from common.run import cli, clock
+from common import UserError, cli
+from common.run import clock
 
 # Where two CPU cores ended up (RESULTS.md); another machine rounds differently and lands within a few points.
 EXPECTED = (
@@ -49,7 +49,7 @@ def main(argv=None) -> None:
         step("eval_robustness.py", "--demo", args.data, *sets, "--classifier", lin, "--ckpt_path", row)
     print("\n" + "=" * 100)
     sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", "common.report", *map(os.path.abspath, rows)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "tools.report", *map(os.path.abspath, rows)], cwd=ROOT, check=True)
     print(f"\nRun folders: {', '.join(sorted(os.listdir(args.out)))} in {os.path.abspath(args.out)}")
     print(f"TensorBoard: tensorboard --logdir {os.path.abspath(args.out)}")
     print(f"Took {clock(time.perf_counter() - began)}. This should have given: {EXPECTED}")
@@ -87,4 +87,4 @@ def step(script: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli.run(main)

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from common import UsageError, UserError, augment, backbones, checkpoint, data, launch, options, run
+from common import UsageError, UserError, augment, backbones, checkpoint, cli, data, options, processes, run
+from common.precision import Precision
+from preprocess import demo
 
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
@@ -37,7 +39,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data (each set is optional)")
     g.add_argument("data", nargs="?", help="data set root with val/CLASS/*: the clean column")
     g.add_argument("--corruption", metavar="DIR", help="ImageNet-C layout: CORRUPTION/SEVERITY/CLASS/*; accuracy is the "
@@ -62,11 +64,11 @@ def parse_args(argv=None):
     g.add_argument("-a", "--arch", default=None, help="torchvision network; default: what the checkpoint says")
 
     g = parser.add_argument_group("run")
-    g.add_argument("-b", "--batch-size", type=run.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help="global batch over all processes")
     g.add_argument("--ckpt_path", default="./ckpts/robustness", help="run folder: result.json, corruption.csv")
     g.add_argument("--label", default=None, help="name of the row in the table; default: from the pre-training flags")
 
-    g = launch.add_arguments(parser)
+    g = processes.add_arguments(parser)
     g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     args = parser.parse_args(argv)
     if not args.classifier:
@@ -105,7 +107,7 @@ def class_names(saved, args) -> list[str]:
     raise UsageError(f"{saved['path']} does not name its classes: give DATA (the clean set) or --class-list as well")
 
 
-def build_model(saved, arch: str, process: launch.Process) -> torch.nn.Module:
+def build_model(saved, arch: str, process: processes.Process) -> torch.nn.Module:
     state = checkpoint.backbone(saved)
     if "fc.weight" not in state or state["fc.weight"].ndim != 2 or "best_acc1" not in saved:
         raise UserError(
@@ -192,7 +194,7 @@ def score(
     progress.close()
     loader.close()
     log.say_replaced(loader)
-    rows, right, right_masked = (launch.gather_ragged(torch.cat(x).float()) for x in (rows, right, right_masked))
+    rows, right, right_masked = (processes.gather_ragged(torch.cat(x).float()) for x in (rows, right, right_masked))
     order = rows.double().argsort()  # ranks hold interleaved shares
     return right[order].cpu(), right_masked[order].cpu()
 
@@ -220,12 +222,12 @@ def settings(saved) -> dict:
     return {name: a[name] for name in names if name in a}
 
 
-def worker(args, process: launch.Process) -> None:
-    options.ensure_demo(args, process)
+def worker(args, process: processes.Process) -> None:
+    demo.ensure_for(args, process)
     saved = read_classifier(args)
     classes = class_names(saved, args)
     model = build_model(saved, args.arch, process)
-    precision = run.Precision(args.amp, process.device)
+    precision = Precision(args.amp, process.device)
     shared = any(Path(args.ckpt_path).glob("*.pth.tar"))  # with a training, whose records stay as they are
     log = run.Run(args.ckpt_path, args, process, tensorboard=False, suffix="-robustness" if shared else "")
     log.derived(classifier=saved["path"], classes=len(classes), precision=str(precision))
@@ -290,8 +292,8 @@ def write_csv(path: Path, folders, accuracies) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -24,14 +24,17 @@ from common import (
     augment,
     backbones,
     checkpoint,
+    cli,
     data,
-    launch,
     metrics,
     options,
     probe,
+    processes,
     run,
     schedule,
 )
+from common.precision import Precision
+from preprocess import demo
 
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 PRESETS = {
@@ -43,7 +46,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("data", nargs="?", help="data set root with train/CLASS/* and val/CLASS/*")
     options.add_data_arguments(g)
@@ -57,18 +60,18 @@ def parse_args(argv=None):
     )
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=run.positive_int, default=100, help="epochs to run in all")
-    g.add_argument("--start-epoch", type=run.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
-    g.add_argument("-b", "--batch-size", type=run.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--epochs", type=cli.positive_int, default=100, help="epochs to run in all")
+    g.add_argument("--start-epoch", type=cli.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help="global batch over all processes")
     g.add_argument(
-        "--lr", "--learning-rate", type=run.positive, default=30.0, help="learning rate; not scaled with the batch"
+        "--lr", "--learning-rate", type=cli.positive, default=30.0, help="learning rate; not scaled with the batch"
     )
     g.add_argument("--schedule", type=int, nargs="*", default=[30, 40, 50], help="epochs of a 10x drop")
-    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     g.add_argument(
-        "--wd", "--weight-decay", type=run.not_negative, default=0.0, dest="weight_decay", help="weight decay"
+        "--wd", "--weight-decay", type=cli.not_negative, default=0.0, dest="weight_decay", help="weight decay"
     )
-    g.add_argument("--cache-views", type=run.count, default=0, metavar="N",
+    g.add_argument("--cache-views", type=cli.count, default=0, metavar="N",
                    help="embed N augmented views of every picture once and train on those in turn; 0: fresh views "
                    "at every epoch, as published")  # fmt: skip
 
@@ -77,12 +80,12 @@ def parse_args(argv=None):
     g.add_argument("--resume", default="", metavar="PATH|auto", help="continue from a checkpoint of this script")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     g.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the classifier that --resume names")
-    g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines")
     g.add_argument(
-        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+        "--seed", type=cli.seed, default=None, help="seed of everything random; drawn and recorded if not given"
     )
 
-    g = launch.add_arguments(parser)
+    g = processes.add_arguments(parser)
     g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     args = parser.parse_args(argv)
     if args.demo and "ckpt_path" not in args._typed and not args.resume:
@@ -123,7 +126,7 @@ def read_backbone(args):
     return saved
 
 
-def build_model(saved, arch: str, num_classes: int, process: launch.Process, resumed: bool) -> nn.Module:
+def build_model(saved, arch: str, num_classes: int, process: processes.Process, resumed: bool) -> nn.Module:
     """The backbone with a fresh (or, resumed, the saved) linear layer; everything else frozen, in eval mode."""
     state = checkpoint.backbone(saved)
     state = state if resumed else checkpoint.without_head(state)
@@ -204,11 +207,11 @@ CONTINUES = ("seed", "data", "dataset", "class_list", "input_res", "batch_size",
              "cache_views", "amp")  # fmt: skip
 
 
-def worker(args, process: launch.Process) -> None:
+def worker(args, process: processes.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch-size {args.batch_size} must be a multiple of the {process.world_size} processes")
     run.refuse_to_overwrite(args.ckpt_path, "checkpoint_robust_*.pth.tar", args.resume, args.overwrite)
-    options.ensure_demo(args, process)
+    demo.ensure_for(args, process)
     saved = read_backbone(args)
     resumed = bool(args.resume) and "best_acc1" in saved
     if args.resume and not resumed and (args.resume != "auto" or args.evaluate):
@@ -226,7 +229,7 @@ def worker(args, process: launch.Process) -> None:
         classes = train_set.classes
     val_set = options.open_split(args, "val", classes=classes)
     model = build_model(saved, args.arch, len(classes), process, resumed)
-    precision = run.Precision(args.amp, process.device)
+    precision = Precision(args.amp, process.device)
     shared = checkpoint.newest(args.ckpt_path) is not None  # as published, with a pre-training, whose records stay
     suffix = "-evaluate" if args.evaluate else "-lincls" if shared else ""
     log = run.Run(args.ckpt_path, args, process, suffix=suffix)
@@ -279,7 +282,7 @@ def worker(args, process: launch.Process) -> None:
             "best_epoch": best_epoch, "acc1": top1, "acc5": top5, "classes": classes,
             "pretrained_epoch": pretrained_epoch, "pretrained": saved.get("pretrained", saved["path"]),
             "pretrained_args": saved.get("pretrained_args", saved.get("args")) if resumed else saved.get("args"),
-            "args": run.options(args),
+            "args": cli.flags(args),
         }  # fmt: skip
         for name in names if process.is_main else ():
             checkpoint.save(os.path.join(args.ckpt_path, f"{name}_{number}.pth.tar"), state)
@@ -329,8 +332,8 @@ def worker(args, process: launch.Process) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.launch import BatchShuffle, split_batchnorm
+from common.batchnorm import BatchShuffle, split_batchnorm
 
 
 def contrast_logits(

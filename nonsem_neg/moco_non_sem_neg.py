@@ -27,14 +27,16 @@ from common import (
     augment,
     backbones,
     checkpoint,
+    cli,
     data,
-    launch,
     metrics,
     options,
     probe,
+    processes,
     run,
     schedule,
 )
+from common.precision import Precision
 from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import check_patch_range, patch_negatives
 
@@ -42,6 +44,8 @@ PAPER = dict(
     arch="resnet50", epochs=200, mlp=True, moco_t=0.2, aug_plus=True, cos=True, num_nonsem=1, alpha=2.0,
     patch_ratio=[16, 72],
 )  # fmt: skip
+from preprocess import demo
+
 PRESETS = {
     # README table of October 2021, first six rows
     "table1": dict(PAPER, lr=0.03, batch_size=128, moco_m=0.999, moco_k=16384),
@@ -60,7 +64,7 @@ def robust_name(kind: str) -> str:
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("data", nargs="?", help="data set root with train/CLASS/*; the texture tree for --robust texture")
     options.add_data_arguments(g)
@@ -68,18 +72,18 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     g.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
     g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, no max-pool: for small pictures")
-    g.add_argument("--moco-dim", type=run.positive_int, default=128, help="feature dimension")
-    g.add_argument("--moco-k", type=run.positive_int, default=65536, help="queue length: number of negative keys")
-    g.add_argument("--moco-m", type=run.fraction, default=0.999, help="momentum of the key encoder")
-    g.add_argument("--moco-t", type=run.positive, default=0.07, help="softmax temperature")
-    g.add_argument("--mlp", action=run.OnOff, default=False, help="two-layer projection head (MoCo-v2)")
-    g.add_argument("--bn-splits", type=run.positive_int, default=8,
+    g.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
+    g.add_argument("--moco-k", type=cli.positive_int, default=65536, help="queue length: number of negative keys")
+    g.add_argument("--moco-m", type=cli.fraction, default=0.999, help="momentum of the key encoder")
+    g.add_argument("--moco-t", type=cli.positive, default=0.07, help="softmax temperature")
+    g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer projection head (MoCo-v2)")
+    g.add_argument("--bn-splits", type=cli.positive_int, default=8,
                    help="batch-norm groups over all processes, as on that many GPUs; keys are shuffled over them")  # fmt: skip
 
     g = parser.add_argument_group("method: non-semantic negatives")
     g.add_argument("--robust", choices=["patch", "texture", "none"], default="patch", type=robust_name,
                    help="kind of non-semantic negative; none: plain MoCo")  # fmt: skip
-    g.add_argument("--num-nonsem", type=run.count, default=1, help="non-semantic negatives per image (0: plain MoCo)")
+    g.add_argument("--num-nonsem", type=cli.count, default=1, help="non-semantic negatives per image (0: plain MoCo)")
     g.add_argument("--alpha", type=float, default=1.0, help="factor of their similarity, inside the exponent")
     g.add_argument("--patch-ratio", "--patch-range", type=int, nargs=2, metavar=("MIN", "MAX"), default=None,
                    help="patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion")  # fmt: skip
@@ -94,37 +98,37 @@ def parse_args(argv=None):
                    help="tree of textures, paired by path; default: DATA, its originals at DATA without -texture")  # fmt: skip
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=run.positive_int, default=200, help="epochs to run in all")
-    g.add_argument("--start-epoch", type=run.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
-    g.add_argument("-b", "--batch-size", type=run.positive_int, default=256, help="global batch over all processes")
+    g.add_argument("--epochs", type=cli.positive_int, default=200, help="epochs to run in all")
+    g.add_argument("--start-epoch", type=cli.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help="global batch over all processes")
     g.add_argument(
-        "--lr", "--learning-rate", type=run.positive, default=0.03, help="learning rate; not scaled with the batch"
+        "--lr", "--learning-rate", type=cli.positive, default=0.03, help="learning rate; not scaled with the batch"
     )
     g.add_argument("--schedule", type=int, nargs="*", default=[120, 160], help="epochs of a 10x drop (without --cos)")
-    g.add_argument("--cos", action=run.OnOff, default=False, help="cosine schedule, per epoch, without warm-up")
-    g.add_argument("--momentum", type=run.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--cos", action=cli.OnOff, default=False, help="cosine schedule, per epoch, without warm-up")
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     g.add_argument(
-        "--wd", "--weight-decay", type=run.not_negative, default=1e-4, dest="weight_decay", help="weight decay"
+        "--wd", "--weight-decay", type=cli.not_negative, default=1e-4, dest="weight_decay", help="weight decay"
     )
-    g.add_argument("--aug-plus", action=run.OnOff, default=False, help="MoCo-v2 augmentation (with blur) instead of v1")
+    g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation (with blur) instead of v1")
 
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
-    g.add_argument("--save-freq", type=run.positive_int, default=10, help="epochs between numbered checkpoints")
+    g.add_argument("--save-freq", type=cli.positive_int, default=10, help="epochs between numbered checkpoints")
     g.add_argument(
         "--resume", default="", metavar="PATH|auto", help="continue from a checkpoint, or the newest in --ckpt_path"
     )
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
-    g.add_argument("-p", "--print-freq", type=run.positive_int, default=10, help="steps between progress lines")
+    g.add_argument("-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines")
     g.add_argument(
-        "--seed", type=run.seed, default=None, help="seed of everything random; drawn and recorded if not given"
+        "--seed", type=cli.seed, default=None, help="seed of everything random; drawn and recorded if not given"
     )
     g.add_argument(
-        "--knn-every", type=run.count, default=0, help="epochs between k-NN evaluations of the backbone; 0: never"
+        "--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations of the backbone; 0: never"
     )
-    g.add_argument("--knn-k", type=run.positive_int, default=200, help="neighbours in that evaluation")
+    g.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
 
-    g = launch.add_arguments(parser)
+    g = processes.add_arguments(parser)
     g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
     g.add_argument("--compile", action="store_true", help="torch.compile the encoders")
     args = parser.parse_args(argv)
@@ -169,7 +173,7 @@ def recipe(args) -> augment.Compose:
     return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, normalize)
 
 
-def build_loader(args, process: launch.Process, per_process: int) -> data.Loader:
+def build_loader(args, process: processes.Process, per_process: int) -> data.Loader:
     view, texture_set = recipe(args), None
     if args.robust == "texture" and args.num_nonsem:
         train_set, texture_set = open_texture_pairs(args)
@@ -181,11 +185,11 @@ def build_loader(args, process: launch.Process, per_process: int) -> data.Loader
 def open_texture_pairs(args):
     """(originals, textures), row by row the same picture; what has no partner is listed in the run folder."""
     texture_set = data.open_set(args.texture_root, "train", class_list=args.class_list)
-    listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt") if launch.rank() == 0 else None
+    listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt") if processes.rank() == 0 else None
     return data.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
 
 
-def build_model(args, process: launch.Process) -> MoCo:
+def build_model(args, process: processes.Process) -> MoCo:
     def encoder(dim: int) -> nn.Module:
         network = backbones.build(args.arch, dim, small_stem=args.small_stem)
         if not isinstance(getattr(network, "fc", None), nn.Linear):
@@ -213,7 +217,7 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
             im_t = texture[0].unsqueeze(1)
         elif args.num_nonsem:  # from the query view itself, so with its crop, colours, blur and flip
             im_t = patch_negatives(
-                im_q, args.num_nonsem, args.patch_ratio, generator, rank=launch.rank(), world_size=launch.world_size(),
+                im_q, args.num_nonsem, args.patch_ratio, generator, rank=processes.rank(), world_size=processes.world_size(),
                 inclusive=args.patch_inclusive, turn=args.patch_turn)  # fmt: skip
 
         logits, keys = wrapped(im_q, im_k, im_t, generator)
@@ -240,7 +244,7 @@ def train_one_epoch(model, wrapped, loader, optimizer, precision, generator, epo
     return step
 
 
-def knn_loaders(args, process: launch.Process, train_set):
+def knn_loaders(args, process: processes.Process, train_set):
     """Of the k-NN evaluation: pictures as they are, without random augmentation."""
     geometry = augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
     view = augment.Compose(geometry, augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))
@@ -259,14 +263,14 @@ def evaluate_knn(model, loaders, args, log, epoch, step):
 
 def save(path, epoch, step, model, optimizer, precision, generator, args, process):
     """The authors' keys (epoch, arch, state_dict, optimizer), and what an exact resume needs besides."""
-    states = launch.gather_objects(dict(generator=generator.get_state(), torch=torch.get_rng_state()))
+    states = processes.gather_objects(dict(generator=generator.get_state(), torch=torch.get_rng_state()))
     if process.is_main:
         checkpoint.save(path, {
             "epoch": epoch, "arch": args.arch, "optimizer": optimizer.state_dict(),
             "state_dict": checkpoint.add_prefix(model.state_dict(), "module."),
-            "step": step, "scaler": precision.scaler.state_dict(), "generators": states, "args": run.options(args),
+            "step": step, "scaler": precision.scaler.state_dict(), "generators": states, "args": cli.flags(args),
         })  # fmt: skip
-    launch.barrier()
+    processes.barrier()
 
 
 def open_resume(args) -> dict | None:
@@ -312,7 +316,7 @@ CONTINUES = ("seed", "data", "dataset", "batch_size", "epochs", "lr", "schedule"
              "bn_splits", "aug_plus", "cos", "mlp", "moco_m", "moco_t")  # fmt: skip
 
 
-def worker(args, process: launch.Process) -> None:
+def worker(args, process: processes.Process) -> None:
     if args.batch_size % process.world_size:
         raise UsageError(f"--batch-size {args.batch_size} must be a multiple of the {process.world_size} processes")
     per_process = args.batch_size // process.world_size
@@ -320,7 +324,7 @@ def worker(args, process: launch.Process) -> None:
     if per_process % splits:
         raise UsageError(f"--bn-splits: {per_process} images per process cannot be cut into {splits} equal groups")
     run.refuse_to_overwrite(args.ckpt_path, "checkpoint_*.pth.tar", args.resume, args.overwrite)
-    options.ensure_demo(args, process, texture=args.robust == "texture")
+    demo.ensure_for(args, process, texture=args.robust == "texture")
     saved = open_resume(args)
     args.seed = run.settle_seed(args.seed)
     run.seed_all(args.seed)  # the same on every rank: equal weights; per-rank draws are the loader's
@@ -329,7 +333,7 @@ def worker(args, process: launch.Process) -> None:
 
     knn = knn_loaders(args, process, loader.dataset) if args.knn_every else None
     model = build_model(args, process)
-    precision = run.Precision(args.amp, process.device)
+    precision = Precision(args.amp, process.device)
     model.autocast = precision.autocast
     if args.compile:
         model.encoder_q.compile()
@@ -398,8 +402,8 @@ def worker(args, process: launch.Process) -> None:
 
 
 def main(argv=None) -> None:
-    launch.launch(worker, parse_args(argv))
+    processes.launch(worker, parse_args(argv))
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

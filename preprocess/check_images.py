@@ -40,9 +40,9 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError, data, launch, options, printable, run
+from common import UsageError, UserError, cli, data, printable, processes, run
 from common.sets import SPLIT_NAMES
-from preprocess import workers
+from preprocess import demo, workers
 
 # What can be found, gravest first: {kind: (level, what the table calls it)}
 ERROR, WARNING, NOTE = "breaks training", "worth a look", "notes"
@@ -84,20 +84,20 @@ PRESETS = {"demo": dict(tree="data/demo", workers=2)}
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument(
         "tree", nargs="?", metavar="TREE", help="root with train/CLASS/* and val/CLASS/*, or a folder of class folders"
     )
     g.add_argument("--class-list", metavar="FILE", help="look at these class folders only, one name a line")
-    g.add_argument("--min-side", type=run.count, default=32, metavar="PIXELS", help="a shorter side is called tiny")
-    g.add_argument("--limit", type=run.positive_int, metavar="N", help="open only N pictures, spread evenly over the tree "
+    g.add_argument("--min-side", type=cli.count, default=32, metavar="PIXELS", help="a shorter side is called tiny")
+    g.add_argument("--limit", type=cli.positive_int, metavar="N", help="open only N pictures, spread evenly over the tree "
                    "(a quick look; class counts stay complete, duplicates are sought among these)")  # fmt: skip
     g = parser.add_argument_group("report")
     g.add_argument("--json", metavar="FILE", help="also write everything found, file by file, to FILE")
-    g.add_argument("--examples", type=run.count, default=3, metavar="N", help="files named per kind in the table")
+    g.add_argument("--examples", type=cli.count, default=3, metavar="N", help="files named per kind in the table")
     g = parser.add_argument_group("run")
-    g.add_argument("-j", "--workers", type=run.positive_int, metavar="N", help="processes (one per core)")
+    g.add_argument("-j", "--workers", type=cli.positive_int, metavar="N", help="processes (one per core)")
     args = parser.parse_args(argv)
     if not args.tree:
         raise UsageError("no TREE to check: give a folder with train/ and val/ or with class folders, or --demo")
@@ -444,7 +444,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.demo:
         args.data = args.tree
-        options.ensure_demo(args, launch.Process(device=torch.device("cpu")))
+        demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: no such folder to write it in")
     folders = find_splits(args.tree)
@@ -455,10 +455,10 @@ def main(argv=None) -> None:
     compare_classes(splits)
     pictures = Pictures(splits, args.limit)
 
-    processes = args.workers or workers.default_workers(len(pictures), 1000)
+    count = args.workers or workers.default_workers(len(pictures), 1000)
     bar = workers.Rate("checking", len(pictures), "pictures")
     try:
-        for start, seen in workers.in_processes(_examine_rows, pictures.jobs(args.min_side), processes):
+        for start, seen in workers.in_processes(_examine_rows, pictures.jobs(args.min_side), count):
             pictures.record(start, seen)
             bar.add(len(seen))
     except KeyboardInterrupt:
@@ -488,10 +488,10 @@ def main(argv=None) -> None:
     )
     verdict = f"{errors} things break training" if errors != 1 else "1 thing breaks training"
     print(f"\nresult: {verdict if errors else 'nothing breaks training'}; {what} opened in {seconds:.1f} s "
-          f"({len(pictures) / max(seconds, 1e-6):.0f}/s, {processes} process{'es' * (processes > 1)})")  # fmt: skip
+          f"({len(pictures) / max(seconds, 1e-6):.0f}/s, {count} process{'es' * (count > 1)})")  # fmt: skip
     if errors:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

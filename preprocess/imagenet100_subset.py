@@ -33,7 +33,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UsageError, UserError, data, launch, printable, run
+from common import UsageError, UserError, cli, data, printable, processes
 from common.packed import PackFiles
 from common.sets import FolderSet
 from preprocess.pack import (
@@ -66,19 +66,19 @@ class Split:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = run.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--imagenet_path", required=True, help="ImageNet: holds train/CLASS/* and val/ (sorted or flat)"
     )
     parser.add_argument("--imagenet100_path", required=True, help="folder to make")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--copy", action="store_true", help="copy the pictures instead of linking to them")
-    how.add_argument("--pack", type=run.positive_int, nargs="?", const=SIDE, default=None, metavar="SIDE",
+    how.add_argument("--pack", type=cli.positive_int, nargs="?", const=SIDE, default=None, metavar="SIDE",
                      help=f"write squares of this side ({SIDE}) to train.npy and val.npy for --dataset packed")  # fmt: skip
     parser.add_argument("--class_list", default=None, metavar="FILE", help="another list, one class folder per line")
     parser.add_argument("--val_labels", default=None, metavar="FILE", help="labels of a flat val folder: a WordNet id per "
                         "line, or LOC_val_solution.csv; looked for in and above the input if not given")  # fmt: skip
-    parser.add_argument("--workers", type=run.positive_int, default=None,
+    parser.add_argument("--workers", type=cli.positive_int, default=None,
                         help="files copied at once (default 8), or processes that decode (default: one per core)")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="with --pack: replace a pack, finished or not")
     args = parser.parse_args(argv)
@@ -354,7 +354,7 @@ def main(argv=None) -> None:
                 sources = {split.name: split.pictures for split in splits}
                 command = command_line("imagenet100_subset.py", argv)
                 try:
-                    pack_splits(sources, out, args.pack, args.workers or launch.cores(), args.force, command)
+                    pack_splits(sources, out, args.pack, args.workers or processes.cores(), args.force, command)
                 finally:
                     packed = [split for split in splits if PackFiles(out, split.name).listing.exists()]
                     report(packed, {split.name: count_pack(split, out) for split in packed}, out, default_list, ".npy")
@@ -387,4 +387,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

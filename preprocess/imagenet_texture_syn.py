@@ -50,9 +50,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UsageError, UserError, data, launch, options, printable, run
+from common import UsageError, UserError, cli, data, printable, processes, run
 from common.sets import SPLIT_NAMES
-from preprocess import texture_mrs, texture_quilt, workers
+from preprocess import demo, texture_mrs, texture_quilt, workers
 
 FORMAT = 1  # raise it when the same settings give other textures
 ENGINES = ("mrs", "quilt", "embark")
@@ -66,42 +66,42 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("--imagenet_path", metavar="A", help="tree of pictures: train/CLASS/*, val/CLASS/*")
     g.add_argument("--imagenet_t_path", metavar="B", help="tree to make, or one that an earlier run began")
     g.add_argument("--splits", nargs="+", choices=("train", "val"), help="(default: those that A has)")
     g.add_argument("--class-list", metavar="FILE", help="these class folders only, one name a line")
-    g.add_argument("--limit", type=run.positive_int, metavar="N", help="only the first N pictures, for a look")
+    g.add_argument("--limit", type=cli.positive_int, metavar="N", help="only the first N pictures, for a look")
     g.add_argument("--sheet", metavar="PNG", help="make no tree, but a contact sheet of up to 20 pictures, evenly taken, "
                    "each beside its textures (mrs, quilt, and embark where it is installed)")  # fmt: skip
     g.add_argument("--overwrite", action="store_true", help="make textures that are there again")
     g = parser.add_argument_group("texture")
     g.add_argument("--engine", choices=ENGINES, default="mrs")
-    g.add_argument("--size", type=run.positive_int, default=224, help="side of the textures, pixels")
-    g.add_argument("--patch", type=run.positive_int, default=96, help="side of the two patches, pixels")
-    g.add_argument("--seed", type=run.count, default=0)
+    g.add_argument("--size", type=cli.positive_int, default=224, help="side of the textures, pixels")
+    g.add_argument("--patch", type=cli.positive_int, default=96, help="side of the two patches, pixels")
+    g.add_argument("--seed", type=cli.count, default=0)
     mrs = texture_mrs.Options()
     g = parser.add_argument_group("texture, engines mrs and embark")
-    g.add_argument("--k-neighs", type=run.positive_int, default=mrs.k_neighs, help="neighbours of a pixel compared")
-    g.add_argument("--m-rand", type=run.count, default=mrs.m_rand, help="random candidates of a pixel")
-    g.add_argument("--cauchy", type=run.positive, default=mrs.cauchy, help="dispersion of the cost")
+    g.add_argument("--k-neighs", type=cli.positive_int, default=mrs.k_neighs, help="neighbours of a pixel compared")
+    g.add_argument("--m-rand", type=cli.count, default=mrs.m_rand, help="random candidates of a pixel")
+    g.add_argument("--cauchy", type=cli.positive, default=mrs.cauchy, help="dispersion of the cost")
     g.add_argument("--backtrack-pct", type=_open_fraction, default=mrs.backtrack_pct, help="growth of the stages")
-    g.add_argument("--backtrack-stages", type=run.count, default=mrs.backtrack_stages, help="stages before the last")
+    g.add_argument("--backtrack-stages", type=cli.count, default=mrs.backtrack_stages, help="stages before the last")
     g = parser.add_argument_group("texture, engine mrs")
-    g.add_argument("--shortlist", type=run.count, default=mrs.shortlist, metavar="N",
+    g.add_argument("--shortlist", type=cli.count, default=mrs.shortlist, metavar="N",
                    help="candidates compared on all neighbours; 0: all of them, as the original, slower")  # fmt: skip
-    g.add_argument("--glance", type=run.positive_int, default=mrs.glance, metavar="N",
+    g.add_argument("--glance", type=cli.positive_int, default=mrs.glance, metavar="N",
                    help="nearest neighbours on which that shortlist is chosen")  # fmt: skip
     quilt = texture_quilt.Options()
     g = parser.add_argument_group("texture, engine quilt")
-    g.add_argument("--block", type=run.positive_int, default=quilt.block, help="side of a block, pixels")
-    g.add_argument("--overlap", type=run.positive_int, default=quilt.overlap, help="overlap of blocks, pixels")
+    g.add_argument("--block", type=cli.positive_int, default=quilt.block, help="side of a block, pixels")
+    g.add_argument("--overlap", type=cli.positive_int, default=quilt.overlap, help="overlap of blocks, pixels")
     g = parser.add_argument_group("run")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
-    g.add_argument("-j", "--workers", type=run.positive_int, metavar="N",
+    g.add_argument("-j", "--workers", type=cli.positive_int, metavar="N",
                    help="processes of one thread each (one per core); on a GPU: reading and writing threads")  # fmt: skip
-    g.add_argument("--batch", type=run.positive_int, metavar="N", help="pictures at a time (GPU 64; mrs 1, quilt 8)")
+    g.add_argument("--batch", type=cli.positive_int, metavar="N", help="pictures at a time (GPU 64; mrs 1, quilt 8)")
     g.add_argument("--shard", type=workers.shard, default=(1, 1), metavar="I/N",
                    help="do part I of N, 1/N to N/N: one per machine (default 1/1)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -542,7 +542,7 @@ def main(argv=None) -> None:
         find_binary()
     if args.demo:
         args.data = args.imagenet_path
-        options.ensure_demo(args, launch.Process(device=torch.device("cpu")))
+        demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
     splits = open_splits(args)
     if args.imagenet_t_path:
         check_out(Path(args.imagenet_t_path), Path(args.imagenet_path), splits)
@@ -562,4 +562,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -6,7 +6,7 @@
 TREE is a root, whose val/ (else test/, validation/) is taken, or a folder of class folders such as a val/ itself. Written
 are OUT/<corruption>/<severity>/<class>/<name>, what `eval_robustness.py --corruption OUT` reads. As ImageNet-C was made:
 pictures are resized to 256 and centre-cropped to 224 first, and saved as JPEG of quality 85. --size 0 leaves them as they
-are, for sets of small pictures; strengths that are lengths in pixels then go with the picture (common/demo.py).
+are, for sets of small pictures; strengths that are lengths in pixels then go with the picture (preprocess/demo.py).
 
 The corruptions are those of the package corrupt-tta: the formulas and strengths of Hendrycks & Dietterich (2019) on
 today's libraries, not the pixels of the published files. Its motion blur and snow draw their streaks with OpenCV instead
@@ -43,9 +43,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, data, demo, launch, options, printable, run
+from common import UsageError, UserError, cli, data, options, printable, processes, run
 from common.sets import SPLIT_NAMES
-from preprocess import workers
+from preprocess import demo, workers
 
 FORMAT = 1  # raise it when the same settings give other pictures
 ENDINGS = {"jpeg": (".JPEG", (".jpeg", ".jpg")), "png": (".png", (".png",))}  # what is written, what may stay
@@ -56,25 +56,25 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = run.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
+    parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
     g.add_argument("tree", nargs="?", metavar="TREE", help="folder of class folders, or a root whose val/ is taken")
     g.add_argument("out", nargs="?", metavar="OUT", help="folder to make, or one that an earlier run began")
     g.add_argument("--class-list", metavar="FILE", help="these class folders only, one name a line")
-    g.add_argument("--limit", type=run.positive_int, metavar="N", help="only the first N pictures of each class")
+    g.add_argument("--limit", type=cli.positive_int, metavar="N", help="only the first N pictures of each class")
     g = parser.add_argument_group("pictures")
     g.add_argument("--corruptions", nargs="+", metavar="NAME", choices=demo.CORRUPTIONS, default=list(demo.CORRUPTIONS),
                    help="of " + ", ".join(demo.CORRUPTIONS) + " (default all)")  # fmt: skip
     g.add_argument("--severities", nargs="+", type=int, metavar="1-5", choices=range(1, 6), default=[1, 2, 3, 4, 5])
-    g.add_argument("--size", type=run.count, default=224, metavar="PIXELS",
+    g.add_argument("--size", type=cli.count, default=224, metavar="PIXELS",
                    help="side of the centre crop, after a resize to 256/224 of it; 0: leave pictures as they are")  # fmt: skip
     g.add_argument("--no-resize", action="store_const", const=0, dest="size", help="the same as --size 0")
     g.add_argument(
         "--format", choices=list(ENDINGS), default="jpeg", help=f"jpeg: quality {JPEG_QUALITY}; png: no loss"
     )
-    g.add_argument("--seed", type=run.count, default=0)
+    g.add_argument("--seed", type=cli.count, default=0)
     g = parser.add_argument_group("run")
-    g.add_argument("-j", "--workers", type=run.positive_int, metavar="N", help="processes (one per core)")
+    g.add_argument("-j", "--workers", type=cli.positive_int, metavar="N", help="processes (one per core)")
     g.add_argument(
         "--shard",
         type=workers.shard,
@@ -341,7 +341,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.demo:
         args.data = args.tree
-        options.ensure_demo(args, launch.Process(device=torch.device("cpu")))
+        demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
     try:
         import corrupt_tta  # noqa: F401  found missing here, not in a worker
     except ImportError as error:
@@ -411,4 +411,4 @@ def _say_if_enlarged(path: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

@@ -4,7 +4,7 @@
     python preprocess/make_demo.py data/demo --sheet docs/demo_pictures.png
 
 10,500 files, 52 MB, about a minute of processor time shared by the cores. Run again it finds the set complete and only
-prints its table; after an interruption it starts over. common/demo.py describes the sets. --texture adds the tree
+prints its table; after an interruption it starts over. preprocess/demo.py describes the sets. --texture adds the tree
 OUT-texture: a quick stand-in for texture synthesis, enough to try training with texture negatives.
 """
 
@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw
 
-from common import UserError, demo
+from common import UserError
+from preprocess import demo
 
 LABEL_WIDTH = 76  # pixels left of the contact sheet's rows
 

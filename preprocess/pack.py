@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common import UsageError, UserError, data, launch, printable, run
+from common import UsageError, UserError, cli, data, printable, processes, run
 from common.packed import FORMAT, HEADER_BYTES, SPLITS, VERSION, PackFiles, npy_header, read_marker
 from common.sets import BadPicture, FolderSet
 from preprocess.workers import Rate, again, lies_in, split_folders
@@ -328,15 +328,15 @@ def pack_splits(sources: dict[str, FolderSet], out: Path, side: int, workers: in
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = run.Parser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", metavar="TREE", help="root with train/CLASS/* and val/CLASS/* (or test/)")
     parser.add_argument("out", metavar="PACK", help="folder to write to")
-    parser.add_argument("--side", type=run.positive_int, default=SIDE, help="pixels of a square's side")
+    parser.add_argument("--side", type=cli.positive_int, default=SIDE, help="pixels of a square's side")
     parser.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="what to pack (default: both)"
     )
     parser.add_argument("--class-list", default=None, metavar="FILE", help="pack these class folders only, one a line")
-    parser.add_argument("--workers", type=run.positive_int, default=launch.cores(), help="processes that decode")
+    parser.add_argument("--workers", type=cli.positive_int, default=processes.cores(), help="processes that decode")
     parser.add_argument("--force", action="store_true", help="replace a pack, finished or not")
     return parser.parse_args(argv)
 
@@ -367,4 +367,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)

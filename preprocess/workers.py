@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common import UsageError, UserError, launch, run
+from common import UsageError, UserError, processes, run
 from common.bar import Bar
 from common.sets import SPLIT_NAMES
 
@@ -33,7 +33,7 @@ class Interrupted(UserError):
 
 def default_workers(jobs: int, jobs_per_start: int) -> int:
     """One process per core, fewer for little work: starting a process costs as much as `jobs_per_start` jobs."""
-    return max(1, min(launch.cores(), 1 + jobs // jobs_per_start))
+    return max(1, min(processes.cores(), 1 + jobs // jobs_per_start))
 
 
 def _end_with_parent() -> None:

@@ -15,7 +15,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from common import demo
+from preprocess import demo
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from cmc import contrast
+from common import memory as memory_module
+from common.memory import bank_scores, draw_rows
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -25,9 +27,9 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 @pytest.mark.parametrize("loss", ["softmax", "nce"])
 @pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
 def test_step_by_step(loss, gather_from, monkeypatch):
-    monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
-    monkeypatch.setattr(contrast, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(contrast, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
+    monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
+    monkeypatch.setattr(memory_module, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(memory_module, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
     g = read(f"cmc_{loss}")
     dim = g["l"].shape[-1]
     banks = contrast.MemoryBanks(200, dim, ("l", "ab"), 32, 0.07, 0.5, loss == "softmax", "oneshot")
@@ -83,7 +85,7 @@ def test_three_views_contrast_every_pair_both_ways(softmax):
     feats = [F.normalize(torch.randn(4, 8, generator=generator), dim=1).requires_grad_() for _ in range(3)]
     banks = contrast.MemoryBanks(20, 8, ("L", "a", "b"), 6, 0.3, 0.5, softmax, "oneshot")
     assert list(banks.state_dict()) == ["params", "memory_L", "memory_a", "memory_b"] and len(banks.params) == 3 + 6
-    rows = contrast.draw_rows(torch.tensor([3, 0, 9, 19]), 20, 6, generator)
+    rows = draw_rows(torch.tensor([3, 0, 9, 19]), 20, 6, generator)
     before = [bank.clone() for bank in banks.banks()]
     losses, out = banks(feats, rows)
     exact = [[f.detach().double() for f in feats], [bank.double() for bank in before]]
@@ -107,7 +109,7 @@ def test_three_views_are_the_three_two_view_losses():
     generator = torch.Generator().manual_seed(1)
     feats = [F.normalize(torch.randn(4, 8, generator=generator), dim=1) for _ in range(3)]
     three = contrast.MemoryBanks(20, 8, "xyz", 6, 0.3, 0.5, True, "ema")
-    rows = contrast.draw_rows(torch.arange(4), 20, 6, generator)
+    rows = draw_rows(torch.arange(4), 20, 6, generator)
     total = 0
     for i, j in ((0, 1), (0, 2), (1, 2)):
         two = contrast.MemoryBanks(20, 8, ("l", "ab"), 6, 0.3, 0.5, True, "ema")
@@ -129,20 +131,20 @@ def test_scores_of_the_whole_bank_and_of_fetched_rows_agree_with_gradients(monke
     slow = x.clone().requires_grad_()
     (slow[:, None] * bank[rows]).sum(-1).square().sum().backward()
     for gather_from in (0, 10**9):
-        monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
+        monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
         fast = x.clone().requires_grad_()
-        contrast.bank_scores(fast, bank, rows).square().sum().backward()
+        bank_scores(fast, bank, rows).square().sum().backward()
         close(fast.grad, slow.grad)
 
 
 def test_draws_hold_the_own_row_first_and_can_exclude_it():
     index = torch.tensor([3, 0, 9])
     generator = torch.Generator().manual_seed(0)
-    rows = contrast.draw_rows(index, 10, 4000, generator)
+    rows = draw_rows(index, 10, 4000, generator)
     assert torch.equal(rows[:, 0], index) and rows.min() == 0 and rows.max() == 9
     counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in rows])
     assert (counts > 300).all()  # uniform over all, the own row included
-    others = contrast.draw_rows(index, 10, 4000, generator, exclude_self=True)
+    others = draw_rows(index, 10, 4000, generator, exclude_self=True)
     counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in others])
     assert (counts.gather(1, index[:, None]) == 0).all() and ((counts > 300).sum(1) == 9).all()
 

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, as_published, equal, run_script
 
 from cmc import train_CMC as script
-from common import UsageError, UserError, backbones, checkpoint, launch, run
+from common import UsageError, UserError, backbones, checkpoint, processes, run
 
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 24 --model_path run --device cpu --print_freq 2".split()
 NAME = "memory_nce_24_resnet18v1_lr_0.03_decay_0.0001_bsz_32_view_Lab"
@@ -226,7 +226,7 @@ def test_bad_checkpoints_and_settings(workspace, capsys):
     fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, "--resume", path, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, "--resume", path, error=UsageError)
     with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
-        script.worker(script.parse_args(TINY), launch.Process(world_size=3))
+        script.worker(script.parse_args(TINY), processes.Process(world_size=3))
     assert (workspace / path).read_bytes() == before
     capsys.readouterr()
     train("--epochs", 1, "--nce_k", 200)
@@ -261,11 +261,11 @@ def two_ranks(args, process):
             index = torch.randperm(40, generator=generator)[:8]
             mine = slice(4 * process.rank, 4 * process.rank + 8 // process.world_size)
             each, _ = method.step([images[mine]], index[mine])
-            losses.append(launch.mean_ranks(each))
+            losses.append(processes.mean_ranks(each))
         after = {k: v.detach() for k, v in method.encoder.named_parameters()}
         memory = method.memory.state_dict()
         found.append({"losses": torch.stack(losses), "before": before, "after": after, "memory": memory,
-                      "ranks": launch.gather_objects((memory, after))})  # fmt: skip
+                      "ranks": processes.gather_objects((memory, after))})  # fmt: skip
     if process.is_main:
         torch.save(found, args.out)
     if process.world_size == 2:
@@ -278,7 +278,7 @@ def test_two_processes_equal_one_and_resume(workspace):
     for count in (1, 2):
         args = script.parse_args([*TINY, "--nproc", str(count)])
         args.out = f"{count}.pt"
-        launch.launch(two_ranks, args)
+        processes.launch(two_ranks, args)
         results.append(torch.load(args.out))
     for one, two in zip(*results):
         torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)
@@ -302,7 +302,7 @@ def test_a_step_on_cuda_equals_one_on_the_cpu():
     for device in ("cpu", "cuda"):
         args = script.parse_args([*TINY, "--seed", "0"])
         torch.manual_seed(0)
-        method = script.CMC(args, 40, launch.Process(device=torch.device(device)))
+        method = script.CMC(args, 40, processes.Process(device=torch.device(device)))
         rows = torch.randint(40, (8, 25), generator=torch.Generator().manual_seed(1)).to(device)
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(device)
         feats = [torch.nn.functional.normalize(f, dim=1) for f in method.encoder(images)]

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import UsageError, UserError, demo, demo_shapes
+from common import UsageError, UserError
+from preprocess import demo, demo_shapes
 
 pytest.importorskip("corrupt_tta", reason="the corrupted set needs the package corrupt-tta")
 

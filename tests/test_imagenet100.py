@@ -10,7 +10,7 @@ from conftest import run_script
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from common import UsageError, UserError, run
+from common import UsageError, UserError, cli
 from common.data import open_set, open_tree, read_class_list
 from preprocess import imagenet100_subset as subset
 
@@ -301,7 +301,7 @@ def test_labels_that_do_not_fit(flat, tmp_path, text, message):
 def test_missing_classes_are_all_listed_and_nothing_is_made(few, tmp_path, capsys):
     shutil.rmtree(few / "val" / IDS[1])
     with pytest.raises(SystemExit) as ended:
-        run.cli(lambda: make(few, tmp_path / "out"))
+        cli.run(lambda: make(few, tmp_path / "out"))
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.startswith("error: missing class folders: ") and said.count("\n") == 1
     assert "train lacks 97 of the 100: " + ", ".join(IDS[3:]) in said

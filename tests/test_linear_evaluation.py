@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, equal
 
 from cmc import LinearProbing, colour, train_CMC
-from common import UsageError, UserError, backbones, checkpoint, launch, run
+from common import UsageError, UserError, backbones, checkpoint, processes, run
 from moco_insdis import eval_moco_ins
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -197,7 +197,7 @@ def test_two_processes_equal_one(workspace, tmp_path, demo_set):
     for count in (1, 2):
         args = eval_moco_ins.parse_args([*SMALL, "--data_folder", "x", "--model_path", "y", "--nproc", str(count)])
         args.out = str(tmp_path)
-        launch.launch(two_ranks, args)
+        processes.launch(two_ranks, args)
     for one in (tmp_path / "1").glob("*/current.pth"):
         two = tmp_path / "2" / one.parent.name / "current.pth"
         a, b = checkpoint.load(one), checkpoint.load(two)

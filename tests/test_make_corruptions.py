@@ -10,7 +10,8 @@ import pytest
 from conftest import run_script
 from PIL import Image
 
-from common import UsageError, UserError, demo
+from common import UsageError, UserError
+from preprocess import demo
 
 corruptions = pytest.importorskip("corrupt_tta.corruptions", reason="needs the package corrupt-tta")
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+from common import memory as memory_module
+from common.memory import bank_scores, draw_rows
 from moco_insdis import contrast
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -25,9 +27,9 @@ def close(a, b, rtol=1e-4, atol=1e-5):
 @pytest.mark.parametrize("loss", ["softmax", "nce"])
 @pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
 def test_insdis_step_by_step(loss, gather_from, monkeypatch):
-    monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
-    monkeypatch.setattr(contrast, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(contrast, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
+    monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
+    monkeypatch.setattr(memory_module, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(memory_module, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
     g = read(f"moco_insdis_insdis_{loss}")
     bank = contrast.MemoryBank(200, 16, 32, 0.07, 0.5, loss == "softmax", "oneshot")
     close(bank.params, g["params_init"])
@@ -84,20 +86,20 @@ def test_scores_of_the_whole_bank_and_of_fetched_rows_agree_with_gradients(monke
     slow = x.clone().requires_grad_()
     (slow[:, None] * bank[rows]).sum(-1).square().sum().backward()
     for gather_from in (0, 10**9):
-        monkeypatch.setattr(contrast, "GATHER_FROM", gather_from)
+        monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
         fast = x.clone().requires_grad_()
-        contrast.bank_scores(fast, bank, rows).square().sum().backward()
+        bank_scores(fast, bank, rows).square().sum().backward()
         close(fast.grad, slow.grad)
 
 
 def test_draws_hold_the_own_row_first_and_can_exclude_it():
     index = torch.tensor([3, 0, 9])
     generator = torch.Generator().manual_seed(0)
-    rows = contrast.draw_rows(index, 10, 4000, generator)
+    rows = draw_rows(index, 10, 4000, generator)
     assert torch.equal(rows[:, 0], index) and rows.min() == 0 and rows.max() == 9
     counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in rows])
     assert (counts > 300).all()  # uniform over all, the own row included
-    others = contrast.draw_rows(index, 10, 4000, generator, exclude_self=True)
+    others = draw_rows(index, 10, 4000, generator, exclude_self=True)
     counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in others])
     assert (counts.gather(1, index[:, None]) == 0).all() and ((counts > 300).sum(1) == 9).all()
 

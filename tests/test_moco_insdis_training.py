@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import as_published, equal, run_script
 
-from common import UsageError, UserError, checkpoint, launch, run
+from common import UsageError, UserError, checkpoint, processes, run
 from moco_insdis import train_moco_ins as script
 
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 40 --model_path run --device cpu --print_freq 2".split()
@@ -143,7 +143,7 @@ def test_moco_folder_and_checkpoint(workspace):
 def test_key_network_follows_the_query_network():
     args = script.parse_args([*TINY, "--moco", "--seed", "0"])
     torch.manual_seed(0)
-    method = script.MoCo(args, 160, launch.Process())
+    method = script.MoCo(args, 160, processes.Process())
     before = {k: v.clone() for k, v in method.encoder_ema.named_parameters()}
     assert equal(before, {k: v.detach() for k, v in method.encoder.named_parameters()})  # at the start a copy
     images = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -259,7 +259,7 @@ def test_bad_checkpoints_and_settings(workspace):
     fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, "--resume", path, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, "--resume", path, error=UsageError)
     with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
-        script.worker(script.parse_args(TINY), launch.Process(world_size=3))
+        script.worker(script.parse_args(TINY), processes.Process(world_size=3))
     assert (workspace / path).read_bytes() == before
 
 
@@ -291,7 +291,7 @@ def two_ranks(args, process):
             index = torch.randperm(40, generator=generator)[:8]
             mine = slice(4 * process.rank, 4 * process.rank + 8 // process.world_size)
             loss, _ = method.step(list(images[:, mine]), index[mine])
-            losses.append(launch.mean_ranks(loss.detach()))
+            losses.append(processes.mean_ranks(loss.detach()))
         after = {k: v.detach() for k, v in method.encoder.named_parameters()}
         if now.moco:
             after |= {f"ema {k}": v for k, v in method.encoder_ema.named_parameters()}
@@ -299,7 +299,7 @@ def two_ranks(args, process):
         queue = {k: torch.as_tensor(v) for k, v in method.state().get("queue", {}).items()}
         memory = method.memory.state_dict() | queue
         found.append({"losses": torch.stack(losses), "before": before, "after": after, "memory": memory,
-                      "ranks": launch.gather_objects((memory, after))})  # fmt: skip
+                      "ranks": processes.gather_objects((memory, after))})  # fmt: skip
     if process.is_main:
         torch.save(found, args.out)
     if process.world_size == 2:
@@ -312,7 +312,7 @@ def test_two_processes_equal_one_and_resume(workspace):
     for count in (1, 2):
         args = script.parse_args([*TINY, "--nproc", str(count)])
         args.out = f"{count}.pt"
-        launch.launch(two_ranks, args)
+        processes.launch(two_ranks, args)
         results.append(torch.load(args.out))
     for one, two in zip(*results):
         torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)

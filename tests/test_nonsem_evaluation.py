@@ -10,9 +10,11 @@ import torch
 from conftest import equal
 from safetensors.torch import load_file
 
-from common import UsageError, UserError, backbones, checkpoint, export, launch, report, run
+from common import UsageError, UserError, backbones, checkpoint, processes, run
+from common.precision import Precision
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
+from tools import export, report
 
 PRE = [
     "--demo",
@@ -259,9 +261,9 @@ def test_masked_and_full_accuracy_by_hand(workspace, monkeypatch, demo_set):
     for name in (classes[4], classes[7]):
         (folder / name).symlink_to(demo_set / "val" / name)
     dataset = eval_robustness.open_by_class(str(folder), classes)
-    precision = run.Precision(False, torch.device("cpu"))
-    log = run.Run(workspace / "by-hand", args, launch.Process(), tensorboard=False)
-    right, masked = eval_robustness.score(None, dataset, args, launch.Process(), precision, "x", log)
+    precision = Precision(False, torch.device("cpu"))
+    log = run.Run(workspace / "by-hand", args, processes.Process(), tensorboard=False)
+    right, masked = eval_robustness.score(None, dataset, args, processes.Process(), precision, "x", log)
     assert right.sum() == 0 and masked.tolist() == (dataset.targets == 4).float().tolist()
 
 

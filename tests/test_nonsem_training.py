@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT, equal, run_script
 from torch import nn
 
-from common import UsageError, UserError, backbones, checkpoint, data, launch, run
+from common import UsageError, UserError, backbones, batchnorm, checkpoint, cli, data, processes, run
 from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
@@ -242,7 +242,7 @@ def test_texture_negatives_are_paired_with_the_query_view(workspace, monkeypatch
     assert all(a.replace("demo/", "demo-texture/") == b for a, b in zip(originals.paths, textures.paths))
     same = data.open_set("data/demo", "train")  # a twin that is the picture itself must give the query view itself
     monkeypatch.setattr(script, "open_texture_pairs", lambda args: (same, same))
-    (q, k, t), _, _ = next(iter(script.build_loader(args, launch.Process(), 32)))
+    (q, k, t), _, _ = next(iter(script.build_loader(args, processes.Process(), 32)))
     assert torch.equal(q, t) and not torch.equal(k, t)
 
 
@@ -440,34 +440,34 @@ def two_ranks(args, process):
         loss.backward()
         optimizer.step()
         model.enqueue(keys)
-        losses.append(launch.mean_ranks(loss.detach()))
+        losses.append(processes.mean_ranks(loss.detach()))
     x = torch.arange(3.0)[:, None] + 10 * process.rank
-    shuffle = launch.BatchShuffle(3, torch.Generator().manual_seed(1))
+    shuffle = batchnorm.BatchShuffle(3, torch.Generator().manual_seed(1))
     spread = shuffle.spread(x)
     z = x.clone().requires_grad_()
-    (launch.all_gather_with_grad(z) ** 2).sum().backward()
+    (processes.all_gather_with_grad(z) ** 2).sum().backward()
     state = model.state_dict()
-    everyone = launch.gather_objects({k: v for k, v in state.items() if "running" not in k and "tracked" not in k})
+    everyone = processes.gather_objects({k: v for k, v in state.items() if "running" not in k and "tracked" not in k})
     if process.is_main:
         torch.save({"losses": torch.stack(losses), "state": state, "ranks": everyone,
-                    "shuffled": launch.all_gather(spread), "restored": shuffle.own(shuffle.collect(spread)), "x": x,
-                    "ragged": launch.gather_ragged(torch.arange(1.0)), "grad": z.grad, "any": launch.any_rank(False)},
+                    "shuffled": processes.all_gather(spread), "restored": shuffle.own(shuffle.collect(spread)), "x": x,
+                    "ragged": processes.gather_ragged(torch.arange(1.0)), "grad": z.grad, "any": processes.any_rank(False)},
                    args.out)  # fmt: skip
     else:
         assert torch.equal(shuffle.own(shuffle.collect(spread)), x)
-        launch.all_gather(spread)
-        launch.gather_ragged(torch.arange(3.0))
-        launch.any_rank(True)
+        processes.all_gather(spread)
+        processes.gather_ragged(torch.arange(3.0))
+        processes.any_rank(True)
 
 
 def test_two_processes_equal_one(tmp_path):
-    parser = run.Parser()
-    launch.add_arguments(parser)
+    parser = cli.Parser()
+    processes.add_arguments(parser)
     results = []
     for count in (1, 2):
         args = parser.parse_args(["--nproc", str(count), "--device", "cpu"])
         args.out = str(tmp_path / f"{count}.pt")
-        launch.launch(two_ranks, args)
+        processes.launch(two_ranks, args)
         results.append(torch.load(args.out))
     one, two = results
     torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-5, atol=1e-6)

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from common import UserError, launch, probe, run
+from common import UserError, cli, probe, processes, run
+from common.precision import Precision
 
 
 def test_a_refused_flag_is_an_error_that_says_why(capsys):
-    parser = run.Parser()
+    parser = cli.Parser()
     parser.add_argument("--lr", type=float, default=0.1)
     parser.refuse("tb_freq", "never had an effect")
-    assert not hasattr(run.options(parser.parse_args(["--lr", "1"])), "tb_freq")
+    assert not hasattr(cli.flags(parser.parse_args(["--lr", "1"])), "tb_freq")
     for argv in (["--tb_freq", "500"], ["--tb-freq=500"], ["--tb_freq"]):
         with pytest.raises(SystemExit) as stopped:
             parser.parse_args(argv)
@@ -30,8 +31,8 @@ def test_apex_is_used_where_it_is_and_named_where_it_is_not(monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match="--amp-backend apex: no NVIDIA apex"):
-        run.Precision(True, device, backend="apex")
-    assert run.Precision(False, device, backend="apex").apex is None  # without --amp nobody needs it
+        Precision(True, device, backend="apex")
+    assert Precision(False, device, backend="apex").apex is None  # without --amp nobody needs it
 
     calls = []
 
@@ -43,7 +44,7 @@ def test_apex_is_used_where_it_is_and_named_where_it_is_not(monkeypatch):
     amp = types.SimpleNamespace(scale_loss=scale_loss)
     amp.initialize = lambda model, optimizer, opt_level: (calls.append(opt_level), (model, optimizer))[1]
     monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(amp=amp))
-    precision = run.Precision(True, device, backend="apex", opt_level="O1")
+    precision = Precision(True, device, backend="apex", opt_level="O1")
     model = torch.nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     model, optimizer = precision.prepare(model, optimizer)
@@ -55,7 +56,7 @@ def test_apex_is_used_where_it_is_and_named_where_it_is_not(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(amp=types.SimpleNamespace()))
     with pytest.raises(UserError, match="not NVIDIA's"):
-        run.Precision(True, device, backend="apex")
+        Precision(True, device, backend="apex")
 
 
 def test_one_step_of_torch_precision_is_a_plain_step():
@@ -63,15 +64,15 @@ def test_one_step_of_torch_precision_is_a_plain_step():
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     x = torch.randn(4, 2)
     expected = model.weight - 0.5 * torch.autograd.grad(model(x).sum(), model.weight)[0]
-    precision = run.Precision(False, torch.device("cpu"))
+    precision = Precision(False, torch.device("cpu"))
     model.weight.grad = torch.full_like(model.weight, 9.0)  # an old gradient must not count
     precision.step(model(x).sum(), optimizer)
     torch.testing.assert_close(model.weight, expected)
 
 
 def test_tensorboard_events_can_lie_elsewhere(tmp_path):
-    args = run.Parser().parse_args([])
-    log = run.Run(tmp_path / "run", args, launch.Process(), tensorboard=str(tmp_path / "events"))
+    args = cli.Parser().parse_args([])
+    log = run.Run(tmp_path / "run", args, processes.Process(), tensorboard=str(tmp_path / "events"))
     log.log(1, loss=2.0)
     log.close()
     assert list((tmp_path / "events").glob("events.out.*")) and not list((tmp_path / "run").glob("events.out.*"))
@@ -82,39 +83,39 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
         raise OSError(code, os.strerror(code), "runs/a/config.json")
 
     with pytest.raises(SystemExit) as stopped:
-        run.cli(lambda: write(errno.ENOSPC))
+        cli.run(lambda: write(errno.ENOSPC))
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("error: No space left on device writing runs/a/config.json;") and said.count("\n") == 1
     with pytest.raises(SystemExit):
-        run.cli(lambda: write(errno.EACCES))
+        cli.run(lambda: write(errno.EACCES))
     assert capsys.readouterr().err == "error: runs/a/config.json: permission denied\n"
     with pytest.raises(OSError, match="Is a directory"):  # what nobody has thought of keeps its traceback
-        run.cli(lambda: write(errno.EISDIR))
+        cli.run(lambda: write(errno.EISDIR))
 
 
 JOB = """
 import errno, os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-from common import launch, run
+from common import cli, processes
 
 def worker(args, process):
-    launch.barrier()
+    processes.barrier()
     if process.rank == 0 and args.full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/current.pth")
     if process.rank == 1 and not args.full:
         os.kill(os.getpid(), signal.SIGKILL)
-    launch.all_gather(torch.zeros(1))
+    processes.all_gather(torch.zeros(1))
 
 def main():
-    parser = run.Parser()
-    launch.add_arguments(parser)
+    parser = cli.Parser()
+    processes.add_arguments(parser)
     parser.add_argument("--full", action="store_true")
-    launch.launch(worker, parser.parse_args())
+    processes.launch(worker, parser.parse_args())
 
 if __name__ == "__main__":
-    run.cli(main)
+    cli.run(main)
 """
 
 

@@ -1,25 +1,25 @@
-"""Hand a backbone to other programs: `python -m common.export CKPT --to torchvision|timm|detectron2|safetensors`.
+"""Hand a backbone to other programs: `python -m tools.export CKPT --to torchvision|timm|detectron2|safetensors`.
 
 Takes a checkpoint of any layout that `common.checkpoint.backbone` knows; the projection head or classifier stays behind.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common import UsageError, UserError, checkpoint
-from common.run import Parser, cli
+from common import UsageError, UserError, checkpoint, cli
 
 SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "safetensors": ".safetensors"}
 
 
 def main(argv=None) -> None:
-    parser = Parser(prog="python -m common.export", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m tools.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="pre-training or linear-evaluation checkpoint")
     parser.add_argument("--to", choices=list(SUFFIX), required=True)
     parser.add_argument("--out", default=None, help="file to write; default: beside the checkpoint, named after --to")
@@ -73,4 +73,4 @@ def detectron2_name(key: str) -> str:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli.run(main)

@@ -34,9 +34,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import UsageError, UserError, demo_shapes, launch
+from common import UsageError, UserError, processes
 from common.bar import Bar
-from common.demo_shapes import CLASSES
+from preprocess import demo_shapes
+from preprocess.demo_shapes import CLASSES
 
 FORMAT = 1  # raise it when the same settings give other pictures
 SETS = ("train", "val", "corruption", "sketch", "stylized", "rendition")
@@ -361,7 +362,7 @@ def _make_locked(out, twin, folders, settings, workers, progress):
     files += 4 * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
     if workers is None:
         # starting a process costs as much as a few hundred pictures
-        workers = min(launch.cores(), 16, 1 + files // 500)
+        workers = min(processes.cores(), 16, 1 + files // 500)
     if progress:
         print(f"demo data: making {files} files in {out} with {workers} process(es)", file=sys.stderr, flush=True)
 
@@ -396,3 +397,12 @@ def _make_locked(out, twin, folders, settings, workers, progress):
         _write_json(folder / _UNFINISHED, content)
         os.replace(folder / _UNFINISHED, folder / _MARK)
     return content
+
+
+def ensure_for(args, process: processes.Process, texture: bool = False) -> None:
+    """With --demo: make the built-in pictures at DATA unless a whole set of them, of whatever size, is there."""
+    if args.demo and process.is_main:
+        content = read(args.data)
+        if content is None or (texture and not content["settings"]["texture"]):
+            ensure(args.data, texture=texture)
+    processes.barrier()

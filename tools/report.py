@@ -1,10 +1,8 @@
-"""Run folders beside the published table they belong to: `python -m common.report RUNS...`.
+"""Run folders beside the published table they belong to: `python -m tools.report RUNS...`.
 
 A run's result.json names its table (a JSON file in the paper's folder). Runs with the same label and setting are one row:
 mean and standard deviation, the seeds listed.
 """
-
-from __future__ import annotations
 
 import csv
 import io
@@ -13,12 +11,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import UsageError
-from common.run import ROOT, Parser, cli
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import UsageError, cli
+from common.run import ROOT
 
 
 def main(argv=None) -> None:
-    parser = Parser(prog="python -m common.report", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m tools.report", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders (or folders of them) with a result.json of an evaluation")
     parser.add_argument("--format", choices=["text", "markdown", "csv"], default="text")
     parser.add_argument("--no-published", action="store_true", help="only the given runs")
@@ -119,6 +119,6 @@ def layout(header: list[str], rows: list[list[str]], markdown: bool) -> str:
 
 if __name__ == "__main__":
     try:
-        cli(main)
+        cli.run(main)
     finally:
         sys.stdout.flush()

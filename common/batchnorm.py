@@ -1,0 +1,65 @@
+"""Batch-norm as on several GPUs: shuffled keys, split batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common import UserError, processes
+
+
+class BatchShuffle:
+    """One random redistribution of the global batch over ranks and batch-norm groups, and the way back.
+
+    The batch statistics of a group then come from other images than those that the loss compares ("shuffling BN",
+    MoCo, He et al. 2020, section 3.3). `generator` is a CPU generator in the same state on every rank.
+    """
+
+    def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
+        self.rows = rows
+        order = torch.randperm(rows * processes.world_size(), generator=generator)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order))
+        self.order, self.inverse = order.to(device, non_blocking=True), inverse.to(device, non_blocking=True)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(rows, ...) of this rank -> (rows, ...): this rank's slice of the permuted global batch."""
+        mine = self.order[processes.rank() * self.rows : (processes.rank() + 1) * self.rows]
+        return processes.all_gather(x)[mine]
+
+    def collect(self, x: Tensor) -> Tensor:
+        """What each rank made of its slice -> (rows * world_size, ...) in the original order, the same on all ranks."""
+        return processes.all_gather(x)[self.inverse]
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's rows of what `collect` returned."""
+        return x[processes.rank() * self.rows : (processes.rank() + 1) * self.rows]
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch-norm that normalises `splits` contiguous parts of the batch apart, as that many GPUs would.
+
+    Running statistics are those of the first part only: with one process per GPU it is rank 0 that writes the
+    checkpoint. In evaluation mode, and with one split, this is nn.BatchNorm2d.
+    """
+
+    splits = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        if x.shape[0] % self.splits:
+            raise UserError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal batch-norm groups")
+        first, *others = x.chunk(self.splits)
+        parts = [super().forward(first)]
+        for part in others:
+            parts.append(nn.functional.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
+        return torch.cat(parts)
+
+
+def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
+    """Turn every BatchNorm2d of `module` into a SplitBatchNorm2d, in place; parameters and their names stay."""
+    for child in module.modules():
+        if splits > 1 and type(child) is nn.BatchNorm2d:
+            child.__class__, child.splits = SplitBatchNorm2d, splits
+    return module

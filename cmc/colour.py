@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -334,14 +335,36 @@ def parse_views(text: str, space: str, flag: str = "--views") -> list[View]:
             raise UsageError(f"{flag} {text}: the view {name} is there twice; each view is listed once")
         views.append(View(name, of, channels))
     if len(views) < 2:
-        raise UsageError(f"{flag} {text}: one view has nothing to be contrasted with; give two or more, as in "
-                         f"{SPLITS.get(space, 'R,GB')}")  # fmt: skip
+        example = SPLITS.get(space, "R,GB")
+        raise UsageError(
+            f"{flag} {text}: one view has nothing to be contrasted with; give two or more, as in {example}"
+        )
     return views
 
 
 def default_views(space: str) -> list[View]:
     """The two views of a space (SPLITS): the published ones of Lab and YCbCr, this project's of the others."""
     return parse_views(SPLITS[space], space)
+
+
+def chosen_views(args) -> list[View]:
+    """The views that --view and --views ask for."""
+    return parse_views(args.views, args.view) if args.views else default_views(args.view)
+
+
+def view_keys(views: Sequence[View]) -> list[str]:
+    """Names of the views in files: those that --views gives them, with _ for a colon."""
+    return [view.name.replace(":", "_") for view in views]
+
+
+def bank_names(views: Sequence[View]) -> list[str]:
+    """What the views are called in `memory_VIEW`, `VIEW_loss`: of two views l and ab, as published for all spaces."""
+    return ["l", "ab"] if len(views) == 2 else view_keys(views)
+
+
+def tower_names(views: Sequence[View]) -> list[str]:
+    """What the networks of the views are called in checkpoints: of two views as published for all spaces."""
+    return ["l_to_ab", "ab_to_l"] if len(views) == 2 else view_keys(views)
 
 
 # -------------------------------------------------------------------------------------------- operations of a recipe
@@ -400,3 +423,8 @@ class Views:
     def widths(self) -> list[int]:
         """How many channels each view has: the input channels of its encoder."""
         return [len(view.channels) for view in self.views]
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """What apply returned, as grey pictures (N, 1, H, W) in [0, 1] of every channel: -1 is black, 1 is white."""
+        names = [f"{view.name}: {CHANNELS[view.space][c]}" for view in self.views for c in view.channels]
+        return {name: (channel + 1) / 2 for name, channel in zip(names, images.split(1, dim=1))}

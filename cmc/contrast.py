@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import memory, processes
+from common import UserError, checkpoint, memory, processes
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -113,3 +113,19 @@ class MemoryBanks(nn.Module):
         for bank, feat in zip(self.banks(), feats):
             mixed = self.momentum * bank[index] + (1 - self.momentum) * feat.detach()
             bank.index_copy_(0, index, F.normalize(mixed, dim=1))
+
+    def load(self, contrast: dict, updates: int, path: str) -> None:
+        """Rows and Z of a checkpoint go on; K, T and the momentum are this run's. UserError, naming `path`, where it is not
+        of this method, K or number of pictures. updates: of Z so far; LONG_AGO for a published file, which does not tell."""
+        first = f"memory_{self.views[0]}"
+        if first not in contrast:
+            raise UserError(f"{path} is of another method (its memory holds {', '.join(contrast)})")
+        rows, k = len(contrast[first]), int(contrast["params"][0])
+        if (k, rows) != (self.k, self.n):
+            was, now = f"--nce_k {k} and {rows} training pictures", f"{self.k} and {self.n}"
+            raise UserError(f"{path} was made with {was}, this run has {now}")
+        settings = self.params.clone()
+        checkpoint.load_into(self, contrast, path)
+        settings[2:-1] = self.normaliser
+        self.params.copy_(settings)
+        self.updates = updates

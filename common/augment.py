@@ -298,6 +298,11 @@ class Normalize:
         shift = tuple(-m / s for m, s in zip(self.mean, self.std))
         return torch.addcmul(_per_channel(shift, images.device), images, _per_channel(slope, images.device))
 
+    def invert(self, images: Tensor) -> Tensor:
+        """Normalised images back to [0, 1], to be looked at."""
+        mean, std = (_per_channel(tuple(values), images.device) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class GaussianBlur:

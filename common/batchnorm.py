@@ -1,11 +1,11 @@
-"""Batch-norm as on several GPUs: shuffled keys, split batches."""
+"""Batch-norm on one device as on several GPUs: keys shuffled over groups, and a batch normalised in groups."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from common import UserError, processes
+from common import UsageError, UserError, processes
 
 
 class BatchShuffle:
@@ -18,14 +18,11 @@ class BatchShuffle:
     def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
         self.rows = rows
         order = torch.randperm(rows * processes.world_size(), generator=generator)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order))
-        self.order, self.inverse = order.to(device, non_blocking=True), inverse.to(device, non_blocking=True)
+        self.order, self.inverse = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
 
     def spread(self, x: Tensor) -> Tensor:
         """(rows, ...) of this rank -> (rows, ...): this rank's slice of the permuted global batch."""
-        mine = self.order[processes.rank() * self.rows : (processes.rank() + 1) * self.rows]
-        return processes.all_gather(x)[mine]
+        return processes.all_gather(x)[self.own(self.order)]
 
     def collect(self, x: Tensor) -> Tensor:
         """What each rank made of its slice -> (rows * world_size, ...) in the original order, the same on all ranks."""
@@ -57,9 +54,22 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
+def split(module: nn.Module, splits: int) -> nn.Module:
     """Turn every BatchNorm2d of `module` into a SplitBatchNorm2d, in place; parameters and their names stay."""
     for child in module.modules():
         if splits > 1 and type(child) is nn.BatchNorm2d:
             child.__class__, child.splits = SplitBatchNorm2d, splits
     return module
+
+
+def splits_here(args, process: processes.Process) -> int:
+    """Groups of this process, of --bn-splits over all. UsageError where the batch does not divide or is too small."""
+    rows, splits = args.batch_size // process.world_size, max(1, args.bn_splits // process.world_size)
+    if rows // splits < 2:
+        raise UsageError(
+            f"--batch_size {args.batch_size}: batch-norm needs two pictures or more in each of its "
+            f"{splits * process.world_size} groups (--bn-splits)"
+        )
+    if rows % splits:
+        raise UsageError(f"--bn-splits: {rows} images per process cannot be cut into {splits} equal groups")
+    return splits

@@ -79,7 +79,7 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
-    """Read a checkpoint, ours or the authors', as data only: a file that contains code is refused.
+    """Read a checkpoint, ours or the authors', as data only, to the CPU: a file that contains code is refused.
 
     Raises UsageError: no such file; UserError: truncated, no checkpoint at all, or with code in it.
     """
@@ -107,6 +107,17 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
     return loaded
 
 
+class Saved(dict):
+    """What the checkpoint at `path` holds; asking for a key that it lacks is a UserError that names both."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(load(path))
+        self.path = str(path)
+
+    def __missing__(self, key):
+        raise UserError(f"{self.path} has no {key}: not a checkpoint of this script")
+
+
 def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_missing: tuple[str, ...] = ()) -> None:
     """Load `state` into `module`, everything or nothing; `what` names the file in the one-line UserError.
 
@@ -128,6 +139,34 @@ def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_mi
         parts += differing[:1]
         raise UserError(f"{what} does not fit this model ({'; '.join(parts)}): is it of another architecture?")
     module.load_state_dict(state, strict=False)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+    """As `optimizer.load_state_dict`, which takes tensors of any shape: a fused optimizer would then work past their end.
+
+    Raises UserError, with nothing loaded, where the state is not of these parameters.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    try:
+        fits = [len(group["params"]) for group in state["param_groups"]] == [len(group) for group in groups]
+        params = dict(zip((i for group in state["param_groups"] for i in group["params"]), sum(groups, [])))
+        for i, values in state["state"].items():
+            tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
+            fits = fits and all(v.shape == params[i].shape and v.is_floating_point() for v in tensors.values())
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{what}: its optimizer is not one of this network's parameters (other shapes or numbers of them)"
+        )
+    optimizer.load_state_dict(state)
+    for (
+        param,
+        values,
+    ) in optimizer.state.items():  # a buffer in another memory layout would be applied in the wrong order
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                values[key] = torch.empty_like(param).copy_(value)
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:

@@ -5,21 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common import UsageError, UserError
-
-
-def add_arguments(group) -> None:
-    """--amp and, where published commands carry them, the flags of NVIDIA apex."""
-    group.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
-    group.add_argument("--opt-level", choices=["O1", "O2"], default="O2",
-                       help="apex's level; with torch's own --amp both mean autocast with float32 weights")  # fmt: skip
-    group.add_argument("--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp")
-
-
-def check_arguments(args) -> None:
-    """UsageError for --amp-backend without --amp. (A lone --opt-level is passed over, as the published scripts do.)"""
-    if "amp_backend" in args._typed and not args.amp:
-        raise UsageError(f"--amp-backend {args.amp_backend} belongs to --amp; add that, or leave it away")
+from common import UserError
 
 
 class Precision:
@@ -73,8 +59,8 @@ def _import_apex():
     except ImportError:
         raise UserError(
             "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in 2025, and the apex of the "
-            "package index is another project); leave the flag away to use torch's own autocast"
+            "package index is another project); omit the flag to use torch's own autocast"
         ) from None
     if not hasattr(amp, "scale_loss"):
-        raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; leave the flag away")
+        raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")
     return amp

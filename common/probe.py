@@ -1,54 +1,74 @@
 """Looking at features that are not trained: a linear classifier on them, and k-NN while a network is being trained.
 
 `embed` is the script's: it maps a batch of images on the device to float32 features and knows the layer and the precision.
-Pictures are embedded once (`ViewCache`) or batch by batch (`embedded`).
+Pictures are embedded once (`CachedViews`) or batch by batch (`FreshViews`); a linear evaluation is a run like any other
+(`loop.Job`) whose method is a `Classifier`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from common import UserError, metrics, options, processes, run
-from common.augment import Compose
-from common.data import Loader, PictureSet
+from common import UsageError, UserError, augment, checkpoint, cli, metrics, options, processes, run, schedule
+from common.data import Loader
 
 KNN_BATCH = 256  # pictures per process
 CACHE_BYTES = 32 << 30  # more than this is refused: the script would run out of memory an hour later
 
+Embed = Callable[[Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]  # (features, targets)
 
 
-def embedded(embed: Callable[[Tensor], Tensor], loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, targets) of every batch of a loader, computed as they are asked for."""
-    for (images,), target, _ in loader:
-        yield embed(images), target
+def plain_view(args, *colours) -> augment.Compose:
+    """Pictures as they are for an evaluation: shorter side resized, centre crop, then the colour operations given."""
+    return augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res), *colours)
 
 
-class ViewCache:
+@torch.no_grad()
+def embed_images(embed: Embed, images: Tensor) -> Tensor:
+    return embed(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+class FreshViews:
+    """(features, targets) of the batches of a loader, computed as they are asked for: new views at every epoch."""
+
+    def __init__(self, embed: Embed, loader: Loader):
+        self.embed, self.loader, self.set_epoch = embed, loader, loader.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for (images,), target, _ in self.loader:
+            yield embed_images(self.embed, images), target
+
+
+class CachedViews:
     """Features of `views` augmented views of every picture of this rank, embedded once and gone through in turn.
 
-    loader goes over its rows in order (shuffle=False, drop_last=False) and draws other views at every `set_epoch`.
-    Raises UserError where the features would need more than CACHE_BYTES.
+    loader goes over its rows in order (shuffle=False, drop_last=False) and draws other views at every `set_epoch`. The order
+    of an epoch is drawn from the seed, its number and the rank. Raises UserError where the features would need more than
+    CACHE_BYTES.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], loader: Loader, views: int, print_freq: int, show: bool):
+    def __init__(self, embed: Embed, loader: Loader, views: int, batch: int, seed: int, print_freq: int, show: bool):
         kept = []
         for view in range(views):
             loader.set_epoch(view)
-            label = f"Embedding view {view + 1} of {views}: "
-            progress = run.Progress(label, len(loader), print_freq, enabled=show)
+            progress = run.Progress(f"Embedding view {view + 1} of {views}: ", len(loader), print_freq, enabled=show)
             feats, targets = [], []
-            for feat, target in embedded(embed, loader):
-                if not feats and not kept:
-                    needed = 4 * feat[0].numel() * len(feat) * len(loader) * views
-                    if needed > CACHE_BYTES:
-                        raise UserError(
-                            f"--cache-views {views}: features of {feat[0].numel()} numbers need {needed >> 30} GB of "
-                            "memory; leave the flag away, or choose a layer with fewer"
-                        )
+            for feat, target in FreshViews(embed, loader):
+                needed = 4 * feat[0].numel() * len(feat) * len(loader) * views
+                if needed > CACHE_BYTES:
+                    raise UserError(
+                        f"--cache-views {views}: features of {feat[0].numel()} numbers need {needed >> 30} GB of memory; "
+                        "omit the flag, or choose a layer with fewer"
+                    )
                 feats.append(feat)
                 targets.append(target)
                 progress.update(len(target))
@@ -57,16 +77,19 @@ class ViewCache:
         self.features, self.targets = torch.stack(kept), torch.cat(targets)  # (views, n, ...), (n,)
         # As many rows per epoch as every rank has, so that all of them make the same number of steps.
         self.rows = min(processes.gather_objects(len(self.targets)))
+        self.batch, self.seed, self.epoch, self.start = batch, seed, 0, 0
 
-    def steps(self, batch: int) -> int:
-        return -(-self.rows // batch)
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch)
 
-    def batches(self, epoch: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features, targets) of one epoch over the view whose turn it is, in an order drawn from the seed."""
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch + processes.rank())
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start = epoch, start_step
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch + processes.rank())
         order = torch.randperm(len(self.targets), generator=generator)[: self.rows]
-        features = self.features[epoch % len(self.features)]
-        for rows in order.split(batch):
+        features = self.features[self.epoch % len(self.features)]
+        for rows in order.split(self.batch)[self.start :]:
             rows = rows.to(self.targets.device)
             yield features[rows], self.targets[rows]
 
@@ -78,37 +101,194 @@ def validate(classifier: Callable[[Tensor], Tensor], batches: Batches) -> tuple[
     for feats, target in batches:
         logits = classifier(feats)
         top1, top5 = metrics.accuracy(logits, target, (1, 5))
-        loss = torch.nn.functional.cross_entropy(logits, target)
-        sums.append(torch.stack([top1, top5, loss, torch.ones_like(top1)]).double() * len(target))
+        sums.append(
+            torch.stack([top1, top5, cross_entropy(logits, target), torch.ones_like(top1)]).double() * len(target)
+        )
     top1, top5, loss, n = processes.sum_ranks(torch.stack(sums).sum(0)).tolist()
     return top1 / n, top5 / n, loss / n
+
+
+# --------------------------------------------------------------------------------------------------- linear evaluation
+
+
+def add_arguments(group) -> None:
+    about = "embed N augmented views of every picture once and train on those in turn; 0: fresh views, as published"
+    group.add_argument("--cache-views", type=cli.count, default=0, metavar="N", help=about)
+
+
+def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
+    """The pre-training checkpoint at `path`, or the newest in that run folder (or in the folders in it).
+
+    flag: what named it; first: the script that writes it. Raises UsageError where there is none.
+    """
+    if os.path.isdir(path):
+        found = checkpoint.newest_below(path)
+        if found is None:
+            raise UsageError(f"{flag} {path}: no checkpoint in this folder; run {first} first")
+        path = found
+    elif not os.path.exists(path) and "--demo" in first:
+        raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
+    return checkpoint.Saved(path)
+
+
+def loaders(args, process: processes.Process, train_set, val_set, train_view, val_view) -> tuple[Loader, Loader]:
+    """Training pictures (shuffled, or in order where they are cached; the last short batch kept), and val/ in order."""
+    shuffle = not args.cache_views
+    train = options.make_loader(args, process, train_set, (train_view,), shuffle=shuffle, drop_last=False)
+    return train, options.make_loader(args, process, val_set, (val_view,), shuffle=False, drop_last=False)
+
+
+class Classifier:
+    """The method of a linear evaluation: a classifier on features that do not change.
+
+    classifier: float32 features (B, ...) -> logits (B, C). facts: what the script's checkpoints say besides; a
+    classifier goes on only with the same `classes`, names in label order, and the same `digest` of the network.
+    """
+
+    generators: dict = {}
+
+    def __init__(self, classifier: nn.Module, optimizer, process: processes.Process, **facts):
+        self.classifier, self.optimizer, self.facts = classifier, optimizer, facts
+        self.wrapped = processes.parallel(classifier, process)
+        self.norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in classifier.modules())
+        nan = float("nan")
+        self.scores = {
+            "acc1": nan,
+            "acc5": nan,
+            "best_acc1": -1.0,
+            "best_epoch": 0,
+        }  # best_epoch counts complete epochs
+
+    def step(self, feats: Tensor, target: Tensor) -> dict[str, Tensor] | None:
+        """One step of SGD; None where a rank's share is one row, which has no batch statistics."""
+        if self.norm and processes.any_rank(len(target) == 1):
+            return None
+        logits = self.wrapped(feats)
+        loss = cross_entropy(logits, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
+        return {"train_loss": loss, "train_acc": top1, "train_acc5": top5}
+
+    def weights(self) -> dict:
+        return {"classifier": self.classifier.state_dict()}
+
+    def load_weights(self, saved: checkpoint.Saved) -> None:
+        checkpoint.load_into(self.classifier, saved["classifier"], saved.path)
+
+    def state_dict(self) -> dict:
+        return {**self.weights(), **self.scores, **self.facts}
+
+    def load_state_dict(self, saved: checkpoint.Saved) -> None:
+        then, now = saved.get("classes", self.facts["classes"]), self.facts["classes"]
+        if then != now:
+            raise UserError(f"{saved.path} was trained on other classes ({len(then)}; here there are {len(now)})")
+        if saved.get("digest", self.facts.get("digest")) != self.facts.get("digest"):
+            raise UserError(
+                f"{saved.path} is a classifier on another network ({saved.get('network')} as it was then): "
+                "start over with --overwrite, or choose another --save_path"
+            )
+        self.load_weights(saved)
+        self.scores = {k: type(v)(saved.get(k, v)) for k, v in self.scores.items()}
+
+
+def train(
+    job,
+    method: Classifier,
+    embed: Embed,
+    val_loader: Loader,
+    lr: Callable[[int, float], float],
+    best: str,
+    network: nn.Module,
+    before: dict[str, Tensor],
+) -> bool:
+    """Train a classifier to the end; False where a signal has stopped it.
+
+    job has begun with the loader of the training pictures and `method`. lr(epoch, part of it) -> learning rate. best: file
+    name of the best epoch on val/. network: what `embed` runs, frozen; before: the tensors of it that must not have moved,
+    as the checkpoint has them: UserError, after the first epoch, if they have.
+    """
+    args, val = job.args, FreshViews(embed, val_loader)
+    if args.cache_views and not job.finished:
+        val = list(val)  # nothing random: embedded once for all epochs
+        batch, show = job.pictures.batch_size, job.log.main
+        job.loader = CachedViews(embed, job.pictures, args.cache_views, batch, args.seed, args.print_freq, show)
+        job.shows_steps = False  # an epoch takes a moment
+    else:
+        job.loader = FreshViews(embed, job.pictures)
+    checked, classifier, scores = False, method.classifier, method.scores
+    for epoch in job.epochs():
+        classifier.train()
+        for feats, target in job.batches():
+            schedule.set_lr(method.optimizer, lr(epoch, job.step / len(job.loader)))
+            values = method.step(feats, target)
+            if values:
+                job.track(**values)
+        if not job.complete:
+            continue
+        processes.broadcast_buffers(classifier)
+        top1, top5, loss = validate(classifier.eval(), val)
+        if not checked:
+            check_frozen(network, before)
+            checked = True
+        is_best = top1 > scores["best_acc1"]
+        scores.update(acc1=top1, acc5=top5, **{"best_acc1": top1, "best_epoch": job.done} if is_best else {})
+        label = scores["best_epoch"] - 1 + job.count_from
+        job.log.say(f" * epoch {epoch}: Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {scores['best_acc1']:.3f} at {label})")
+        known = dict(test_acc=top1, test_acc5=top5, test_loss=loss, learning_rate=lr(epoch, 0))
+        job.log.log(job.global_step, epoch=epoch, **job.means, **known)
+        if is_best:
+            job.save(best)
+    job.log.say_replaced(val_loader)
+    return not job.stopped
+
+
+def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
+    """result.json: last and best epoch. Best is chosen on the validation set, as published; quote the last.
+
+    saved: the pre-training checkpoint. label: of the run in a report, unless --label says; None: the name of its folder.
+    """
+    args, scores = job.args, job.method.scores
+    label = args.label or label or os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
+    facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
+    facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
+    job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path, seed=args.seed)
+
+
+def check_frozen(network: nn.Module, before: dict[str, Tensor]) -> None:
+    """Compare a network with its checkpoint: nothing may have moved, batch-norm statistics included."""
+    own = network.state_dict()
+    for name, tensor in before.items():
+        if not torch.equal(own[name].cpu(), tensor.cpu()):
+            raise UserError(f"{name} changed during linear evaluation: the backbone was not frozen; the result is void")
 
 
 # ----------------------------------------------------------------------------------------------------------------- k-NN
 
 
-def knn_loaders(args, process: processes.Process, train_set: PictureSet, view: Compose) -> tuple[Loader, Loader]:
-    """The bank (the training pictures) and the queries (val/) of `evaluate_knn`; view: without anything random."""
-    return tuple(
-        options.make_loader(args, process, pictures, (view,), KNN_BATCH, seed=0, shuffle=False, drop_last=False)
-        for pictures in (train_set, options.open_split(args, "val", classes=train_set.classes))
-    )
+def knn_loaders(args, process: processes.Process, train_set, view: augment.Compose) -> tuple[Loader, Loader] | None:
+    """The bank (the training pictures) and the queries (val/) of `evaluate_knn`; None where --knn-every is 0."""
+    if not args.knn_every:
+        return None
+    both = train_set, options.open_split(args, "val", classes=train_set.classes)
+    how = dict(seed=0, shuffle=False, drop_last=False)
+    return tuple(options.make_loader(args, process, pictures, (view,), KNN_BATCH, **how) for pictures in both)
 
 
-def evaluate_knn(
-    network: nn.Module, embed: Callable[[Tensor], Tensor], loaders: tuple[Loader, Loader], k: int, log: run.Run, epoch: int,
-    step: int,
-) -> None:  # fmt: skip
-    """Weighted k-NN: the training pictures vote on those of val/. Prints and logs it for `epoch`, after global step `step`.
+def evaluate_knn(job, network: nn.Module, embed: Embed, loaders: tuple[Loader, Loader]) -> None:
+    """Weighted k-NN: the training pictures vote on those of val/. Prints and logs it for the epoch that is complete.
 
     network: in training mode, in evaluation mode while `embed` is called, with the batch-norm statistics of rank 0.
     """
     processes.broadcast_buffers(network)
     network.eval()
     (bank, bank_targets), (feats, targets) = (
-        map(processes.gather_ragged, metrics.extract_features(embed, loader)) for loader in loaders
+        map(processes.gather_ragged, metrics.extract_features(lambda x: embed_images(embed, x), loader))
+        for loader in loaders
     )
     network.train()
-    top1, top5 = map(float, metrics.knn(bank, bank_targets, feats, targets, len(loaders[0].dataset.classes), k=k))
-    log.say(f"Epoch {epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
-    log.log(step, epoch=epoch, knn_acc1=top1, knn_acc5=top5)
+    classes, k = len(loaders[0].dataset.classes), job.args.knn_k
+    top1, top5 = map(float, metrics.knn(bank, bank_targets, feats, targets, classes, k=k))
+    job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
+    job.log.log(job.global_step, epoch=job.epoch, knn_acc1=top1, knn_acc5=top5)

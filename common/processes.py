@@ -1,27 +1,22 @@
-"""Start one, several or many processes of a script, and let them talk to each other.
+"""Start one or several processes of a script, and let them talk to each other.
 
 A script calls `launch(worker, args)` once; `worker(args, process)` then runs in every process. Without any flag that is
-this very process on the best device. The other ways in, in the order in which they are looked for:
+this very process on the best device. The other ways in:
 
-    torchrun --nproc-per-node 8 script.py ...                         environment of torchrun
+    torchrun --nproc-per-node 8 script.py ...                         environment of torchrun; `srun torchrun` on Slurm
     script.py --multiprocessing-distributed --world-size 1 --rank 0   one process per GPU of this node, as published
     script.py --nproc 2 --device cpu                                  that many processes here (CPU: gloo)
     script.py --world-size 4 --rank 2 --dist-url tcp://host:port      this process is rank 2 of 4
-    srun -N 2 --ntasks-per-node 8 python script.py ...                environment of a Slurm step
 
 With one process every collective below is the identity, so no script needs a second code path.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import multiprocessing
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -30,11 +25,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from common import UsageError, UserError, printable
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 REPEAT = 2.0  # seconds in which a second signal is the first one arriving again by another way
 _here = 1  # processes of this job on this node
 _control = None  # a gloo group for host-side flags; the default group may be NCCL, which only moves device memory
@@ -54,33 +50,6 @@ class Process:
         return self.rank == 0
 
 
-def add_arguments(parser):
-    """The hardware flags that every script shares, as in the published launch code; returns their group."""
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--multiprocessing-distributed", action="store_true",
-                       help="start one process per GPU of this node (or --nproc processes)")  # fmt: skip
-    group.add_argument(
-        "--world-size", type=int, default=-1, help="number of nodes (with the flag above), else processes"
-    )
-    group.add_argument("--rank", type=int, default=-1, help="rank of this node (with the flag above), else process")
-    group.add_argument("--dist-url", default=None, help="rendezvous, e.g. tcp://10.0.0.1:10001; one node needs none")
-    group.add_argument(
-        "--dist-backend", choices=["nccl", "gloo"], default=None, help="default: nccl on GPUs, gloo without"
-    )
-    group.add_argument(
-        "--nproc", type=_positive, default=None, help="processes on this node; default: one per GPU, or one"
-    )
-    group.add_argument("--gpu", type=int, default=None, help="use this GPU only")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    return group
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 # ---------------------------------------------------------------------------------------------------------- starting
 
 
@@ -89,8 +58,8 @@ def launch(worker, args) -> None:
 
     An error that the user can put right is printed once, as one line, and ends the job with its exit code.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        env = os.environ
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
         _join(worker, args, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env://")
     elif args.multiprocessing_distributed or (args.nproc or 1) > 1:
         _spawn(worker, args)
@@ -99,16 +68,17 @@ def launch(worker, args) -> None:
             raise UsageError(f"--world-size {args.world_size} needs --rank and --dist-url tcp://HOST:PORT as well")
         here = max(1, torch.cuda.device_count())
         _join(worker, args, args.rank, args.world_size, args.rank % here, args.dist_url)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        env = os.environ
-        port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", 0))) % 20000
-        _join(worker, args, int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]),
-              f"tcp://{_first_slurm_host()}:{port}")  # fmt: skip
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UsageError(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks that do not know each other: start one task per node "
+            "with `srun torchrun ...` (README.md has the sbatch file)"
+        )
     else:
         _join(worker, args, 0, 1, args.gpu or 0, None)
 
 
 def _spawn(worker, args) -> None:
+    """One process per GPU of this node, or --nproc of them, under torch's own supervision."""
     nodes, node = max(args.world_size, 1), max(args.rank, 0)
     gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     nproc = args.nproc or max(gpus, 1)
@@ -119,58 +89,41 @@ def _spawn(worker, args) -> None:
     if nodes > 1 and not args.dist_url:
         raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
     url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{_free_port()}"
-    spawn = multiprocessing.get_context("spawn")
-    children = [
-        spawn.Process(target=_child, args=(worker, args, node * nproc + i, nodes * nproc, i, url)) for i in range(nproc)
-    ]
-    for child in children:
-        child.start()
-    received = []
+    passed_on = []
 
-    def forward(signum, frame):  # the first asks for a checkpoint, a later one means: now
-        received.append(time.monotonic())
-        for child in children:
+    def pass_on(signum, frame):  # the first asks for a checkpoint, a later one means: now
+        passed_on.append(time.monotonic())
+        for child in children.processes:
             if child.is_alive():
-                child.kill() if received[-1] - received[0] > REPEAT else child.terminate()
+                child.kill() if passed_on[-1] - passed_on[0] > REPEAT else os.kill(child.pid, signum)
 
-    with _handling(forward):
-        code = _wait_for(children)
-    if code:
-        sys.exit(code)
-
-
-def _wait_for(children) -> int:
-    """Exit code of the first child that failed, else 0. When one fails the others are ended, so that none hangs."""
-    while True:
-        failed = [c.exitcode for c in children if c.exitcode not in (None, 0)]
-        if failed:
-            for end in ("terminate", "kill"):
-                for child in children:
-                    if child.is_alive():
-                        getattr(child, end)()
-                deadline = time.monotonic() + 10
-                for child in children:
-                    child.join(max(0.0, deadline - time.monotonic()))
-            if failed[0] > 0:
-                return failed[0]
-            hint = " (by the system, when memory runs out)" if failed[0] == -signal.SIGKILL else ""
-            print(f"error: a process of this job was ended by {signal.Signals(-failed[0]).name}{hint}", file=sys.stderr)
-            return 1
-        if all(c.exitcode == 0 for c in children):
-            return 0
-        time.sleep(0.05)
-
-
-def _child(worker, args, rank, world_size, local_rank, url) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which passes it on as SIGTERM
+    rest = (worker, args, node * nproc, nodes * nproc, url)
+    children = torch.multiprocessing.start_processes(_child, rest, nproc, join=False, start_method="spawn")
+    previous = {s: signal.signal(s, pass_on) for s in STOP_SIGNALS}
     try:
-        _join(worker, args, rank, world_size, local_rank, url)
+        while not children.join(grace_period=10):  # ends the others where one fails
+            pass
+    except torch.multiprocessing.ProcessExitedException as ended:
+        if ended.signal_name is None:
+            sys.exit(ended.exit_code)  # it has said why
+        hint = " (by the system, when memory runs out)" if ended.signal_name == "SIGKILL" else ""
+        raise UserError(f"a process of this job was ended by {ended.signal_name}{hint}") from None
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def _child(i, worker, args, first_rank, world_size, url) -> None:
+    try:
+        _join(worker, args, first_rank + i, world_size, i, url)
     except Exception as error:
         told = in_one_line(error)
         if told is None:
             raise
         lost = _lost_a_peer(error)
-        if rank or lost:  # most mistakes are everybody's: leave rank 0 the time to say it, and the parent to end this
+        if (
+            first_rank + i or lost
+        ):  # most mistakes are everybody's: leave rank 0 the time to say it, and torch to end this
             time.sleep(2)
         if not lost or _here < world_size:  # a peer on this node has said why itself, or its parent does
             print(f"error: {told[0]}", file=sys.stderr, flush=True)
@@ -215,10 +168,9 @@ def _join(worker, args, rank, world_size, local_rank, url) -> None:
         backend = "gloo"
         if rank == 0:
             print("note: --dist-backend nccl needs GPUs; using gloo", flush=True)
+    meeting = dict(init_method=url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     try:
-        dist.init_process_group(
-            backend, init_method=url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
-        )
+        dist.init_process_group(backend, **meeting)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"processes cannot meet at --dist-url {url}: {str(error).splitlines()[0][:200]}") from None
     # torch 2.15 renames a flag of DistributedDataParallel that 2.6 only knows by its old name
@@ -235,13 +187,11 @@ def _join(worker, args, rank, world_size, local_rank, url) -> None:
 def _device(args, local_rank: int) -> torch.device:
     if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
         if args.gpu is not None:
-            raise UsageError(f"--gpu {args.gpu}: no CUDA device is usable here; leave the flag away to run on the CPU")
+            raise UsageError(f"--gpu {args.gpu}: no CUDA device is usable here; omit the flag to run on the CPU")
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is usable here (torch.cuda.is_available() is False)")
     index = local_rank if args.gpu is None else args.gpu
-    if "SLURM_LOCALID" in os.environ and torch.cuda.device_count() == 1:
-        index = 0  # --gpus-per-task shows every task its own GPU only
     if not 0 <= index < torch.cuda.device_count():
         raise UsageError(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} here; lower --nproc")
     return torch.device("cuda", index)
@@ -253,23 +203,12 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True,
-                              check=True).stdout.split()[0]  # fmt: skip
-    first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)  # node[07-12,20] -> node07
-    return first.group(1) + (first.group(2) or "")
-
-
-@contextlib.contextmanager
-def _handling(handler):
-    previous = {s: signal.signal(s, handler) for s in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for s, old in previous.items():
-            signal.signal(s, old)
+def parallel(network: nn.Module, process: Process) -> nn.Module:
+    """`network`, its gradients averaged over all processes; batch-norm statistics stay each process's own."""
+    if process.world_size == 1:
+        return network
+    devices = [process.device] if process.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
 # ------------------------------------------------------------------------------------------------------- collectives
@@ -303,26 +242,13 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-class _GatherWithGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.rows = x.shape[0]
-        return all_gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
-
-
 def all_gather_with_grad(x: Tensor) -> Tensor:
     """As `all_gather`, and differentiable: a rank's rows receive the sum of the gradients that all ranks send them.
 
     DistributedDataParallel averages over ranks afterwards, so a loss that is a mean over the gathered rows and is
     computed on every rank gives exactly the gradient of the one-process loss.
     """
-    return x if world_size() == 1 else _GatherWithGrad.apply(x)
+    return x if world_size() == 1 else torch.cat(torch.distributed.nn.functional.all_gather(x))
 
 
 def gather_ragged(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What surrounds a training loop: the command line, the run folder, progress, seeds and signals."""
+"""The folder of a run, the progress of an epoch, and the signal to stop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import math
 import os
 import platform
-import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,26 +23,10 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UsageError, UserError, cli, printable, processes
+from common import UsageError, UserError, checkpoint, cli, printable, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes
-
-# ---------------------------------------------------------------------------------------------------------------- seeds
-
-
-def settle_seed(seed: int | None) -> int:
-    """The seed to use: the given one, else one drawn here, the same on every rank. It is printed and recorded."""
-    return processes.agree(random.SystemRandom().randrange(2**31) if seed is None else seed)
-
-
-def seed_all(seed: int) -> None:
-    """Seed the global generators (weight initialisation, drop-out). The data loader has its own."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
-# ----------------------------------------------------------------------------------------------------------- run folder
 
 
 def environment() -> dict:
@@ -60,31 +44,54 @@ def environment() -> dict:
 
 def commit() -> str:
     """Short commit of the project, with `-dirty` where tracked files differ from it; `unknown` outside git."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-        return head.strip() + ("-dirty" if dirty.strip() else "")
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     return "unknown"
 
 
 def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
-def unlike(args, then: dict, flags: tuple[str, ...]) -> list[str]:
-    """What a resumed run has to say of `flags` that differ from those of the run that wrote the checkpoint: [] or one line."""
+def make_folder(folder: str | Path) -> str:
+    """Make a run folder and its parents; UserError where that is not possible."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    return str(folder)
 
-    def plain(value):  # published scripts keep "120,160,200" as the list that it stands for
-        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
-    now = vars(args)
-    differing = [f"{k}={now[k]} (was {then[k]})" for k in flags if k in then and plain(then[k]) != plain(now[k])]
-    return [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
+def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite: bool) -> None:
+    """UsageError where a new run would write over the checkpoints of an earlier one."""
+    found = sorted(Path(folder).glob(pattern))
+    if found and not resume and not overwrite:
+        way_out = "continue it with --resume auto, choose another folder, or pass --overwrite"
+        raise UsageError(f"{folder} already holds {found[-1].name}: {way_out}")
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | Path):
+    """Hold a run folder for this process; UsageError where another run holds it. A run that ends, however, lets it go."""
+    import fcntl  # not on Windows
+
+    path = Path(make_folder(folder)) / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(f"{folder} is in use by another run ({file.read()}): choose another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 class Run:
@@ -94,39 +101,46 @@ class Run:
     suffix: of config<suffix>.json, metrics<suffix>.jsonl and result<suffix>.json, and the name of a folder for events, where
     a second kind of run shares the folder.
     tensorboard: False for none, True for events in the run folder, or the folder to write them to.
+    keep: leave a config.json that is there as it is (of a run that has nothing left to do).
     """
 
     def __init__(
-        self, folder: str | Path, args, process: processes.Process, tensorboard: bool | str = True, suffix: str = ""
+        self,
+        folder: str | Path,
+        args,
+        process: processes.Process,
+        tensorboard: bool | str = True,
+        suffix="",
+        keep: bool = False,
     ):
-        self.folder, self.process, self.main = Path(folder), process, process.is_main
+        self.folder, self.main = Path(folder), process.is_main
         self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
         self._metrics = self.folder / f"metrics{suffix}.jsonl"
+        self._events = str(self.folder / suffix.lstrip("-")) if tensorboard is True else tensorboard
         self._tensorboard, self._jsonl = None, None
         self.command = shlex.join(["python", *sys.argv])
         if not self.main:
             return
+        make_folder(self.folder)
+        self.config = {"command": self.command, **environment(), "world_size": process.world_size}
+        self.config |= {"started": datetime.now().isoformat(timespec="seconds"), "options": cli.flags(args)}
+        self.keep = keep and self._config.exists()
         try:
-            make_folder(self.folder)
-            config = {"command": self.command, **environment(), "world_size": process.world_size,
-                      "started": datetime.now().isoformat(timespec="seconds"), "options": cli.flags(args)}  # fmt: skip
-            write_json(self._config, config)
+            if not self.keep:
+                write_json(self._config, self.config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        self._events = str(self.folder / suffix.lstrip("-")) if tensorboard is True else tensorboard
-        self._echo(args, config)
-
-    def _echo(self, args, config) -> None:
-        where = f"{self.process.device.type} x {self.process.world_size}"
-        threads = "" if self.process.device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
+        config, cuda = self.config, process.device.type == "cuda"
+        threads = "" if cuda else f" ({torch.get_num_threads()} threads)"
         self.say(f"command  {self.command}")
-        self.say(f"code     {config['commit']}, Python {config['python']}, torch {config['torch']}, "
-                 f"torchvision {config['torchvision']}, CUDA {config['cuda'] or '-'}")  # fmt: skip
-        self.say(f"machine  {config['device']}; {where}{threads}")
-        default = getattr(args, "_published", {})
-        shown = [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in sorted(cli.flags(args).items())]
-        self.say("options  (* differs from the default)\n         " + _wrap(shown))
-        self.say(f"folder   {self.folder}")
+        self.say(
+            f"code     {config['commit']}, Python {config['python']}, torch {config['torch']}, "
+            f"torchvision {config['torchvision']}, CUDA {config['cuda'] or '-'}"
+        )
+        self.say(f"machine  {config['device']}; {process.device.type} x {process.world_size}{threads}")
+        options, default = sorted(config["options"].items()), getattr(args, "defaults", {})
+        self.say(_wrap("options", [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in options]))
+        self.say(f"         (* differs from the default)\nfolder   {self.folder}")
 
     def say(self, text: str) -> None:
         """Print a line, once per job."""
@@ -137,21 +151,22 @@ class Run:
     def derived(self, **facts) -> None:
         """Echo and record facts that follow from the options and the data."""
         if self.main:
-            write_json(self._config, json.loads(self._config.read_text()) | {"derived": facts})
-            self.say("derived  " + _wrap([f"{k}={v}" for k, v in facts.items()]))
+            if not self.keep:
+                write_json(self._config, self.config | {"derived": facts})
+            self.say(_wrap("derived", [f"{k}={v}" for k, v in facts.items()]))
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after global step `step` (after a resume), or all of it and an old result (step < 0)."""
         if self.main and step < 0:
             self._result.unlink(missing_ok=True)
-        path = self._metrics
-        if self.main and path.exists():
+        if self.main and self._metrics.exists():
             kept = []
-            for line in path.read_text().splitlines():
+            for line in self._metrics.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
                     if json.loads(line).get("step", 0) <= step:
                         kept.append(line + "\n")
-            write_text(path, "".join(kept))
+            with checkpoint.replacing(self._metrics, "w") as file:
+                file.writelines(kept)
 
     def log(self, step: int, **values) -> None:
         """Append one JSON object to metrics.jsonl and one TensorBoard scalar per number. step counts from 0 over the run."""
@@ -181,9 +196,10 @@ class Run:
             numbers = [f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)]
             self.say(f"result: {', '.join(numbers)} ({self._result})")
 
-    def say_replaced(self, loader) -> None:
+    def say_replaced(self, *loaders) -> None:
         """With --skip-bad-images: how many pictures were replaced, on all ranks together. To be called on all of them."""
-        paths = sorted({path for part in processes.gather_objects(loader.bad_images) for path in part})
+        mine = {path for loader in loaders for path in loader.bad_images}
+        paths = sorted(set().union(*processes.gather_objects(mine)))
         if paths:
             self.say(f"replaced {len(paths)} unreadable pictures, the first {printable(paths[0])}")
 
@@ -193,29 +209,10 @@ class Run:
                 handle.close()
 
 
-def make_folder(folder: str | Path) -> str:
-    """Make a run folder and its parents; UserError where that is not possible."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
-    return str(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old text or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:  # of a full disk the system does not name the file
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    """Replace a small file in one step: a reader sees the old one or the new one, never half of it."""
+    with checkpoint.replacing(path, "w") as file:
+        file.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def _plain(value):
@@ -224,13 +221,13 @@ def _plain(value):
     return round(value, 6) if isinstance(value, float) and math.isfinite(value) else value
 
 
-def _wrap(words: list[str], width: int = 110) -> str:
+def _wrap(label: str, words: list[str], width: int = 110) -> str:
     lines, line = [], ""
     for word in words:
         if line and len(line) + len(word) > width:
             lines, line = lines + [line], ""
         line += ("  " if line else "") + word
-    return "\n         ".join(lines + [line])
+    return f"{label:<9}" + "\n         ".join(lines + [line])
 
 
 # ------------------------------------------------------------------------------------------------------------- progress
@@ -239,81 +236,83 @@ def _wrap(words: list[str], width: int = 110) -> str:
 class Progress:
     """Progress of one epoch: a live bar on a terminal, one line every `every` steps in a pipe; rank 0 only.
 
-    `update(n, loss=..., acc=...)` takes 0-dim tensors, means over n rows, and only adds them up on their device. Every
-    `every` steps, and at the end, they are read back once: `update` then returns the means since the last print (else
-    None), over the rows of all ranks, which must make the same steps. That is also where a non-finite loss is found:
+    `update(n, loss=..., lr=...)` takes 0-dim tensors, means over n rows, and only adds them up on their device; plain
+    numbers are shown as they are. At the first step, every `every` steps and at the last one the sums are read back:
+    `update` then returns the means since the last time (else None), over the rows of all ranks, which must make the same
+    steps, and after the last step `epoch_...`, those over the epoch. That is also where a non-finite value is found:
     UserError, on every rank and before anything of it could be saved.
     """
 
-    def __init__(self, label: str, total: int, every: int = 10, start: int = 0, enabled: bool = True, extra: str = ""):
-        self.label, self.total, self.every, self.extra = label, total, max(1, every), extra
-        self.done, self.enabled = start, enabled
+    def __init__(self, label: str, total: int, every: int = 10, start: int = 0, enabled: bool = True):
+        self.label, self.total, self.every, self.enabled = label, total, max(1, every), enabled
+        self.done = self.first = self.last_done = start
         self.sums: Tensor | None = None
-        self.names: list[str] = []
-        self.count = 0  # images since the last print
-        self.epoch_sums, self.epoch_count = None, 0
-        self.seen = 0  # images of this rank
+        self.names, self.numbers = [], {}
+        self.count = 0  # rows since the last print
+        self.epoch_sums, self.epoch_count = torch.zeros(0).double(), 0
         self.began = self.last = time.perf_counter()
-        self.first, self.last_done = start, start
-        self.bar = None
-        if enabled and sys.stdout.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=label, dynamic_ncols=True, leave=False, file=sys.stdout)
+        terminal = enabled and sys.stdout.isatty()
+        shown = dict(total=total, initial=start, desc=label, dynamic_ncols=True, leave=False, file=sys.stdout)
+        self.bar = tqdm(**shown) if terminal else None
 
-    def update(self, n: int, **values: Tensor) -> dict | None:
-        self.done += 1
-        if values:
-            now = torch.stack([v.detach().float() for v in values.values()]) * n
-            self.names = list(values)
+    def update(self, n: int, **values: Tensor | float) -> dict | None:
+        self.done, self.count = self.done + 1, self.count + n
+        means = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        self.names, self.numbers = list(means), {k: v for k, v in values.items() if k not in means}
+        if means:
+            now = torch.stack([v.detach().float() for v in means.values()]) * n
             self.sums = now if self.sums is None else self.sums + now
-        self.count += n
         if self.bar is not None:
             self.bar.update(1)
-        if (self.done - self.first) % self.every == 0 or self.done == self.total or self.done == self.first + 1:
-            return self._show()
-        return None
+        if (self.done - self.first) % self.every and self.done not in (self.total, self.first + 1):
+            return None
+        return self._show()
 
     def _show(self) -> dict:
-        sums, rows = torch.zeros(0).double(), self.count
+        sums, rows = torch.zeros(len(self.names)).double(), self.count
         if self.sums is not None:  # the only wait for the device
             *sums, rows = processes.sum_ranks(torch.cat([self.sums, self.sums.new_tensor([rows])])).tolist()
             sums = torch.tensor(sums, dtype=torch.float64)
         if not torch.isfinite(sums).all():
             raise UserError(
                 f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint is from before it. "
-                "Lower --lr, raise the temperature, or try without --amp"
+                "Lower the learning rate, raise the temperature, or try without --amp"
             )
-        self.epoch_sums = sums if self.epoch_sums is None else self.epoch_sums + sums
+        self.epoch_sums = self.epoch_sums + sums if len(self.epoch_sums) else sums
         self.epoch_count += rows
-        self.seen += self.count
         now = time.perf_counter()
-        since, overall = sums / rows, self.epoch_sums / self.epoch_count
+        since, overall = (sums / rows).tolist(), (self.epoch_sums / self.epoch_count).tolist()
         seconds = (now - self.last) / (self.done - self.last_done)
         mean_seconds = (now - self.began) / (self.done - self.first)
         if self.enabled:
             parts = [f"Time {seconds:.3f} ({mean_seconds:.3f})"]
-            parts += [f"{k} {a:.4g} ({b:.4g})" for k, a, b in zip(self.names, since.tolist(), overall.tolist())]
+            parts += [f"{k} {a:.4g} ({b:.4g})" for k, a, b in zip(self.names, since, overall)]
+            parts += [f"{k} {v:.3g}" for k, v in self.numbers.items()]
             if self.bar is not None:
-                self.bar.set_postfix_str("  ".join(parts[1:] + [self.extra]))
+                self.bar.set_postfix_str("  ".join(parts[1:]))
             else:
-                left = (self.total - self.done) * mean_seconds
-                print(f"{self.label}[{self.done}/{self.total}]  " + "  ".join([*parts, self.extra, f"eta {clock(left)}"]),
-                      flush=True)  # fmt: skip
+                left = f"eta {clock((self.total - self.done) * mean_seconds)}"
+                print(f"{self.label}[{self.done}/{self.total}]  " + "  ".join([*parts, left]), flush=True)
         self.sums, self.count, self.last, self.last_done = None, 0, now, self.done
-        return dict(zip(self.names, since.tolist()), seconds=seconds)
+        whole = {f"epoch_{k}": v for k, v in self.means.items()} if self.done == self.total else {}
+        return dict(zip(self.names, since)) | self.numbers | {"seconds_per_step": seconds} | whole
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Over what was shown of the epoch, all ranks together."""
+        return dict(zip(self.names, (self.epoch_sums / max(self.epoch_count, 1)).tolist()))
 
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
-    def close(self) -> dict:
-        """End of the epoch (or of its part that was run): the means over it, and `images_per_second` over all ranks."""
+    def close(self) -> dict[str, float]:
+        """End of the epoch, or of its part that was run: the means over it."""
         if self.count:
             self._show()
         if self.bar is not None:
             self.bar.close()
-        elapsed = self.elapsed
-        means = {} if self.epoch_sums is None else dict(zip(self.names, (self.epoch_sums / self.epoch_count).tolist()))
-        return {**means, "images_per_second": self.seen * processes.world_size() / elapsed, "elapsed": elapsed}
+        return self.means
 
 
 def clock(seconds: float) -> str:
@@ -324,24 +323,20 @@ def clock(seconds: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
-REPEAT = processes.REPEAT
-
-
 class StopSignal:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's --signal) ask for a checkpoint and a clean end at the next step.
+    """SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 (Slurm's --signal) ask for a checkpoint and an end at the next step.
 
     `stop.asked()` is the same on every rank. A further signal more than REPEAT seconds later acts as if this were not
     here; a sooner one is the same request again (a scheduler signals the whole process group, its leader passes it on).
     """
 
     def __init__(self):
-        self.received, self.when = False, 0.0
-        self.signals = processes.STOP_SIGNALS
+        self.received, self.when = 0, 0.0  # the signal's number; 0: none yet
 
     def __enter__(self):
-        self.previous = {s: signal.getsignal(s) for s in self.signals}
-        for s in self.signals:
-            if self.previous[s] is not signal.SIG_IGN:
+        self.previous = {s: signal.getsignal(s) for s in processes.STOP_SIGNALS}
+        for s, handler in self.previous.items():
+            if handler is not signal.SIG_IGN:
                 signal.signal(s, self._receive)
         return self
 
@@ -352,21 +347,10 @@ class StopSignal:
     def _receive(self, signum, frame):
         now = time.monotonic()
         if not self.received:
-            self.received, self.when = True, now
-        elif now - self.when > REPEAT:
-            for s in self.signals:
-                signal.signal(s, self.previous[s])
+            self.received, self.when = signum, now
+        elif now - self.when > processes.REPEAT:
+            self.__exit__()
             os.kill(os.getpid(), signum)
 
     def asked(self) -> bool:
-        return processes.any_rank(self.received)
-
-
-def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite: bool) -> None:
-    """UsageError where a new run would write over the checkpoints of an earlier one."""
-    found = sorted(Path(folder).glob(pattern))
-    if found and not resume and not overwrite:
-        raise UsageError(
-            f"{folder} already holds {found[-1].name}: continue it with --resume auto, choose another folder, "
-            "or pass --overwrite"
-        )
+        return processes.any_rank(bool(self.received))

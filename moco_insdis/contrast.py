@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import memory, processes
+from common import UserError, checkpoint, memory, processes
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -100,6 +100,24 @@ class MemoryBank(nn.Module):
         mixed = self.momentum * self.memory[index] + (1 - self.momentum) * feat.detach()
         self.memory.index_copy_(0, index, F.normalize(mixed, dim=1))
 
+    def load(self, contrast: dict, updates: int, path: str) -> None:
+        """Rows and Z of a checkpoint go on; K, T and the momentum are this run's. UserError, naming `path`, where it is not
+        of this method, K or number of pictures. updates: of Z so far; LONG_AGO for a published file, which does not tell."""
+        check_memory(contrast, path)
+        k, rows = int(contrast["params"][0]), len(contrast["memory"])
+        if k != self.k:
+            raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
+        if rows != self.n:
+            raise UserError(f"{path} was made with {rows} training pictures, this run has {self.n}")
+        checkpoint.load_into(self, contrast, path)
+        self.params.copy_(torch.tensor([self.k, self.temperature, float(self.normaliser), self.momentum]))
+        self.updates = updates
+
+
+def check_memory(contrast: dict, path: str) -> None:
+    if "memory" not in contrast:
+        raise UserError(f"{path} is of another method (its memory holds {', '.join(contrast)})")
+
 
 class KeyQueue(nn.Module):
     """MoCo: the last K keys, first in, first out; buffers `params` = [Z as an integer] and `memory` (K, D), as published.
@@ -148,8 +166,13 @@ class KeyQueue(nn.Module):
     def extra_state(self) -> dict:
         return {"z": self.z.clone(), "pointer": self.pointer.clone(), "updates": self.updates}
 
-    def load_extra_state(self, state: dict | None) -> None:
-        """What `extra_state` gave; None for a published checkpoint: Z from its integer, the pointer at 0 as there."""
-        self.z.copy_(state["z"] if state else self.params[0].float())
-        self.pointer.copy_(state["pointer"] if state else torch.tensor(0))
-        self.updates = state["updates"] if state else LONG_AGO
+    def load(self, contrast: dict, extra: dict | None, path: str) -> None:
+        """A checkpoint's queue; extra: what `extra_state` gave, None for a published one: Z from its integer, the pointer
+        at 0 as there. UserError, naming `path`, where it is not of this method or length."""
+        check_memory(contrast, path)
+        if len(contrast["memory"]) != self.k:
+            raise UserError(f"{path} was made with --nce_k {len(contrast['memory'])}, this run has {self.k}")
+        checkpoint.load_into(self, contrast, path)
+        self.z.copy_(extra["z"] if extra else self.params[0].float())
+        self.pointer.copy_(extra["pointer"] if extra else torch.tensor(0))
+        self.updates = extra["updates"] if extra else LONG_AGO

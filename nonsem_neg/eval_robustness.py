@@ -42,34 +42,30 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data (each set is optional)")
     g.add_argument("data", nargs="?", help="data set root with val/CLASS/*: the clean column")
-    g.add_argument("--corruption", metavar="DIR", help="ImageNet-C layout: CORRUPTION/SEVERITY/CLASS/*; accuracy is the "
-                   "mean over all corruptions and severities")  # fmt: skip
+    about = "ImageNet-C layout: CORRUPTION/SEVERITY/CLASS/*; accuracy is the mean over all corruptions and severities"
+    g.add_argument("--corruption", metavar="DIR", help=about)
     g.add_argument("--sketch", metavar="DIR", help="ImageNet-Sketch: CLASS/*")
     g.add_argument("--stylized", metavar="DIR", help="Stylized-ImageNet validation pictures: CLASS/*")
     g.add_argument("--rendition", metavar="DIR", help="ImageNet-R: CLASS/*")
     g.add_argument("--extra-corruptions", action="store_true", help="also " + ", ".join(EXTRA_CORRUPTIONS))
-    g.add_argument("--precropped", choices=["auto", "yes", "no"], default="auto",
-                   help="were the corrupted and stylized pictures resized and centre-cropped before (as ImageNet-C is)? then "
-                   "they are not resized again; auto: yes if they are 224 x 224")  # fmt: skip
+    about = (
+        "were the corrupted and stylized pictures resized and centre-cropped before (as ImageNet-C is)? then they are not "
+        "resized again; auto: yes if they are 224 x 224"
+    )
+    g.add_argument("--precropped", choices=["auto", "yes", "no"], default="auto", help=about)
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--classifier",
-        default="",
-        metavar="PATH",
-        help="checkpoint of main_lincls.py, or its run folder: the last epoch",
-    )
+    about = "checkpoint of main_lincls.py, or its run folder: the last epoch"
+    g.add_argument("--classifier", default="", metavar="PATH", help=about)
     g.add_argument("--best", action="store_true", help="of a run folder take the best epoch on val instead of the last")
-    g.add_argument("-a", "--arch", default=None, help="torchvision network; default: what the checkpoint says")
+    g.add_argument("-a", "--arch", help="torchvision network; default: what the checkpoint says")
 
     g = parser.add_argument_group("run")
     g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help="global batch over all processes")
     g.add_argument("--ckpt_path", default="./ckpts/robustness", help="run folder: result.json, corruption.csv")
-    g.add_argument("--label", default=None, help="name of the row in the table; default: from the pre-training flags")
-
-    g = processes.add_arguments(parser)
-    g.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
+    g.add_argument("--label", help="name of the row in the table; default: from the pre-training flags")
+    options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     if not args.classifier:
         raise UsageError("no classifier: give --classifier CHECKPOINT (written by main_lincls.py), or --demo")
@@ -80,18 +76,18 @@ def parse_args(argv=None):
 
 def read_classifier(args):
     path = args.classifier
-    if args.demo and "classifier" not in args._typed and not os.path.exists(path):
+    if args.demo and "classifier" not in args.typed and not os.path.exists(path):
         raise UsageError(f"{path}: nothing to evaluate yet; run nonsem_neg/main_lincls.py --demo first")
     if os.path.isdir(path):
         pattern = "model_best_*.pth.tar" if args.best else "checkpoint_robust_*.pth.tar"
         path = checkpoint.newest(path, (pattern,))
         if path is None:
             raise UsageError(f"--classifier {args.classifier}: no {pattern} in this folder; run main_lincls.py first")
-    saved = checkpoint.load(path) | {"path": str(path)}
+    saved = checkpoint.Saved(path)
     if args.arch and saved.get("arch", args.arch) != args.arch:
         raise UserError(f"{path} is of --arch {saved['arch']}, not {args.arch}")
     args.arch = saved.get("arch", args.arch or "resnet50")
-    if "input_res" not in args._typed:
+    if "input_res" not in args.typed:
         args.input_res = saved.get("args", {}).get("input_res", args.input_res)
     return saved
 
@@ -104,18 +100,16 @@ def class_names(saved, args) -> list[str]:
         return options.open_split(args, "val").classes
     if args.class_list:
         return data.read_class_list(args.class_list)
-    raise UsageError(f"{saved['path']} does not name its classes: give DATA (the clean set) or --class-list as well")
+    raise UsageError(f"{saved.path} does not name its classes: give DATA (the clean set) or --class-list as well")
 
 
 def build_model(saved, arch: str, process: processes.Process) -> torch.nn.Module:
     state = checkpoint.backbone(saved)
     if "fc.weight" not in state or state["fc.weight"].ndim != 2 or "best_acc1" not in saved:
-        raise UserError(
-            f"{saved['path']} holds no classifier: give a checkpoint of main_lincls.py, not of pre-training"
-        )
+        raise UserError(f"{saved.path} holds no classifier: give a checkpoint of main_lincls.py, not of pre-training")
     small_stem = state["conv1.weight"].shape[-1] == 3
     model = backbones.build(arch, len(state["fc.weight"]), small_stem=small_stem)
-    checkpoint.load_into(model, state, saved["path"])
+    checkpoint.load_into(model, state, saved.path)
     return model.eval().to(process.device, memory_format=torch.channels_last)
 
 
@@ -143,8 +137,8 @@ def open_corruptions(args, classes) -> tuple[data.FolderSet, list[tuple[str, int
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder")
     wanted = CORRUPTIONS + (EXTRA_CORRUPTIONS if args.extra_corruptions else ())
-    found = [(name, int(s.name)) for name in wanted if (root / name).is_dir()
-             for s in sorted((root / name).iterdir()) if s.name.isdigit()]  # fmt: skip
+    there = [name for name in wanted if (root / name).is_dir()]
+    found = [(name, int(s.name)) for name in there for s in sorted((root / name).iterdir()) if s.name.isdigit()]
     if not found:
         raise UsageError(f"{root}: not the ImageNet-C layout: expected folders such as {root}/gaussian_noise/1/CLASS")
     parts = [open_by_class(str(root / name / str(severity)), classes) for name, severity in found]
@@ -175,8 +169,8 @@ def score(
     model, dataset, args, process, precision, label, log, cropped_before=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For every picture, 1 where the argmax is its class: over all classes, and over those that the set has (masked)."""
-    view = augment.Compose(geometry(args, dataset, cropped_before),
-                           augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD))  # fmt: skip
+    normalize = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    view = augment.Compose(geometry(args, dataset, cropped_before), normalize)
     batch = max(1, args.batch_size // process.world_size)
     loader = options.make_loader(args, process, dataset, (view,), batch, seed=0, shuffle=False, drop_last=False)
     absent = torch.ones(len(dataset.classes), dtype=torch.bool)
@@ -207,7 +201,7 @@ def row_label(saved) -> str:
     """ "MoCo + patch (K 16384, alpha 2)" from the flags of the pre-training run, where the checkpoint has them."""
     a = saved.get("pretrained_args") or {}
     if not a:
-        return Path(saved["path"]).parent.name
+        return Path(saved.path).parent.name
     kind = a.get("robust") if a.get("num_nonsem") else "none"
     details = [f"K {a['moco_k']}"]
     if kind != "none":
@@ -230,7 +224,7 @@ def worker(args, process: processes.Process) -> None:
     precision = Precision(args.amp, process.device)
     shared = any(Path(args.ckpt_path).glob("*.pth.tar"))  # with a training, whose records stay as they are
     log = run.Run(args.ckpt_path, args, process, tensorboard=False, suffix="-robustness" if shared else "")
-    log.derived(classifier=saved["path"], classes=len(classes), precision=str(precision))
+    log.derived(classifier=saved.path, classes=len(classes), precision=str(precision))
 
     row, notes = {}, {}
     for name in SETS:
@@ -267,20 +261,22 @@ def worker(args, process: processes.Process) -> None:
                 notes[name] = (
                     f"{present} of {len(classes)} classes: {name} is {len(classes)}-way, {name}_masked {present}-way"
                 )
-        log.say(f"{name}: {row[name]:.2f} % of {len(dataset)} pictures"
-                + (f", masked {row[name + '_masked']:.2f} %" if f"{name}_masked" in row else "")
-                + (f" ({notes[name]})" if name in notes else ""))  # fmt: skip
-    log.result(table="nonsem_neg/published.json", label=args.label or row_label(saved), evaluated=saved["path"], data=args.data,
-               pretrained=saved.get("pretrained"), epochs=saved.get("pretrained_epoch"), arch=args.arch,
-               seed=(saved.get("pretrained_args") or {}).get("seed"), precision=str(precision),
-               settings=settings(saved), missing=[name for name in SETS if name not in row], notes=notes, **row)  # fmt: skip
+        masked = f", masked {row[name + '_masked']:.2f} %" if f"{name}_masked" in row else ""
+        note = f" ({notes[name]})" if name in notes else ""
+        log.say(f"{name}: {row[name]:.2f} % of {len(dataset)} pictures{masked}{note}")
+    before = saved.get("pretrained_args") or {}
+    about = dict(table="nonsem_neg/published.json", label=args.label or row_label(saved), evaluated=saved.path)
+    about |= dict(
+        data=args.data, pretrained=saved.get("pretrained"), epochs=saved.get("pretrained_epoch"), arch=args.arch
+    )
+    about |= dict(seed=before.get("seed"), precision=str(precision), settings=settings(saved))
+    log.result(**about, missing=[name for name in SETS if name not in row], notes=notes, **row)
     log.close()
 
 
 def write_csv(path: Path, folders, accuracies) -> None:
     """One line per corruption and severity, then the mean of each corruption."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
+    with checkpoint.replacing(path, "w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["corruption", "severity", "acc1"])
         for (name, severity), accuracy in zip(folders, accuracies):
@@ -288,7 +284,6 @@ def write_csv(path: Path, folders, accuracies) -> None:
         for name in dict.fromkeys(n for n, _ in folders):
             mine = [a for (n, _), a in zip(folders, accuracies) if n == name]
             out.writerow([name, "mean", f"{sum(mine) / len(mine):.3f}"])
-    os.replace(partial, path)
 
 
 def main(argv=None) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.batchnorm import BatchShuffle, split_batchnorm
+from common import batchnorm
 
 
 def contrast_logits(
@@ -59,8 +59,8 @@ class MoCo(nn.Module):
         super().__init__()
         self.momentum, self.temperature, self.alpha, self.nonsem_bn = momentum, temperature, alpha, nonsem_bn
         self.queue_size = queue_size
-        self.encoder_q = split_batchnorm(make_encoder(dim), bn_splits)
-        self.encoder_k = split_batchnorm(make_encoder(dim), bn_splits)
+        self.encoder_q = batchnorm.split(make_encoder(dim), bn_splits)
+        self.encoder_k = batchnorm.split(make_encoder(dim), bn_splits)
         if mlp:
             for encoder in (self.encoder_q, self.encoder_k):
                 width = encoder.fc.in_features
@@ -99,7 +99,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def encode_shuffled(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Unit features of the key encoder, batch statistics taken over a shuffled batch: (own rows, all rows)."""
-        shuffle = BatchShuffle(images.shape[0], generator, images.device)
+        shuffle = batchnorm.BatchShuffle(images.shape[0], generator, images.device)
         everyone = shuffle.collect(self.encode(self.encoder_k, shuffle.spread(images)))
         return shuffle.own(everyone), everyone
 

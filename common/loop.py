@@ -1,0 +1,312 @@
+"""A run from start to finish: resume, epochs, steps, progress, records, checkpoints and the signal to stop.
+
+    with loop.Job(args, process, folder, last="current.pth", numbered="ckpt_epoch_{}.pth") as job:
+        loader = build_loader(args, process)
+        method = Method(args, len(loader.dataset), process)
+        job.begin(loader, method, loss="InfoNCE")
+        for epoch in job.epochs():
+            schedule.set_lr(method.optimizer, ...)
+            for views, target, index in job.batches():
+                loss = method.step(views, index)
+                job.track(loss=loss, lr=...)
+            if job.due(args.knn_every):
+                ...
+
+The script owns its loops, the job remembers where it is. A method is any object that says what it is made of:
+
+    state_dict()            the authors' keys and values, and what they lack for an exact resume
+    load_state_dict(saved)  puts that back from a checkpoint of ours or theirs; UserError where it does not fit
+    optimizer, generators   {name: torch.Generator} whose draws must go on where they stopped
+    precision               (optional) whose scaler goes on, too
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+from pathlib import Path
+
+import torch
+
+from common import UserError, checkpoint, cli, options, processes, run, sheet
+
+# Flags that may differ when a run goes on without a word: where and how it computes, reports and is resumed.
+FREE = set(
+    "amp_backend ckpt_path compile data_device demo device dist_backend dist_url evaluate folder gpu knn_every knn_k label "
+    "model_path multiprocessing_distributed nproc opt_level overwrite preset print_freq rank resume save_freq save_path "
+    "show_views skip_bad_images start_epoch tb_path workers world_size milestones pretrained".split()
+)
+SAME = ("dataset", "class_list", "texture_root")  # flags that make another run of it, besides those that a script names
+
+
+class Job:
+    """One run in `folder`. Constructing it reads what --resume names and settles the seed of everything random.
+
+    last: file name of the newest state, saved after every epoch and where a signal stops the run. numbered: of those kept
+    every --save-freq epochs and at the end, with {} for the epoch. names: patterns of what --resume auto looks for and a new
+    run must not write over; default: those two. options_key: under which the authors' files keep the flags. same: flags that
+    make another run of it where they differ. count_from: number of the first epoch, 0 or 1, as the published script counts.
+    tensorboard, suffix: see `run.Run`.
+    """
+
+    def __init__(
+        self,
+        args,
+        process: processes.Process,
+        folder: str,
+        *,
+        last: str = "",
+        numbered: str = "",
+        names=(),
+        options_key: str = "opt",
+        same=(),
+        count_from: int = 1,
+        tensorboard: bool | str = True,
+        suffix="",
+    ):
+        options.check_batch(args, process)
+        self.args, self.process, self.folder, self.last, self.numbered = args, process, folder, last, numbered
+        self.names = names or (last, re.sub(r"{.*}", "[0-9]*", numbered))
+        self.options_key, self.same, self.count_from, self.suffix = options_key, (*SAME, *same), count_from, suffix
+        self.tensorboard, self.stop, self.log, self.step = tensorboard, run.StopSignal(), None, 0
+        self.done, self.finished, self.complete, self.shows_steps = getattr(args, "start_epoch", 0), False, False, True
+        self.stopped, self.exit_code, self._held = False, 0, contextlib.ExitStack()
+        for pattern in self.names:
+            run.refuse_to_overwrite(folder, pattern, args.resume, args.overwrite)
+        self.saved = self._open()
+        if args.seed is None:
+            args.seed = self._then("seed", processes.agree(random.SystemRandom().randrange(2**31)))
+        random.seed(args.seed)
+        torch.manual_seed(
+            args.seed
+        )  # the same on every rank: equal weights and memories; per-rank draws are the loader's
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.log is not None:
+            self.log.close()
+        self._held.close()
+        if self.exit_code and kind is None:
+            raise SystemExit(self.exit_code)
+
+    # ------------------------------------------------------------------------------------------------------- resume
+
+    def _open(self) -> checkpoint.Saved | None:
+        path = self.args.resume
+        if path == "auto":
+            path = checkpoint.newest(self.folder, self.names)
+        if not path:
+            return None
+        saved = checkpoint.Saved(path)
+        then = saved.get(self.options_key) or {}
+        for flag in self.same:
+            if flag in then and _plain(then[flag]) != _plain(now := getattr(self.args, flag, None)):
+                was, now = (_plain(v) or "the default" for v in (then[flag], now))
+                raise UserError(f"{path} is of --{flag} {was}, this run of {now}: give the same, or start another run")
+        return saved
+
+    def _then(self, flag: str, otherwise=None):
+        """The value of a flag in the run that is resumed."""
+        return ((self.saved or {}).get(self.options_key) or {}).get(flag, otherwise)
+
+    def _restore(self) -> list[str]:
+        """Put back what `save` wrote, or a published checkpoint has; what there is to say about it."""
+        saved, method = self.saved, self.method
+        here = self._data()
+        if "data" in saved and saved["data"] != here:
+            there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (saved["data"], here))
+            raise UserError(
+                f"{saved.path} was trained on {there}, here there are {here} (or others): --data, --class-list"
+            )
+        self.done, self.step = int(saved["epoch"]), int(saved.get("step", 0))
+        if self.step and saved.get("steps", self.steps) != self.steps:
+            raise UserError(
+                f"{saved.path} stopped at step {self.step} of an epoch of {saved['steps']} steps, here it has {self.steps}: "
+                "resume with the batch size and pictures of then, or from a checkpoint of a whole epoch"
+            )
+        self.global_step = saved.get("global_step", self.done * self.steps + self.step)
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in method.optimizer.param_groups]
+        method.load_state_dict(saved)
+        checkpoint.load_optimizer(method.optimizer, saved["optimizer"], saved.path)
+        for group, now in zip(
+            method.optimizer.param_groups, fresh
+        ):  # what was typed now counts, not what was typed then
+            group.update(now)
+        differing = self._differing_flags()
+        remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] * bool(differing)
+        if "generators" in saved:
+            states, ranks = saved["generators"], self.process.world_size
+            mine = states[self.process.rank % len(states)]
+            if len(states) != ranks:
+                remarks.append(f"note: {ranks} processes go on where there were {len(states)}: other draws")
+            for name, generator in method.generators.items():
+                if len(mine[name]) == len(generator.get_state()):
+                    generator.set_state(mine[name])
+                else:
+                    remarks.append("note: this is another kind of device than the run began on: other draws")
+            torch.set_rng_state(mine["torch"])
+        if "scaler" in saved and hasattr(method, "precision"):
+            method.precision.scaler.load_state_dict(saved["scaler"])
+        return [*remarks, f"resumed {saved.path}: epoch {self.done}, step {self.step}"]
+
+    def _differing_flags(self) -> list[str]:
+        then, now = self.saved.get(self.options_key) or {}, cli.flags(self.args)
+        names = sorted(now.keys() & then.keys() - FREE, key=lambda name: (name == "epochs", name))
+        return [f"{k}={now[k]} (was {then[k]})" for k in names if _plain(now[k]) != _plain(then[k])]
+
+    def _data(self) -> dict:
+        """What the pictures are, in so far as a resumed run must have the same."""
+        pictures = self.pictures.dataset
+        digest = hashlib.sha256("\n".join(pictures.classes).encode()).hexdigest()
+        return {"pictures": len(pictures), "classes": len(pictures.classes), "names": digest[:16]}
+
+    # -------------------------------------------------------------------------------------------------------- start
+
+    def begin(self, loader, method, /, **facts) -> None:
+        """Restore `method` where a run goes on; then open the run folder and say what this run is: `facts`, recorded."""
+        self.loader, self.pictures, self.method, self.steps, self.global_step = loader, loader, method, len(loader), 0
+        remarks = self._restore() if self.saved else []
+        self.finished = self.saved is not None and self.done >= self.args.epochs
+        if getattr(self.args, "show_views", None):
+            return self._show_views()
+        if self.process.is_main:
+            self._held.enter_context(run.only_writer(self.folder))
+        self.log = run.Run(self.folder, self.args, self.process, self.tensorboard, self.suffix, keep=self.finished)
+        self.log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
+        for note in loader.dataset.notes:
+            self.log.say(f"note: {note}")
+        known = dict(images=len(loader.dataset), classes=len(loader.dataset.classes), steps_per_epoch=self.steps)
+        known |= dict(batch_per_process=loader.batch_size, data_device=loader.mode)
+        if hasattr(method, "precision"):
+            known["precision"] = str(method.precision)
+        self.log.derived(**known | facts)
+        for remark in remarks:
+            self.log.say(remark)
+        if self.finished:
+            self.log.say(f"nothing to train: {self.saved.path} has {self.done} epochs already")
+        else:
+            self.log.rewind(self.global_step if self.saved else -1)
+        if self.args.resume and not self.saved:
+            self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")
+
+    def warn(self, text: str) -> None:
+        """Say what is allowed and known not to work."""
+        if self.log is not None:
+            self.log.say(f"warning: {text}")
+
+    def _show_views(self) -> None:
+        """--show-views: a sheet of the first batch as the networks see it, instead of a training."""
+        self.finished = True
+        self.loader.set_epoch(self.count_from)
+        views, _, index = next(iter(self.loader))
+        columns = self.method.pictures(views)
+        if self.process.is_main:
+            sheet.write(self.args.show_views, columns, [self.loader.dataset.path(row) for row in index.tolist()])
+            print(f"the first batch as the networks see it: {self.args.show_views}")
+
+    # --------------------------------------------------------------------------------------------------- the loops
+
+    def epochs(self):
+        """The numbers of the epochs that are left. An epoch is saved when the script is done with it."""
+        if self.finished:
+            return
+        self._held.enter_context(self.stop)
+        while self.done < self.args.epochs:
+            self.epoch, self.complete = self.done + self.count_from, False
+            yield self.epoch
+            if not self.complete:
+                return self._stop(f"in epoch {self.epoch} at step {self.step}")
+            if self.numbered and self.due(self.args.save_freq):
+                self.save(self.numbered.format(self.epoch))
+            self.save(self.last)
+            if self.stop.asked() and self.done < self.args.epochs:
+                return self._stop(f"after epoch {self.epoch}")
+        self.log.say_replaced(self.pictures)
+        name = self.numbered.format(self.done - 1 + self.count_from) if self.numbered else self.last
+        self.log.say(f"done: {self.done} epochs; {os.path.join(self.folder, name)}")
+
+    def batches(self):
+        """The batches of this epoch that are left; fewer where a signal asks to stop, which saves."""
+        loader, started = self.loader, self.step
+        loader.set_epoch(self.epoch, self.step)
+        loader.view_seconds = loader.wait_seconds = 0.0
+        shown = self.log.main and self.shows_steps
+        self.progress = run.Progress(f"Epoch: [{self.epoch}]", len(loader), self.args.print_freq, self.step, shown)
+        for batch in loader:
+            self.rows = len(batch[-1])
+            yield batch
+            self.step, self.global_step = self.step + 1, self.global_step + 1
+            if self.stop.asked():
+                break
+        self.means = self.progress.close()
+        if self.shows_steps and self.step > started:
+            words = [f"{k} {v:.4g}" for k, v in (self.means | self.progress.numbers).items()]
+            rate, elapsed = self.progress.epoch_count / self.progress.elapsed, run.clock(self.progress.elapsed)
+            self.log.say(f"Epoch {self.epoch}: {', '.join([*words, f'{rate:.0f} images/s', elapsed])}")
+        if self.step < len(loader):
+            self.save(self.last)
+            return
+        self.done, self.complete = self.done + 1, True
+        if self.due(getattr(self.args, "knn_every", 0)):  # an evaluation that is cut short is made again
+            self.save(self.last, done=self.done - 1)
+        self.step = 0
+
+    def track(self, **values) -> None:
+        """0-dim tensors, means over the batch: added up on their device, read back and logged every --print-freq steps.
+        Plain numbers are logged as they are."""
+        shown = self.progress.update(self.rows, **values)
+        if shown:
+            elapsed = max(self.progress.elapsed, 1e-9)
+            shares = dict(view_share=self.loader.view_seconds / elapsed, wait_share=self.loader.wait_seconds / elapsed)
+            self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
+
+    def due(self, every: int) -> bool:
+        """After a whole epoch: is it one of every `every` ones, or the last? 0 is never."""
+        return bool(every) and self.complete and (self.done % every == 0 or self.done == self.args.epochs)
+
+    def _stop(self, where: str) -> None:
+        self.log.say_replaced(self.pictures)
+        self.log.say(f"stopped by a signal {where}; continue with --resume auto")
+        number = max(processes.gather_objects(self.stop.received))
+        self.stopped, self.exit_code = True, 128 + number if number else 0
+
+    # --------------------------------------------------------------------------------------------------------- save
+
+    def save(self, name: str, done: int | None = None) -> None:
+        """Write the state of now to the run folder: the authors' keys and what an exact resume needs besides.
+
+        done: complete epochs, where the last of them is not to count yet."""
+        method, done = self.method, self.done if done is None else done
+        draws = {name: generator.get_state() for name, generator in method.generators.items()}
+        states = processes.gather_objects({**draws, "torch": torch.get_rng_state()})
+        self._check_finite()
+        if self.process.is_main:
+            state = {self.options_key: cli.flags(self.args), "epoch": done, "step": self.step, "steps": self.steps}
+            state |= {"global_step": self.global_step, "data": self._data(), "generators": states}
+            state |= {"optimizer": method.optimizer.state_dict(), **method.state_dict()}
+            if hasattr(method, "precision"):
+                state["scaler"] = method.precision.scaler.state_dict()
+            checkpoint.save(Path(self.folder) / name, state)
+        processes.barrier()
+
+    def _check_finite(self) -> None:
+        weights = [
+            p.detach() for group in self.method.optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            raise UserError(
+                f"the weights are not finite after step {self.step} of epoch {self.epoch}; the last checkpoint is from "
+                "before it. Lower the learning rate, raise the temperature, or try without --amp"
+            )
+
+
+def _plain(value):
+    """A flag's value as it is compared: published scripts keep "120,160,200" as a list; a path may be spelled in two ways."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return os.path.normpath(value) if isinstance(value, str) and "/" in value else value

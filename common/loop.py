@@ -73,16 +73,19 @@ class Job:
         self.options_key, self.same, self.count_from, self.suffix = options_key, (*SAME, *same), count_from, suffix
         self.tensorboard, self.stop, self.log, self.step = tensorboard, run.StopSignal(), None, 0
         self.done, self.finished, self.complete, self.shows_steps = getattr(args, "start_epoch", 0), False, False, True
-        self.stopped, self.exit_code, self._held = False, 0, contextlib.ExitStack()
+        self.stopped, self.exit_code, self._held, self._holds = False, 0, contextlib.ExitStack(), False
         for pattern in self.names:
             run.refuse_to_overwrite(folder, pattern, args.resume, args.overwrite)
-        self.saved = self._open()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._held.close)
+            if os.path.isdir(folder):  # where another run is at it, say so before the work of starting
+                self._hold()
+            self.saved = self._open()
+            on_error.pop_all()
         if args.seed is None:
             args.seed = self._then("seed", processes.agree(random.SystemRandom().randrange(2**31)))
         random.seed(args.seed)
-        torch.manual_seed(
-            args.seed
-        )  # the same on every rank: equal weights and memories; per-rank draws are the loader's
+        torch.manual_seed(args.seed)  # the same on every rank: equal weights; what a rank draws alone is its loader's
 
     def __enter__(self):
         return self
@@ -93,6 +96,12 @@ class Job:
         self._held.close()
         if self.exit_code and kind is None:
             raise SystemExit(self.exit_code)
+
+    def _hold(self) -> None:
+        """Make the run folder this run's alone."""
+        if self.process.is_main and not self._holds and not getattr(self.args, "show_views", None):
+            self._held.enter_context(run.only_writer(self.folder))
+            self._holds = True
 
     # ------------------------------------------------------------------------------------------------------- resume
 
@@ -133,10 +142,8 @@ class Job:
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in method.optimizer.param_groups]
         method.load_state_dict(saved)
         checkpoint.load_optimizer(method.optimizer, saved["optimizer"], saved.path)
-        for group, now in zip(
-            method.optimizer.param_groups, fresh
-        ):  # what was typed now counts, not what was typed then
-            group.update(now)
+        for group, now in zip(method.optimizer.param_groups, fresh):
+            group.update(now)  # what was typed now counts, not what was typed then
         differing = self._differing_flags()
         remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] * bool(differing)
         if "generators" in saved:
@@ -174,8 +181,7 @@ class Job:
         self.finished = self.saved is not None and self.done >= self.args.epochs
         if getattr(self.args, "show_views", None):
             return self._show_views()
-        if self.process.is_main:
-            self._held.enter_context(run.only_writer(self.folder))
+        self._hold()
         self.log = run.Run(self.folder, self.args, self.process, self.tensorboard, self.suffix, keep=self.finished)
         self.log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
         for note in loader.dataset.notes:

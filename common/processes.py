@@ -123,7 +123,7 @@ def _child(i, worker, args, first_rank, world_size, url) -> None:
         lost = _lost_a_peer(error)
         if (
             first_rank + i or lost
-        ):  # most mistakes are everybody's: leave rank 0 the time to say it, and torch to end this
+        ):  # most mistakes are everybody's: rank 0 has the time to say it, and torch to end this
             time.sleep(2)
         if not lost or _here < world_size:  # a peer on this node has said why itself, or its parent does
             print(f"error: {told[0]}", file=sys.stderr, flush=True)

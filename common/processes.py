@@ -106,6 +106,8 @@ def _spawn(worker, args) -> None:
     except torch.multiprocessing.ProcessExitedException as ended:
         if ended.signal_name is None:
             sys.exit(ended.exit_code)  # it has said why
+        if passed_on:
+            sys.exit(128 + getattr(signal, ended.signal_name))
         hint = " (by the system, when memory runs out)" if ended.signal_name == "SIGKILL" else ""
         raise UserError(f"a process of this job was ended by {ended.signal_name}{hint}") from None
     finally:
@@ -114,8 +116,11 @@ def _spawn(worker, args) -> None:
 
 
 def _child(i, worker, args, first_rank, world_size, url) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch sends it to whom the parent has died: not to be ignored
     try:
         _join(worker, args, first_rank + i, world_size, i, url)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         told = in_one_line(error)
         if told is None:

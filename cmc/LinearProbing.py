@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmc import colour
-from cmc.train_CMC import MODELS, build_network
+from cmc.networks import MODELS, build_network
 from common import (
     UsageError,
     UserError,

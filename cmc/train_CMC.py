@@ -20,6 +20,7 @@ from torch import nn
 
 from cmc import colour
 from cmc.contrast import LONG_AGO, MemoryBanks
+from cmc.networks import MODELS, build_network, view_keys
 from common import (
     UsageError,
     UserError,
@@ -40,12 +41,6 @@ from common import (
 from common.precision import Precision
 from preprocess import demo
 
-MODELS = {  # name: (depth, width) of each view's residual network; None: half an AlexNet
-    "alexnet": None,
-    "resnet18v1": (18, 0.5), "resnet18v2": (18, 1), "resnet18v3": (18, 2),
-    "resnet50v1": (50, 0.5), "resnet50v2": (50, 1), "resnet50v3": (50, 2),
-    "resnet101v1": (101, 0.5), "resnet101v2": (101, 1), "resnet101v3": (101, 2),
-}  # fmt: skip
 PRESETS = {
     # 50,000 small pictures (CIFAR): the published settings compare with a third of the data set at every step
     "small": dict(
@@ -157,19 +152,9 @@ def run_name(args) -> str:
             f"_bsz_{args.batch_size}{f'_amp_{args.opt_level}' * args.amp}_view_{args.view}{views}")  # fmt: skip
 
 
-def view_keys(views: list[colour.View]) -> list[str]:
-    """Names of the views in files: those that --views gives them, with _ for a colon."""
-    return [view.name.replace(":", "_") for view in views]
-
-
 def bank_names(views: list[colour.View]) -> list[str]:
     """What the views are called in `memory_VIEW`, `VIEW_loss`: of two views l and ab, as published for all spaces."""
     return ["l", "ab"] if len(views) == 2 else view_keys(views)
-
-
-def tower_names(views: list[colour.View]) -> list[str]:
-    """What the networks of the views are called in checkpoints: of two views as published for all spaces."""
-    return ["l_to_ab", "ab_to_l"] if len(views) == 2 else view_keys(views)
 
 
 def recipe(args) -> augment.Compose:
@@ -208,18 +193,6 @@ class CMC:
 
 
 PREFIX = "encoder.module."  # of the networks' parameter names in the published files
-
-
-def build_network(model: str, views: list[colour.View], dim: int, small_stem: bool) -> backbones.TwoTowers:
-    """One network per view, looking at its channels of what `colour.Views` gives."""
-
-    def tower(channels: int) -> nn.Module:
-        if MODELS[model] is None:
-            return backbones.HalfAlexNet(channels, dim, small_stem=small_stem)
-        depth, width = MODELS[model]
-        return backbones.WidthResNet(depth, channels, width, dim, small_stem=small_stem)
-
-    return backbones.TwoTowers(tower, [len(view.channels) for view in views], tower_names(views))
 
 
 def build_encoder(args, process: processes.Process):

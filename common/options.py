@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import cli, data, processes
+from common import cli, data, processes, sets
 from common.sets import TORCHVISION_SETS
 
 
@@ -25,14 +25,14 @@ def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str
                        help="processes per node that read pictures; at most one per core is started")  # fmt: skip
 
 
-def open_split(args, split: str, classes: list[str] | None = None) -> data.PictureSet:
+def open_split(args, split: str, classes: list[str] | None = None) -> sets.PictureSet:
     """The split ("train", "val") of the data set that the flags name. classes: class order that it must have."""
     dataset = args.dataset if args.dataset in ("packed", *TORCHVISION_SETS) else "folder"
     if dataset in TORCHVISION_SETS:  # one process fetches, the others find it there
         if processes.rank() == 0:
-            data.open_set(args.data, split, dataset=dataset)
+            sets.open_set(args.data, split, dataset=dataset)
         processes.barrier()
-    return data.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes)
+    return sets.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes)
 
 
 def make_loader(args, process: processes.Process, dataset, views, batch: int, seed: int, **how) -> data.Loader:
@@ -44,7 +44,7 @@ def make_loader(args, process: processes.Process, dataset, views, batch: int, se
     )  # fmt: skip
 
 
-def open_pretraining(args) -> data.PictureSet:
+def open_pretraining(args) -> sets.PictureSet:
     """What is pre-trained on: train/, and for STL-10 its 100,000 unlabelled pictures as well."""
     return open_split(args, "train+unlabeled" if args.dataset == "stl10" else "train")
 

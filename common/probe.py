@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common import UserError, metrics, options, processes, run
 from common.augment import Compose
-from common.data import Loader, PictureSet
+from common.data import Loader
+from common.sets import PictureSet
 
 KNN_BATCH = 256  # pictures per process
 CACHE_BYTES = 32 << 30  # more than this is refused: the script would run out of memory an hour later

@@ -35,8 +35,10 @@ from common import (
     processes,
     run,
     schedule,
+    sets,
 )
 from common.precision import Precision
+from nonsem_neg import textures
 from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import check_patch_range, patch_negatives
 
@@ -150,7 +152,7 @@ def parse_args(argv=None):
     if args.robust == "texture" and args.num_nonsem > 1:
         raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1")
     if args.robust == "texture" and not args.texture_root:  # DATA is the texture tree, as published
-        args.texture_root, args.data = args.data, str(data.original_root_of(args.data))
+        args.texture_root, args.data = args.data, str(textures.original_root_of(args.data))
     if args.robust == "patch" and args.num_nonsem:
         try:
             check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)
@@ -184,9 +186,9 @@ def build_loader(args, process: processes.Process, per_process: int) -> data.Loa
 
 def open_texture_pairs(args):
     """(originals, textures), row by row the same picture; what has no partner is listed in the run folder."""
-    texture_set = data.open_set(args.texture_root, "train", class_list=args.class_list)
+    texture_set = sets.open_set(args.texture_root, "train", class_list=args.class_list)
     listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt") if processes.rank() == 0 else None
-    return data.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
+    return textures.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
 
 
 def build_model(args, process: processes.Process) -> MoCo:

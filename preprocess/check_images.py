@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError, cli, data, printable, processes, run
+from common import UsageError, UserError, cli, data, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 
@@ -450,7 +450,7 @@ def main(argv=None) -> None:
     folders = find_splits(args.tree)
     class_list = None
     if args.class_list:
-        class_list = data.read_class_list(args.class_list, {name for f in folders.values() for name in _subfolders(f)})
+        class_list = sets.read_class_list(args.class_list, {name for f in folders.values() for name in _subfolders(f)})
     splits = [list_split(name, folder, class_list) for name, folder in folders.items()]
     compare_classes(splits)
     pictures = Pictures(splits, args.limit)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional as F
 
-from common import UsageError, UserError, data, sets
+from common import UsageError, UserError, data, processes, sets
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
-from common.data import ArraySet, FolderSet, Loader, open_set, open_tree, original_root_of, pair_by_path, scale_boxes
+from common.data import Loader, scale_boxes
+from common.sets import ArraySet, FolderSet, open_set, open_tree
+from nonsem_neg.textures import original_root_of, pair_by_path
 
 CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
 FULL = Compose(RandomResizedCrop(16, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
@@ -203,6 +207,7 @@ class FakeCifar:
 
     online = stored = False
     classes = [f"c{i}" for i in range(10)]
+    url, base_folder = "https://example.org/cifar.tar.gz", "cifar-10-batches-py"
 
     def __init__(self, root, train, download):
         if download and not self.online:
@@ -216,15 +221,15 @@ class FakeCifar:
 
 def test_cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(sets.tv_datasets, "CIFAR10", FakeCifar)
-    with pytest.raises(UserError, match="could not be downloaded.*no network here.*put cifar-10-batches-py/") as error:
+    with pytest.raises(
+        UserError, match="could not be downloaded.*no network here.*put cifar-10-batches-py/ from https.* into .*new"
+    ) as error:
         open_set(tmp_path / "new", "train", dataset="cifar10")
     assert error.value.code == 1 and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="not there or damaged: put cifar-10-batches-py/ from https"):
-        open_set(tmp_path, "train", dataset="cifar10", download=False)
     monkeypatch.setattr(FakeCifar, "online", True)
     assert len(open_set(tmp_path, "train", dataset="cifar10")) == 6
     monkeypatch.setattr(FakeCifar, "stored", True)
-    val = open_set(tmp_path, "val", dataset="cifar10", download=False, classes=FakeCifar.classes)
+    val = open_set(tmp_path, "val", dataset="cifar10", classes=FakeCifar.classes)
     assert len(val) == 3 and val.images.shape == (3, 3, 32, 32) and val.name == "cifar10/val"
     assert np.array_equal(val.images[1].permute(1, 2, 0).numpy(), FakeCifar(None, False, False).data[1])
     with pytest.raises(UsageError, match="splits train, val, not 'unlabeled'"):
@@ -290,7 +295,18 @@ def test_host_crops_are_those_of_pillow(mixed, geometry):
     heights, widths = torch.tensor([image.size[::-1] for image in images]).unbind(1)
     boxes = geometry.sample(heights, widths, data.step_generator(5, 0, 0, 0, data.CROPS))
     for view, image, box in zip(views[0], images, boxes):
-        assert (view * 255 - geometry.apply_pil(image, box)).abs().max() < 1.01
+        assert (view * 255 - pillow_crop(geometry, image, box.tolist())).abs().max() < 1.01
+
+
+def pillow_crop(geometry, image, box):
+    """uint8 (3, size, size): the same part of a picture as torchvision cuts it with Pillow."""
+    top, left, height, width = box
+    if isinstance(geometry, RandomResizedCrop):
+        image = F.resized_crop(image, top, left, height, width, [geometry.size] * 2)
+    else:
+        image = image if geometry.resize is None else F.resize(image, geometry.resize)
+        image = F.center_crop(image, geometry.size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def bad_tree(root):
@@ -365,8 +381,6 @@ def test_mode_is_chosen_by_size(mixed, equal, monkeypatch):
         loader(mixed, data_device="device")
     monkeypatch.setattr(data, "CPU_BYTES", 12 * 3 * 40 * 30 - 1)
     assert loader(equal).mode == "host"
-    with pytest.raises(UsageError, match="--data-device gpu: choose auto, host or device"):
-        loader(equal, data_device="gpu")
 
 
 def test_odd_picture_found_late_falls_back_to_host(mixed, monkeypatch, capsys):
@@ -493,10 +507,6 @@ def test_evaluation_covers_every_row_once(equal, mode, world):
 def test_impossible_loaders_are_refused(equal):
     with pytest.raises(UsageError, match="12 pictures do not fill one batch of 16: use --batch-size 12 or less"):
         loader(equal, batch_size=8, world_size=2)
-    with pytest.raises(UsageError, match="--batch-size 0"):
-        loader(equal, batch_size=0)
-    with pytest.raises(UsageError, match="--workers -1"):
-        loader(equal, workers=-1)
     with pytest.raises(UsageError, match="no pictures"):
         loader(equal.select([]), drop_last=False)
     with pytest.raises(ValueError, match="partner set has 2 pictures"):
@@ -600,14 +610,18 @@ def test_a_killed_worker_is_one_line(mixed):
 
     the_loader = loader(mixed, data_device="host")
     the_loader._workers = killed()
-    with pytest.raises(UserError, match="is killed by signal: Killed: with too little memory or /dev/shm, use fewer"):
+    with pytest.raises(RuntimeError) as error:
         epoch_of(the_loader)
+    line, code = processes.in_one_line(error.value)  # what cli.run prints
+    assert re.search("is killed by signal: Killed.* With little memory or /dev/shm, use fewer --workers", line)
+    assert "\n" not in line and code == 1
 
 
 def test_a_program_with_a_global_loader_ends(mixed):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from common.data import Loader, open_tree\nfrom common.augment import Compose, RandomResizedCrop\n"
+        "from common.augment import Compose, RandomResizedCrop\n"
+        "from common.data import Loader\nfrom common.sets import open_tree\n"
         "loader = Loader(open_tree(sys.argv[2]), (Compose(RandomResizedCrop(8)),), 2, device='cpu', seed=0, workers=1)\n"
         "for batch in loader:\n    raise SystemExit('left in the middle')\n"
     )
@@ -651,6 +665,6 @@ def test_jpegs_decode_to_the_pixels_of_pillow_with_and_without_torchvision_io(tm
         monkeypatch.setattr(data, "decode_jpeg", decoder)
         for row in range(3):
             expected = np.array(Image.open(folder / f"{row}.jpg").convert("RGB"))
-            assert np.array_equal(data._decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
+            assert np.array_equal(data.decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
         with pytest.raises(UserError, match="3.jpg: not a picture or truncated"):
-            data._decoded(opened, 3, opened.open(3))
+            data.decoded(opened, 3, opened.open(3))

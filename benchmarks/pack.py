@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decode_jpeg import generate, spread
 from common.augment import Compose, RandomResizedCrop
-from common.data import Loader, cut
+from common.crops import cut
+from common.data import Loader
 from common.sets import ArraySet, FolderSet, open_set, open_tree
 from preprocess.pack import pack_split, square
 

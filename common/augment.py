@@ -1,20 +1,19 @@
 """Image augmentation for whole batches: sample the parameters, then apply them.
 
-Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a
-dict of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on the device
-the batch is on, and leaves its input unchanged (where there is nothing to do it returns the input itself). So the same
-parameters can be applied to a second set of pictures, and one seed gives the same views on every device. Parameters
-stay on the CPU (`apply` moves what it needs): so the images an operation touches are known without waiting for it.
+Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a dict
+of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device, and
+leaves its input unchanged (where there is nothing to do it returns the input itself). So the same parameters can be applied
+to a second set of pictures, and one seed gives the same views on every device. Parameters stay on the CPU (`apply` moves
+what it needs): so the images an operation touches are known without waiting for the device.
 
 The first operation of a recipe is its geometry, which brings pictures of any size to one size; the others are colour
-operations on float images in [0, 1]. A new operation is a class with the same two methods.
+operations on float images in [0, 1].
 
-    recipe = Compose(RandomResizedCrop(224, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2),
-                     GaussianBlur((0.1, 2.0), p=0.5), RandomHorizontalFlip(), Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    recipe = Compose(RandomResizedCrop(224, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
     boxes = recipe.geometry.sample(heights, widths, generator)
     views = recipe.apply(recipe.geometry.apply(pictures, boxes), recipe.sample(len(pictures), generator))
 
-kornia would be two to three times as slow and makes other views than the torchvision recipes of the papers: one order of
+kornia is two to three times as slow and makes other views than the torchvision recipes of the papers: one order of
 ColorJitter for the whole batch, crops without anti-aliasing (benchmarks/augment_kornia.py, RESULTS.md).
 """
 
@@ -36,24 +35,8 @@ GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's float image
 Params = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------- helpers
-
-
 def _uniform(shape, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
-
-
-def _chosen(n: int, p: float, generator: torch.Generator | None) -> Tensor:
-    """Indices of the images an operation of probability p is applied to: one draw per image."""
-    return (torch.rand(n, generator=generator, dtype=torch.float64) < p).nonzero().flatten()
-
-
-def _on_rows(images: Tensor, rows: Tensor, function) -> Tensor:
-    """`images` with images[rows] replaced by function(a copy of images[rows]), which may work in place."""
-    if rows.numel() == 0:
-        return images
-    rows = rows.to(images.device, non_blocking=True)
-    return images.index_copy(0, rows, function(images.index_select(0, rows)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,9 +57,6 @@ def _two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
         for i in range(c):  # broadcasting `left` over the channels would copy it
             torch.bmm(left, wide[:, i], out=out[:, i])
     return out
-
-
-# --------------------------------------------------------------------------------------------------------- geometry
 
 
 def _resize_matrix(start: Tensor, length: Tensor, resized: Tensor, offset: Tensor, size: int, total: int) -> Tensor:
@@ -105,7 +85,7 @@ def _resize_matrix(start: Tensor, length: Tensor, resized: Tensor, offset: Tenso
 class Geometry:
     """The first operation of a recipe. A box (top, left, height, width) in pixels is the part of a picture it uses."""
 
-    size: int
+    size: int  # of the square it makes
 
     def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Boxes (N, 4) int64 on the CPU for N pictures, whose sizes may differ: heights and widths are int64 (N,)."""
@@ -145,7 +125,6 @@ class RandomResizedCrop(Geometry):
             raise ValueError(f"scale {self.scale} and ratio {self.ratio} must be (low, high) with 0 < low <= high")
 
     def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        heights, widths = torch.as_tensor(heights).long().cpu(), torch.as_tensor(widths).long().cpu()
         n, tries = len(heights), 10
         # The draws do not depend on the picture sizes: the same seed gives the same relative boxes on other sizes.
         area = _uniform((n, tries), *self.scale, generator) * (heights * widths)[:, None]
@@ -184,7 +163,6 @@ class ResizeCenterCrop(Geometry):
     size: int
 
     def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        heights, widths = torch.as_tensor(heights).long().cpu(), torch.as_tensor(widths).long().cpu()
         zero = torch.zeros_like(heights)
         return torch.stack((zero, zero, heights, widths), 1)
 
@@ -199,27 +177,22 @@ class ResizeCenterCrop(Geometry):
         return torch.where(spare >= 0, (spare / 2).round().long(), -(-spare // 2))
 
 
-# ----------------------------------------------------------------------------------------------- colour operations
-
-
 class _Sometimes:
-    """An operation with a probability `p`, drawn for each image: params["rows"] are the images that `change` is to take."""
-
-    p: float
+    """An operation with a probability `p`, drawn for each image: params["rows"]. `change(x, params)` gets a copy of those
+    images, which it may change in place."""
 
     def __post_init__(self):
         if not 0 <= self.p <= 1:
             raise ValueError(f"p = {self.p} must be a probability between 0 and 1")
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        return {"rows": _chosen(n, self.p, generator)}
+        return {"rows": (torch.rand(n, generator=generator, dtype=torch.float64) < self.p).nonzero().flatten()}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
-        return _on_rows(images, params["rows"], lambda x: self.change(x, params))
-
-    def change(self, x: Tensor, params: Params) -> Tensor:
-        """The images of params["rows"], a copy that may be changed in place -> the same shape."""
-        raise NotImplementedError
+        if params["rows"].numel() == 0:
+            return images
+        rows = params["rows"].to(images.device, non_blocking=True)
+        return images.index_copy(0, rows, self.change(images.index_select(0, rows), params))
 
 
 @dataclass(frozen=True)
@@ -267,10 +240,9 @@ class GaussianBlur(_Sometimes):
     """Gaussian blur with probability p, sigma (in pixels) uniform in `sigma`; torchvision GaussianBlur, image by image.
 
     kernel_size (odd) cuts the Gaussian off; the border is reflected. None takes a tenth of the shorter side, made odd,
-    and at least 3 (the rule of SimCLR's code): 23 at 224, 9 at 96, 3 at 32. MoCo's own code blurs with PIL's
-    GaussianBlur(radius=sigma), which approximates a Gaussian without a cut-off: at 224 the kernel reaches beyond five
-    sigma and cuts nothing, at 32 the kernel of 3 blurs much less for a large sigma; set kernel_size to change that.
-    apply: (N, 3, H, W) -> the same. ValueError unless kernel_size // 2 is less than both H and W.
+    and at least 3 (the rule of SimCLR's code): 23 at 224, 9 at 96, 3 at 32. MoCo's own code blurs with PIL's, which has
+    no cut-off: at 224 that is the same, at 32 the kernel of 3 blurs much less for a large sigma.
+    ValueError unless kernel_size // 2 is less than both H and W.
     """
 
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -285,7 +257,7 @@ class GaussianBlur(_Sometimes):
             raise ValueError(f"kernel_size {self.kernel_size} must be odd and positive")
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        rows = _chosen(n, self.p, generator)
+        rows = super().sample(n, generator)["rows"]
         return {"rows": rows, "sigma": _uniform(n, *self.sigma, generator).float()[rows]}
 
     def change(self, x: Tensor, params: Params) -> Tensor:
@@ -326,7 +298,6 @@ class ColorJitter(_Sometimes):
     [max(0, 1 - v), 1 + v], for hue in [-v, v] of a turn (at most 0.5); a pair is the range itself. A factor f of the
     first three is clamp(f * x + (1 - f) * other, 0, 1) with other = 0, the image's mean luma, or the pixel's luma.
     params: rows (M,) the images changed, order (M, 4) the operation at each position, factors (M, 4) by operation.
-    apply: (N, 3, H, W) in [0, 1] -> the same.
     """
 
     brightness: float | tuple[float, float] = 0.0
@@ -337,7 +308,7 @@ class ColorJitter(_Sometimes):
 
     def __post_init__(self):
         super().__post_init__()
-        self._ranges()
+        self._ranges()  # raises ValueError
 
     def _ranges(self) -> list[tuple[float, float]]:
         checked = TorchvisionJitter(self.brightness, self.contrast, self.saturation, self.hue)  # None: nothing to do
@@ -345,7 +316,7 @@ class ColorJitter(_Sometimes):
         return [*linear, checked.hue or (0.0, 0.0)]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        rows = _chosen(n, self.p, generator)
+        rows = super().sample(n, generator)["rows"]
         order = torch.rand(n, 4, generator=generator, dtype=torch.float64).argsort(1)
         factors = torch.stack([_uniform(n, *r, generator) for r in self._ranges()], 1).float()
         # Sorted by the position of hue, the images whose hue turns next lie side by side (see apply).
@@ -402,18 +373,14 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
 class Compose:
     """A recipe: the geometry, then the other operations in order. Printed as one line per operation."""
 
     def __init__(self, geometry: Geometry, *ops):
         if not isinstance(geometry, Geometry):
             raise TypeError(f"a recipe starts with its geometry (such as RandomResizedCrop), not {geometry!r}")
-        for op in ops:
-            if isinstance(op, Geometry):
-                raise TypeError(f"a recipe has one geometry, its first operation; {op!r} comes later")
+        if later := [op for op in ops if isinstance(op, Geometry)]:
+            raise TypeError(f"a recipe has one geometry, its first operation; {later[0]!r} comes later")
         self.geometry, self.ops = geometry, ops
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Params]:

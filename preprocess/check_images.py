@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError, cli, data, printable, processes, run, sets
+from common import UsageError, UserError, cli, crops, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 
@@ -156,11 +156,11 @@ def examine(path: str, min_side: int = 32) -> Seen:
 
 
 def _decode(image: Image.Image, content: bytes) -> str:
-    """All pixels, by the decoder that `common.data` uses. Returns libjpeg's complaint about a damaged stream, or ''."""
-    if data.decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+    """All pixels, by the decoder that training uses. Returns libjpeg's complaint about a damaged stream, or ''."""
+    if crops.decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         with _caught_stderr() as complaint:
-            data.decode_jpeg(encoded, data.ImageReadMode.RGB)
+            crops.decode_jpeg(encoded, crops.ImageReadMode.RGB)
         return _one_line("; ".join(complaint))
     image.load()
     return ""

@@ -49,7 +49,7 @@ from torch.nn.functional import interpolate
 
 from common import UsageError, UserError, cli, printable, processes, run, sets
 from common.augment import ResizeCenterCrop
-from common.data import decoded
+from common.crops import decoded
 from common.sets import PACK_FORMAT, PACK_VERSION, BadPicture, FolderSet
 from preprocess.workers import Rate, again, lies_in, split_folders
 

@@ -17,9 +17,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
-from common import UsageError, UserError, data, processes, sets
+from common import UsageError, UserError, crops, data, processes, sets
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
-from common.data import Loader, scale_boxes
+from common.crops import scale_boxes
+from common.data import Loader
 from common.sets import ArraySet, FolderSet, open_set, open_tree
 from nonsem_neg.textures import original_root_of, pair_by_path
 
@@ -67,9 +68,22 @@ def equal(tmp_path_factory):
     return open_set(root, "train")
 
 
+made = []
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    """Left to the garbage collector, a loader that an error refers to takes torch seconds to end."""
+    yield
+    while made:
+        made.pop().close()
+
+
 def loader(dataset, views=(CROP, CROP), batch_size=4, **options):
-    options = {"device": "cpu", "seed": 3, "workers": 0, "progress": False, **options}
-    return Loader(dataset, views, batch_size, **options)
+    made.append(
+        Loader(dataset, views, batch_size, **{"device": "cpu", "seed": 3, "workers": 0, "progress": False, **options})
+    )
+    return made[-1]
 
 
 def epoch_of(the_loader, epoch=0, start_step=0):
@@ -293,7 +307,7 @@ def test_host_crops_are_those_of_pillow(mixed, geometry):
     [(views, _, index)] = epoch_of(loader(mixed, (Compose(geometry),), 12, seed=5, data_device="host"))
     images = [mixed.open(row).convert("RGB") for row in index]
     heights, widths = torch.tensor([image.size[::-1] for image in images]).unbind(1)
-    boxes = geometry.sample(heights, widths, data.step_generator(5, 0, 0, 0, data.CROPS))
+    boxes = geometry.sample(heights, widths, crops.step_generator(5, 0, 0, 0, crops.CROPS))
     for view, image, box in zip(views[0], images, boxes):
         assert (view * 255 - pillow_crop(geometry, image, box.tolist())).abs().max() < 1.01
 
@@ -603,13 +617,13 @@ def test_workers_outlive_the_signals_of_a_job(mixed):
     assert not workers & set(multiprocessing.active_children())
 
 
-def test_a_killed_worker_is_one_line(mixed):
+def test_a_killed_worker_is_one_line(mixed, monkeypatch):
     def killed():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
         yield
 
     the_loader = loader(mixed, data_device="host")
-    the_loader._workers = killed()
+    monkeypatch.setattr(the_loader, "_from_workers", lambda requests: killed())
     with pytest.raises(RuntimeError) as error:
         epoch_of(the_loader)
     line, code = processes.in_one_line(error.value)  # what cli.run prints
@@ -661,10 +675,10 @@ def test_jpegs_decode_to_the_pixels_of_pillow_with_and_without_torchvision_io(tm
     whole = (folder / "0.jpg").read_bytes()
     (folder / "3.jpg").write_bytes(whole[: len(whole) // 2])
     opened = open_tree(tmp_path / "train")
-    for decoder in (data.decode_jpeg, None):
-        monkeypatch.setattr(data, "decode_jpeg", decoder)
+    for decoder in (crops.decode_jpeg, None):
+        monkeypatch.setattr(crops, "decode_jpeg", decoder)
         for row in range(3):
             expected = np.array(Image.open(folder / f"{row}.jpg").convert("RGB"))
-            assert np.array_equal(data.decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
+            assert np.array_equal(crops.decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
         with pytest.raises(UserError, match="3.jpg: not a picture or truncated"):
-            data.decoded(opened, 3, opened.open(3))
+            crops.decoded(opened, 3, opened.open(3))

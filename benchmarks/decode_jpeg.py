@@ -34,7 +34,8 @@ from torch.nn.functional import interpolate
 from torchvision import io, transforms
 
 from common.augment import IMAGENET_MEAN, IMAGENET_STD, Compose, RandomResizedCrop
-from common.data import FolderSet, Loader, open_tree
+from common.data import Loader
+from common.sets import FolderSet, open_tree
 
 SIZE, PATCH_SIDES = 224, (16, 72)  # crop side; smallest and largest patch of the ImageNet-100 runs
 
@@ -115,10 +116,10 @@ def run_side(side: str, pictures: FolderSet, workers: int, batch_size: int, answ
     torch.set_num_threads(1)
     loader = SIDES[side](pictures, workers, batch_size)
     ours = side == "this loader"
-    for _ in loader.host_batches() if ours else loader:
+    for _ in loader.batches() if ours else loader:
         pass  # start the workers, fill the caches
     started = time.perf_counter()
-    received = sum(len(batch[1][0] if ours else batch[0]) for batch in (loader.host_batches() if ours else loader))
+    received = sum(len(batch[1][0] if ours else batch[0]) for batch in (loader.batches() if ours else loader))
     rate = received / (time.perf_counter() - started)
     if isinstance(loader, Loader):
         loader.close()
@@ -148,7 +149,9 @@ def decoders(pictures: FolderSet, most: int = 100) -> dict[str, list[float]]:
         return io.decode_jpeg(io.read_file(paths[row]), mode=io.ImageReadMode.RGB)
 
     def pillow_crops(picture, row):
-        return [geometry.apply_pil(picture, box[row]) for box in boxes]
+        parts = [picture.crop((left, top, left + w, top + h)) for top, left, h, w in (box[row] for box in boxes)]
+        parts = [part.resize((SIZE, SIZE), Image.Resampling.BILINEAR) for part in parts]
+        return [torch.from_numpy(np.array(part).transpose(2, 0, 1).copy()) for part in parts]
 
     def torch_crops(picture, row):
         if isinstance(picture, Image.Image):

@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decode_jpeg import generate, spread
 from common.augment import Compose, RandomResizedCrop
-from common.data import FolderSet, Loader, PackedSet, _cut, open_set, open_tree, square
-from preprocess.pack import pack_split
+from common.crops import cut
+from common.data import Loader
+from common.sets import ArraySet, FolderSet, open_set, open_tree
+from preprocess.pack import pack_split, square
 
 SIZE = 224
 
@@ -69,7 +71,7 @@ def packing(pictures: FolderSet, side: int, repeats: int, folder: Path) -> dict[
     return rates
 
 
-def reading(pictures: FolderSet, packed: PackedSet, workers: int, repeats: int) -> dict[str, list[float]]:
+def reading(pictures: FolderSet, packed: ArraySet, workers: int, repeats: int) -> dict[str, list[float]]:
     crop = Compose(RandomResizedCrop(SIZE, (0.2, 1.0)))
     options = {"device": "cpu", "seed": 0, "workers": workers, "data_device": "host", "progress": False}
     sides = {"JPEG files": pictures, "packed": packed}
@@ -78,7 +80,7 @@ def reading(pictures: FolderSet, packed: PackedSet, workers: int, repeats: int) 
     for repeat in range(repeats + 1):
         for name, loader in loaders.items():
             loader.set_epoch(repeat)
-            rate = rate_of(len(loader) * 16, lambda loader=loader: [None for _ in loader.host_batches()])
+            rate = rate_of(len(loader) * 16, lambda loader=loader: [None for _ in loader.batches()])
             if repeat:  # the first starts the workers and fills the caches
                 rates[name].append(rate)
     for loader in loaders.values():
@@ -86,15 +88,15 @@ def reading(pictures: FolderSet, packed: PackedSet, workers: int, repeats: int) 
     return rates
 
 
-def orders(packed: PackedSet, repeats: int) -> dict[str, list[float]]:
+def orders(packed: ArraySet, repeats: int) -> dict[str, list[float]]:
     rows = torch.arange(min(len(packed), 200))
     sides = {"three planes": packed[rows].contiguous(), "height, width, RGB": packed[rows]}
-    heights = torch.full((len(rows),), packed.side)
+    heights = torch.full((len(rows),), packed.size[0])
     boxes = RandomResizedCrop(SIZE, (0.2, 1.0)).sample(heights, heights, torch.Generator().manual_seed(0)).tolist()
     rates = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, images in sides.items():
-            rate = rate_of(len(rows), lambda x=images: [_cut(p, b, (SIZE, SIZE, 0, 0), SIZE) for p, b in zip(x, boxes)])
+            rate = rate_of(len(rows), lambda x=images: [cut(p, b, (SIZE, SIZE, 0, 0), SIZE) for p, b in zip(x, boxes)])
             if repeat:
                 rates[name].append(rate)
     return rates

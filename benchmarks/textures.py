@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decode_jpeg import generate
-from common.data import open_tree
+from common.sets import open_tree
 from preprocess import imagenet_texture_syn as syn
 from preprocess import texture_mrs, texture_quilt
 

@@ -1,26 +1,20 @@
 """Image augmentation for whole batches: sample the parameters, then apply them.
 
-Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a
-dict of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on the device
-the batch is on, and leaves its input unchanged (where there is nothing to do it returns the input itself). So the same
-parameters can be applied to a second set of pictures, and one seed gives the same views on every device. Parameters
-stay on the CPU (`apply` moves what it needs): so the images an operation touches are known without waiting for it.
+Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a dict
+of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device, and
+leaves its input unchanged (where there is nothing to do it returns the input itself). So the same parameters can be applied
+to a second set of pictures, and one seed gives the same views on every device. Parameters stay on the CPU (`apply` moves
+what it needs): so the images an operation touches are known without waiting for the device.
 
 The first operation of a recipe is its geometry, which brings pictures of any size to one size; the others are colour
-operations on float images in [0, 1]. A new operation is a class with the same two methods.
+operations on float images in [0, 1].
 
-    recipe = Compose(RandomResizedCrop(224, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2),
-                     GaussianBlur((0.1, 2.0), p=0.5), RandomHorizontalFlip(), Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    recipe = Compose(RandomResizedCrop(224, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
     boxes = recipe.geometry.sample(heights, widths, generator)
     views = recipe.apply(recipe.geometry.apply(pictures, boxes), recipe.sample(len(pictures), generator))
 
-Why not kornia.augmentation? Measured with kornia 0.9.0 by benchmarks/augment_kornia.py (torch 2.15, CPU, one thread,
-a busy machine; the recipe above, one view, both sides in one run): 256 pictures of 32x32 take 17 ms here and 51-55 ms
-there, 32 views of 224x224 take 0.18 s and 0.39-0.41 s, that is 2 to 3 times as long. And it makes other views than the
-torchvision recipes of the papers. At equal parameters its blur, flip and ColorJitter arithmetic agree with torchvision
-(within 1e-4; ColorJiggle does not), but its ColorJitter draws one order of the four factors for the whole batch, its
-RandomResizedCrop does not anti-alias when it shrinks and by default aligns the corner pixels (align_corners=True; up
-to half the value range apart on noise), and its parameters come from the global random state.
+kornia is two to three times as slow and makes other views than the torchvision recipes of the papers: one order of
+ColorJitter for the whole batch, crops without anti-aliasing (benchmarks/augment_kornia.py, RESULTS.md).
 """
 
 from __future__ import annotations
@@ -31,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms import ColorJitter as TorchvisionJitter
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -41,29 +35,8 @@ GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's float image
 Params = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------- helpers
-
-
 def _uniform(shape, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
-
-
-def _chosen(n: int, p: float, generator: torch.Generator | None) -> Tensor:
-    """Indices of the images an operation of probability p is applied to: one draw per image."""
-    return (torch.rand(n, generator=generator, dtype=torch.float64) < p).nonzero().flatten()
-
-
-def _check_probability(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p = {p} must be a probability between 0 and 1")
-
-
-def _on_rows(images: Tensor, rows: Tensor, function) -> Tensor:
-    """`images` with images[rows] replaced by function(a copy of images[rows]), which may work in place."""
-    if rows.numel() == 0:
-        return images
-    rows = rows.to(images.device, non_blocking=True)
-    return images.index_copy(0, rows, function(images.index_select(0, rows)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,9 +57,6 @@ def _two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
         for i in range(c):  # broadcasting `left` over the channels would copy it
             torch.bmm(left, wide[:, i], out=out[:, i])
     return out
-
-
-# --------------------------------------------------------------------------------------------------------- geometry
 
 
 def _resize_matrix(start: Tensor, length: Tensor, resized: Tensor, offset: Tensor, size: int, total: int) -> Tensor:
@@ -115,7 +85,7 @@ def _resize_matrix(start: Tensor, length: Tensor, resized: Tensor, offset: Tenso
 class Geometry:
     """The first operation of a recipe. A box (top, left, height, width) in pixels is the part of a picture it uses."""
 
-    size: int
+    size: int  # of the square it makes
 
     def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Boxes (N, 4) int64 on the CPU for N pictures, whose sizes may differ: heights and widths are int64 (N,)."""
@@ -136,20 +106,6 @@ class Geometry:
             rows /= 255
         return _two_products(rows, images.float(), columns)
 
-    def apply_pil(self, image: Image.Image, box) -> Tensor:
-        """One RGB picture -> uint8 (3, size, size): what torchvision computes on PIL images (rounded to integers)."""
-        top, left, height, width = (int(v) for v in box)
-        target = self.target(torch.tensor([height]), torch.tensor([width]))
-        new_height, new_width, cut_top, cut_left = (int(v) for v in target)
-        if (top, left, height, width) != (0, 0, image.height, image.width):
-            # Not resize(box=...): that filter would also see pixels outside the box.
-            image = image.crop((left, top, left + width, top + height))
-        if image.size != (new_width, new_height):
-            image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-        if image.size != (self.size, self.size):
-            image = image.crop((cut_left, cut_top, cut_left + self.size, cut_top + self.size))
-        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
-
 
 @dataclass(frozen=True)
 class RandomResizedCrop(Geometry):
@@ -169,7 +125,6 @@ class RandomResizedCrop(Geometry):
             raise ValueError(f"scale {self.scale} and ratio {self.ratio} must be (low, high) with 0 < low <= high")
 
     def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        heights, widths = torch.as_tensor(heights).long().cpu(), torch.as_tensor(widths).long().cpu()
         n, tries = len(heights), 10
         # The draws do not depend on the picture sizes: the same seed gives the same relative boxes on other sizes.
         area = _uniform((n, tries), *self.scale, generator) * (heights * widths)[:, None]
@@ -208,7 +163,6 @@ class ResizeCenterCrop(Geometry):
     size: int
 
     def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        heights, widths = torch.as_tensor(heights).long().cpu(), torch.as_tensor(widths).long().cpu()
         zero = torch.zeros_like(heights)
         return torch.stack((zero, zero, heights, widths), 1)
 
@@ -223,64 +177,42 @@ class ResizeCenterCrop(Geometry):
         return torch.where(spare >= 0, (spare / 2).round().long(), -(-spare // 2))
 
 
-# ----------------------------------------------------------------------------------------------- colour operations
+class _Sometimes:
+    """An operation with a probability `p`, drawn for each image: params["rows"]. `change(x, params)` gets a copy of those
+    images, which it may change in place."""
+
+    def __post_init__(self):
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p = {self.p} must be a probability between 0 and 1")
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
+        return {"rows": (torch.rand(n, generator=generator, dtype=torch.float64) < self.p).nonzero().flatten()}
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        if params["rows"].numel() == 0:
+            return images
+        rows = params["rows"].to(images.device, non_blocking=True)
+        return images.index_copy(0, rows, self.change(images.index_select(0, rows), params))
 
 
 @dataclass(frozen=True)
-class RandomHorizontalFlip:
+class RandomHorizontalFlip(_Sometimes):
     """Mirror left and right with probability p; torchvision RandomHorizontalFlip. (N, 3, H, W) -> the same."""
 
     p: float = 0.5
 
-    def __post_init__(self):
-        _check_probability(self.p)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        return {"rows": _chosen(n, self.p, generator)}
-
-    def apply(self, images: Tensor, params: Params) -> Tensor:
-        return _on_rows(images, params["rows"], lambda x: x.flip(-1))
+    def change(self, x: Tensor, params: Params) -> Tensor:
+        return x.flip(-1)
 
 
 @dataclass(frozen=True)
-class RandomGrayscale:
-    """All three channels become 0.2989 R + 0.587 G + 0.114 B, with probability p; torchvision RandomGrayscale.
-
-    (N, 3, H, W) -> the same.
-    """
+class RandomGrayscale(_Sometimes):
+    """All channels become 0.2989 R + 0.587 G + 0.114 B, with probability p; torchvision RandomGrayscale. As above."""
 
     p: float = 0.1
 
-    def __post_init__(self):
-        _check_probability(self.p)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        return {"rows": _chosen(n, self.p, generator)}
-
-    def apply(self, images: Tensor, params: Params) -> Tensor:
-        return _on_rows(images, params["rows"], lambda x: _grey(x).expand_as(x))
-
-
-@dataclass(frozen=True)
-class RandomSolarize:
-    """Values >= threshold become 1 - value, with probability p; torchvision RandomSolarize on float images.
-
-    (N, 3, H, W) in [0, 1] -> the same.
-    """
-
-    threshold: float = 0.5
-    p: float = 0.5
-
-    def __post_init__(self):
-        _check_probability(self.p)
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold = {self.threshold} must be in [0, 1], the range of float images")
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        return {"rows": _chosen(n, self.p, generator)}
-
-    def apply(self, images: Tensor, params: Params) -> Tensor:
-        return _on_rows(images, params["rows"], lambda x: torch.where(x >= self.threshold, 1 - x, x))
+    def change(self, x: Tensor, params: Params) -> Tensor:
+        return _grey(x).expand_as(x)
 
 
 @dataclass(frozen=True)
@@ -298,21 +230,19 @@ class Normalize:
         shift = tuple(-m / s for m, s in zip(self.mean, self.std))
         return torch.addcmul(_per_channel(shift, images.device), images, _per_channel(slope, images.device))
 
-    def invert(self, images: Tensor) -> Tensor:
-        """Normalised images back to [0, 1], to be looked at."""
-        mean, std = (_per_channel(tuple(values), images.device) for values in (self.mean, self.std))
-        return (images * std + mean).clamp(0, 1)
+    def inverse(self, images: Tensor) -> Tensor:
+        """Normalised images back in [0, 1], for people to look at."""
+        return images * _per_channel(self.std, images.device) + _per_channel(self.mean, images.device)
 
 
 @dataclass(frozen=True)
-class GaussianBlur:
+class GaussianBlur(_Sometimes):
     """Gaussian blur with probability p, sigma (in pixels) uniform in `sigma`; torchvision GaussianBlur, image by image.
 
     kernel_size (odd) cuts the Gaussian off; the border is reflected. None takes a tenth of the shorter side, made odd,
-    and at least 3 (the rule of SimCLR's code): 23 at 224, 9 at 96, 3 at 32. MoCo's own code blurs with PIL's
-    GaussianBlur(radius=sigma), which approximates a Gaussian without a cut-off: at 224 the kernel reaches beyond five
-    sigma and cuts nothing, at 32 the kernel of 3 blurs much less for a large sigma; set kernel_size to change that.
-    apply: (N, 3, H, W) -> the same. ValueError unless kernel_size // 2 is less than both H and W.
+    and at least 3 (the rule of SimCLR's code): 23 at 224, 9 at 96, 3 at 32. MoCo's own code blurs with PIL's, which has
+    no cut-off: at 224 that is the same, at 32 the kernel of 3 blurs much less for a large sigma.
+    ValueError unless kernel_size // 2 is less than both H and W.
     """
 
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -320,29 +250,25 @@ class GaussianBlur:
     kernel_size: int | None = None
 
     def __post_init__(self):
-        _check_probability(self.p)
+        super().__post_init__()
         if not 0 < self.sigma[0] <= self.sigma[1]:
             raise ValueError(f"sigma {self.sigma} must be (low, high) with 0 < low <= high")
         if self.kernel_size is not None and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
             raise ValueError(f"kernel_size {self.kernel_size} must be odd and positive")
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        rows = _chosen(n, self.p, generator)
+        rows = super().sample(n, generator)["rows"]
         return {"rows": rows, "sigma": _uniform(n, *self.sigma, generator).float()[rows]}
 
-    def apply(self, images: Tensor, params: Params) -> Tensor:
-        height, width = images.shape[2:]
+    def change(self, x: Tensor, params: Params) -> Tensor:
+        height, width = x.shape[2:]
         kernel_size = self.kernel_size or max(3, min(height, width) // 10 // 2 * 2 + 1)
         if kernel_size // 2 >= min(height, width):
             raise ValueError(f"blur kernel_size {kernel_size} must be smaller than twice the picture, {height}x{width}")
-        sigma = params["sigma"].to(images.device, non_blocking=True)
-
-        def blur(x):
-            rows = _blur_matrix(sigma, kernel_size, height)
-            columns = rows if height == width else _blur_matrix(sigma, kernel_size, width)
-            return _two_products(rows, x, columns)
-
-        return _on_rows(images, params["rows"], blur)
+        sigma = params["sigma"].to(x.device, non_blocking=True)
+        rows = _blur_matrix(sigma, kernel_size, height)
+        columns = rows if height == width else _blur_matrix(sigma, kernel_size, width)
+        return _two_products(rows, x, columns)
 
 
 def _blur_matrix(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
@@ -361,29 +287,17 @@ def _blur_matrix(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
     return matrix
 
 
-def _check_range(name: str, value, centre: float, bound: tuple[float, float]) -> tuple[float, float]:
-    if isinstance(value, (int, float)):
-        if value < 0:
-            raise ValueError(f"{name} = {value} must not be negative")
-        value = (max(centre - value, bound[0]) if name != "hue" else centre - value, centre + value)
-    low, high = (float(v) for v in value)
-    if not bound[0] <= low <= high <= bound[1]:
-        raise ValueError(f"{name} range ({low}, {high}) must be ordered and within {bound}")
-    return low, high
-
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operation numbers in `order`, as in torchvision
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(_Sometimes):
     """Brightness, contrast, saturation and hue, in a random order for each image, with probability p for all four.
 
     torchvision ColorJitter on float images, inside RandomApply(p). A number v means factors uniform in
     [max(0, 1 - v), 1 + v], for hue in [-v, v] of a turn (at most 0.5); a pair is the range itself. A factor f of the
     first three is clamp(f * x + (1 - f) * other, 0, 1) with other = 0, the image's mean luma, or the pixel's luma.
     params: rows (M,) the images changed, order (M, 4) the operation at each position, factors (M, 4) by operation.
-    apply: (N, 3, H, W) in [0, 1] -> the same.
     """
 
     brightness: float | tuple[float, float] = 0.0
@@ -393,26 +307,24 @@ class ColorJitter:
     p: float = 1.0
 
     def __post_init__(self):
-        _check_probability(self.p)
-        self._ranges()
+        super().__post_init__()
+        self._ranges()  # raises ValueError
 
     def _ranges(self) -> list[tuple[float, float]]:
-        names, anything = ("brightness", "contrast", "saturation"), (0, float("inf"))
-        linear = [_check_range(name, getattr(self, name), 1, anything) for name in names]
-        return [*linear, _check_range("hue", self.hue, 0, (-0.5, 0.5))]
+        checked = TorchvisionJitter(self.brightness, self.contrast, self.saturation, self.hue)  # None: nothing to do
+        linear = [r or (1.0, 1.0) for r in (checked.brightness, checked.contrast, checked.saturation)]
+        return [*linear, checked.hue or (0.0, 0.0)]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
-        rows = _chosen(n, self.p, generator)
+        rows = super().sample(n, generator)["rows"]
         order = torch.rand(n, 4, generator=generator, dtype=torch.float64).argsort(1)
         factors = torch.stack([_uniform(n, *r, generator) for r in self._ranges()], 1).float()
         # Sorted by the position of hue, the images whose hue turns next lie side by side (see apply).
         rows = rows[(order[rows] == HUE).byte().argmax(1).argsort(stable=True)]
         return {"rows": rows, "order": order[rows], "factors": factors[rows]}
 
-    def apply(self, images: Tensor, params: Params) -> Tensor:
-        return _on_rows(images, params["rows"], lambda x: self._jitter(x, params["order"], params["factors"]))
-
-    def _jitter(self, x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    def change(self, x: Tensor, params: Params) -> Tensor:
+        order, factors = params["order"], params["factors"]
         at_position = factors.gather(1, order).masked_fill(order == HUE, 1)  # a factor of 1 changes nothing
         spare = 1 - at_position
         # x <- clamp(f * x + on_luma * luma + on_mean * mean luma): per position, three numbers per image.
@@ -461,18 +373,14 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- recipes
-
-
 class Compose:
     """A recipe: the geometry, then the other operations in order. Printed as one line per operation."""
 
     def __init__(self, geometry: Geometry, *ops):
         if not isinstance(geometry, Geometry):
             raise TypeError(f"a recipe starts with its geometry (such as RandomResizedCrop), not {geometry!r}")
-        for op in ops:
-            if isinstance(op, Geometry):
-                raise TypeError(f"a recipe has one geometry, its first operation; {op!r} comes later")
+        if later := [op for op in ops if isinstance(op, Geometry)]:
+            raise TypeError(f"a recipe has one geometry, its first operation; {later[0]!r} comes later")
         self.geometry, self.ops = geometry, ops
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Params]:

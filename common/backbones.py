@@ -1,14 +1,14 @@
-"""Image networks without a method: torchvision's by name, residual networks of any width, AlexNet halves, two towers.
+"""Image networks without a method: torchvision's by name, residual networks of any width, two towers.
 
 One numbering of layers serves linear evaluation and k-NN alike:
 
 * residual networks (torchvision's and `WidthResNet`): 1 after the stem and its pooling, 2-5 the four stages,
-  6 the pooled vector, 7 the output of the head;
-* `HalfAlexNet`: 1-5 the convolution blocks (pooling included), 6-7 the fully connected blocks, 8 the output;
-* any other torchvision network: 6 the vector that enters the head, 7 the output.
+  6 the pooled vector, 7 the output of `fc`;
+* a network with a method `stages`: the layers are what it returns;
+* any other torchvision network whose last layer is `fc`: 6 the vector that enters it, 7 the output.
 
-`feature(model, x, layer)` reads a layer of any of them. Nothing here normalises: scripts call `unit` themselves.
-Weights are drawn from torch's global generator, so seed it before building.
+`feature(model, x, layer)` reads a layer of any of them. Weights are drawn from torch's global generator, so seed it
+before building.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import difflib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -33,59 +32,33 @@ BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512
 }
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of x (N, D) scaled to length one, in float32 or better; a row of zeros stays zero instead of turning NaN."""
-    return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1)
-
-
-# --- torchvision by name ----------------------------------------------------------------------------------------------
-
-
-def architectures() -> list[str]:
-    """Names that `build` takes: torchvision's classification constructors."""
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-def build(
-    arch: str,
-    num_classes: int | None = None,
-    *,
-    small_stem: bool = False,
-    norm_layer: Callable[..., nn.Module] | None = None,
-    **options,
-) -> nn.Module:
+def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
     """A torchvision classification network with random weights.
 
-    arch: constructor name in lower case, see `architectures()`.
-    num_classes: outputs of the head; None keeps torchvision's 1000, 0 leaves the head out (output = pooled vector).
-    small_stem: 3x3 stride-1 first convolution and no max-pooling, for small pictures (residual networks only).
-    norm_layer: replaces BatchNorm2d where the constructor offers it. `options` go to the constructor unchanged.
+    arch: constructor name in lower case. small_stem: see `use_small_stem` (residual networks only).
+    num_classes: outputs of the last layer; None keeps torchvision's 1000, 0 leaves `fc` out (output = pooled vector).
     Raises UsageError for an unknown name, or an option this architecture does not have.
     """
-    names = architectures()
+    names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
         close = difflib.get_close_matches(arch.lower(), names, n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(close)}?" if close else "use a torchvision constructor such as resnet50"
         raise UsageError(f"unknown architecture '{arch}': {hint}")
-    if num_classes:
-        options["num_classes"] = num_classes
-    if norm_layer is not None:
-        options["norm_layer"] = norm_layer
+    options = {"num_classes": num_classes} if num_classes else {}
     if arch in ("googlenet", "inception_v3"):  # their extra training outputs would change the type of the output
-        options = {"aux_logits": False, "init_weights": True, **options}
-    try:
-        model = torchvision.models.get_model(arch, weights=None, **options)
-    except TypeError as error:  # a keyword that this constructor does not know
-        raise UsageError(f"architecture '{arch}': {error}") from error
+        options |= {"aux_logits": False, "init_weights": True}
+    model = torchvision.models.get_model(arch, weights=None, **options)
     if small_stem:
         use_small_stem(model, arch)
     if num_classes == 0:
-        replace_head(model, nn.Identity())
+        if not hasattr(model, "fc"):
+            raise UsageError(f"architecture '{arch}' has no last layer `fc` to leave out: use one such as resnet50")
+        model.fc = nn.Identity()
     return model
 
 
 def use_small_stem(model: nn.Module, name: str = "") -> nn.Module:
-    """Change a residual network in place: 3x3 stride-1 first convolution, no max-pooling. Returns the model.
+    """Change a residual network in place: 3x3 stride-1 first convolution, no max-pooling, for small pictures.
 
     The new convolution keeps nn.Conv2d's own uniform initialisation, as published small-image code leaves it.
     """
@@ -98,54 +71,11 @@ def use_small_stem(model: nn.Module, name: str = "") -> nn.Module:
     return model
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-def head_name(model: nn.Module) -> str:
-    """Dotted name of the last layer, e.g. `fc`, `classifier.6`, `heads.head`: what `num_classes` sizes."""
-    if isinstance(model, HalfAlexNet):
-        return "fc8"
-    for name in ("fc", "head"):  # residual networks, RegNet, ShuffleNet, Inception; Swin
-        if hasattr(model, name):
-            return name
-    if hasattr(model, "heads"):  # vision transformers
-        return "heads.head"
-    if isinstance(model, torchvision.models.DenseNet):
-        return "classifier"
-    classifier = getattr(model, "classifier", None)
-    if isinstance(classifier, nn.Sequential) and not isinstance(model, torchvision.models.SqueezeNet):
-        return f"classifier.{len(classifier) - 1}"
-    raise UsageError(f"{type(model).__name__} has no linear head to read or replace: choose another architecture")
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """The module at `head_name(model)`."""
-    return model.get_submodule(head_name(model))
-
-
-def feature_dim(model: nn.Module) -> int:
-    """Length of the vector that enters the head; known also after `replace_head`, whatever the head is now."""
-    for module in head_of(model).modules():
-        if hasattr(module, "in_features"):
-            return module.in_features
-    raise UsageError(f"{type(model).__name__}: its head holds no linear layer, so the feature size is unknown")
-
-
-def replace_head(model: nn.Module, head: nn.Module) -> nn.Module:
-    """Put `head` (feature_dim -> anything) where the last layer was; nn.Identity() leaves it out. Returns the model."""
-    if isinstance(head, nn.Identity):
-        head.in_features = feature_dim(model)  # so that feature_dim keeps its answer
-    model.set_submodule(head_name(model), head)
-    return model
-
-
 # --- features at a layer ----------------------------------------------------------------------------------------------
 
 
-def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
-    """The network cut at its numbered layers: layer n is the first n functions, one after the other."""
-    if isinstance(model, HalfAlexNet):
-        return model.stages()
+def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
+    """The network cut at its numbered layers: layer n is the first n functions, one after the other; None: unknown."""
     if isinstance(model, ResNet):
         return [
             lambda x: model.maxpool(model.relu(model.bn1(model.conv1(x)))),
@@ -156,7 +86,7 @@ def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
             lambda x: torch.flatten(model.avgpool(x), 1),
             model.fc,
         ]
-    raise UsageError(f"{type(model).__name__}: only layers 6 (pooled vector) and 7 (output) can be read")
+    return model.stages() if hasattr(model, "stages") else None
 
 
 def feature(model: nn.Module, x: Tensor, layer: int | None = None):
@@ -167,9 +97,9 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
     """
     if isinstance(model, TwoTowers):
         return model(x, layer)
-    if not isinstance(model, (ResNet, HalfAlexNet)) and layer in (6, 7, None):
-        return _head_input(model, x) if layer == 6 else model(x)
     parts = stages(model)
+    if parts is None:
+        return _around_fc(model, x, layer)
     if layer is not None and not 1 <= layer <= len(parts):
         raise UsageError(f"layer {layer}: {type(model).__name__} has layers 1 to {len(parts)}")
     for part in parts[:layer]:
@@ -177,14 +107,13 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
     return x
 
 
-def _head_input(model: nn.Module, x: Tensor) -> Tensor:
-    seen = []
-    handle = head_of(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        model(x)
-    finally:
-        handle.remove()
-    return seen[0]
+def _around_fc(model: nn.Module, x: Tensor, layer: int | None) -> Tensor:
+    if layer not in (6, 7, None) or not hasattr(model, "fc"):
+        raise UsageError(f"{type(model).__name__}: only layers 6 (what enters `fc`) and 7 (output) can be read")
+    entered = []
+    with model.fc.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+        output = model(x)
+    return entered[0] if layer == 6 else output
 
 
 @torch.no_grad()
@@ -203,7 +132,7 @@ def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: in
     return tuple(tuple(o.shape[1:]) for o in out) if isinstance(out, tuple) else tuple(out.shape[1:])
 
 
-# --- residual networks of any width, AlexNet halves, towers -----------------------------------------------------------
+# --- residual networks of any width, towers ----------------------------------------------------------------------------
 
 
 class WidthResNet(ResNet):
@@ -217,14 +146,7 @@ class WidthResNet(ResNet):
     """
 
     def __init__(
-        self,
-        depth: int = 50,
-        in_channels: int = 3,
-        width: float = 1,
-        dim: int = 128,
-        *,
-        small_stem: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = None,
+        self, depth: int = 50, in_channels: int = 3, width: float = 1, dim: int = 128, *, small_stem: bool = False
     ):
         if depth not in BLOCKS:
             raise UsageError(f"depth {depth}: residual networks come in {', '.join(map(str, BLOCKS))}")
@@ -232,58 +154,19 @@ class WidthResNet(ResNet):
             raise UsageError(f"width {width}: 64 times the width must be a whole number of channels")
         self.width = width  # before super().__init__, which calls _make_layer
         block, counts = BLOCKS[depth]
-        super().__init__(block, counts, num_classes=1, norm_layer=norm_layer)
+        super().__init__(block, counts, num_classes=1)
         if in_channels != 3:
             self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         if small_stem:
             use_small_stem(self)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.fc = nn.Linear(self.inplanes, dim or 1)  # inplanes: channels after the last stage
-        if not dim:
-            replace_head(self, nn.Identity())
+        fc = nn.Linear(
+            self.inplanes, dim or 1
+        )  # inplanes: channels after the last stage; drawn also where it is left out
+        self.fc = fc if dim else nn.Identity()
 
     def _make_layer(self, block, planes, *args, **kwargs):
         return super()._make_layer(block, int(planes * self.width), *args, **kwargs)
-
-
-class HalfAlexNet(nn.Module):
-    """AlexNet with half the channels and batch-norm: (N, in_channels, H, W) -> (N, dim). PyTorch's own initialisation.
-
-    Made for 224 pixels, where the last block gives 6x6; at other sizes that map is averaged or repeated to 6x6.
-    Needs 63 pixels, or with small_stem (3x3 stride-1 first convolution, no first pooling) 7.
-    """
-
-    def __init__(self, in_channels: int = 3, dim: int = 128, *, small_stem: bool = False):
-        super().__init__()
-        first = dict(kernel=3, padding=1, pool=False) if small_stem else dict(kernel=11, stride=4, padding=2, pool=True)
-        self.smallest = 7 if small_stem else 63
-        self.conv_block_1 = self._conv_block(in_channels, 48, **first)
-        self.conv_block_2 = self._conv_block(48, 128, kernel=5, padding=2, pool=True)
-        self.conv_block_3 = self._conv_block(128, 192)
-        self.conv_block_4 = self._conv_block(192, 192)
-        self.conv_block_5 = self._conv_block(192, 128, pool=True)
-        self.fc6 = nn.Sequential(nn.Linear(128 * 6 * 6, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
-        self.fc7 = nn.Sequential(nn.Linear(2048, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
-        self.fc8 = nn.Sequential(nn.Linear(2048, dim))
-
-    @staticmethod
-    def _conv_block(inputs, outputs, kernel=3, stride=1, padding=1, pool=False) -> nn.Sequential:
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        pooling = [nn.MaxPool2d(3, 2)] if pool else []
-        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), *pooling)
-
-    def _first_block(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) < self.smallest:
-            way_out = "larger pictures" if self.smallest < 63 else "larger pictures or the small-image stem"
-            raise UsageError(f"AlexNet needs {self.smallest} pixels or more, not {min(x.shape[2:])}: use {way_out}")
-        return self.conv_block_1(x)
-
-    def stages(self) -> list[Callable[[Tensor], Tensor]]:
-        blocks = [self._first_block, self.conv_block_2, self.conv_block_3, self.conv_block_4, self.conv_block_5]
-        return [*blocks, lambda x: self.fc6(F.adaptive_avg_pool2d(x, 6).flatten(1)), self.fc7, self.fc8]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return feature(self, x)
 
 
 class TwoTowers(nn.Module):

@@ -1,8 +1,7 @@
-"""Numbers about a model: accuracy, running means that do not make the device wait, features of a data set, k-NN."""
+"""Numbers about a model: accuracy, features of a data set, k-NN."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -22,61 +21,15 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
     return [hits[:, :k].sum() * (100.0 / max(n, 1)) for k in topk]
 
 
-class Mean:
-    """Weighted running mean, kept where its values live: `update` never waits for the device, `value` does.
-
-    all_reduce: a function that sums a tensor over all processes (in place, or returning the sum), e.g.
-    torch.distributed.all_reduce; then `value` is the mean over all of them, and all of them must call it together.
-    device: where to keep the sums before the first tensor arrives; needed only if a process may have nothing to add.
-    """
-
-    def __init__(self, all_reduce: Callable[[Tensor], Tensor | None] | None = None, device: str | torch.device = "cpu"):
-        self.all_reduce = all_reduce
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of weight * value, sum of weights
-        self.last = math.nan
-
-    @torch.no_grad()
-    def update(self, value: Tensor | float, n: float = 1) -> None:
-        """Add one value (0-dim tensor or number) that stands for n samples. `last` keeps it, unread, for display."""
-        self.last = value
-        if isinstance(value, Tensor):
-            self.last = value = value.detach().clone()  # a static graph may write its next result to the same place
-            if self.sums.device.type == "cpu":  # follow the values to their device, once
-                self.sums = self.sums.to(value.device)
-        self.sums[0] += value * n
-        self.sums[1] += n
-
-    def value(self) -> float:
-        """The mean so far, NaN before the first update. Waits for the device."""
-        sums = self.sums
-        if self.all_reduce is not None:
-            sums = sums.clone()
-            reduced = self.all_reduce(sums)
-            sums = sums if reduced is None else reduced
-        total, weight = sums.tolist()
-        return total / weight if weight else math.nan
-
-    def reset(self) -> None:
-        self.sums = torch.zeros_like(self.sums)
-        self.last = math.nan
-
-    def state(self) -> Tensor:
-        """What a checkpoint needs: two float64 numbers of this process, on the CPU."""
-        return self.sums.cpu().clone()
-
-    def load(self, state: Tensor) -> None:
-        self.sums = state.to(self.sums)
-
-
 @torch.no_grad()
 def extract_features(
     model_fn: Callable[[Tensor], Tensor], loader: Iterable, progress: Callable[[Iterable], Iterable] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) in float32 and targets (N,) of a whole loader, in its order, left on the device.
 
-    loader yields (views, target, index); the first view is used. model_fn maps a batch of images to (B, D) rows: the
-    mode of the model (evaluation, as a rule), the layer and any normalisation are its business.
-    progress wraps an iterable and reports on it, like tqdm. Raises ValueError for an empty loader.
+    loader yields (views, target, index); the first view is used. model_fn maps a batch of images to (B, D) rows; mode,
+    layer and normalisation are its business. progress wraps an iterable and reports on it, like tqdm. Raises ValueError
+    for an empty loader.
     """
     features, targets = [], []
     for views, target, _ in progress(loader) if progress else loader:
@@ -106,8 +59,7 @@ def knn(
     class; equal scores rank the lower class number first. Rows labelled -1 (unlabelled pictures) are left out on both
     sides. A k above the number of labelled bank rows means all of them.
 
-    Works on the bank's device, a chunk of queries at a time: about 4 * chunk_elements bytes of similarities (256 MiB),
-    and a float32 copy of the bank only if it is of another type or has unlabelled rows.
+    Works on the bank's device, a chunk of queries at a time: about 4 * chunk_elements bytes of similarities (256 MiB).
     Returns 0-dim tensors; top-5 of fewer than five classes is 100. Raises ValueError if no labelled row is left.
     """
     device = bank_features.device

@@ -1,16 +1,11 @@
-"""Learning rates as plain functions of time: compute one, then `set_lr`. Nothing here keeps state, so nothing is saved.
-
-Time `t` is in whatever unit `total` is, epochs or steps, fractions included. Example, per step, ten epochs of warm-up:
-
-    lr = cosine(args.lr, step - w, total - w) if step >= w else warmup(args.lr, step, w)
-    set_lr(optimizer, lr)
-"""
+"""Learning rates as plain functions of time, in epochs or steps: compute one, then `set_lr`. There is no state to save."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from common import UsageError
@@ -27,11 +22,9 @@ def cosine(base: float, t: float, total: float, floor: float = 0.0) -> float:
 
 
 def step(base: float, epoch: float, milestones: Iterable[float], rate: float = 0.1, inclusive: bool = True) -> float:
-    """`base` times `rate` for each milestone passed.
+    """`base` times `rate` for each milestone passed: at epoch >= m, for epochs counted from 0; else (from 1) at epoch > m.
 
-    Two conventions are in use, and both make the epoch after 120 complete ones the first at the lower rate:
-    inclusive: epochs count from 0, milestone m is passed when epoch >= m;
-    otherwise: epochs count from 1, milestone m is passed when epoch > m.
+    Both conventions make the epoch after m complete ones the first at the lower rate.
     """
     passed = sum(epoch >= m if inclusive else epoch > m for m in milestones)
     return base * rate**passed
@@ -47,10 +40,7 @@ def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Give every parameter group the learning rate `lr`. A rate kept in a tensor (capturable optimizers) is filled."""
     for group in optimizer.param_groups:
-        if hasattr(group["lr"], "fill_"):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs") -> tuple[int, ...]:
@@ -58,13 +48,10 @@ def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs")
 
     Raises UsageError, naming `flag`, for anything that is not a list of different whole epochs of at least 0.
     """
-    parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
-    if parts == [""]:
-        return ()
     try:
-        milestones = sorted(int(part) for part in parts)
+        milestones = sorted(map(int, text.split(",") if isinstance(text, str) and text.strip() else text or ()))
     except ValueError:
         raise UsageError(f"{flag} '{text}': give whole epochs with commas between them, like 120,160,200") from None
-    if (milestones and milestones[0] < 0) or len(set(milestones)) < len(milestones):
+    if min(milestones, default=0) < 0 or len(set(milestones)) < len(milestones):
         raise UsageError(f"{flag} '{text}': epochs must be different and not negative, like 120,160,200")
     return tuple(milestones)

@@ -1,14 +1,17 @@
-"""Which pictures there are: class folders, packed sets, CIFAR and STL-10, class lists, texture twins.
+"""Which pictures there are: class folders, packed sets, CIFAR and STL-10, class lists.
 
     train_set = open_set("/data/imagenet-100", "train")
     val_set = open_set("/data/imagenet-100", "val", classes=train_set.classes)
 
-A set has a length, `targets`, `classes`, and opens its row-th picture; how pictures become views is `common.data`'s business.
+How pictures become views is the business of `common.data`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import warnings
 from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -20,35 +23,41 @@ from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import UsageError, UserError, printable
-from common.packed import SPLITS, PackedSet, PackFiles, open_packed
 
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # the folders that may hold a split, first one found wins
-PATCH_PREFIXES = ("texture1_", "texture2_")  # temporary patches that an interrupted texture synthesis leaves behind
+TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}  # our name: torchvision's class
+PACK_FORMAT, PACK_VERSION = "packed pictures", 1  # preprocess/pack.py describes the files of a pack and writes them
 
 
 class BadPicture(UserError):
     """A file that cannot be decoded. `row` and `path` say which, `reason` in a few words why."""
 
 
-class FolderSet:
-    """Pictures on disk: paths (relative to root, or absolute), one class index each, class names in label order."""
+class PictureSet:
+    """What all sets have: a length; `targets`, one class index each (-1: unlabelled); `classes`, names in their order;
+    `notes`, lines worth printing at the start of a run; `open(row)`, a picture; `path(row)`, where it lies."""
 
-    def __init__(
-        self, paths: Sequence[str], targets: Sequence[int], classes: Sequence[str], root: str | Path, name: str = ""
-    ):
+    def __init__(self, targets: Sequence[int], classes: Sequence[str], name: str):
+        self.targets = torch.as_tensor(targets, dtype=torch.int64)
+        self.classes, self.name, self.notes = list(classes), name, []
+        self.held = None  # where common.data keeps the decoded pictures
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "held": None}  # the copy on the device stays in this process
+
+
+class FolderSet(PictureSet):
+    """Pictures on disk; paths are relative to root, or absolute."""
+
+    def __init__(self, paths: Sequence[str], targets: Sequence[int], classes: Sequence[str], root: str | Path):
+        super().__init__(targets, classes, "/".join(Path(root).parts[-2:]))
         # One byte array instead of a million str objects: worker processes share it without copying (touching a str
         # writes its reference count), and it pickles at once.
         self._paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(p) for p in paths] or [b""])
-        self._paths = self._paths[: len(paths)]
-        self.targets = torch.as_tensor(targets, dtype=torch.int64)
-        self.classes = list(classes)
         self.root = str(root)
-        self.name = name or "/".join(Path(root).parts[-2:])
-        self.notes: list[str] = []  # lines worth printing at the start of a run
-        self._resident = None
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._paths[row]))
@@ -56,7 +65,7 @@ class FolderSet:
     @property
     def paths(self) -> list[str]:
         """All full paths (a new list at every call)."""
-        return [os.path.join(self.root, os.fsdecode(p)) for p in self._paths]
+        return [self.path(row) for row in range(len(self))]
 
     def open(self, row: int) -> Image.Image:
         """The picture with its header read and its pixels not yet decoded. Raises BadPicture."""
@@ -79,27 +88,41 @@ class FolderSet:
     def select(self, rows: Sequence[int]) -> FolderSet:
         """The same set restricted to these rows, in this order; class indices stay."""
         rows = np.asarray(rows, dtype=np.int64)
-        return FolderSet(self._paths[rows], self.targets[torch.from_numpy(rows)], self.classes, self.root, self.name)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_resident": None}  # the copy on the device stays in this process
+        return FolderSet(self._paths[rows], self.targets[torch.from_numpy(rows)], self.classes, self.root)
 
 
-class ArraySet:
-    """Pictures in memory: images uint8 (N, 3, H, W), one class index each (-1: unlabelled), class names."""
+class ArraySet(PictureSet):
+    """Pictures of one size that need no decoding: in memory, or in a file of which only what is asked for is read.
 
-    def __init__(self, images: torch.Tensor, targets: Sequence[int], classes: Sequence[str], name: str = "pictures"):
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or len(images) != len(targets):
-            raise ValueError(f"images must be uint8 (N, 3, H, W) with N targets, got {images.dtype} {images.shape}")
-        self.images = images
-        self.targets = torch.as_tensor(targets, dtype=torch.int64)
-        self.classes = list(classes)
-        self.name = name
-        self.notes: list[str] = []
-        self._resident = None
+    images: uint8 (M, 3, H, W); or an .npy file (M, H, W, 3), whose memory map the system shares between processes.
+    rows: which of `images` the pictures of this set are (None: all, in order). sources: what `images` were made from.
+    """
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def __init__(
+        self,
+        images: torch.Tensor | Path,
+        targets: Sequence[int],
+        classes: Sequence[str],
+        name: str = "pictures",
+        rows: torch.Tensor | None = None,
+        sources: Sequence[str] | None = None,
+    ):
+        super().__init__(targets, classes, name)
+        self.file, self._images = (images, None) if isinstance(images, Path) else (None, images)
+        self._rows, self._sources = rows, sources
+        shape, count = tuple(self.images.shape), len(self.images if rows is None else rows)
+        if self.images.dtype != torch.uint8 or shape[1:2] != (3,) or len(shape) != 4 or count != len(self):
+            raise ValueError(f"images must be uint8 (N, 3, H, W) with N targets, got {self.images.dtype} {shape}")
+
+    @property
+    def images(self) -> torch.Tensor:
+        """uint8 (M, 3, H, W); of a file its map, opened anew in every process: not to be written to."""
+        if self._images is None:
+            pixels = np.load(self.file, mmap_mode="r")
+            with warnings.catch_warnings():  # torch has no read-only tensors and warns of that
+                warnings.simplefilter("ignore", UserWarning)
+                self._images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return self._images
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,23 +130,38 @@ class ArraySet:
         return tuple(self.images.shape[-2:])
 
     def path(self, row: int) -> str:
-        return f"{self.name}[{row}]"
+        row = self._row(row)
+        return f"{self.file or self.name}[{row}]" + (f" ({self._sources[row]})" if self._sources else "")
 
-    def open(self, row: int) -> Image.Image:
-        return Image.fromarray(self.images[row].permute(1, 2, 0).contiguous().cpu().numpy())
+    def open(self, row: int) -> torch.Tensor:
+        """uint8 (3, H, W), part of `images`."""
+        return self.images[self._row(row)]
 
-    def bad_picture(self, row: int, error: Exception) -> BadPicture:
-        raise error  # memory does not rot: whatever went wrong is a programming error
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """uint8 (len(rows), 3, H, W), a copy, on the device of `images`."""
+        rows = (rows if self._rows is None else self._rows[rows]).to(self.images.device)
+        if self.file is None:
+            return self.images.index_select(0, rows)
+        return self.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)  # in the order of the file
 
     def select(self, rows: Sequence[int]) -> ArraySet:
+        """The same set restricted to these rows, in this order; class indices stay."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
-        return ArraySet(self.images[rows], self.targets[rows], self.classes, self.name)
+        in_images = rows if self._rows is None else self._rows[rows]
+        part = ArraySet(
+            self.file or self._images, self.targets[rows], self.classes, self.name, in_images, self._sources
+        )
+        part.notes = list(self.notes)
+        return part
+
+    def _row(self, row: int) -> int:
+        return int(row if self._rows is None else self._rows[row])
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_resident": None}
+        return {**super().__getstate__(), "_images": None if self.file else self._images}  # a copied map is all pixels
 
 
-PictureSet = FolderSet | ArraySet | PackedSet
+# ------------------------------------------------------------------------------------------------------------- opening
 
 
 def open_set(
@@ -133,33 +171,27 @@ def open_set(
     dataset: str = "folder",
     class_list: str | Path | None = None,
     classes: Sequence[str] | None = None,
-    download: bool = True,
 ) -> PictureSet:
     """Open a split of a data set.
 
     root     folder: the directory that holds train/ and val/ (or test/ or validation/), each with one folder per class.
              packed: the directory that preprocess/pack.py wrote.
-             cifar10, cifar100, stl10: the directory where torchvision keeps, or shall download, the files.
+             cifar10, cifar100, stl10: where torchvision keeps the files, or shall put them: let one process do it first.
     split    'train' or 'val'; stl10 also 'unlabeled' and 'train+unlabeled'. 'test' means 'val'.
     class_list  file with one class folder per line: only these (ImageNet + a list = ImageNet-100). Folders and packs.
     classes  class names in label order that this split must have (the train set's, when opening val).
-    download fetch a missing CIFAR or STL-10. With several processes, let one do it first.
-    Raises UsageError where a path, a name or a class does not fit, UserError where a download fails.
+    Raises UsageError where a path, a name or a class does not fit, UserError where a download fails or a pack is damaged.
     """
+    root, split = Path(root), "val" if split == "test" else split
     if dataset == "folder":
-        return open_tree(split_folder(Path(root), split), class_list=class_list, classes=classes)
+        return open_tree(split_folder(root, split), class_list=class_list, classes=classes)
     if dataset == "packed":
-        opened = open_packed(root, split)
-        found = opened.classes if class_list is None else _listed(Path(root), opened.classes, Path(class_list))
-        if classes is not None:
-            _require_classes(f"{root} ({split})", found, classes)
-        wanted = list(found if classes is None else classes)
-        return opened if wanted == opened.classes else opened.with_classes(wanted)
+        return _open_packed(root, split, class_list, classes)
     if class_list is not None:
         raise UsageError(f"--class-list selects class folders and {dataset} has none: leave it out")
-    opened = _open_torchvision(Path(root), split, dataset, download)
+    opened = _open_torchvision(root, split, dataset)
     if classes is not None and list(classes) != opened.classes:
-        raise UsageError(f"{dataset} has other classes than the training set: {_few(opened.classes)}")
+        raise UsageError(f"{dataset} has other classes than the training set: {few(opened.classes)}")
     return opened
 
 
@@ -169,7 +201,6 @@ def open_tree(
     class_list: str | Path | Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
     subset: bool = False,
-    name: str = "",
 ) -> FolderSet:
     """All pictures under folder/<class>/, in the order of torchvision's ImageFolder.
 
@@ -177,58 +208,37 @@ def open_tree(
     (ImageNet-R has 19 of the ImageNet-100 classes). class_list leaves other folders out: a file that names folders which
     must be there, or a sequence of names of which some may be missing. Raises UsageError.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    folder = _existing(folder)
     found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not found:
         raise UsageError(f"{folder}: no class folders in it; expected {folder}/<class>/<picture>.jpg")
     if isinstance(class_list, (str, Path)):
-        found = _listed(folder, found, Path(class_list))
+        found = _listed(folder, found, class_list)
     elif class_list is not None:
         found = sorted(set(found) & set(class_list))
     if classes is not None:
         _require_classes(folder, found, classes, subset)
     labels = {name: label for label, name in enumerate(found if classes is None else classes)}
 
-    paths, targets, empty = [], [], []
-    for class_name in found:
-        files = _pictures_below(folder, class_name)
-        paths += files
-        targets += [labels[class_name]] * len(files)
-        if not files:
-            empty.append(class_name)
-    if empty:
+    files = {name: pictures_below(folder, name) for name in found}
+    if empty := [name for name in found if not files[name]]:
         raise UsageError(
-            f"{folder}: class folder without any picture: {_few(empty)}; put pictures in, remove the folder, or name "
+            f"{folder}: class folder without any picture: {few(empty)}; put pictures in, remove the folder, or name "
             f"the classes to use with --class-list (pictures end in {' '.join(IMG_EXTENSIONS)})"
         )
-    return FolderSet(paths, targets, list(labels), folder, name)
+    paths = [path for name in found for path in files[name]]
+    return FolderSet(paths, [labels[name] for name in found for _ in files[name]], list(labels), folder)
 
 
-def _require_classes(where: str | Path, found: Sequence[str], classes: Sequence[str], subset: bool = False) -> None:
-    """UsageError unless the classes found are those of the training set (subset: some of them)."""
-    missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-    if extra or (missing and not subset):
-        parts = [f"lacks {_few(missing)}"] if missing and not subset else []
-        parts += [f"has {_few(extra)} on top"] if extra else []
-        raise UsageError(
-            f"{where}: not the class folders of the training set: it {' and '.join(parts)}; "
-            "make them the same, or name the classes to use with --class-list"
-        )
+def pictures_below(folder: str | Path, class_name: str) -> list[str]:
+    """Paths relative to folder, of all depths. As torchvision's make_dataset, but a folder it may not read is an error."""
 
+    def fail(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise error
 
-def _not_silently(error: OSError) -> None:
-    """os.walk passes over what it may not read, and a class would seem to be empty."""
-    if isinstance(error, PermissionError):
-        raise error
-
-
-def _pictures_below(folder: Path, class_name: str) -> list[str]:
-    """Paths relative to folder, of all depths. os.walk reads each directory once, through os.scandir."""
-    top = os.path.join(folder, class_name)
-    found = []
-    for directory, _, names in sorted(os.walk(top, onerror=_not_silently, followlinks=True)):
+    top, found = os.path.join(folder, class_name), []
+    for directory, _, names in sorted(os.walk(top, onerror=fail, followlinks=True)):
         relative = class_name + directory[len(top) :]
         found += [os.path.join(relative, n) for n in sorted(names) if n.lower().endswith(IMG_EXTENSIONS)]
     return found
@@ -236,36 +246,47 @@ def _pictures_below(folder: Path, class_name: str) -> list[str]:
 
 def split_folder(root: str | Path, split: str) -> Path:
     """The folder of a split below `root`: train/, or val/ (else test/, else validation/). Raises UsageError."""
-    root = Path(root)
-    split = "val" if split == "test" else split
-    if split not in ("train", "val"):
+    if split not in ("train", "val", "test"):
         raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
-    if not root.is_dir():
-        raise UsageError(f"{root}: {'is a file, not a folder' if root.exists() else 'no such folder'}")
-    names = SPLIT_NAMES.get(split, (split,))
+    root = _existing(root)
+    names = ("train",) if split == "train" else SPLIT_NAMES["val"]
     for name in names:
         if (root / name).is_dir():
             return root / name
-    wanted = f"no {names[0]}/ folder" + (f" (nor {'/, '.join(names[1:])}/)" if names[1:] else "")
-    if any(PackFiles(root, s).listing.exists() for s in SPLITS):
+    if any((root / f"{name}.json").exists() for name in ("train", "val")):
         raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
+    wanted = f"{root}: no {names[0]}/ folder" + (f" (nor {'/, '.join(names[1:])}/)" if names[1:] else "")
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
-    for name, (_, files, *_) in TORCHVISION_SETS.items():
+    for name, class_name in TORCHVISION_SETS.items():
+        files = getattr(tv_datasets, class_name).base_folder + "/"
         if files in inside:
-            raise UsageError(f"{root}: {wanted}, but {files}: add --dataset {name}")
-    class_folders = [n[:-1] for n in inside if n.endswith("/") and _has_picture(root / n)]
-    if class_folders:
-        where = (
-            f"give its parent {root.parent}"
-            if root.name in ("train", *SPLIT_NAMES["val"])
-            else f"move them into {root / names[0]}/"
+            raise UsageError(f"{wanted}, but {files}: add --dataset {name}")
+    below = {name[:-1]: os.scandir(root / name) for name in inside if name.endswith("/")}
+    with_pictures = [n for n, files in below.items() if any(f.name.lower().endswith(IMG_EXTENSIONS) for f in files)]
+    if with_pictures:
+        is_split = root.name in ("train", *SPLIT_NAMES["val"])
+        way_out = f"give its parent {root.parent}" if is_split else f"move them into {root / names[0]}/"
+        raise UsageError(f"{wanted}, but class folders with pictures ({few(with_pictures)}): {way_out}")
+    raise UsageError(f"{wanted}; in it: {few(inside, 8) if inside else 'nothing'}")
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    return folder
+
+
+def _require_classes(where: str | Path, found: Sequence[str], classes: Sequence[str], subset: bool = False) -> None:
+    """UsageError unless the classes found are those of the training set (subset: some of them)."""
+    missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+    if extra or (missing and not subset):
+        parts = [f"lacks {few(missing)}"] if missing and not subset else []
+        parts += [f"has {few(extra)} on top"] if extra else []
+        raise UsageError(
+            f"{where}: not the class folders of the training set: it {' and '.join(parts)}; "
+            "make them the same, or name the classes to use with --class-list"
         )
-        raise UsageError(f"{root}: {wanted}, but class folders with pictures ({_few(class_folders)}): {where}")
-    raise UsageError(f"{root}: {wanted}; in it: {_few(inside, 8) if inside else 'nothing'}")
-
-
-def _has_picture(folder: Path) -> bool:
-    return any(entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() for entry in os.scandir(folder))
 
 
 def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> list[str]:
@@ -273,156 +294,107 @@ def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> li
 
     present: names that count as a whole line, for class folders with spaces in their names.
     """
-    return sorted({line if line in present else line.split()[0] for line in _lines(Path(class_list))})
+    return sorted(_lines(class_list, present))
 
 
-def _lines(class_list: Path) -> list[str]:
+def _lines(class_list: str | Path, present: Collection[str]) -> dict[str, str]:
+    """{class name: its line} of a class list."""
     try:
-        lines = [line.strip() for line in class_list.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in Path(class_list).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(f"--class-list {class_list}: {reason}") from None
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    return {line if line in present else line.split()[0]: line for line in lines}
 
 
-def _listed(folder: Path, found: list[str], class_list: Path) -> list[str]:
-    present, wanted, unknown = set(found), set(), []
-    for line in _lines(class_list):
-        name = line if line in present else line.split()[0]
-        if name in present:
-            wanted.add(name)
-        else:
-            unknown.append(line)
-    if unknown:
-        raise UsageError(f"--class-list {class_list}: no such class folder in {folder}: {_few(unknown)}")
-    if not wanted:
+def _listed(where: Path, found: list[str], class_list: str | Path) -> list[str]:
+    lines = _lines(class_list, present := set(found))
+    if unknown := [line for name, line in lines.items() if name not in present]:
+        raise UsageError(f"--class-list {class_list}: no such class folder in {where}: {few(unknown)}")
+    if not lines:
         raise UsageError(f"--class-list {class_list}: names no class; expected one class folder per line")
-    return sorted(wanted)
+    return sorted(lines)
 
 
-def _few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list as a message shows them, and how many there are."""
     return ", ".join(map(printable, names[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
-TORCHVISION_SETS = {
-    # name: (class in torchvision, what lies in root, where it comes from, our split -> constructor argument)
-    "cifar10": (
-        "CIFAR10",
-        "cifar-10-batches-py/",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        {"train": {"train": True}, "val": {"train": False}},
-    ),
-    "cifar100": (
-        "CIFAR100",
-        "cifar-100-python/",
-        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        {"train": {"train": True}, "val": {"train": False}},
-    ),
-    "stl10": (
-        "STL10",
-        "stl10_binary/",
-        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
-        {s: {"split": "test" if s == "val" else s} for s in ("train", "unlabeled", "train+unlabeled", "val")},
-    ),
-}
-
-
-def _open_torchvision(root: Path, split: str, dataset: str, download: bool) -> ArraySet:
+def _open_torchvision(root: Path, split: str, dataset: str) -> ArraySet:
     if dataset not in TORCHVISION_SETS:
         raise UsageError(f"--dataset {dataset}: known are folder, {', '.join(TORCHVISION_SETS)}, packed")
-    class_name, files, url, splits = TORCHVISION_SETS[dataset]
-    split = "val" if split == "test" else split
+    splits = ("train", "unlabeled", "train+unlabeled", "val") if dataset == "stl10" else ("train", "val")
     if split not in splits:
         raise UsageError(f"{dataset} has the splits {', '.join(splits)}, not {split!r}")
-    opener = getattr(tv_datasets, class_name)
+    which = {"split": "test" if split == "val" else split} if dataset == "stl10" else {"train": split == "train"}
+    opener = getattr(tv_datasets, TORCHVISION_SETS[dataset])
     try:
-        opened = opener(str(root), download=False, **splits[split])
-    except Exception as missing:  # torchvision: RuntimeError when files are absent or their checksums differ
-        way_out = f"put {files} from {url} into {root}"
-        if not download:
-            raise UserError(f"{root}: {class_name} is not there or damaged: {way_out}") from missing
         try:
+            opened = opener(str(root), download=False, **which)
+        except Exception:  # RuntimeError when files are absent or their checksums differ
             root.mkdir(parents=True, exist_ok=True)
-            opened = opener(str(root), download=True, **splits[split])
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{class_name} could not be downloaded ({reason[:200]}): {way_out}") from error
+            opened = opener(str(root), download=True, **which)
+    except Exception as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        way_out = f"put {opener.base_folder}/ from {opener.url} into {root}"
+        raise UserError(f"{TORCHVISION_SETS[dataset]} could not be downloaded ({reason}): {way_out}") from error
     images = torch.from_numpy(np.asarray(opened.data))
     if images.shape[-1] == 3:  # CIFAR comes as N H W C, STL-10 as N C H W
         images = images.permute(0, 3, 1, 2).contiguous()
-    targets = opened.labels if dataset == "stl10" else opened.targets
-    return ArraySet(images, np.asarray(targets).astype(np.int64), opened.classes, f"{dataset}/{split}")
+    targets = np.asarray(opened.labels if dataset == "stl10" else opened.targets).astype(np.int64)
+    return ArraySet(images, targets, opened.classes, f"{dataset}/{split}")
 
 
-# ------------------------------------------------------------------------------------------------------- texture twins
-
-
-def original_root_of(texture_root: str | Path) -> Path:
-    """The published naming convention: the originals' path is the textures' path without any '-texture'."""
-    text = str(texture_root)
-    if "-texture" not in text:
-        raise UsageError(f"{text}: no '-texture' in the path to derive the originals' folder from: name both folders")
-    return Path(text.replace("-texture", ""))
-
-
-def pair_by_path(
-    texture_set: FolderSet, original_root: str | Path, *, unmatched_listing: str | Path | None = None
-) -> tuple[FolderSet, FolderSet]:
-    """(originals, textures), row by row the same picture: same class folder, same stem, any extension.
-
-    original_root   the originals' data folder (its split is the texture set's, as in .../train) or the class tree.
-    unmatched_listing  file that receives one line per texture without an original and per original without a texture.
-    Left-over patch files among the textures are ignored; originals that have no texture are left out; both are counted
-    in `notes` of the returned originals. Raises UsageError where a texture has no original.
-    """
-    original_root = Path(original_root)
-    below = original_root / Path(texture_set.root).name
-    tree = below if below.is_dir() else original_root
-    if not tree.is_dir():
-        raise UsageError(f"{tree}: no such folder; it should hold the originals of {texture_set.root}")
-
-    originals: dict[str, str] = {}
-    labels: dict[str, int] = {}
-    for label, class_name in enumerate(texture_set.classes):
-        for path in _pictures_below(tree, class_name):
-            stem = os.path.splitext(path)[0]
-            if stem in originals:
-                raise UsageError(f"{tree}: {_few([originals[stem], path])} share one name: keep one of them")
-            originals[stem], labels[stem] = path, label
-
-    rows, stems, lonely, patches = [], [], [], 0
-    for row, path in enumerate(texture_set.paths):
-        relative = os.path.relpath(path, texture_set.root)
-        stem = os.path.splitext(relative)[0]
-        if os.path.basename(path).startswith(PATCH_PREFIXES):
-            patches += 1
-        elif stem in originals:
-            rows.append(row)
-            stems.append(stem)
-        else:
-            lonely.append(relative)
-    without_texture = sorted(set(originals) - set(stems))
-    if unmatched_listing is not None:
-        lines = [f"texture without original: {p}" for p in lonely]
-        lines += [f"original without texture: {originals[s]}" for s in without_texture]
-        listing = "".join(line + "\n" for line in lines)
-        Path(unmatched_listing).write_text(listing, encoding="utf-8", errors="backslashreplace")
-    if not rows:
-        raise UsageError(
-            f"{texture_set.root}: none of its {len(texture_set) - patches} textures has its original in {tree} "
-            f"(same class folder and name){f'; first: {_few(lonely, 3)}' if lonely else ''}"
+def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | None) -> ArraySet:
+    if split not in ("train", "val"):
+        raise UsageError(f"a packed set has the splits train and val, not {split!r}")
+    listing, pixels = _existing(root) / f"{split}.json", root / f"{split}.npy"
+    if not listing.exists():
+        raise _no_pack(root, split)
+    damaged = f"{listing}: damaged; pack again with --force"
+    try:
+        content = json.loads(listing.read_text())
+        if content["format"] != PACK_FORMAT or content["version"] > PACK_VERSION:
+            raise UserError(f"{listing}: not a list of packed pictures that this version reads")
+        count, side, names, sources = (content[key] for key in ("count", "side", "classes", "files"))
+        targets, failed = torch.tensor(content["targets"]), len(content["failed"])
+        if not (len(targets) == len(sources) == count and 0 <= targets.min() and targets.max() < len(names)):
+            raise ValueError
+        damaged = (
+            f"{pixels}: not the {count} squares of side {side} that {listing.name} lists: "
+            "a broken copy; copy it again, or pack again with --force"
         )
-    if lonely:
-        where = f"; full list in {unmatched_listing}" if unmatched_listing is not None else ""
-        raise UsageError(
-            f"{tree}: {len(lonely)} of {len(lonely) + len(rows)} originals missing: "
-            f"{_few(lonely, 3)}{where}; add them or remove these textures"
-        )
+        opened = ArraySet(pixels, targets, names, f"{root.name}/{split} (packed)", sources=sources)
+        if opened.size != (side, side):
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"{error.filename or pixels}: {error.strerror.lower()}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, EOFError):
+        raise UserError(damaged) from None
+    found = names if class_list is None else _listed(root, names, class_list)
+    if classes is not None:
+        _require_classes(f"{root} ({split})", found, classes)
+        found = list(classes)
+    if found != names:
+        labels = torch.tensor([found.index(name) if name in found else -1 for name in names])[targets]
+        rows = (labels >= 0).nonzero().flatten()
+        opened = ArraySet(pixels, labels[rows], found, opened.name, rows, sources)
+    if failed:
+        opened.notes.append(f"{listing}: {failed} pictures could not be read when it was packed")
+    return opened
 
-    original_set = FolderSet([originals[s] for s in stems], [labels[s] for s in stems], texture_set.classes, tree)
-    if patches:
-        note = f"{texture_set.root}: {patches} left-over patch files (texture1_*, texture2_*) ignored"
-        original_set.notes.append(note)
-    if without_texture:
-        original_set.notes.append(f"{tree}: {len(without_texture)} pictures without a texture left out")
-    return original_set, texture_set.select(rows)
+
+def _no_pack(root: Path, split: str) -> UserError:
+    """What is there instead of a finished pack, and what to do."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((root / f"{split}.packing.json").read_text())
+        how_far = f"{state['done']} of {state['settings']['pictures']} pictures"
+        return UserError(f"{root}: packing of {split} is unfinished ({how_far}); finish it with: {state['command']}")
+    if (root / split).is_dir():
+        return UsageError(f"{root}: class folders, not a packed set: leave out --dataset packed, or pack them first")
+    inside = few(sorted(entry.name for entry in os.scandir(root))) or "nothing"
+    return UsageError(
+        f"{root}: no packed {split} ({split}.json); in it: {inside}; python preprocess/pack.py TREE {root}"
+    )

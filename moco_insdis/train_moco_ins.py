@@ -198,7 +198,7 @@ class Method:
 
     def pictures(self, views) -> dict:
         names = ("picture",) if len(views) == 1 else ("query", "key")
-        return dict(zip(names, map(NORMALIZE.invert, views)))
+        return dict(zip(names, map(NORMALIZE.inverse, views)))
 
 
 class InsDis(Method):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common import UsageError, UserError, augment, backbones, checkpoint, cli, data, options, processes, run
+from common import UsageError, UserError, augment, backbones, checkpoint, cli, options, processes, run, sets
 from common.precision import Precision
 from preprocess import demo
 
@@ -99,7 +99,7 @@ def class_names(saved, args) -> list[str]:
     if args.data:
         return options.open_split(args, "val").classes
     if args.class_list:
-        return data.read_class_list(args.class_list)
+        return sets.read_class_list(args.class_list)
     raise UsageError(f"{saved.path} does not name its classes: give DATA (the clean set) or --class-list as well")
 
 
@@ -113,7 +113,7 @@ def build_model(saved, arch: str, process: processes.Process) -> torch.nn.Module
     return model.eval().to(process.device, memory_format=torch.channels_last)
 
 
-def open_by_class(folder: str, classes: list[str]) -> data.FolderSet:
+def open_by_class(folder: str, classes: list[str]) -> sets.FolderSet:
     """The pictures of those class folders that the classifier knows; other folders (ImageNet has 1000) are left out."""
     if not os.path.isdir(folder):
         raise UsageError(f"{folder}: no such folder")
@@ -122,16 +122,16 @@ def open_by_class(folder: str, classes: list[str]) -> data.FolderSet:
         raise UsageError(
             f"{folder}: none of the {len(classes)} class folders of the classifier ({classes[0]}, ...) is in it"
         )
-    return data.open_tree(folder, class_list=present, classes=classes, subset=True)
+    return sets.open_tree(folder, class_list=present, classes=classes, subset=True)
 
 
-def open_clean(args, classes: list[str]) -> data.PictureSet:
+def open_clean(args, classes: list[str]) -> sets.PictureSet:
     if args.dataset != "folder":
         return options.open_split(args, "val", classes=classes)
-    return open_by_class(str(data.split_folder(args.data, "val")), classes)
+    return open_by_class(str(sets.split_folder(args.data, "val")), classes)
 
 
-def open_corruptions(args, classes) -> tuple[data.FolderSet, list[tuple[str, int]], torch.Tensor]:
+def open_corruptions(args, classes) -> tuple[sets.FolderSet, list[tuple[str, int]], torch.Tensor]:
     """All corrupted pictures as one set, the (corruption, severity) folders found, and the folder number of each picture."""
     root = Path(args.corruption)
     if not root.is_dir():
@@ -145,7 +145,7 @@ def open_corruptions(args, classes) -> tuple[data.FolderSet, list[tuple[str, int
     group = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
     paths = [os.path.relpath(path, root) for part in parts for path in part.paths]
     targets = [int(t) for part in parts for t in part.targets]
-    return data.FolderSet(paths, targets, classes, root), found, group
+    return sets.FolderSet(paths, targets, classes, root), found, group
 
 
 def geometry(args, dataset, cropped_before: bool) -> augment.ResizeCenterCrop:

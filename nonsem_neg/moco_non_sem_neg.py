@@ -233,7 +233,7 @@ class NonSemantic:
         negatives = [texture[0].unsqueeze(1)] if texture else [self.patches(im_q)] * bool(self.args.num_nonsem)
         columns = [im_q, im_k, *(m for n in negatives for m in n.unbind(1))]
         names = ["query", "key", *(f"negative {i + 1}" for i in range(len(columns) - 2))]
-        return dict(zip(names, map(NORMALIZE.invert, columns)))
+        return dict(zip(names, map(NORMALIZE.inverse, columns)))
 
     def state_dict(self) -> dict:
         return {"arch": self.args.arch, "state_dict": checkpoint.add_prefix(self.model.state_dict(), "module.")}

@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError, cli, data, printable, processes, run
+from common import UsageError, UserError, cli, crops, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 
@@ -156,11 +156,11 @@ def examine(path: str, min_side: int = 32) -> Seen:
 
 
 def _decode(image: Image.Image, content: bytes) -> str:
-    """All pixels, by the decoder that `common.data` uses. Returns libjpeg's complaint about a damaged stream, or ''."""
-    if data.decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+    """All pixels, by the decoder that training uses. Returns libjpeg's complaint about a damaged stream, or ''."""
+    if crops.decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         with _caught_stderr() as complaint:
-            data.decode_jpeg(encoded, data.ImageReadMode.RGB)
+            crops.decode_jpeg(encoded, crops.ImageReadMode.RGB)
         return _one_line("; ".join(complaint))
     image.load()
     return ""
@@ -450,7 +450,7 @@ def main(argv=None) -> None:
     folders = find_splits(args.tree)
     class_list = None
     if args.class_list:
-        class_list = data.read_class_list(args.class_list, {name for f in folders.values() for name in _subfolders(f)})
+        class_list = sets.read_class_list(args.class_list, {name for f in folders.values() for name in _subfolders(f)})
     splits = [list_split(name, folder, class_list) for name, folder in folders.items()]
     compare_classes(splits)
     pictures = Pictures(splits, args.limit)

@@ -33,11 +33,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UsageError, UserError, cli, data, printable, processes
-from common.packed import PackFiles
+from common import UsageError, UserError, cli, printable, processes, sets
 from common.sets import FolderSet
 from preprocess.pack import (
     SIDE,
+    PackFiles,
     check_output,
     command_line,
     only_writer,
@@ -95,8 +95,8 @@ def find_splits(args) -> list[Split]:
     root = Path(args.imagenet_path)
     if not (root / "train").is_dir() and (root / KAGGLE / "train").is_dir():
         root = root / KAGGLE
-    train, val = (data.split_folder(root, name) for name in ("train", "val"))
-    ids = data.read_class_list(args.class_list or CLASS_LIST, {entry.name for entry in os.scandir(train)})
+    train, val = (sets.split_folder(root, name) for name in ("train", "val"))
+    ids = sets.read_class_list(args.class_list or CLASS_LIST, {entry.name for entry in os.scandir(train)})
     if not ids:
         raise UsageError(f"--class_list {args.class_list}: names no class; expected one class folder per line")
     missing = {train: _missing(train, ids)}
@@ -112,8 +112,8 @@ def find_splits(args) -> list[Split]:
         if args.class_list:
             raise UsageError(f"--class_list {args.class_list} names class folders that are not there: {listed}")
         raise UserError(f"missing class folders: {listed}")
-    val_set = _flat_val(val, ids, args.val_labels, root) if flat else data.open_tree(val, class_list=ids)
-    return [Split("train", train, data.open_tree(train, class_list=ids), False), Split("val", val, val_set, flat)]
+    val_set = _flat_val(val, ids, args.val_labels, root) if flat else sets.open_tree(val, class_list=ids)
+    return [Split("train", train, sets.open_tree(train, class_list=ids), False), Split("val", val, val_set, flat)]
 
 
 def _missing(folder: Path, ids: list[str]) -> list[str]:
@@ -333,7 +333,7 @@ def report(splits: list[Split], counted: dict[str, Counter], out: Path, default_
 
 
 def count_tree(split: Split, out: Path) -> Counter:
-    found = data.open_tree(out / split.name, classes=split.pictures.classes)
+    found = sets.open_tree(out / split.name, classes=split.pictures.classes)
     return Counter(found.classes[t] for t in found.targets.tolist())
 
 

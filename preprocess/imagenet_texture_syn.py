@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UsageError, UserError, cli, data, printable, processes, run
+from common import UsageError, UserError, cli, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, texture_mrs, texture_quilt, workers
 
@@ -337,17 +337,17 @@ def _written(waiting: list) -> list[Done]:
 # -------------------------------------------------------------------------------------------------------------- the tree
 
 
-def open_splits(args) -> list[data.FolderSet]:
+def open_splits(args) -> list[sets.FolderSet]:
     """The sets of pictures that the flags name. Raises UsageError."""
     root = Path(args.imagenet_path)
     splits = args.splits
     if splits is None:
         there = {"train": (root / "train").is_dir(), "val": any((root / name).is_dir() for name in SPLIT_NAMES["val"])}
         splits = [name for name, is_there in there.items() if is_there] or ["train"]  # the latter says what is wrong
-    return [data.open_tree(data.split_folder(root, split), class_list=args.class_list) for split in splits]
+    return [sets.open_tree(sets.split_folder(root, split), class_list=args.class_list) for split in splits]
 
 
-def check_out(out: Path, root: Path, splits: list[data.FolderSet]) -> None:
+def check_out(out: Path, root: Path, splits: list[sets.FolderSet]) -> None:
     """UsageError where the trees would mix, or B holds something else."""
     real = Path(os.path.realpath(out))
     holds = [Path(s.root) for s in splits if real in Path(os.path.realpath(s.root)).parents]
@@ -385,7 +385,7 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
     return since
 
 
-def list_jobs(root: Path, splits: list[data.FolderSet], out: Path) -> tuple[list[Job], dict[str, str]]:
+def list_jobs(root: Path, splits: list[sets.FolderSet], out: Path) -> tuple[list[Job], dict[str, str]]:
     """(jobs of all pictures, {name: reason} of those whose texture would get the name of another's)."""
     jobs, twins = [], {}
     for split in splits:
@@ -420,7 +420,7 @@ def missing_of(jobs: list[Job], since: int) -> list[Job]:
     return [job for job, folder, name in split if name not in there[folder]]
 
 
-def finish(args, settings: Settings, device: str, splits: list[data.FolderSet]) -> None:
+def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) -> None:
     """Write what is missing in B and report. Raises OSError, UserError; exits with 1 where pictures failed."""
     out = Path(args.imagenet_t_path)
     out.mkdir(parents=True, exist_ok=True)
@@ -477,7 +477,7 @@ def _sigterm_as_ctrl_c():
 # ------------------------------------------------------------------------------------------------------------ look at it
 
 
-def make_sheet(args, splits: list[data.FolderSet], device: str, most: int = 20, columns: int = 4) -> None:
+def make_sheet(args, splits: list[sets.FolderSet], device: str, most: int = 20, columns: int = 4) -> None:
     """Write a contact sheet: pictures (their centre square) beside their textures of each engine."""
     jobs, _ = list_jobs(Path(args.imagenet_path), splits, Path("unused"))
     jobs = jobs[: args.limit]

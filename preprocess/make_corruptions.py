@@ -43,7 +43,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, data, options, printable, processes, run
+from common import UsageError, UserError, cli, options, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 
@@ -254,7 +254,7 @@ def source_folder(tree: str) -> Path:
     is_root = bool(workers.split_folders(tree))
     if is_root and not any(entry.is_dir() and _is_split(tree / entry.name) for entry in os.scandir(tree)):
         is_root = False  # class folders, one of them called train
-    return data.split_folder(tree, "val") if is_root else tree
+    return sets.split_folder(tree, "val") if is_root else tree
 
 
 def _is_split(folder: Path) -> bool:
@@ -351,7 +351,7 @@ def main(argv=None) -> None:
         raise UsageError(f"{tree}: {'is a file, not a folder' if tree.exists() else 'no such folder'}")
     source = source_folder(args.tree)
     check_out(out, source, tree)
-    opened = data.open_tree(source, class_list=args.class_list)
+    opened = sets.open_tree(source, class_list=args.class_list)
     sources = sorted(os.path.relpath(path, opened.root) for path in opened.paths)
     targets = target_names(sources, args.format)  # of all pictures: a name does not depend on --limit or --shard
     if args.limit:

@@ -94,25 +94,20 @@ def test_resize_center_crop_equals_torchvision(height, width, resize, size):
     close(crop.apply(images, boxes), T.Compose(steps)(images), 1e-6)
 
     raw = pictures(3, height, width, dtype=torch.uint8)
-    for picture, box in zip(raw, boxes):
+    for picture, out in zip(raw, crop.apply(raw, boxes)):
         picture = Image.fromarray(picture.permute(1, 2, 0).numpy())
         expected = torch.from_numpy(np.array(T.Compose(steps)(picture))).permute(2, 0, 1)
-        out = crop.apply_pil(picture, box)
-        assert out.dtype == torch.uint8 and out.is_contiguous() and torch.equal(out, expected)
+        close(out * 255, expected, 1.01)  # Pillow rounds after each of the two axes
 
 
 @pytest.mark.parametrize("height,width,size", [(64, 48, 24), (30, 30, 60), (90, 33, 33)])
-def test_host_crop_equals_torchvision_and_the_batched_crop(height, width, size):
+def test_resized_crop_equals_pillows(height, width, size):
     crop = A.RandomResizedCrop(size)
     raw = pictures(8, height, width, dtype=torch.uint8)
     boxes = crop.sample(*sides(8, height, width), seeded(3))
-    host = []
-    for picture, box in zip(raw, boxes):
-        picture = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        host.append(crop.apply_pil(picture, box))
-        expected = F.resized_crop(picture, *box.tolist(), [size, size])
-        assert torch.equal(host[-1], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
-    close(torch.stack(host) / 255.0, crop.apply(raw, boxes), 1.01 / 255)
+    for picture, box, out in zip(raw, boxes.tolist(), crop.apply(raw, boxes)):
+        expected = F.resized_crop(Image.fromarray(picture.permute(1, 2, 0).numpy()), *box, [size, size])
+        close(out * 255, torch.from_numpy(np.array(expected)).permute(2, 0, 1), 1.01)
 
 
 @pytest.mark.parametrize("box", [(8, 8, 1, 1), (0, 0, 16, 16), (15, 0, 1, 16)])
@@ -285,13 +280,11 @@ def test_blur_kernel_rule_and_errors():
         A.GaussianBlur(kernel_size=4)
 
 
-def test_flip_grey_solarize_normalise_equal_torchvision():
+def test_flip_grey_normalise_equal_torchvision():
     images = pictures(30, 9, 14)
-    images[3, :, 0, 0] = 0.4  # exactly the threshold: inverted
     for op, function in (
         (A.RandomHorizontalFlip(0.5), F.hflip),
         (A.RandomGrayscale(0.5), lambda x: F.rgb_to_grayscale(x, 3)),
-        (A.RandomSolarize(0.4, 0.5), lambda x: F.solarize(x, 0.4)),
     ):
         params, kept = op.sample(30, seeded(1)), images.clone()
         expected = images.clone()
@@ -302,12 +295,12 @@ def test_flip_grey_solarize_normalise_equal_torchvision():
         assert torch.equal(images, kept), op
     op = A.Normalize(A.IMAGENET_MEAN, A.IMAGENET_STD)
     close(op.apply(images, op.sample(30)), F.normalize(images, A.IMAGENET_MEAN, A.IMAGENET_STD), 1e-6)
+    close(op.inverse(op.apply(images, {})), images, 1e-6)
 
 
 SWITCHED = [
     A.RandomHorizontalFlip,
     A.RandomGrayscale,
-    lambda p: A.RandomSolarize(0.3, p),
     lambda p: A.GaussianBlur(p=p),
     lambda p: A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=p),
 ]
@@ -384,13 +377,11 @@ def test_same_parameters_on_pictures_of_another_size():
         A.ResizeCenterCrop(None, 16),
         A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
         A.RandomGrayscale(0.5),
-        A.RandomSolarize(0.5, 0.5),
         A.RandomHorizontalFlip(),
     )
     params = recipe.sample(12, seeded(9))
-    # Every third pixel, mirrored or not, is the pixel of the small picture; values near the threshold are left out.
-    a, b = recipe.apply(small, params), recipe.apply(large, params)[:, :, 1::3, 1::3]
-    assert ((a - b).abs() > 1e-5).double().mean() < 1e-3
+    # Every third pixel, mirrored or not, is the pixel of the small picture.
+    close(recipe.apply(small, params), recipe.apply(large, params)[:, :, 1::3, 1::3], 1e-5)
 
 
 def test_compose_prints_and_checks_itself():
@@ -409,7 +400,11 @@ def test_compose_prints_and_checks_itself():
         lambda: A.ColorJitter(brightness=-1),
         lambda: A.RandomGrayscale(1.1),
         lambda: A.RandomResizedCrop(8, (1.0, 0.2)),
-        lambda: A.RandomSolarize(128),
+        lambda: A.RandomHorizontalFlip(-0.1),
+        lambda: A.GaussianBlur(p=1.1),
+        lambda: A.ColorJitter(0.4, p=2.0),
+        lambda: A.ColorJitter(contrast=(0.5, 0.4)),
+        lambda: A.ColorJitter(saturation=(-0.1, 0.4)),
     ):
         with pytest.raises(ValueError):
             wrong()
@@ -439,7 +434,7 @@ def test_whole_recipe_equals_torchvision_step_by_step():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_views_of_the_cpu():
-    recipe = A.Compose(*(moco_recipe(24).geometry, A.RandomSolarize(0.9, 0.0), *moco_recipe(24).ops))
+    recipe = A.Compose(moco_recipe(24).geometry, A.RandomHorizontalFlip(0.0), *moco_recipe(24).ops)
     images = pictures(64, 40, 30, dtype=torch.uint8)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         out = view_of(recipe, images, 5, "cuda")

@@ -3,7 +3,7 @@
 The vectors come from HobbitLong/CMC 7b227be, mhw32/contrastive-ring-public fb3e1c2, chingyaoc/DCL 7d6345f and
 DTennant/CL-Visualizing-Feature-Transformation c53d1be, run on a CPU in float32. Instead of storing weights, they were
 filled by the formula in `fill`, so these tests fill ours in the same way and compare what every layer puts out.
-The trunk is always one of `common.backbones`; heads that belong to a paper are built here.
+The trunk is always one of `common.backbones` or of `cmc.networks`; heads that belong to a paper are built here.
 """
 
 import json
@@ -15,9 +15,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.functional import normalize
 
+from cmc.networks import HalfAlexNet
 from common import UsageError, backbones
-from common.backbones import HalfAlexNet, TwoTowers, WidthResNet, build, feature, replace_head, unit
+from common.backbones import TwoTowers, WidthResNet, build, feature
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -152,7 +154,7 @@ def test_two_towers(name):
         stages = backbones.stages(tower)
         for layer, stage in enumerate(stages, start=1):
             x = stage(x)
-            golden.check(f"layer{layer}_{suffix}", unit(x) if layer == len(stages) else x)
+            golden.check(f"layer{layer}_{suffix}", normalize(x) if layer == len(stages) else x)
             checked.add(f"layer{layer}_{suffix}")
     assert checked == golden.names()
 
@@ -174,7 +176,7 @@ def test_width_resnet_three_channels():
     x, outputs = golden.input(), {}
     for layer, stage in enumerate(backbones.stages(model), start=1):
         x = outputs[f"layer{layer}"] = stage(x)
-    outputs["layer7"] = unit(x)
+    outputs["layer7"] = normalize(x)
     assert outputs.keys() == golden.names()
     for name, output in outputs.items():
         golden.check(name, output)
@@ -233,7 +235,12 @@ def test_small_stem_resnet50_with_batch_norm_head():
     heads = {str(i): f"g.{i}" for i in (0, 1, 3)}
     golden.check_keys(model, "module.", lambda n: numbered(n, "f", children, heads))
     h, z = model(golden.input())
-    for name, output in {"feature": unit(h), "out": unit(z), "unnormalized_feature": h, "unnormalized_out": z}.items():
+    for name, output in {
+        "feature": normalize(h),
+        "out": normalize(z),
+        "unnormalized_feature": h,
+        "unnormalized_out": z,
+    }.items():
         golden.check(name, output)
 
 
@@ -246,7 +253,7 @@ def test_trunk_with_linear_or_mlp_head(depth, head):
     golden.check_keys(model, "module.", lambda name: name.replace("trunk.", "encoder."))
     pooled, embedding = model(golden.input())
     golden.check("encoder", pooled)
-    golden.check("embedding", unit(embedding))
+    golden.check("embedding", normalize(embedding))
 
 
 def test_half_width_towers_with_their_own_heads():
@@ -260,7 +267,9 @@ def test_half_width_towers_with_their_own_heads():
     golden.check_keys(model, "module.", lambda name: name.replace("towers.", ""))
     pooled = model["towers"](golden.input())
     golden.check("encoder", torch.cat(pooled, dim=1))
-    golden.check("embedding", torch.cat([unit(model["head1"](pooled[0])), unit(model["head2"](pooled[1]))], dim=1))
+    golden.check(
+        "embedding", torch.cat([normalize(model["head1"](pooled[0])), normalize(model["head2"](pooled[1]))], dim=1)
+    )
 
 
 # --- torchvision by name ----------------------------------------------------------------------------------------------
@@ -291,28 +300,15 @@ def test_unknown_architecture(arch):
 
 
 def test_options_an_architecture_does_not_have():
-    with pytest.raises(UsageError, match="'alexnet'.*norm_layer"):
-        build("alexnet", norm_layer=nn.BatchNorm2d)
     with pytest.raises(UsageError, match="small-image stem.*mobilenet_v2"), torch.device("meta"):
         build("mobilenet_v2", small_stem=True)
-    with pytest.raises(UsageError, match="squeezenet|SqueezeNet"), torch.device("meta"):
+    with pytest.raises(UsageError, match="squeezenet1_1.*no last layer `fc`"), torch.device("meta"):
         build("squeezenet1_1", 0)
 
 
-def test_norm_layer_reaches_every_norm():
-    class Norm(nn.BatchNorm2d):
-        pass
-
-    with torch.device("meta"):
-        for model in (build("resnet18", norm_layer=Norm), WidthResNet(18, norm_layer=Norm)):
-            assert {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {Norm}
-
-
-FAMILIES = {  # one per place where torchvision keeps its last layer, with the length of the vector that enters it
+FAMILIES = {  # of those whose last layer is `fc`, with the length of the vector that enters it
     "resnet34": 512, "resnext50_32x4d": 2048, "wide_resnet50_2": 2048, "shufflenet_v2_x1_0": 1024,
-    "googlenet": 1024, "inception_v3": 2048, "alexnet": 4096, "vgg11_bn": 4096, "mobilenet_v2": 1280,
-    "mobilenet_v3_small": 1024, "mnasnet0_5": 1280, "efficientnet_b0": 1280, "convnext_tiny": 768, "densenet121": 1024,
-    "vit_b_32": 768, "swin_t": 768, "maxvit_t": 512,
+    "googlenet": 1024, "inception_v3": 2048,
 }  # fmt: skip
 
 
@@ -323,27 +319,24 @@ def test_heads_of_every_family(arch):
     with torch.device("meta"):
         model = build(arch, 5)
         x = torch.zeros(2, 3, 224, 224)
-        assert backbones.head_of(model).out_features == 5
-        assert backbones.feature_dim(model) == d
-        assert model(x).shape == (2, 5)
-        replace_head(model, mlp(d, 16, 8))
-        assert backbones.feature_dim(model) == d
+        assert (model.fc.in_features, model.fc.out_features) == (d, 5)
+        assert model(x).shape == feature(model, x, 7).shape == (2, 5)
+        model.fc = mlp(d, 16, 8)
         assert feature(model, x).shape == (2, 8)
         assert feature(model, x, 6).shape == (2, d)
-        replace_head(model, nn.Identity())
-        assert backbones.feature_dim(model) == d
-        assert feature(model, x, 7).shape == (2, d)
+        assert build(arch, 0)(x).shape == (2, d)
 
 
-@pytest.mark.parametrize("arch, d", [("mobilenet_v2", 1280), ("regnet_y_400mf", 440)])
-def test_feature_of_the_vector_that_enters_the_head(arch, d):
-    model = build(arch, 4).eval()
-    assert backbones.feature_dim(model) == d
+def test_feature_of_the_vector_that_enters_the_head():
+    model = build("regnet_y_400mf", 4).eval()
+    assert model.fc.in_features == 440
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(backbones.head_of(model)(feature(model, x, 6)), model(x))
-    assert not backbones.head_of(model)._forward_pre_hooks
+    torch.testing.assert_close(model.fc(feature(model, x, 6)), model(x))
+    assert not model.fc._forward_pre_hooks
     with pytest.raises(UsageError, match="layers 6"):
         feature(model, x, 3)
+    with torch.device("meta"), pytest.raises(UsageError, match="layers 6"):
+        feature(build("vgg11"), x, 6)
 
 
 @pytest.mark.parametrize("layer", [0, 8, -1])
@@ -372,8 +365,8 @@ def test_sizes(depth, width, millions):
         model = WidthResNet(depth, width=width)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-2)
         assert model.conv1.out_channels == 64
-        assert backbones.feature_dim(model) == 2048 * width
-        assert backbones.feature_dim(WidthResNet(depth, width=width, dim=0)) == 2048 * width
+        assert model.fc.in_features == 2048 * width
+        assert backbones.feature_shape(WidthResNet(depth, width=width, dim=0), (3, 32, 32)) == (2048 * width,)
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 224])
@@ -422,13 +415,6 @@ def test_towers_share_nothing():
     changed[:, 1:] += 1
     first, second = model(x), model(changed)
     assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
-
-
-def test_unit():
-    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    assert unit(x).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
-    assert unit(x.bfloat16()).dtype == torch.float32
-    assert unit(x.double()).dtype == torch.float64
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_script
 from PIL import Image
 
-from common import UserError, data
+from common import UserError, crops, sets
 from preprocess import check_images, workers
 
 SCRIPT = "preprocess/check_images.py"
@@ -134,7 +134,7 @@ def test_damaged_files_are_told_as_what_they_are(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.skipif(data.decode_jpeg is None, reason="this torchvision has no JPEG decoder")
+@pytest.mark.skipif(crops.decode_jpeg is None, reason="this torchvision has no JPEG decoder")
 def test_damage_inside_a_jpeg_is_seen_though_it_decodes(tmp_path, capfd):
     whole = save(tmp_path / "whole.jpg", image=photo(size=(300, 200)), quality=95).read_bytes()
     hurt = whole[: len(whole) // 2] + whole[len(whole) // 2 + 500 :]
@@ -154,11 +154,11 @@ def test_what_it_passes_the_loader_reads_and_what_it_refuses_the_loader_refuses(
         contents.append(save(tmp_path / "a" / name, image=photo(mode=mode)).read_bytes())
     for i, content in enumerate(contents):
         (tmp_path / "a" / f"{i}.jpg").write_bytes(content)
-    opened = data.open_tree(tmp_path)
+    opened = sets.open_tree(tmp_path)
     verdicts = []
     for row in range(len(opened)):
         try:
-            assert data._decoded(opened, row, opened.open(row)).shape[0] == 3
+            assert crops.decoded(opened, row, opened.open(row)).shape[0] == 3
             readable = True
         except UserError:
             readable = False

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional as F
 
-from common import UsageError, UserError, data, sets
+from common import UsageError, UserError, crops, data, processes, sets
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
-from common.data import ArraySet, FolderSet, Loader, open_set, open_tree, original_root_of, pair_by_path, scale_boxes
+from common.crops import scale_boxes
+from common.data import Loader
+from common.sets import ArraySet, FolderSet, open_set, open_tree
+from nonsem_neg.textures import original_root_of, pair_by_path
 
 CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
 FULL = Compose(RandomResizedCrop(16, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
@@ -63,9 +68,22 @@ def equal(tmp_path_factory):
     return open_set(root, "train")
 
 
+made = []
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    """Left to the garbage collector, a loader that an error refers to takes torch seconds to end."""
+    yield
+    while made:
+        made.pop().close()
+
+
 def loader(dataset, views=(CROP, CROP), batch_size=4, **options):
-    options = {"device": "cpu", "seed": 3, "workers": 0, "progress": False, **options}
-    return Loader(dataset, views, batch_size, **options)
+    made.append(
+        Loader(dataset, views, batch_size, **{"device": "cpu", "seed": 3, "workers": 0, "progress": False, **options})
+    )
+    return made[-1]
 
 
 def epoch_of(the_loader, epoch=0, start_step=0):
@@ -203,6 +221,7 @@ class FakeCifar:
 
     online = stored = False
     classes = [f"c{i}" for i in range(10)]
+    url, base_folder = "https://example.org/cifar.tar.gz", "cifar-10-batches-py"
 
     def __init__(self, root, train, download):
         if download and not self.online:
@@ -216,15 +235,15 @@ class FakeCifar:
 
 def test_cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(sets.tv_datasets, "CIFAR10", FakeCifar)
-    with pytest.raises(UserError, match="could not be downloaded.*no network here.*put cifar-10-batches-py/") as error:
+    with pytest.raises(
+        UserError, match="could not be downloaded.*no network here.*put cifar-10-batches-py/ from https.* into .*new"
+    ) as error:
         open_set(tmp_path / "new", "train", dataset="cifar10")
     assert error.value.code == 1 and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="not there or damaged: put cifar-10-batches-py/ from https"):
-        open_set(tmp_path, "train", dataset="cifar10", download=False)
     monkeypatch.setattr(FakeCifar, "online", True)
     assert len(open_set(tmp_path, "train", dataset="cifar10")) == 6
     monkeypatch.setattr(FakeCifar, "stored", True)
-    val = open_set(tmp_path, "val", dataset="cifar10", download=False, classes=FakeCifar.classes)
+    val = open_set(tmp_path, "val", dataset="cifar10", classes=FakeCifar.classes)
     assert len(val) == 3 and val.images.shape == (3, 3, 32, 32) and val.name == "cifar10/val"
     assert np.array_equal(val.images[1].permute(1, 2, 0).numpy(), FakeCifar(None, False, False).data[1])
     with pytest.raises(UsageError, match="splits train, val, not 'unlabeled'"):
@@ -288,9 +307,20 @@ def test_host_crops_are_those_of_pillow(mixed, geometry):
     [(views, _, index)] = epoch_of(loader(mixed, (Compose(geometry),), 12, seed=5, data_device="host"))
     images = [mixed.open(row).convert("RGB") for row in index]
     heights, widths = torch.tensor([image.size[::-1] for image in images]).unbind(1)
-    boxes = geometry.sample(heights, widths, data.step_generator(5, 0, 0, 0, data.CROPS))
+    boxes = geometry.sample(heights, widths, crops.step_generator(5, 0, 0, 0, crops.CROPS))
     for view, image, box in zip(views[0], images, boxes):
-        assert (view * 255 - geometry.apply_pil(image, box)).abs().max() < 1.01
+        assert (view * 255 - pillow_crop(geometry, image, box.tolist())).abs().max() < 1.01
+
+
+def pillow_crop(geometry, image, box):
+    """uint8 (3, size, size): the same part of a picture as torchvision cuts it with Pillow."""
+    top, left, height, width = box
+    if isinstance(geometry, RandomResizedCrop):
+        image = F.resized_crop(image, top, left, height, width, [geometry.size] * 2)
+    else:
+        image = image if geometry.resize is None else F.resize(image, geometry.resize)
+        image = F.center_crop(image, geometry.size)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def bad_tree(root):
@@ -365,8 +395,6 @@ def test_mode_is_chosen_by_size(mixed, equal, monkeypatch):
         loader(mixed, data_device="device")
     monkeypatch.setattr(data, "CPU_BYTES", 12 * 3 * 40 * 30 - 1)
     assert loader(equal).mode == "host"
-    with pytest.raises(UsageError, match="--data-device gpu: choose auto, host or device"):
-        loader(equal, data_device="gpu")
 
 
 def test_odd_picture_found_late_falls_back_to_host(mixed, monkeypatch, capsys):
@@ -493,10 +521,6 @@ def test_evaluation_covers_every_row_once(equal, mode, world):
 def test_impossible_loaders_are_refused(equal):
     with pytest.raises(UsageError, match="12 pictures do not fill one batch of 16: use --batch-size 12 or less"):
         loader(equal, batch_size=8, world_size=2)
-    with pytest.raises(UsageError, match="--batch-size 0"):
-        loader(equal, batch_size=0)
-    with pytest.raises(UsageError, match="--workers -1"):
-        loader(equal, workers=-1)
     with pytest.raises(UsageError, match="no pictures"):
         loader(equal.select([]), drop_last=False)
     with pytest.raises(ValueError, match="partner set has 2 pictures"):
@@ -593,21 +617,25 @@ def test_workers_outlive_the_signals_of_a_job(mixed):
     assert not workers & set(multiprocessing.active_children())
 
 
-def test_a_killed_worker_is_one_line(mixed):
+def test_a_killed_worker_is_one_line(mixed, monkeypatch):
     def killed():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
         yield
 
     the_loader = loader(mixed, data_device="host")
-    the_loader._workers = killed()
-    with pytest.raises(UserError, match="is killed by signal: Killed: with too little memory or /dev/shm, use fewer"):
+    monkeypatch.setattr(the_loader, "_from_workers", lambda requests: killed())
+    with pytest.raises(RuntimeError) as error:
         epoch_of(the_loader)
+    line, code = processes.in_one_line(error.value)  # what cli.run prints
+    assert re.search("is killed by signal: Killed.* With little memory or /dev/shm, use fewer --workers", line)
+    assert "\n" not in line and code == 1
 
 
 def test_a_program_with_a_global_loader_ends(mixed):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from common.data import Loader, open_tree\nfrom common.augment import Compose, RandomResizedCrop\n"
+        "from common.augment import Compose, RandomResizedCrop\n"
+        "from common.data import Loader\nfrom common.sets import open_tree\n"
         "loader = Loader(open_tree(sys.argv[2]), (Compose(RandomResizedCrop(8)),), 2, device='cpu', seed=0, workers=1)\n"
         "for batch in loader:\n    raise SystemExit('left in the middle')\n"
     )
@@ -647,10 +675,10 @@ def test_jpegs_decode_to_the_pixels_of_pillow_with_and_without_torchvision_io(tm
     whole = (folder / "0.jpg").read_bytes()
     (folder / "3.jpg").write_bytes(whole[: len(whole) // 2])
     opened = open_tree(tmp_path / "train")
-    for decoder in (data.decode_jpeg, None):
-        monkeypatch.setattr(data, "decode_jpeg", decoder)
+    for decoder in (crops.decode_jpeg, None):
+        monkeypatch.setattr(crops, "decode_jpeg", decoder)
         for row in range(3):
             expected = np.array(Image.open(folder / f"{row}.jpg").convert("RGB"))
-            assert np.array_equal(data._decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
+            assert np.array_equal(crops.decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
         with pytest.raises(UserError, match="3.jpg: not a picture or truncated"):
-            data._decoded(opened, 3, opened.open(3))
+            crops.decoded(opened, 3, opened.open(3))

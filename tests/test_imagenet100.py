@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from common import UsageError, UserError, cli
-from common.data import open_set, open_tree, read_class_list
+from common.sets import open_set, open_tree, read_class_list
 from preprocess import imagenet100_subset as subset
 
 # WordNet ids that ImageNet-100 shares with ImageNet-R, and their places in the sorted list.
@@ -228,7 +228,7 @@ def test_odd_names(tmp_path, flags):
 def test_pack(imagenet, tmp_path, capsys):
     make(imagenet, tmp_path / "pack", "--pack", 8, "--workers", 1)
     packed, tree = open_set(tmp_path / "pack", "train", dataset="packed"), open_tree(imagenet / "train", class_list=IDS)
-    assert packed.classes == IDS and packed.targets.tolist() == tree.targets.tolist() and packed.side == 8
+    assert packed.classes == IDS and packed.targets.tolist() == tree.targets.tolist() and packed.size == (8, 8)
     assert packed.path(150).endswith(f"({os.path.relpath(tree.path(150), tree.root)})")
     assert len(open_set(tmp_path / "pack", "val", dataset="packed", classes=IDS)) == 100
     assert "val: 100 classes, 100 pictures (expected 5,000)" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import UsageError
-from common.metrics import Mean, accuracy, extract_features, knn
+from common.metrics import accuracy, extract_features, knn
 from common.schedule import cosine, parse_milestones, set_lr, step, warmup
 
 
@@ -35,68 +35,6 @@ def test_accuracy_slow_loop():
 def test_accuracy_with_fewer_classes_than_k_and_without_rows():
     assert accuracy(torch.zeros(3, 2), torch.tensor([0, 1, 1]))[1].item() == 100.0
     assert [a.item() for a in accuracy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))] == [0.0, 0.0]
-
-
-# --- running mean -----------------------------------------------------------------------------------------------------
-
-
-def test_mean_is_weighted():
-    mean = Mean()
-    assert math.isnan(mean.value())
-    mean.update(torch.tensor(2.0), n=3)
-    mean.update(torch.tensor(6.0), n=1)
-    assert mean.value() == 3.0 and mean.last.item() == 6.0
-    mean.update(8)  # plain numbers too
-    assert mean.value() == 4.0
-    mean.reset()
-    assert math.isnan(mean.value()) and math.isnan(mean.last)
-
-
-def test_mean_keeps_no_graph_and_no_alias():
-    mean, x = Mean(), torch.tensor(1.0, requires_grad=True)
-    loss = x * 2
-    mean.update(loss)
-    loss.detach().fill_(100.0)
-    assert mean.value() == 2.0 and mean.last.item() == 2.0
-    assert not mean.sums.requires_grad and not mean.last.requires_grad
-
-
-def test_mean_does_not_lose_small_values_in_long_sums():
-    mean = Mean()
-    mean.update(torch.tensor(1.0), n=10**9)
-    for _ in range(100):
-        mean.update(torch.tensor(2.0, dtype=torch.bfloat16))
-    assert mean.value() * (10**9 + 100) == pytest.approx(10**9 + 200, abs=1e-3)
-
-
-def test_mean_continues_from_its_state():
-    whole, first, second = Mean(), Mean(), Mean()
-    for value in (0.1, 0.2):
-        whole.update(torch.tensor(value), 7)
-        first.update(torch.tensor(value), 7)
-    second.load(first.state())
-    first.update(100.0)  # the state is a copy
-    for value in (0.3, 0.4):
-        whole.update(torch.tensor(value), 5)
-        second.update(torch.tensor(value), 5)
-    assert second.value() == whole.value()
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_mean_over_processes(in_place):
-    """Stands in for a sum over two processes, of which the other has seen the value 10 three times."""
-
-    def all_reduce(x):
-        other = torch.tensor([30.0, 3.0], dtype=x.dtype)
-        if not in_place:
-            return x + other
-        x += other
-
-    mean = Mean(all_reduce)
-    mean.update(2.0, 1)
-    assert mean.value() == 8.0
-    assert mean.value() == 8.0  # reading twice adds nothing
-    assert mean.state().tolist() == [2.0, 1.0]
 
 
 # --- features of a data set -------------------------------------------------------------------------------------------
@@ -205,15 +143,13 @@ def test_gpu_agrees_and_never_waits():
     here = knn(bank, bank_targets, features, targets, 10, 20)
     there = knn(bank.cuda(), bank_targets, features, targets, 10, 20)
     assert [x.item() for x in there] == pytest.approx([x.item() for x in here])
-    logits, mean = features.cuda(), Mean(device="cuda")
-    target = targets.cuda()
+    logits, target = features.cuda(), targets.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for value in accuracy(logits, target):
-            mean.update(value, len(target))
+        values = accuracy(logits, target)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert 0 < mean.value() < 100
+    assert 0 < values[0].item() <= values[1].item() < 100
 
 
 # --- learning rates ---------------------------------------------------------------------------------------------------

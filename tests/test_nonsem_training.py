@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT, equal, run_script
 from torch import nn
 
-from common import UsageError, UserError, backbones, batchnorm, checkpoint, cli, data, processes, run
+from common import UsageError, UserError, backbones, batchnorm, checkpoint, cli, processes, run, sets
 from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
@@ -240,7 +240,7 @@ def test_texture_negatives_are_paired_with_the_query_view(workspace, monkeypatch
     originals, textures = script.open_texture_pairs(args)
     assert len(originals) == len(textures) == 160
     assert all(a.replace("demo/", "demo-texture/") == b for a, b in zip(originals.paths, textures.paths))
-    same = data.open_set("data/demo", "train")  # a twin that is the picture itself must give the query view itself
+    same = sets.open_set("data/demo", "train")  # a twin that is the picture itself must give the query view itself
     monkeypatch.setattr(script, "open_texture_pairs", lambda args: (same, same))
     (q, k, t), _, _ = next(iter(script.build_loader(args, processes.Process(), 32)))
     assert torch.equal(q, t) and not torch.equal(k, t)

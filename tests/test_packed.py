@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from common import UsageError, UserError, data
+from common import UsageError, UserError
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
-from common.data import ArraySet, Loader, open_set
-from common.packed import HEADER_BYTES, PackFiles, npy_header
+from common.data import Loader
+from common.sets import ArraySet, open_set
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from preprocess import pack
+from preprocess.pack import HEADER_BYTES, PackFiles, npy_header
 
 SIDE = 18
 VIEW = Compose(RandomResizedCrop(16, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
@@ -240,7 +241,7 @@ def test_unreadable_pictures_are_left_out_and_listed(copy_of_tree, tmp_path, mon
     source, opened = open_set(copy_of_tree, "train"), open_set(out, "train", dataset="packed")
     good = [row for row in range(15) if source.path(row) not in (str(broken), str(gone))]
     assert len(opened) == 13 and opened.targets.tolist() == source.targets[good].tolist()
-    assert all(torch.equal(opened.pixels(i), data.square(source, row, SIDE)) for i, row in enumerate(good))
+    assert all(torch.equal(opened.open(i), pack.square(source, row, SIDE)) for i, row in enumerate(good))
     assert "2 pictures could not be read" in opened.notes[0] and "bee/quote'\"s.png" in opened.path(6)
     with pytest.raises(UserError, match="2 of 21"):  # said again, as the pack still lacks them
         run_pack(copy_of_tree, out, "--side", SIDE)
@@ -292,8 +293,8 @@ def test_views_are_those_of_the_same_pictures_in_memory(packed):
     opened = open_set(packed, "train", dataset="packed")
     images = torch.from_numpy(np.load(packed / "train.npy")).permute(0, 3, 1, 2).contiguous()
     array = ArraySet(images, opened.targets, opened.classes)
-    assert all(torch.equal(opened.pixels(i), images[i]) for i in range(len(opened)))
-    assert np.array_equal(np.asarray(opened.open(3)), images[3].permute(1, 2, 0))
+    assert all(torch.equal(opened.open(i), images[i]) for i in range(len(opened)))
+    assert np.array_equal(opened.open(3), images[3])
     device, host = ([epoch_of(loader(s, data_device=way)) for s in (opened, array)] for way in ("device", "host"))
     assert_same(*device)
     assert_same(*host)
@@ -327,7 +328,7 @@ def test_pictures_are_read_as_they_are_needed(tmp_path):
         assert resident_bytes() - before < 200e6
     copied = pickle.dumps(opened)
     assert len(copied) < 200_000
-    assert torch.equal(pickle.loads(copied).pixels(3999), opened.pixels(3999))
+    assert torch.equal(pickle.loads(copied).open(3999), opened.open(3999))
 
 
 def test_selections_keep_their_pictures(packed):
@@ -335,7 +336,7 @@ def test_selections_keep_their_pictures(packed):
     part = opened.select([14, 3, 7]).select([2, 0])
     assert len(part) == 2 and part.targets.tolist() == [1, 2] and part.path(0) == opened.path(7)
     assert torch.equal(part[torch.tensor([1, 0])], opened[torch.tensor([14, 7])])
-    assert torch.equal(part.pixels(1), opened.pixels(14))
+    assert torch.equal(part.open(1), opened.open(14))
 
 
 def test_class_list_and_class_order(packed, tmp_path):
@@ -344,7 +345,7 @@ def test_class_list_and_class_order(packed, tmp_path):
     chosen = open_set(packed, "train", dataset="packed", class_list=listing)
     whole = open_set(packed, "train", dataset="packed")
     assert chosen.classes == ["ant", "cow"] and chosen.targets.tolist() == [0] * 5 + [1] * 5
-    assert torch.equal(chosen.pixels(5), whole.pixels(10)) and chosen.path(5) == whole.path(10)
+    assert torch.equal(chosen.open(5), whole.open(10)) and chosen.path(5) == whole.path(10)
     for a, b in zip(*(epoch_of(loader(chosen, data_device=way)) for way in ("device", "host"))):
         assert torch.equal(a[2], b[2]) and torch.equal(a[3], b[3]) and (a[0] - b[0]).abs().max() < 4 / 255
     turned = open_set(packed, "val", dataset="packed", classes=["cow", "ant", "bee"])
@@ -367,13 +368,17 @@ def damaged(packed, folder, change):
 @pytest.mark.parametrize(
     "change, code, message",
     [
-        (lambda f: (f / "train.json").unlink(), 1, "train.npy is there and train.json is not.*preprocess/pack.py TREE"),
+        (
+            lambda f: (f / "train.json").unlink(),
+            2,
+            "no packed train .*in it: train.npy, val.json.*preprocess/pack.py TREE",
+        ),
         (lambda f: (f / "train.json").write_text("{"), 1, "train.json: damaged"),
         (lambda f: (f / "train.json").write_text('{"format": "other"}'), 1, "not a list of packed pictures"),
         (lambda f: (f / "train.npy").unlink(), 1, "train.npy: no such file"),
         (lambda f: os.truncate(f / "train.npy", 5000), 1, "not the 15 squares of side 18"),
-        (lambda f: [p.unlink() for p in f.glob("train*")], 2, r"no packed train .*it has only val"),
-        (lambda f: [p.unlink() for p in f.iterdir()], 2, "nothing is packed here"),
+        (lambda f: [p.unlink() for p in f.glob("train*")], 2, "no packed train .*in it: val.json, val.npy"),
+        (lambda f: [p.unlink() for p in f.iterdir()], 2, "no packed train .*in it: nothing.*preprocess/pack.py TREE"),
     ],
 )
 def test_damaged_packs(packed, tmp_path, change, code, message):
@@ -399,7 +404,7 @@ def test_resident_on_a_gpu(packed):
         pytest.skip("no CUDA device")
     opened = open_set(packed, "train", dataset="packed")
     on_gpu = loader(opened, device="cuda")
-    assert on_gpu.mode == "device" and on_gpu._images[0].is_contiguous()
+    assert on_gpu.mode == "device" and on_gpu._crops.source.images.is_contiguous()
     for a, b in zip(epoch_of(on_gpu), epoch_of(loader(opened, data_device="device"))):
         assert all(torch.allclose(x.cpu().float(), y.float(), atol=1e-4) for x, y in zip(a, b))
 

@@ -15,7 +15,8 @@ from conftest import run_script
 from PIL import Image
 
 from common import UsageError, UserError
-from common.data import open_tree, original_root_of, pair_by_path
+from common.sets import open_tree
+from nonsem_neg.textures import original_root_of, pair_by_path
 from preprocess import imagenet_texture_syn as syn
 from preprocess import texture_mrs as mrs
 from preprocess import texture_quilt as quilt

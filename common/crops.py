@@ -1,0 +1,161 @@
+"""The crops of one step: which parts of which pictures, cut from files by a worker or on the device.
+
+JPEGs are decoded by torchvision.io where it still has its decoder (Pillow's pixels, a fifth to a quarter faster), all
+other kinds by Pillow; crops are cut by torch's integer resize, two to three times as fast as Pillow's and within one grey
+level of it (benchmarks/decode_jpeg.py). JPEG's reduced-size decoding would change the pixels and is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from common import UserError
+from common.augment import Geometry
+from common.sets import ArraySet, BadPicture, PictureSet
+
+try:  # deprecated since torchvision 0.29, its named successor needs FFmpeg: used for as long as it is there
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+# Which random stream of a step: each has its own generator, so adding a colour operation never moves a crop.
+CROPS, COLOURS, ORDER = 0, 1, 2
+
+
+def step_generator(seed: int, epoch: int, step: int, rank: int, stream: int) -> torch.Generator:
+    """A CPU generator that belongs to this step alone (SeedSequence mixes the five numbers into one seed)."""
+    state = np.random.SeedSequence([abs(seed), epoch, step, rank, stream]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def scale_boxes(boxes: Tensor, heights: Tensor, widths: Tensor, to_heights: Tensor, to_widths: Tensor) -> Tensor:
+    """The same part of another picture: boxes (N, 4) top, left, height, width carried from one size to another.
+
+    Rounded to whole pixels, at least one pixel, inside the other picture; equal sizes give the boxes unchanged.
+    """
+    top, left, height, width = boxes.double().unbind(1)
+
+    def carry(start, length, old, new):
+        length = (length * new / old).round().clamp(min=1).minimum(new)
+        return (start * new / old).round().minimum(new - length), length
+
+    top, height = carry(top, height, heights.double(), to_heights.double())
+    left, width = carry(left, width, widths.double(), to_widths.double())
+    return torch.stack((top, left, height, width), 1).long()
+
+
+def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor:
+    """Pixels of what source.open(row) gave as RGB: uint8 (3, H, W), in memory as H, W, 3 where it had to be decoded.
+
+    EXIF orientation is ignored. Raises BadPicture.
+    """
+    if isinstance(image, Tensor):
+        return image
+    try:
+        if decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            encoded = torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8)
+            return decode_jpeg(encoded, ImageReadMode.RGB)
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise source.bad_picture(row, error) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def cut(picture: Tensor, box: Sequence[int], target: Sequence[int], size: int) -> Tensor:
+    """uint8 (3, H, W) -> (3, size, size): Geometry.apply for one picture, in integers.
+
+    box: top, left, height, width; target: Geometry.target of it (height and width to resize to, top and left of the
+    part to keep, negative where the result is padded with zeros).
+    """
+    top, left, height, width = box
+    new_height, new_width, cut_top, cut_left = target
+    part = picture[:, top : top + height, left : left + width]
+    if (height, width) != (new_height, new_width):
+        part = interpolate(part[None], (new_height, new_width), mode="bilinear", antialias=True)[0]
+    if (new_height, new_width) == (size, size):
+        return part
+    part = part[:, max(cut_top, 0) : max(cut_top, 0) + size, max(cut_left, 0) : max(cut_left, 0) + size]
+    out = torch.zeros((3, size, size), dtype=torch.uint8)
+    top, left = max(-cut_top, 0), max(-cut_left, 0)
+    out[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+    return out
+
+
+class HostCrops(torch.utils.data.Dataset):
+    """Item (epoch, step, rows) is one step, as a worker makes it: (crops, target, index, paths found bad), or a UserError.
+
+    crops: uint8 (B, 3, S, S) of every geometry, then of the partner. An error is returned, not raised: the DataLoader would
+    wrap it in a traceback. bad: rows known to be unreadable, to be replaced by the next row that is not.
+    """
+
+    def __init__(self, source, partner, geometries: Sequence[Geometry], seed: int, rank: int, skip_bad: bool, bad=()):
+        self.source, self.partner, self.geometries = source, partner, geometries
+        self.seed, self.rank, self.skip_bad, self.bad = seed, rank, skip_bad, set(bad)
+
+    def __getitem__(self, request):
+        (epoch, step, rows), crops, bad_paths = request, None, []
+        try:
+            while crops is None:
+                index = torch.tensor(self._readable(rows))
+                try:
+                    crops = self._draw(epoch, step, index)
+                except BadPicture as error:  # rare: start the batch anew, so that the boxes belong to the final rows
+                    if not self.skip_bad:
+                        raise
+                    self.bad.add(error.row)
+                    bad_paths.append(error.path)
+        except UserError as error:
+            return error
+        return crops, self.source.targets[index], index, bad_paths
+
+    def _readable(self, rows: np.ndarray) -> list[int]:
+        n = len(self.source)
+        if len(self.bad) == n:
+            raise UserError(f"{self.source.name}: no readable picture in it")
+        return [next(r % n for r in range(row, row + n) if r % n not in self.bad) for row in rows.tolist()]
+
+    def _draw(self, epoch: int, step: int, index: Tensor) -> list[Tensor]:
+        pictures, heights, widths = self._open(self.source, index)
+        generator = step_generator(self.seed, epoch, step, self.rank, CROPS)
+        boxes = [geometry.sample(heights, widths, generator) for geometry in self.geometries]
+        crops = self._cut(pictures, self.geometries, boxes)
+        if self.partner is not None:
+            twins, to_heights, to_widths = self._open(self.partner, index)
+            twin_boxes = scale_boxes(boxes[0], heights, widths, to_heights, to_widths)
+            crops += self._cut(twins, self.geometries[:1], [twin_boxes])
+        return crops
+
+    def _open(self, source: PictureSet, index: Tensor):
+        """Pictures for `_cut`, their heights and their widths, int64 (B,)."""
+        pictures = [(source, row, source.open(row)) for row in index.tolist()]
+        sizes = [p.shape[1:] if isinstance(p, Tensor) else p.size[::-1] for _, _, p in pictures]
+        return pictures, *torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1)
+
+    def _cut(self, pictures, geometries: Sequence[Geometry], boxes: list[Tensor]) -> list[Tensor]:
+        crops = [torch.empty((len(pictures), 3, g.size, g.size), dtype=torch.uint8) for g in geometries]
+        targets = [torch.stack(g.target(b[:, 2], b[:, 3]), 1).tolist() for g, b in zip(geometries, boxes)]
+        boxes = [b.tolist() for b in boxes]
+        for i, opened in enumerate(pictures):
+            picture = decoded(*opened)
+            pictures[i] = opened = None  # the decoded pixels go as soon as the crops are cut
+            for view, geometry in enumerate(geometries):
+                crops[view][i] = cut(picture, boxes[view][i], targets[view][i], geometry.size)
+        return crops
+
+
+class DeviceCrops(HostCrops):
+    """The same from ArraySets on the device, all pictures at once: float crops in [0, 1]."""
+
+    def _open(self, source: ArraySet, index: Tensor):
+        return source[index], *(torch.full((len(index),), side) for side in source.size)
+
+    def _cut(self, pictures, geometries, boxes):
+        return [geometry.apply(pictures, box) for geometry, box in zip(geometries, boxes)]

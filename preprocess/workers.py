@@ -15,10 +15,11 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import cv2
 import torch
 from PIL import Image
 
-from common import UsageError, UserError, processes, run
+from common import UsageError, UserError, printable, processes, run
 from common.bar import Bar
 from common.sets import SPLIT_NAMES
 
@@ -50,10 +51,7 @@ def _start() -> None:
 def one_thread() -> None:
     """There is one process per core already: no library starts threads of its own in it."""
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError):
-        import cv2
-
-        cv2.setNumThreads(1)
+    cv2.setNumThreads(1)
 
 
 def in_processes(function: Callable, jobs: Iterable, workers: int) -> Iterator:
@@ -84,6 +82,33 @@ def in_processes(function: Callable, jobs: Iterable, workers: int) -> Iterator:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Make `folder` and hold it for this process, where the file system can. Raises UserError where another holds it.
+
+    wait: until the other one is done, instead.
+    """
+    handle = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write to {printable(folder)}: {reason(error).lower()}") from None
+    try:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise UserError(f"another process is writing to {printable(folder)}: wait for it to end") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        os.close(handle)
 
 
 class Rate(Bar):

@@ -17,8 +17,6 @@ from PIL import Image
 from common import UsageError, UserError
 from preprocess import demo, demo_shapes
 
-pytest.importorskip("corrupt_tta", reason="the corrupted set needs the package corrupt-tta")
-
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"size": 48, "train_per_class": 6, "val_per_class": 2, "corruption_per_class": 1, "severities": (2, 4)}
 TINY = {"size": 32, "train_per_class": 2, "val_per_class": 1, "severities": ()}

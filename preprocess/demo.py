@@ -37,9 +37,9 @@ FORMAT = 1  # raise it when the same settings give other pictures
 DEFAULTS = {
     "seed": 0,
     "size": 64,  # side of the pictures in pixels
-    "train_per_class": 400,
+    "train_per_class": 300,
     "val_per_class": 50,  # of sketch, stylized and rendition, too
-    "severities": (1, 3, 5),  # of the corruptions; (): no corrupted pictures
+    "severities": (3,),  # of the corruptions, out of 1 to 5; (): no corrupted pictures
     "corruption_per_class": 10,  # that many of each class's val pictures are corrupted
     "texture": False,  # also make the tree OUT-texture
 }

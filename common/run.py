@@ -58,11 +58,11 @@ def _cpu_name() -> str:
 
 
 def make_folder(folder: str | Path) -> str:
-    """Make a run folder and its parents; UserError where that is not possible."""
+    """Make a folder and its parents; UserError where that is not possible."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {printable(folder)}: {error.strerror.lower()}") from None
     return str(folder)
 
 
@@ -75,23 +75,30 @@ def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite
 
 
 @contextlib.contextmanager
-def only_writer(folder: str | Path):
-    """Hold a run folder for this process; UsageError where another run holds it. A run that ends, however, lets it go."""
-    import fcntl  # not on Windows
+def only_writer(folder: str | Path, wait: bool = False):
+    """Make `folder` and hold it for this process, where the file system can: a process that ends, however, lets it go.
 
-    path = Path(make_folder(folder)) / ".lock"
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(f"{folder} is in use by another run ({file.read()}): choose another folder") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    UserError where another one holds it. wait: until that is done, instead.
+    """
+    handle = os.open(make_folder(folder), os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                who = ""
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    who = f" ({json.loads((Path(folder) / 'config.json').read_text())['process']})"
+                raise UserError(
+                    f"another process{who} is writing to {printable(folder)}: wait for it to end, or choose another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
         yield
+    finally:
+        os.close(handle)
 
 
 class Run:
@@ -124,6 +131,7 @@ class Run:
         make_folder(self.folder)
         self.config = {"command": self.command, **environment(), "world_size": process.world_size}
         self.config |= {"started": datetime.now().isoformat(timespec="seconds"), "options": cli.flags(args)}
+        self.config["process"] = f"{os.getpid()} on {socket.gethostname()}"
         self.keep = keep and self._config.exists()
         try:
             if not self.keep:

@@ -49,7 +49,7 @@ def main(argv=None) -> None:
         step("eval_robustness.py", "--demo", args.data, *sets, "--classifier", lin, "--ckpt_path", row)
     print("\n" + "=" * 100)
     sys.stdout.flush()
-    subprocess.run([sys.executable, "-m", "tools.report", *map(os.path.abspath, rows)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, os.path.join(ROOT, "tools", "report.py"), *rows], check=True)
     print(f"\nRun folders: {', '.join(sorted(os.listdir(args.out)))} in {os.path.abspath(args.out)}")
     print(f"TensorBoard: tensorboard --logdir {os.path.abspath(args.out)}")
     print(f"Took {clock(time.perf_counter() - began)}. This should have given: {EXPECTED}")

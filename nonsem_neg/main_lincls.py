@@ -38,8 +38,8 @@ POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 PRESETS = {
     "demo": dict(
-        data="data/demo", pretrained="runs/try", ckpt_path="runs/try-lincls", workers=2, epochs=40, schedule=[24, 32],
-        batch_size=128, lr=5.0, cache_views=4, print_freq=100, seed=0,
+        data="data/demo", pretrained="runs/try", ckpt_path="runs/try-lincls", workers=2, epochs=20, schedule=[12, 16],
+        batch_size=128, lr=5.0, cache_views=1, print_freq=100, seed=0,
     ),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ PRESETS = {
     # the commands since December 2021: the recipe of Robinson et al. (IFM); last three rows
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
     "demo": dict(
-        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=12, batch_size=64, lr=0.06, moco_k=1024,
+        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=3, batch_size=64, lr=0.03, moco_k=1024,
         moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/try", seed=0,
     ),
 }  # fmt: skip

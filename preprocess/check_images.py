@@ -91,8 +91,13 @@ def parse_args(argv=None):
     )
     g.add_argument("--class-list", metavar="FILE", help="look at these class folders only, one name a line")
     g.add_argument("--min-side", type=cli.count, default=32, metavar="PIXELS", help="a shorter side is called tiny")
-    g.add_argument("--limit", type=cli.positive_int, metavar="N", help="open only N pictures, spread evenly over the tree "
-                   "(a quick look; class counts stay complete, duplicates are sought among these)")  # fmt: skip
+    g.add_argument(
+        "--limit",
+        type=cli.positive_int,
+        metavar="N",
+        help="open only N pictures, spread evenly over the tree "
+        "(a quick look; class counts stay complete, duplicates are sought among these)",
+    )
     g = parser.add_argument_group("report")
     g.add_argument("--json", metavar="FILE", help="also write everything found, file by file, to FILE")
     g.add_argument("--examples", type=cli.count, default=3, metavar="N", help="files named per kind in the table")
@@ -279,8 +284,10 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
     if class_list is not None:
         unknown = sorted(set(class_list) - set(classes))
         if unknown:
-            raise UsageError(f"--class-list: no such class folder in {folder}: {', '.join(unknown[:5])}"
-                             + (f", ... ({len(unknown)} in all)" if len(unknown) > 5 else ""))  # fmt: skip
+            raise UsageError(
+                f"--class-list: no such class folder in {folder}: {', '.join(unknown[:5])}"
+                + (f", ... ({len(unknown)} in all)" if len(unknown) > 5 else "")
+            )
         classes = class_list
     else:
         for entry in sorted(os.scandir(folder), key=lambda e: e.name):
@@ -319,8 +326,10 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
 def compare_classes(splits: list[Split]) -> None:
     """Adds a class mismatch to the split that lacks the class."""
     for one, other in (splits, splits[::-1]) if len(splits) == 2 and all(s.classes for s in splits) else ():
-        one.findings += [("class mismatch", name, f"not in {one.name}/, {len(other.classes[name])} pictures in {other.name}/")
-                         for name in sorted(set(other.classes) - set(one.classes))]  # fmt: skip
+        one.findings += [
+            ("class mismatch", name, f"not in {one.name}/, {len(other.classes[name])} pictures in {other.name}/")
+            for name in sorted(set(other.classes) - set(one.classes))
+        ]
 
 
 class Pictures:
@@ -413,9 +422,11 @@ def print_report(splits: list[Split], numbers: list[dict], examples: int) -> Non
 
     print(f"{'':<8}{'classes':>8}{'pictures':>10}{'MB':>9}   {'per class':<18}{'width':<18}{'height':<18}")
     for split, n in zip(splits, numbers):
-        print(f"{printable(split.name):<8}{n['classes']:>8}{n['pictures']:>10}{n['bytes'] / 1e6:>9.1f}   "
-              f"{three(n['per_class_min_median_max']):<18}{three(n['width_min_median_max']):<18}"
-              f"{three(n['height_min_median_max']):<18}")  # fmt: skip
+        print(
+            f"{printable(split.name):<8}{n['classes']:>8}{n['pictures']:>10}{n['bytes'] / 1e6:>9.1f}   "
+            f"{three(n['per_class_min_median_max']):<18}{three(n['width_min_median_max']):<18}"
+            f"{three(n['height_min_median_max']):<18}"
+        )
     print(f"{'':<38}(smallest / median / largest)")
     by_kind = defaultdict(list)
     for split in splits:
@@ -474,21 +485,35 @@ def main(argv=None) -> None:
     print_report(splits, numbers, args.examples)
     errors = sum(KINDS[kind][0] == ERROR for split in splits for kind, _, _ in split.findings)
     if args.json:
-        found = [{"kind": kind, "level": KINDS[kind][0], "split": split.name, "path": path, "detail": detail}
-                 for split in splits for kind, path, detail in split.findings]  # fmt: skip
-        write_report(args.json, {
-            "tree": str(args.tree), "checked": len(pictures), "pictures": pictures.total, "seconds": round(seconds, 2),
-            "errors": errors, "splits": {split.name: n for split, n in zip(splits, numbers)},
-            "counts": dict(Counter(f["kind"] for f in found)), "findings": found, "same_content": same,
-        })  # fmt: skip
+        found = [
+            {"kind": kind, "level": KINDS[kind][0], "split": split.name, "path": path, "detail": detail}
+            for split in splits
+            for kind, path, detail in split.findings
+        ]
+        write_report(
+            args.json,
+            {
+                "tree": str(args.tree),
+                "checked": len(pictures),
+                "pictures": pictures.total,
+                "seconds": round(seconds, 2),
+                "errors": errors,
+                "splits": {split.name: n for split, n in zip(splits, numbers)},
+                "counts": dict(Counter(f["kind"] for f in found)),
+                "findings": found,
+                "same_content": same,
+            },
+        )
     what = (
         f"{len(pictures)} pictures"
         if len(pictures) == pictures.total
         else f"{len(pictures)} of {pictures.total} pictures"
     )
     verdict = f"{errors} things break training" if errors != 1 else "1 thing breaks training"
-    print(f"\nresult: {verdict if errors else 'nothing breaks training'}; {what} opened in {seconds:.1f} s "
-          f"({len(pictures) / max(seconds, 1e-6):.0f}/s, {count} process{'es' * (count > 1)})")  # fmt: skip
+    print(
+        f"\nresult: {verdict if errors else 'nothing breaks training'}; {what} opened in {seconds:.1f} s "
+        f"({len(pictures) / max(seconds, 1e-6):.0f}/s, {count} process{'es' * (count > 1)})"
+    )
     if errors:
         sys.exit(1)
 

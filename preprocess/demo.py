@@ -18,16 +18,9 @@ import errno
 import functools
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 
@@ -35,11 +28,22 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, UserError, processes
-from common.bar import Bar
+from common.checkpoint import replacing
+from common.run import only_writer
 from preprocess import demo_shapes
 from preprocess.demo_shapes import CLASSES
+from preprocess.workers import Rate, default_workers, in_processes
 
 FORMAT = 1  # raise it when the same settings give other pictures
+DEFAULTS = {
+    "seed": 0,
+    "size": 64,  # side of the pictures in pixels
+    "train_per_class": 300,
+    "val_per_class": 50,  # of sketch, stylized and rendition, too
+    "severities": (3,),  # of the corruptions, out of 1 to 5; (): no corrupted pictures
+    "corruption_per_class": 10,  # that many of each class's val pictures are corrupted
+    "texture": False,  # also make the tree OUT-texture
+}
 SETS = ("train", "val", "corruption", "sketch", "stylized", "rendition")
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -159,50 +163,8 @@ def _do(job, out, twin, settings):
     return written
 
 
-def _do_all(jobs, out, twin, settings):
-    return [written for job in jobs for written in _do(job, out, twin, settings)]
-
-
-def _end_with_parent():
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _start_worker():
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed parent leaves no worker behind
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which cancels what is left
-    with contextlib.suppress(ImportError):
-        import cv2
-
-        cv2.setNumThreads(1)  # one process per core already
-
-
-def _run(chunks, workers, arguments):
-    """Yield what each chunk of jobs wrote, as it is done."""
-    if workers == 1:
-        for chunk in chunks:
-            yield _do_all(chunk, *arguments)
-        return
-    # spawn: safe in a program that has started threads or a CUDA context, and the same on every system
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        try:
-            for future in as_completed([pool.submit(_do_all, chunk, *arguments) for chunk in chunks]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-@contextlib.contextmanager
-def _lock(folder):
-    """Hold OUT for this process, where the file system can: several ranks may ask for the same data set at once."""
-    with open(folder / ".lock", "w") as handle:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield  # closing the file releases it, and so does the end of the process
+def _do_all(jobs, **how):
+    return [written for job in jobs for written in _do(job, **how)]
 
 
 def _is_ours(folder):
@@ -214,13 +176,6 @@ def _is_ours(folder):
     return not folder.exists() or all(path.name == ".lock" for path in folder.iterdir())
 
 
-def _write_json(path, content):
-    with open(path, "w") as handle:
-        handle.write(json.dumps(content, indent=1) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
 def _versions():
     versions = {"python": sys.version.split()[0]}
     for package in ("numpy", "pillow", "corrupt-tta", "scikit-image", "opencv-python"):
@@ -229,26 +184,23 @@ def _versions():
     return versions
 
 
-def _settings(seed, size, train_per_class, val_per_class, severities, corruption_per_class, texture):
-    """The settings that decide which pictures are made, checked. Raises UsageError."""
-    settings = {
-        "seed": seed,
-        "size": size,
-        "train_per_class": train_per_class,
-        "val_per_class": val_per_class,
-        "severities": sorted(set(severities)),
-        "corruption_per_class": corruption_per_class if severities else 0,
-        "texture": bool(texture),
-    }
+def _checked(settings):
+    """The settings that decide which pictures are made: DEFAULTS where nothing else is said. Raises UsageError."""
+    unknown = set(settings) - set(DEFAULTS)
+    if unknown:
+        raise TypeError(f"no such setting of the demo data: {', '.join(sorted(unknown))}")
+    settings = {**DEFAULTS, **settings}
+    severities, corrupted, val = (settings[k] for k in ("severities", "corruption_per_class", "val_per_class"))
     for name, least in (("seed", 0), ("size", 32), ("train_per_class", 1), ("val_per_class", 1)):
         if settings[name] < least:
             raise UsageError(f"--{name.replace('_', '-')} {settings[name]} must be at least {least}")
     if not set(severities) <= {1, 2, 3, 4, 5}:
         raise UsageError(f"--severities {' '.join(map(str, severities))}: a severity is 1, 2, 3, 4 or 5")
-    if severities and not 1 <= corruption_per_class <= val_per_class:
-        raise UsageError(
-            f"--corruption-per-class {corruption_per_class} must be between 1 and --val-per-class {val_per_class}"
-        )
+    if severities and not 1 <= corrupted <= val:
+        raise UsageError(f"--corruption-per-class {corrupted} must be between 1 and --val-per-class {val}")
+    settings["severities"] = sorted(set(severities))
+    settings["corruption_per_class"] = corrupted if severities else 0
+    settings["texture"] = bool(settings["texture"])
     return settings
 
 
@@ -261,34 +213,28 @@ def read(out):
     return content if isinstance(content, dict) and "settings" in content else None
 
 
-def make(out, *, seed=0, size=64, train_per_class=400, val_per_class=50, severities=(1, 3, 5),
-         corruption_per_class=10, workers=None, texture=False, progress=True):  # fmt: skip
+def make(out, *, workers=None, progress=True, **settings):
     """Make the data set in folder `out`, replacing a demo data set that is there. Returns the files per set.
 
-    size: side of the pictures in pixels. severities: of the corruptions; () leaves the corrupted set out, which then
-    needs no corrupt-tta. corruption_per_class: how many of each class's val pictures are corrupted. texture: also make
-    the tree `out`-texture. workers: processes, by default one per core. progress: report on standard error.
+    settings: any of DEFAULTS. workers: processes, by default one per core. progress: report on standard error.
     Raises UsageError for a setting that cannot work or a folder that holds other files, UserError if it cannot write.
     """
-    settings = _settings(seed, size, train_per_class, val_per_class, severities, corruption_per_class, texture)
-    return _make(Path(out), settings, workers, progress, lambda: False)["counts"]
+    return _make(Path(out), _checked(settings), workers, progress, lambda: False)["counts"]
 
 
-def ensure(out, *, seed=0, size=64, train_per_class=400, val_per_class=50, severities=(1, 3, 5),
-           corruption_per_class=10, workers=None, texture=False, progress=True):  # fmt: skip
+def ensure(out, *, workers=None, progress=True, **settings):
     """As `make`, but at once where `out` is complete with these settings; an interrupted one is made again.
 
     Returns `out` as a Path. A complete data set with other settings is a UsageError: it may be in use.
     """
-    out = Path(out)
-    settings = _settings(seed, size, train_per_class, val_per_class, severities, corruption_per_class, texture)
+    out, settings = Path(out), _checked(settings)
 
     def is_complete():
         content = read(out)
         if content is None:
             return False
         have, want = content["settings"], settings
-        if have.get("texture") and not texture:  # texture twins do not disturb those who did not ask for them
+        if have.get("texture") and not want["texture"]:  # texture twins do not disturb those who did not ask for them
             want = {**settings, "texture": True}
         if content.get("format") == FORMAT and have == want:
             return True
@@ -312,28 +258,17 @@ def _make(out, settings, workers, progress, is_complete):
     for folder in folders:
         if not _is_ours(folder):
             raise UsageError(f"{folder}: is not empty and not a demo data set; name a new or empty folder")
-    if settings["severities"]:
-        try:
-            import corrupt_tta  # noqa: F401  found missing here, not after half of the work
-        except ImportError as error:
-            raise UserError(
-                f"the corrupted pictures need the package corrupt-tta ({error}): pip install corrupt-tta, "
-                "or leave them out with an empty --severities"
-            ) from None
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-        with _lock(out):
+        with only_writer(out, wait=True):  # several programs may ask for the same pictures at once
             return read(out) if is_complete() else _make_locked(out, twin, folders, settings, workers, progress)
-    except BrokenProcessPool:
-        raise UserError(f"{out}: a worker process died (out of memory?); try again with --workers 1") from None
     except OSError as error:
         hint = "free some space or name another folder" if error.errno == errno.ENOSPC else "name another folder"
         raise UserError(f"{error.filename or out}: {error.strerror or error}; {hint}") from None
 
 
 def _make_locked(out, twin, folders, settings, workers, progress):
-    started = time.monotonic()
     for folder in folders:
         (folder / _UNFINISHED).touch()  # from here until demo.json is written, the folder is known as an unfinished one
         (folder / _MARK).unlink(missing_ok=True)
@@ -361,16 +296,16 @@ def _make_locked(out, twin, folders, settings, workers, progress):
     files = len(jobs["corruption"]) * len(CORRUPTIONS) * len(settings["severities"])
     files += 4 * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
     if workers is None:
-        # starting a process costs as much as a few hundred pictures
-        workers = min(processes.cores(), 16, 1 + files // 500)
+        workers = min(16, default_workers(files, 500))
     if progress:
         print(f"demo data: making {files} files in {out} with {workers} process(es)", file=sys.stderr, flush=True)
 
     names = [name for name in (*SETS, "texture") if name != "texture" or settings["texture"]]
     counts, sizes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    bar = Bar("demo data", files, "files", progress)
+    do = functools.partial(_do_all, out=out, twin=twin, settings=settings)
+    bar = Rate("demo data", files, "files", enabled=progress)
     try:
-        for written in _run(chunks, workers, (out, twin, settings)):
+        for written in in_processes(do, chunks, workers):
             for name, size in written:
                 counts[name] += 1
                 sizes[name] += size
@@ -382,7 +317,7 @@ def _make_locked(out, twin, folders, settings, workers, progress):
         "settings": settings,
         "counts": counts,
         "bytes": sizes,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(bar.seconds, 1),
         "workers": workers,
         "textures": {
             name: {
@@ -394,8 +329,9 @@ def _make_locked(out, twin, folders, settings, workers, progress):
         "versions": _versions(),
     }
     for folder in reversed(folders):  # OUT's own last
-        _write_json(folder / _UNFINISHED, content)
-        os.replace(folder / _UNFINISHED, folder / _MARK)
+        with replacing(folder / _MARK, "w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+        (folder / _UNFINISHED).unlink()
     return content
 
 

@@ -34,16 +34,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UsageError, UserError, cli, printable, processes, sets
+from common.run import only_writer
 from common.sets import FolderSet
-from preprocess.pack import (
-    SIDE,
-    PackFiles,
-    check_output,
-    command_line,
-    only_writer,
-    pack_splits,
-    reason_of,
-)
+from preprocess.pack import SIDE, PackFiles, check_output, command_line, pack_splits, reason_of
 from preprocess.workers import Rate, again
 
 CLASS_LIST = Path(__file__).resolve().with_name("imagenet100.txt")
@@ -73,13 +66,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--imagenet100_path", required=True, help="folder to make")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--copy", action="store_true", help="copy the pictures instead of linking to them")
-    how.add_argument("--pack", type=cli.positive_int, nargs="?", const=SIDE, default=None, metavar="SIDE",
-                     help=f"write squares of this side ({SIDE}) to train.npy and val.npy for --dataset packed")  # fmt: skip
+    how.add_argument(
+        "--pack",
+        type=cli.positive_int,
+        nargs="?",
+        const=SIDE,
+        default=None,
+        metavar="SIDE",
+        help=f"write squares of this side ({SIDE}) to train.npy and val.npy for --dataset packed",
+    )
     parser.add_argument("--class_list", default=None, metavar="FILE", help="another list, one class folder per line")
-    parser.add_argument("--val_labels", default=None, metavar="FILE", help="labels of a flat val folder: a WordNet id per "
-                        "line, or LOC_val_solution.csv; looked for in and above the input if not given")  # fmt: skip
-    parser.add_argument("--workers", type=cli.positive_int, default=None,
-                        help="files copied at once (default 8), or processes that decode (default: one per core)")  # fmt: skip
+    parser.add_argument(
+        "--val_labels",
+        default=None,
+        metavar="FILE",
+        help="labels of a flat val folder: a WordNet id per "
+        "line, or LOC_val_solution.csv; looked for in and above the input if not given",
+    )
+    parser.add_argument(
+        "--workers",
+        type=cli.positive_int,
+        default=None,
+        help="files copied at once (default 8), or processes that decode (default: one per core)",
+    )
     parser.add_argument("--force", action="store_true", help="with --pack: replace a pack, finished or not")
     args = parser.parse_args(argv)
     if args.force and not args.pack:

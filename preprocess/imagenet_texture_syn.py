@@ -73,8 +73,12 @@ def parse_args(argv=None):
     g.add_argument("--splits", nargs="+", choices=("train", "val"), help="(default: those that A has)")
     g.add_argument("--class-list", metavar="FILE", help="these class folders only, one name a line")
     g.add_argument("--limit", type=cli.positive_int, metavar="N", help="only the first N pictures, for a look")
-    g.add_argument("--sheet", metavar="PNG", help="make no tree, but a contact sheet of up to 20 pictures, evenly taken, "
-                   "each beside its textures (mrs, quilt, and embark where it is installed)")  # fmt: skip
+    g.add_argument(
+        "--sheet",
+        metavar="PNG",
+        help="make no tree, but a contact sheet of up to 20 pictures, evenly taken, "
+        "each beside its textures (mrs, quilt, and embark where it is installed)",
+    )
     g.add_argument("--overwrite", action="store_true", help="make textures that are there again")
     g = parser.add_argument_group("texture")
     g.add_argument("--engine", choices=ENGINES, default="mrs")
@@ -89,21 +93,41 @@ def parse_args(argv=None):
     g.add_argument("--backtrack-pct", type=_open_fraction, default=mrs.backtrack_pct, help="growth of the stages")
     g.add_argument("--backtrack-stages", type=cli.count, default=mrs.backtrack_stages, help="stages before the last")
     g = parser.add_argument_group("texture, engine mrs")
-    g.add_argument("--shortlist", type=cli.count, default=mrs.shortlist, metavar="N",
-                   help="candidates compared on all neighbours; 0: all of them, as the original, slower")  # fmt: skip
-    g.add_argument("--glance", type=cli.positive_int, default=mrs.glance, metavar="N",
-                   help="nearest neighbours on which that shortlist is chosen")  # fmt: skip
+    g.add_argument(
+        "--shortlist",
+        type=cli.count,
+        default=mrs.shortlist,
+        metavar="N",
+        help="candidates compared on all neighbours; 0: all of them, as the original, slower",
+    )
+    g.add_argument(
+        "--glance",
+        type=cli.positive_int,
+        default=mrs.glance,
+        metavar="N",
+        help="nearest neighbours on which that shortlist is chosen",
+    )
     quilt = texture_quilt.Options()
     g = parser.add_argument_group("texture, engine quilt")
     g.add_argument("--block", type=cli.positive_int, default=quilt.block, help="side of a block, pixels")
     g.add_argument("--overlap", type=cli.positive_int, default=quilt.overlap, help="overlap of blocks, pixels")
     g = parser.add_argument_group("run")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
-    g.add_argument("-j", "--workers", type=cli.positive_int, metavar="N",
-                   help="processes of one thread each (one per core); on a GPU: reading and writing threads")  # fmt: skip
+    g.add_argument(
+        "-j",
+        "--workers",
+        type=cli.positive_int,
+        metavar="N",
+        help="processes of one thread each (one per core); on a GPU: reading and writing threads",
+    )
     g.add_argument("--batch", type=cli.positive_int, metavar="N", help="pictures at a time (GPU 64; mrs 1, quilt 8)")
-    g.add_argument("--shard", type=workers.shard, default=(1, 1), metavar="I/N",
-                   help="do part I of N, 1/N to N/N: one per machine (default 1/1)")  # fmt: skip
+    g.add_argument(
+        "--shard",
+        type=workers.shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="do part I of N, 1/N to N/N: one per machine (default 1/1)",
+    )
     args = parser.parse_args(argv)
     if not args.imagenet_path or not (args.imagenet_t_path or args.sheet):
         raise UsageError("give --imagenet_path A (train/CLASS/*) and --imagenet_t_path B (a tree to make), or --demo")
@@ -179,10 +203,30 @@ def find_binary() -> str:
 def embark_command(binary: str, settings: Settings, seed: int, out: str, examples: list[str]) -> list[str]:
     """Its options are global and stand before `generate`. Only with one thread does it repeat itself."""
     s = settings.mrs
-    return [binary, "--out-size", str(settings.size), "--threads", "1", "--seed", str(seed), "--no-progress",
-            "--k-neighs", str(s.k_neighs), "--m-rand", str(s.m_rand), "--cauchy", str(s.cauchy),
-            "--backtrack-pct", str(s.backtrack_pct), "--backtrack-stages", str(s.backtrack_stages),
-            "--out", out, "generate", *examples]  # fmt: skip
+    return [
+        binary,
+        "--out-size",
+        str(settings.size),
+        "--threads",
+        "1",
+        "--seed",
+        str(seed),
+        "--no-progress",
+        "--k-neighs",
+        str(s.k_neighs),
+        "--m-rand",
+        str(s.m_rand),
+        "--cauchy",
+        str(s.cauchy),
+        "--backtrack-pct",
+        str(s.backtrack_pct),
+        "--backtrack-stages",
+        str(s.backtrack_stages),
+        "--out",
+        out,
+        "generate",
+        *examples,
+    ]
 
 
 def _embark(settings: Settings, patches: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
@@ -195,8 +239,14 @@ def _embark(settings: Settings, patches: torch.Tensor, seeds: torch.Tensor) -> t
                 Image.fromarray(example.permute(1, 2, 0).numpy()).save(name)
             command = embark_command(binary, settings, seed, out, names)
             # A session of its own: Ctrl-C is for this program, which lets the picture in work be finished.
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
-                                  start_new_session=True)  # fmt: skip
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             if done.returncode or not os.path.exists(out):
                 last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
                 raise EngineError(f"{BINARY} ended with {done.returncode}: {last}")
@@ -251,8 +301,12 @@ def patches_of(picture: Image.Image, patch: int, down: int, right: int) -> torch
             part = picture.crop((left, top, left + patch, top + patch))
         else:
             across, along = picture.width / width, picture.height / height
-            box = (left * across, top * along, min((left + patch) * across, picture.width),
-                   min((top + patch) * along, picture.height))  # fmt: skip
+            box = (
+                left * across,
+                top * along,
+                min((left + patch) * across, picture.width),
+                min((top + patch) * along, picture.height),
+            )
             part = picture.resize((patch, patch), Image.Resampling.BICUBIC, box=box)
         cut.append(np.asarray(part))
     return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)
@@ -352,8 +406,10 @@ def check_out(out: Path, root: Path, splits: list[sets.FolderSet]) -> None:
     real = Path(os.path.realpath(out))
     holds = [Path(s.root) for s in splits if real in Path(os.path.realpath(s.root)).parents]
     for folder in filter(None, (workers.lies_in(out, root, workers.split_folders(root)), *holds)):
-        raise UsageError(f"--imagenet_t_path {out} and the pictures in {folder} lie one in the other: "
-                         f"name a folder beside it, such as {os.path.normpath(root)}-texture")  # fmt: skip
+        raise UsageError(
+            f"--imagenet_t_path {out} and the pictures in {folder} lie one in the other: "
+            f"name a folder beside it, such as {os.path.normpath(root)}-texture"
+        )
     workers.check_own(out, "textures.json")
 
 
@@ -375,8 +431,11 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
     try:
         before = json.loads(file.read_text())
         old, since = before["settings"], int(before.get("since", 0))
-        differ = [f"{k} {old.get(k)}, not {settings.get(k)}" for k in sorted({*old, *settings})
-                  if old.get(k) != settings.get(k)]  # fmt: skip
+        differ = [
+            f"{k} {old.get(k)}, not {settings.get(k)}"
+            for k in sorted({*old, *settings})
+            if old.get(k) != settings.get(k)
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{file}: damaged; give --overwrite, or name another folder") from None
     if differ:
@@ -432,8 +491,11 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     processes = args.workers or workers.default_workers(len(todo), PER_START[settings.engine])
     where = f"on the GPU, {processes} threads" if device == "cuda" else f"{processes} process{'es' * (processes > 1)}"
-    print(f"textures of {args.imagenet_path} by {settings.engine}: {len(jobs)} pictures, {len(jobs) - len(todo)} are there; "
-          f"{where}", flush=True)  # fmt: skip
+    print(
+        f"textures of {args.imagenet_path} by {settings.engine}: {len(jobs)} pictures, {len(jobs) - len(todo)} are there; "
+        f"{where}",
+        flush=True,
+    )
     if device == "cuda":
         work = in_threads(settings, batches, device, processes)
     else:
@@ -455,8 +517,10 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
         bar.close()
     listing = workers.list_failures(out, "failures", args.shard, failures)
     seconds = max(bar.seconds, 1e-6)
-    print(f"result: {len(jobs) - len(todo) + made} of {len(jobs)} textures in {out}; {made} made now, in "
-          f"{run.clock(seconds)}" + (f", {made / seconds:.2f}/s" if made else ""))  # fmt: skip
+    print(
+        f"result: {len(jobs) - len(todo) + made} of {len(jobs)} textures in {out}; {made} made now, in "
+        f"{run.clock(seconds)}" + (f", {made / seconds:.2f}/s" if made else "")
+    )
     if failures:
         name, reason = sorted(failures.items())[0]
         raise UserError(f"{len(failures)} pictures failed, listed in {listing}; the first: {printable(name)}: {reason}")
@@ -524,8 +588,14 @@ def make_sheet(args, splits: list[sets.FolderSet], device: str, most: int = 20, 
 
 def settings_of(args, engine: str | None = None) -> Settings:
     mrs = {name: getattr(args, name) for name in texture_mrs.Options.__dataclass_fields__}
-    return Settings(engine or args.engine, args.size, args.patch, args.seed, texture_mrs.Options(**mrs),
-                    texture_quilt.Options(block=args.block, overlap=args.overlap))  # fmt: skip
+    return Settings(
+        engine or args.engine,
+        args.size,
+        args.patch,
+        args.seed,
+        texture_mrs.Options(**mrs),
+        texture_quilt.Options(block=args.block, overlap=args.overlap),
+    )
 
 
 def device_of(args) -> str:

@@ -63,11 +63,22 @@ def parse_args(argv=None):
     g.add_argument("--class-list", metavar="FILE", help="these class folders only, one name a line")
     g.add_argument("--limit", type=cli.positive_int, metavar="N", help="only the first N pictures of each class")
     g = parser.add_argument_group("pictures")
-    g.add_argument("--corruptions", nargs="+", metavar="NAME", choices=demo.CORRUPTIONS, default=list(demo.CORRUPTIONS),
-                   help="of " + ", ".join(demo.CORRUPTIONS) + " (default all)")  # fmt: skip
+    g.add_argument(
+        "--corruptions",
+        nargs="+",
+        metavar="NAME",
+        choices=demo.CORRUPTIONS,
+        default=list(demo.CORRUPTIONS),
+        help="of " + ", ".join(demo.CORRUPTIONS) + " (default all)",
+    )
     g.add_argument("--severities", nargs="+", type=int, metavar="1-5", choices=range(1, 6), default=[1, 2, 3, 4, 5])
-    g.add_argument("--size", type=cli.count, default=224, metavar="PIXELS",
-                   help="side of the centre crop, after a resize to 256/224 of it; 0: leave pictures as they are")  # fmt: skip
+    g.add_argument(
+        "--size",
+        type=cli.count,
+        default=224,
+        metavar="PIXELS",
+        help="side of the centre crop, after a resize to 256/224 of it; 0: leave pictures as they are",
+    )
     g.add_argument("--no-resize", action="store_const", const=0, dest="size", help="the same as --size 0")
     g.add_argument(
         "--format", choices=list(ENDINGS), default="jpeg", help=f"jpeg: quality {JPEG_QUALITY}; png: no loss"
@@ -284,8 +295,10 @@ def check_out(out: Path, source: Path, tree: Path) -> None:
     """UsageError where OUT cannot be: among the pictures, or a folder that holds something else."""
     folder = workers.lies_in(out, source, [source, *workers.split_folders(tree)])
     if folder:
-        raise UsageError(f"{out}: lies in the folder of the pictures {folder}, where it would become a class: "
-                         "name a folder outside it")  # fmt: skip
+        raise UsageError(
+            f"{out}: lies in the folder of the pictures {folder}, where it would become a class: "
+            "name a folder outside it"
+        )
     workers.check_own(out, "corruptions.json")
 
 
@@ -308,8 +321,10 @@ def settle(out: Path, settings: dict) -> list[str]:
     if differ:
         raise UsageError(f"{out}: was begun with {'; '.join(differ)}: give the same, or name another folder")
     if before.get("versions") != versions:
-        return [f"note: {out} was begun with other versions of {_changed(before.get('versions') or {}, versions)}; "
-                "what is made now may differ in a grey level from what another rerun would have given"]  # fmt: skip
+        return [
+            f"note: {out} was begun with other versions of {_changed(before.get('versions') or {}, versions)}; "
+            "what is made now may differ in a grey level from what another rerun would have given"
+        ]
     return []
 
 
@@ -342,10 +357,6 @@ def main(argv=None) -> None:
     if args.demo:
         args.data = args.tree
         demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
-    try:
-        import corrupt_tta  # noqa: F401  found missing here, not in a worker
-    except ImportError as error:
-        raise UserError(f"this needs the package corrupt-tta ({error}): pip install corrupt-tta") from None
     tree, out = Path(args.tree), Path(args.out)
     if not tree.is_dir():
         raise UsageError(f"{tree}: {'is a file, not a folder' if tree.exists() else 'no such folder'}")
@@ -374,8 +385,11 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     jobs = plan(sources, targets, variants, Settings(str(source), str(out), args.size, args.format, args.seed))
     wanted, missing = len(sources) * len(variants), sum(len(job.variants) for job in jobs)
     processes = args.workers or workers.default_workers(missing, 1000)
-    print(f"corrupting {len(sources)} pictures of {source}: {wanted} files, {wanted - missing} are there; "
-          f"{processes} process{'es' * (processes > 1)}", flush=True)  # fmt: skip
+    print(
+        f"corrupting {len(sources)} pictures of {source}: {wanted} files, {wanted - missing} are there; "
+        f"{processes} process{'es' * (processes > 1)}",
+        flush=True,
+    )
     if args.size and jobs:
         _say_if_enlarged(os.path.join(source, jobs[0].source), args.size)
 
@@ -393,9 +407,11 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     finally:
         bar.close()
     listing = workers.list_failures(out, "failed", args.shard, failures)
-    print(f"result: {wanted - missing + made} of {wanted} files in {out}, {len(args.corruptions)} corruptions x "
-          f"{len(args.severities)} severities; {made} made now, {size / 1e6:.1f} MB, in {run.clock(bar.seconds)}"
-          + (f" ({seconds / len(jobs):.2f} s of processor time per picture)" if jobs else ""))  # fmt: skip
+    print(
+        f"result: {wanted - missing + made} of {wanted} files in {out}, {len(args.corruptions)} corruptions x "
+        f"{len(args.severities)} severities; {made} made now, {size / 1e6:.1f} MB, in {run.clock(bar.seconds)}"
+        + (f" ({seconds / len(jobs):.2f} s of processor time per picture)" if jobs else "")
+    )
     if failures:
         path, reason = sorted(failures.items())[0]
         raise UserError(
@@ -406,8 +422,11 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
 def _say_if_enlarged(path: str, size: int) -> None:
     with contextlib.suppress(Exception), Image.open(path) as image:
         if min(image.size) < size // 2:
-            print(f"note: pictures such as this one, {image.width} x {image.height}, are enlarged to {size}; "
-                  "--size 0 leaves them as they are", flush=True)  # fmt: skip
+            print(
+                f"note: pictures such as this one, {image.width} x {image.height}, are enlarged to {size}; "
+                "--size 0 leaves them as they are",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

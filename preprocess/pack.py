@@ -50,6 +50,7 @@ from torch.nn.functional import interpolate
 from common import UsageError, UserError, cli, printable, processes, run, sets
 from common.augment import ResizeCenterCrop
 from common.crops import decoded
+from common.run import only_writer
 from common.sets import PACK_FORMAT, PACK_VERSION, BadPicture, FolderSet
 from preprocess.workers import Rate, again, lies_in, split_folders
 
@@ -117,30 +118,6 @@ def check_output(out: Path, source: Path, flag: str = "the output folder") -> No
             raise UsageError(
                 f"{flag} {printable(place)} lies inside the input {printable(source)}: choose another folder"
             )
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path):
-    """Make `folder` and hold it for this process, where the file system can."""
-    handle = None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write to {printable(folder)}: {reason_of(error)}") from None
-    try:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is writing to {printable(folder)}: wait for it to end") from None
-            except OSError:  # a file system without locks
-                pass
-        yield
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding

@@ -59,6 +59,10 @@ class Chunk:
     weights: Tensor  # float32 (V, k)
     first: int  # number of visits before this chunk
 
+    def to(self, device: torch.device | str) -> Chunk:
+        moved = (x.to(device) for x in (self.target, self.neighbours, self.offsets, self.weights))
+        return Chunk(*moved, self.first)
+
 
 class Canvas:
     """Flat layout of M examples with so much black around them that example place + offset is one addition.
@@ -133,10 +137,7 @@ class Schedule:
         moved = object.__new__(Schedule)
         moved.__dict__.update(self.__dict__)
         moved.order = self.order.to(device)
-        moved.stages = [
-            (level, [Chunk(c.target.to(device), c.neighbours.to(device), c.offsets.to(device), c.weights.to(device), c.first)
-                     for c in chunks]) for level, chunks in self.stages
-        ]  # fmt: skip
+        moved.stages = [(level, [chunk.to(device) for chunk in chunks]) for level, chunks in self.stages]
         return moved
 
 

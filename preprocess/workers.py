@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import cv2
 import torch
 from PIL import Image
 
@@ -50,10 +51,7 @@ def _start() -> None:
 def one_thread() -> None:
     """There is one process per core already: no library starts threads of its own in it."""
     torch.set_num_threads(1)
-    with contextlib.suppress(ImportError):
-        import cv2
-
-        cv2.setNumThreads(1)
+    cv2.setNumThreads(1)
 
 
 def in_processes(function: Callable, jobs: Iterable, workers: int) -> Iterator:

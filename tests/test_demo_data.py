@@ -12,25 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, run_script
 from PIL import Image
 
 from common import UsageError, UserError
-from preprocess import demo, demo_shapes
+from preprocess import demo, demo_shapes, make_demo
 
-pytest.importorskip("corrupt_tta", reason="the corrupted set needs the package corrupt-tta")
-
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "preprocess/make_demo.py"
 SMALL = {"size": 48, "train_per_class": 6, "val_per_class": 2, "corruption_per_class": 1, "severities": (2, 4)}
 TINY = {"size": 32, "train_per_class": 2, "val_per_class": 1, "severities": ()}
 
 
 def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
-
-
-def run_cli(*args, cwd=ROOT, module=False, **options):
-    how = ["-m", "preprocess.make_demo"] if module else [str(ROOT / "preprocess" / "make_demo.py")]
-    return subprocess.run([sys.executable, *how, *args], cwd=cwd, capture_output=True, text=True, timeout=60, **options)
 
 
 @pytest.fixture(scope="module")
@@ -251,20 +245,21 @@ def test_settings_that_cannot_work(tmp_path, change, message):
 TINY_FLAGS = ["--train-per-class", "2", "--val_per_class", "1", "--size", "32"]
 
 
-def test_command_line(tmp_path):
-    done = run_cli("demo", *TINY_FLAGS, "--severities", "--texture", "--sheet", "s/sheet.png", cwd=tmp_path)
+def test_command_line_from_elsewhere(tmp_path, capsys):
+    flags = [*TINY_FLAGS, "--severities"]
+    done = run_script(SCRIPT, "demo", *flags, "--texture", "--sheet", "s/sheet.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("demo data: making 80 files in demo")
     assert re.search(r"^train +20 ", done.stdout, re.M) and "result: 80 files" in done.stdout
     with Image.open(tmp_path / "s" / "sheet.png") as sheet:
         assert sheet.width > 320 and sheet.height > 7 * 32
-    # as a module, from the repository root: found complete, with its twins
-    again = run_cli(str(tmp_path / "demo"), *TINY_FLAGS, "--severities", module=True)
-    assert again.returncode == 0 and again.stderr == "" and "result: 80 files" in again.stdout
+    assert make_demo.main([str(tmp_path / "demo"), *flags]) == 0  # found complete, with its twins
+    again = capsys.readouterr()
+    assert again.err == "" and "result: 80 files" in again.out
 
 
 def test_two_processes_that_want_the_same_set_make_it_once(tmp_path):
-    command = [sys.executable, str(ROOT / "preprocess" / "make_demo.py"), "demo", *TINY_FLAGS, "--severities"]
+    command = [sys.executable, str(ROOT / SCRIPT), "demo", *TINY_FLAGS, "--severities"]
     both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
@@ -272,7 +267,8 @@ def test_two_processes_that_want_the_same_set_make_it_once(tmp_path):
     assert len(files(tmp_path / "demo")) == 60
 
 
-def test_command_line_errors(tmp_path):
+def test_command_line_errors(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
@@ -283,8 +279,9 @@ def test_command_line_errors(tmp_path):
         (["new", "--severities", "7"], 2, "--severities 7"),
     ]
     for args, code, message in cases:
-        done = run_cli(*args, cwd=tmp_path)
-        assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert make_demo.main(args) == code
+        told = capsys.readouterr().err
+        assert message in told and len(told.splitlines()) == 1
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
 
 
@@ -295,7 +292,7 @@ def _workers_of(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks up child processes in /proc")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_command_leaves_no_process_and_can_be_repeated(tmp_path, sent):
-    command = [sys.executable, str(ROOT / "preprocess" / "make_demo.py"), "demo", "--workers", "2", "--severities"]
+    command = [sys.executable, str(ROOT / SCRIPT), "demo", "--workers", "2", "--severities"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 30
@@ -317,5 +314,5 @@ def test_interrupted_command_leaves_no_process_and_can_be_repeated(tmp_path, sen
         time.sleep(0.05)
     assert not (tmp_path / "demo" / "demo.json").exists()
     assert (tmp_path / "demo" / "demo.json.partial").exists()
-    done = run_cli("demo", *TINY_FLAGS, "--severities", "--workers", "1", cwd=tmp_path)
-    assert done.returncode == 0 and demo.read(tmp_path / "demo")["counts"]["train"] == 20
+    make_demo.main([str(tmp_path / "demo"), *TINY_FLAGS, "--severities", "--workers", "1"])
+    assert demo.read(tmp_path / "demo")["counts"]["train"] == 20

@@ -349,8 +349,16 @@ def test_places_that_cannot_be_written_to(few, tmp_path):
 
 
 def test_it_runs_from_anywhere_under_either_spelling(few, tmp_path):
-    done = run_script("preprocess/imagenet100_subset.py", "--imagenet_path", "few", "--imagenet100-path", "out",
-                      "--class-list", "ids.txt", cwd=tmp_path)  # fmt: skip
+    done = run_script(
+        "preprocess/imagenet100_subset.py",
+        "--imagenet_path",
+        "few",
+        "--imagenet100-path",
+        "out",
+        "--class-list",
+        "ids.txt",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert len(contents(tmp_path / "out")) == 0 and len(open_set(tmp_path / "out", "train")) == 4
     listing = subprocess.run(["ls", "-L", tmp_path / "out/train" / IDS[0]], capture_output=True, text=True)

@@ -38,8 +38,9 @@ def one_thread():
 
 
 def noise(count=1, examples=2, side=24, seed=0):
-    return torch.randint(0, 256, (count, examples, 3, side, side), dtype=torch.uint8,
-                         generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    return torch.randint(
+        0, 256, (count, examples, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def colours(pixels):
@@ -119,8 +120,10 @@ def test_a_visit_takes_the_cheapest_candidate_of_a_slow_loop(shortlist):
             state.visit(chunk, state.tables[level])
             if chunk is not chunks[len(chunks) // 2]:
                 continue
-            where = {i: (p // patch**2, p // patch % patch, p % patch) for i, p in
-                     ((i, position[int(s)]) for i, s in enumerate(before) if int(s) in position)}  # fmt: skip
+            where = {
+                i: (p // patch**2, p // patch % patch, p % patch)
+                for i, p in ((i, position[int(s)]) for i, s in enumerate(before) if int(s) in position)
+            }
             for v in range(min(3, len(chunk.target))):
                 y, x = divmod(int(chunk.target[v]), size)
                 around = [(int(n), int(n) // size - y, int(n) % size - x) for n in chunk.neighbours[v]]
@@ -335,8 +338,20 @@ def tree(tmp_path):
 
 
 def make(tree, out, *flags, engine="quilt", workers=1):
-    syn.main(["--imagenet_path", str(tree), "--imagenet-t-path", str(out), "--device", "cpu", "--workers", str(workers),
-              *SMALL[engine], *flags])  # fmt: skip
+    syn.main(
+        [
+            "--imagenet_path",
+            str(tree),
+            "--imagenet-t-path",
+            str(out),
+            "--device",
+            "cpu",
+            "--workers",
+            str(workers),
+            *SMALL[engine],
+            *flags,
+        ]
+    )
 
 
 def files(out):
@@ -447,8 +462,19 @@ def test_failures_are_listed_and_exit_with_1(tree, tmp_path):
     (tree / "train" / "fish" / "text.jpg").write_text("no picture")
     whole = (tree / "val" / "bird" / "b0.JPEG").read_bytes()
     (tree / "val" / "bird" / "cut.JPEG").write_bytes(whole[: len(whole) // 2])
-    done = run_script(SCRIPT, "--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T", "-j", "1", "--device", "cpu",
-                      *SMALL["quilt"], cwd=tmp_path)  # fmt: skip
+    done = run_script(
+        SCRIPT,
+        "--imagenet_path",
+        tree,
+        "--imagenet_t_path",
+        tmp_path / "T",
+        "-j",
+        "1",
+        "--device",
+        "cpu",
+        *SMALL["quilt"],
+        cwd=tmp_path,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: 4 pictures failed, listed in")
     listed = dict(line.split("\t") for line in (tmp_path / "T" / "failures.txt").read_text().splitlines())
@@ -597,8 +623,24 @@ def test_embark_missing_says_where_it_comes_from(tree, tmp_path, monkeypatch):
 
 def test_sheet_and_demo(workspace, demo_set, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(workspace))
-    syn.main(["--imagenet_path", str(demo_set), "--sheet", "look/sheet.png", "--limit", "3", "--size", "40", "--patch",
-              "36", "--k-neighs", "8", "--device", "cpu"])  # fmt: skip
+    syn.main(
+        [
+            "--imagenet_path",
+            str(demo_set),
+            "--sheet",
+            "look/sheet.png",
+            "--limit",
+            "3",
+            "--size",
+            "40",
+            "--patch",
+            "36",
+            "--k-neighs",
+            "8",
+            "--device",
+            "cpu",
+        ]
+    )
     with Image.open("look/sheet.png") as sheet:
         assert sheet.size == (3 * (3 * 40 + 8) - 8, 40 + 14)
     assert "3 pictures with textures by mrs, quilt" in capsys.readouterr().out

@@ -1,13 +1,14 @@
-"""Hand a backbone to other programs: `python -m tools.export CKPT --to torchvision|timm|detectron2|safetensors`.
+"""Hand a backbone to other programs: `python tools/export.py CKPT --to torchvision|timm|detectron2|safetensors`.
 
-Takes a checkpoint of any layout that `common.checkpoint.backbone` knows; the projection head or classifier stays behind.
+Runs from any working directory and takes a checkpoint of any layout that `common.checkpoint.backbone` knows; the projection
+head or classifier stays behind.
 """
 
-import os
 import pickle
 import re
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,7 +20,7 @@ SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "safetens
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser(prog="python -m tools.export", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="export.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="pre-training or linear-evaluation checkpoint")
     parser.add_argument("--to", choices=list(SUFFIX), required=True)
     parser.add_argument("--out", default=None, help="file to write; default: beside the checkpoint, named after --to")
@@ -28,13 +29,10 @@ def main(argv=None) -> None:
     state = checkpoint.without_head(one_tower(checkpoint.backbone(checkpoint.load(args.checkpoint)), args.tower))
     state = {k: v.contiguous() for k, v in state.items()}
     out = Path(args.out or str(Path(args.checkpoint)).split(".pth")[0] + f"_{args.to}{SUFFIX[args.to]}")
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write(state, partial, args.to)
-        os.replace(partial, out)
+        with checkpoint.replacing(out) as file:
+            write(state, file, args.to)
     except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {out}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
         ) from None
@@ -50,17 +48,16 @@ def one_tower(state: dict, tower: str | None) -> dict:
     return {k.removeprefix(f"{tower}."): v for k, v in state.items() if k.startswith(f"{tower}.")}
 
 
-def write(state: dict, path: Path, to: str) -> None:
+def write(state: dict, file: BinaryIO, to: str) -> None:
     if to == "safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(state, path)
+        file.write(save(state))
     elif to == "detectron2":  # a pickle of NumPy arrays; its own loader adds what is missing
         model = {detectron2_name(k): v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        with open(path, "wb") as file:
-            pickle.dump({"model": model, "__author__": "contrastive pre-training", "matching_heuristics": True}, file)
+        pickle.dump({"model": model, "__author__": "contrastive pre-training", "matching_heuristics": True}, file)
     else:  # timm's ResNets have torchvision's parameter names and accept the same file
-        torch.save(state, path)
+        torch.save(state, file)
 
 
 def detectron2_name(key: str) -> str:

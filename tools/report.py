@@ -1,4 +1,4 @@
-"""Run folders beside the published table they belong to: `python -m tools.report RUNS...`.
+"""Run folders beside the published table they belong to: `python tools/report.py RUNS...`, from any working directory.
 
 A run's result.json names its table (a JSON file in the paper's folder). Runs with the same label and setting are one row:
 mean and standard deviation, the seeds listed.
@@ -18,7 +18,7 @@ from common.run import ROOT
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser(prog="python -m tools.report", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="report.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders (or folders of them) with a result.json of an evaluation")
     parser.add_argument("--format", choices=["text", "markdown", "csv"], default="text")
     parser.add_argument("--no-published", action="store_true", help="only the given runs")
@@ -77,12 +77,20 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
         for member in members:
             key = (*(member.get(k) for k in ("label", "arch", "epochs", "data")), json.dumps(member.get("settings")))
             by_row.setdefault(key, []).append(member)
-        rows = [[f"{label}, {arch}{seeds(same)}", str(data), str(epochs),
-                 *(cell([m[c] for m in same if c in m]) for c in columns)]
-                for (label, arch, epochs, data, _), same in by_row.items()]  # fmt: skip
+        rows = [
+            [
+                f"{label}, {arch}{seeds(same)}",
+                str(data),
+                str(epochs),
+                *(cell([m[c] for m in same if c in m]) for c in columns),
+            ]
+            for (label, arch, epochs, data, _), same in by_row.items()
+        ]
         if with_published:  # its own table: other data, other sizes
-            theirs = [[row["label"], published["data"], str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
-                      for row in published["rows"]]  # fmt: skip
+            theirs = [
+                [row["label"], published["data"], str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
+                for row in published["rows"]
+            ]
             made.append((published["title"], ["published", "data", "epochs", *columns], theirs))
         made.append(("Accuracy in percent of the runs here", ["run", "data", "epochs", *columns], rows))
     return made
@@ -118,7 +126,4 @@ def layout(header: list[str], rows: list[list[str]], markdown: bool) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        cli.run(main)
-    finally:
-        sys.stdout.flush()
+    cli.run(main)

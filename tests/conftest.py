@@ -15,6 +15,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from common import processes
 from preprocess import demo
 
 
@@ -61,3 +62,11 @@ def as_published(saved, keys, **opt) -> dict:
     theirs = {k: saved[k] for k in keys if k in saved}
     theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
     return theirs | {"opt": argparse.Namespace(**opt)}
+
+
+# Inner names of common/ that tests replace, in this one place.
+
+
+def compute_on(device: torch.device) -> None:
+    """Every script started in this process from now on computes on `device`, whatever --device says."""
+    processes._device = lambda args, local_rank: device

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's would start a thread per core
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # NumPy's would start a thread per core
 
 import torch
 
@@ -86,7 +86,6 @@ def forked(script: str, flags: list[str], log: str, plant=None) -> int:
     try:
         with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
-                torch.set_num_threads(1)
                 if plant is not None:
                     plant()
                 sys.modules[script].main(flags)

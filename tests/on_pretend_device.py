@@ -132,7 +132,6 @@ def check(kind: str, name: str) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     out = sys.stdout
     device = pretend_device.switch_on()  # before the first backward pass, which counts the devices
     with contextlib.redirect_stdout(io.StringIO()):

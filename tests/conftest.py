@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -6,15 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# One thread, here and in every process that tests start: the networks are small, and threads that wait for each other on a
+# busy machine take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from common import data, processes
 from preprocess import demo
 
 
@@ -43,6 +48,31 @@ def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env
                           capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **env})  # fmt: skip
 
 
+@contextlib.contextmanager
+def stopped_at(step: int, signum: int = signal.SIGTERM):
+    """This process gets a real signal when a loader gives its batch number `step` (from 1) within the block.
+
+    The run in the block has to end: by itself, or with the exit code of a program that the signal has stopped.
+    """
+    batches, given = data.Loader.__iter__, 0
+
+    def counted(self):
+        nonlocal given
+        for batch in batches(self):
+            given += 1
+            if given == step:
+                os.kill(os.getpid(), signum)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Loader, "__iter__", counted)
+        try:
+            yield
+        except SystemExit as stopped:
+            assert stopped.code == 128 + signum
+    assert given == step, "the signal stopped nothing"
+
+
 def equal(a, b) -> bool:
     """Bit by bit: tensors in dicts and lists of whatever depth."""
     if isinstance(a, torch.Tensor):
@@ -61,3 +91,11 @@ def as_published(saved, keys, **opt) -> dict:
     theirs = {k: saved[k] for k in keys if k in saved}
     theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
     return theirs | {"opt": argparse.Namespace(**opt)}
+
+
+# Inner names of common/ that tests replace, in this one place.
+
+
+def compute_on(device: torch.device) -> None:
+    """Every script started in this process from now on computes on `device`, whatever --device says."""
+    processes._device = lambda args, local_rank: device

@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, equal
+from conftest import ROOT, equal, stopped_at
 
 from cmc import LinearProbing, colour, train_CMC
-from common import UsageError, UserError, backbones, checkpoint, processes, run
+from common import UsageError, UserError, backbones, checkpoint, processes
 from moco_insdis import eval_moco_ins
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -129,16 +129,11 @@ def test_resume_equals_an_uninterrupted_run(workspace, tmp_path, script, network
 
 
 @pytest.mark.parametrize("script, network", [(MOCO, "moco"), (CMC, "resnet18v1")])
-def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(
-    workspace, tmp_path, monkeypatch, capsys, script, network
-):
+def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(workspace, tmp_path, capsys, script, network):
     whole, _ = evaluate(script, network, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        calls = []
-        patched.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == 2)
-        main = importlib.import_module(script).main
-        flags = [*SMALL, "--data_folder", "DATA", "--model_path", network, "--save_path", str(tmp_path / "parts")]
-        main(flags)
+    main = importlib.import_module(script).main
+    with stopped_at(2):
+        main([*SMALL, "--data_folder", "DATA", "--model_path", network, "--save_path", str(tmp_path / "parts")])
     assert "stopped by a signal in epoch 1 at step 2; continue with --resume auto" in capsys.readouterr().out
     (stopped,) = (tmp_path / "parts").glob("*/current.pth")
     assert (checkpoint.load(stopped)["epoch"], checkpoint.load(stopped)["step"]) == (0, 2)

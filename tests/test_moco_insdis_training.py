@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import as_published, equal, run_script
+from conftest import as_published, equal, run_script, stopped_at
 
-from common import UsageError, UserError, checkpoint, processes, run
+from common import UsageError, UserError, checkpoint, processes
 from moco_insdis import train_moco_ins as script
 
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 40 --model_path run --device cpu --print_freq 2".split()
@@ -17,9 +17,12 @@ METHODS = {"insdis": [], "moco": ["--moco"]}
 
 def train(*flags) -> dict:
     """Run the script; its newest checkpoint."""
-    flags = [*TINY, *map(str, flags)]
-    script.main(flags)
-    return checkpoint.load(f"{script.parse_args(flags).folder}/current.pth")
+    script.main([*TINY, *map(str, flags)])
+    return newest(*flags)
+
+
+def newest(*flags) -> dict:
+    return checkpoint.load(f"{script.parse_args([*TINY, *map(str, flags)]).folder}/current.pth")
 
 
 def same_run(a, b) -> None:
@@ -154,24 +157,34 @@ def test_key_network_follows_the_query_network():
     torch.testing.assert_close(method.memory.memory[:8].norm(dim=1), torch.ones(8))
 
 
+@pytest.fixture(scope="module")
+def whole(demo_set, tmp_path_factory) -> dict:
+    """The runs that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "data").mkdir()
+    (folder / "data" / "demo").symlink_to(demo_set)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return {name: train(*flags) for name, flags in METHODS.items()}
+
+
 @pytest.mark.parametrize(
-    "method, stop_at", [("insdis", 7), ("moco", None), ("moco", 3), ("moco", 7)],
+    "method, stop_at", [("insdis", 6), ("moco", None), ("moco", 3), ("moco", 6)],
     ids=["insdis, second epoch", "moco, whole epoch", "moco, first epoch", "moco, second epoch"],
 )  # fmt: skip
-def test_resume_is_bit_exact(workspace, monkeypatch, capsys, method, stop_at):
-    whole = train(*METHODS[method], "--model_path", "whole")
+def test_resume_is_bit_exact(whole, workspace, capsys, method, stop_at):
+    flags = METHODS[method]
     if stop_at:
-        with monkeypatch.context() as patch:
-            calls = []
-            patch.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == stop_at)
-            cut = train(*METHODS[method])
+        with stopped_at(stop_at):
+            train(*flags)
+        cut = newest(*flags)
         assert (cut["epoch"], cut["step"]) == ((0, 3) if stop_at == 3 else (1, 1))
         assert "continue with --resume auto" in capsys.readouterr().out
     else:
-        train(*METHODS[method], "--epochs", 1)
-    resumed = train(*METHODS[method], "--resume", "auto")
+        train(*flags, "--epochs", 1)
+    resumed = train(*flags, "--resume", "auto")
     assert "resumed run/" in capsys.readouterr().out
-    same_run(whole, resumed)
+    same_run(whole[method], resumed)
     if method == "moco":
         assert resumed["queue"]["pointer"] == 10 * 32 % 40 and resumed["queue"]["z"] > 0
 
@@ -240,7 +253,7 @@ def test_bad_checkpoints_and_settings(workspace):
     saved, queue = train("--epochs", 1), train("--epochs", 1, "--moco")
     path, moco = f"run/InsDis_nce{TAIL}/current.pth", f"run/MoCo0.99_nce{TAIL}/current.pth"
     before = (workspace / path).read_bytes()
-    fails("is of InsDis: leave --moco away", "--moco", "--resume", path)
+    fails("is of InsDis: omit --moco", "--moco", "--resume", path)
     fails("is of MoCo: add --moco", "--resume", moco)
     fails("is of --model resnet18, this run of resnet34", "--model", "resnet34", "--resume", path)
     fails("made with --nce_k 40, this run has 30", "--nce_k", 30, "--resume", path)
@@ -269,61 +282,3 @@ def test_as_a_program(workspace):
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and "nowhere" in found.stderr
     shown = run_script("moco_insdis/train_moco_ins.py", "--help", cwd=workspace)
     assert shown.returncode == 0 and "--alpha" in shown.stdout and "--aug" in shown.stdout
-
-
-# ------------------------------------------------------------------------------------------------------- two processes
-
-SETTINGS = (["--softmax", "--exclude-self"], ["--moco"])
-
-
-def two_ranks(args, process):
-    """Two steps of each rank on fixed views; everything that must agree with one process is written down. Then a run."""
-    found = []
-    for flags in SETTINGS:
-        now = script.parse_args([*TINY, *"--nce_t .5 --learning_rate .01 --bn-splits 2 --small-stem".split(), *flags])
-        torch.manual_seed(0)
-        method = (script.MoCo if now.moco else script.InsDis)(now, 40, process)
-        before = {k: v.detach().clone() for k, v in method.encoder.named_parameters()}
-        losses = []
-        for step in range(2):
-            generator = torch.Generator().manual_seed(step)
-            images = torch.randn(1 + now.moco, 8, 3, 16, 16, generator=generator)
-            index = torch.randperm(40, generator=generator)[:8]
-            mine = slice(4 * process.rank, 4 * process.rank + 8 // process.world_size)
-            loss, _ = method.step(list(images[:, mine]), index[mine])
-            losses.append(processes.mean_ranks(loss.detach()))
-        after = {k: v.detach() for k, v in method.encoder.named_parameters()}
-        if now.moco:
-            after |= {f"ema {k}": v for k, v in method.encoder_ema.named_parameters()}
-            before |= {f"ema {k}": v for k, v in before.items()}
-        queue = {k: torch.as_tensor(v) for k, v in method.state().get("queue", {}).items()}
-        memory = method.memory.state_dict() | queue
-        found.append({"losses": torch.stack(losses), "before": before, "after": after, "memory": memory,
-                      "ranks": processes.gather_objects((memory, after))})  # fmt: skip
-    if process.is_main:
-        torch.save(found, args.out)
-    if process.world_size == 2:
-        for flags in ("--model_path whole", "--epochs 1", "--resume auto"):
-            script.worker(script.parse_args([*TINY, *["--moco"], *flags.split()]), process)
-
-
-def test_two_processes_equal_one_and_resume(workspace):
-    results = []
-    for count in (1, 2):
-        args = script.parse_args([*TINY, "--nproc", str(count)])
-        args.out = f"{count}.pt"
-        processes.launch(two_ranks, args)
-        results.append(torch.load(args.out))
-    for one, two in zip(*results):
-        torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)
-        for key, value in one["memory"].items():
-            torch.testing.assert_close(two["memory"][key].float(), value.float(), rtol=1e-3, atol=1e-3, msg=key)
-        # Batch-norm over few numbers amplifies rounding, so the weights' movement is compared as a whole.
-        moved = [
-            torch.cat([(run["after"][k] - run["before"][k]).flatten() for k in one["after"]]) for run in (one, two)
-        ]
-        assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
-        assert equal(*two["ranks"])  # weights and memories agree on all ranks
-    whole, resumed = (checkpoint.load(next((workspace / p).glob("*/current.pth"))) for p in ("whole", "run"))
-    assert len(whole["generators"]) == 2
-    same_run(whole, resumed)

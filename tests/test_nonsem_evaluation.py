@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import equal
+from conftest import equal, stopped_at
 from safetensors.torch import load_file
 
 from common import UsageError, UserError, backbones, checkpoint, processes, run
@@ -95,11 +95,9 @@ def test_resume_equals_an_uninterrupted_run_and_evaluate_repeats_its_number(work
     assert json.loads((workspace / "parts/result.json").read_text())["epochs"] == 3  # left as it was
 
 
-def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(workspace, monkeypatch, capsys):
+def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(workspace, capsys):
     main_lincls.main([*LIN, "--cache-views", "0", "--ckpt_path", "fresh-whole"])
-    with monkeypatch.context() as patched:
-        calls = []
-        patched.setattr(run.StopSignal, "asked", lambda self: calls.append(1) or len(calls) == 2)
+    with stopped_at(2):
         main_lincls.main([*LIN, "--cache-views", "0", "--ckpt_path", "fresh-parts"])
     assert "stopped by a signal in epoch 0 at step 2; continue with --resume auto" in capsys.readouterr().out
     stopped = checkpoint.load("fresh-parts/checkpoint_robust_0000.pth.tar")

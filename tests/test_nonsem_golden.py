@@ -1,36 +1,28 @@
 """nonsem_neg against number vectors of the published code (SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at
 5fbdc4d, computed in float32 on a CPU; tests/golden/README.md says what each array is)."""
 
-import json
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vectors import close, keys, names, published_keys, read
 
 from common import backbones
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import PatchGrid, sample_patches, tile_patches
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = sorted(p.stem for p in GOLDEN.glob("nonsem_moco_n*.npz"))
-
-
-def load(name):
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {k: torch.from_numpy(np.asarray(file[k])) for k in file.files}
-
-
-def close(a, b, rtol=1e-4, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+CASES = names("nonsem_moco_n*")
 
 
 class TinyEncoder(nn.Module):
-    def __init__(self, num_classes):
+    """As wide as the vectors are: `golden` has its weights."""
+
+    def __init__(self, golden, num_classes):
         super().__init__()
-        self.lin, self.fc = nn.Linear(48, 10), nn.Linear(10, num_classes)
+        width, pixels = golden["enc_k_init.lin.weight"].shape
+        self.lin, self.fc = nn.Linear(pixels, width), nn.Linear(width, num_classes)
 
     def forward(self, x):
         return self.fc(torch.relu(self.lin(x.flatten(1))))
@@ -41,16 +33,17 @@ def at(golden, prefix, step):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_three_training_steps(name):
-    golden = load(name)
-    model = MoCo(TinyEncoder, dim=8, queue_size=int(golden["K"]), momentum=float(golden["m"]),
-                 temperature=float(golden["T"]), mlp=bool(golden["mlp"]), alpha=float(golden["alpha"]))  # fmt: skip
+def test_training_steps(name):
+    golden = read(name)
+    settings = {key: golden[symbol] for key, symbol in
+                dict(queue_size="K", momentum="m", temperature="T", alpha="alpha").items()}  # fmt: skip
+    model = MoCo(partial(TinyEncoder, golden), dim=golden["q"].shape[-1], mlp=bool(golden["mlp"]), **settings)
     model.encoder_q.load_state_dict(at(golden, "enc_q.", 0))
     model.encoder_k.load_state_dict(at(golden, "enc_k_init.", None))
     model.queue.copy_(golden["queue_before"][0])
-    optimizer = torch.optim.SGD(model.parameters(), lr=float(golden["lr"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=golden["lr"])
     generator = torch.Generator().manual_seed(0)
-    for step in range(3):
+    for step in range(len(golden["loss"])):
         close(model.queue, golden["queue_before"][step])
         for key, value in at(golden, "enc_q.", step).items():
             close(model.encoder_q.state_dict()[key], value)
@@ -75,25 +68,25 @@ def test_three_training_steps(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_gradient_alone(name):
-    golden = load(name)
-    for step in range(3):
+    golden = read(name)
+    for step in range(len(golden["loss"])):
         q = golden["q"][step].clone().requires_grad_()
         logits = contrast_logits(q, golden["k"][step], golden["queue_before"][step], golden["ts"][step],
-                                 float(golden["T"]), float(golden["alpha"]))  # fmt: skip
+                                 golden["T"], golden["alpha"])  # fmt: skip
         close(logits, golden["logits"][step])
         F.cross_entropy(logits, golden["labels"][step]).backward()
         close(q.grad, golden["grad_q"][step], rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["nonsem_patches", "nonsem_patches_divisor"])
+@pytest.mark.parametrize("name", names("nonsem_patches*"))
 def test_patches_are_laid_out_as_published(name):
-    golden = load(name)
+    golden = read(name)
     image = golden["image"].float()
     outputs = next(v for k, v in golden.items() if v.ndim == 4 and v.shape[1:] == image.shape)
     cells = int(golden["grid"].max())
     for i in range(len(outputs)):
         grid = int(golden["grid"][i])
-        assert grid == 224 // int(golden["patch_size"][i]) + 1
+        assert grid == image.shape[-1] // int(golden["patch_size"][i]) + 1
         corner = golden["patch_left_top"][i, : grid * grid].view(grid, grid, 2)
         left, top = torch.zeros(2, 1, cells, cells, dtype=torch.long)
         left[0, :grid, :grid], top[0, :grid, :grid] = corner[..., 0], corner[..., 1]
@@ -115,8 +108,8 @@ def test_published_ranges_of_patch_sides_and_offsets():
 
 
 def test_checkpoint_keys_shapes_and_order_are_the_authors():
-    expected = json.loads((GOLDEN / "nonsem_moco_resnet50_mlp_keys.json").read_text())
+    expected = published_keys("nonsem_moco_resnet50_mlp")
+    rows, dim = {name: shape[::-1] for name, shape, _ in expected}["module.queue"]
     with torch.device("meta"):
-        model = MoCo(lambda dim: backbones.build("resnet50", dim), queue_size=256, mlp=True)
-    own = [[f"module.{k}", list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.state_dict().items()]
-    assert own == expected
+        model = MoCo(lambda dim: backbones.build("resnet50", dim), dim, queue_size=rows, mlp=True)
+    assert keys(model.state_dict(), "module.") == expected

@@ -17,13 +17,13 @@ from common.precision import Precision
 def test_a_refused_flag_is_an_error_that_says_why(capsys):
     parser = cli.Parser()
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.refuse("tb_freq", "never had an effect")
+    parser.refuse("never had an effect", "tb_freq")
     assert not hasattr(cli.flags(parser.parse_args(["--lr", "1"])), "tb_freq")
     for argv in (["--tb_freq", "500"], ["--tb-freq=500"], ["--tb_freq"]):
         with pytest.raises(SystemExit) as stopped:
             parser.parse_args(argv)
         assert stopped.value.code == 2
-        assert capsys.readouterr().err.startswith("error: --tb_freq never had an effect; leave it away")
+        assert capsys.readouterr().err.startswith("error: --tb_freq never had an effect; omit it")
     assert "tb_freq" not in parser.format_help()
 
 
@@ -98,7 +98,7 @@ JOB = """
 import errno, os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-from common import cli, processes
+from common import cli, options, processes
 
 def worker(args, process):
     processes.barrier()
@@ -110,7 +110,7 @@ def worker(args, process):
 
 def main():
     parser = cli.Parser()
-    processes.add_arguments(parser)
+    options.add_hardware_arguments(parser)
     parser.add_argument("--full", action="store_true")
     processes.launch(worker, parser.parse_args())
 
@@ -140,26 +140,30 @@ class Pictures:
 
     def __iter__(self):
         for rows in (torch.tensor([0, 1, 2]), torch.tensor([3])):
-            yield ((10.0 * self.epoch + rows)[:, None],), rows + 5, rows
+            yield ((10.0 * self.epoch + rows).view(-1, 1, 1, 1),), rows + 5, rows
 
 
 def test_cached_views_take_turns_and_keep_their_targets():
-    cache = probe.ViewCache(lambda x: x, Pictures(), views=2, print_freq=100, show=False)
-    assert cache.steps(3) == 2
+    cache = probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 3, 0, 100, False)
+    assert len(cache) == 2
     for epoch in range(4):
-        batches = list(cache.batches(epoch, 3, seed=0))
+        cache.set_epoch(epoch)
+        batches = list(cache)
         assert [len(t) for _, t in batches] == [3, 1]
         feats, targets = (torch.cat(x) for x in zip(*batches))
         assert torch.equal(feats[:, 0], 10.0 * (epoch % 2) + targets - 5) and sorted(targets.tolist()) == [5, 6, 7, 8]
-    again = [t.tolist() for _, t in cache.batches(3, 3, seed=0)]
-    assert again == [t.tolist() for _, t in batches] != [t.tolist() for _, t in cache.batches(3, 3, seed=1)]
+    again = [t.tolist() for _, t in cache]
+    cache.seed = 1
+    assert again == [t.tolist() for _, t in batches] != [t.tolist() for _, t in cache]
+    cache.set_epoch(3, start_step=1)
+    assert [t.tolist() for _, t in cache] == [[t.tolist() for _, t in cache][-1]]
 
 
 def test_a_cache_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(probe, "CACHE_BYTES", 4 * 6 * 2 - 1)
     with pytest.raises(UserError, match="--cache-views 2"):
-        probe.ViewCache(lambda x: x, Pictures(), views=2, print_freq=100, show=False)
-    probe.ViewCache(lambda x: x, Pictures(), views=1, print_freq=100, show=False)
+        probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 3, 0, 100, False)
+    probe.CachedViews(lambda x: x.flatten(1), Pictures(), 1, 3, 0, 100, False)
 
 
 def test_validation_by_hand():

@@ -1,0 +1,44 @@
+"""What the memories of CMC, InsDis and MoCo share: losses, scores against a bank, drawn rows."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vectors import close
+
+import cmc.contrast
+import moco_insdis.contrast
+from common import memory as memory_module
+from common.memory import bank_scores, draw_rows
+
+
+@pytest.mark.parametrize("contrast", [cmc.contrast, moco_insdis.contrast], ids=["cmc", "moco_insdis"])
+def test_closed_forms(contrast):
+    assert math.isclose(contrast.softmax_loss(torch.zeros(3, 65)).item(), math.log(65), rel_tol=1e-6)
+    # Where every estimate equals K / n the data and the noise are told apart at chance: (K + 1) log 2.
+    assert math.isclose(contrast.nce_loss(torch.full((5, 9), 8 / 40), 40).item(), 9 * math.log(2), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
+def test_scores_against_a_bank_agree_with_gradients(gather_from, monkeypatch):
+    monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
+    generator = torch.Generator().manual_seed(0)
+    x, bank = F.normalize(torch.randn(6, 8, generator=generator), dim=1), torch.randn(50, 8, generator=generator)
+    rows = torch.randint(50, (6, 12), generator=generator)
+    slow, fast = (x.clone().requires_grad_() for _ in range(2))
+    (slow[:, None] * bank[rows]).sum(-1).square().sum().backward()
+    bank_scores(fast, bank, rows).square().sum().backward()
+    close(fast.grad, slow.grad)
+
+
+def test_draws_hold_the_own_row_first_and_can_exclude_it():
+    index = torch.tensor([3, 0, 9])
+    generator = torch.Generator().manual_seed(0)
+    rows = draw_rows(index, 10, 4000, generator)
+    assert torch.equal(rows[:, 0], index) and rows.min() == 0 and rows.max() == 9
+    counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in rows])
+    assert (counts > 300).all()  # uniform over all, the own row included
+    others = draw_rows(index, 10, 4000, generator, exclude_self=True)
+    counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in others])
+    assert (counts.gather(1, index[:, None]) == 0).all() and ((counts > 300).sum(1) == 9).all()

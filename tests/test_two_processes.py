@@ -1,0 +1,277 @@
+"""Two processes are one: the same losses, memories and gradients for the same global batch, a resume that is exact,
+torchrun as `--nproc`. One job of two processes makes all that is compared here.
+
+The networks compute in float64, features and losses in float32 as ever. So rounding enters where features are compared, and is
+not blown up by batch-norm over few numbers on its way through the layers: what agrees, agrees to six digits, and what is wrong
+(the planted mistakes show it) is a thousand times further away.
+"""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import equal, run_script
+from torch import nn
+
+from cmc import train_CMC
+from common import batchnorm, checkpoint, cli, options, processes
+from moco_insdis import train_moco_ins
+from nonsem_neg import moco_non_sem_neg, negatives
+from nonsem_neg.moco import MoCo
+
+DEMO = "--demo --device cpu --seed 0".split()
+STEP = "-b 8 --nce_k 24 --nce_t .5 --learning_rate .01 --bn-splits 2".split()
+CASES = {  # name: (how a step is taken, flags)
+    "cmc softmax": ("cmc", ["--softmax", "--view", "YCbCr"]),
+    "cmc nce": ("cmc", ["--views", "L,a,b", "--exclude-self"]),
+    "insdis softmax": ("insdis", ["--softmax", "--exclude-self"]),
+    "insdis nce": ("insdis", []),
+    "moco": ("moco", ["--moco"]),
+    "patch": ("patch", []),
+}
+MISTAKES = {  # planted in two processes: in which cases it is one
+    "gradients are summed": ["cmc softmax", "insdis nce", "moco", "patch"],
+    "the rows of rank 1 are those of rank 0": ["cmc softmax", "insdis nce", "moco", "patch"],
+    "a rank keeps its own keys": ["moco", "patch"],
+}
+TOLERANCE = 2e-4  # relative; measured: 1e-5 of the movement of all weights, 1e-6 of memories. The mistakes: 0.2 to 2
+LONG = "-b 32 --epochs 2 --print_freq 2".split()
+RUNS = {  # name: (script, flags, the flag that names the folder)
+    "cmc": (train_CMC, [*LONG, "--nce_k", "24"], "--model_path"),
+    "moco": (train_moco_ins, [*LONG, "--nce_k", "40", "--moco"], "--model_path"),
+    "patch": (moco_non_sem_neg, "-b 32 --epochs 2 --moco-k 64 --bn-splits 2".split(), "--ckpt_path"),
+}
+
+
+# ------------------------------------------------------------------------------------------------ steps on fixed views
+
+
+class Net(nn.Module):
+    """A convolution, a batch-norm and a head called fc."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+class Bank:
+    """CMC, InsDis or MoCo as their scripts make them, with a float64 network."""
+
+    def __init__(self, kind, flags, process):
+        script = train_CMC if kind == "cmc" else train_moco_ins
+        args = script.parse_args([*DEMO, *STEP, *flags])
+        make = {"cmc": "CMC", "insdis": "InsDis", "moco": "MoCo"}[kind]
+        with float64():
+            self.method = getattr(script, make)(args, 40, process)
+        self.method.memory.float()
+        self.optimizer, self.views = self.method.optimizer, 2 if kind == "moco" else 1
+
+    def step(self, views, index):
+        loss, _ = self.method.step(list(views), index)
+        return loss.detach()
+
+    def weights(self) -> dict:
+        networks = {"": self.method.encoder, "key ": getattr(self.method, "encoder_ema", None)}
+        return {f"{k}{name}": v for k, net in networks.items() if net for name, v in net.named_parameters()}
+
+    def memory(self) -> dict:
+        return self.method.memory.state_dict()
+
+
+class Patch:
+    """MoCo with patch negatives on a small float64 network."""
+
+    views = 2
+
+    def __init__(self, kind, flags, process):
+        splits = 2 // process.world_size
+        with float64():
+            self.model = MoCo(Net, 8, queue_size=16, momentum=0.5, temperature=0.5, alpha=2.0, bn_splits=splits)
+        self.model.queue = self.model.queue.float()
+        self.wrapped, self.process = self.model, process
+        if process.world_size > 1:
+            self.wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+        self.generator = torch.Generator().manual_seed(9)
+
+    def step(self, views, index):
+        ranks = dict(rank=self.process.rank, world_size=self.process.world_size)
+        made = negatives.patch_negatives(views[0], 2, (4, 9), self.generator, **ranks)
+        logits, keys = self.wrapped(*views, made, self.generator)
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.model.enqueue(keys)
+        return loss.detach()
+
+    def weights(self) -> dict:
+        return dict(self.model.named_parameters())
+
+    def memory(self) -> dict:
+        return {"queue": self.model.queue}
+
+
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def scale(optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.grad.mul_(factor)
+
+
+def steps(case: str, process, mistake: str | None = None) -> dict:
+    """Two steps on fixed views of which every rank has its share: losses, how far the weights moved, the memory."""
+    kind, flags = CASES[case]
+    torch.manual_seed(0)
+    method = (Patch if kind == "patch" else Bank)(kind, flags, process)
+    before = {k: v.detach().clone() for k, v in method.weights().items()}
+    rank = 0 if mistake == "the rows of rank 1 are those of rank 0" else process.rank
+    if mistake == "gradients are summed":
+        method.optimizer.register_step_pre_hook(lambda optimizer, *_: scale(optimizer, process.world_size))
+    losses = []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(method.views, 8, 3, 32, 32, generator=generator).double()
+        index = torch.randperm(40, generator=generator)[:8]
+        mine = slice(4 * rank, 4 * rank + 8 // process.world_size)
+        unshuffled = mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
+        with unshuffled if mistake == "a rank keeps its own keys" else contextlib.nullcontext():
+            losses.append(processes.mean_ranks(method.step(images[:, mine], index[mine])))
+    after, memory = {k: v.detach() for k, v in method.weights().items()}, method.memory()
+    moved = torch.cat([some(after[k] - before[k]) for k in after])
+    return {"losses": torch.stack(losses).double(), "moved": moved, **{k: v.double() for k, v in memory.items()},
+            "ranks": processes.gather_objects([digest(v) for v in (*after.values(), *memory.values())])}  # fmt: skip
+
+
+def some(x):
+    """At most 2,000 or so numbers, taken evenly."""
+    return x.flatten()[:: max(1, x.numel() // 2000)]
+
+
+def digest(x) -> str:
+    return hashlib.sha1(x.contiguous().numpy().tobytes()).hexdigest()
+
+
+def collectives(process) -> dict:
+    x = torch.arange(3.0)[:, None] + 10 * process.rank
+    shuffle = batchnorm.BatchShuffle(3, torch.Generator().manual_seed(1))
+    spread = shuffle.spread(x)
+    z = x.clone().requires_grad_()
+    (processes.all_gather_with_grad(z) ** 2).sum().backward()
+    assert torch.equal(shuffle.own(shuffle.collect(spread)), x)
+    return {"shuffled": processes.all_gather(spread), "grad": z.grad,
+            "ragged": processes.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
+            "any": processes.any_rank(process.rank == 1)}  # fmt: skip
+
+
+def job(args, process) -> None:
+    found = {case: steps(case, process) for case in CASES} | {"collectives": collectives(process)}
+    if process.world_size == 2:
+        for mistake, cases in MISTAKES.items():
+            found |= {(case, mistake): steps(case, process, mistake) for case in cases}
+        for name, (script, flags, folder) in RUNS.items():
+            for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
+                start = [*DEMO, *flags, folder, f"{name}-{where}", *more]
+                script.worker(script.parse_args(start), process)
+    if process.is_main:
+        torch.save(found, f"{process.world_size}.pt")
+
+
+@pytest.fixture(scope="module")
+def both(demo_set, tmp_path_factory):
+    """What one process found, what two found, and the folder of the runs of two."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "data").mkdir()
+    (folder / "data" / "demo").symlink_to(demo_set)
+    parser = cli.Parser()
+    options.add_hardware_arguments(parser)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for count in ("1", "2"):
+            processes.launch(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
+    return (*(torch.load(folder / f"{count}.pt", weights_only=False) for count in (1, 2)), folder)
+
+
+def distances(a: dict, b: dict) -> dict:
+    """Relative distance of everything that must agree."""
+    return {k: ((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)).item() for k in a.keys() - {"ranks"}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_steps_of_one(both, case):
+    one, two, _ = both
+    found = distances(one[case], two[case])
+    assert max(found.values()) < TOLERANCE, found
+    first, second = two[case]["ranks"]
+    assert first == second  # weights and memories agree on all ranks
+
+
+@pytest.mark.parametrize("mistake, case", [(m, c) for m, cases in MISTAKES.items() for c in cases])
+def test_a_mistake_is_far_off(both, mistake, case):
+    one, two, _ = both
+    assert distances(one[case], two[case, mistake])["moved"] > 100 * TOLERANCE
+
+
+def test_collectives(both):
+    one, two, _ = (answers["collectives"] if isinstance(answers, dict) else None for answers in both)
+    assert sorted(two["shuffled"].flatten().tolist()) == [0, 1, 2, 10, 11, 12]
+    assert two["shuffled"].flatten().tolist() != [0, 1, 2, 10, 11, 12]
+    assert two["ragged"].tolist() == [0, 0, 1, 2] and two["any"] is True and one["any"] is False
+    torch.testing.assert_close(two["grad"], 2 * one["grad"])  # each rank's copy of the sum contributes
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+def newest(folder) -> dict:
+    (path,) = [p for name in ("current.pth", "checkpoint_last.pth.tar") for p in folder.rglob(name)]
+    return checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_resume(both, name):
+    whole, parts = (newest(both[2] / f"{name}-{where}") for where in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len(whole["generators"]) == 2 and parts["epoch"] == 2
+    for key in whole.keys() - {"opt", "args", "scaler"}:
+        assert equal(whole[key], parts[key]), key
+
+
+def test_torchrun_gives_what_nproc_gives(both):
+    folder = both[2]
+    script, flags, where = RUNS["patch"]
+    start = [script.__file__, *DEMO, *flags, where, "torchrun", "--epochs", "1"]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*runner, *start], cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    ours = checkpoint.load(folder / "patch-parts" / "checkpoint_0000.pth.tar")
+    assert equal(newest(folder / "torchrun")["state_dict"], ours["state_dict"])
+    assert json.loads((folder / "torchrun" / "config.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    "path", ["cmc/train_CMC.py", "moco_insdis/train_moco_ins.py", "nonsem_neg/moco_non_sem_neg.py"]
+)
+def test_a_slurm_step_without_torchrun_is_one_line(path, workspace):
+    slurm = dict(SLURM_STEP_NUM_TASKS="2", SLURM_JOB_ID="4711", SLURM_PROCID="0", SLURM_LOCALID="0",
+                 SLURM_STEP_NODELIST="localhost")  # fmt: skip
+    done = run_script(path, *DEMO, cwd=workspace, timeout=60, **slurm)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "srun torchrun" in done.stderr

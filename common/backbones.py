@@ -7,8 +7,7 @@ One numbering of layers serves linear evaluation and k-NN alike:
 * a network with a method `stages`: the layers are what it returns;
 * any other torchvision network whose last layer is `fc`: 6 the vector that enters it, 7 the output.
 
-`feature(model, x, layer)` reads a layer of any of them. Weights are drawn from torch's global generator, so seed it
-before building.
+Weights are drawn from torch's global generator, so seed it before building.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512
 
 
 def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
-    """A torchvision classification network with random weights.
+    """The torchvision classification network `arch` (constructor name in lower case) with random weights.
 
-    arch: constructor name in lower case. small_stem: see `use_small_stem` (residual networks only).
+    small_stem: see `use_small_stem` (residual networks only).
     num_classes: outputs of the last layer; None keeps torchvision's 1000, 0 leaves `fc` out (output = pooled vector).
     Raises UsageError for an unknown name, or an option this architecture does not have.
     """

@@ -25,11 +25,10 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
 def extract_features(
     model_fn: Callable[[Tensor], Tensor], loader: Iterable, progress: Callable[[Iterable], Iterable] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, D) in float32 and targets (N,) of a whole loader, in its order, left on the device.
+    """Features (N, D) in float32 and targets (N,) of the first view of a whole loader, in its order, left on the device.
 
-    loader yields (views, target, index); the first view is used. model_fn maps a batch of images to (B, D) rows; mode,
-    layer and normalisation are its business. progress wraps an iterable and reports on it, like tqdm. Raises ValueError
-    for an empty loader.
+    model_fn maps a batch of images to (B, D) rows; mode, layer and normalisation are its business. progress wraps an
+    iterable and reports on it, like tqdm. Raises ValueError for an empty loader.
     """
     features, targets = [], []
     for views, target, _ in progress(loader) if progress else loader:

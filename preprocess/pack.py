@@ -238,8 +238,9 @@ def _begin(files: PackFiles, settings: dict, command: str, force: bool) -> dict 
     return state
 
 
-def pack_split(source: FolderSet, out: Path, split: str, side: int = SIDE, workers: int = 1, force: bool = False,
-               command: str = "") -> list[list[str]]:  # fmt: skip
+def pack_split(
+    source: FolderSet, out: Path, split: str, side: int = SIDE, workers: int = 1, force: bool = False, command: str = ""
+) -> list[list[str]]:
     """Write out/<split>.npy and out/<split>.json; returns [file, reason] of the pictures that could not be read.
 
     The files do not depend on `workers`, nor on interruptions. command: what an unfinished pack tells to run again.
@@ -261,9 +262,11 @@ def pack_split(source: FolderSet, out: Path, split: str, side: int = SIDE, worke
             f"cannot write to {printable(files.folder)}: {reason_of(error)}; {again('--force', force)}"
         ) from None
     seconds = time.monotonic() - began
-    print(f"{split}: {state['count']:,} pictures, {len(source.classes)} classes, {size_text(state['count'], side)} in "
-          f"{printable(files.pixels)}; {run.clock(seconds)}, {(len(source) - start) / seconds:.0f} pictures/s",
-          flush=True)  # fmt: skip
+    print(
+        f"{split}: {state['count']:,} pictures, {len(source.classes)} classes, {size_text(state['count'], side)} in "
+        f"{printable(files.pixels)}; {run.clock(seconds)}, {(len(source) - start) / seconds:.0f} pictures/s",
+        flush=True,
+    )
     return state["failed"]
 
 

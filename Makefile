@@ -6,7 +6,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: demo test bench clean help
 
 help:
-	@echo "make demo    pre-train, evaluate and print the robustness table on built-in pictures (under 10 minutes on a CPU)"
+	@echo "make demo    pre-train, evaluate and print the robustness table on built-in pictures (two to five minutes on two CPU cores)"
 	@echo "make test    run the tests (under 10 minutes on two cores; no network, no GPU)"
 	@echo "make bench   measure speed on this machine, side by side with the usual alternatives"
 	@echo "make clean   remove .venv, the demo's pictures and its runs"

@@ -173,7 +173,7 @@ def _is_ours(folder):
         return True
     if folder.exists() and not folder.is_dir():
         return False
-    return not folder.exists() or all(path.name == ".lock" for path in folder.iterdir())
+    return not folder.exists() or not any(folder.iterdir())
 
 
 def _versions():

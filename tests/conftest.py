@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -98,6 +99,14 @@ def says_no(parse_args, flags: list[str], message: str, capsys) -> None:
         parse_args(flags)
     said = str(caught.value) + "\n" if isinstance(caught.value, UsageError) else capsys.readouterr().err
     assert caught.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def first_loss(folder: Path) -> float:
+    """The loss of the first step of the run in or below this folder."""
+    (path,) = folder.rglob("metrics.jsonl")
+    record = json.loads(path.read_text().splitlines()[0])
+    assert record["step"] == 1
+    return next(value for key, value in record.items() if key.endswith("loss"))
 
 
 class Net(nn.Module):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import as_published, equal, inside, run_script, says_no, stopped_at
+from conftest import as_published, equal, first_loss, inside, run_script, says_no, stopped_at
 
 from common import UsageError, UserError, checkpoint, processes
 from moco_insdis import train_moco_ins as script
@@ -220,8 +220,9 @@ def test_amp_is_for_the_encoder_alone(workspace, capsys, method):
     for key in ("model", "contrast"):
         floats = {k: v for k, v in half[key].items() if v.is_floating_point()}
         assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
-    a, b = (torch.cat([v.flatten() for k, v in run["model"].items() if k.endswith("weight")]) for run in (plain, half))
-    assert not torch.equal(a, b) and (a - b).norm() < 0.1 * a.norm()
+    assert not equal(plain["model"], half["model"])
+    losses = [first_loss(workspace / folder) for folder in ("plain", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.025)  # measured: 0.0025
 
 
 def test_warnings_of_what_is_known_not_to_work(workspace, capsys):

@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from common import data, processes
+from common import UsageError, data, processes
 from preprocess import demo
 
 
@@ -32,14 +34,32 @@ def demo_set(tmp_path_factory) -> Path:
     return out
 
 
+def links_to(pictures: Path, folder: Path) -> Path:
+    """The folder, whose data/demo is now the small demo set: what the --demo presets look for."""
+    (folder / "data").mkdir()
+    for name in ("demo", "demo-texture"):
+        (folder / "data" / name).symlink_to(pictures.parent / name)
+    return folder
+
+
 @pytest.fixture
 def workspace(demo_set, tmp_path, monkeypatch) -> Path:
-    """A working directory of its own whose data/demo is the small demo set: what the --demo presets look for."""
-    (tmp_path / "data").mkdir()
-    for name in ("demo", "demo-texture"):
-        (tmp_path / "data" / name).symlink_to(demo_set.parent / name)
+    """A working directory of its own, with data/demo."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return links_to(demo_set, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_folder(demo_set, tmp_path_factory) -> Path:
+    """The same for what a whole test file looks at; `inside` it."""
+    return links_to(demo_set, tmp_path_factory.mktemp("module"))
+
+
+@contextlib.contextmanager
+def inside(folder: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
 
 
 def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env) -> subprocess.CompletedProcess:
@@ -71,6 +91,33 @@ def stopped_at(step: int, signum: int = signal.SIGTERM):
         except SystemExit as stopped:
             assert stopped.code == 128 + signum
     assert given == step, "the signal stopped nothing"
+
+
+def says_no(parse_args, flags: list[str], message: str, capsys) -> None:
+    """One line that names the flag, and exit code 2, whether argparse finds the mistake or the script."""
+    with pytest.raises((SystemExit, UsageError)) as caught:
+        parse_args(flags)
+    said = str(caught.value) + "\n" if isinstance(caught.value, UsageError) else capsys.readouterr().err
+    assert caught.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def first_loss(folder: Path) -> float:
+    """The loss of the first step of the run in or below this folder."""
+    (path,) = folder.rglob("metrics.jsonl")
+    record = json.loads(path.read_text().splitlines()[0])
+    assert record["step"] == 1
+    return next(value for key, value in record.items() if key.endswith("loss"))
+
+
+class Net(nn.Module):
+    """A convolution, a batch-norm and a head called fc: small enough to follow by hand."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
 def equal(a, b) -> bool:

@@ -11,7 +11,7 @@ from common import UsageError
 from common.augment import Compose, ResizeCenterCrop
 
 # float32 against float64, and in Lab and LUV the gap between the rounded branches of CIE's curve (cmc/colour.py)
-TOLERANCE = {"Lab": 3e-4, "LUV": 3e-4, "YCbCr": 5e-5}
+TOLERANCE = {"Lab": 1e-3, "LUV": 1e-3, "YCbCr": 1e-4}  # measured: 2e-4 of 100, 2e-5 of 255; of the others 4e-7 of 1
 
 
 def batch(image):  # (H, W, 3) uint8 -> (1, 3, H, W) float
@@ -58,7 +58,7 @@ def test_equal_to_the_published_conversions(space, name):
     golden = read(name)
     expected = golden["CIERGB" if space == "RGBCIE" else space].permute(2, 0, 1)
     made = colour.ToColour(space).apply(batch(golden["image"]), {})[0]
-    assert difference(made, expected, space) < TOLERANCE.get(space, 2e-6)
+    assert difference(made, expected, space) < TOLERANCE.get(space, 5e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in names("cmc_color_*") if "Lab_normalized" in read(name)])

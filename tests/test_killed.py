@@ -27,17 +27,14 @@ def step_of(name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def killed(demo_set, tmp_path_factory):
+def killed(module_folder):
     """(folder of all runs, {name: what their processes ended with})."""
-    folder = tmp_path_factory.mktemp("killed")
-    (folder / "data").mkdir()
-    (folder / "data" / "demo").symlink_to(demo_set)
     plan = {name: (*run[:3], step_of(name), run[3]) for name, run in RUNS.items()}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "killed.py"], cwd=folder, input=json.dumps(plan), text=True,
+    done = subprocess.run([sys.executable, ROOT / "tests" / "killed.py"], cwd=module_folder, input=json.dumps(plan), text=True,
                           capture_output=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    return folder, {answer["run"]: answer for answer in answers}
+    return module_folder, {answer["run"]: answer for answer in answers}
 
 
 def newest(folder) -> dict:

@@ -170,13 +170,19 @@ def test_a_classifier_goes_on_only_with_its_own_network_and_classes(workspace, t
 
 
 def two_ranks(args, process):
-    """In every process: both scripts on equal shares, and --bn on a set whose last shares are two and one picture."""
+    """In every process: both scripts on equal shares, and --bn on a set whose last shares are two and one picture.
+
+    And a planted mistake: gradients that are summed over two ranks, not averaged, are a learning rate twice as high.
+    """
     main_flags = [*SMALL, "--data_folder", "DATA", "--epochs", "1", "--save_path", f"{args.out}/{process.world_size}"]
     odd = ["--data_folder", "ODD", "--batch_size", "16", "--epochs", "1", "--bn", "--save_path", f"{args.out}/odd"]
     for module, network in ((eval_moco_ins, "moco"), (LinearProbing, "resnet18v1")):
         validation = functools.partial(module.recipe, train=False)  # random crops are drawn per rank
         with mock.patch.object(module, "recipe", lambda args, train, whole=validation: whole(args)):
             module.worker(module.parse_args([*main_flags, "--model_path", network]), process)
+            if process.world_size == 2:
+                summed = ["--model_path", network, "--learning_rate", "0.2", "--save_path", f"{args.out}/summed"]
+                module.worker(module.parse_args([*main_flags, *summed]), process)
     if process.world_size == 2:
         eval_moco_ins.worker(eval_moco_ins.parse_args([*SMALL, *odd, "--model_path", "moco"]), process)
         with pytest.raises(UsageError, match="--syncBN: PyTorch synchronises batch-norm between GPUs only"):
@@ -196,7 +202,9 @@ def test_two_processes_equal_one(workspace, tmp_path, demo_set):
     for one in (tmp_path / "1").glob("*/current.pth"):
         two = tmp_path / "2" / one.parent.name / "current.pth"
         a, b = checkpoint.load(one), checkpoint.load(two)
-        torch.testing.assert_close(a["classifier"], b["classifier"], rtol=1e-4, atol=1e-5)
+        wrong = checkpoint.load(tmp_path / "summed" / one.parent.name.replace("lr_0.1", "lr_0.2") / "current.pth")
+        here, there, far = (torch.cat([v.flatten() for v in x["classifier"].values()]) for x in (a, b, wrong))
+        assert (here - there).norm() < 1e-5 * here.norm() < 1e-3 * here.norm() < (here - far).norm()
         assert a["acc1"] == pytest.approx(b["acc1"], abs=2.6)  # of 40 pictures: rounding may move one
         logged = [json.loads((p.parent / "metrics.jsonl").read_text().splitlines()[-1]) for p in (one, two)]
         for key in ("train_loss", "test_loss", "train_acc"):  # of all ranks together

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import as_published, equal, run_script, stopped_at
+from conftest import as_published, equal, first_loss, inside, run_script, says_no, stopped_at
 
 from common import UsageError, UserError, checkpoint, processes
 from moco_insdis import train_moco_ins as script
@@ -96,22 +96,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_flags(case):
-    flags, message = BAD[case]
-    with pytest.raises(UsageError) as caught:
-        script.parse_args(flags)
-    assert message in str(caught.value) and caught.value.code == 2 and "\n" not in str(caught.value)
+def test_bad_flags(case, capsys):
+    says_no(script.parse_args, *BAD[case], capsys)
 
 
 @pytest.mark.parametrize("flags", ["--tb_freq 500", "--beta1 0.5", "--beta2 0.9", "--aug RA", "--model resnet50v1", "--nce_t 0",
                                    "--crop 1.5", "--crop 0", "--nce_k 0", "--weight_decay -1",
                                    "--seed 99999999999999999999"])  # fmt: skip
 def test_refused_flags_and_values(flags, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parsed(flags)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert flags.split()[0] in error
+    says_no(script.parse_args, ["--data_folder", "x", *flags.split()], flags.split()[0], capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -158,13 +151,9 @@ def test_key_network_follows_the_query_network():
 
 
 @pytest.fixture(scope="module")
-def whole(demo_set, tmp_path_factory) -> dict:
+def whole(module_folder) -> dict:
     """The runs that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "data").mkdir()
-    (folder / "data" / "demo").symlink_to(demo_set)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with inside(module_folder):
         return {name: train(*flags) for name, flags in METHODS.items()}
 
 
@@ -231,8 +220,9 @@ def test_amp_is_for_the_encoder_alone(workspace, capsys, method):
     for key in ("model", "contrast"):
         floats = {k: v for k, v in half[key].items() if v.is_floating_point()}
         assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
-    a, b = (torch.cat([v.flatten() for k, v in run["model"].items() if k.endswith("weight")]) for run in (plain, half))
-    assert not torch.equal(a, b) and (a - b).norm() < 0.1 * a.norm()
+    assert not equal(plain["model"], half["model"])
+    losses = [first_loss(workspace / folder) for folder in ("plain", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.025)  # measured: 0.0025
 
 
 def test_warnings_of_what_is_known_not_to_work(workspace, capsys):

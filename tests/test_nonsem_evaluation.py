@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import equal, stopped_at
+from conftest import equal, inside, stopped_at
 from safetensors.torch import load_file
 
 from common import UsageError, UserError, backbones, checkpoint, processes, run
@@ -16,36 +16,18 @@ from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
 from tools import export, report
 
-PRE = [
-    "--demo",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "32",
-    "--moco-k",
-    "64",
-    "--bn-splits",
-    "2",
-    "--ckpt_path",
-    "pre",
-    "--device",
-    "cpu",
-]
+PRE = "--demo --epochs 1 --batch-size 32 --moco-k 64 --bn-splits 2 --ckpt_path pre --device cpu".split()
 LIN = ["--demo", "--pretrained", "pre", "--ckpt_path", "lin", "--epochs", "2", "--batch-size", "64", "--lr", "0.1"]
 ROB = ["--demo", "--classifier", "lin", "--ckpt_path", "rob"]
 
 
 @pytest.fixture(scope="module")
-def pretrained(demo_set, tmp_path_factory):
+def pretrained(module_folder):
     """A folder with data/demo, the pre-training run `pre` and its linear evaluation `lin`."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    (folder / "data").mkdir()
-    (folder / "data" / "demo").symlink_to(demo_set)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with inside(module_folder):
         pretraining.main(PRE)
         main_lincls.main(LIN)
-    return folder
+    return module_folder
 
 
 @pytest.fixture

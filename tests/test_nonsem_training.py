@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, equal, run_script, stopped_at
-from torch import nn
+from conftest import ROOT, Net, equal, first_loss, inside, run_script, says_no, stopped_at
 
 from common import UsageError, UserError, backbones, checkpoint, processes, sets
 from nonsem_neg import moco_non_sem_neg as script
@@ -61,17 +60,6 @@ def test_alpha_is_inside_the_exponent_and_a_negative_belongs_to_its_own_query():
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     shuffled = contrast_logits(q, k, queue[:, order], t, 0.5, 2.0)
     torch.testing.assert_close(shuffled.logsumexp(1), logits.logsumexp(1))
-
-
-class Net(nn.Module):
-    """A convolution, a batch-norm and a head called fc: small enough to follow by hand."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
 def make_model(**options):
@@ -168,29 +156,10 @@ def test_patch_side_beyond_the_picture():
 
 
 @pytest.fixture(scope="module")
-def runs(demo_set, tmp_path_factory) -> dict:
+def runs(module_folder) -> dict:
     """Checkpoints that several tests compare with: of one epoch, and of two that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "data").mkdir()
-    (folder / "data" / "demo").symlink_to(demo_set)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with inside(module_folder):
         return {"one": train("--epochs", 1, "--ckpt_path", "one"), "two": train("--ckpt_path", "two")}
-
-
-def test_run_folder_and_checkpoint(workspace):
-    saved = train("--save-freq", 1, "--knn-every", 2, "--print-freq", 2)
-    assert sorted(p.name for p in (workspace / "run").glob("checkpoint*")) == [
-        "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "checkpoint_last.pth.tar"]  # fmt: skip
-    assert saved["epoch"] == 2 and saved["arch"] == "resnet18"
-    assert {"module.encoder_q.conv1.weight", "module.encoder_k.fc.2.bias", "module.queue"} <= saved["state_dict"].keys()
-    assert saved["state_dict"]["module.queue_ptr"].item() == 2 * 5 * 32 % 64
-    config = json.loads((workspace / "run/config.json").read_text())
-    assert config["options"]["seed"] == 0 and config["derived"]["images"] == 160
-    records = [json.loads(line) for line in (workspace / "run/metrics.jsonl").read_text().splitlines()]
-    assert {"step", "epoch", "loss", "lr", "contrast_acc1"} <= records[0].keys()
-    assert any("knn_acc1" in r for r in records)
-    assert list((workspace / "run").glob("events.out.tfevents*"))
 
 
 @pytest.mark.parametrize("step, signum", [(3, signal.SIGTERM), (5, signal.SIGTERM), (7, signal.SIGINT)])
@@ -208,14 +177,14 @@ def test_resume_in_the_middle_is_bit_exact(runs, workspace, capsys, step, signum
     assert steps == sorted(set(steps))
 
 
-def test_amp_is_for_the_encoder_alone(runs, workspace, capsys):
+def test_amp_is_for_the_encoder_alone(runs, module_folder, workspace, capsys):
     plain, half = runs["one"], train("--epochs", 1, "--amp")
     assert "precision=bfloat16 autocast" in capsys.readouterr().out
     floats = {k: v for k, v in half["state_dict"].items() if v.is_floating_point()}
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
-    key = "module.encoder_q.layer4.1.conv2.weight"
-    a, b = plain["state_dict"][key], half["state_dict"][key]
-    assert not torch.equal(a, b) and (a - b).norm() < 0.05 * a.norm()
+    assert not equal(plain["state_dict"], half["state_dict"])
+    losses = [first_loss(folder) for folder in (module_folder / "one", workspace / "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.025)  # measured: 0.0012
 
 
 def test_a_refused_resume_leaves_the_folder_as_it_was(workspace):
@@ -299,7 +268,7 @@ def test_presets_are_defaults_and_what_is_typed_wins():
 
 BAD = {
     "no data": ([], "no data"),
-    "unknown flag": (["x", "--moco-kk", "4"], None),
+    "unknown flag": (["x", "--moco-kk", "4"], "did you mean --moco-k?"),
     "queue and batch": (
         ["x", "--moco-k", "1000", "-b", "96"],
         "--moco-k 1000 must be a multiple of the global batch 96",
@@ -315,24 +284,12 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_flags(name, capsys):
-    flags, message = BAD[name]
-    if message is None:
-        with pytest.raises(SystemExit) as caught:
-            script.parse_args(flags)
-        assert caught.value.code == 2
-        assert "did you mean --moco-k?" in capsys.readouterr().err
-    else:
-        with pytest.raises(UsageError, match=message) as caught:
-            script.parse_args(flags)
-        assert caught.value.code == 2 and "\n" not in str(caught.value)
+    says_no(script.parse_args, *BAD[name], capsys)
 
 
 @pytest.mark.parametrize("flags", ["--moco-t 0", "--moco-k 0", "--lr -1", "--pres table1", "--nproc 0", "--robust bad"])
 def test_bad_values(flags, capsys):
-    with pytest.raises(SystemExit) as caught:
-        script.parse_args(["x", *flags.split()])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    says_no(script.parse_args, ["x", *flags.split()], "error: ", capsys)
 
 
 def test_bad_folders_and_checkpoints(workspace):

@@ -9,7 +9,8 @@ ours          nonsem_neg/moco_non_sem_neg.py --robust none, its own loop and loa
 lightly       the pieces of its MoCo example, from its public package: MoCoV2Transform, LightlyDataset, a DataLoader with
               workers, MoCoProjectionHead, update_momentum, NTXentLoss with a memory bank. Plain batch-norm, float32, as in
               that example; its workers persist over epochs.
-floor         "ours" on fixed views: no loading, no augmentation. What is left is the network.
+floor         "ours" on fixed views: no loading, no augmentation. What is left is the network (network_alone.py has all
+              train scripts).
 
 Sides alternate; each repeat is a process of its own (so its peak memory can be told), warm before the clock runs.
 The once-per-run decoding of the pictures into memory is told apart. Ends with 1 if a ratio misses its aim.
@@ -30,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.network_alone import WARM, generate, measure
+
 SIDES = {
     "ours": ["--bn-splits", "1"],
     "lightly": None,
@@ -37,62 +40,14 @@ SIDES = {
     "bfloat16": ["--amp"],
     "floor": ["--bn-splits", "1"],
 }
-BATCH, QUEUE, WARM = 256, 4096, 3
+BATCH, QUEUE = 256, 4096
 
 
 def ours(tree: str, steps: int, workers: int, side: str) -> dict:
-    from common import processes
-    from common.precision import Precision
-    from nonsem_neg import moco_non_sem_neg as script
-
-    args = script.parse_args(
-        [tree, "-a", "resnet18", "--input-res", "32", "-b", str(BATCH), "--moco-k", str(QUEUE), "--moco-t", "0.2", "--mlp",
-         "--aug-plus", "--robust", "none", "--seed", "0", "-j", str(workers), "-p", "1000000", *SIDES[side]])  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = processes.Process(device=device)
-    torch.manual_seed(0)
-    began = time.perf_counter()
-    loader = script.build_loader(args, process, BATCH)
-    loading = time.perf_counter() - began
-    model, precision = script.build_model(args, process), Precision(args.amp, device)
-    model.autocast = precision.autocast
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
-    )
-    feed = [next(iter(loader))] * (steps + WARM) if side == "floor" else loader
-
-    class Feed:  # the loader, or always the same batch
-        view_seconds = wait_seconds = 0.0
-        set_epoch = staticmethod(lambda epoch, step: None)
-
-        def __len__(self):
-            return 10**6
-
-        def __iter__(self):
-            while True:
-                yield from feed
-
-    class Stop:  # also the clock
-        done, started, views = 0, 0.0, 0.0
-
-        def asked(self):
-            self.done += 1
-            if self.done in (WARM, WARM + steps):
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                spent = loader.view_seconds + loader.wait_seconds
-                self.started, self.views = time.perf_counter() - self.started, spent - self.views
-            return self.done == WARM + steps
-
-    class Log:
-        main = False
-        log = say = staticmethod(lambda *a, **k: None)
-
-    stop = Stop()
-    generator = torch.Generator().manual_seed(0)
-    script.train_one_epoch(model, model, Feed(), optimizer, precision, generator, 0, 0, stop, Log(), args)
-    return {"rate": BATCH * steps / stop.started, "views": stop.views / stop.started, "loading": loading,
-            "precision": str(precision)}  # fmt: skip
+    flags = f"-a resnet18 --input-res 32 -b {BATCH} --moco-k {QUEUE} --moco-t 0.2 --mlp --aug-plus --robust none --seed 0"
+    rest = f"-j {workers} --print-freq 1000000 --epochs 1".split()
+    found = measure("nonsem_neg.moco_non_sem_neg", [tree, *flags.split(), *rest, *SIDES[side]], steps, side == "floor")
+    return found | {"precision": "bfloat16 autocast" if side == "bfloat16" else "float32"}
 
 
 def lightly(tree: str, steps: int, workers: int) -> dict:
@@ -140,17 +95,6 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
                 started = time.perf_counter() - started
             if done == WARM + steps:
                 return {"rate": BATCH * steps / started, "loading": loading}
-
-
-def generate(folder: Path, count: int = 2560) -> Path:
-    from PIL import Image
-
-    pixels = torch.randint(0, 256, (count, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for i, small in enumerate(pixels.numpy()):
-        target = folder / "train" / f"class{i % 10}"
-        target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(small).resize((32, 32), Image.BICUBIC).save(target / f"{i:05d}.jpg", quality=90)
-    return folder
 
 
 def main(argv=None) -> int:

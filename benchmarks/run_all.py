@@ -15,6 +15,7 @@ def main() -> int:
     args = parser.parse_args()
     jobs = [
         ["pretrain_lightly.py", *(["--data", args.data] if args.data else [])],
+        ["network_alone.py", *(["--data", args.data] if args.data else [])],
         ["decode_jpeg.py", *(["--data", args.photos] if args.photos else [])],
         ["augment_kornia.py"],
         ["augment_kornia.py", "--size", "224", "--batch", "32"],

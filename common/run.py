@@ -62,7 +62,7 @@ def make_folder(folder: str | Path) -> str:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {printable(folder)}: {error.strerror.lower()}") from None
+        raise UserError(f"cannot write to {printable(folder)}: {error.strerror.lower()}") from None
     return str(folder)
 
 

@@ -79,6 +79,5 @@ def test_queue_refills_whole_and_wraps():
     assert queue.pointer == 20 % 7
     assert sorted(queue.memory[:, 0].tolist()) == list(range(13, 20))
     other = contrast.KeyQueue(100, 4, 7, 0.1, True, "ema")
-    other.load_state_dict(queue.state_dict())
-    other.load_extra_state(queue.extra_state())
-    assert other.pointer == queue.pointer
+    other.load(queue.state_dict(), queue.extra_state(), "a file")
+    assert other.pointer == queue.pointer and torch.equal(other.memory, queue.memory)

@@ -187,15 +187,21 @@ def worker(args, process: processes.Process) -> None:
     with loop.Job(args, process, os.path.join(args.save_path, name), **files) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
-        network, state = frozen_network(saved, args, process), checkpoint.backbone(saved)
+        network = frozen_network(saved, args, process)
         shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
         features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
         classifier = LinearClassifier(features, len(train_set.classes), args.model).to(process.device)
         sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay)
         optimizer = torch.optim.SGD(classifier.parameters(), **sgd)
-        facts = dict(classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(state))
-        method = probe.Classifier(classifier, optimizer, process, **facts)
+        facts = dict(
+            classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(checkpoint.backbone(saved))
+        )
         precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+
+        def embedder(images):
+            return embed(network, images, args, precision)
+
+        method = probe.Classifier(network, embedder, classifier, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
         job.begin(
@@ -203,10 +209,8 @@ def worker(args, process: processes.Process) -> None:
             features=features, network=saved.path, pretrained_epochs=saved.get("epoch"), crop_low=args.crop_low,
             precision=str(precision),
         )  # fmt: skip
-        whole = probe.train(
-            job, method, lambda images: embed(network, images, args, precision), val_loader,
-            lambda epoch, part: learning_rate(args, epoch), f"{args.model}_layer{args.layer}.pth", network, state,
-        )  # fmt: skip
+        best = f"{args.model}_layer{args.layer}.pth"
+        whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), best)
         if whole:
             opt = saved["opt"]
             z = "" if opt.get("softmax") else f" (Z {opt.get('nce_z', 'oneshot')})"

@@ -47,33 +47,25 @@ class Job:
 
     last: file name of the newest state, saved after every epoch and where a signal stops the run. numbered: of those kept
     every --save-freq epochs and at the end, with {} for the epoch. names: patterns of what --resume auto looks for and a new
-    run must not write over; default: those two. options_key: under which the authors' files keep the flags. same: flags that
-    make another run of it where they differ. count_from: number of the first epoch, 0 or 1, as the published script counts.
-    tensorboard, suffix: see `run.Run`.
+    run must not write over; default: those two. key: under which the authors' files keep the flags. same: flags that
+    make another run of it where they differ. first: number of the first epoch, 0 or 1, as the published script counts.
+    how: what else `run.Run` takes.
     """
 
-    def __init__(
-        self,
-        args,
-        process: processes.Process,
-        folder: str,
-        *,
-        last: str = "",
-        numbered: str = "",
-        names=(),
-        options_key: str = "opt",
-        same=(),
-        count_from: int = 1,
-        tensorboard: bool | str = True,
-        suffix="",
-    ):
+    def __init__(self, args, process, folder, *, last="", numbered="", names=(), key="opt", same=(), first=1, **how):
         options.check_batch(args, process)
-        self.args, self.process, self.folder, self.last, self.numbered = args, process, folder, last, numbered
+        self.args, self.process, self.folder, self.how = args, process, folder, how
+        self.last, self.numbered, self.first = last, numbered, first
         self.names = names or (last, re.sub(r"{.*}", "[0-9]*", numbered))
-        self.options_key, self.same, self.count_from, self.suffix = options_key, (*SAME, *same), count_from, suffix
-        self.tensorboard, self.stop, self.log, self.step = tensorboard, run.StopSignal(), None, 0
-        self.done, self.finished, self.complete, self.shows_steps = getattr(args, "start_epoch", 0), False, False, True
-        self.stopped, self.exit_code, self._held, self._holds = False, 0, contextlib.ExitStack(), False
+        self.key, self.same = key, (*SAME, *same)
+        self.done, self.step, self.global_step = (
+            getattr(args, "start_epoch", 0),
+            0,
+            0,
+        )  # complete epochs, steps of the next
+        self.complete = self.finished = self.stopped = False  # this epoch, this run (nothing left to do), by a signal
+        self.exit_code, self.shows_steps, self.log = 0, True, None
+        self.stop, self._held, self._holds = run.StopSignal(), contextlib.ExitStack(), False
         for pattern in self.names:
             run.refuse_to_overwrite(folder, pattern, args.resume, args.overwrite)
         with contextlib.ExitStack() as on_error:
@@ -82,8 +74,9 @@ class Job:
                 self._hold()
             self.saved = self._open()
             on_error.pop_all()
+        self.then = (self.saved or {}).get(key) or {}  # the flags of the run that goes on
         if args.seed is None:
-            args.seed = self._then("seed", processes.agree(random.SystemRandom().randrange(2**31)))
+            args.seed = self.then.get("seed", processes.agree(random.SystemRandom().randrange(2**31)))
         random.seed(args.seed)
         torch.manual_seed(args.seed)  # the same on every rank: equal weights; what a rank draws alone is its loader's
 
@@ -103,8 +96,6 @@ class Job:
             self._held.enter_context(run.only_writer(self.folder))
             self._holds = True
 
-    # ------------------------------------------------------------------------------------------------------- resume
-
     def _open(self) -> checkpoint.Saved | None:
         path = self.args.resume
         if path == "auto":
@@ -112,81 +103,28 @@ class Job:
         if not path:
             return None
         saved = checkpoint.Saved(path)
-        then = saved.get(self.options_key) or {}
+        then = saved.get(self.key) or {}
         for flag in self.same:
             if flag in then and _plain(then[flag]) != _plain(now := getattr(self.args, flag, None)):
                 was, now = (_plain(v) or "the default" for v in (then[flag], now))
                 raise UserError(f"{path} is of --{flag} {was}, this run of {now}: give the same, or start another run")
         return saved
 
-    def _then(self, flag: str, otherwise=None):
-        """The value of a flag in the run that is resumed."""
-        return ((self.saved or {}).get(self.options_key) or {}).get(flag, otherwise)
-
-    def _restore(self) -> list[str]:
-        """Put back what `save` wrote, or a published checkpoint has; what there is to say about it."""
-        saved, method = self.saved, self.method
-        here = self._data()
-        if "data" in saved and saved["data"] != here:
-            there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (saved["data"], here))
-            raise UserError(
-                f"{saved.path} was trained on {there}, here there are {here} (or others): --data, --class-list"
-            )
-        self.done, self.step = int(saved["epoch"]), int(saved.get("step", 0))
-        if self.step and saved.get("steps", self.steps) != self.steps:
-            raise UserError(
-                f"{saved.path} stopped at step {self.step} of an epoch of {saved['steps']} steps, here it has {self.steps}: "
-                "resume with the batch size and pictures of then, or from a checkpoint of a whole epoch"
-            )
-        self.global_step = saved.get("global_step", self.done * self.steps + self.step)
-        fresh = [{k: v for k, v in group.items() if k != "params"} for group in method.optimizer.param_groups]
-        method.load_state_dict(saved)
-        checkpoint.load_optimizer(method.optimizer, saved["optimizer"], saved.path)
-        for group, now in zip(method.optimizer.param_groups, fresh):
-            group.update(now)  # what was typed now counts, not what was typed then
-        differing = self._differing_flags()
-        remarks = [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] * bool(differing)
-        if "generators" in saved:
-            states, ranks = saved["generators"], self.process.world_size
-            mine = states[self.process.rank % len(states)]
-            if len(states) != ranks:
-                remarks.append(f"note: {ranks} processes go on where there were {len(states)}: other draws")
-            for name, generator in method.generators.items():
-                if len(mine[name]) == len(generator.get_state()):
-                    generator.set_state(mine[name])
-                else:
-                    remarks.append("note: this is another kind of device than the run began on: other draws")
-            torch.set_rng_state(mine["torch"])
-        if "scaler" in saved and hasattr(method, "precision"):
-            method.precision.scaler.load_state_dict(saved["scaler"])
-        return [*remarks, f"resumed {saved.path}: epoch {self.done}, step {self.step}"]
-
-    def _differing_flags(self) -> list[str]:
-        then, now = self.saved.get(self.options_key) or {}, cli.flags(self.args)
-        names = sorted(now.keys() & then.keys() - FREE, key=lambda name: (name == "epochs", name))
-        return [f"{k}={now[k]} (was {then[k]})" for k in names if _plain(now[k]) != _plain(then[k])]
-
-    def _data(self) -> dict:
-        """What the pictures are, in so far as a resumed run must have the same."""
-        pictures = self.pictures.dataset
-        digest = hashlib.sha256("\n".join(pictures.classes).encode()).hexdigest()
-        return {"pictures": len(pictures), "classes": len(pictures.classes), "names": digest[:16]}
-
-    # -------------------------------------------------------------------------------------------------------- start
-
     def begin(self, loader, method, /, **facts) -> None:
         """Restore `method` where a run goes on; then open the run folder and say what this run is: `facts`, recorded."""
-        self.loader, self.pictures, self.method, self.steps, self.global_step = loader, loader, method, len(loader), 0
+        self.loader, self.pictures, self.method, self.steps = loader, loader, method, len(loader)
+        pictures, digest = loader.dataset, hashlib.sha256("\n".join(loader.dataset.classes).encode()).hexdigest()
+        self.data = {"pictures": len(pictures), "classes": len(pictures.classes), "names": digest[:16]}
         remarks = self._restore() if self.saved else []
         self.finished = self.saved is not None and self.done >= self.args.epochs
         if getattr(self.args, "show_views", None):
             return self._show_views()
         self._hold()
-        self.log = run.Run(self.folder, self.args, self.process, self.tensorboard, self.suffix, keep=self.finished)
+        self.log = run.Run(self.folder, self.args, self.process, keep=self.finished, **self.how)
         self.log.say("view     " + repr(loader.views[0]).replace("\n", "\n         "))
-        for note in loader.dataset.notes:
+        for note in pictures.notes:
             self.log.say(f"note: {note}")
-        known = dict(images=len(loader.dataset), classes=len(loader.dataset.classes), steps_per_epoch=self.steps)
+        known = dict(images=len(pictures), classes=len(pictures.classes), steps_per_epoch=self.steps)
         known |= dict(batch_per_process=loader.batch_size, data_device=loader.mode)
         if hasattr(method, "precision"):
             known["precision"] = str(method.precision)
@@ -208,14 +146,65 @@ class Job:
     def _show_views(self) -> None:
         """--show-views: a sheet of the first batch as the networks see it, instead of a training."""
         self.finished = True
-        self.loader.set_epoch(self.count_from)
+        self.loader.set_epoch(self.first)
         views, _, index = next(iter(self.loader))
         columns = self.method.pictures(views)
         if self.process.is_main:
             sheet.write(self.args.show_views, columns, [self.loader.dataset.path(row) for row in index.tolist()])
             print(f"the first batch as the networks see it: {self.args.show_views}")
 
-    # --------------------------------------------------------------------------------------------------- the loops
+    # ------------------------------------------------------------------------------------------------------- resume
+
+    def _restore(self) -> list[str]:
+        """Put back what `save` wrote, or a published checkpoint has; what there is to say about it."""
+        saved, method, path = self.saved, self.method, self.saved.path
+        if saved.get("data", self.data) != self.data:
+            there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (saved["data"], self.data))
+            raise UserError(
+                f"{path} was trained on {there}, here there are {here}, or other classes: give the same data"
+            )
+        self.done, self.step = int(saved["epoch"]), int(saved.get("step", 0))
+        if self.step and saved.get("steps", self.steps) != self.steps:
+            raise UserError(
+                f"{path} stopped at step {self.step} of an epoch of {saved['steps']} steps, here it has {self.steps}: "
+                "resume with the batch size and pictures of then, or from a checkpoint of a whole epoch"
+            )
+        self.global_step = saved.get("global_step", self.done * self.steps + self.step)
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in method.optimizer.param_groups]
+        method.load_state_dict(saved)
+        checkpoint.load_optimizer(method.optimizer, saved["optimizer"], path)
+        for group, now in zip(method.optimizer.param_groups, fresh):
+            group.update(now)  # what was typed now counts, not what was typed then
+        if "scaler" in saved and hasattr(method, "precision"):
+            method.precision.scaler.load_state_dict(saved["scaler"])
+        return [
+            *self._differing_flags(),
+            *self._restore_draws(),
+            f"resumed {path}: epoch {self.done}, step {self.step}",
+        ]
+
+    def _differing_flags(self) -> list[str]:
+        now = cli.flags(self.args)
+        names = sorted(now.keys() & self.then.keys() - FREE, key=lambda name: (name == "epochs", name))
+        differing = [f"{k}={now[k]} (was {self.then[k]})" for k in names if _plain(now[k]) != _plain(self.then[k])]
+        return [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
+
+    def _restore_draws(self) -> list[str]:
+        if "generators" not in self.saved:
+            return []
+        states, ranks, remarks = self.saved["generators"], self.process.world_size, []
+        mine = states[self.process.rank % len(states)]
+        if len(states) != ranks:
+            remarks.append(f"note: {ranks} processes go on where there were {len(states)}: other draws")
+        for name, generator in self.method.generators.items():
+            if len(mine[name]) == len(generator.get_state()):
+                generator.set_state(mine[name])
+            else:
+                remarks.append("note: this is another kind of device than the run began on: other draws")
+        torch.set_rng_state(mine["torch"])
+        return remarks
+
+    # ---------------------------------------------------------------------------------------------------- the loops
 
     def epochs(self):
         """The numbers of the epochs that are left. An epoch is saved when the script is done with it."""
@@ -223,7 +212,7 @@ class Job:
             return
         self._held.enter_context(self.stop)
         while self.done < self.args.epochs:
-            self.epoch, self.complete = self.done + self.count_from, False
+            self.epoch, self.complete = self.done + self.first, False
             yield self.epoch
             if not self.complete:
                 return self._stop(f"in epoch {self.epoch} at step {self.step}")
@@ -233,8 +222,14 @@ class Job:
             if self.stop.asked() and self.done < self.args.epochs:
                 return self._stop(f"after epoch {self.epoch}")
         self.log.say_replaced(self.pictures)
-        name = self.numbered.format(self.done - 1 + self.count_from) if self.numbered else self.last
+        name = self.numbered.format(self.done - 1 + self.first) if self.numbered else self.last
         self.log.say(f"done: {self.done} epochs; {os.path.join(self.folder, name)}")
+
+    def _stop(self, where: str) -> None:
+        self.log.say_replaced(self.pictures)
+        self.log.say(f"stopped by a signal {where}; continue with --resume auto")
+        number = max(processes.gather_objects(self.stop.received))
+        self.stopped, self.exit_code = True, 128 + number if number else 0
 
     def batches(self):
         """The batches of this epoch that are left; fewer where a signal asks to stop, which saves."""
@@ -275,40 +270,28 @@ class Job:
         """After a whole epoch: is it one of every `every` ones, or the last? 0 is never."""
         return bool(every) and self.complete and (self.done % every == 0 or self.done == self.args.epochs)
 
-    def _stop(self, where: str) -> None:
-        self.log.say_replaced(self.pictures)
-        self.log.say(f"stopped by a signal {where}; continue with --resume auto")
-        number = max(processes.gather_objects(self.stop.received))
-        self.stopped, self.exit_code = True, 128 + number if number else 0
-
-    # --------------------------------------------------------------------------------------------------------- save
-
     def save(self, name: str, done: int | None = None) -> None:
         """Write the state of now to the run folder: the authors' keys and what an exact resume needs besides.
 
-        done: complete epochs, where the last of them is not to count yet."""
-        method, done = self.method, self.done if done is None else done
+        done: complete epochs, where the last of them is not to count yet. UserError where a weight is not finite.
+        """
+        method = self.method
+        weights = [p.detach() for group in method.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            raise UserError(
+                f"the weights are not finite in epoch {self.epoch}, after {self.global_step} steps in all; the last checkpoint is from "
+                "before it. Lower the learning rate, raise the temperature, or try without --amp"
+            )
         draws = {name: generator.get_state() for name, generator in method.generators.items()}
-        states = processes.gather_objects({**draws, "torch": torch.get_rng_state()})
-        self._check_finite()
+        draws = processes.gather_objects({**draws, "torch": torch.get_rng_state()})
         if self.process.is_main:
-            state = {self.options_key: cli.flags(self.args), "epoch": done, "step": self.step, "steps": self.steps}
-            state |= {"global_step": self.global_step, "data": self._data(), "generators": states}
-            state |= {"optimizer": method.optimizer.state_dict(), **method.state_dict()}
+            state = {self.key: cli.flags(self.args), "epoch": self.done if done is None else done}
+            state |= {"step": self.step, "steps": self.steps, "global_step": self.global_step, "data": self.data}
+            state |= {"generators": draws, "optimizer": method.optimizer.state_dict(), **method.state_dict()}
             if hasattr(method, "precision"):
                 state["scaler"] = method.precision.scaler.state_dict()
             checkpoint.save(Path(self.folder) / name, state)
         processes.barrier()
-
-    def _check_finite(self) -> None:
-        weights = [
-            p.detach() for group in self.method.optimizer.param_groups for p in group["params"] if p.requires_grad
-        ]
-        if not torch.nn.utils.get_total_norm(weights).isfinite():
-            raise UserError(
-                f"the weights are not finite after step {self.step} of epoch {self.epoch}; the last checkpoint is from "
-                "before it. Lower the learning rate, raise the temperature, or try without --amp"
-            )
 
 
 def _plain(value):

@@ -56,7 +56,7 @@ class CachedViews:
     CACHE_BYTES.
     """
 
-    def __init__(self, embed: Embed, loader: Loader, views: int, batch: int, seed: int, print_freq: int, show: bool):
+    def __init__(self, embed: Embed, loader: Loader, views: int, seed: int, print_freq: int, show: bool):
         kept = []
         for view in range(views):
             loader.set_epoch(view)
@@ -77,7 +77,7 @@ class CachedViews:
         self.features, self.targets = torch.stack(kept), torch.cat(targets)  # (views, n, ...), (n,)
         # As many rows per epoch as every rank has, so that all of them make the same number of steps.
         self.rows = min(processes.gather_objects(len(self.targets)))
-        self.batch, self.seed, self.epoch, self.start = batch, seed, 0, 0
+        self.batch, self.seed, self.epoch, self.start = loader.batch_size, seed, 0, 0
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch)
@@ -101,9 +101,8 @@ def validate(classifier: Callable[[Tensor], Tensor], batches: Batches) -> tuple[
     for feats, target in batches:
         logits = classifier(feats)
         top1, top5 = metrics.accuracy(logits, target, (1, 5))
-        sums.append(
-            torch.stack([top1, top5, cross_entropy(logits, target), torch.ones_like(top1)]).double() * len(target)
-        )
+        loss = cross_entropy(logits, target)
+        sums.append(torch.stack([top1, top5, loss, torch.ones_like(loss)]).double() * len(target))
     top1, top5, loss, n = processes.sum_ranks(torch.stack(sums).sum(0)).tolist()
     return top1 / n, top5 / n, loss / n
 
@@ -139,25 +138,45 @@ def loaders(args, process: processes.Process, train_set, val_set, train_view, va
 
 
 class Classifier:
-    """The method of a linear evaluation: a classifier on features that do not change.
+    """The method of a linear evaluation: a classifier on features of a network that does not change.
 
-    classifier: float32 features (B, ...) -> logits (B, C). facts: what the script's checkpoints say besides; a
-    classifier goes on only with the same `classes`, names in label order, and the same `digest` of the network.
+    embed: images on the device -> features, by the frozen `network`. classifier: float32 features (B, ...) -> logits (B, C);
+    it may be a part of the network. facts: what the script's checkpoints say besides; a classifier goes on only with the same
+    `classes`, names in label order, and the same `digest` of the network.
     """
 
     generators: dict = {}
 
-    def __init__(self, classifier: nn.Module, optimizer, process: processes.Process, **facts):
-        self.classifier, self.optimizer, self.facts = classifier, optimizer, facts
+    def __init__(self, network: nn.Module, embed: Embed, classifier: nn.Module, optimizer, process, /, **facts):
+        self.network, self.embed, self.classifier, self.optimizer, self.facts = (
+            network,
+            embed,
+            classifier,
+            optimizer,
+            facts,
+        )
         self.wrapped = processes.parallel(classifier, process)
         self.norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in classifier.modules())
-        nan = float("nan")
         self.scores = {
-            "acc1": nan,
-            "acc5": nan,
+            "acc1": float("nan"),
+            "acc5": float("nan"),
             "best_acc1": -1.0,
             "best_epoch": 0,
-        }  # best_epoch counts complete epochs
+        }  # complete epochs
+        self.before = {name: tensor.cpu().clone() for name, tensor in self._frozen()}
+
+    def _frozen(self):
+        trained = set(map(id, self.classifier.parameters()))
+        tensors = (*self.network.named_parameters(), *self.network.named_buffers())
+        return ((name, tensor.detach()) for name, tensor in tensors if id(tensor) not in trained)
+
+    def check_frozen(self) -> None:
+        """UserError unless the network is what it was at the start, batch-norm statistics included."""
+        for name, tensor in self._frozen():
+            if not torch.equal(tensor.cpu(), self.before[name]):
+                raise UserError(
+                    f"{name} changed during linear evaluation: the backbone was not frozen; the result is void"
+                )
 
     def step(self, feats: Tensor, target: Tensor) -> dict[str, Tensor] | None:
         """One step of SGD; None where a rank's share is one row, which has no batch statistics."""
@@ -193,33 +212,20 @@ class Classifier:
         self.scores = {k: type(v)(saved.get(k, v)) for k, v in self.scores.items()}
 
 
-def train(
-    job,
-    method: Classifier,
-    embed: Embed,
-    val_loader: Loader,
-    lr: Callable[[int, float], float],
-    best: str,
-    network: nn.Module,
-    before: dict[str, Tensor],
-) -> bool:
+def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float], float], best: str) -> bool:
     """Train a classifier to the end; False where a signal has stopped it.
 
     job has begun with the loader of the training pictures and `method`. lr(epoch, part of it) -> learning rate. best: file
-    name of the best epoch on val/. network: what `embed` runs, frozen; before: the tensors of it that must not have moved,
-    as the checkpoint has them: UserError, after the first epoch, if they have.
+    name of the best epoch on val/. Raises UserError where the network turns out not to be frozen, after the first epoch.
     """
-    args, val = job.args, FreshViews(embed, val_loader)
+    args, val, scores = job.args, FreshViews(method.embed, val_loader), method.scores
+    job.loader, checked = FreshViews(method.embed, job.pictures), False
     if args.cache_views and not job.finished:
         val = list(val)  # nothing random: embedded once for all epochs
-        batch, show = job.pictures.batch_size, job.log.main
-        job.loader = CachedViews(embed, job.pictures, args.cache_views, batch, args.seed, args.print_freq, show)
+        job.loader = CachedViews(method.embed, job.pictures, args.cache_views, args.seed, args.print_freq, job.log.main)
         job.shows_steps = False  # an epoch takes a moment
-    else:
-        job.loader = FreshViews(embed, job.pictures)
-    checked, classifier, scores = False, method.classifier, method.scores
     for epoch in job.epochs():
-        classifier.train()
+        method.classifier.train()
         for feats, target in job.batches():
             schedule.set_lr(method.optimizer, lr(epoch, job.step / len(job.loader)))
             values = method.step(feats, target)
@@ -227,14 +233,14 @@ def train(
                 job.track(**values)
         if not job.complete:
             continue
-        processes.broadcast_buffers(classifier)
-        top1, top5, loss = validate(classifier.eval(), val)
+        processes.broadcast_buffers(method.classifier)
+        top1, top5, loss = validate(method.classifier.eval(), val)
         if not checked:
-            check_frozen(network, before)
+            method.check_frozen()
             checked = True
         is_best = top1 > scores["best_acc1"]
         scores.update(acc1=top1, acc5=top5, **{"best_acc1": top1, "best_epoch": job.done} if is_best else {})
-        label = scores["best_epoch"] - 1 + job.count_from
+        label = scores["best_epoch"] - 1 + job.first
         job.log.say(f" * epoch {epoch}: Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {scores['best_acc1']:.3f} at {label})")
         known = dict(test_acc=top1, test_acc5=top5, test_loss=loss, learning_rate=lr(epoch, 0))
         job.log.log(job.global_step, epoch=epoch, **job.means, **known)
@@ -254,14 +260,6 @@ def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
     facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
     facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
     job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path, seed=args.seed)
-
-
-def check_frozen(network: nn.Module, before: dict[str, Tensor]) -> None:
-    """Compare a network with its checkpoint: nothing may have moved, batch-norm statistics included."""
-    own = network.state_dict()
-    for name, tensor in before.items():
-        if not torch.equal(own[name].cpu(), tensor.cpu()):
-            raise UserError(f"{name} changed during linear evaluation: the backbone was not frozen; the result is void")
 
 
 # ----------------------------------------------------------------------------------------------------------------- k-NN

@@ -205,26 +205,30 @@ def worker(args, process: processes.Process) -> None:
     with loop.Job(args, process, os.path.join(args.save_path, name), **files) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
-        network, state = frozen_network(saved, args, process), checkpoint.backbone(saved)
+        network = frozen_network(saved, args, process)
         shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
         features = pool(torch.zeros(1, *shape), args.layer).shape[1]
         classifier = LinearClassifier(features, len(train_set.classes), args.bn)
         if args.syncBN and process.world_size > 1:
             classifier = nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
         classifier = classifier.to(process.device)
-        facts = dict(classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(state))
-        method = probe.Classifier(classifier, build_optimizer(args, classifier), process, **facts)
+        facts = dict(
+            classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(checkpoint.backbone(saved))
+        )
         precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
+
+        def embedder(images):
+            return embed(network, images, args.layer, precision)
+
+        method = probe.Classifier(network, embedder, classifier, build_optimizer(args, classifier), process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
         job.begin(
             train_loader, method, val_images=len(val_set), model=args.model, layer=f"{args.layer} {tuple(shape)}",
             network=saved.path, pretrained_epochs=saved.get("epoch"), crop=args.crop, precision=str(precision),
         )  # fmt: skip
-        whole = probe.train(
-            job, method, lambda images: embed(network, images, args.layer, precision), val_loader,
-            lambda epoch, part: learning_rate(args, epoch, part), f"{args.model}_layer{args.layer}.pth", network, state,
-        )  # fmt: skip
+        best = f"{args.model}_layer{args.layer}.pth"
+        whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch, part), best)
         if whole:
             opt = saved["opt"]
             z = "" if opt.get("softmax") else f" (Z {opt.get('nce_z', 'oneshot')})"

@@ -153,10 +153,6 @@ def embed(model, images, precision):
 class Head(probe.Classifier):
     """The last layer of a whole network, which is what the published files keep."""
 
-    def __init__(self, network: nn.Module, *rest, **facts):
-        super().__init__(network.fc, *rest, **facts)
-        self.network = network
-
     def weights(self) -> dict:
         return {"state_dict": checkpoint.add_prefix(self.network.state_dict(), "module.")}
 
@@ -167,7 +163,7 @@ class Head(probe.Classifier):
 def worker(args, process: processes.Process) -> None:
     demo.ensure_for(args, process)
     shared = checkpoint.newest(args.ckpt_path) is not None  # as published, with a pre-training, whose records stay
-    files = dict(names=("checkpoint_robust_*.pth.tar",), options_key="args", count_from=0, suffix="-lincls" * shared)
+    files = dict(names=("checkpoint_robust_*.pth.tar",), key="args", first=0, suffix="-lincls" * shared)
     with loop.Job(args, process, args.ckpt_path, **files) as job:
         saved = read_backbone(args, job.saved)
         classes = saved.get("classes") if job.saved else None  # a classifier knows its own; DATA must have the same
@@ -184,24 +180,24 @@ def worker(args, process: processes.Process) -> None:
         facts |= dict(pretrained=saved.get("pretrained", saved.path), pretrained_args=saved.get("args"))
         if job.saved:
             facts["pretrained_args"] = saved.get("pretrained_args", saved.get("args"))
-        method = Head(network, optimizer, process, **facts)
+
+        def embedder(images):
+            return embed(network, images, precision)
+
+        method = Head(network, embedder, network.fc, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
         # the published file names carry the number of the pre-training checkpoint: checkpoint_0199 -> checkpoint_robust_0199
         number = f"{max(0, epochs - 1):04d}.pth.tar"
-        job.last = f"checkpoint_robust_{number}"
+        job.last, best = f"checkpoint_robust_{number}", f"model_best_{number}"
         known = dict(backbone=saved.path, pretrained_epochs=epochs, precision=str(precision))
         job.begin(train_loader, method, val_images=len(val_set), lr=args.lr, **known)
-        whole = probe.train(
-            job, method, lambda images: embed(network, images, precision), val_loader,
-            lambda epoch, part: schedule.step(args.lr, epoch, args.schedule), f"model_best_{number}", network,
-            checkpoint.without_head(checkpoint.backbone(saved)),
-        )  # fmt: skip
+        whole = probe.train(job, method, val_loader, lambda e, part: schedule.step(args.lr, e, args.schedule), best)
         if whole:
             found = method.scores
-            best = dict(acc1_best=found["best_acc1"], best_epoch=found["best_epoch"] - 1)
+            at_best = dict(acc1_best=found["best_acc1"], best_epoch=found["best_epoch"] - 1)
             known = dict(pretrained=facts["pretrained"], data=args.data, split="val", epochs=job.done)
-            known |= dict(acc1=found["acc1"], acc5=found["acc5"], **best, precision=str(precision), seed=args.seed)
+            known |= dict(acc1=found["acc1"], acc5=found["acc5"], **at_best, precision=str(precision), seed=args.seed)
             job.log.result(**known)
 
 

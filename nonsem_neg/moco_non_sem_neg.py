@@ -173,7 +173,9 @@ def build_loader(args, process: processes.Process) -> data.Loader:
 def open_texture_pairs(args):
     """(originals, textures), row by row the same picture; what has no partner is listed in the run folder."""
     texture_set = sets.open_set(args.texture_root, "train", class_list=args.class_list)
-    listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt") if processes.rank() == 0 else None
+    listing = None
+    if processes.rank() == 0 and not args.show_views:
+        listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt")
     return textures.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
 
 
@@ -252,7 +254,7 @@ def learning_rate(args, epoch: int) -> float:
 
 
 def worker(args, process: processes.Process) -> None:
-    files = dict(last="checkpoint_last.pth.tar", numbered="checkpoint_{:04d}.pth.tar", options_key="args", count_from=0)
+    files = dict(last="checkpoint_last.pth.tar", numbered="checkpoint_{:04d}.pth.tar", key="args", first=0)
     with loop.Job(args, process, args.ckpt_path, **files, same=("arch",)) as job:
         batchnorm.splits_here(args, process)
         demo.ensure_for(args, process, texture=args.robust == "texture")

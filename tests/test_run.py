@@ -132,6 +132,8 @@ def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, sai
 class Pictures:
     """A loader of four pictures, whose views are 10 * epoch + their number."""
 
+    batch_size = 3
+
     def set_epoch(self, epoch):
         self.epoch = epoch
 
@@ -144,7 +146,7 @@ class Pictures:
 
 
 def test_cached_views_take_turns_and_keep_their_targets():
-    cache = probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 3, 0, 100, False)
+    cache = probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 0, 100, False)
     assert len(cache) == 2
     for epoch in range(4):
         cache.set_epoch(epoch)
@@ -162,8 +164,8 @@ def test_cached_views_take_turns_and_keep_their_targets():
 def test_a_cache_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(probe, "CACHE_BYTES", 4 * 6 * 2 - 1)
     with pytest.raises(UserError, match="--cache-views 2"):
-        probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 3, 0, 100, False)
-    probe.CachedViews(lambda x: x.flatten(1), Pictures(), 1, 3, 0, 100, False)
+        probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 0, 100, False)
+    probe.CachedViews(lambda x: x.flatten(1), Pictures(), 1, 0, 100, False)
 
 
 def test_validation_by_hand():

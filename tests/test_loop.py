@@ -1,0 +1,286 @@
+"""A run from start to finish, with a method of one weight: what is saved when, what may differ on resume, what is refused.
+
+The scripts' own runs are in test_{cmc,moco_insdis,nonsem}_training.py; here each check takes milliseconds.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import equal
+from PIL import Image
+
+from cmc import train_CMC
+from common import UsageError, UserError, checkpoint, cli, loop, options, processes, run, schedule
+from moco_insdis import train_moco_ins
+from nonsem_neg import moco_non_sem_neg
+
+
+class Pictures:
+    def __init__(self, count=8, classes=("cat", "dog")):
+        self.count, self.classes, self.notes = count, list(classes), []
+
+    def __len__(self):
+        return self.count
+
+
+class Loader:
+    """Batches (views, target, index) of numbers that depend on the epoch and the step."""
+
+    mode, views, bad_images = "host", ["a recipe"], []
+
+    def __init__(self, pictures, batch_size, stop_at=None):
+        self.dataset, self.batch_size, self.stop_at = pictures, batch_size, stop_at
+
+    def set_epoch(self, epoch, start=0):
+        self.epoch, self.start = epoch, start
+
+    def __len__(self):
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self):
+        for step in range(self.start, len(self)):
+            if self.stop_at == (self.epoch, step):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield [torch.full((self.batch_size, 1), self.epoch + step / 10)], None, torch.arange(self.batch_size)
+
+
+class Method:
+    """A weight that follows noisy views: its draws and its momentum must go on for a resume to be exact."""
+
+    def __init__(self, args):
+        self.weight = torch.nn.Parameter(torch.zeros(2, 3))
+        self.optimizer = torch.optim.SGD([self.weight], args.lr, momentum=args.momentum)
+        self.generators = {"noise": torch.Generator().manual_seed(args.seed)}
+
+    def step(self, views):
+        noise = torch.randn(2, 3, generator=self.generators["noise"])
+        loss = (self.weight - views[0].mean() - noise).square().mean() + torch.rand(())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def state_dict(self):
+        return {"weight": self.weight.detach().clone()}
+
+    def load_state_dict(self, saved):
+        with torch.no_grad():
+            self.weight.copy_(saved["weight"])
+
+
+def parse(*flags):
+    parser = cli.Parser(presets={"demo": {}})
+    group = parser.add_argument_group("all")
+    options.add_data_arguments(group)
+    options.add_run_arguments(group)
+    options.add_monitor_arguments(group)
+    for name, default in (("data", "x"), ("model", "one"), ("ckpt_path", "run")):
+        group.add_argument(f"--{name}", default=default)
+    group.add_argument("--epochs", type=int, default=3)
+    group.add_argument("--batch-size", type=int, default=2)
+    group.add_argument("--lr", type=float, default=0.1)
+    group.add_argument("--momentum", type=float, default=0.9)
+    args = parser.parse_args(["--seed", "1", "--save-freq", "2", *flags])
+    return args
+
+
+def train(*flags, pictures=None, stop_at=None, poison=None, folder="run"):
+    """A run; the exit code (0: it came to its end)."""
+    args = parse(*flags)
+    try:
+        with loop.Job(
+            args, processes.Process(), folder, last="last.pth", numbered="epoch_{}.pth", same=("model",)
+        ) as job:
+            loader = Loader(pictures or Pictures(), args.batch_size, stop_at)
+            method = Method(args)
+            job.begin(loader, method)
+            for epoch in job.epochs():
+                schedule.set_lr(method.optimizer, args.lr)
+                for views, _, _ in job.batches():
+                    job.track(loss=method.step(views), lr=args.lr)
+                    if poison == (epoch, job.step):
+                        method.weight.data[0, 0] = float("nan")
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def last(folder="run"):
+    return checkpoint.load(f"{folder}/last.pth")
+
+
+def records(folder="run"):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder="run"):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+
+
+def test_what_a_run_leaves(capsys):
+    assert train() == 0
+    assert sorted(p.name for p in Path("run").glob("*.pth")) == ["epoch_2.pth", "epoch_3.pth", "last.pth"]
+    saved = last()
+    assert (saved["epoch"], saved["step"], saved["steps"], saved["global_step"]) == (3, 0, 4, 12)
+    assert saved["opt"]["lr"] == 0.1 and {"typed", "defaults"}.isdisjoint(saved["opt"])
+    found = records()
+    assert [r["step"] for r in found] == sorted({r["step"] for r in found}) and found[-1]["step"] == 12
+    ends = [r for r in found if "epoch_loss" in r]
+    assert [r["epoch"] for r in ends] == [1, 2, 3] and all(r["lr"] == 0.1 for r in found)
+    assert "done: 3 epochs; run/epoch_3.pth" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop_at", [(1, 0), (2, 2), (2, 3)])
+def test_a_stopped_run_goes_on_bit_for_bit(stop_at, capsys):
+    train(folder="whole")
+    assert train(stop_at=stop_at) == 143
+    assert "continue with --resume auto" in capsys.readouterr().out
+    cut = last()
+    done = (
+        (stop_at[0], 0) if stop_at[1] == 3 else (stop_at[0] - 1, stop_at[1] + 1)
+    )  # at the last step the epoch is whole
+    assert (cut["epoch"], cut["step"]) == done
+    assert train("--resume", "auto") == 0
+    a, b = last("whole"), last()
+    assert all(equal(a[key], b[key]) for key in ("weight", "optimizer", "generators", "epoch", "global_step"))
+    assert [r["step"] for r in records()][-1] == 12
+    assert len({r["step"] for r in records()}) == len(records())
+
+
+def test_a_finished_run_is_left_as_it_is(capsys):
+    train()
+    before = contents()
+    assert train("--resume", "auto", "--lr", "0.5") == 0
+    said = capsys.readouterr().out
+    assert "nothing to train: run/last.pth has 3 epochs already" in said and before == contents()
+
+
+def test_other_settings_are_named_and_free_ones_are_not(capsys):
+    train("--epochs", "1")
+    assert train("--resume", "auto", "--lr", "0.2", "--epochs", "2", "--workers", "1", "--print-freq", "3") == 0
+    said = capsys.readouterr().out
+    assert "note: unlike the run that wrote the checkpoint: lr=0.2 (was 0.1), epochs=2 (was 1)\n" in said
+    assert last()["optimizer"]["param_groups"][0]["lr"] == 0.2
+
+
+REFUSED = {
+    "model": (["--model", "two"], {}, "is of --model one, this run of two: give the same, or start another run"),
+    "data set": (["--dataset", "cifar10"], {}, "is of --dataset folder, this run of cifar10"),
+    "class list": (["--class-list", "five.txt"], {}, "is of --class_list the default, this run of five.txt"),
+    "fewer pictures": (
+        [],
+        {"pictures": Pictures(6)},
+        "was trained on 8 pictures of 2 classes, here there are 6 pictures of 2",
+    ),
+    "other classes": ([], {"pictures": Pictures(8, ("cat", "fox"))}, "or other classes: give the same data"),
+    "batch": (
+        ["--batch-size", "4"],
+        {},
+        "stopped at step 2 of an epoch of 4 steps, here it has 2: resume with the batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_another_run_is_refused_and_nothing_is_touched(case):
+    flags, options, message = REFUSED[case]
+    assert train(stop_at=(2, 1)) == 143
+    before = contents()
+    with pytest.raises(UserError) as refused:
+        train("--resume", "auto", *flags, **options)
+    assert message in str(refused.value) and "\n" not in str(refused.value) and contents() == before
+
+
+def test_another_batch_is_fine_after_a_whole_epoch(capsys):
+    train("--epochs", "1")
+    assert train("--resume", "auto", "--epochs", "2", "--batch-size", "4") == 0
+    assert "batch_size=4 (was 2)" in capsys.readouterr().out
+    assert last()["global_step"] == 4 + 2 and [r["step"] for r in records()][-1] == 6
+
+
+def test_weights_that_are_not_finite_are_never_saved():
+    train("--epochs", "1")
+    before = contents()["last.pth"]
+    with pytest.raises(
+        UserError, match="the weights are not finite in epoch 2, after 8 steps in all; the last checkpoint is"
+    ):
+        train("--resume", "auto", poison=(2, 3))
+    assert contents()["last.pth"] == before
+    assert train("--resume", "auto") == 0
+
+
+@pytest.mark.parametrize("buffer", [torch.zeros(3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int64)])
+def test_an_optimizer_of_other_parameters_is_refused(buffer):
+    train("--epochs", "1")
+    saved = last()
+    saved["optimizer"]["state"][0]["momentum_buffer"] = buffer
+    torch.save(saved, "run/last.pth")
+    with pytest.raises(UserError, match="run/last.pth: its optimizer is not one of this network's parameters"):
+        train("--resume", "auto")
+
+
+def test_a_folder_belongs_to_one_run_at_a_time():
+    train("--epochs", "1")
+    with (
+        run.only_writer("run"),
+        pytest.raises(UserError, match=rf"another process \({os.getpid()} on .*\) is writing to run"),
+    ):
+        train("--resume", "auto")
+    assert train("--resume", "auto") == 0
+
+
+def test_a_new_run_does_not_write_over_another():
+    train("--epochs", "1")
+    with pytest.raises(
+        UsageError, match="run already holds .*--resume auto, choose another folder, or pass --overwrite"
+    ):
+        train()
+    assert train("--overwrite", "--epochs", "1") == 0
+
+
+SCRIPTS = {
+    "CMC": (train_CMC, "--views L,ab", ["L: L", "ab: a", "ab: b"]),
+    "InsDis": (train_moco_ins, "", ["picture"]),
+    "MoCo": (train_moco_ins, "--moco", ["query", "key"]),
+    "patch": (moco_non_sem_neg, "--num-nonsem 2 --moco-k 64", ["query", "key", "negative 1", "negative 2"]),
+    "texture": (moco_non_sem_neg, "--robust texture --moco-k 64", ["query", "key", "negative 1"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_show_views(name, workspace, capsys, monkeypatch):
+    script, flags, labels = SCRIPTS[name]
+    monkeypatch.chdir(workspace)
+    drawn = {}
+    write = loop.sheet.write
+
+    def watched(path, columns, names):
+        drawn.update(columns)
+        write(path, columns, names)
+
+    monkeypatch.setattr(loop.sheet, "write", watched)
+    script.main(["--demo", "--device", "cpu", "-b", "16", *flags.split(), "--show-views", "views.png"])
+    assert "the first batch as the networks see it: views.png" in capsys.readouterr().out
+    assert list(drawn) == labels
+    for images in drawn.values():
+        assert images.shape[0] == 16 and images.shape[-2:] == (32, 32) and images.dtype == torch.float32
+        assert (
+            -0.01 <= images.min() and images.max() <= 1.01 and images.std() > 0.001
+        )  # a picture, not normalised numbers
+    with Image.open("views.png") as picture:
+        assert picture.height > 500 and picture.width > 100 * (len(labels) + 1)
+    assert not Path("runs").exists()  # nothing was trained
+    if name == "MoCo":
+        with pytest.raises(UsageError, match="--show-views views.png/x.png: ") as refused:
+            script.main(["--demo", "--device", "cpu", *flags.split(), "--show-views", "views.png/x.png"])
+        assert "\n" not in str(refused.value)

@@ -87,9 +87,7 @@ def parse_args(argv=None):
     options.add_run_arguments(g)
     options.add_monitor_arguments(g)
     options.add_hardware_arguments(parser, apex=True, compile=True)
-    parser.refuse(
-        "never had an effect: TensorBoard gets a point at every --print_freq steps and every epoch", "tb_freq"
-    )
+    parser.refuse("never had an effect: TensorBoard gets a point every --print_freq steps", "tb_freq")
     parser.refuse("never had an effect in pre-training, which uses SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
 

@@ -279,8 +279,8 @@ class Job:
         weights = [p.detach() for group in method.optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not torch.nn.utils.get_total_norm(weights).isfinite():
             raise UserError(
-                f"the weights are not finite in epoch {self.epoch}, after {self.global_step} steps in all; the last checkpoint is from "
-                "before it. Lower the learning rate, raise the temperature, or try without --amp"
+                f"the weights are not finite in epoch {self.epoch}, after {self.global_step} steps in all; the last checkpoint "
+                "is from before it. Lower the learning rate, raise the temperature, or try without --amp"
             )
         draws = {name: generator.get_state() for name, generator in method.generators.items()}
         draws = processes.gather_objects({**draws, "torch": torch.get_rng_state()})

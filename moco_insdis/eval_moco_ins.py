@@ -20,7 +20,8 @@ from torch import nn
 
 from common import UsageError, UserError, augment, backbones, checkpoint, cli, loop, options, probe, processes, schedule
 from common.precision import Precision
-from moco_insdis.train_moco_ins import MODELS, NORMALIZE, WARM_EPOCHS, WARM_FROM
+from moco_insdis.networks import MODELS
+from moco_insdis.train_moco_ins import NORMALIZE, WARM_EPOCHS, WARM_FROM
 from preprocess import demo
 
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # side of the average-pooled map; layer 5 enters as it is, layer 6 is a vector

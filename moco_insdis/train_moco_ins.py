@@ -19,7 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import (
@@ -39,12 +38,9 @@ from common import (
 )
 from common.precision import Precision
 from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank
+from moco_insdis.networks import MODELS, build_network
 from preprocess import demo
 
-MODELS = {  # name: (depth, width)
-    "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
-    "resnet101": (101, 1),
-}  # fmt: skip
 WARM_FROM, WARM_EPOCHS = 0.01, 10  # of --warm, as the same author's later code (PyContrast) has them
 PRESETS = {
     # 50,000 small pictures (CIFAR): the published settings compare with a third of the data set at every step
@@ -88,8 +84,7 @@ def parse_args(argv=None):
     g.add_argument("--exclude-self", action="store_true", help="InsDis: never draw a picture as its own negative")
     g.add_argument("--alpha", type=cli.fraction, default=0.999, help="MoCo: momentum of the key encoder")
     about = (
-        "batch-norm groups over all processes, as on that many GPUs; MoCo shuffles keys over them; default: MoCo 4 (the "
-        "published runs' GPUs), InsDis 1"
+        "batch-norm groups over all processes; MoCo shuffles keys over them; default: MoCo 4 (as published), InsDis 1"
     )
     g.add_argument("--bn-splits", type=cli.positive_int, help=about)
     g.add_argument("--syncBN", action="store_true", help="InsDis: batch-norm statistics over all processes")
@@ -105,9 +100,7 @@ def parse_args(argv=None):
     options.add_run_arguments(g)
     options.add_monitor_arguments(g)
     options.add_hardware_arguments(parser, apex=True, compile=True)
-    parser.refuse(
-        "never had an effect: TensorBoard gets a point at every --print_freq steps and every epoch", "tb_freq"
-    )
+    parser.refuse("never had an effect: TensorBoard gets a point every --print_freq steps", "tb_freq")
     parser.refuse("never had an effect in pre-training, which uses SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
 
@@ -123,8 +116,8 @@ def parse_args(argv=None):
         raise UsageError(f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys ({args.batch_size})")
     for flag in ("exclude_self", "syncBN", "nce_m") if args.moco else ("alpha",):
         if flag in args.typed:
-            wanted = "InsDis: omit --moco" if args.moco else "MoCo: add --moco"
-            raise UsageError(f"--{flag.replace('_', '-')} belongs to {wanted}, or omit it")
+            other = "InsDis: omit --moco" if args.moco else "MoCo: add --moco"
+            raise UsageError(f"--{flag.replace('_', '-')} belongs to {other}, or omit it")
     if args.syncBN and args.bn_splits > 1:
         raise UsageError("--syncBN joins what --bn-splits takes apart; omit one of the two")
     if "nce_z" in args.typed and "softmax" not in args.typed:
@@ -160,15 +153,6 @@ def recipe(args) -> augment.Compose:
 def build_loader(args, process: processes.Process):
     views = (recipe(args),) * (2 if args.moco else 1)
     return options.make_loader(args, process, options.open_pretraining(args), views)
-
-
-def build_network(args, process: processes.Process) -> nn.Module:
-    depth, width = MODELS[args.model]
-    network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
-    batchnorm.split(network, batchnorm.splits_here(args, process))
-    if args.syncBN and process.world_size > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network.to(process.device, memory_format=torch.channels_last).train()
 
 
 class Method:
@@ -270,8 +254,8 @@ class MoCo(Method):
     def state_dict(self) -> dict:
         model = checkpoint.add_prefix(self.encoder.state_dict(), PREFIX)
         ema = checkpoint.add_prefix(self.encoder_ema.state_dict(), PREFIX)
-        queue = {"contrast": self.memory.state_dict(), "queue": self.memory.extra_state()}
-        return {"model": model, "model_ema": ema, **queue}
+        memory = {"contrast": self.memory.state_dict(), "queue": self.memory.extra_state()}
+        return {"model": model, "model_ema": ema, **memory}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         if "model_ema" not in saved and "memory" in saved["contrast"]:
@@ -304,8 +288,8 @@ def worker(args, process: processes.Process) -> None:
         n = len(loader.dataset)
         knn = probe.knn_loaders(args, process, loader.dataset, probe.plain_view(args, NORMALIZE))
         method = (MoCo if args.moco else InsDis)(args, n, process)
-        loss = "InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}"
-        job.begin(loader, method, method=type(method).__name__, loss=loss, crop=args.crop)
+        facts = dict(method=type(method).__name__, loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}")
+        job.begin(loader, method, **facts, crop=args.crop)
         warn(args, n, job)
         for epoch in job.epochs():
             for views, _, index in job.batches():

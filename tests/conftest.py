@@ -30,7 +30,7 @@ def demo_set(tmp_path_factory) -> Path:
     """A small set of the built-in pictures: 160 train, 40 val, 15 corruptions x 1 severity x 10, and so on."""
     out = tmp_path_factory.mktemp("pictures") / "demo"
     demo.make(out, train_per_class=16, val_per_class=4, severities=(3,), corruption_per_class=1, texture=True,
-              workers=2, progress=False)  # fmt: skip
+              workers=1, progress=False)  # fmt: skip
     return out
 
 

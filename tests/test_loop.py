@@ -212,7 +212,7 @@ def test_weights_that_are_not_finite_are_never_saved():
     train("--epochs", "1")
     before = contents()["last.pth"]
     with pytest.raises(
-        UserError, match="the weights are not finite in epoch 2, after 8 steps in all; the last checkpoint is"
+        UserError, match="the weights are not finite in epoch 2, after 8 steps in all; the last checkpoint"
     ):
         train("--resume", "auto", poison=(2, 3))
     assert contents()["last.pth"] == before

@@ -81,8 +81,11 @@ def main(argv=None) -> int:
             split.classes = {name: paths * -(-args.pictures // files) for name, paths in split.classes.items()}
         pictures = check_images.Pictures(splits, args.pictures)
         size = sum(os.path.getsize(path) for _, paths, _ in pictures.jobs(32) for path in paths) / len(pictures)
-        print(f"{args.data or 'generated pictures'}: {files} files, mean {size / 1000:.0f} kB, {len(pictures)} per pass; "
-              f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Pillow {Image.__version__}", flush=True)  # fmt: skip
+        print(
+            f"{args.data or 'generated pictures'}: {files} files, mean {size / 1000:.0f} kB, {len(pictures)} per pass; "
+            f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Pillow {Image.__version__}",
+            flush=True,
+        )
         plain_loop(pictures)  # into the page cache
         sides = ["plain loop", "check_images, 1 process", f"check_images, {args.workers} processes"]
         rates, starts, cores = {side: [] for side in sides}, [], []

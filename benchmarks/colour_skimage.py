@@ -121,8 +121,10 @@ def main(argv=None) -> int:
         import skimage
     except ImportError:
         raise SystemExit("this comparison needs scikit-image: pip install -r requirements-dev.txt") from None
-    print(f"torch {torch.__version__}  scikit-image {skimage.__version__}  {args.cores} core(s) for each side, "
-          f"{args.clock} time")  # fmt: skip
+    print(
+        f"torch {torch.__version__}  scikit-image {skimage.__version__}  {args.cores} core(s) for each side, "
+        f"{args.clock} time"
+    )
     missed = 0
     for size in args.sizes:
         batch = args.batch or BATCH.get(size, 32)
@@ -142,8 +144,10 @@ def main(argv=None) -> int:
             low = space in AIMED_AT and ratios[1] < AIM
             missed += low
             micro = [1e6 * seconds for seconds in (convert, to_input, alone, from_codes)]
-            print(f"{space:8s}{micro[0]:10.1f}{micro[1]:10.1f}{micro[2]:10.1f}{micro[3]:11.1f}   "
-                  f"{ratios[0]:10.1f} / {ratios[1]:5.1f} / {ratios[2]:10.1f}{'   below the aim' if low else ''}")  # fmt: skip
+            print(
+                f"{space:8s}{micro[0]:10.1f}{micro[1]:10.1f}{micro[2]:10.1f}{micro[3]:11.1f}   "
+                f"{ratios[0]:10.1f} / {ratios[1]:5.1f} / {ratios[2]:10.1f}{'   below the aim' if low else ''}"
+            )
     return int(missed > 0)
 
 

@@ -47,8 +47,10 @@ def main(argv=None) -> int:
         assert all(np.array_equal(a, b) for a, b in zip(expected, made))
         print(f"  picture {i + 1}: corrupt-tta {plain[-1]:.2f} s, here {faster[-1]:.2f} s", flush=True)
     ratio = statistics.median(a / b for a, b in zip(plain, faster))
-    print(f"75 variants of a picture: corrupt-tta {statistics.median(plain):.2f} s of processor time, here "
-          f"{statistics.median(faster):.2f} s, {ratio:.2f} times faster (aim {args.at_least}), equal pixels")  # fmt: skip
+    print(
+        f"75 variants of a picture: corrupt-tta {statistics.median(plain):.2f} s of processor time, here "
+        f"{statistics.median(faster):.2f} s, {ratio:.2f} times faster (aim {args.at_least}), equal pixels"
+    )
     return int(ratio < args.at_least)
 
 

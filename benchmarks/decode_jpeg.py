@@ -70,15 +70,17 @@ def pil_blur(image: Image.Image) -> Image.Image:
 class PublishedStyle(torch.utils.data.Dataset):
     def __init__(self, pictures: FolderSet):
         self.pictures = pictures
-        self.view = transforms.Compose([
-            transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([pil_blur], p=0.5),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ])  # fmt: skip
+        self.view = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.RandomApply([pil_blur], p=0.5),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
         self.negative = PatchNegative(PATCH_SIDES, np.random.default_rng(0))
 
     def __len__(self) -> int:
@@ -93,9 +95,13 @@ class PublishedStyle(torch.utils.data.Dataset):
 
 def published_style(pictures: FolderSet, workers: int, batch_size: int):
     return torch.utils.data.DataLoader(
-        PublishedStyle(pictures), batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        PublishedStyle(pictures),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
         persistent_workers=workers > 0,
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- this loader
@@ -242,8 +248,10 @@ def measure(args: argparse.Namespace, tree: Path, what: str) -> int:
             rate, mebibytes = answer.get()
             rates[side].append(rate)
             memory[side].append(mebibytes)
-    print(f"\n{args.workers} workers, batch {args.batch_size}, {args.repeats} repeats, alternating"
-          "       pictures/s, median (range)    peak memory, MiB")  # fmt: skip
+    print(
+        f"\n{args.workers} workers, batch {args.batch_size}, {args.repeats} repeats, alternating"
+        "       pictures/s, median (range)    peak memory, MiB"
+    )
     for side in SIDES:
         print(f"  {side:<38}{spread(rates[side]):>40}{max(memory[side]):>20.0f}")
     print("peak memory: the process plus its workers, each at its own peak; pages they share are counted repeatedly")

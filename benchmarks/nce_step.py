@@ -142,14 +142,17 @@ def main(argv=None) -> int:
     for repeat in range(args.repeats):
         for side in found:
             flags = [f"--{name}={getattr(args, name)}" for name in ("n", "k", "batch", "dim", "steps")]
-            out = subprocess.run([sys.executable, __file__, "--side", side, *flags], stdout=subprocess.PIPE, text=True,
-                                 check=True).stdout  # fmt: skip
+            out = subprocess.run(
+                [sys.executable, __file__, "--side", side, *flags], stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
             found[side].append(json.loads(out.strip().splitlines()[-1]))
             print(f"  repeat {repeat + 1} {side:9} {found[side][-1]['seconds']:.3f} s a step", flush=True)
     for side, runs in found.items():
         seconds = [r["seconds"] for r in runs]
-        print(f"{side:9} {statistics.median(seconds):.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), "
-              f"{max(r['memory'] for r in runs) / 2**20:.0f} MiB beyond the banks")  # fmt: skip
+        print(
+            f"{side:9} {statistics.median(seconds):.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), "
+            f"{max(r['memory'] for r in runs) / 2**20:.0f} MiB beyond the banks"
+        )
     if len(found) == 1:
         return 0
     for key, rtol in (("losses", 5e-4), ("gradients", 1e-4)):  # the published sum of log(c / (P + c)) rounds in float32
@@ -157,8 +160,10 @@ def main(argv=None) -> int:
         assert (a - b).abs().max() <= rtol * b.abs().max(), (key, (a - b).abs().max(), b.abs().max())
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found["published"]))
     part = max(r["memory"] for r in found["ours"]) / max(r["memory"] for r in found["published"])
-    print(f"equal losses and gradients; {ratio:.1f} times faster, aim {args.at_least}; {part:.3f} of the memory, "
-          f"aim {args.memory_at_most}")  # fmt: skip
+    print(
+        f"equal losses and gradients; {ratio:.1f} times faster, aim {args.at_least}; {part:.3f} of the memory, "
+        f"aim {args.memory_at_most}"
+    )
     return int(ratio < args.at_least or part > args.memory_at_most)
 
 

@@ -121,22 +121,38 @@ def main(argv=None) -> int:
     missed = []
     with tempfile.TemporaryDirectory() as temporary:
         tree = args.data or str(generate(Path(temporary)))
-        print(f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
-              f"{args.repeats} repeats of {args.steps} steps", flush=True)  # fmt: skip
+        print(
+            f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{args.repeats} repeats of {args.steps} steps",
+            flush=True,
+        )
         for name in args.scripts:
             found = {"whole": [], "alone": []}
             for _ in range(args.repeats):
                 for side, results in found.items():
-                    command = [sys.executable, __file__, "--data", tree, "--steps", str(args.steps), "--one", name, side]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        "--data",
+                        tree,
+                        "--steps",
+                        str(args.steps),
+                        "--one",
+                        name,
+                        side,
+                    ]
                     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                     results.append(json.loads(out.strip().splitlines()[-1]))
             ratios = [a["rate"] / b["rate"] for a, b in zip(found["whole"], found["alone"])]
             ratio = statistics.median(ratios)
             rates = {side: statistics.median(r["rate"] for r in results) for side, results in found.items()}
             views = statistics.median(r["views"] for r in found["whole"])
-            print(f"{name:13} {rates['whole']:6.0f} images/s, network alone {rates['alone']:6.0f}: {ratio:.3f} of it "
-                  f"({min(ratios):.3f} to {max(ratios):.3f}), aim {args.at_least}; views and waiting {views:.1%} of a step, "
-                  f"peak memory {max(r['peak'] for r in found['whole']):.0f} MiB", flush=True)  # fmt: skip
+            print(
+                f"{name:13} {rates['whole']:6.0f} images/s, network alone {rates['alone']:6.0f}: {ratio:.3f} of it "
+                f"({min(ratios):.3f} to {max(ratios):.3f}), aim {args.at_least}; views and waiting {views:.1%} of a step, "
+                f"peak memory {max(r['peak'] for r in found['whole']):.0f} MiB",
+                flush=True,
+            )
             if ratio < args.at_least:
                 missed.append(name)
     return len(missed)

@@ -123,8 +123,10 @@ def measure(args, tree: Path, what: str) -> int:
         opened = open_set(Path(folder) / "pack0", "train", dataset="packed")
         read = show(f"two crops each, {args.workers} workers", reading(pictures, opened, args.workers, args.repeats))
         show("one crop each, one thread", orders(opened, args.repeats))
-    print(f"\nresult: packing at {packed:.2f} of the rate of decoding and writing (wanted: {args.packing_at_least:g}), "
-          f"reading at {read:.2f} times that of JPEG files (wanted: {args.reading_at_least:g})")  # fmt: skip
+    print(
+        f"\nresult: packing at {packed:.2f} of the rate of decoding and writing (wanted: {args.packing_at_least:g}), "
+        f"reading at {read:.2f} times that of JPEG files (wanted: {args.reading_at_least:g})"
+    )
     return 0 if packed >= args.packing_at_least and read >= args.reading_at_least else 1
 
 

@@ -44,7 +44,9 @@ BATCH, QUEUE = 256, 4096
 
 
 def ours(tree: str, steps: int, workers: int, side: str) -> dict:
-    flags = f"-a resnet18 --input-res 32 -b {BATCH} --moco-k {QUEUE} --moco-t 0.2 --mlp --aug-plus --robust none --seed 0"
+    flags = (
+        f"-a resnet18 --input-res 32 -b {BATCH} --moco-k {QUEUE} --moco-t 0.2 --mlp --aug-plus --robust none --seed 0"
+    )
     rest = f"-j {workers} --print-freq 1000000 --epochs 1".split()
     found = measure("nonsem_neg.moco_non_sem_neg", [tree, *flags.split(), *rest, *SIDES[side]], steps, side == "floor")
     return found | {"precision": "bfloat16 autocast" if side == "bfloat16" else "float32"}
@@ -71,8 +73,9 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
     began = time.perf_counter()
     dataset = LightlyDataset(os.path.join(tree, "train"), transform=MoCoV2Transform(input_size=32))
     loading = time.perf_counter() - began
-    loader = torch.utils.data.DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers,
-                                         persistent_workers=workers > 0)  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+    )
     criterion = NTXentLoss(memory_bank_size=(QUEUE, 128))
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
     done, started = 0, 0.0
@@ -108,30 +111,48 @@ def main(argv=None) -> int:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
-        found = (lightly(args.data, args.steps, args.workers) if args.side == "lightly"
-                 else ours(args.data, args.steps, args.workers, args.side))  # fmt: skip
+        found = (
+            lightly(args.data, args.steps, args.workers)
+            if args.side == "lightly"
+            else ours(args.data, args.steps, args.workers, args.side)
+        )
         peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         print(json.dumps({**found, "peak": peak}))
         return 0
 
     with tempfile.TemporaryDirectory() as temporary:
         tree = args.data or str(generate(Path(temporary)))
-        print(f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
-              f"{args.repeats} repeats of {args.steps} steps", flush=True)  # fmt: skip
+        print(
+            f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{args.repeats} repeats of {args.steps} steps",
+            flush=True,
+        )
         results = {side: [] for side in SIDES}
         for repeat in range(args.repeats):
             for side in results:
-                command = [sys.executable, __file__, "--side", side, "--data", tree, "--steps", str(args.steps),
-                           "--workers", str(args.workers)]  # fmt: skip
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--side",
+                    side,
+                    "--data",
+                    tree,
+                    "--steps",
+                    str(args.steps),
+                    "--workers",
+                    str(args.workers),
+                ]
                 out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 results[side].append(json.loads(out.strip().splitlines()[-1]))
                 print(f"  repeat {repeat + 1} {side:8} {results[side][-1]['rate']:7.1f} images/s", flush=True)
     for side, found in results.items():
         rates = [f["rate"] for f in found]
-        print(f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
-              f"{found[0].get('precision', 'float32')}, "
-              f"start {statistics.median(f['loading'] for f in found):.1f} s, "
-              f"peak memory {max(f['peak'] for f in found):.0f} MiB")  # fmt: skip
+        print(
+            f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
+            f"{found[0].get('precision', 'float32')}, "
+            f"start {statistics.median(f['loading'] for f in found):.1f} s, "
+            f"peak memory {max(f['peak'] for f in found):.0f} MiB"
+        )
     ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results["lightly"])]
     ratio, views = statistics.median(ratios), statistics.median(f["views"] for f in results["ours"])
     aim = args.views_at_most or (0.02 if torch.cuda.is_available() else 0.12)

@@ -100,8 +100,12 @@ def measure_gpu(side: Side, paths: list[str], batch: int, steps: int) -> tuple[f
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="TREE", help="class folders of photographs, or the folder above with train/ "
-                        "(default: pictures generated in a temporary folder)")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        metavar="TREE",
+        help="class folders of photographs, or the folder above with train/ "
+        "(default: pictures generated in a temporary folder)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--pictures", type=int, default=100, help="use the first so many of the pictures (default 100)")
     parser.add_argument(
@@ -116,13 +120,18 @@ def compare(args: argparse.Namespace, tree: Path, what: str, folder: Path) -> in
     print(
         f"{what}: {len(paths)} pictures, textures of 224 x 224 from two patches of 96 x 96; torch {torch.__version__}"
     )
-    print(f"\n{args.workers} processes{'textures/s':>22}{'processor s each':>20}{'aim on two cores':>20}{'ratio':>8}"
-          f"{'peak memory, MiB':>20}")  # fmt: skip
+    print(
+        f"\n{args.workers} processes{'textures/s':>22}{'processor s each':>20}{'aim on two cores':>20}{'ratio':>8}"
+        f"{'peak memory, MiB':>20}"
+    )
     ratios, by_cores = {}, {}
     for side in SIDES:
         rate, cores, memory = measure(side, paths, args.workers, args.steps, folder)
-        print(f"  {side.name:<16}{rate:>14.2f}{cores:>20.3f}{side.aim or '-':>20}"
-              f"{f'{rate / side.aim:.2f}' if side.aim else '-':>8}{memory:>20.0f}", flush=True)  # fmt: skip
+        print(
+            f"  {side.name:<16}{rate:>14.2f}{cores:>20.3f}{side.aim or '-':>20}"
+            f"{f'{rate / side.aim:.2f}' if side.aim else '-':>8}{memory:>20.0f}",
+            flush=True,
+        )
         if side.aim:
             ratios[side.name], by_cores[side.name] = rate / side.aim, args.workers / cores / side.aim
     if torch.cuda.is_available():

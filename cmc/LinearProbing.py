@@ -204,11 +204,9 @@ def worker(args, process: processes.Process) -> None:
         method = probe.Classifier(network, embedder, classifier, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
-        job.begin(
-            train_loader, method, val_images=len(val_set), model=args.model, view=args.view, layer=args.layer,
-            features=features, network=saved.path, pretrained_epochs=saved.get("epoch"), crop_low=args.crop_low,
-            precision=str(precision),
-        )  # fmt: skip
+        facts = dict(val_images=len(val_set), model=args.model, view=args.view, layer=args.layer, features=features)
+        facts |= dict(network=saved.path, pretrained_epochs=saved.get("epoch"), crop_low=args.crop_low)
+        job.begin(train_loader, method, **facts, precision=str(precision))
         best = f"{args.model}_layer{args.layer}.pth"
         whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), best)
         if whole:

@@ -68,8 +68,17 @@ class MemoryBanks(nn.Module):
     published.
     """
 
-    def __init__(self, n: int, dim: int, views: Sequence[str], k: int, temperature: float, momentum: float, softmax: bool,
-                 nce_z: str):  # fmt: skip
+    def __init__(
+        self,
+        n: int,
+        dim: int,
+        views: Sequence[str],
+        k: int,
+        temperature: float,
+        momentum: float,
+        softmax: bool,
+        nce_z: str,
+    ):
         super().__init__()
         self.n, self.k, self.temperature, self.momentum = n, k, temperature, momentum
         self.views, self.softmax, self.nce_z, self.updates = tuple(views), softmax, nce_z, 0

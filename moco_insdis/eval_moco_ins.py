@@ -224,10 +224,11 @@ def worker(args, process: processes.Process) -> None:
         method = probe.Classifier(network, embedder, classifier, build_optimizer(args, classifier), process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
-        job.begin(
-            train_loader, method, val_images=len(val_set), model=args.model, layer=f"{args.layer} {tuple(shape)}",
-            network=saved.path, pretrained_epochs=saved.get("epoch"), crop=args.crop, precision=str(precision),
-        )  # fmt: skip
+        facts = dict(
+            val_images=len(val_set), model=args.model, layer=f"{args.layer} {tuple(shape)}", network=saved.path
+        )
+        facts |= dict(pretrained_epochs=saved.get("epoch"), crop=args.crop, precision=str(precision))
+        job.begin(train_loader, method, **facts)
         best = f"{args.model}_layer{args.layer}.pth"
         whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch, part), best)
         if whole:

@@ -74,8 +74,21 @@ KINDS = {
     "animated": (NOTE, "several frames (the first is read)"),
     "metadata": (NOTE, "Pillow warns about its metadata or size"),
 }
-MODES = {"RGB": None, "1": "grey", "L": "grey", "LA": "alpha", "La": "alpha", "RGBA": "alpha", "RGBa": "alpha",
-         "RGBX": "alpha", "PA": "alpha", "P": "palette", "CMYK": "CMYK", "I": "16-bit", "F": "16-bit"}  # fmt: skip
+MODES = {
+    "RGB": None,
+    "1": "grey",
+    "L": "grey",
+    "LA": "alpha",
+    "La": "alpha",
+    "RGBA": "alpha",
+    "RGBa": "alpha",
+    "RGBX": "alpha",
+    "PA": "alpha",
+    "P": "palette",
+    "CMYK": "CMYK",
+    "I": "16-bit",
+    "F": "16-bit",
+}
 JPEG_SIGNATURE, PNG_SIGNATURE, PNG_BIT_DEPTH = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", 24  # the last: its place
 EXIF_ORIENTATION = 0x0112
 CHUNK = 32  # pictures per job

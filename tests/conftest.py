@@ -29,8 +29,16 @@ from preprocess import demo
 def demo_set(tmp_path_factory) -> Path:
     """A small set of the built-in pictures: 160 train, 40 val, 15 corruptions x 1 severity x 10, and so on."""
     out = tmp_path_factory.mktemp("pictures") / "demo"
-    demo.make(out, train_per_class=16, val_per_class=4, severities=(3,), corruption_per_class=1, texture=True,
-              workers=1, progress=False)  # fmt: skip
+    demo.make(
+        out,
+        train_per_class=16,
+        val_per_class=4,
+        severities=(3,),
+        corruption_per_class=1,
+        texture=True,
+        workers=1,
+        progress=False,
+    )
     return out
 
 
@@ -64,8 +72,14 @@ def inside(folder: Path):
 
 def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env) -> subprocess.CompletedProcess:
     """A script as a user starts it, in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / path), *map(str, arguments)], cwd=cwd, timeout=timeout,
-                          capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **env})  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(ROOT / path), *map(str, arguments)],
+        cwd=cwd,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+    )
 
 
 @contextlib.contextmanager

@@ -82,8 +82,12 @@ def compare(name: str) -> dict:
     there, here = (dict(leaves(newest(name, side))) for side in ("npu", "cpu"))
     tensors = {k for k, v in there.items() if isinstance(v, torch.Tensor)}
     differing = [k for k in tensors & here.keys() if not torch.equal(there[k], here[k])]
-    return {"keys": sorted(there.keys() ^ here.keys()), "not on the CPU": [k for k in tensors if there[k].device.type != "cpu"],
-            "tensors": len(tensors), "differing": sorted(differing)}  # fmt: skip
+    return {
+        "keys": sorted(there.keys() ^ here.keys()),
+        "not on the CPU": [k for k in tensors if there[k].device.type != "cpu"],
+        "tensors": len(tensors),
+        "differing": sorted(differing),
+    }
 
 
 def train(name: str) -> dict:

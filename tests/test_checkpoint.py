@@ -65,8 +65,13 @@ def test_fingerprints_tell_networks_apart():
     state = {"a": torch.ones(2, 3), "b": torch.tensor(1)}
     same = {"b": torch.tensor(1), "a": torch.ones(3, 2).T}
     assert checkpoint.fingerprint(state) == checkpoint.fingerprint(same)
-    others = [{"a": torch.ones(3, 2), "b": state["b"]}, {"a": state["a"], "c": state["b"]}, {"a": state["a"]},
-              {"a": torch.ones(2, 3).double(), "b": state["b"]}, {"a": state["a"] + 1e-6, "b": state["b"]}]  # fmt: skip
+    others = [
+        {"a": torch.ones(3, 2), "b": state["b"]},
+        {"a": state["a"], "c": state["b"]},
+        {"a": state["a"]},
+        {"a": torch.ones(2, 3).double(), "b": state["b"]},
+        {"a": state["a"] + 1e-6, "b": state["b"]},
+    ]
     assert len({checkpoint.fingerprint(s) for s in (state, *others)}) == 6
 
 

@@ -231,8 +231,14 @@ def test_views_of_several_spaces_convert_each_once(monkeypatch):
     monkeypatch.setattr(colour, "from_rgb", lambda x, s, **k: calls.append(s) or convert(x, s, **k))
     made = op.split(op.apply(images, {}))
     assert sorted(calls) == ["HSV", "Lab", "RGB", "YCbCr"]
-    expected = (plain["Lab"][:, 1:], plain["YCbCr"][:, 1:], plain["Lab"][:, :1], plain["HSV"][:, 2:], plain["RGB"],
-                plain["YCbCr"][:, :1])  # fmt: skip
+    expected = (
+        plain["Lab"][:, 1:],
+        plain["YCbCr"][:, 1:],
+        plain["Lab"][:, :1],
+        plain["HSV"][:, 2:],
+        plain["RGB"],
+        plain["YCbCr"][:, :1],
+    )
     for view, reference in zip(made, expected, strict=True):
         torch.testing.assert_close(view, reference, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain["RGB"], images * 2 - 1)

@@ -40,9 +40,7 @@ def name(*flags) -> str:
 def test_run_names_are_the_published_ones():
     assert name() == "memory_nce_16384_alexnet_lr_0.03_decay_0.0001_bsz_128_view_Lab"
     paper = "--model resnet50v1 --softmax --nce_k 4096 --view YCbCr --amp --learning_rate 0.06 --batch_size 256"
-    assert name(*paper.split()) == (
-        "memory_softmax_4096_resnet50v1_lr_0.06_decay_0.0001_bsz_256_amp_O2_view_YCbCr"
-    )  # fmt: skip
+    assert name(*paper.split()) == ("memory_softmax_4096_resnet50v1_lr_0.06_decay_0.0001_bsz_256_amp_O2_view_YCbCr")
     assert name("--nce_z", "oneshot").startswith("memory_nce_oneshot_16384_")
     assert name("--views", "l,A,b").endswith("_view_Lab_views_L-a-b")
     assert name("--views", "L,ab,YCbCr:CbCr").endswith("_view_Lab_views_L-ab-YCbCr_CbCr")
@@ -85,8 +83,21 @@ def test_bad_flags(case, capsys):
     says_no(script.parse_args, *BAD[case], capsys)
 
 
-@pytest.mark.parametrize("flags", ["--tb_freq 500", "--beta1 0.5", "--beta2 0.9", "--view RGB", "--model resnet50", "--nce_t 0",
-                                   "--crop_low 1.5", "--crop_low 0", "--nce_k 0", "--weight_decay -1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tb_freq 500",
+        "--beta1 0.5",
+        "--beta2 0.9",
+        "--view RGB",
+        "--model resnet50",
+        "--nce_t 0",
+        "--crop_low 1.5",
+        "--crop_low 0",
+        "--nce_k 0",
+        "--weight_decay -1",
+    ],
+)
 def test_refused_flags_and_values(flags, capsys):
     says_no(script.parse_args, ["--data_folder", "x", *flags.split()], flags.split()[0], capsys)
 

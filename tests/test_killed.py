@@ -30,8 +30,14 @@ def step_of(name: str) -> int:
 def killed(module_folder):
     """(folder of all runs, {name: what their processes ended with})."""
     plan = {name: (*run[:3], step_of(name), run[3]) for name, run in RUNS.items()}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "killed.py"], cwd=module_folder, input=json.dumps(plan), text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "killed.py"],
+        cwd=module_folder,
+        input=json.dumps(plan),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     return module_folder, {answer["run"]: answer for answer in answers}

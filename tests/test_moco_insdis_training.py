@@ -39,12 +39,12 @@ def parsed(*flags):
 
 
 def test_run_names_are_the_published_ones():
+    other = "--nce_k 4096 --dataset imagenet --aug NULL --amp --opt_level O1 --warm --model resnet50x2"
     published = {
         "--softmax": "InsDis_softmax_16384_resnet50_lr_0.03_decay_0.0001_bsz_128_crop_0.2_aug_CJ",
         "--softmax --moco": "MoCo0.999_softmax_16384_resnet50_lr_0.03_decay_0.0001_bsz_128_crop_0.2_aug_CJ",
-        "--nce_k 4096 --dataset imagenet --aug NULL --amp --opt_level O1 --warm --model resnet50x2":
-            "InsDis_nce_4096_resnet50x2_lr_0.03_decay_0.0001_bsz_128_crop_0.08_warm_amp_O1_aug_NULL",
-    }  # fmt: skip
+        other: "InsDis_nce_4096_resnet50x2_lr_0.03_decay_0.0001_bsz_128_crop_0.08_warm_amp_O1_aug_NULL",
+    }
     for flags, name in published.items():
         assert script.run_name(parsed(flags)) == name
     assert script.run_name(parsed("--nce_z oneshot")).startswith("InsDis_nce_oneshot_16384_")
@@ -100,9 +100,22 @@ def test_bad_flags(case, capsys):
     says_no(script.parse_args, *BAD[case], capsys)
 
 
-@pytest.mark.parametrize("flags", ["--tb_freq 500", "--beta1 0.5", "--beta2 0.9", "--aug RA", "--model resnet50v1", "--nce_t 0",
-                                   "--crop 1.5", "--crop 0", "--nce_k 0", "--weight_decay -1",
-                                   "--seed 99999999999999999999"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tb_freq 500",
+        "--beta1 0.5",
+        "--beta2 0.9",
+        "--aug RA",
+        "--model resnet50v1",
+        "--nce_t 0",
+        "--crop 1.5",
+        "--crop 0",
+        "--nce_k 0",
+        "--weight_decay -1",
+        "--seed 99999999999999999999",
+    ],
+)
 def test_refused_flags_and_values(flags, capsys):
     says_no(script.parse_args, ["--data_folder", "x", *flags.split()], flags.split()[0], capsys)
 

@@ -297,8 +297,13 @@ def test_export(workspace, capsys):
     assert load_file("out-safetensors.safetensors").keys() == state.keys()
     with open("out-detectron2.pkl", "rb") as file:
         found = pickle.load(file)["model"]
-    assert {"stem.conv1.weight", "stem.conv1.norm.running_mean", "res3.0.shortcut.weight", "res3.0.shortcut.norm.bias",
-            "res5.1.conv2.norm.weight"} <= found.keys()  # fmt: skip
+    assert {
+        "stem.conv1.weight",
+        "stem.conv1.norm.running_mean",
+        "res3.0.shortcut.weight",
+        "res3.0.shortcut.norm.bias",
+        "res5.1.conv2.norm.weight",
+    } <= found.keys()
     towers = {
         f"encoder.module.{t}.conv1.weight": torch.full((1,), float(i)) for i, t in enumerate(("ab_to_l", "l_to_ab"))
     }

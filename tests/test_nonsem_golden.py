@@ -35,8 +35,10 @@ def at(golden, prefix, step):
 @pytest.mark.parametrize("name", CASES)
 def test_training_steps(name):
     golden = read(name)
-    settings = {key: golden[symbol] for key, symbol in
-                dict(queue_size="K", momentum="m", temperature="T", alpha="alpha").items()}  # fmt: skip
+    settings = {
+        key: golden[symbol]
+        for key, symbol in dict(queue_size="K", momentum="m", temperature="T", alpha="alpha").items()
+    }
     model = MoCo(partial(TinyEncoder, golden), dim=golden["q"].shape[-1], mlp=bool(golden["mlp"]), **settings)
     model.encoder_q.load_state_dict(at(golden, "enc_q.", 0))
     model.encoder_k.load_state_dict(at(golden, "enc_k_init.", None))
@@ -71,8 +73,9 @@ def test_logits_and_gradient_alone(name):
     golden = read(name)
     for step in range(len(golden["loss"])):
         q = golden["q"][step].clone().requires_grad_()
-        logits = contrast_logits(q, golden["k"][step], golden["queue_before"][step], golden["ts"][step],
-                                 golden["T"], golden["alpha"])  # fmt: skip
+        logits = contrast_logits(
+            q, golden["k"][step], golden["queue_before"][step], golden["ts"][step], golden["T"], golden["alpha"]
+        )
         close(logits, golden["logits"][step])
         F.cross_entropy(logits, golden["labels"][step]).backward()
         close(q.grad, golden["grad_q"][step], rtol=2e-4)

@@ -366,7 +366,12 @@ def test_error_line_exit_code_and_help(workspace):
 def test_sigterm_saves_and_says_how_to_go_on(workspace):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "nonsem_neg/moco_non_sem_neg.py"), *TINY, "--epochs", "1000", "--nproc", "2"],
-        cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+        cwd=workspace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -146,8 +146,12 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
             losses.append(processes.mean_ranks(method.step(images[:, mine], index[mine])))
     after, memory = {k: v.detach() for k, v in method.weights().items()}, method.memory()
     moved = torch.cat([some(after[k] - before[k]) for k in after])
-    return {"losses": torch.stack(losses).double(), "moved": moved, **{k: v.double() for k, v in memory.items()},
-            "ranks": processes.gather_objects([digest(v) for v in (*after.values(), *memory.values())])}  # fmt: skip
+    return {
+        "losses": torch.stack(losses).double(),
+        "moved": moved,
+        **{k: v.double() for k, v in memory.items()},
+        "ranks": processes.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
+    }
 
 
 def some(x):
@@ -166,9 +170,12 @@ def collectives(process) -> dict:
     z = x.clone().requires_grad_()
     (processes.all_gather_with_grad(z) ** 2).sum().backward()
     assert torch.equal(shuffle.own(shuffle.collect(spread)), x)
-    return {"shuffled": processes.all_gather(spread), "grad": z.grad,
-            "ragged": processes.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
-            "any": processes.any_rank(process.rank == 1)}  # fmt: skip
+    return {
+        "shuffled": processes.all_gather(spread),
+        "grad": z.grad,
+        "ragged": processes.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
+        "any": processes.any_rank(process.rank == 1),
+    }
 
 
 def job(args, process) -> None:

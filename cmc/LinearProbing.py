@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmc import colour
-from cmc.networks import MODELS, build_network
+from cmc import colour, networks
+from cmc.networks import MODELS
 from common import UsageError, UserError, augment, backbones, checkpoint, cli, loop, options, probe, processes, schedule
 from common.precision import Precision
 from preprocess import demo
@@ -121,7 +121,7 @@ def read_backbone(args) -> checkpoint.Saved:
     return saved
 
 
-def frozen_network(saved, args, process: processes.Process) -> nn.Module:
+def build_network(saved, args, process: processes.Process) -> nn.Module:
     """The networks of all views, frozen and in eval mode."""
     state = checkpoint.backbone(saved)
     heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
@@ -130,7 +130,7 @@ def frozen_network(saved, args, process: processes.Process) -> nn.Module:
     if not heads or not stems:
         raise UserError(f"{saved.path} holds no networks of this family (it has {', '.join(list(state)[:3])})")
     small_stem = stems[0].shape[-1] == 3
-    network = build_network(args.model, colour.chosen_views(args), len(heads[0]), small_stem)
+    network = networks.build_network(args.model, colour.chosen_views(args), len(heads[0]), small_stem)
     checkpoint.load_into(network, state, saved.path)
     return network.requires_grad_(False).eval().to(process.device, memory_format=torch.channels_last)
 
@@ -187,7 +187,7 @@ def worker(args, process: processes.Process) -> None:
     with loop.Job(args, process, os.path.join(args.save_path, name), **files) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
-        network = frozen_network(saved, args, process)
+        network = build_network(saved, args, process)
         shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
         features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
         classifier = LinearClassifier(features, len(train_set.classes), args.model).to(process.device)

@@ -127,7 +127,7 @@ def read_backbone(args) -> checkpoint.Saved:
     return saved
 
 
-def frozen_network(saved, args, process: processes.Process) -> nn.Module:
+def build_network(saved, args, process: processes.Process) -> nn.Module:
     """The (query) network of the checkpoint, frozen and in eval mode; the key network of MoCo is not used."""
     state = checkpoint.backbone(saved)
     if "conv1.weight" not in state or "fc.weight" not in state:
@@ -206,7 +206,7 @@ def worker(args, process: processes.Process) -> None:
     with loop.Job(args, process, os.path.join(args.save_path, name), **files) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
-        network = frozen_network(saved, args, process)
+        network = build_network(saved, args, process)
         shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
         features = pool(torch.zeros(1, *shape), args.layer).shape[1]
         classifier = LinearClassifier(features, len(train_set.classes), args.bn)

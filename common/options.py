@@ -115,7 +115,7 @@ def open_pretraining(args) -> sets.PictureSet:
 
 def make_loader(args, process: processes.Process, pictures, views, batch_size: int | None = None, **how) -> data.Loader:
     """A loader that reads as the flags say; batch_size: pictures per process. `how`: what else data.Loader takes."""
-    workers = -(-min(args.workers, processes.cores()) // processes.processes_here())  # of this node, at most one a core
+    workers = -(-min(args.workers, processes.cores()) // processes.here)  # of this node, at most one a core
     batch_size = batch_size or args.batch_size // process.world_size
     how = dict(seed=getattr(args, "seed", 0), rank=process.rank, world_size=process.world_size, workers=workers) | how
     how |= dict(device=process.device, data_device=args.data_device, skip_bad=args.skip_bad_images)

@@ -81,12 +81,10 @@ def only_writer(folder: str | Path, wait: bool = False):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                who = ""
+                who, way_out = "", "wait for it to end, or choose another folder"
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     who = f" ({json.loads((Path(folder) / 'config.json').read_text())['process']})"
-                raise UserError(
-                    f"another process{who} is writing to {printable(folder)}: wait for it to end, or choose another folder"
-                ) from None
+                raise UserError(f"another process{who} is writing to {printable(folder)}: {way_out}") from None
             except OSError:  # a file system without locks
                 pass
         yield
@@ -111,7 +109,7 @@ class Run:
         self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
         self._metrics = self.folder / f"metrics{suffix}.jsonl"
         self._events = str(self.folder / suffix.lstrip("-")) if tensorboard is True else tensorboard
-        self._tensorboard = None
+        self._tensorboard, self._jsonl = None, None
         self.command = shlex.join(["python", *sys.argv])
         if not self.main:
             return
@@ -152,13 +150,12 @@ class Run:
         if self.main and step < 0:
             self._result.unlink(missing_ok=True)
         if self.main and self._metrics.exists():
-            kept = []
-            for line in self._metrics.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
-                    if json.loads(line).get("step", 0) <= step:
-                        kept.append(line + "\n")
+            lines = self._metrics.read_text().splitlines()
             with checkpoint.replacing(self._metrics, "w") as file:
-                file.writelines(kept)
+                for line in lines:
+                    with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
+                        if json.loads(line).get("step", 0) <= step:
+                            file.write(line + "\n")
 
     def log(self, step: int, **values) -> None:
         """Append one JSON object to metrics.jsonl and one TensorBoard scalar per number. step counts from 0 over the run."""
@@ -166,8 +163,9 @@ class Run:
             return
         record = {"step": step, **{k: _plain(v) for k, v in values.items()}}
         try:
-            with open(self._metrics, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            if self._jsonl is None:
+                self._jsonl = open(self._metrics, "a", buffering=1)
+            self._jsonl.write(json.dumps(record) + "\n")
             if self._tensorboard is None and self._events:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -195,8 +193,9 @@ class Run:
             self.say(f"replaced {len(paths)} unreadable pictures, the first {printable(paths[0])}")
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for handle in (self._jsonl, self._tensorboard):
+            if handle is not None:
+                handle.close()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -265,19 +264,19 @@ class Progress:
         self.epoch_sums = self.epoch_sums + sums if len(self.epoch_sums) else sums
         self.epoch_count += rows
         now = time.perf_counter()
-        since, overall = (sums / rows).tolist(), (self.epoch_sums / self.epoch_count).tolist()
+        since, means = (sums / rows).tolist(), self.means
         seconds = (now - self.last) / (self.done - self.last_done)
         mean_seconds = (now - self.began) / (self.done - self.first)
         if self.enabled:
             parts = [f"Time {seconds:.3f} ({mean_seconds:.3f})"]
-            parts += [f"{k} {a:.4g} ({b:.4g})" for k, a, b in zip(self.names, since, overall)]
+            parts += [f"{k} {a:.4g} ({b:.4g})" for (k, b), a in zip(means.items(), since)]
             parts += [f"{k} {v:.3g}" for k, v in self.numbers.items()]
             self.bar.set_postfix_str("  ".join(parts[1:]))
             if self.bar.disable:
                 left = f"eta {clock((self.total - self.done) * mean_seconds)}"
                 print(f"{self.label}[{self.done}/{self.total}]  " + "  ".join([*parts, left]), flush=True)
         self.sums, self.count, self.last, self.last_done = None, 0, now, self.done
-        whole = {f"epoch_{k}": v for k, v in self.means.items()} if self.done == self.total else {}
+        whole = {f"epoch_{k}": v for k, v in means.items()} if self.done == self.total else {}
         return dict(zip(self.names, since)) | self.numbers | {"seconds_per_step": seconds} | whole
 
     @property

@@ -16,7 +16,6 @@ class BatchShuffle:
     """
 
     def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
-        self.rows = rows
         order = torch.randperm(rows * processes.world_size(), generator=generator)
         self.order, self.inverse = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
 
@@ -30,7 +29,7 @@ class BatchShuffle:
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's rows of what `collect` returned."""
-        return x[processes.rank() * self.rows : (processes.rank() + 1) * self.rows]
+        return x.chunk(processes.world_size())[processes.rank()]
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -48,10 +47,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if x.shape[0] % self.splits:
             raise UserError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal batch-norm groups")
         first, *others = x.chunk(self.splits)
-        parts = [super().forward(first)]
-        for part in others:
-            parts.append(nn.functional.batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
-        return torch.cat(parts)
+        how = (None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return torch.cat([super().forward(first), *(nn.functional.batch_norm(part, *how) for part in others)])
 
 
 def split(module: nn.Module, splits: int) -> nn.Module:
@@ -66,10 +63,8 @@ def splits_here(args, process: processes.Process) -> int:
     """Groups of this process, of --bn-splits over all. UsageError where the batch does not divide or is too small."""
     rows, splits = args.batch_size // process.world_size, max(1, args.bn_splits // process.world_size)
     if rows // splits < 2:
-        raise UsageError(
-            f"--batch_size {args.batch_size}: batch-norm needs two pictures or more in each of its "
-            f"{splits * process.world_size} groups (--bn-splits)"
-        )
+        wanted = f"two pictures or more in each of its {splits * process.world_size} groups (--bn-splits)"
+        raise UsageError(f"--batch_size {args.batch_size}: batch-norm needs {wanted}")
     if rows % splits:
         raise UsageError(f"--bn-splits: {rows} images per process cannot be cut into {splits} equal groups")
     return splits

@@ -56,29 +56,18 @@ def save(path: str | Path, payload: dict) -> Path:
         with replacing(path) as file:
             torch.save(payload, file)
     except (OSError, RuntimeError) as error:
-        refused = _refusal(error)
+        refused = error  # the system's is below another one where torch.save could not close its archive
+        while refused is not None and not isinstance(refused, OSError):
+            refused = refused.__context__
         if refused is None:
             raise
-        reason = refused.strerror or _first_line(refused)
+        why = refused.strerror or _first_line(refused)
         kept = " (the file from before is untouched)" if path.exists() else ""
-        raise UserError(
-            f"cannot save {path}: {reason}{kept}; free some space and continue with --resume auto"
-        ) from None
+        raise UserError(f"cannot save {path}: {why}{kept}; free some space and continue with --resume auto") from None
     return path
 
 
-def _refusal(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind an error, if there is one.
-
-    torch.save closes its archive on the way out, which raises a RuntimeError ("unexpected pos ...") over the error of the
-    write that failed.
-    """
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
-
-
-def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
+def load(path: str | Path) -> dict:
     """Read a checkpoint, ours or the authors', as data only, to the CPU: a file that contains code is refused.
 
     Raises UsageError: no such file; UserError: truncated, no checkpoint at all, or with code in it.
@@ -87,18 +76,19 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give a checkpoint file in it")
     if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}" + _siblings(path))
+        siblings = sorted(p.name for p in path.parent.glob("*.pth*"))
+        there = f"; in {path.parent} there are {', '.join(siblings[-4:])}" if siblings else ""
+        raise UsageError(f"no checkpoint at {path}{there}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location=map_location, weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|Unsupported class)\s+`?([\w.]+)", str(error))
         if code:
             raise UserError(f"{path} contains code ({code.group(1)}), not only tensors and numbers: refused") from None
         raise UserError(f"{path} is truncated or not a checkpoint") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
-
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
     for key in ("args", "opt"):  # the options are a dict here, a Namespace in published files
@@ -125,18 +115,14 @@ def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_mi
     batch-norm may be absent, too: PyTorch before 0.4.1 had none.
     """
     own = module.state_dict()
-    missing = [k for k in own if k not in state and not k.startswith(allowed_missing or ("\0",))]
+    missing = [k for k in own if k not in state and not k.startswith(allowed_missing)]
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
-    differing = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or extra or differing:
-        parts = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
-        parts += [f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []
-        parts += differing[:1]
+    parts = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
+    parts += [f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []
+    shapes = [(k, tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state]
+    parts += [f"{k} is {found}, expected {wanted}" for k, found, wanted in shapes if found != wanted][:1]
+    if parts:
         raise UserError(f"{what} does not fit this model ({'; '.join(parts)}): is it of another architecture?")
     module.load_state_dict(state, strict=False)
 
@@ -160,11 +146,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> 
             f"{what}: its optimizer is not one of this network's parameters (other shapes or numbers of them)"
         )
     optimizer.load_state_dict(state)
-    for (
-        param,
-        values,
-    ) in optimizer.state.items():  # a buffer in another memory layout would be applied in the wrong order
-        for key, value in values.items():
+    for param, values in optimizer.state.items():
+        for key, value in values.items():  # a buffer in another memory layout would be applied in the wrong order
             if isinstance(value, Tensor) and value.shape == param.shape:
                 values[key] = torch.empty_like(param).copy_(value)
 
@@ -202,17 +185,14 @@ def newest_below(folder: str | Path) -> Path | None:
     return max((p for p in found if p), key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
-# ------------------------------------------------------------------------------------------------------------ backbones
-
-# An nn.Sequential of torchvision's children numbers them; the names behind the numbers, with and without a max-pool.
-_WITH_POOL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-_WITHOUT_POOL = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}
-
-# Where published code keeps the network that is evaluated, most specific first: (prefix, names of its children).
+# Where published code keeps the network that is evaluated, most specific first: (prefix, names of its children). An
+# nn.Sequential of torchvision's children numbers them: those are the names behind the numbers.
 _LAYOUTS = [
     ("encoder_q.", None),  # MoCo and the code derived from it; key encoder beside it as encoder_k.
-    ("model.features.", _WITH_POOL),  # a Lightning module around a Sequential trunk; key encoder as model_k.
-    ("f.", _WITHOUT_POOL),  # a Sequential trunk f and a head g
+    # a Lightning module around a Sequential trunk; key encoder as model_k.
+    ("model.features.", {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}),
+    # a Sequential trunk f, without a max-pool, and a head g
+    ("f.", {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}),
     ("encoder.", None),  # a network or two towers called encoder, its heads beside it
 ]
 
@@ -229,15 +209,12 @@ def backbone(checkpoint: dict) -> dict[str, Tensor]:
     state = {re.sub(r"(^|\.)module\.", r"\1", k): v for k, v in state.items()}
     for prefix, children in _LAYOUTS:
         inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if inside and children:
-            numbered = {k.partition(".")[0] for k in inside}
-            if not numbered <= set(children):
-                continue
+        if not inside or children and not {k.partition(".")[0] for k in inside} <= children.keys():
+            continue
+        if children:
             inside = {f"{children[n]}.{rest}": v for k, v in inside.items() for n, _, rest in [k.partition(".")]}
-        if inside:
-            return inside
-    towers = {k: v for k, v in state.items() if k.startswith(("encoder1.", "encoder2."))}
-    if towers:
+        return inside
+    if towers := {k: v for k, v in state.items() if k.startswith(("encoder1.", "encoder2."))}:
         return towers
     if "conv1.weight" in state or any(k.startswith(("features.", "conv_proj", "patch_embed")) for k in state):
         return state
@@ -248,11 +225,6 @@ def backbone(checkpoint: dict) -> dict[str, Tensor]:
 def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the parameters of the projection head or classifier (`fc.`, `classifier.`, `head.`, `heads.`)."""
     return {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "head.", "heads."))}
-
-
-def _siblings(path: Path) -> str:
-    found = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
-    return f"; in {path.parent} there are {', '.join(found[-4:])}" if found else ""
 
 
 def _first_line(error: BaseException) -> str:

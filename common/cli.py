@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import math
 import os
 import sys
@@ -26,11 +27,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
-        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        formatter = functools.partial(_HelpFormatter, max_help_position=30, width=110)
+        super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
         self.presets = presets or {}
         self._refused: dict[str, str] = {}
-        named = [name for name in self.presets if name != "demo"]
-        if named:
+        if named := [name for name in self.presets if name != "demo"]:
             self.add_argument("--preset", choices=named, help="set the flags of a recipe; what is typed wins")
         if "demo" in self.presets:
             self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
@@ -44,8 +45,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         argv = [self._spelling(a) for a in (sys.argv[1:] if args is None else list(args))]
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
-        for name in self._wanted_presets(argv):
-            self.set_defaults(**self.presets[name])
+        first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # refuses nothing: that is the other's
+        first_look.add_argument("--preset", nargs="?")
+        first_look.add_argument("--demo", nargs="?", const=True)
+        found, _ = first_look.parse_known_args(argv)
+        for name in (found.preset, "demo" if found.demo else None):
+            self.set_defaults(**self.presets.get(name, {}))
         try:
             parsed = super().parse_args(argv, namespace)
         finally:
@@ -57,16 +62,6 @@ class Parser(argparse.ArgumentParser):
         for flag in parsed.typed & self._refused.keys():
             self.error(f"--{flag} {self._refused[flag]}; omit it")
         return parsed
-
-    def _wanted_presets(self, argv: list[str]) -> list[str]:
-        first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        first_look.add_argument("--preset")
-        first_look.add_argument("--demo", action="store_true")
-        try:
-            found, _ = first_look.parse_known_args(argv)
-        except argparse.ArgumentError:  # `--preset` without a value: the real parser says so
-            return []
-        return [name for name in (found.preset, "demo" if found.demo else None) if name in self.presets]
 
     def _spelling(self, token: str) -> str:
         flag, equals, value = token.partition("=")
@@ -85,9 +80,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=110)
-
     def _get_help_string(self, action):
         plain = any(action.default is value for value in (None, False, True)) or not str(action.default)
         return action.help if plain or "default" in (action.help or "") else super()._get_help_string(action)

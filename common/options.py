@@ -11,12 +11,9 @@ def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str
     workers: the published default.
     """
     names = [*trees, "packed", *sets.TORCHVISION_SETS]
-    about = (
-        f"{', '.join(trees)}: class folders; packed: written by preprocess/pack.py; else a torchvision set below DATA"
-    )
+    about = f"{', '.join(trees)}: class folders; packed: by preprocess/pack.py; else a torchvision set below DATA"
     group.add_argument("--dataset", choices=names, default=default, help=f"{about}, downloaded if missing")
-    about = "use these class folders only, one name a line (ImageNet with the ImageNet-100 list)"
-    group.add_argument("--class-list", metavar="FILE", help=about)
+    group.add_argument("--class-list", metavar="FILE", help="use these class folders only, one name a line")
     group.add_argument("--input-res", type=cli.positive_int, default=224, help="side of the network's input, pixels")
     about = "device: all pictures in memory as uint8 (one size only); host: workers decode them; auto: device where they fit"
     group.add_argument("--data-device", choices=["auto", "host", "device"], default="auto", help=about)
@@ -28,8 +25,7 @@ def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str
 def add_sgd_arguments(group, about_lr: str = "not scaled with the batch", **defaults) -> None:
     """Batch, SGD and a schedule of steps, as the code published with CMC and its relatives spells them."""
     group.add_argument("--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1")
-    about = "global batch over all processes"
-    group.add_argument("-b", "--batch_size", type=cli.positive_int, default=128, help=about)
+    group.add_argument("-b", "--batch_size", type=cli.positive_int, default=128, help="global, over all processes")
     group.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.03, help=about_lr)
     group.add_argument("--lr_decay_epochs", default="120,160,200", help="complete epochs after which the rate drops")
     group.add_argument("--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop")
@@ -42,36 +38,28 @@ def add_run_arguments(group, save_freq: int | None = 10) -> None:
     """Progress, checkpoints, resume and seed. save_freq: the published default; None: there are no numbered checkpoints."""
     group.add_argument("-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines")
     if save_freq:
-        about = "epochs between numbered checkpoints"
-        group.add_argument("--save-freq", type=cli.positive_int, default=save_freq, help=about)
-    about = "continue from a checkpoint, or the run's newest"
-    group.add_argument("--resume", default="", metavar="PATH|auto", help=about)
+        group.add_argument("--save-freq", type=cli.positive_int, default=save_freq, help="epochs per kept checkpoint")
+    group.add_argument("--resume", default="", metavar="PATH|auto", help="checkpoint to continue; auto: the newest")
     group.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     group.add_argument("--seed", type=cli.seed, help="seed of everything random; drawn and recorded if not given")
 
 
 def add_monitor_arguments(group) -> None:
     """Looking at a pre-training: k-NN of its features, a sheet of its views."""
-    about = "epochs between k-NN evaluations of the backbone; 0: never"
-    group.add_argument("--knn-every", type=cli.count, default=0, help=about)
+    group.add_argument("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
     group.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
-    about = "write the first batch as the networks see it to this picture, and end"
-    group.add_argument("--show-views", metavar="FILE.png", help=about)
+    group.add_argument("--show-views", metavar="FILE.png", help="draw the first batch as networks see it, and end")
 
 
 def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) -> None:
     """Processes, devices and precision, as in the published launch code. apex: with the flags of NVIDIA apex."""
     group = parser.add_argument_group("hardware")
-    about = "start one process per GPU of this node (or --nproc processes)"
-    group.add_argument("--multiprocessing-distributed", action="store_true", help=about)
-    about = "number of nodes (with the flag above), else processes"
-    group.add_argument("--world-size", type=int, default=-1, help=about)
-    about = "rank of this node (with the flag above), else process"
-    group.add_argument("--rank", type=int, default=-1, help=about)
+    group.add_argument("--multiprocessing-distributed", action="store_true", help="one process per GPU (or --nproc)")
+    group.add_argument("--world-size", type=int, default=-1, help="nodes (with the flag above), else processes")
+    group.add_argument("--rank", type=int, default=-1, help="of this node (with the flag above), else process")
     group.add_argument("--dist-url", help="rendezvous, e.g. tcp://10.0.0.1:10001; one node needs none")
     group.add_argument("--dist-backend", choices=["nccl", "gloo"], help="default: nccl on GPUs, gloo without")
-    about = "processes on this node; default: one per GPU, or one"
-    group.add_argument("--nproc", type=cli.positive_int, help=about)
+    group.add_argument("--nproc", type=cli.positive_int, help="processes here; default: one per GPU, or one")
     group.add_argument("--gpu", type=int, help="use this GPU only")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     group.add_argument("--amp", action="store_true", help="autocast of the encoder: bfloat16, or float16 on old GPUs")
@@ -115,7 +103,7 @@ def open_pretraining(args) -> sets.PictureSet:
 
 def make_loader(args, process: processes.Process, pictures, views, batch_size: int | None = None, **how) -> data.Loader:
     """A loader that reads as the flags say; batch_size: pictures per process. `how`: what else data.Loader takes."""
-    workers = -(-min(args.workers, processes.cores()) // processes.processes_here())  # of this node, at most one a core
+    workers = -(-min(args.workers, processes.cores()) // processes.here)  # of this node, at most one a core
     batch_size = batch_size or args.batch_size // process.world_size
     how = dict(seed=getattr(args, "seed", 0), rank=process.rank, world_size=process.world_size, workers=workers) | how
     how |= dict(device=process.device, data_device=args.data_device, skip_bad=args.skip_bad_images)

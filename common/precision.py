@@ -12,11 +12,9 @@ class Precision:
     """Mixed precision by torch.autocast: bfloat16 where the hardware has it, else (on CUDA) float16 with a scaler.
 
     Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does nothing unless float16.
-    Off by default: that is what was published, and on the CPU measured here (AVX-512 with bfloat16 instructions, ResNet-18
-    at 32 pixels, channels last) float32 was 9 to 12 % faster than bfloat16 autocast (RESULTS.md).
+    Off by default, as published; on the CPU that was measured, float32 was faster than bfloat16 autocast (RESULTS.md).
 
-    backend "apex": NVIDIA apex does it at `opt_level`, where an apex is installed that still has `amp` (upstream removed it
-    in 2025; the `apex` on PyPI is another project). Raises UserError where it is not.
+    backend "apex": NVIDIA apex does it at `opt_level`; UserError where no apex is installed that still has `amp`.
     """
 
     def __init__(self, amp: bool, device: torch.device, backend: str = "torch", opt_level: str = "O2"):
@@ -24,7 +22,18 @@ class Precision:
         self.device_type, self.enabled = device.type, amp and backend == "torch"
         self.dtype = torch.float16 if half else torch.bfloat16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and half)
-        self.apex, self.opt_level = _import_apex() if amp and backend == "apex" else None, opt_level
+        self.apex, self.opt_level = None, opt_level
+        if amp and backend == "apex":
+            try:
+                from apex import amp as apex
+            except ImportError:
+                raise UserError(
+                    "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in 2025, and the "
+                    "apex of the package index is another project); omit the flag to use torch's own autocast"
+                ) from None
+            if not hasattr(apex, "scale_loss"):
+                raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")
+            self.apex = apex
 
     def prepare(self, model, optimizer):
         """(model, optimizer) as the backend wants them: unchanged, or wrapped by apex. Before any parallel wrapper."""
@@ -51,16 +60,3 @@ class Precision:
         if self.apex is not None:
             return f"apex {self.opt_level}"
         return str(self.dtype).removeprefix("torch.") + " autocast" if self.enabled else "float32"
-
-
-def _import_apex():
-    try:
-        from apex import amp
-    except ImportError:
-        raise UserError(
-            "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in 2025, and the apex of the "
-            "package index is another project); omit the flag to use torch's own autocast"
-        ) from None
-    if not hasattr(amp, "scale_loss"):
-        raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")
-    return amp

@@ -32,7 +32,8 @@ from common import UsageError, UserError, printable
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 REPEAT = 2.0  # seconds in which a second signal is the first one arriving again by another way
-_here = 1  # processes of this job on this node
+LOST = "another process of this job has ended (its own message says why); continue with --resume auto"
+here = 1  # processes of this job on this node
 _control = None  # a gloo group for host-side flags; the default group may be NCCL, which only moves device memory
 
 
@@ -50,24 +51,20 @@ class Process:
         return self.rank == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- starting
-
-
 def launch(worker, args) -> None:
     """Run `worker(args, process)` in every process that the flags or the environment ask for, and return when done.
 
     An error that the user can put right is printed once, as one line, and ends the job with its exit code.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
+    if env.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}:
         _join(worker, args, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), "env://")
     elif args.multiprocessing_distributed or (args.nproc or 1) > 1:
         _spawn(worker, args)
     elif args.world_size > 1:
         if args.rank < 0 or not args.dist_url:
             raise UsageError(f"--world-size {args.world_size} needs --rank and --dist-url tcp://HOST:PORT as well")
-        here = max(1, torch.cuda.device_count())
-        _join(worker, args, args.rank, args.world_size, args.rank % here, args.dist_url)
+        _join(worker, args, args.rank, args.world_size, args.rank % max(1, torch.cuda.device_count()), args.dist_url)
     elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UsageError(
             f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks that do not know each other: start one task per node "
@@ -80,15 +77,16 @@ def launch(worker, args) -> None:
 def _spawn(worker, args) -> None:
     """One process per GPU of this node, or --nproc of them, under torch's own supervision."""
     nodes, node = max(args.world_size, 1), max(args.rank, 0)
-    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
-    nproc = args.nproc or max(gpus, 1)
+    nproc = args.nproc or (0 if args.device == "cpu" else torch.cuda.device_count()) or 1
     if not node < nodes:
         raise UsageError(f"--rank {args.rank}: with --world-size {nodes} nodes it is 0 to {nodes - 1}")
     if nodes > 1 and args.rank < 0:
         raise UsageError(f"--world-size {nodes} nodes need --rank 0 to {nodes - 1}, a different one on each")
     if nodes > 1 and not args.dist_url:
         raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
-    url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{_free_port()}"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # a free port
+        url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{s.getsockname()[1]}"
     passed_on = []
 
     def pass_on(signum, frame):  # the first asks for a checkpoint, a later one means: now
@@ -97,8 +95,7 @@ def _spawn(worker, args) -> None:
             if child.is_alive():
                 child.kill() if passed_on[-1] - passed_on[0] > REPEAT else os.kill(child.pid, signum)
 
-    rest = (worker, args, node * nproc, nodes * nproc, url)
-    children = torch.multiprocessing.start_processes(_child, rest, nproc, join=False, start_method="spawn")
+    children = torch.multiprocessing.spawn(_child, (worker, args, node * nproc, nodes * nproc, url), nproc, join=False)
     previous = {s: signal.signal(s, pass_on) for s in STOP_SIGNALS}
     try:
         while not children.join(grace_period=10):  # ends the others where one fails
@@ -116,7 +113,7 @@ def _spawn(worker, args) -> None:
 
 
 def _child(i, worker, args, first_rank, world_size, url) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch sends it to whom the parent has died: not to be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch sends it when the parent has died
     try:
         _join(worker, args, first_rank + i, world_size, i, url)
     except KeyboardInterrupt:
@@ -125,12 +122,10 @@ def _child(i, worker, args, first_rank, world_size, url) -> None:
         told = in_one_line(error)
         if told is None:
             raise
-        lost = _lost_a_peer(error)
-        if (
-            first_rank + i or lost
-        ):  # most mistakes are everybody's: rank 0 has the time to say it, and torch to end this
+        lost = told[0] == LOST
+        if first_rank + i or lost:  # most mistakes are everybody's: rank 0 says it, and torch ends this one
             time.sleep(2)
-        if not lost or _here < world_size:  # a peer on this node has said why itself, or its parent does
+        if not lost or here < world_size:  # a peer on this node has said why itself, or its parent does
             print(f"error: {told[0]}", file=sys.stderr, flush=True)
         os._exit(told[1])
 
@@ -149,41 +144,31 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
         return f"{error.strerror}{where}; a checkpoint that was written before is whole", 1
     if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{printable(error.filename)}: {error.strerror.lower()}", 1
-    if _lost_a_peer(error):
-        return "another process of this job has ended (its own message says why); continue with --resume auto", 1
-    return None
-
-
-def _lost_a_peer(error: Exception) -> bool:
-    """Is it what gloo or NCCL raise in one process when another one has gone?"""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # in errors of gloo and NCCL
+    return (LOST, 1) if isinstance(error, RuntimeError) and any(sign in str(error) for sign in gone) else None
 
 
 def _join(worker, args, rank, world_size, local_rank, url) -> None:
-    global _control, _here
+    global _control, here
     device = _device(args, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if url is None:
         worker(args, Process(device=device))
         return
-    backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cpu" and backend == "nccl":
-        backend = "gloo"
-        if rank == 0:
-            print("note: --dist-backend nccl needs GPUs; using gloo", flush=True)
-    meeting = dict(init_method=url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+    backend = "gloo" if device.type == "cpu" else args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu" and args.dist_backend == "nccl" and rank == 0:
+        print("note: --dist-backend nccl needs GPUs; using gloo", flush=True)
     try:
-        dist.init_process_group(backend, **meeting)
+        dist.init_process_group(backend, url, timedelta(minutes=30), world_size, rank)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"processes cannot meet at --dist-url {url}: {str(error).splitlines()[0][:200]}") from None
     # torch 2.15 renames a flag of DistributedDataParallel that 2.6 only knows by its old name
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     _control = dist.new_group(backend="gloo")
-    _here = gather_objects(socket.gethostname()).count(socket.gethostname())
+    here = gather_objects(socket.gethostname()).count(socket.gethostname())
     if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, torch.get_num_threads() // _here))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
     worker(args, Process(rank, world_size, local_rank, device))
     dist.destroy_process_group()  # not after an error: it could wait for ranks that never answer
     _control = None
@@ -202,12 +187,6 @@ def _device(args, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def parallel(network: nn.Module, process: Process) -> nn.Module:
     """`network`, its gradients averaged over all processes; batch-norm statistics stay each process's own."""
     if process.world_size == 1:
@@ -216,20 +195,12 @@ def parallel(network: nn.Module, process: Process) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
-# ------------------------------------------------------------------------------------------------------- collectives
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes_here() -> int:
-    """Processes of this job on this node."""
-    return _here if dist.is_initialized() else 1
 
 
 def cores() -> int:
@@ -297,19 +268,14 @@ def any_rank(flag: bool) -> bool:
 
 def agree(value):
     """The value that rank 0 passed in, on every rank (any picklable object)."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0, group=_control)
-    return box[0]
+    return gather_objects(value)[0]
 
 
 def gather_objects(value) -> list:
     """`value` of every rank, in rank order, on every rank (any picklable object)."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value, group=_control)
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=_control)
     return values
 
 

@@ -24,37 +24,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UsageError, UserError, checkpoint, cli, printable, processes
+from common.processes import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes
 
 
 def environment() -> dict:
-    """Versions, commit and hardware, as recorded with every run."""
-    cuda = torch.cuda.is_available()
+    """Versions, commit (with `-dirty` where tracked files differ; or `unknown`) and hardware, recorded with every run."""
+    cuda, commit, cpu = torch.cuda.is_available(), "", ""
+    with contextlib.suppress(OSError):
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpu = cpu or platform.processor() or platform.machine()
     return {
-        "commit": commit(),
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "device": torch.cuda.get_device_name() if cuda else f"{_cpu_name()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if cuda else f"{cpu}, {os.cpu_count()} cores",
     }
-
-
-def commit() -> str:
-    """Short commit of the project, with `-dirty` where tracked files differ from it; `unknown` outside git."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 def make_folder(folder: str | Path) -> str:
@@ -88,12 +81,10 @@ def only_writer(folder: str | Path, wait: bool = False):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                who = ""
+                who, way_out = "", "wait for it to end, or choose another folder"
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     who = f" ({json.loads((Path(folder) / 'config.json').read_text())['process']})"
-                raise UserError(
-                    f"another process{who} is writing to {printable(folder)}: wait for it to end, or choose another folder"
-                ) from None
+                raise UserError(f"another process{who} is writing to {printable(folder)}: {way_out}") from None
             except OSError:  # a file system without locks
                 pass
         yield
@@ -112,13 +103,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        args,
-        process: processes.Process,
-        tensorboard: bool | str = True,
-        suffix="",
-        keep: bool = False,
+        self, folder: str | Path, args, process: Process, tensorboard: bool | str = True, suffix="", keep: bool = False
     ):
         self.folder, self.main = Path(folder), process.is_main
         self._config, self._result = self.folder / f"config{suffix}.json", self.folder / f"result{suffix}.json"
@@ -138,14 +123,11 @@ class Run:
                 write_json(self._config, self.config)
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from None
-        config, cuda = self.config, process.device.type == "cuda"
-        threads = "" if cuda else f" ({torch.get_num_threads()} threads)"
-        self.say(f"command  {self.command}")
-        self.say(
-            f"code     {config['commit']}, Python {config['python']}, torch {config['torch']}, "
-            f"torchvision {config['torchvision']}, CUDA {config['cuda'] or '-'}"
-        )
-        self.say(f"machine  {config['device']}; {process.device.type} x {process.world_size}{threads}")
+        config, kind = self.config, process.device.type
+        threads = "" if kind == "cuda" else f" ({torch.get_num_threads()} threads)"
+        versions = [f"{name} {config[name.lower()] or '-'}" for name in ("Python", "torch", "torchvision", "CUDA")]
+        self.say(f"command  {self.command}\ncode     {', '.join([config['commit'], *versions])}")
+        self.say(f"machine  {config['device']}; {kind} x {process.world_size}{threads}")
         options, default = sorted(config["options"].items()), getattr(args, "defaults", {})
         self.say(_wrap("options", [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in options]))
         self.say(f"         (* differs from the default)\nfolder   {self.folder}")
@@ -168,13 +150,12 @@ class Run:
         if self.main and step < 0:
             self._result.unlink(missing_ok=True)
         if self.main and self._metrics.exists():
-            kept = []
-            for line in self._metrics.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
-                    if json.loads(line).get("step", 0) <= step:
-                        kept.append(line + "\n")
+            lines = self._metrics.read_text().splitlines()
             with checkpoint.replacing(self._metrics, "w") as file:
-                file.writelines(kept)
+                for line in lines:
+                    with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
+                        if json.loads(line).get("step", 0) <= step:
+                            file.write(line + "\n")
 
     def log(self, step: int, **values) -> None:
         """Append one JSON object to metrics.jsonl and one TensorBoard scalar per number. step counts from 0 over the run."""
@@ -238,9 +219,6 @@ def _wrap(label: str, words: list[str], width: int = 110) -> str:
     return f"{label:<9}" + "\n         ".join(lines + [line])
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
 class Progress:
     """Progress of one epoch: a live bar on a terminal, one line every `every` steps in a pipe; rank 0 only.
 
@@ -255,13 +233,11 @@ class Progress:
         self.label, self.total, self.every, self.enabled = label, total, max(1, every), enabled
         self.done = self.first = self.last_done = start
         self.sums: Tensor | None = None
-        self.names, self.numbers = [], {}
-        self.count = 0  # rows since the last print
+        self.names, self.numbers, self.count = [], {}, 0  # count: rows since the last print
         self.epoch_sums, self.epoch_count = torch.zeros(0).double(), 0
         self.began = self.last = time.perf_counter()
-        terminal = enabled and sys.stdout.isatty()
         shown = dict(total=total, initial=start, desc=label, dynamic_ncols=True, leave=False, file=sys.stdout)
-        self.bar = tqdm(**shown) if terminal else None
+        self.bar = tqdm(**shown, disable=not (enabled and sys.stdout.isatty()))
 
     def update(self, n: int, **values: Tensor | float) -> dict | None:
         self.done, self.count = self.done + 1, self.count + n
@@ -270,8 +246,7 @@ class Progress:
         if means:
             now = torch.stack([v.detach().float() for v in means.values()]) * n
             self.sums = now if self.sums is None else self.sums + now
-        if self.bar is not None:
-            self.bar.update(1)
+        self.bar.update(1)
         if (self.done - self.first) % self.every and self.done not in (self.total, self.first + 1):
             return None
         return self._show()
@@ -289,20 +264,19 @@ class Progress:
         self.epoch_sums = self.epoch_sums + sums if len(self.epoch_sums) else sums
         self.epoch_count += rows
         now = time.perf_counter()
-        since, overall = (sums / rows).tolist(), (self.epoch_sums / self.epoch_count).tolist()
+        since, means = (sums / rows).tolist(), self.means
         seconds = (now - self.last) / (self.done - self.last_done)
         mean_seconds = (now - self.began) / (self.done - self.first)
         if self.enabled:
             parts = [f"Time {seconds:.3f} ({mean_seconds:.3f})"]
-            parts += [f"{k} {a:.4g} ({b:.4g})" for k, a, b in zip(self.names, since, overall)]
+            parts += [f"{k} {a:.4g} ({b:.4g})" for (k, b), a in zip(means.items(), since)]
             parts += [f"{k} {v:.3g}" for k, v in self.numbers.items()]
-            if self.bar is not None:
-                self.bar.set_postfix_str("  ".join(parts[1:]))
-            else:
+            self.bar.set_postfix_str("  ".join(parts[1:]))
+            if self.bar.disable:
                 left = f"eta {clock((self.total - self.done) * mean_seconds)}"
                 print(f"{self.label}[{self.done}/{self.total}]  " + "  ".join([*parts, left]), flush=True)
         self.sums, self.count, self.last, self.last_done = None, 0, now, self.done
-        whole = {f"epoch_{k}": v for k, v in self.means.items()} if self.done == self.total else {}
+        whole = {f"epoch_{k}": v for k, v in means.items()} if self.done == self.total else {}
         return dict(zip(self.names, since)) | self.numbers | {"seconds_per_step": seconds} | whole
 
     @property
@@ -318,17 +292,13 @@ class Progress:
         """End of the epoch, or of its part that was run: the means over it."""
         if self.count:
             self._show()
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         return self.means
 
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-
-# -------------------------------------------------------------------------------------------------------------- signals
 
 
 class StopSignal:

@@ -12,10 +12,7 @@ from common import UsageError
 
 
 def cosine(base: float, t: float, total: float, floor: float = 0.0) -> float:
-    """Half a cosine from `base` at t = 0 to `floor` at t = total, flat outside; arXiv:1608.03983, Eq. (5), no restart.
-
-    Raises ValueError unless total > 0.
-    """
+    """Half a cosine from `base` at t = 0 to `floor` at t = total > 0 (else ValueError), flat outside; arXiv:1608.03983, (5)."""
     if total <= 0:
         raise ValueError(f"a cosine needs total > 0, not {total}")
     return floor + (base - floor) * 0.5 * (1 + math.cos(math.pi * min(max(t / total, 0.0), 1.0)))
@@ -26,15 +23,12 @@ def step(base: float, epoch: float, milestones: Iterable[float], rate: float = 0
 
     Both conventions make the epoch after m complete ones the first at the lower rate.
     """
-    passed = sum(epoch >= m if inclusive else epoch > m for m in milestones)
-    return base * rate**passed
+    return base * rate ** sum(epoch >= m if inclusive else epoch > m for m in milestones)
 
 
 def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
     """A straight line from `start` at t = 0 to `base` at t = total, `base` after it. total <= 0 means no warm-up."""
-    if t >= total:
-        return base
-    return start + (base - start) * max(t, 0.0) / total
+    return base if t >= total else start + (base - start) * max(t, 0.0) / total
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -46,7 +40,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs") -> tuple[int, ...]:
     """Milestones in increasing order, from "120,160,200" (spaces allowed) or a list of integers; "" means none.
 
-    Raises UsageError, naming `flag`, for anything that is not a list of different whole epochs of at least 0.
+    Raises UsageError, naming `flag`, unless they are different whole epochs of at least 0.
     """
     try:
         milestones = sorted(map(int, text.split(",") if isinstance(text, str) and text.strip() else text or ()))

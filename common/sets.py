@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -103,12 +104,7 @@ class ArraySet(PictureSet):
     """
 
     def __init__(
-        self,
-        images: torch.Tensor | Path,
-        targets: Sequence[int],
-        classes: Sequence[str],
-        name: str = "pictures",
-        sources: Sequence[str] | None = None,
+        self, images: Tensor | Path, targets: Sequence[int], classes: Sequence[str], name: str = "pictures", sources=()
     ):
         super().__init__(targets, classes, name, np.arange(len(targets)))
         self.file, self._images = (images, None) if isinstance(images, Path) else (None, images)
@@ -117,13 +113,12 @@ class ArraySet(PictureSet):
             raise ValueError(f"images must be uint8 (N, 3, H, W) with N targets, got {self.images.dtype} {shape}")
 
     @property
-    def images(self) -> torch.Tensor:
+    def images(self) -> Tensor:
         """uint8 (M, 3, H, W), those left out by `select` too; of a file its map, opened anew in every process: read only."""
         if self._images is None:
-            pixels = np.load(self.file, mmap_mode="r")
             with warnings.catch_warnings():  # torch has no read-only tensors and warns of that
                 warnings.simplefilter("ignore", UserWarning)
-                self._images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+                self._images = torch.from_numpy(np.load(self.file, mmap_mode="r")).permute(0, 3, 1, 2)
         return self._images
 
     @property
@@ -135,11 +130,11 @@ class ArraySet(PictureSet):
         row = self._places[row]
         return f"{self.file or self.name}[{row}]" + (f" ({self._sources[row]})" if self._sources else "")
 
-    def open(self, row: int) -> torch.Tensor:
+    def open(self, row: int) -> Tensor:
         """uint8 (3, H, W), part of `images`."""
         return self.images[self._places[row]]
 
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, rows: Tensor) -> Tensor:
         """uint8 (len(rows), 3, H, W), a copy, on the device of `images`."""
         rows = torch.from_numpy(self._places[rows.numpy()]).to(self.images.device)
         if self.file is None:
@@ -235,16 +230,15 @@ def split_folder(root: str | Path, split: str) -> Path:
         raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
     root = _existing(root)
     names = ("train",) if split == "train" else SPLIT_NAMES["val"]
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
+    if there := [root / name for name in names if (root / name).is_dir()]:
+        return there[0]
     if any((root / f"{name}.json").exists() for name in ("train", "val")):
         raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
     nor = f" (nor {'/, '.join(names[1:])}/)" if names[1:] else ""
     inside = few(sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root)), 8) or "nothing"
     way_out = f"move class folders into {root / names[0]}/, or say with --dataset what it is"
     if root.name in ("train", *SPLIT_NAMES["val"]):
-        way_out = f"give its parent {root.parent}"
+        way_out = f"if these are class folders, give its parent {root.parent}"
     raise UsageError(f"{root}: no {names[0]}/ folder{nor}; in it: {inside}; {way_out}")
 
 

@@ -1,13 +1,12 @@
 """Image augmentation for whole batches: sample the parameters, then apply them.
 
-Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images on the CPU, as a dict
-of small tensors; `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device, and
-leaves its input unchanged (where there is nothing to do it returns the input itself). So the same parameters can be applied
-to a second set of pictures, and one seed gives the same views on every device. Parameters stay on the CPU (`apply` moves
-what it needs): so the images an operation touches are known without waiting for the device.
+Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n images, a dict of small
+tensors that stay on the CPU: one seed gives the same views on every device, and the images an operation touches are known
+without waiting for it. `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device,
+and leaves its input unchanged (where there is nothing to do it returns the input itself).
 
-The first operation of a recipe is its geometry, which brings pictures of any size to one size; the others are colour
-operations on float images in [0, 1].
+The first operation of a recipe is its geometry, which brings pictures of any size to one size; the others work on float
+images in [0, 1].
 
     recipe = Compose(RandomResizedCrop(224, (0.2, 1.0)), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomHorizontalFlip())
     boxes = recipe.geometry.sample(heights, widths, generator)
@@ -29,8 +28,8 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter as TorchvisionJitter
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's float images (ITU-R 601)
+CONTRAST, SATURATION, HUE = 1, 2, 3  # the numbers of ColorJitter's operations, as in torchvision; brightness is 0
 
 Params = dict[str, Tensor]
 
@@ -41,7 +40,7 @@ def _uniform(shape, low: float, high: float, generator: torch.Generator | None) 
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(C, 1, 1) constant, moved to each device once."""
+    """(C, 1, 1), moved to each device once."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
@@ -64,41 +63,31 @@ def _resize_matrix(start: Tensor, length: Tensor, resized: Tensor, offset: Tenso
 
     Triangle filter, widened by the scale when the picture shrinks: the anti-aliased bilinear resize of PIL and torch.
     The filter sees the crop only and is renormalised at its edges. Rows outside the resized crop are zero (padding).
-    start, length, resized, offset are int64 tensors (N,).
     """
-    device = start.device
     scale = length.double() / resized
-    index = torch.arange(size, device=device) + offset[:, None]  # place in the resized picture (N, size)
+    index = torch.arange(size, device=start.device) + offset[:, None]  # place in the resized picture (N, size)
     # Split in an integer and a fraction: the centre is needed to 1e-7 of a pixel, more than float32 holds at pixel 500.
     centre = (index + 0.5) * scale[:, None] - 0.5 + start[:, None]
     whole = centre.floor()
-    pixel = torch.arange(total, device=device, dtype=torch.float32)
-    weight = pixel - whole.float()[:, :, None]
-    weight.sub_((centre - whole).float()[:, :, None]).abs_()
+    pixel = torch.arange(total, device=start.device, dtype=torch.float32)
+    weight = (pixel - whole.float()[:, :, None]).sub_((centre - whole).float()[:, :, None]).abs_()
     weight.mul_((-1 / scale.clamp(min=1)).float()[:, None, None]).add_(1).clamp_(min=0)
-    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])  # (N, total)
-    weight.mul_(inside[:, None, :])
+    weight.mul_(((pixel >= start[:, None]) & (pixel < (start + length)[:, None]))[:, None])
     valid = (index >= 0) & (index < resized[:, None])
     return weight.mul_((valid / weight.sum(2).clamp(min=1e-6))[:, :, None])
 
 
 class Geometry:
-    """The first operation of a recipe. A box (top, left, height, width) in pixels is the part of a picture it uses."""
+    """The first operation of a recipe. A box (top, left, height, width) in pixels is the part of a picture it uses.
 
-    size: int  # of the square it makes
-
-    def sample(self, heights: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Boxes (N, 4) int64 on the CPU for N pictures, whose sizes may differ: heights and widths are int64 (N,)."""
-        raise NotImplementedError
-
-    def target(self, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Height and width a box is resized to, then top and left of the part that is kept; all int64 (N,)."""
-        raise NotImplementedError
+    sample(heights, widths, generator): boxes (N, 4) int64 on the CPU for N pictures, whose sizes may differ.
+    target(heights, widths): the size boxes are resized to, then top and left of the size x size that is kept.
+    Heights and widths, of pictures or boxes, are int64 (N,), as is all that `target` returns.
+    """
 
     def apply(self, images: Tensor, boxes: Tensor) -> Tensor:
         """images (N, 3, H, W), uint8 or float in [0, 1], with one box each -> float32 (N, 3, size, size) in [0, 1]."""
-        boxes = boxes.to(images.device, non_blocking=True)
-        top, left, heights, widths = boxes.unbind(1)
+        top, left, heights, widths = boxes.to(images.device, non_blocking=True).unbind(1)
         new_heights, new_widths, cut_top, cut_left = self.target(heights, widths)
         rows = _resize_matrix(top, heights, new_heights, cut_top, self.size, images.shape[2])
         columns = _resize_matrix(left, widths, new_widths, cut_left, self.size, images.shape[3])
@@ -131,20 +120,16 @@ class RandomResizedCrop(Geometry):
         low, high = np.log(self.ratio)
         aspect = _uniform((n, tries), low, high, generator).exp()
         place = torch.rand(n, 2, generator=generator, dtype=torch.float64)
-
-        w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-        fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-        first = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first True
-        w, h, fits = (t.gather(1, first)[:, 0] for t in (w, h, fits))
-        top, left = ((place * torch.stack((heights - h + 1, widths - w + 1), 1)).floor().long()).unbind(1)
-
+        sides = torch.stack(((area / aspect).sqrt(), (area * aspect).sqrt()), 2).round().long()  # (N, tries, 2)
+        pictures = torch.stack((heights, widths), 1)
+        fits = ((sides > 0) & (sides <= pictures[:, None])).all(2)
+        first = torch.arange(n), fits.byte().argmax(1)
+        sides, fits = sides[first], fits[first]
+        corners = (place * (pictures - sides + 1)).floor().long()
         low, high = self.ratio
-        central_w = torch.minimum(widths, (heights * high).round().long())
-        central_h = torch.minimum(heights, (widths / low).round().long())
-        w, h = torch.where(fits, w, central_w), torch.where(fits, h, central_h)
-        top = torch.where(fits, top, (heights - h) // 2)
-        left = torch.where(fits, left, (widths - w) // 2)
-        return torch.stack((top, left, h, w), 1)
+        central = torch.stack(((widths / low).round().long(), (heights * high).round().long()), 1).minimum(pictures)
+        central = torch.cat(((pictures - central) // 2, central), 1)
+        return torch.where(fits[:, None], torch.cat((corners, sides), 1), central)
 
     def target(self, heights, widths):
         size, zero = torch.full_like(heights, self.size), torch.zeros_like(heights)
@@ -153,10 +138,9 @@ class RandomResizedCrop(Geometry):
 
 @dataclass(frozen=True)
 class ResizeCenterCrop(Geometry):
-    """Evaluation geometry: shorter side to `resize`, then the central size x size; torchvision Resize + CenterCrop.
+    """Evaluation: shorter side to `resize` (None: as it is), then the central size x size; torchvision Resize + CenterCrop.
 
-    resize None: the central crop alone. A picture smaller than the crop is padded with zeros, as torchvision does.
-    Nothing is random: the box is the whole picture.
+    A picture smaller than the crop is padded with zeros, as torchvision does. The box is the whole picture.
     """
 
     resize: int | None
@@ -167,19 +151,15 @@ class ResizeCenterCrop(Geometry):
         return torch.stack((zero, zero, heights, widths), 1)
 
     def target(self, heights, widths):
-        if self.resize is not None:
-            short = torch.minimum(heights, widths)  # the longer side is rounded down, as torchvision does
-            heights, widths = ((self.resize * side).double().div(short).long() for side in (heights, widths))
-        return heights, widths, self._cut(heights), self._cut(widths)
-
-    def _cut(self, side: Tensor) -> Tensor:
-        spare = side - self.size
-        return torch.where(spare >= 0, (spare / 2).round().long(), -(-spare // 2))
+        sides = torch.stack((heights, widths))
+        if self.resize is not None:  # the longer side is rounded down, as torchvision does
+            sides = (self.resize * sides).double().div(sides.amin(0)).long()
+        spare = sides - self.size
+        return *sides, *torch.where(spare >= 0, (spare / 2).round().long(), -(-spare // 2))
 
 
 class _Sometimes:
-    """An operation with a probability `p`, drawn for each image: params["rows"]. `change(x, params)` gets a copy of those
-    images, which it may change in place."""
+    """With probability `p`, drawn for each image, `change(x, params)` of x, a copy of the images params["rows"]."""
 
     def __post_init__(self):
         if not 0 <= self.p <= 1:
@@ -197,7 +177,7 @@ class _Sometimes:
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip(_Sometimes):
-    """Mirror left and right with probability p; torchvision RandomHorizontalFlip. (N, 3, H, W) -> the same."""
+    """Mirror left and right with probability p; torchvision RandomHorizontalFlip."""
 
     p: float = 0.5
 
@@ -207,7 +187,7 @@ class RandomHorizontalFlip(_Sometimes):
 
 @dataclass(frozen=True)
 class RandomGrayscale(_Sometimes):
-    """All channels become 0.2989 R + 0.587 G + 0.114 B, with probability p; torchvision RandomGrayscale. As above."""
+    """All channels become 0.2989 R + 0.587 G + 0.114 B, with probability p; torchvision RandomGrayscale."""
 
     p: float = 0.1
 
@@ -217,7 +197,7 @@ class RandomGrayscale(_Sometimes):
 
 @dataclass(frozen=True)
 class Normalize:
-    """(x - mean) / std per channel; torchvision Normalize. Nothing is random. (N, 3, H, W) -> the same."""
+    """(x - mean) / std per channel; torchvision Normalize. Nothing is random."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -230,31 +210,23 @@ class Normalize:
         shift = tuple(-m / s for m, s in zip(self.mean, self.std))
         return torch.addcmul(_per_channel(shift, images.device), images, _per_channel(slope, images.device))
 
-    def inverse(self, images: Tensor) -> Tensor:
-        """Normalised images back in [0, 1], for people to look at."""
-        return images * _per_channel(self.std, images.device) + _per_channel(self.mean, images.device)
-
 
 @dataclass(frozen=True)
 class GaussianBlur(_Sometimes):
     """Gaussian blur with probability p, sigma (in pixels) uniform in `sigma`; torchvision GaussianBlur, image by image.
 
-    kernel_size (odd) cuts the Gaussian off; the border is reflected. None takes a tenth of the shorter side, made odd,
-    and at least 3 (the rule of SimCLR's code): 23 at 224, 9 at 96, 3 at 32. MoCo's own code blurs with PIL's, which has
-    no cut-off: at 224 that is the same, at 32 the kernel of 3 blurs much less for a large sigma.
-    ValueError unless kernel_size // 2 is less than both H and W.
+    The Gaussian is cut off at a tenth of the shorter side, made odd, and at least 3 (the rule of SimCLR's code): 23 at
+    224, 9 at 96, 3 at 32; the border is reflected. MoCo's own code blurs with PIL's, which has no cut-off: at 224 that
+    is the same, at 32 the kernel of 3 blurs much less for a large sigma. ValueError for a side of one pixel.
     """
 
     sigma: tuple[float, float] = (0.1, 2.0)
     p: float = 0.5
-    kernel_size: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.sigma[0] <= self.sigma[1]:
             raise ValueError(f"sigma {self.sigma} must be (low, high) with 0 < low <= high")
-        if self.kernel_size is not None and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
-            raise ValueError(f"kernel_size {self.kernel_size} must be odd and positive")
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
         rows = super().sample(n, generator)["rows"]
@@ -262,32 +234,25 @@ class GaussianBlur(_Sometimes):
 
     def change(self, x: Tensor, params: Params) -> Tensor:
         height, width = x.shape[2:]
-        kernel_size = self.kernel_size or max(3, min(height, width) // 10 // 2 * 2 + 1)
-        if kernel_size // 2 >= min(height, width):
-            raise ValueError(f"blur kernel_size {kernel_size} must be smaller than twice the picture, {height}x{width}")
-        sigma = params["sigma"].to(x.device, non_blocking=True)
-        rows = _blur_matrix(sigma, kernel_size, height)
-        columns = rows if height == width else _blur_matrix(sigma, kernel_size, width)
-        return _two_products(rows, x, columns)
+        if min(height, width) == 1:
+            raise ValueError(f"a picture of {height}x{width} is too small to blur")
+        sigma, radius = params["sigma"].to(x.device, non_blocking=True), max(1, min(height, width) // 20)
+        rows = _blur_matrix(sigma, radius, height)
+        return _two_products(rows, x, rows if height == width else _blur_matrix(sigma, radius, width))
 
 
-def _blur_matrix(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
+def _blur_matrix(sigma: Tensor, radius: int, size: int) -> Tensor:
     """(N, size, size): row i is the Gaussian around pixel i, with the part beyond the border reflected back inside."""
-    radius = kernel_size // 2
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
     kernel /= kernel.sum(1, keepdim=True)
     reach = size - 1 - radius
     matrix = F.pad(kernel, (reach, reach)).unfold(1, size, 1).flip(1)  # element (i, j) is the kernel at distance j - i
-    if radius > 0:
-        # Seen in the mirror of pixel 0, pixel j >= 1 is at distance i + j; the last pixel is the same turned round.
-        mirrored = F.pad(kernel[:, radius + 1 :], (0, radius)).unfold(1, radius, 1)[:, :radius]
-        matrix[:, :radius, 1 : radius + 1] += mirrored
-        matrix[:, size - radius :, size - 1 - radius : size - 1] += mirrored.flip(1, 2)
+    # Seen in the mirror of pixel 0, pixel j >= 1 is at distance i + j; the last pixel is the same turned round.
+    mirrored = F.pad(kernel[:, radius + 1 :], (0, radius)).unfold(1, radius, 1)[:, :radius]
+    matrix[:, :radius, 1 : radius + 1] += mirrored
+    matrix[:, size - radius :, size - 1 - radius : size - 1] += mirrored.flip(1, 2)
     return matrix
-
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operation numbers in `order`, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -325,21 +290,19 @@ class ColorJitter(_Sometimes):
 
     def change(self, x: Tensor, params: Params) -> Tensor:
         order, factors = params["order"], params["factors"]
-        at_position = factors.gather(1, order).masked_fill(order == HUE, 1)  # a factor of 1 changes nothing
-        spare = 1 - at_position
+        f = factors.gather(1, order).masked_fill(order == HUE, 1)  # a factor of 1 changes nothing
         # x <- clamp(f * x + on_luma * luma + on_mean * mean luma): per position, three numbers per image.
-        steps = torch.stack((at_position, spare * (order == SATURATION), spare * (order == CONTRAST)))
-        steps = steps.to(x.device, non_blocking=True)[:, :, :, None, None, None]
+        steps = torch.stack((f, (1 - f) * (order == SATURATION), (1 - f) * (order == CONTRAST)))
+        steps = steps.to(x.device, non_blocking=True)[..., None, None, None]
         turns = factors[:, HUE].to(x.device, non_blocking=True)[:, None, None]
-        hue_counts = (order == HUE).sum(0).tolist()
         end = 0
-        for position in range(4):
+        for position, hue_count in enumerate((order == HUE).sum(0).tolist()):
             f, on_luma, on_mean = steps[:, :, position]
             luma = _grey(x)
             shift = luma.mean((2, 3), keepdim=True) * on_mean
             torch.addcmul(torch.addcmul(shift, luma, on_luma), x, f, out=x)
             x.clamp_(0, 1)
-            start, end = end, end + hue_counts[position]
+            start, end = end, end + hue_count
             if end > start and self.hue != 0:
                 x[start:end] = _turn_hue(x[start:end], turns[start:end])
         return x
@@ -377,10 +340,8 @@ class Compose:
     """A recipe: the geometry, then the other operations in order. Printed as one line per operation."""
 
     def __init__(self, geometry: Geometry, *ops):
-        if not isinstance(geometry, Geometry):
-            raise TypeError(f"a recipe starts with its geometry (such as RandomResizedCrop), not {geometry!r}")
-        if later := [op for op in ops if isinstance(op, Geometry)]:
-            raise TypeError(f"a recipe has one geometry, its first operation; {later[0]!r} comes later")
+        if not isinstance(geometry, Geometry) or any(isinstance(op, Geometry) for op in ops):
+            raise TypeError(f"a recipe is one geometry, then operations that are none, not {[geometry, *ops]}")
         self.geometry, self.ops = geometry, ops
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Params]:

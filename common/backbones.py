@@ -48,7 +48,9 @@ def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False
         options |= {"aux_logits": False, "init_weights": True}
     model = torchvision.models.get_model(arch, weights=None, **options)
     if small_stem:
-        use_small_stem(model, arch)
+        if not isinstance(model, ResNet):
+            raise UsageError(f"the small-image stem needs a residual network such as resnet18, not '{arch}'")
+        use_small_stem(model)
     if num_classes == 0:
         if not hasattr(model, "fc"):
             raise UsageError(f"architecture '{arch}' has no last layer `fc` to leave out: use one such as resnet50")
@@ -56,35 +58,22 @@ def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False
     return model
 
 
-def use_small_stem(model: nn.Module, name: str = "") -> nn.Module:
+def use_small_stem(model: ResNet) -> None:
     """Change a residual network in place: 3x3 stride-1 first convolution, no max-pooling, for small pictures.
 
     The new convolution keeps nn.Conv2d's own uniform initialisation, as published small-image code leaves it.
     """
-    if not isinstance(model, ResNet):
-        name = name or type(model).__name__
-        raise UsageError(f"the small-image stem needs a residual network such as resnet18, not '{name}'")
     old = model.conv1
     model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
-    return model
-
-
-# --- features at a layer ----------------------------------------------------------------------------------------------
 
 
 def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
     """The network cut at its numbered layers: layer n is the first n functions, one after the other; None: unknown."""
     if isinstance(model, ResNet):
-        return [
-            lambda x: model.maxpool(model.relu(model.bn1(model.conv1(x)))),
-            model.layer1,
-            model.layer2,
-            model.layer3,
-            model.layer4,
-            lambda x: torch.flatten(model.avgpool(x), 1),
-            model.fc,
-        ]
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+        pooling = nn.Sequential(model.avgpool, nn.Flatten())
+        return [stem, model.layer1, model.layer2, model.layer3, model.layer4, pooling, model.fc]
     return model.stages() if hasattr(model, "stages") else None
 
 
@@ -96,17 +85,12 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
     """
     if isinstance(model, TwoTowers):
         return model(x, layer)
-    parts = stages(model)
-    if parts is None:
-        return _around_fc(model, x, layer)
-    if layer is not None and not 1 <= layer <= len(parts):
-        raise UsageError(f"layer {layer}: {type(model).__name__} has layers 1 to {len(parts)}")
-    for part in parts[:layer]:
-        x = part(x)
-    return x
-
-
-def _around_fc(model: nn.Module, x: Tensor, layer: int | None) -> Tensor:
+    if (parts := stages(model)) is not None:
+        if layer is not None and not 1 <= layer <= len(parts):
+            raise UsageError(f"layer {layer}: {type(model).__name__} has layers 1 to {len(parts)}")
+        for part in parts[:layer]:
+            x = part(x)
+        return x
     if layer not in (6, 7, None) or not hasattr(model, "fc"):
         raise UsageError(f"{type(model).__name__}: only layers 6 (what enters `fc`) and 7 (output) can be read")
     entered = []
@@ -129,9 +113,6 @@ def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: in
         for module in training:
             module.training = True
     return tuple(tuple(o.shape[1:]) for o in out) if isinstance(out, tuple) else tuple(out.shape[1:])
-
-
-# --- residual networks of any width, towers ----------------------------------------------------------------------------
 
 
 class WidthResNet(ResNet):
@@ -159,9 +140,7 @@ class WidthResNet(ResNet):
         if small_stem:
             use_small_stem(self)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        fc = nn.Linear(
-            self.inplanes, dim or 1
-        )  # inplanes: channels after the last stage; drawn also where it is left out
+        fc = nn.Linear(self.inplanes, dim or 1)  # inplanes: after the last stage; drawn also where it is left out
         self.fc = fc if dim else nn.Identity()
 
     def _make_layer(self, block, planes, *args, **kwargs):

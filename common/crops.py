@@ -39,15 +39,11 @@ def scale_boxes(boxes: Tensor, heights: Tensor, widths: Tensor, to_heights: Tens
 
     Rounded to whole pixels, at least one pixel, inside the other picture; equal sizes give the boxes unchanged.
     """
-    top, left, height, width = boxes.double().unbind(1)
-
-    def carry(start, length, old, new):
-        length = (length * new / old).round().clamp(min=1).minimum(new)
-        return (start * new / old).round().minimum(new - length), length
-
-    top, height = carry(top, height, heights.double(), to_heights.double())
-    left, width = carry(left, width, widths.double(), to_widths.double())
-    return torch.stack((top, left, height, width), 1).long()
+    start, length = boxes.double().split(2, dim=1)
+    old, new = torch.stack((heights, widths), 1).double(), torch.stack((to_heights, to_widths), 1).double()
+    length = (length * new / old).round().clamp(min=1).minimum(new)
+    start = (start * new / old).round().minimum(new - length)
+    return torch.cat((start, length), 1).long()
 
 
 def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor:

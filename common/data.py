@@ -10,8 +10,8 @@
 Two ways to feed a step, chosen by `data_device`:
 
 - device: equal-sized pictures live on the device as one uint8 tensor; a step gathers rows, no workers.
-- host:   a worker makes a whole batch: one call samples the crop boxes of all pictures, each file is read and decoded
-          once, and the crops of every view are cut from it as uint8. Colour, blur and the rest run on the device.
+- host:   a worker makes a whole batch: it samples all crop boxes, reads and decodes each file once, and cuts the crops of
+          every view from it as uint8. Colour, blur and the rest run on the device.
 
 Every draw is a function of (seed, epoch, step, rank), so the views depend neither on the number of workers nor on the
 way of feeding (host crops are rounded to uint8, device crops are not), and an epoch can be entered in the middle.
@@ -31,32 +31,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from common import UsageError, UserError, processes
 from common.augment import Compose
-from common.bar import Bar
 from common.crops import COLOURS, ORDER, DeviceCrops, HostCrops, decoded, step_generator
 from common.sets import ArraySet, BadPicture, PictureSet
 
 CPU_BYTES = 4 << 30  # 'auto' keeps up to this much uint8 in main memory; on CUDA up to a third of what is free
 
 
-class _Requests:
-    """The sampler of the DataLoader: the requests of the epoch that is about to start."""
-
-    pending: list[tuple[int, int, np.ndarray]] = []
-
-    def __iter__(self):
-        return iter(self.pending)
-
-
 def _quiet_worker(_: int) -> None:
-    """Ctrl-C and a job's SIGTERM reach the workers too; the main process still needs them for the step it finishes.
-
-    So Ctrl-C and SIGUSR1 are left to the main process, and a SIGTERM only starts a minute of grace. Workers also end when
-    the main process asks them to, and when it is gone.
-    """
-
+    """Signals to the whole job reach the workers too, which the main process still needs for the step it finishes: only
+    SIGTERM ends a worker, after a minute of grace (else the main process ends it, or its absence)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
@@ -74,19 +61,16 @@ def _close_all() -> None:
         loader.close()
 
 
-# -------------------------------------------------------------------------------------------- pictures on the device
-
-
 class _SizesDiffer(UsageError):
     pass
 
 
-def _common_size(source: PictureSet, most: int = 512) -> tuple[int, int] | None:
-    """(height, width) if `most` pictures spread over the set agree; None if they do not. Reads headers only."""
+def _common_size(source: PictureSet) -> tuple[int, int] | None:
+    """(height, width) if 512 pictures spread over the set agree; None if they do not. Reads headers only."""
     if isinstance(source, ArraySet):
         return source.size
     sizes = set()
-    for row in range(0, len(source), max(1, len(source) // most)):
+    for row in range(0, len(source), max(1, len(source) // 512)):
         with contextlib.suppress(Exception), Image.open(source.path(row)) as image:  # decoding will say what is wrong
             sizes.add(image.size[::-1])
         if len(sizes) > 1:
@@ -103,10 +87,8 @@ def _fits(sources: list[PictureSet], device: torch.device) -> bool:
     return total <= (torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else CPU_BYTES)
 
 
-def _hold(
-    source: PictureSet, device: torch.device, threads: int, skip_bad: bool, progress: bool
-) -> tuple[ArraySet, dict[int, BadPicture]]:
-    """(the set on the device, what could not be read by row); read once per set and device, then remembered.
+def _hold(source: PictureSet, device: torch.device, threads: int, skip_bad: bool, progress: bool):
+    """(ArraySet on the device, {bad row: BadPicture}); read once per set and device, then remembered.
 
     Raises _SizesDiffer, BadPicture (unless skip_bad), UserError when the memory does not suffice.
     """
@@ -126,25 +108,25 @@ def _hold(
 
 def _load(source: PictureSet, device: torch.device, threads: int, skip_bad: bool, progress: bool):
     """(uint8 (N, 3, H, W) on the device, {bad row: BadPicture})."""
-    bad = {}
+    bad, blank = {}, None
 
     def read(row: int) -> Tensor | None:
         try:
-            return decoded(source, row, source.open(row))
+            picture = decoded(source, row, source.open(row))
         except BadPicture as error:
             if not skip_bad:
                 raise
             bad[row] = error
+            return blank
+        if blank is not None and picture.shape != blank.shape:
+            raise _SizesDiffer(
+                f"{source.path(row)} is {picture.shape[2]}x{picture.shape[1]}, {source.path(first)} is "
+                f"{blank.shape[2]}x{blank.shape[1]}: pictures of different sizes need --data-device host"
+            )
+        return picture
 
     def block(rows: Tensor) -> Tensor:  # in a thread: decoders release the interpreter lock
-        pictures = [read(row) for row in rows.tolist()]
-        for row, picture in zip(rows.tolist(), pictures):
-            if picture is not None and picture.shape != blank.shape:
-                raise _SizesDiffer(
-                    f"{source.path(row)} is {picture.shape[2]}x{picture.shape[1]}, {source.path(first)} is "
-                    f"{blank.shape[2]}x{blank.shape[1]}: pictures of different sizes need --data-device host"
-                )
-        return torch.stack([blank if picture is None else picture for picture in pictures])
+        return torch.stack([read(row) for row in rows.tolist()])
 
     first = next((row for row in range(len(source)) if read(row) is not None), None)
     if first is None:
@@ -152,16 +134,13 @@ def _load(source: PictureSet, device: torch.device, threads: int, skip_bad: bool
     blank = torch.zeros_like(read(first))
     images = torch.empty((len(source), *blank.shape), dtype=torch.uint8, device=device)
     chunks = torch.arange(len(source)).split(64)
-    bar = Bar(f"reading {source.name}", len(source), "pictures", enabled=progress)
-    with contextlib.closing(bar), ThreadPoolExecutor(threads) as pool:
+    label = dict(desc=f"reading {source.name}", unit=" pictures", disable=not progress, leave=False)
+    with tqdm(total=len(source), mininterval=5, delay=1, **label) as bar, ThreadPoolExecutor(threads) as pool:
         blocks = map(source.__getitem__, chunks) if isinstance(source, ArraySet) else pool.map(block, chunks)
         for rows, pictures in zip(chunks, blocks):
             images[rows[0] : rows[-1] + 1] = pictures.to(device)  # rows stored as H, W, RGB become planes there
-            bar.add(len(rows))
+            bar.update(len(rows))
     return images, dict(sorted(bad.items()))
-
-
-# -------------------------------------------------------------------------------------------------------------- loader
 
 
 class Loader:
@@ -172,8 +151,7 @@ class Loader:
     shuffle     order = permutation drawn from (seed, epoch); otherwise the rows in order.
     drop_last   drop the incomplete global batch. When kept, it is split as evenly as can be over the ranks (and dropped
                 after all if it has fewer rows than there are ranks: every rank makes the same number of steps).
-    shuffle=False, drop_last=False is the evaluation loader: rank r takes rows r, r+W, r+2W, ...: every row exactly
-                once over all ranks; ranks may differ by one step.
+                With neither (evaluation) rank r takes rows r, r+W, r+2W, ...: every row once; ranks may differ by a step.
     workers     host mode: worker processes of this process (0: in this process); device mode: decoding threads.
     data_device auto, host or device.
     partner     a set of equal length, row by row the twin of `dataset` (texture images): one more view follows, the
@@ -216,12 +194,13 @@ class Loader:
         self.dataset, self.partner, self.views = dataset, partner, tuple(views)
         self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
         self.rank, self.world_size, self.shuffle, self.drop_last = rank, world_size, shuffle, drop_last
+        self._evaluates = not shuffle and not drop_last
         self.workers, self.skip_bad = workers, skip_bad
         self.progress = rank == 0 if progress is None else progress
         self.epoch = self.start_step = 0
         self.bad_images: list[str] = []
         self.wait_seconds = self.view_seconds = 0.0
-        self._workers, self._requests = None, _Requests()
+        self._workers, self._requests = None, []  # the sampler of the workers: the steps of the epoch about to start
         self._crops = self._crops_from(data_device)
         self.mode = "device" if isinstance(self._crops, DeviceCrops) else "host"
 
@@ -251,10 +230,6 @@ class Loader:
         """The next iteration runs the steps start_step, start_step + 1, ... of this epoch."""
         self.epoch, self.start_step = epoch, start_step
 
-    @property
-    def _evaluates(self) -> bool:
-        return not self.shuffle and not self.drop_last
-
     def __len__(self) -> int:
         """Steps of a whole epoch (of this rank, for the evaluation loader)."""
         if self._evaluates:
@@ -283,8 +258,7 @@ class Loader:
             target, index = (t.to(self.device, non_blocking=True) for t in (target, index))
             generator = step_generator(self.seed, epoch, step, self.rank, COLOURS)
             recipes = [(view, view.sample(len(index), generator)) for view in self.views]
-            if self.partner is not None:
-                recipes.append(recipes[0])
+            recipes += recipes[:1] * (self.partner is not None)
             views = [view.apply(crop, params) for crop, (view, params) in zip(crops, recipes, strict=True)]
             self.view_seconds += time.perf_counter() - started
             yield views, target, index
@@ -302,15 +276,15 @@ class Loader:
                 raise batch
             crops, target, index, bad = batch
             self.bad_images += [path for path in bad if path not in self.bad_images]  # workers find them separately
-            seconds = time.perf_counter() - started
-            self.wait_seconds += seconds * (self.mode == "host")
-            self.view_seconds += seconds * (self.mode == "device")
+            if self.mode == "host":
+                self.wait_seconds += time.perf_counter() - started
+            else:
+                self.view_seconds += time.perf_counter() - started
             yield step, crops, target, index
             started = time.perf_counter()
 
     def _from_workers(self, requests) -> Iterator:
         if self._workers is None:
-            several = {"persistent_workers": True, "prefetch_factor": 2} if self.workers else {}
             self._workers = torch.utils.data.DataLoader(
                 self._crops,
                 batch_size=None,
@@ -319,10 +293,10 @@ class Loader:
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=_quiet_worker,
                 generator=torch.Generator(),  # it draws a base seed at every epoch: not from the global generator
-                **several,
+                persistent_workers=self.workers > 0,
             )
             _working.add(self)
-        self._requests.pending = requests
+        self._requests[:] = requests
         return iter(self._workers)
 
     def close(self) -> None:

@@ -18,26 +18,22 @@ class _BankScores(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.bank = bank  # not saved for backward: it is written in place after the step, never before its backward pass
         if len(bank) > GATHER_FROM * rows.shape[1]:
-            parts = [bank[r] @ q for q, r in zip(query, rows)]
-            return torch.stack(parts)
+            return torch.stack([bank[r] @ q for q, r in zip(query, rows)])
         chunk = max(CHUNK_ROWS, CHUNK_BYTES // (4 * len(bank)))
-        parts = [(q @ bank.T).gather(1, r) for q, r in zip(query.split(chunk), rows.split(chunk))]
-        return torch.cat(parts)
+        return torch.cat([(q @ bank.T).gather(1, r) for q, r in zip(query.split(chunk), rows.split(chunk))])
 
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        weighted = F.embedding_bag(rows, ctx.bank, per_sample_weights=grad.contiguous(), mode="sum")
-        return weighted, None, None
+        return F.embedding_bag(rows, ctx.bank, per_sample_weights=grad.contiguous(), mode="sum"), None, None
 
 
 def bank_scores(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Inner products of every query with the bank rows drawn for it: (B, J), out[b, j] = query[b] . bank[rows[b, j]].
 
     query (B, D) float32, bank (n, D) float32 without gradient, rows (B, J) of int64. The published code gathers
-    B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here the whole bank is scored in one matrix product, at most
-    CHUNK_BYTES of it at a time, and the drawn scores are picked out of it; the gradient is one weighted embedding sum.
-    Where few rows of a huge bank are drawn, the rows of one query at a time are fetched. Equal values either way.
+    B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here the drawn scores are picked out of the product with the
+    whole bank, or where few rows of a huge bank are drawn, these are fetched query by query: equal values either way.
     The bank must not be written between this call and the backward pass.
     """
     return _BankScores.apply(query, bank, rows)

@@ -22,16 +22,13 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
 
 
 @torch.no_grad()
-def extract_features(
-    model_fn: Callable[[Tensor], Tensor], loader: Iterable, progress: Callable[[Iterable], Iterable] | None = None
-) -> tuple[Tensor, Tensor]:
+def extract_features(model_fn: Callable[[Tensor], Tensor], loader: Iterable) -> tuple[Tensor, Tensor]:
     """Features (N, D) in float32 and targets (N,) of the first view of a whole loader, in its order, left on the device.
 
-    model_fn maps a batch of images to (B, D) rows; mode, layer and normalisation are its business. progress wraps an
-    iterable and reports on it, like tqdm. Raises ValueError for an empty loader.
+    model_fn maps a batch of images to (B, D) rows; mode, layer and normalisation are its business. ValueError if empty.
     """
     features, targets = [], []
-    for views, target, _ in progress(loader) if progress else loader:
+    for views, target, _ in loader:
         features.append(model_fn(views[0]).float())
         targets.append(target)
     if not features:
@@ -62,14 +59,12 @@ def knn(
     Returns 0-dim tensors; top-5 of fewer than five classes is 100. Raises ValueError if no labelled row is left.
     """
     device = bank_features.device
-    bank_targets, targets = bank_targets.to(device), targets.to(features.device)
-    bank_features, bank_targets = _labelled(bank_features, bank_targets, "bank")
+    bank, bank_targets = _labelled(bank_features, bank_targets, "bank")
     features, targets = _labelled(features, targets, "query")
-    k = min(k, len(bank_features))
-    bank = bank_features.float()
+    bank, k = bank.float(), min(k, len(bank))
     bank_scale = 1 / bank.norm(dim=1).clamp_min(1e-12)  # (M,), instead of a normalised copy of the bank
     hits = torch.zeros(2, device=device)
-    for rows, labels in zip(*(x.split(max(1, chunk_elements // len(bank_features))) for x in (features, targets))):
+    for rows, labels in zip(*(x.split(max(1, chunk_elements // len(bank))) for x in (features, targets))):
         labels = labels.to(device)
         cosines = (F.normalize(rows.to(device).float(), dim=1) @ bank.T).mul_(bank_scale)  # (n, M)
         similarity, neighbours = cosines.topk(k, dim=1)  # (n, k) each
@@ -84,6 +79,7 @@ def knn(
 
 
 def _labelled(features: Tensor, targets: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    targets = targets.to(features.device)
     keep = targets >= 0
     if not keep.any():
         raise ValueError(f"k-NN needs labelled {what} rows, all {len(targets)} are unlabelled")

@@ -9,6 +9,7 @@ How pictures become views is the business of `common.data`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -37,9 +39,10 @@ class PictureSet:
     """What all sets have: a length; `targets`, one class index each (-1: unlabelled); `classes`, names in their order;
     `notes`, lines worth printing at the start of a run; `open(row)`, a picture; `path(row)`, where it lies."""
 
-    def __init__(self, targets: Sequence[int], classes: Sequence[str], name: str):
+    def __init__(self, targets: Sequence[int], classes: Sequence[str], name: str, places: np.ndarray):
         self.targets = torch.as_tensor(targets, dtype=torch.int64)
         self.classes, self.name, self.notes = list(classes), name, []
+        self._places = places  # where every picture lies
         self.held = None  # where common.data keeps the decoded pictures
 
     def __len__(self) -> int:
@@ -48,19 +51,26 @@ class PictureSet:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "held": None}  # the copy on the device stays in this process
 
+    def select(self, rows: Sequence[int]):
+        """The same set restricted to these rows, in this order; class indices stay."""
+        rows, part = np.asarray(rows, dtype=np.int64), copy.copy(self)  # a copy leaves out what __getstate__ does
+        part.targets, part.notes = self.targets[torch.from_numpy(rows)], list(self.notes)
+        part._places = self._places[rows]
+        return part
+
 
 class FolderSet(PictureSet):
     """Pictures on disk; paths are relative to root, or absolute."""
 
     def __init__(self, paths: Sequence[str], targets: Sequence[int], classes: Sequence[str], root: str | Path):
-        super().__init__(targets, classes, "/".join(Path(root).parts[-2:]))
         # One byte array instead of a million str objects: worker processes share it without copying (touching a str
         # writes its reference count), and it pickles at once.
-        self._paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(p) for p in paths] or [b""])
+        places = np.array([os.fsencode(p) for p in paths] or [b""])
+        super().__init__(targets, classes, "/".join(Path(root).parts[-2:]), places)
         self.root = str(root)
 
     def path(self, row: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._paths[row]))
+        return os.path.join(self.root, os.fsdecode(self._places[row]))
 
     @property
     def paths(self) -> list[str]:
@@ -85,43 +95,30 @@ class FolderSet(PictureSet):
         bad.row, bad.path, bad.reason = row, self.path(row), what
         return bad
 
-    def select(self, rows: Sequence[int]) -> FolderSet:
-        """The same set restricted to these rows, in this order; class indices stay."""
-        rows = np.asarray(rows, dtype=np.int64)
-        return FolderSet(self._paths[rows], self.targets[torch.from_numpy(rows)], self.classes, self.root)
-
 
 class ArraySet(PictureSet):
     """Pictures of one size that need no decoding: in memory, or in a file of which only what is asked for is read.
 
-    images: uint8 (M, 3, H, W); or an .npy file (M, H, W, 3), whose memory map the system shares between processes.
-    rows: which of `images` the pictures of this set are (None: all, in order). sources: what `images` were made from.
+    images: uint8 (N, 3, H, W); or an .npy file (N, H, W, 3), whose memory map the system shares between processes.
+    sources: what the pictures were made from.
     """
 
     def __init__(
-        self,
-        images: torch.Tensor | Path,
-        targets: Sequence[int],
-        classes: Sequence[str],
-        name: str = "pictures",
-        rows: torch.Tensor | None = None,
-        sources: Sequence[str] | None = None,
+        self, images: Tensor | Path, targets: Sequence[int], classes: Sequence[str], name: str = "pictures", sources=()
     ):
-        super().__init__(targets, classes, name)
+        super().__init__(targets, classes, name, np.arange(len(targets)))
         self.file, self._images = (images, None) if isinstance(images, Path) else (None, images)
-        self._rows, self._sources = rows, sources
-        shape, count = tuple(self.images.shape), len(self.images if rows is None else rows)
-        if self.images.dtype != torch.uint8 or shape[1:2] != (3,) or len(shape) != 4 or count != len(self):
+        self._sources, shape = sources, tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[:2] != (len(self), 3):
             raise ValueError(f"images must be uint8 (N, 3, H, W) with N targets, got {self.images.dtype} {shape}")
 
     @property
-    def images(self) -> torch.Tensor:
-        """uint8 (M, 3, H, W); of a file its map, opened anew in every process: not to be written to."""
+    def images(self) -> Tensor:
+        """uint8 (M, 3, H, W), those left out by `select` too; of a file its map, opened anew in every process: read only."""
         if self._images is None:
-            pixels = np.load(self.file, mmap_mode="r")
             with warnings.catch_warnings():  # torch has no read-only tensors and warns of that
                 warnings.simplefilter("ignore", UserWarning)
-                self._images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+                self._images = torch.from_numpy(np.load(self.file, mmap_mode="r")).permute(0, 3, 1, 2)
         return self._images
 
     @property
@@ -130,38 +127,22 @@ class ArraySet(PictureSet):
         return tuple(self.images.shape[-2:])
 
     def path(self, row: int) -> str:
-        row = self._row(row)
+        row = self._places[row]
         return f"{self.file or self.name}[{row}]" + (f" ({self._sources[row]})" if self._sources else "")
 
-    def open(self, row: int) -> torch.Tensor:
+    def open(self, row: int) -> Tensor:
         """uint8 (3, H, W), part of `images`."""
-        return self.images[self._row(row)]
+        return self.images[self._places[row]]
 
-    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, rows: Tensor) -> Tensor:
         """uint8 (len(rows), 3, H, W), a copy, on the device of `images`."""
-        rows = (rows if self._rows is None else self._rows[rows]).to(self.images.device)
+        rows = torch.from_numpy(self._places[rows.numpy()]).to(self.images.device)
         if self.file is None:
             return self.images.index_select(0, rows)
         return self.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)  # in the order of the file
 
-    def select(self, rows: Sequence[int]) -> ArraySet:
-        """The same set restricted to these rows, in this order; class indices stay."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
-        in_images = rows if self._rows is None else self._rows[rows]
-        part = ArraySet(
-            self.file or self._images, self.targets[rows], self.classes, self.name, in_images, self._sources
-        )
-        part.notes = list(self.notes)
-        return part
-
-    def _row(self, row: int) -> int:
-        return int(row if self._rows is None else self._rows[row])
-
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_images": None if self.file else self._images}  # a copied map is all pixels
-
-
-# ------------------------------------------------------------------------------------------------------------- opening
 
 
 def open_set(
@@ -219,7 +200,6 @@ def open_tree(
     if classes is not None:
         _require_classes(folder, found, classes, subset)
     labels = {name: label for label, name in enumerate(found if classes is None else classes)}
-
     files = {name: pictures_below(folder, name) for name in found}
     if empty := [name for name in found if not files[name]]:
         raise UsageError(
@@ -237,7 +217,7 @@ def pictures_below(folder: str | Path, class_name: str) -> list[str]:
         if isinstance(error, PermissionError):
             raise error
 
-    top, found = os.path.join(folder, class_name), []
+    found, top = [], os.path.join(folder, class_name)
     for directory, _, names in sorted(os.walk(top, onerror=fail, followlinks=True)):
         relative = class_name + directory[len(top) :]
         found += [os.path.join(relative, n) for n in sorted(names) if n.lower().endswith(IMG_EXTENSIONS)]
@@ -250,24 +230,16 @@ def split_folder(root: str | Path, split: str) -> Path:
         raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
     root = _existing(root)
     names = ("train",) if split == "train" else SPLIT_NAMES["val"]
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
+    if there := [root / name for name in names if (root / name).is_dir()]:
+        return there[0]
     if any((root / f"{name}.json").exists() for name in ("train", "val")):
         raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
-    wanted = f"{root}: no {names[0]}/ folder" + (f" (nor {'/, '.join(names[1:])}/)" if names[1:] else "")
-    inside = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
-    for name, class_name in TORCHVISION_SETS.items():
-        files = getattr(tv_datasets, class_name).base_folder + "/"
-        if files in inside:
-            raise UsageError(f"{wanted}, but {files}: add --dataset {name}")
-    below = {name[:-1]: os.scandir(root / name) for name in inside if name.endswith("/")}
-    with_pictures = [n for n, files in below.items() if any(f.name.lower().endswith(IMG_EXTENSIONS) for f in files)]
-    if with_pictures:
-        is_split = root.name in ("train", *SPLIT_NAMES["val"])
-        way_out = f"give its parent {root.parent}" if is_split else f"move them into {root / names[0]}/"
-        raise UsageError(f"{wanted}, but class folders with pictures ({few(with_pictures)}): {way_out}")
-    raise UsageError(f"{wanted}; in it: {few(inside, 8) if inside else 'nothing'}")
+    nor = f" (nor {'/, '.join(names[1:])}/)" if names[1:] else ""
+    inside = few(sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root)), 8) or "nothing"
+    way_out = f"move class folders into {root / names[0]}/, or say with --dataset what it is"
+    if root.name in ("train", *SPLIT_NAMES["val"]):
+        way_out = f"if these are class folders, give its parent {root.parent}"
+    raise UsageError(f"{root}: no {names[0]}/ folder{nor}; in it: {inside}; {way_out}")
 
 
 def _existing(folder: str | Path) -> Path:
@@ -279,10 +251,8 @@ def _existing(folder: str | Path) -> Path:
 
 def _require_classes(where: str | Path, found: Sequence[str], classes: Sequence[str], subset: bool = False) -> None:
     """UsageError unless the classes found are those of the training set (subset: some of them)."""
-    missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-    if extra or (missing and not subset):
-        parts = [f"lacks {few(missing)}"] if missing and not subset else []
-        parts += [f"has {few(extra)} on top"] if extra else []
+    missing, extra = sorted(set(classes) - set(found)) if not subset else [], sorted(set(found) - set(classes))
+    if parts := [f"lacks {few(missing)}"] * bool(missing) + [f"has {few(extra)} on top"] * bool(extra):
         raise UsageError(
             f"{where}: not the class folders of the training set: it {' and '.join(parts)}; "
             "make them the same, or name the classes to use with --class-list"
@@ -325,10 +295,11 @@ def few(names: Sequence[str], most: int = 5) -> str:
 def _open_torchvision(root: Path, split: str, dataset: str) -> ArraySet:
     if dataset not in TORCHVISION_SETS:
         raise UsageError(f"--dataset {dataset}: known are folder, {', '.join(TORCHVISION_SETS)}, packed")
-    splits = ("train", "unlabeled", "train+unlabeled", "val") if dataset == "stl10" else ("train", "val")
+    splits, which = ("train", "val"), {"train": split == "train"}
+    if dataset == "stl10":
+        splits, which = (*splits, "unlabeled", "train+unlabeled"), {"split": "test" if split == "val" else split}
     if split not in splits:
         raise UsageError(f"{dataset} has the splits {', '.join(splits)}, not {split!r}")
-    which = {"split": "test" if split == "val" else split} if dataset == "stl10" else {"train": split == "train"}
     opener = getattr(tv_datasets, TORCHVISION_SETS[dataset])
     try:
         try:
@@ -363,10 +334,9 @@ def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | No
         if not (len(targets) == len(sources) == count and 0 <= targets.min() and targets.max() < len(names)):
             raise ValueError
         damaged = (
-            f"{pixels}: not the {count} squares of side {side} that {listing.name} lists: "
-            "a broken copy; copy it again, or pack again with --force"
+            f"{pixels}: not the {count} squares of side {side} of {listing.name}: copy it again, or pack with --force"
         )
-        opened = ArraySet(pixels, targets, names, f"{root.name}/{split} (packed)", sources=sources)
+        opened = ArraySet(pixels, targets, names, f"{root.name}/{split} (packed)", sources)
         if opened.size != (side, side):
             raise ValueError
     except OSError as error:
@@ -378,16 +348,15 @@ def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | No
         _require_classes(f"{root} ({split})", found, classes)
         found = list(classes)
     if found != names:
-        labels = torch.tensor([found.index(name) if name in found else -1 for name in names])[targets]
-        rows = (labels >= 0).nonzero().flatten()
-        opened = ArraySet(pixels, labels[rows], found, opened.name, rows, sources)
+        opened.targets = torch.tensor([found.index(name) if name in found else -1 for name in names])[targets]
+        opened.classes = found
+        opened = opened.select((opened.targets >= 0).nonzero().flatten())
     if failed:
         opened.notes.append(f"{listing}: {failed} pictures could not be read when it was packed")
     return opened
 
 
 def _no_pack(root: Path, split: str) -> UserError:
-    """What is there instead of a finished pack, and what to do."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((root / f"{split}.packing.json").read_text())
         how_far = f"{state['done']} of {state['settings']['pictures']} pictures"

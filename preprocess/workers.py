@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,9 @@ from pathlib import Path
 import cv2
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from common import UsageError, UserError, processes, run
-from common.bar import Bar
 from common.sets import SPLIT_NAMES
 
 STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
@@ -84,20 +85,33 @@ def in_processes(function: Callable, jobs: Iterable, workers: int) -> Iterator:
             raise
 
 
-class Rate(Bar):
-    """A bar whose plain lines also tell the rate and the time left: "LABEL: 640/10000 pictures, 153/s, 1:01 left, 4 s"."""
+class Rate:
+    """A bar on a terminal, else a plain line every few seconds: "LABEL: 640/10000 pictures, 153/s, 1:01 left, 4 s".
 
-    def __init__(self, label: str, total: int, unit: str, **options):
-        super().__init__(label, total, unit, **options)
-        self.what, self.first = unit, self.done
+    Counts from `start` to `total` on standard error. Silent when disabled or done at once.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, enabled: bool = True, start: int = 0):
+        self.label, self.total, self.unit, self.first, self.done = label, total, unit, start, start
+        self.started, self.next_line = time.monotonic(), 1.0 if enabled else float("inf")
+        on_terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc=label, unit=unit, leave=False) if on_terminal else None
 
     def add(self, n: int) -> None:
-        done = self.done + n
-        rate = (done - self.first) / max(self.seconds, 1e-6)
-        self.unit = (
-            f"{self.what}, {rate:.{0 if rate >= 10 else 1}f}/s, {run.clock((self.total - done) / max(rate, 1e-6))} left"
-        )
-        super().add(n)
+        self.done += n
+        elapsed = self.seconds
+        if self.bar is not None:
+            self.bar.update(n)
+        elif elapsed >= self.next_line or (self.done == self.total and 1.0 < self.next_line < float("inf")):
+            rate = (self.done - self.first) / max(elapsed, 1e-6)
+            left = run.clock((self.total - self.done) / max(rate, 1e-6))
+            what = f"{self.unit}, {rate:.{0 if rate >= 10 else 1}f}/s, {left} left, {elapsed:.0f} s"
+            print(f"{self.label}: {self.done}/{self.total} {what}", file=sys.stderr, flush=True)
+            self.next_line = elapsed + 5
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     @property
     def seconds(self) -> float:

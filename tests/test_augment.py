@@ -250,13 +250,12 @@ def test_jitter_factors_and_orders_follow_torchvisions_distribution():
     assert two_sample_distance(params["factors"][first_is_hue, 3], params["factors"][~first_is_hue, 3]) < 0.07
 
 
-@pytest.mark.parametrize("kernel_size", [None, 1, 3, 5, 9, 21])
-@pytest.mark.parametrize("height,width", [(11, 11), (40, 64), (64, 31)])
-def test_blur_equals_torchvision(kernel_size, height, width):
-    """21 on a side of 11 is the largest kernel whose reflection stays inside the picture."""
-    op, images = A.GaussianBlur((0.1, 4.0), p=0.7, kernel_size=kernel_size), pictures(12, height, width)
+@pytest.mark.parametrize(
+    "height,width,k", [(2, 2, 3), (11, 11, 3), (40, 64, 5), (64, 31, 3), (90, 96, 9), (211, 224, 21)]
+)
+def test_blur_equals_torchvision(height, width, k):
+    op, images = A.GaussianBlur((0.1, 4.0), p=0.7), pictures(12, height, width)
     params = op.sample(12, seeded(2))
-    k = kernel_size or {11: 3, 40: 5, 31: 3}[min(height, width)]
     expected = images.clone()
     expected[params["rows"]] = per_image(
         lambda x, s: F.gaussian_blur(x, [k, k], [s, s]), images[params["rows"]], params["sigma"]
@@ -273,11 +272,11 @@ def test_blur_kernel_rule_and_errors():
         return int((op.apply(dot, op.sample(1, seeded()))[0, 0, size // 2] > 0).sum())
 
     assert [reach(s) for s in (8, 32, 64, 96, 224)] == [3, 3, 7, 9, 23]
-    op = A.GaussianBlur(kernel_size=23, p=1.0)
-    with pytest.raises(ValueError, match="23 must be smaller than twice the picture, 11x40"):
-        op.apply(torch.zeros(1, 3, 11, 40), op.sample(1))
-    with pytest.raises(ValueError, match="odd"):
-        A.GaussianBlur(kernel_size=4)
+    op = A.GaussianBlur(p=1.0)
+    with pytest.raises(ValueError, match="1x40 is too small"):
+        op.apply(torch.zeros(1, 3, 1, 40), op.sample(1))
+    with pytest.raises(ValueError, match="sigma"):
+        A.GaussianBlur((0.0, 2.0))
 
 
 def test_flip_grey_normalise_equal_torchvision():
@@ -295,7 +294,6 @@ def test_flip_grey_normalise_equal_torchvision():
         assert torch.equal(images, kept), op
     op = A.Normalize(A.IMAGENET_MEAN, A.IMAGENET_STD)
     close(op.apply(images, op.sample(30)), F.normalize(images, A.IMAGENET_MEAN, A.IMAGENET_STD), 1e-6)
-    close(op.inverse(op.apply(images, {})), images, 1e-6)
 
 
 SWITCHED = [
@@ -388,7 +386,7 @@ def test_compose_prints_and_checks_itself():
     lines = repr(moco_recipe(32)).splitlines()
     assert len(lines) == 6 and lines[0].startswith("RandomResizedCrop(size=32, scale=(0.2, 1.0)")
     assert "hue=0.1, p=0.8" in lines[1] and len(moco_recipe(32).ops) == 5
-    with pytest.raises(TypeError, match="starts with its geometry"):
+    with pytest.raises(TypeError, match="one geometry"):
         A.Compose(A.RandomHorizontalFlip())
     with pytest.raises(TypeError, match="one geometry"):
         A.Compose(A.ResizeCenterCrop(None, 8), A.RandomResizedCrop(8))

@@ -353,7 +353,9 @@ def test_initialisation():
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size)
-            tolerance = 5 / math.sqrt(2 * module.weight.numel())  # five standard errors of a standard deviation
+            # 15 standard errors of a standard deviation, where the worst layer is 2 to 3 off: 44 % in the first layer, a
+            # few in the large ones. A wrong initialisation or fan is off by up to 20 to 40 times as much.
+            tolerance = 15 / math.sqrt(2 * module.weight.numel())
             assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=tolerance), name
         elif isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()

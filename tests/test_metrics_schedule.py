@@ -48,18 +48,10 @@ def loader(batches=3, size=4):
 
 def test_extract_features():
     weight = torch.nn.Parameter(torch.ones(3, 5))
-    seen = []
-
-    def progress(batches):
-        for batch in batches:
-            seen.append(batch[2])
-            yield batch
-
-    features, targets = extract_features(lambda x: (x.mean((2, 3)) @ weight).bfloat16(), loader(), progress)
+    features, targets = extract_features(lambda x: (x.mean((2, 3)) @ weight).bfloat16(), loader())
     assert features.shape == (12, 5) and features.dtype == torch.float32 and not features.requires_grad
     assert features[:, 0].tolist() == [0.0] * 4 + [3.0] * 4 + [6.0] * 4
     assert targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert torch.cat(seen).tolist() == list(range(12))
     with pytest.raises(ValueError, match="empty"):
         extract_features(lambda x: x, [])
 

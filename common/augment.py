@@ -210,6 +210,10 @@ class Normalize:
         shift = tuple(-m / s for m, s in zip(self.mean, self.std))
         return torch.addcmul(_per_channel(shift, images.device), images, _per_channel(slope, images.device))
 
+    def inverse(self, images: Tensor) -> Tensor:
+        """Normalised images back in [0, 1], for people to look at."""
+        return images * _per_channel(self.std, images.device) + _per_channel(self.mean, images.device)
+
 
 @dataclass(frozen=True)
 class GaussianBlur(_Sometimes):

@@ -110,7 +110,7 @@ class Run:
         self._metrics = self.folder / f"metrics{suffix}.jsonl"
         self._events = str(self.folder / suffix.lstrip("-")) if tensorboard is True else tensorboard
         self._tensorboard, self._jsonl = None, None
-        self.command = shlex.join(["python", *sys.argv])
+        self.command = shlex.join(["python", _from_root(sys.argv[0]), *sys.argv[1:]])
         if not self.main:
             return
         make_folder(self.folder)
@@ -196,6 +196,12 @@ class Run:
         for handle in (self._jsonl, self._tensorboard):
             if handle is not None:
                 handle.close()
+
+
+def _from_root(script: str) -> str:
+    """A script of this project as it is called from the project's root."""
+    path = Path(script).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else script
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -234,6 +234,9 @@ def split_folder(root: str | Path, split: str) -> Path:
         return there[0]
     if any((root / f"{name}.json").exists() for name in ("train", "val")):
         raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
+    for name, class_name in TORCHVISION_SETS.items():
+        if (root / (files := getattr(tv_datasets, class_name).base_folder)).is_dir():
+            raise UsageError(f"{root}: no {names[0]}/ folder, but {files}/: add --dataset {name}")
     nor = f" (nor {'/, '.join(names[1:])}/)" if names[1:] else ""
     inside = few(sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root)), 8) or "nothing"
     way_out = f"move class folders into {root / names[0]}/, or say with --dataset what it is"

@@ -44,7 +44,7 @@ class Timed:
     """A loader of WARM + `steps` batches, fixed or not, that looks at the clock when the warm-up and the end are reached."""
 
     def __init__(self, loader, steps: int, fixed: bool):
-        self.loader, self.steps, self.fixed, self.seconds, self.views = loader, steps, fixed, 0.0, 0.0
+        self.loader, self.steps, self.fixed, self.seconds, self.spent = loader, steps, fixed, 0.0, 0.0
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -64,7 +64,7 @@ class Timed:
             if step == WARM:
                 began = self._now()
             yield batch
-        self.seconds, self.views = (b - a for a, b in zip(began, self._now()))
+        self.seconds, self.spent = (b - a for a, b in zip(began, self._now()))
 
 
 def measure(module: str, flags: list[str], steps: int, fixed: bool) -> dict:
@@ -89,7 +89,7 @@ def measure(module: str, flags: list[str], steps: int, fixed: bool) -> dict:
     (loader,) = made
     rate = loader.batch_size * steps / loader.seconds
     peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    return {"rate": rate, "views": loader.views / loader.seconds, "loading": loader.loading, "peak": peak}
+    return {"rate": rate, "views": loader.spent / loader.seconds, "loading": loader.loading, "peak": peak}
 
 
 def generate(folder: Path, count: int = 2560) -> Path:

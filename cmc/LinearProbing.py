@@ -183,7 +183,7 @@ def worker(args, process: processes.Process) -> None:
     saved = read_backbone(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved.path))))
     events = os.path.join(args.tb_path, name) if args.tb_path else True
-    files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", tensorboard=events)
+    files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", tensorboard=events, by_epoch=True)
     with loop.Job(args, process, os.path.join(args.save_path, name), **files) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)

@@ -209,7 +209,7 @@ def worker(args, process: processes.Process) -> None:
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("model", "view", "views"))
     events = os.path.join(args.tb_path, run_name(args)) if args.tb_path else True
     with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
-        batchnorm.splits_here(args, process)
+        groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         n, views = len(loader.dataset), colour.chosen_views(args)
@@ -217,7 +217,7 @@ def worker(args, process: processes.Process) -> None:
         method = CMC(args, n, process)
         names = ", ".join(view.name for view in views)
         loss = "InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}"
-        job.begin(loader, method, views=names, loss=loss, crop_low=args.crop_low, nce_t=args.nce_t)
+        job.begin(loader, method, views=names, loss=loss, crop_low=args.crop_low, nce_t=args.nce_t, bn_groups=groups)
         if args.nce_k >= n:
             job.warn(
                 f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn again and again, the "

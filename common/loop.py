@@ -18,6 +18,7 @@ The script owns its loops, the job remembers where it is. A method is any object
     load_state_dict(saved)  puts that back from a checkpoint of ours or theirs; UserError where it does not fit
     optimizer, generators   {name: torch.Generator} whose draws must go on where they stopped
     precision               (optional) whose scaler goes on, too
+    pictures(views)         {label: images (N, C, H, W) in [0, 1]} of a batch, for --show-views
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, checkpoint, cli, options, processes, run, sheet
+from common import UsageError, UserError, checkpoint, cli, options, processes, run, sheet
 
 # Flags that may differ when a run goes on without a word: where and how it computes, reports and is resumed.
 FREE = set(
@@ -49,6 +50,7 @@ class Job:
     every --save-freq epochs and at the end, with {} for the epoch. names: patterns of what --resume auto looks for and a new
     run must not write over; default: those two. key: under which the authors' files keep the flags. same: flags that
     make another run of it where they differ. first: number of the first epoch, 0 or 1, as the published script counts.
+    by_epoch: one record per epoch, whose step is its number (linear evaluations, as published), not one per progress line.
     how: what else `run.Run` takes.
     """
 
@@ -56,17 +58,16 @@ class Job:
         options.check_batch(args, process)
         self.args, self.process, self.folder, self.how = args, process, folder, how
         self.last, self.numbered, self.first = last, numbered, first
-        self.names = names or (last, re.sub(r"{.*}", "[0-9]*", numbered))
-        self.key, self.same = key, (*SAME, *same)
-        self.done, self.step, self.global_step = (
-            getattr(args, "start_epoch", 0),
-            0,
-            0,
-        )  # complete epochs, steps of the next
-        self.complete = self.finished = self.stopped = False  # this epoch, this run (nothing left to do), by a signal
+        self.names = names or tuple(filter(None, (last, re.sub(r"{.*}", "[0-9]*", numbered))))
+        self.key, self.same, self.by_epoch = key, (*SAME, *same), how.pop("by_epoch", False)
+        self.done, self.step = getattr(args, "start_epoch", 0), 0  # complete epochs, steps of the next one
+        self.complete = self.finished = self.stopped = False  # this epoch; this run; by a signal
         self.exit_code, self.shows_steps, self.log = 0, True, None
         self.stop, self._held, self._holds = run.StopSignal(), contextlib.ExitStack(), False
-        for pattern in self.names:
+        self._shows = getattr(args, "show_views", None)
+        if self.done >= args.epochs:
+            raise UsageError(f"--start-epoch {self.done}: with --epochs {args.epochs} nothing is left to train")
+        for pattern in () if self._shows else self.names:
             run.refuse_to_overwrite(folder, pattern, args.resume, args.overwrite)
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._held.close)
@@ -76,7 +77,8 @@ class Job:
             on_error.pop_all()
         self.then = (self.saved or {}).get(key) or {}  # the flags of the run that goes on
         if args.seed is None:
-            args.seed = self.then.get("seed", processes.agree(random.SystemRandom().randrange(2**31)))
+            drawn = processes.agree(random.SystemRandom().randrange(2**31))
+            args.seed = drawn if self.then.get("seed") is None else self.then["seed"]
         random.seed(args.seed)
         torch.manual_seed(args.seed)  # the same on every rank: equal weights; what a rank draws alone is its loader's
 
@@ -92,7 +94,7 @@ class Job:
 
     def _hold(self) -> None:
         """Make the run folder this run's alone."""
-        if self.process.is_main and not self._holds and not getattr(self.args, "show_views", None):
+        if self.process.is_main and not self._holds and not self._shows:
             self._held.enter_context(run.only_writer(self.folder))
             self._holds = True
 
@@ -112,12 +114,13 @@ class Job:
 
     def begin(self, loader, method, /, **facts) -> None:
         """Restore `method` where a run goes on; then open the run folder and say what this run is: `facts`, recorded."""
-        self.loader, self.pictures, self.method, self.steps = loader, loader, method, len(loader)
+        self.loader, self.source, self.method, self.steps = loader, loader, method, len(loader)
+        self.global_step = self.done * self.steps
         pictures, digest = loader.dataset, hashlib.sha256("\n".join(loader.dataset.classes).encode()).hexdigest()
         self.data = {"pictures": len(pictures), "classes": len(pictures.classes), "names": digest[:16]}
         remarks = self._restore() if self.saved else []
         self.finished = self.saved is not None and self.done >= self.args.epochs
-        if getattr(self.args, "show_views", None):
+        if self._shows:
             return self._show_views()
         self._hold()
         self.log = run.Run(self.folder, self.args, self.process, keep=self.finished, **self.how)
@@ -134,7 +137,7 @@ class Job:
         if self.finished:
             self.log.say(f"nothing to train: {self.saved.path} has {self.done} epochs already")
         else:
-            self.log.rewind(self.global_step if self.saved else -1)
+            self.log.rewind((self.done if self.by_epoch else self.global_step) if self.saved else -1)
         if self.args.resume and not self.saved:
             self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")
 
@@ -164,7 +167,9 @@ class Job:
                 f"{path} was trained on {there}, here there are {here}, or other classes: give the same data"
             )
         self.done, self.step = int(saved["epoch"]), int(saved.get("step", 0))
-        if self.step and saved.get("steps", self.steps) != self.steps:
+        if self.step == saved.get("steps"):  # all of them: what is left is the evaluation of that epoch
+            self.step = self.steps
+        elif self.step and saved.get("steps", self.steps) != self.steps:
             raise UserError(
                 f"{path} stopped at step {self.step} of an epoch of {saved['steps']} steps, here it has {self.steps}: "
                 "resume with the batch size and pictures of then, or from a checkpoint of a whole epoch"
@@ -197,7 +202,7 @@ class Job:
         if len(states) != ranks:
             remarks.append(f"note: {ranks} processes go on where there were {len(states)}: other draws")
         for name, generator in self.method.generators.items():
-            if len(mine[name]) == len(generator.get_state()):
+            if len(mine.get(name, ())) == len(generator.get_state()):
                 generator.set_state(mine[name])
             else:
                 remarks.append("note: this is another kind of device than the run began on: other draws")
@@ -216,17 +221,17 @@ class Job:
             yield self.epoch
             if not self.complete:
                 return self._stop(f"in epoch {self.epoch} at step {self.step}")
-            if self.numbered and self.due(self.args.save_freq):
-                self.save(self.numbered.format(self.epoch))
+            if not self._knn_due():
+                self._save_numbered()
             self.save(self.last)
             if self.stop.asked() and self.done < self.args.epochs:
                 return self._stop(f"after epoch {self.epoch}")
-        self.log.say_replaced(self.pictures)
+        self.log.say_replaced(self.source)
         name = self.numbered.format(self.done - 1 + self.first) if self.numbered else self.last
         self.log.say(f"done: {self.done} epochs; {os.path.join(self.folder, name)}")
 
     def _stop(self, where: str) -> None:
-        self.log.say_replaced(self.pictures)
+        self.log.say_replaced(self.source)
         self.log.say(f"stopped by a signal {where}; continue with --resume auto")
         number = max(processes.gather_objects(self.stop.received))
         self.stopped, self.exit_code = True, 128 + number if number else 0
@@ -235,7 +240,7 @@ class Job:
         """The batches of this epoch that are left; fewer where a signal asks to stop, which saves."""
         loader, started = self.loader, self.step
         loader.set_epoch(self.epoch, self.step)
-        loader.view_seconds = loader.wait_seconds = 0.0
+        self.source.view_seconds = self.source.wait_seconds = 0.0
         shown = self.log.main and self.shows_steps
         self.progress = run.Progress(f"Epoch: [{self.epoch}]", len(loader), self.args.print_freq, self.step, shown)
         for batch in loader:
@@ -253,17 +258,27 @@ class Job:
             self.save(self.last)
             return
         self.done, self.complete = self.done + 1, True
-        if self.due(getattr(self.args, "knn_every", 0)):  # an evaluation that is cut short is made again
+        if self._knn_due():  # where it is cut short it is made again
+            self._save_numbered()
             self.save(self.last, done=self.done - 1)
         self.step = 0
+
+    def _knn_due(self) -> bool:
+        return self.due(getattr(self.args, "knn_every", 0))
+
+    def _save_numbered(self) -> None:
+        if self.numbered and self.due(self.args.save_freq):
+            step, self.step = self.step, 0
+            self.save(self.numbered.format(self.epoch))
+            self.step = step
 
     def track(self, **values) -> None:
         """0-dim tensors, means over the batch: added up on their device, read back and logged every --print-freq steps.
         Plain numbers are logged as they are."""
         shown = self.progress.update(self.rows, **values)
-        if shown:
+        if shown and not self.by_epoch:
             elapsed = max(self.progress.elapsed, 1e-9)
-            shares = dict(view_share=self.loader.view_seconds / elapsed, wait_share=self.loader.wait_seconds / elapsed)
+            shares = dict(view_share=self.source.view_seconds / elapsed, wait_share=self.source.wait_seconds / elapsed)
             self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
 
     def due(self, every: int) -> bool:
@@ -298,4 +313,6 @@ def _plain(value):
     """A flag's value as it is compared: published scripts keep "120,160,200" as a list; a path may be spelled in two ways."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
+    if value in ("imagenet", "imagenet100"):  # --dataset: class folders by their published names
+        return "folder"
     return os.path.normpath(value) if isinstance(value, str) and "/" in value else value

@@ -157,12 +157,8 @@ class Classifier:
         )
         self.wrapped = processes.parallel(classifier, process)
         self.norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in classifier.modules())
-        self.scores = {
-            "acc1": float("nan"),
-            "acc5": float("nan"),
-            "best_acc1": -1.0,
-            "best_epoch": 0,
-        }  # complete epochs
+        self.scores = {"acc1": float("nan"), "acc5": float("nan"), "best_acc1": -1.0}
+        self.scores["best_epoch"] = 0  # complete epochs then
         self.before = {name: tensor.cpu().clone() for name, tensor in self._frozen()}
 
     def _frozen(self):
@@ -219,10 +215,10 @@ def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float]
     name of the best epoch on val/. Raises UserError where the network turns out not to be frozen, after the first epoch.
     """
     args, val, scores = job.args, FreshViews(method.embed, val_loader), method.scores
-    job.loader, checked = FreshViews(method.embed, job.pictures), False
+    job.loader, checked = FreshViews(method.embed, job.source), False
     if args.cache_views and not job.finished:
         val = list(val)  # nothing random: embedded once for all epochs
-        job.loader = CachedViews(method.embed, job.pictures, args.cache_views, args.seed, args.print_freq, job.log.main)
+        job.loader = CachedViews(method.embed, job.source, args.cache_views, args.seed, args.print_freq, job.log.main)
         job.shows_steps = False  # an epoch takes a moment
     for epoch in job.epochs():
         method.classifier.train()
@@ -243,7 +239,7 @@ def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float]
         label = scores["best_epoch"] - 1 + job.first
         job.log.say(f" * epoch {epoch}: Acc@1 {top1:.3f} Acc@5 {top5:.3f} (best {scores['best_acc1']:.3f} at {label})")
         known = dict(test_acc=top1, test_acc5=top5, test_loss=loss, learning_rate=lr(epoch, 0))
-        job.log.log(job.global_step, epoch=epoch, **job.means, **known)
+        job.log.log(job.done, epoch=epoch, **job.means, **known)
         if is_best:
             job.save(best)
     job.log.say_replaced(val_loader)

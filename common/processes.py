@@ -169,7 +169,11 @@ def _join(worker, args, rank, world_size, local_rank, url) -> None:
     here = gather_objects(socket.gethostname()).count(socket.gethostname())
     if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
-    worker(args, Process(rank, world_size, local_rank, device))
+    try:
+        worker(args, Process(rank, world_size, local_rank, device))
+    except SystemExit:  # all ranks have agreed to stop
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after an error: it could wait for ranks that never answer
     _control = None
 

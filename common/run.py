@@ -26,6 +26,11 @@ from tqdm import tqdm
 from common import UsageError, UserError, checkpoint, cli, printable, processes
 from common.processes import Process
 
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not held there
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes
 
@@ -67,28 +72,49 @@ def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite
         raise UsageError(f"{folder} already holds {found[-1].name}: {way_out}")
 
 
+_held: list[int] = []  # the folders that this process holds
+
+
+def _let_go() -> None:
+    """In a forked child (a loader's worker): the folder is the parent's, and must be free when that is killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl:
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
 def only_writer(folder: str | Path, wait: bool = False):
     """Make `folder` and hold it for this process, where the file system can: a process that ends, however, lets it go.
 
     UserError where another one holds it. wait: until that is done, instead.
     """
-    handle = os.open(make_folder(folder), os.O_RDONLY)
+    make_folder(folder)
+    if not fcntl:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                who, way_out = "", "wait for it to end, or choose another folder"
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    who = f" ({json.loads((Path(folder) / 'config.json').read_text())['process']})"
-                raise UserError(f"another process{who} is writing to {printable(folder)}: {way_out}") from None
-            except OSError:  # a file system without locks
-                pass
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        who = ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            newest = max(Path(folder).glob("config*.json"), key=os.path.getmtime)
+            who = f" ({json.loads(newest.read_text())['process']})"
+        way_out = "wait for it to end, or choose another folder"
+        raise UserError(f"another process{who} is writing to {printable(folder)}: {way_out}") from None
+    except OSError:  # a file system without locks
+        pass
+    _held.append(handle)
+    try:
         yield
     finally:
+        _held.remove(handle)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

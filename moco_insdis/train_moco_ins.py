@@ -214,8 +214,8 @@ class InsDis(Method):
         contrast = saved["contrast"]
         if "model_ema" in saved:
             raise UserError(f"{saved.path} is of MoCo: add --moco")
-        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), saved.path)
         self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
+        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), saved.path)
 
 
 class MoCo(Method):
@@ -282,14 +282,14 @@ def worker(args, process: processes.Process) -> None:
     with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
         if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
             raise UsageError("--syncBN: PyTorch synchronises batch-norm between GPUs only; omit it on CPUs")
-        batchnorm.splits_here(args, process)
+        groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         n = len(loader.dataset)
         knn = probe.knn_loaders(args, process, loader.dataset, probe.plain_view(args, NORMALIZE))
         method = (MoCo if args.moco else InsDis)(args, n, process)
         facts = dict(method=type(method).__name__, loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}")
-        job.begin(loader, method, **facts, crop=args.crop)
+        job.begin(loader, method, **facts, crop=args.crop, bn_groups=groups)
         warn(args, n, job)
         for epoch in job.epochs():
             for views, _, index in job.batches():

@@ -34,6 +34,7 @@ from common import (
 from common.precision import Precision
 from preprocess import demo
 
+FILES = "checkpoint_robust_*.pth.tar"  # of this script
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 PRESETS = {
@@ -162,14 +163,14 @@ class Head(probe.Classifier):
 
 def worker(args, process: processes.Process) -> None:
     demo.ensure_for(args, process)
+    if args.evaluate:
+        return evaluate(args, process)
     shared = checkpoint.newest(args.ckpt_path) is not None  # as published, with a pre-training, whose records stay
-    files = dict(names=("checkpoint_robust_*.pth.tar",), key="args", first=0, suffix="-lincls" * shared)
+    files = dict(names=(FILES,), key="args", first=0, suffix="-lincls" * shared, by_epoch=True)
     with loop.Job(args, process, args.ckpt_path, **files) as job:
         saved = read_backbone(args, job.saved)
         classes = saved.get("classes") if job.saved else None  # a classifier knows its own; DATA must have the same
         precision = Precision(args.amp, process.device)
-        if args.evaluate:
-            return evaluate(args, process, saved, classes, precision)
         train_set = options.open_split(args, "train", classes=classes)
         val_set = options.open_split(args, "val", classes=train_set.classes)
         network = build_network(saved, args.arch, len(train_set.classes), process)
@@ -201,12 +202,21 @@ def worker(args, process: processes.Process) -> None:
             job.log.result(**known)
 
 
-def evaluate(args, process: processes.Process, saved, classes, precision: Precision) -> None:
+def evaluate(args, process: processes.Process) -> None:
     """-e: the accuracy of a trained classifier on val/."""
+    path = checkpoint.newest(args.ckpt_path, (FILES,)) if args.resume == "auto" else args.resume
+    saved, precision = (
+        read_backbone(args, checkpoint.Saved(path) if path else None),
+        Precision(args.amp, process.device),
+    )
+    classes = (
+        saved.get("classes") or options.open_split(args, "train").classes
+    )  # a published file does not name its own
     val_set = options.open_split(args, "val", classes=classes)
     network = build_network(saved, args.arch, len(val_set.classes), process)
     log = run.Run(args.ckpt_path, args, process, suffix="-evaluate")
-    loader = options.make_loader(args, process, val_set, (recipe(args, train=False),), shuffle=False, drop_last=False)
+    how = dict(seed=0, shuffle=False, drop_last=False)
+    loader = options.make_loader(args, process, val_set, (recipe(args, train=False),), **how)
     top1, top5, _ = probe.validate(
         network.fc, probe.FreshViews(lambda images: embed(network, images, precision), loader)
     )

@@ -256,13 +256,13 @@ def learning_rate(args, epoch: int) -> float:
 def worker(args, process: processes.Process) -> None:
     files = dict(last="checkpoint_last.pth.tar", numbered="checkpoint_{:04d}.pth.tar", key="args", first=0)
     with loop.Job(args, process, args.ckpt_path, **files, same=("arch",)) as job:
-        batchnorm.splits_here(args, process)
+        groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
         knn = probe.knn_loaders(args, process, loader.dataset, probe.plain_view(args, NORMALIZE))
         method = NonSemantic(args, process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
-        job.begin(loader, method, contrast_ways=1 + args.moco_k + args.num_nonsem, **sides)
+        job.begin(loader, method, contrast_ways=1 + args.moco_k + args.num_nonsem, bn_groups=groups, **sides)
         if args.moco_k >= len(loader.dataset):
             job.warn(
                 f"the queue (--moco-k {args.moco_k}) is as long as the data set ({len(loader.dataset)} images): a picture's "

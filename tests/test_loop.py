@@ -88,13 +88,13 @@ def parse(*flags):
     return args
 
 
-def train(*flags, pictures=None, stop_at=None, poison=None, folder="run"):
+def train(*flags, pictures=None, stop_at=None, poison=None, folder="run", start_epoch=0, by_epoch=False):
     """A run; the exit code (0: it came to its end)."""
     args = parse(*flags)
+    args.start_epoch = start_epoch
+    files = dict(last="last.pth", numbered="epoch_{}.pth", same=("model",), by_epoch=by_epoch)
     try:
-        with loop.Job(
-            args, processes.Process(), folder, last="last.pth", numbered="epoch_{}.pth", same=("model",)
-        ) as job:
+        with loop.Job(args, processes.Process(), folder, **files) as job:
             loader = Loader(pictures or Pictures(), args.batch_size, stop_at)
             method = Method(args)
             job.begin(loader, method)
@@ -239,6 +239,33 @@ def test_a_folder_belongs_to_one_run_at_a_time():
     assert train("--resume", "auto") == 0
 
 
+def test_a_worker_does_not_keep_the_folder_of_a_run_that_is_gone():
+    """A forked loader process lives on for some seconds after its parent was killed."""
+    ends, waits = os.pipe()
+    with run.only_writer("run"):
+        child = os.fork()
+        if child == 0:
+            os.close(waits)
+            os.read(ends, 1)  # until the other end is closed
+            os._exit(len(run._held))  # none: a SIGKILL of the parent alone frees the folder
+    with run.only_writer("run"):  # the child is still there
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.close(waits)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_late_start_counts_its_steps_and_a_start_after_the_end_is_refused():
+    assert train("--epochs", "2", start_epoch=1) == 0
+    assert last()["global_step"] == 8 and {r["epoch"] for r in records()} == {2} and records()[-1]["step"] == 8
+    with pytest.raises(UsageError, match="--start-epoch 2: with --epochs 2 nothing is left to train"):
+        train("--epochs", "2", "--overwrite", start_epoch=2)
+
+
+def test_one_record_per_epoch_where_the_published_curves_count_epochs():
+    train(by_epoch=True)
+    assert not Path("run/metrics.jsonl").exists()  # the script logs what it knows after an epoch
+
+
 def test_a_new_run_does_not_write_over_another():
     train("--epochs", "1")
     with pytest.raises(
@@ -280,6 +307,12 @@ def test_show_views(name, workspace, capsys, monkeypatch):
     with Image.open("views.png") as picture:
         assert picture.height > 500 and picture.width > 100 * (len(labels) + 1)
     assert not Path("runs").exists()  # nothing was trained
+    Path("full").mkdir()
+    for last in ("current.pth", "checkpoint_last.pth.tar"):
+        Path("full", last).touch()
+    place = "--ckpt_path" if script is moco_non_sem_neg else "--model_path"
+    script.main(["--demo", "--device", "cpu", "-b", "16", *flags.split(), "--show-views", "again.png", place, "full"])
+    assert Path("again.png").exists()  # a folder that holds a run is no hindrance
     if name == "MoCo":
         with pytest.raises(UsageError, match="--show-views views.png/x.png: ") as refused:
             script.main(["--demo", "--device", "cpu", *flags.split(), "--show-views", "views.png/x.png"])

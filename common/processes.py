@@ -84,6 +84,9 @@ def _spawn(worker, args) -> None:
         raise UsageError(f"--world-size {nodes} nodes need --rank 0 to {nodes - 1}, a different one on each")
     if nodes > 1 and not args.dist_url:
         raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
+    if args.gpu is not None:  # as published: each process has a GPU of its own
+        print(f"note: --gpu {args.gpu} is for a single process; ignored", flush=True)
+        args.gpu = None
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # a free port
         url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{s.getsockname()[1]}"

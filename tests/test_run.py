@@ -120,13 +120,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--full"], "error: No space left on device writing a/current.pth; a checkpoint that was written before is whole\n"),
+    (["--full", "--gpu", "3"], "error: No space left on device writing a/current.pth; a checkpoint that was written before is whole\n"),
     ([], "error: a process of this job was ended by SIGKILL (by the system, when memory runs out)\n"),
 ], ids=["full disk", "killed"])  # fmt: skip
 def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, said):
     (tmp_path / "job.py").write_text(JOB.format(root=str(ROOT)))
     done = run_script(tmp_path / "job.py", "--nproc", 2, "--device", "cpu", *flags)
     assert (done.returncode, done.stderr) == (1, said)
+    assert ("note: --gpu 3 is for a single process; ignored\n" in done.stdout) == ("--gpu" in flags)
 
 
 class Pictures:

@@ -119,8 +119,11 @@ if __name__ == "__main__":
 """
 
 
+FULL = "error: No space left on device writing a/current.pth; a checkpoint that was written before is whole\n"
+
+
 @pytest.mark.parametrize("flags, said", [
-    (["--full", "--gpu", "3"], "error: No space left on device writing a/current.pth; a checkpoint that was written before is whole\n"),
+    (["--full", "--gpu", "3"], FULL),
     ([], "error: a process of this job was ended by SIGKILL (by the system, when memory runs out)\n"),
 ], ids=["full disk", "killed"])  # fmt: skip
 def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, said):

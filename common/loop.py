@@ -257,20 +257,17 @@ class Job:
         if self.step < len(loader):
             self.save(self.last)
             return
-        self.done, self.complete = self.done + 1, True
+        self.done, self.step, self.complete = self.done + 1, 0, True
         if self._knn_due():  # where it is cut short it is made again
             self._save_numbered()
-            self.save(self.last, done=self.done - 1)
-        self.step = 0
+            self.save(self.last, position=(self.done - 1, len(loader)))
 
     def _knn_due(self) -> bool:
         return self.due(getattr(self.args, "knn_every", 0))
 
     def _save_numbered(self) -> None:
         if self.numbered and self.due(self.args.save_freq):
-            step, self.step = self.step, 0
             self.save(self.numbered.format(self.epoch))
-            self.step = step
 
     def track(self, **values) -> None:
         """0-dim tensors, means over the batch: added up on their device, read back and logged every --print-freq steps.
@@ -285,10 +282,10 @@ class Job:
         """After a whole epoch: is it one of every `every` ones, or the last? 0 is never."""
         return bool(every) and self.complete and (self.done % every == 0 or self.done == self.args.epochs)
 
-    def save(self, name: str, done: int | None = None) -> None:
+    def save(self, name: str, position: tuple[int, int] | None = None) -> None:
         """Write the state of now to the run folder: the authors' keys and what an exact resume needs besides.
 
-        done: complete epochs, where the last of them is not to count yet. UserError where a weight is not finite.
+        position: complete epochs and steps of the next one, if other than now's. UserError where a weight is not finite.
         """
         method = self.method
         weights = [p.detach() for group in method.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -300,8 +297,9 @@ class Job:
         draws = {name: generator.get_state() for name, generator in method.generators.items()}
         draws = processes.gather_objects({**draws, "torch": torch.get_rng_state()})
         if self.process.is_main:
-            state = {self.key: cli.flags(self.args), "epoch": self.done if done is None else done}
-            state |= {"step": self.step, "steps": self.steps, "global_step": self.global_step, "data": self.data}
+            done, step = position or (self.done, self.step)
+            state = {self.key: cli.flags(self.args), "epoch": done, "step": step, "steps": self.steps}
+            state |= {"global_step": self.global_step, "data": self.data}
             state |= {"generators": draws, "optimizer": method.optimizer.state_dict(), **method.state_dict()}
             if hasattr(method, "precision"):
                 state["scaler"] = method.precision.scaler.state_dict()

@@ -148,13 +148,8 @@ class Classifier:
     generators: dict = {}
 
     def __init__(self, network: nn.Module, embed: Embed, classifier: nn.Module, optimizer, process, /, **facts):
-        self.network, self.embed, self.classifier, self.optimizer, self.facts = (
-            network,
-            embed,
-            classifier,
-            optimizer,
-            facts,
-        )
+        self.network, self.embed, self.classifier = network, embed, classifier
+        self.optimizer, self.facts = optimizer, facts
         self.wrapped = processes.parallel(classifier, process)
         self.norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in classifier.modules())
         self.scores = {"acc1": float("nan"), "acc5": float("nan"), "best_acc1": -1.0}

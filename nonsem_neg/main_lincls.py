@@ -205,10 +205,8 @@ def worker(args, process: processes.Process) -> None:
 def evaluate(args, process: processes.Process) -> None:
     """-e: the accuracy of a trained classifier on val/."""
     path = checkpoint.newest(args.ckpt_path, (FILES,)) if args.resume == "auto" else args.resume
-    saved, precision = (
-        read_backbone(args, checkpoint.Saved(path) if path else None),
-        Precision(args.amp, process.device),
-    )
+    saved = read_backbone(args, checkpoint.Saved(path) if path else None)
+    precision = Precision(args.amp, process.device)
     classes = (
         saved.get("classes") or options.open_split(args, "train").classes
     )  # a published file does not name its own
@@ -217,9 +215,8 @@ def evaluate(args, process: processes.Process) -> None:
     log = run.Run(args.ckpt_path, args, process, suffix="-evaluate")
     how = dict(seed=0, shuffle=False, drop_last=False)
     loader = options.make_loader(args, process, val_set, (recipe(args, train=False),), **how)
-    top1, top5, _ = probe.validate(
-        network.fc, probe.FreshViews(lambda images: embed(network, images, precision), loader)
-    )
+    batches = probe.FreshViews(lambda images: embed(network, images, precision), loader)
+    top1, top5, _ = probe.validate(network.fc, batches)
     log.say_replaced(loader)
     log.result(evaluated=saved.path, data=args.data, split="val", acc1=top1, acc5=top5)
     log.close()

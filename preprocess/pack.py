@@ -30,9 +30,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -52,7 +50,7 @@ from common.augment import ResizeCenterCrop
 from common.crops import decoded
 from common.run import only_writer
 from common.sets import PACK_FORMAT, PACK_VERSION, BadPicture, FolderSet
-from preprocess.workers import Rate, again, lies_in, split_folders
+from preprocess.workers import Rate, again, lies_in, split_folders, start_worker
 
 SIDE = 256  # pixels; what evaluation at 224 resizes to
 SAVE_EVERY = 5.0  # seconds between markers: at most this much work is done again after a crash
@@ -149,16 +147,6 @@ def pack_rows(source: FolderSet, side: int) -> tuple[np.ndarray, list[tuple[int,
     return squares[: len(source) - len(failed)], failed
 
 
-def _start_worker() -> None:
-    def end_with_parent():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()  # a killed parent leaves no worker behind
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which cancels what is left
-    torch.set_num_threads(1)
-
-
 def _blocks(source: FolderSet, start: int, side: int, workers: int) -> Iterator[tuple[int, np.ndarray, list]]:
     """(first row, squares, failures) for the rows from `start` on, in order, whatever the number of workers."""
     length = max(1, min(CHUNK, (4 << 20) // (3 * side**2)))
@@ -168,7 +156,7 @@ def _blocks(source: FolderSet, start: int, side: int, workers: int) -> Iterator[
             yield int(rows[0]), *pack_rows(source.select(rows), side)
         return
     context = multiprocessing.get_context("spawn")  # safe in a program that has started threads, the same everywhere
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         waiting: deque = deque()
         try:
             for rows in chunks:

@@ -43,7 +43,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _start() -> None:
+def start_worker() -> None:
+    """First thing in a process of a pool."""
     threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed parent leaves no process behind
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which cancels what is left
     one_thread()
@@ -65,7 +66,7 @@ def in_processes(function: Callable, jobs: Iterable, workers: int) -> Iterator:
         yield from map(function, jobs)
         return
     # spawn: safe in a program that has started threads, and the same on every system
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
         waiting, jobs = set(), iter(jobs)
         try:
             while True:

@@ -88,7 +88,7 @@ def parse(*flags):
     return args
 
 
-def train(*flags, pictures=None, stop_at=None, poison=None, folder="run", start_epoch=0, by_epoch=False):
+def train(*flags, pictures=None, stop_at=None, poison=None, folder="run", start_epoch=0, by_epoch=False, cut=None):
     """A run; the exit code (0: it came to its end)."""
     args = parse(*flags)
     args.start_epoch = start_epoch
@@ -104,6 +104,10 @@ def train(*flags, pictures=None, stop_at=None, poison=None, folder="run", start_
                     job.track(loss=method.step(views), lr=args.lr)
                     if poison == (epoch, job.step):
                         method.weight.data[0, 0] = float("nan")
+                if job.due(args.knn_every):
+                    job.log.log(job.global_step, epoch=epoch, knn_acc1=50.0)
+                    if cut == epoch:
+                        raise UserError("killed while it evaluates")
     except SystemExit as stopped:
         return stopped.code
     return 0
@@ -155,6 +159,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(stop_at, capsys):
     assert all(equal(a[key], b[key]) for key in ("weight", "optimizer", "generators", "epoch", "global_step"))
     assert [r["step"] for r in records()][-1] == 12
     assert len({r["step"] for r in records()}) == len(records())
+
+
+def test_an_evaluation_that_is_cut_short_is_made_again():
+    train("--knn-every", "2", folder="whole")
+    with pytest.raises(UserError, match="killed while it evaluates"):
+        train("--knn-every", "2", cut=2)
+    assert (last()["epoch"], last()["step"]) == (1, 4) and checkpoint.load("run/epoch_2.pth")["epoch"] == 2
+    assert train("--knn-every", "2", "--resume", "auto") == 0
+    assert [r["epoch"] for r in records() if "knn_acc1" in r][-2:] == [2, 3]
+    for name in ("last.pth", "epoch_2.pth", "epoch_3.pth"):
+        a, b = checkpoint.load(f"whole/{name}"), checkpoint.load(f"run/{name}")
+        assert all(
+            equal(a[key], b[key]) for key in ("weight", "optimizer", "generators", "epoch", "step", "global_step")
+        )
 
 
 def test_a_finished_run_is_left_as_it_is(capsys):

@@ -304,9 +304,10 @@ def worker(args, process: processes.Process) -> None:
 def warn(args, n: int, job) -> None:
     """What is allowed and known not to work."""
     if args.moco and args.nce_k >= n:
+        softmax, small = " --softmax," * (not args.softmax), " (--preset small)" * (args.preset != "small")
         job.warn(
-            f"the queue (--nce_k {args.nce_k}) is as long as the data set ({n} images): a picture's own earlier keys are among "
-            "its negatives; use fewer, --softmax, a higher --nce_t (--preset small)"
+            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data set ({n} images): a picture's "
+            f"own earlier keys are among its negatives; use fewer,{softmax} a higher --nce_t{small}"
         )
     elif args.nce_k >= n:
         job.warn(

@@ -264,9 +264,10 @@ def worker(args, process: processes.Process) -> None:
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
         job.begin(loader, method, contrast_ways=1 + args.moco_k + args.num_nonsem, bn_groups=groups, **sides)
         if args.moco_k >= len(loader.dataset):
+            n = len(loader.dataset)
             job.warn(
-                f"the queue (--moco-k {args.moco_k}) is as long as the data set ({len(loader.dataset)} images): a picture's "
-                "own earlier key is among its negatives"
+                f"the queue (--moco-k {args.moco_k}) is {args.moco_k / n:.1f} times as long as the data set ({n} images): a "
+                "picture's own earlier keys are among its negatives"
             )
         for epoch in job.epochs():
             lr = learning_rate(args, epoch)

@@ -243,8 +243,12 @@ def test_warnings_of_what_is_known_not_to_work(workspace, capsys):
     assert "--nce_k 200 draws more negatives than there are images (160)" in capsys.readouterr().out
     train("--epochs", 1, "--nce_k", 160, "--moco", "--nce_z", "oneshot")
     out = capsys.readouterr().out
-    assert "the queue (--nce_k 160) is as long as the data set (160 images)" in out
+    assert "the queue (--nce_k 160) is 1.0 times as long as the data set (160 images)" in out
+    assert "use fewer, --softmax, a higher --nce_t (--preset small)" in out
     assert "Z of the first batch does not learn" in out
+    train("--epochs", 1, "--nce_k", 320, "--moco", "--softmax")
+    out = capsys.readouterr().out
+    assert "is 2.0 times as long as the data set (160 images)" in out and "use fewer, a higher --nce_t" in out
 
 
 def test_bad_checkpoints_and_settings(workspace):

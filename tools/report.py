@@ -1,7 +1,8 @@
 """Run folders beside the published table they belong to: `python tools/report.py RUNS...`, from any working directory.
 
 A run's result.json names its table (a JSON file in the paper's folder). Runs with the same label and setting are one row:
-mean and standard deviation, the seeds listed.
+mean and standard deviation, the seeds listed. A published number stands in the column of what it is: acc1_best where the
+paper reports the best epoch on the validation set, acc1 where it is the last one.
 """
 
 import csv
@@ -13,8 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import UsageError, cli
+from common import UsageError, cli, printable
 from common.run import ROOT
+
+TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/published.json"))
+ACCURACIES = ("acc1", "acc5", "acc1_best")
+EPOCHS = "acc1_best: of the best epoch on the validation set; acc1: of the last epoch"
 
 
 def main(argv=None) -> None:
@@ -36,7 +41,7 @@ def main(argv=None) -> None:
 def results_in(folder: Path) -> list[Path]:
     """result.json, and where kinds of runs share a folder result-lincls.json and result-robustness.json."""
     names = ("result.json", "result-lincls.json", "result-robustness.json")
-    return [folder / name for name in names if (folder / name).exists()]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def find_results(paths: list[str]) -> list[dict]:
@@ -47,13 +52,52 @@ def find_results(paths: list[str]) -> list[dict]:
         if not found and path.is_dir():
             found = [file for folder in sorted(p for p in path.iterdir() if p.is_dir()) for file in results_in(folder)]
         if not found:
-            raise UsageError(f"{path}: no result.json in it; an evaluation script writes one when it is done")
-        for file in found:
-            try:
-                results.append(json.loads(file.read_text()) | {"folder": str(file.parent)})
-            except (ValueError, TypeError):
-                raise UsageError(f"{file}: not a result of an evaluation script") from None
+            raise UsageError(
+                f"{printable(path)}: no result.json in it; an evaluation script writes one when it is done"
+            )
+        results += map(read, found)
     return results
+
+
+def read(file: Path) -> dict:
+    """A result.json, checked: what a table shows of it has the type that it should. UsageError names file and field."""
+    where = printable(file)
+    try:
+        result = json.loads(file.read_text())
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror.lower()}") from None
+    except (ValueError, RecursionError):
+        result = None
+    if not isinstance(result, dict) or not result.keys() & {"table", "acc1"}:
+        raise UsageError(f"{where}: not a result of an evaluation script")
+
+    def check(field: str, wanted: str, fits) -> None:
+        if field in result and not fits(result[field]):
+            shown = printable(repr(result[field])[:60])
+            raise UsageError(f"{where}: its {field} is {shown}, not {wanted}; delete the file, or evaluate again")
+
+    check("table", f"one of {', '.join(TABLES)}", lambda v: v is None or v in TABLES)
+    for field in ("label", "arch", "data"):
+        check(field, "a text", lambda v: v is None or isinstance(v, str))
+    for field in ("epochs", "seed"):
+        check(field, "a number", lambda v: v is None or _is_number(v) and 0 <= v < 2**63)
+    check("settings", "a table of settings", lambda v: v is None or isinstance(v, dict))
+    check("pending", "a list", lambda v: v is None or isinstance(v, list))
+    columns = ACCURACIES
+    if result.get("table"):
+        columns = [*published_table(result["table"])["columns"], *ACCURACIES]
+    for column in columns:
+        for field in (column, f"{column}_masked"):
+            check(field, "a number from 0 to 100", lambda v: _is_number(v) and 0 <= v <= 100)
+    return result | {"folder": str(file.parent)}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def published_table(name: str) -> dict:
+    return json.loads((ROOT / name).read_text())
 
 
 def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -64,24 +108,23 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
     made = []
     for table, members in grouped.items():
         if table is None:
-            columns = [c for c in ("acc1", "acc5", "acc1_best") if any(c in m for m in members)]
-            rows = [[m["folder"], *(cell([m[c]]) if c in m else "-" for c in columns)] for m in members]
-            made.append(("Linear evaluation (percent; acc1 and acc5 after the last epoch)", ["run", *columns], rows))
+            columns = [c for c in ACCURACIES if any(c in m for m in members)]
+            rows = [[shown(m["folder"]), *(cell([m[c]]) if c in m else "-" for c in columns)] for m in members]
+            made.append((f"Linear evaluation in percent ({EPOCHS})", ["run", *columns], rows))
             continue
-        published = json.loads((ROOT / table).read_text())
-        columns = list(published["columns"])
-        columns += sorted(
-            {k for m in members for k in m if k.endswith("_masked") and k.removesuffix("_masked") in columns}
-        )
+        published = published_table(table)
+        columns, there = list(published["columns"]), {field for m in members for field in m}
+        columns += [c for c in ("acc1_best", "acc1") if c in there and c not in columns]
+        columns += sorted(k for k in there if k.endswith("_masked") and k.removesuffix("_masked") in columns)
         by_row: dict[tuple, list[dict]] = {}
         for member in members:
             key = (*(member.get(k) for k in ("label", "arch", "epochs", "data")), json.dumps(member.get("settings")))
             by_row.setdefault(key, []).append(member)
         rows = [
             [
-                f"{label}, {arch}{seeds(same)}",
-                str(data),
-                str(epochs),
+                f"{shown(label)}, {shown(arch)}{seeds(same)}{unfinished(same)}",
+                shown(data),
+                shown(epochs),
                 *(cell([m[c] for m in same if c in m]) for c in columns),
             ]
             for (label, arch, epochs, data, _), same in by_row.items()
@@ -92,8 +135,19 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
                 for row in published["rows"]
             ]
             made.append((published["title"], ["published", "data", "epochs", *columns], theirs))
-        made.append(("Accuracy in percent of the runs here", ["run", "data", "epochs", *columns], rows))
+        which = f" ({EPOCHS})" if "acc1_best" in columns else ""
+        made.append((f"Accuracy in percent of the runs here{which}", ["run", "data", "epochs", *columns], rows))
     return made
+
+
+def shown(value) -> str:
+    return "-" if value is None else printable(str(value))
+
+
+def unfinished(runs: list[dict]) -> str:
+    """Sets that an evaluation had not come to when it ended (tools/evaluate.py)."""
+    left = [name for run in runs for name in run.get("pending") or ()]
+    return f" (unfinished: {shown(', '.join(map(str, dict.fromkeys(left))))})" if left else ""
 
 
 def cell(values: list[float]) -> str:

@@ -27,18 +27,8 @@ WRONG = [
     "/dev/zero", "../../etc/passwd", "README.md", "nowhere/published.json",
 ]  # fmt: skip
 WHOLE = [
-    "null",
-    "[]",
-    "3",
-    '"text"',
-    "",
-    "{",
-    "\xff\xfe",
-    "[" * 10**5,
-    '{"a": ' * 10**5,
-    "{}",
-    '{"a": 1' + "0" * 5000 + "}",
-]
+    "null", "[]", "3", '"text"', "", "{", "\xff\xfe", "[" * 10**5, '{"a": ' * 10**5, "{}", '{"a": 1' + "0" * 5000 + "}",
+]  # fmt: skip
 
 
 def write(folder, result):

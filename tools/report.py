@@ -146,8 +146,8 @@ def shown(value) -> str:
 
 def unfinished(runs: list[dict]) -> str:
     """Sets that an evaluation had not come to when it ended (tools/evaluate.py)."""
-    left = [name for run in runs for name in run.get("pending") or ()]
-    return f" (unfinished: {shown(', '.join(map(str, dict.fromkeys(left))))})" if left else ""
+    left = dict.fromkeys(str(name) for run in runs for name in run.get("pending") or ())
+    return f" (unfinished: {shown(', '.join(left))})" if left else ""
 
 
 def cell(values: list[float]) -> str:

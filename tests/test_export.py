@@ -1,0 +1,176 @@
+"""tools/export.py: what it writes is loaded by running the line that it prints last."""
+
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+import torchvision
+from conftest import run_script
+from safetensors.torch import load_file
+
+from cmc import colour, networks
+from common import UsageError, UserError, backbones, checkpoint
+from tools import export
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+def nonsem(path, arch="resnet18", small_stem=False):
+    """A pre-training of nonsem_neg; what of it is exported."""
+    path.parent.mkdir(exist_ok=True)
+    model = backbones.build(arch, small_stem=small_stem)
+    state = checkpoint.add_prefix(model.state_dict(), "module.encoder_q.")
+    torch.save({"epoch": 1, "arch": arch, "state_dict": state, "args": {}}, path)
+    return checkpoint.without_head(model.state_dict())
+
+
+def bank(path, network, **opt):
+    """A pre-training of CMC, MoCo or InsDis."""
+    model = checkpoint.add_prefix(network.state_dict(), "encoder.module.")
+    torch.save({"opt": opt, "model": model, "epoch": 1, "contrast": {}}, path)
+
+
+def loaded(capsys, *flags):
+    """Export, run the last line printed, and return what it has made."""
+    export.main([*map(str, flags)])
+    made = {}
+    exec(capsys.readouterr().out.splitlines()[-1], made)
+    return made.get("model") or made["state"]
+
+
+def same(model, state) -> bool:
+    found = model.state_dict()
+    return found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("arch, small_stem", [
+    ("resnet18", False), ("resnet18", True), ("resnet50", False), ("resnext50_32x4d", False), ("googlenet", False),
+    ("shufflenet_v2_x0_5", False),
+])  # fmt: skip
+def test_torchvision_loads_it_strictly(folder, capsys, arch, small_stem):
+    state = nonsem(folder / "run" / "checkpoint_0000.pth.tar", arch, small_stem)
+    model = loaded(capsys, "run", "--to", "torchvision", "--out", "out.pth")
+    assert same(model, state)
+    ours = backbones.build(arch, 0, small_stem=small_stem)
+    ours.load_state_dict(state)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(ours.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("arch, small_stem", [("resnet18", False), ("resnet18", True), ("resnext50_32x4d", False)])
+def test_timm_loads_it_strictly(folder, capsys, arch, small_stem):
+    pytest.importorskip("timm")
+    state = nonsem(folder / "run" / "checkpoint_0000.pth.tar", arch, small_stem)
+    model = loaded(capsys, "run", "--to", "timm", "--out", "out.pth").eval()
+    assert same(model, state)
+    ours = backbones.build(arch, 0, small_stem=small_stem)
+    ours.load_state_dict(state)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), ours.eval()(x))
+
+
+def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
+    network = backbones.WidthResNet(50, 3, 1, 128)
+    bank("current.pth", network, model="resnet50")
+    state = checkpoint.without_head(network.state_dict())
+    assert same(loaded(capsys, ".", "--to", "torchvision"), state)
+    assert (folder / "torchvision_current.pth").exists()
+    old = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if "num_batches" not in k}
+    torch.save(old, "bare.pth")
+    assert loaded(capsys, "bare.pth", "--to", "torchvision").bn1.num_batches_tracked == 0
+    bank("wide.pth", backbones.WidthResNet(18, 3, 2, 128), model="resnet18")
+    with pytest.raises(UserError, match="its stages are 2 times as wide as those of resnet18; --to safetensors"):
+        export.main(["wide.pth", "--to", "torchvision"])
+
+
+def test_towers_are_refused_with_the_reason_or_loaded_one_by_one(folder, capsys):
+    def towers(model, view="Lab"):
+        network = networks.build_network(model, colour.default_views(view), 128, False)
+        bank(f"{model}.pth", network, model=model, view=view)
+        return network
+
+    towers("resnet18v1"), towers("alexnet")
+    for to in ("torchvision", "timm", "detectron2"):
+        for more in ([], ["--tower", "l_to_ab"]):
+            why = "stages are 0.5 times as wide as those of resnet18, and its first convolution takes [12] channel"
+            with pytest.raises(UserError, match=why):
+                export.main(["resnet18v1.pth", "--to", to, *more])
+            with pytest.raises(UserError, match="this is half an AlexNet"):
+                export.main(["alexnet.pth", "--to", to, *more])
+    assert not list(folder.glob("*_*.pth"))
+    network = towers("resnet18v2")
+    with pytest.raises(UsageError, match="has the towers ab_to_l and l_to_ab: choose one with --tower"):
+        export.main(["resnet18v2.pth", "--to", "torchvision"])
+    with pytest.raises(UserError, match="detectron2 cannot load this network: .* on RGB"):
+        export.main(["resnet18v2.pth", "--to", "detectron2", "--tower", "l_to_ab"])
+    for tower, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
+        state = checkpoint.without_head(getattr(network, tower).state_dict())
+        model = loaded(capsys, "resnet18v2.pth", "--to", "torchvision", "--tower", tower)
+        assert same(model, state) and model(torch.rand(2, channels, 32, 32)).shape == (2, 512)
+        found = loaded(capsys, "resnet18v1.pth", "--to", "safetensors", "--tower", tower)
+        assert found["conv1.weight"].shape[1] == channels and not any(k.startswith("fc.") for k in found)
+
+
+def test_timm_loads_a_tower(folder, capsys):
+    pytest.importorskip("timm")
+    network = networks.build_network("resnet18v2", colour.default_views("Lab"), 128, False)
+    bank("towers.pth", network)
+    model = loaded(capsys, "towers.pth", "--to", "timm", "--tower", "l_to_ab")
+    assert same(model, checkpoint.without_head(network.l_to_ab.state_dict()))
+
+
+def test_detectron2_names_and_settings(folder, capsys):
+    nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnext50_32x4d")
+    export.main(["run", "--to", "detectron2", "--out", "out.pkl"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        "cfg.MODEL.WEIGHTS = 'out.pkl'; cfg.MODEL.RESNETS.DEPTH = 50; cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False" in line
+    )
+    assert "NUM_GROUPS = 32" in line and "WIDTH_PER_GROUP = 4" in line
+    with open("out.pkl", "rb") as file:
+        found = pickle.load(file)["model"]
+    names = "stem.conv1.weight stem.conv1.norm.running_mean res3.0.shortcut.weight res3.0.shortcut.norm.bias"
+    assert {*names.split(), "res5.1.conv2.norm.weight"} <= found.keys()
+    nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnet18", small_stem=True)
+    with pytest.raises(UserError, match="7x7 first convolution"):
+        export.main(["run", "--to", "detectron2"])
+
+
+def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folder, capsys):
+    nonsem(folder / "run" / "checkpoint_0000.pth.tar")
+    newest = nonsem(folder / "run" / "checkpoint_0001.pth.tar")
+    os.utime("run/checkpoint_0000.pth.tar", (1, 1))
+    old_mask = os.umask(0o027)
+    try:
+        for to in export.SUFFIX:
+            export.main(["run", "--to", to])
+    finally:
+        os.umask(old_mask)
+    made = [folder / "run" / f"{to}_checkpoint_0001{suffix}" for to, suffix in export.SUFFIX.items()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o640}  # alike, and as the umask says
+    assert load_file(made[-1]).keys() == newest.keys()
+    assert checkpoint.newest("run").name == "checkpoint_0001.pth.tar"  # an export is no checkpoint of the run
+    torch.save({"classifier": {}, "network": "runs/cmc/current.pth", "epoch": 1}, "linear.pth")
+    (folder / "empty").mkdir()
+    for flags, why in (
+        (["linear.pth"], "classifier without its network; export that: runs/cmc/current.pth"),
+        (["empty"], "empty: no checkpoint in this folder"),
+        (["nowhere"], "no checkpoint at nowhere"),
+        (["run", "--tower", "x"], "is one network: omit --tower"),
+        (["run", "--out", "run/checkpoint_0000.pth.tar/x"], "cannot write run/checkpoint_0000.pth.tar/x: "),
+    ):
+        with pytest.raises(UserError, match=why) as caught:
+            export.main([*flags, "--to", "torchvision"])
+        assert "\n" not in str(caught.value)
+    nonsem(folder / "other" / "checkpoint_0000.pth.tar", "shufflenet_v2_x0_5")
+    with pytest.raises(UserError, match="timm has other parameter names"):
+        export.main(["other", "--to", "timm"])
+    done = run_script("tools/export.py", "run", "--to", "torchvision", cwd=folder)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("import torch, torchvision; model = ")

@@ -150,6 +150,12 @@ class LinearClassifier(nn.Module):
         return self.classifier(feat)
 
 
+def build_classifier(network, args, classes: int, process: processes.Process) -> nn.Module:
+    shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
+    features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
+    return LinearClassifier(features, classes, args.model).to(process.device)
+
+
 def pool(feats, layer: int, model: str):
     """Features of every view at a layer -> (N, D): side by side, pooled to the published size, flattened."""
     feat = torch.cat(tuple(feats), 1)
@@ -188,14 +194,11 @@ def worker(args, process: processes.Process) -> None:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
         network = build_network(saved, args, process)
-        shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
-        features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
-        classifier = LinearClassifier(features, len(train_set.classes), args.model).to(process.device)
+        classifier = build_classifier(network, args, len(train_set.classes), process)
         sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay)
         optimizer = torch.optim.SGD(classifier.parameters(), **sgd)
-        facts = dict(
-            classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(checkpoint.backbone(saved))
-        )
+        facts = dict(script="cmc/LinearProbing.py", classes=train_set.classes, network=saved.path)
+        facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(saved)))
         precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
 
         def embedder(images):
@@ -204,17 +207,48 @@ def worker(args, process: processes.Process) -> None:
         method = probe.Classifier(network, embedder, classifier, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
-        facts = dict(val_images=len(val_set), model=args.model, view=args.view, layer=args.layer, features=features)
-        facts |= dict(network=saved.path, pretrained_epochs=saved.get("epoch"), crop_low=args.crop_low)
+        facts = dict(val_images=len(val_set), model=args.model, view=args.view, layer=args.layer)
+        facts |= dict(features=classifier.classifier[-1].in_features, network=saved.path, crop_low=args.crop_low)
+        facts |= dict(pretrained_epochs=saved.get("epoch"))
         job.begin(train_loader, method, **facts, precision=str(precision))
         best = f"{args.model}_layer{args.layer}.pth"
         whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), best)
         if whole:
-            opt = saved["opt"]
-            z = "" if opt.get("softmax") else f" (Z {opt.get('nce_z', 'oneshot')})"
-            loss = f"{'softmax' if opt.get('softmax') else 'NCE'}{z}, K {opt.get('nce_k')}"
-            label = f"CMC {opt.get('views') or args.view}, {loss}" if "softmax" in opt else None
-            probe.report(job, saved, label, table="cmc/published.json", layer=args.layer)
+            probe.report(job, saved, row_label(saved["opt"], args), table="cmc/published.json", layer=args.layer)
+
+
+def row_label(opt: dict, args) -> str | None:
+    """ "CMC YCbCr, softmax, K 4096" from the flags of the pre-training run, where its checkpoint has them."""
+    if "softmax" not in opt:
+        return None
+    z = "" if opt["softmax"] else f" (Z {opt.get('nce_z', 'oneshot')})"
+    return f"CMC {opt.get('views') or args.view}, {'softmax' if opt['softmax'] else 'NCE'}{z}, K {opt.get('nce_k')}"
+
+
+def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+    """A classifier of this script, as tools/evaluate.py looks at it (what is returned is said there)."""
+    opt = saved.get("opt") or {}
+    if "classifier" not in saved or "view" not in opt:
+        return None
+    flags = {name: opt.get(name) for name in ("model", "view", "layer", "input_res")} | {"model_path": network}
+    flags |= {"input_res": input_res} if input_res else {}
+    args = parse_args(["--data_folder=-", *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
+    before = read_backbone(args)
+    model, weights = build_network(before, args, process), saved["classifier"]
+    outputs = next(len(v) for k, v in weights.items() if k.endswith(".weight"))
+    classifier = build_classifier(model, args, outputs, process).eval()
+    checkpoint.load_into(classifier, weights, saved.path)
+    then, names = (
+        before["opt"],
+        ("learning_rate", "batch_size", "nce_t", "nce_m", "crop_low", "input_res", "small_stem"),
+    )
+    label = row_label(then, args) or os.path.basename(os.path.dirname(os.path.abspath(before.path)))
+    facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=label, seed=then.get("seed"))
+    facts |= dict(epochs=before.get("epoch"), pretrained=before.path, layer=args.layer)
+    facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
+    facts["digest"] = checkpoint.fingerprint(checkpoint.backbone(before))
+    colours = (colour.Views(colour.chosen_views(args)),)
+    return lambda images: classifier(embed(model, images, args, precision)), colours, facts
 
 
 def main(argv=None) -> None:

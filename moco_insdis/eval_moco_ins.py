@@ -153,6 +153,12 @@ class LinearClassifier(nn.Module):
         return self.classifier(feat)
 
 
+def build_classifier(network, args, classes: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """The classifier, and the shape of the feature at its layer before pooling."""
+    shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
+    return LinearClassifier(pool(torch.zeros(1, *shape), args.layer).shape[1], classes, args.bn), shape
+
+
 def pool(feat, layer: int):
     """(N, C, H, W) of layers 1 to 5 or (N, C) of layer 6 -> (N, D): averaged to the published size, flattened."""
     side = POOLED.get(layer)
@@ -207,15 +213,12 @@ def worker(args, process: processes.Process) -> None:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
         network = build_network(saved, args, process)
-        shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
-        features = pool(torch.zeros(1, *shape), args.layer).shape[1]
-        classifier = LinearClassifier(features, len(train_set.classes), args.bn)
+        classifier, shape = build_classifier(network, args, len(train_set.classes))
         if args.syncBN and process.world_size > 1:
             classifier = nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
         classifier = classifier.to(process.device)
-        facts = dict(
-            classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(checkpoint.backbone(saved))
-        )
+        facts = dict(script="moco_insdis/eval_moco_ins.py", classes=train_set.classes, network=saved.path)
+        facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(saved)))
         precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
 
         def embedder(images):
@@ -232,11 +235,43 @@ def worker(args, process: processes.Process) -> None:
         best = f"{args.model}_layer{args.layer}.pth"
         whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch, part), best)
         if whole:
-            opt = saved["opt"]
-            z = "" if opt.get("softmax") else f" (Z {opt.get('nce_z', 'oneshot')})"
-            loss = f"{'softmax' if opt.get('softmax') else 'NCE'}{z}, K {opt.get('nce_k')}"
-            label = f"{'MoCo' if opt.get('moco') else 'InsDis'}, {loss}" if "softmax" in opt else None
-            probe.report(job, saved, label, table="moco_insdis/published.json", layer=args.layer)
+            probe.report(job, saved, row_label(saved["opt"]), table="moco_insdis/published.json", layer=args.layer)
+
+
+def row_label(opt: dict) -> str | None:
+    """ "MoCo, softmax, K 16384" from the flags of the pre-training run, where its checkpoint has them."""
+    if "softmax" not in opt:
+        return None
+    z = "" if opt["softmax"] else f" (Z {opt.get('nce_z', 'oneshot')})"
+    return (
+        f"{'MoCo' if opt.get('moco') else 'InsDis'}, {'softmax' if opt['softmax'] else 'NCE'}{z}, K {opt.get('nce_k')}"
+    )
+
+
+def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+    """A classifier of this script, as tools/evaluate.py looks at it (what is returned is said there)."""
+    opt = saved.get("opt") or {}
+    if "classifier" not in saved or "view" in opt or "crop" not in opt:
+        return None
+    flags = {name: opt.get(name) for name in ("model", "layer", "input_res")} | {"model_path": network}
+    flags |= {"input_res": input_res} if input_res else {}
+    args = parse_args(["--data_folder=-", *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
+    before, weights = read_backbone(args), saved["classifier"]
+    args.bn = any(".BatchNorm." in key for key in weights)  # a published file may say so of a classifier without it
+    outputs = next(len(v) for k, v in weights.items() if k.endswith(".weight"))
+    model = build_network(before, args, process)
+    classifier = build_classifier(model, args, outputs)[0].to(process.device).eval()
+    checkpoint.load_into(classifier, weights, saved.path)
+    then, names = (
+        before["opt"],
+        ("learning_rate", "batch_size", "nce_t", "nce_m", "alpha", "crop", "aug", "input_res", "small_stem"),
+    )
+    label = row_label(then) or os.path.basename(os.path.dirname(os.path.abspath(before.path)))
+    facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=label, seed=then.get("seed"))
+    facts |= dict(epochs=before.get("epoch"), pretrained=before.path, layer=args.layer)
+    facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
+    facts["digest"] = checkpoint.fingerprint(checkpoint.backbone(before))
+    return lambda images: classifier(embed(model, images, args.layer, precision)), (NORMALIZE,), facts
 
 
 def main(argv=None) -> None:

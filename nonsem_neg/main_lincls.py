@@ -177,7 +177,9 @@ def worker(args, process: processes.Process) -> None:
         sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
         optimizer = torch.optim.SGD(network.fc.parameters(), **sgd)
         epochs = saved.get("pretrained_epoch", saved.get("epoch", 0))
-        facts = dict(arch=args.arch, classes=train_set.classes, pretrained_epoch=epochs)
+        facts = dict(
+            script="nonsem_neg/main_lincls.py", arch=args.arch, classes=train_set.classes, pretrained_epoch=epochs
+        )
         facts |= dict(pretrained=saved.get("pretrained", saved.path), pretrained_args=saved.get("args"))
         if job.saved:
             facts["pretrained_args"] = saved.get("pretrained_args", saved.get("args"))
@@ -220,6 +222,33 @@ def evaluate(args, process: processes.Process) -> None:
     log.say_replaced(loader)
     log.result(evaluated=saved.path, data=args.data, split="val", acc1=top1, acc5=top5)
     log.close()
+
+
+def reopen(saved, network, input_res, process: processes.Process, precision):
+    """A classifier of this script, as tools/evaluate.py looks at it (what is returned is said there)."""
+    if "best_acc1" not in saved or not isinstance(saved.get("state_dict"), dict):
+        return None
+    weight = checkpoint.backbone(saved).get("fc.weight")
+    if weight is None or weight.ndim != 2:
+        return None
+    arch, own, flags = saved.get("arch", "resnet50"), saved.get("args") or {}, saved.get("pretrained_args") or {}
+    model = build_network(saved, arch, len(weight), process)
+    names = ("lr", "batch_size", "moco_m", "moco_t", "input_res", "mlp", "aug_plus", "cos", "patch_ratio", "small_stem")
+    facts = dict(arch=arch, outputs=len(weight), input_res=input_res or own.get("input_res", 224))
+    facts |= dict(label=row_label(saved, flags), seed=flags.get("seed"), pretrained=saved.get("pretrained"))
+    facts |= dict(epochs=saved.get("pretrained_epoch"), settings={name: flags[name] for name in names if name in flags})
+    return lambda images: model.fc(embed(model, images, precision).float()), (NORMALIZE,), facts
+
+
+def row_label(saved, flags: dict) -> str:
+    """ "MoCo + patch (K 16384, alpha 2)" from the flags of the pre-training run, where the checkpoint has them."""
+    if not flags:
+        return os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
+    kind = flags.get("robust") if flags.get("num_nonsem") else "none"
+    details = [f"K {flags['moco_k']}"]
+    if kind != "none":
+        details += [f"alpha {flags['alpha']:g}"] + ([f"M {flags['num_nonsem']}"] if flags["num_nonsem"] > 1 else [])
+    return f"MoCo{'' if kind == 'none' else ' + ' + kind} ({', '.join(details)})"
 
 
 def main(argv=None) -> None:

@@ -2,19 +2,16 @@
 
 import csv
 import json
-import pickle
 import shutil
 
 import pytest
 import torch
 from conftest import equal, inside, stopped_at
-from safetensors.torch import load_file
 
-from common import UsageError, UserError, backbones, checkpoint, processes, run
-from common.precision import Precision
+from common import UsageError, UserError, augment, checkpoint, processes, run
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
-from tools import export, report
+from tools import evaluate, report
 
 PRE = "--demo --epochs 1 --batch-size 32 --moco-k 64 --bn-splits 2 --ckpt_path pre --device cpu".split()
 LIN = ["--demo", "--pretrained", "pre", "--ckpt_path", "lin", "--epochs", "2", "--batch-size", "64", "--lr", "0.1"]
@@ -221,7 +218,7 @@ def test_subsets_are_mapped_by_folder_name_and_masked(workspace, demo_set):
         (some / name).symlink_to(demo_set / "val" / name)
     (some / "unknown").symlink_to(demo_set / "val" / "disc")
     classes = checkpoint.load("lin/checkpoint_robust_0000.pth.tar")["classes"]
-    dataset = eval_robustness.open_by_class(str(some), classes)
+    dataset = evaluate.open_by_class(str(some), classes)
     assert sorted(set(dataset.targets.tolist())) == [classes.index("heart"), classes.index("star")]
     args = ["--classifier", "lin", "--rendition", "some", "--ckpt_path", "sub"]
     eval_robustness.main(args)
@@ -231,20 +228,19 @@ def test_subsets_are_mapped_by_folder_name_and_masked(workspace, demo_set):
     assert "2 of 10 classes" in result["notes"]["rendition"]
 
 
-def test_masked_and_full_accuracy_by_hand(workspace, monkeypatch, demo_set):
+def test_masked_and_full_accuracy_by_hand(workspace, demo_set):
     """A 'network' that always answers class 0 first and class 4 second, and has two outputs too many."""
     answer = torch.tensor([[9.0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 99, 99]])
-    monkeypatch.setattr(eval_robustness, "classify", lambda model, images, precision: answer.expand(len(images), -1))
-    args = eval_robustness.parse_args(ROB)
+    args = evaluate.parse_args(ROB)
     classes = checkpoint.load("lin/checkpoint_robust_0000.pth.tar")["classes"]
     folder = workspace / "two"
     folder.mkdir()
     for name in (classes[4], classes[7]):
         (folder / name).symlink_to(demo_set / "val" / name)
-    dataset = eval_robustness.open_by_class(str(folder), classes)
-    precision = Precision(False, torch.device("cpu"))
+    dataset, colours = evaluate.open_by_class(str(folder), classes), (augment.Normalize(*[(0.5,) * 3] * 2),)
     log = run.Run(workspace / "by-hand", args, processes.Process(), tensorboard=False)
-    right, masked = eval_robustness.score(None, dataset, args, processes.Process(), precision, "x", log)
+    how = args, processes.Process(), run.StopSignal(), "x", log
+    right, masked = evaluate.score(lambda images: answer.expand(len(images), -1), colours, dataset, *how)
     assert right.sum() == 0 and masked.tolist() == (dataset.targets == 4).float().tolist()
 
 
@@ -254,7 +250,7 @@ def test_corrupted_pictures_are_not_resized_again(workspace):
     def geometry(side, res, wish="auto"):
         args = SimpleNamespace(precropped=wish, input_res=res)
         dataset = SimpleNamespace(open=lambda row: SimpleNamespace(size=(side, side)))
-        return eval_robustness.geometry(args, dataset, True)
+        return evaluate.geometry(args, dataset, True)
 
     assert geometry(224, 224).resize is None and geometry(256, 224).resize == 256
     assert geometry(224, 112).resize == 112 and geometry(64, 32).resize == 37 and geometry(64, 32, "yes").resize == 32
@@ -285,31 +281,3 @@ def test_report_text_markdown_csv_and_seeds(workspace, capsys):
     assert rows[1][:4] == ["MoCo, resnet18 (seeds 0, 1)", "d", "3", "52.00±2.83"] and rows[1][4] == "-"
     with pytest.raises(UsageError, match="no result.json"):
         report.main(["data"])
-
-
-def test_export(workspace, capsys):
-    state = checkpoint.without_head(checkpoint.backbone(checkpoint.load("pre/checkpoint_0000.pth.tar")))
-    for to, suffix in export.SUFFIX.items():
-        export.main(["pre/checkpoint_0000.pth.tar", "--to", to, "--out", f"out-{to}{suffix}"])
-    model = backbones.build("resnet18", 10)
-    for name in ("torchvision", "timm"):
-        found = model.load_state_dict(torch.load(f"out-{name}.pth", weights_only=True), strict=False)
-        assert found.missing_keys == ["fc.weight", "fc.bias"] and not found.unexpected_keys
-    assert load_file("out-safetensors.safetensors").keys() == state.keys()
-    with open("out-detectron2.pkl", "rb") as file:
-        found = pickle.load(file)["model"]
-    assert {
-        "stem.conv1.weight",
-        "stem.conv1.norm.running_mean",
-        "res3.0.shortcut.weight",
-        "res3.0.shortcut.norm.bias",
-        "res5.1.conv2.norm.weight",
-    } <= found.keys()
-    towers = {
-        f"encoder.module.{t}.conv1.weight": torch.full((1,), float(i)) for i, t in enumerate(("ab_to_l", "l_to_ab"))
-    }
-    torch.save({"model": towers, "epoch": 1}, "towers.pth")
-    with pytest.raises(UsageError, match="ab_to_l and l_to_ab"):
-        export.main(["towers.pth", "--to", "torchvision"])
-    export.main(["towers.pth", "--to", "torchvision", "--tower", "l_to_ab", "--out", "tower.pth"])
-    assert torch.load("tower.pth", weights_only=True) == {"conv1.weight": torch.tensor([1.0])}

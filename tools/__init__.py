@@ -1,1 +1,1 @@
-"""Scripts that prepare data sets. Each can be run again safely and prints the counts it should end with."""
+"""Programs that work on finished runs of any paper."""

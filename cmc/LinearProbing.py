@@ -235,7 +235,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     args = parse_args(["--data_folder=-", *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
     before = read_backbone(args)
     model, weights = build_network(before, args, process), saved["classifier"]
-    outputs = next(len(v) for k, v in weights.items() if k.endswith(".weight"))
+    outputs = [len(v) for k, v in weights.items() if k.endswith(".weight")][0]
     classifier = build_classifier(model, args, outputs, process).eval()
     checkpoint.load_into(classifier, weights, saved.path)
     then, names = (

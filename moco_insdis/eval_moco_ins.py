@@ -258,7 +258,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     args = parse_args(["--data_folder=-", *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
     before, weights = read_backbone(args), saved["classifier"]
     args.bn = any(".BatchNorm." in key for key in weights)  # a published file may say so of a classifier without it
-    outputs = next(len(v) for k, v in weights.items() if k.endswith(".weight"))
+    outputs = [len(v) for k, v in weights.items() if k.endswith(".weight")][0]
     model = build_network(before, args, process)
     classifier = build_classifier(model, args, outputs)[0].to(process.device).eval()
     checkpoint.load_into(classifier, weights, saved.path)

@@ -49,6 +49,10 @@ CORRUPTIONS = (
     "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+READ = dict(  # what is read here of a classifier
+    opt=dict, args=dict, pretrained_args=dict, classifier=dict, state_dict=dict, classes=list, network=str, digest=str, script=str,
+    arch=str,
+)  # fmt: skip
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition")
 PRESETS = {
     "demo": dict(
@@ -115,6 +119,11 @@ def read_classifier(args) -> checkpoint.Saved:
             )
         path = found
     saved = checkpoint.Saved(path)
+    for key, kind in READ.items():
+        if saved.get(key) is None:
+            saved.pop(key, None)
+        elif not isinstance(saved[key], kind):
+            raise UserError(f"{saved.path}: its {key} is a {type(saved[key]).__name__}, not a {kind.__name__}")
     if args.arch:
         saved.setdefault("arch", args.arch)
     return saved
@@ -122,9 +131,9 @@ def read_classifier(args) -> checkpoint.Saved:
 
 def reopen(saved, args, process: processes.Process, precision):
     """(logits, colours, facts) of a classifier of whatever paper: see the top of this module."""
-    own, opt = saved.get("script"), saved.get("opt")  # published files do not name their script
-    network = args.network or saved.get("network") or (opt.get("model_path") if isinstance(opt, dict) else None)
-    if "classifier" in saved and not (network and os.path.exists(network)):
+    own = saved.get("script")  # published files do not say
+    network = args.network or saved.get("network") or str(saved.get("opt", {}).get("model_path", ""))
+    if "classifier" in saved and not os.path.exists(network):
         raise UsageError(f"{saved.path} is a classifier on {network}, which is not there: give it with --network")
     input_res = args.input_res if "input_res" in args.typed else None
     made = None
@@ -156,7 +165,7 @@ def reopen(saved, args, process: processes.Process, precision):
 def class_names(saved, args) -> list[str]:
     """Class folder names in label order: from the checkpoint, else (an authors' file) from the clean set or a list."""
     if "classes" in saved:
-        if not isinstance(saved["classes"], list) or not all(isinstance(name, str) for name in saved["classes"]):
+        if not saved["classes"] or not all(isinstance(name, str) for name in saved["classes"]):
             raise UserError(f"{saved.path}: its classes are not a list of names")
         return saved["classes"]
     if args.data:
@@ -173,7 +182,7 @@ def open_by_class(folder: str, classes: list[str]) -> sets.FolderSet:
     present = [name for name in classes if os.path.isdir(os.path.join(folder, name))]
     if not present:
         raise UsageError(
-            f"{folder}: none of the {len(classes)} class folders of the classifier ({classes[0]}, ...) is in it"
+            f"{folder}: none of the {len(classes)} class folders of the classifier ({printable(classes[0])}, ...) is in it"
         )
     return sets.open_tree(folder, class_list=present, classes=classes, subset=True)
 

@@ -1,0 +1,249 @@
+"""tools/evaluate.py: classifiers of every paper, results that are kept as they come, signals, wrong files."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import inside, run_script, stopped_at
+
+from cmc import LinearProbing, colour, train_CMC
+from common import UsageError, UserError, backbones, checkpoint
+from moco_insdis import eval_moco_ins
+from tools import evaluate, report
+
+SMALL = "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder --cache-views 1".split()
+LINEAR = {  # name: (script, network, more flags)
+    "cmc": (LinearProbing, "cmc-net", ["--layer", "1"]),
+    "alexnet": (LinearProbing, "alexnet-net", []),
+    "moco": (eval_moco_ins, "moco-net", ["--bn"]),
+}
+KEYS = ("opt", "epoch", "classifier", "best_acc1", "optimizer")  # of the authors' files
+SETS = ["--corruption=C", "--sketch=DATA/sketch", "--rendition=DATA/rendition"]
+
+
+def pretrained(folder, network, **opt):
+    folder.mkdir()
+    opt |= dict(softmax=True, nce_k=4096, input_res=32, seed=3, learning_rate=0.03)
+    model = checkpoint.add_prefix(network.state_dict(), "encoder.module.")
+    torch.save({"opt": opt, "model": model, "contrast": {}, "epoch": 240, "optimizer": {}}, folder / "current.pth")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, demo_set):
+    """One network of each kind in NAME-net, its classifier in NAME/RUN; C has three corruptions of ten pictures."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "DATA").symlink_to(demo_set)
+    (folder / "C").mkdir()
+    for name in ("fog", "frost", "snow"):
+        (folder / "C" / name).symlink_to(demo_set / "corruption" / name)
+    torch.manual_seed(0)
+    pretrained(folder / "moco-net", backbones.WidthResNet(18, 3, 1, 128, small_stem=True), model="resnet18", moco=True)
+    for name, model, view in (("cmc", "resnet18v1", "YCbCr"), ("alexnet", "alexnet", "Lab")):
+        network = train_CMC.build_network(model, colour.default_views(view), 128, small_stem=True)
+        pretrained(folder / f"{name}-net", network, model=model, view=view)
+    with inside(folder):
+        for name, (script, network, more) in LINEAR.items():
+            script.main([*SMALL, "--data_folder", "DATA", "--model_path", network, "--save_path", name, *more])
+    return folder
+
+
+@pytest.fixture
+def workspace(folder, tmp_path, monkeypatch):
+    """The classifiers are those of the module, what is written there is the test's own."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def row(*flags, out="row") -> dict:
+    evaluate.main(["-j", "0", "--device", "cpu", "--ckpt_path", out, *map(str, flags)])
+    with open(f"{out}/result.json") as file:
+        return json.load(file)
+
+
+def files(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fails(error, match, *flags):
+    with pytest.raises(error, match=match) as caught:
+        row(*flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_classifier_has_the_accuracy_of_its_linear_evaluation(workspace, name):
+    """In its own colours, at its own layer, ours and as the authors' files are."""
+    (run,) = (workspace / name).iterdir()
+    linear = json.loads((run / "result.json").read_text())
+    found = row("DATA", "--classifier", name)
+    assert found["clean"] == pytest.approx(linear["acc1"]) and found["clean"] > 10
+    assert (found["label"], found["arch"], found["seed"]) == (linear["label"], linear["arch"], 3)
+    assert found["epochs"] == 240 and found["settings"]["layer"] == linear["layer"]
+    best = row("DATA", "--classifier", name, "--best", out="best")
+    assert best["clean"] == pytest.approx(linear["acc1_best"]) and "_layer" in best["evaluated"]
+    saved = checkpoint.load(run / "current.pth")
+    theirs = {k: saved[k] for k in KEYS}
+    kept = ("model", "layer", "view", "model_path", "crop", "crop_low", "input_res")
+    theirs["opt"] = argparse.Namespace(**{k: v for k, v in saved["opt"].items() if k in kept}, bn=True)
+    theirs["opt"].model_path = saved["network"]
+    torch.save(theirs, "published.pth")
+    again = row("DATA", "--classifier", "published.pth", out="again")
+    assert again["clean"] == found["clean"]
+    report.main(["row", "again", "--no-published"])
+
+
+def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
+    (run,) = (workspace / "moco").iterdir()
+    (workspace / "elsewhere").mkdir()
+    classifier = (run / "current.pth").resolve()
+    expected = row("DATA", "--classifier", classifier)["clean"]
+    monkeypatch.chdir("elsewhere")
+    fails(UsageError, "is a classifier on moco-net/current.pth, which is not there: give it with --network",
+          "../DATA", "--classifier", classifier)  # fmt: skip
+    moved = row("../DATA", "--classifier", classifier, "--network", "../moco-net/current.pth", out="moved")
+    assert moved["clean"] == expected
+    other = checkpoint.load("../moco-net/current.pth")
+    other["model"]["encoder.module.conv1.weight"] += 1e-3
+    torch.save(other, "other.pth")
+    fails(UserError, "is a classifier on another network than other.pth",
+          "../DATA", "--classifier", classifier, "--network", "other.pth")  # fmt: skip
+    fails(UserError, "is of CMC", "../DATA", "--classifier", classifier, "--network", "../cmc-net/current.pth")
+    fails(UserError, "holds no classifier of .*: give a checkpoint of a linear evaluation, not of pre-training",
+          "../DATA", "--classifier", "../moco-net/current.pth")  # fmt: skip
+    fails(UserError, "is of --arch resnet18, not resnet50",
+          "../DATA", "--classifier", classifier, "--network", "../moco-net", "--arch", "resnet50")  # fmt: skip
+
+
+def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("a picture was looked at"))
+    (workspace / "some").mkdir()
+    (workspace / "some" / "heart").mkdir()  # a class without a picture
+    for flag, path, why in (
+        ("sketch", "nowhere", "nowhere: no such folder"), ("rendition", "DATA", "none of the 10 class folders"),
+        ("stylized", "some", "class folder without any picture: heart"), ("corruption", "DATA/sketch", "not the ImageNet-C layout"),
+    ):  # fmt: skip
+        fails(UsageError, why, "DATA", "--classifier", "moco", *SETS, f"--{flag}={path}")
+    assert not (workspace / "row").exists()
+
+
+def looked_at(monkeypatch, fail_at=None) -> list:
+    """Labels of what is scored from now on; an error at one of them."""
+    labels, score = [], evaluate.score
+
+    def watched(*a):
+        labels.append(a[6])
+        if a[6] == fail_at:
+            raise UserError("a picture is broken")
+        return score(*a)
+
+    monkeypatch.setattr(evaluate, "score", watched)
+    return labels
+
+
+def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, monkeypatch, capsys):
+    flags = ["DATA", "--classifier", "moco", *SETS]
+    whole = row(*flags, out="whole")
+    with monkeypatch.context() as patch:
+        looked_at(patch, fail_at="corruption fog")
+        with pytest.raises(UserError, match="a picture is broken"):
+            row(*flags)
+    half = json.loads((workspace / "row/result.json").read_text())
+    assert half["clean"] == whole["clean"] and half["pending"] == ["corruption", "sketch", "rendition"]
+    assert half["missing"] == ["corruption", "sketch", "stylized", "rendition"]
+    assert half["sets"]["corruption"]["folders"].keys() == {"snow/3", "frost/3"}
+    report.main(["row", "--no-published"])
+    assert "(unfinished: corruption, sketch, rendition)" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        labels = looked_at(patch)
+        found = row(*flags)
+    assert labels == ["corruption fog", "sketch", "rendition"]
+    assert "kept from the evaluation that was stopped" in capsys.readouterr().out
+    same = set(whole) - {"command", "commit"}
+    assert {k: found[k] for k in same} == {k: whole[k] for k in same} and found["pending"] == []
+    with monkeypatch.context() as patch:  # one that is whole is made again; a set not given stays
+        labels = looked_at(patch)
+        assert row("DATA", "--classifier", "moco")["sketch"] == whole["sketch"] and labels == ["clean"]
+
+
+def test_a_folder_holds_the_result_of_one_classifier(workspace):
+    row("DATA", "--classifier", "moco")
+    before = files(workspace / "row")
+    fails(UsageError, "is of another classifier .*moco.*choose another --ckpt_path, or lose it with --overwrite",
+          "DATA", "--classifier", "cmc")  # fmt: skip
+    assert files(workspace / "row") == before
+    assert row("DATA", "--classifier", "cmc", "--overwrite")["label"].startswith("CMC")
+    for text in ("{}", "[1]", '{"acc1": 3}', "\x00"):
+        (workspace / "row/result.json").write_text(text)
+        fails(UsageError, "is not a result of this evaluation", "DATA", "--classifier", "cmc")
+
+
+def test_a_signal_says_what_is_kept_and_exits_with_its_number(workspace, capsys):
+    flags = ["DATA", "--classifier", "moco", "-b", "4", *SETS]
+    whole = row(*flags, out="whole")
+    steps = len(list((workspace / "DATA/val").rglob("*.png"))) // 4
+    with stopped_at(2):
+        row(*flags)
+    assert (
+        "stopped by a signal in clean: nothing is kept, what was looked at of clean is lost" in capsys.readouterr().out
+    )
+    with stopped_at(steps + 4):  # three steps for each corruption
+        row(*flags)
+    said = capsys.readouterr().out
+    assert (
+        "stopped by a signal in corruption: clean, 1 folders of corruption kept in row/result.json, what was looked"
+        in said
+    )
+    assert "the same command goes on from there" in said
+    assert row(*flags)["corruption"] == whole["corruption"]
+
+
+def test_two_processes_and_the_published_name(workspace):
+    flags = ["DATA", "--classifier", "moco", *SETS]
+    one = row(*flags)
+    two = run_script("nonsem_neg/eval_robustness.py", *flags, "--nproc", 2, "--device", "cpu", "-j", 0,
+                     "--ckpt_path", "two", cwd=workspace)  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    there = json.loads((workspace / "two/result.json").read_text())
+    assert {k: v for k, v in there.items() if isinstance(v, float)} == {
+        k: v for k, v in one.items() if isinstance(v, float)
+    }
+
+
+WRONG = [None, 3, -1.5, "x", [], {}, {"x": 1}, [1], True, torch.zeros(2), float("nan")]
+
+
+def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, capsys):
+    """Every field that is read of a classifier, with values of other types."""
+
+    def open_sets(args, classes):  # by then all of it has been used
+        assert all(name.isprintable() for name in classes)
+        raise UserError("as far as that")
+
+    monkeypatch.setattr(evaluate, "open_sets", open_sets)
+    tracebacks = []
+    for name in ("moco", "cmc"):
+        (run,) = (workspace / name).iterdir()
+        saved = checkpoint.load(run / "current.pth")
+        changed = [
+            {key: value}
+            for key in ("opt", "classifier", "classes", "network", "digest", "script", "epoch")
+            for value in WRONG
+        ]
+        options = ("model", "layer", "view", "input_res", "crop", "bn")
+        changed += [{"opt": saved["opt"] | {key: value}} for key in options if key in saved["opt"] for value in WRONG]
+        weights = saved["classifier"]
+        changed += [{"classifier": weights | {key: value}} for key in weights for value in WRONG]
+        for change in changed:
+            torch.save(saved | change, "bad.pth")
+            try:
+                row("DATA", "--classifier", "bad.pth")
+            except UserError as error:
+                assert str(error).isprintable(), change
+            except SystemExit as ended:  # argparse has said it
+                assert ended.code == 2 and capsys.readouterr().err.count("\n") == 1
+            except Exception as error:
+                tracebacks.append(f"{name} {str(change)[:200]}: {type(error).__name__}: {error}")
+    assert not tracebacks

@@ -123,7 +123,8 @@ def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch
     (workspace / "some" / "heart").mkdir()  # a class without a picture
     for flag, path, why in (
         ("sketch", "nowhere", "nowhere: no such folder"), ("rendition", "DATA", "none of the 10 class folders"),
-        ("stylized", "some", "class folder without any picture: heart"), ("corruption", "DATA/sketch", "not the ImageNet-C layout"),
+        ("stylized", "some", "class folder without any picture: heart"),
+        ("corruption", "DATA/sketch", "not the ImageNet-C layout"),
     ):  # fmt: skip
         fails(UsageError, why, "DATA", "--classifier", "moco", *SETS, f"--{flag}={path}")
     assert not (workspace / "row").exists()
@@ -223,6 +224,7 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
         raise UserError("as far as that")
 
     monkeypatch.setattr(evaluate, "open_sets", open_sets)
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda state: saved["digest"])  # which takes most of the time
     tracebacks = []
     for name in ("moco", "cmc"):
         (run,) = (workspace / name).iterdir()
@@ -233,9 +235,11 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
             for value in WRONG
         ]
         options = ("model", "layer", "view", "input_res", "crop", "bn")
-        changed += [{"opt": saved["opt"] | {key: value}} for key in options if key in saved["opt"] for value in WRONG]
+        changed += [
+            {"opt": saved["opt"] | {key: value}} for key in options if key in saved["opt"] for value in WRONG[3:7]
+        ]
         weights = saved["classifier"]
-        changed += [{"classifier": weights | {key: value}} for key in weights for value in WRONG]
+        changed += [{"classifier": weights | {key: value}} for key in weights for value in WRONG[-3:]]
         for change in changed:
             torch.save(saved | change, "bad.pth")
             try:

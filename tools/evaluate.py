@@ -50,8 +50,8 @@ CORRUPTIONS = (
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 READ = dict(  # what is read here of a classifier
-    opt=dict, args=dict, pretrained_args=dict, classifier=dict, state_dict=dict, classes=list, network=str, digest=str, script=str,
-    arch=str,
+    opt=dict, args=dict, pretrained_args=dict, classifier=dict, state_dict=dict, classes=list,
+    network=str, digest=str, script=str, arch=str,
 )  # fmt: skip
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition")
 PRESETS = {

@@ -137,6 +137,8 @@ def parse_args(argv=None):
         raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1")
     if args.robust == "texture" and not args.texture_root:  # DATA is the texture tree, as published
         args.texture_root, args.data = args.data, str(textures.original_root_of(args.data))
+    if args.robust == "texture":
+        textures.check_roots(args.data, args.texture_root, args.dataset)
     if args.robust == "patch" and args.num_nonsem:
         try:
             check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)

@@ -134,8 +134,7 @@ class Done(NamedTuple):
 
 def read_picture(path: str, size: int) -> np.ndarray:
     """(H, W, 3) uint8: resized and cropped as ImageNet-C's sources were, or as it is (size 0)."""
-    with open(path, "rb") as file:
-        image = Image.open(BytesIO(file.read())).convert("RGB")
+    image = Image.open(workers.read(path)).convert("RGB")
     if size:
         image = transforms.functional.resize(image, options.eval_resize(size))  # Pillow's bilinear filter
         image = transforms.functional.center_crop(image, size)
@@ -148,18 +147,16 @@ def do(job: Job) -> Done:
     path = os.path.join(s.root, job.source)
     try:
         picture = read_picture(path, s.size)
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
         return Done(job.source, 0, 0, time.process_time() - began, workers.reason(error))
-    key, written, failures = key_of(s.seed, job.source), 0, []
+    key, made, written, failures = key_of(s.seed, job.source), 0, 0, []
     for name, severity in job.variants:
         try:
             corrupted = corrupt(picture, name, severity, key)
-        except MemoryError:
-            raise
         except Exception as error:  # a picture of a few pixels, which pixelate reduces to none
             failures.append(f"{name} {severity}: {workers.reason(error)}")
+            if isinstance(error, MemoryError):
+                break
             continue
         encoded = BytesIO()
         if s.format == "png":
@@ -167,10 +164,8 @@ def do(job: Job) -> Done:
         else:
             Image.fromarray(corrupted).save(encoded, "JPEG", quality=JPEG_QUALITY, optimize=True)
         workers.write(os.path.join(s.out, name, str(severity), job.target), encoded.getbuffer())
-        written += encoded.tell()
-    return Done(
-        job.source, len(job.variants) - len(failures), written, time.process_time() - began, "; ".join(failures)
-    )
+        made, written = made + 1, written + encoded.tell()
+    return Done(job.source, made, written, time.process_time() - began, "; ".join(failures))
 
 
 # -------------------------------------------------------------------------------------------------------------- the tree
@@ -312,7 +307,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
 
     bar, failures, made, size, seconds = workers.Rate("corrupting", missing, "files"), {}, 0, 0, 0.0
     try:
-        for job_done in workers.in_processes(do, jobs, processes):
+        for job_done in workers.in_processes(do, jobs, processes, names=lambda job: [job.source]):
             made, size, seconds = made + job_done.files, size + job_done.bytes, seconds + job_done.seconds
             bar.add(job_done.files)
             if job_done.failure:
@@ -337,7 +332,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
 
 
 def _say_if_enlarged(path: str, size: int) -> None:
-    with contextlib.suppress(Exception), Image.open(path) as image:
+    with contextlib.suppress(Exception), Image.open(workers.read(path)) as image:
         if min(image.size) < size // 2:
             print(
                 f"note: pictures such as this one, {image.width} x {image.height}, are enlarged to {size}; "

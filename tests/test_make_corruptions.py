@@ -15,7 +15,7 @@ from PIL import Image
 
 from common import UsageError, UserError
 from nonsem_neg import eval_robustness
-from preprocess import corruptions, make_corruptions
+from preprocess import corruptions, make_corruptions, workers
 
 SCRIPT = "preprocess/make_corruptions.py"
 FEW = ["--corruptions", "gaussian_noise", "impulse_noise", "contrast", "--severities", "1", "5"]
@@ -289,6 +289,47 @@ def test_unreadable_pictures_are_skipped_listed_and_exit_with_1(tree, tmp_path):
     (tree / "val" / "fish" / "f.png").write_bytes(whole)
     make(tree, out, *FEW)  # repaired: only these are made, and the list is gone
     assert len(files(out)) == 4 * 6 and not (out / "failed.txt").exists()
+
+
+def test_only_regular_files_are_read(tree, tmp_path):
+    """A FIFO would be waited for. `workers.read` sees to what became one after the listing."""
+    bird = tree / "val" / "bird"
+    os.mkfifo(bird / "pipe.png")
+    (bird / "zero.jpg").symlink_to("/dev/zero")
+    (bird / "linked.png").symlink_to(tree / "val" / "fish" / "f.png")
+    flags = ["--size", "0", "--format", "png", "--workers", "1"]
+    run_script(SCRIPT, tree, tmp_path / "C", *FEW, *flags, timeout=60)
+    made = {name.split("/", 2)[2] for name in files(tmp_path / "C")}
+    assert made == {"bird/b0.png", "bird/b1.png", "bird/b2.png", "bird/linked.png", "fish/f.png"}
+    for name in ("pipe.png", "zero.jpg"):
+        with pytest.raises(OSError, match="not a regular file"):
+            make_corruptions.read_picture(str(bird / name), 0)
+
+
+def test_a_picture_too_large_for_the_memory_is_named(tree, tmp_path, monkeypatch):
+    def read(path, read=workers.read):
+        if path.endswith("b1.JPEG"):
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(workers, "read", read)
+    with pytest.raises(UserError, match="1 of 4 pictures failed.* bird/b1.JPEG: too large for the memory"):
+        make(tree, tmp_path / "C", *FEW)
+    assert len(files(tmp_path / "C")) == 3 * 6
+
+    def corrupt(picture, name, severity, key, corrupt=corruptions.corrupt):
+        if name == "contrast" and severity == 5:
+            raise MemoryError
+        return corrupt(picture, name, severity, key)
+
+    monkeypatch.setattr(make_corruptions, "corrupt", corrupt)
+    with pytest.raises(UserError, match="bird/b0.JPEG: contrast 5: too large for the memory"):
+        make(tree, tmp_path / "D", *FEW)
+
+
+def test_a_worker_that_dies_names_what_it_worked_on():
+    with pytest.raises(UserError, match=r"worker process died .*at work on picture 3(, picture 3)?; try again"):
+        list(workers.in_processes(os._exit, [3, 3], 2, names=lambda job: [f"picture {job}"]))
 
 
 def test_a_picture_too_small_for_one_corruption_gets_the_others(tmp_path):

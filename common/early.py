@@ -33,10 +33,11 @@ def answer(name: str) -> None:
     ours = name in ("__main__", "__mp_main__")  # the second: in a process that multiprocessing starts
     if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
-    if name == "__main__" and "torch" not in sys.modules and hasattr(os, "fork"):
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if name == "__main__" and script and "torch" not in sys.modules and hasattr(os, "fork"):
         child = os.fork()
         if not child:
-            _read_command_line(sys.modules["__main__"].__file__)
+            _read_command_line(script)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code in (0, 1, 2):
             sys.exit(code)

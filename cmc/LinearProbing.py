@@ -14,6 +14,10 @@ from collections import OrderedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,14 +67,15 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/cmc_linear", help="the run gets a folder of its own in here")
+    options.add_name_argument(g)
     g.add_argument("--tb_path", help="TensorBoard events go below here; default: into the run folder")
     options.add_run_arguments(g, save_freq=5)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")
 
     options.add_hardware_arguments(parser, apex=True)
-    parser.refuse("never had an effect: TensorBoard gets a point every epoch", "tb_freq")
-    parser.refuse("never had an effect", "log")
-    parser.refuse("never had an effect: the classifier is trained by SGD", "beta1", "beta2")
+    parser.ignore("TensorBoard gets a point every epoch", "tb_freq")
+    parser.ignore("nothing reads it", "log")
+    parser.ignore("the classifier is trained by SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
 
     options.check(args)
@@ -188,9 +193,10 @@ def worker(args, process: processes.Process) -> None:
     demo.ensure_for(args, process)
     saved = read_backbone(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved.path))))
-    events = os.path.join(args.tb_path, name) if args.tb_path else True
+    folder = options.run_folder(args, args.save_path, name)
+    events = os.path.join(args.tb_path, os.path.basename(folder)) if args.tb_path else True
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", tensorboard=events, by_epoch=True)
-    with loop.Job(args, process, os.path.join(args.save_path, name), **files) as job:
+    with loop.Job(args, process, folder, **files) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
         network = build_network(saved, args, process)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from common import processes
+from common import early, processes
 
 OnOff = argparse.BooleanOptionalAction
 
@@ -23,24 +23,26 @@ class Parser(argparse.ArgumentParser):
     - `presets` ({name: {flag: value}}) are defaults only: whatever is typed on the command line wins. The flag `--demo`
       selects the preset "demo", `--preset NAME` another one; the demo wins over that where both set a flag.
 
-    What it returns also says `typed` (the names of the flags that were given) and `defaults` (their published values).
+    What it returns also says `typed`: the names of the flags that were given.
     """
 
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
         formatter = functools.partial(_HelpFormatter, max_help_position=30, width=110)
         super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
         self.presets = presets or {}
-        self._refused: dict[str, str] = {}
+        self._ignored: dict[str, tuple[str, str]] = {}  # by name in the namespace: flag, reason
         if named := [name for name in self.presets if name != "demo"]:
             self.add_argument("--preset", choices=named, help="set the flags of a recipe; what is typed wins")
         if "demo" in self.presets:
             self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
 
-    def refuse(self, reason: str, *flags: str) -> None:
-        """Published flags that do nothing there and are not taken here: typing one is an error that says why."""
+    def ignore(self, reason: str, *flags: str) -> None:
+        """Published flags that did nothing there and do nothing here: taken, so that a published command runs as printed,
+        and left out of what `parse_args` returns; one note names those that were typed."""
         for flag in flags:
-            self.add_argument(f"--{flag}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-            self._refused[flag] = reason
+            hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            action = self.add_argument(f"--{flag}", nargs="?", const=True, **hidden)
+            self._ignored[action.dest] = f"--{flag}", reason
 
     def parse_args(self, args=None, namespace=None):
         argv = [self._spelling(a) for a in (sys.argv[1:] if args is None else list(args))]
@@ -58,10 +60,19 @@ class Parser(argparse.ArgumentParser):
         unset = object()
         typed = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
         parsed.typed = {name for name, value in vars(typed).items() if value is not unset}
-        parsed.defaults = defaults
-        for flag in parsed.typed & self._refused.keys():
-            self.error(f"--{flag} {self._refused[flag]}; omit it")
+        self._forget_ignored(parsed)
         return parsed
+
+    def _forget_ignored(self, parsed) -> None:
+        flags: dict[str, list[str]] = {}
+        for name in [name for name in self._ignored if name in parsed.typed]:
+            delattr(parsed, name)
+            parsed.typed.remove(name)
+            flag, reason = self._ignored[name]
+            flags.setdefault(reason, []).append(flag)
+        if flags and not int(os.environ.get("RANK", 0)):
+            named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in flags.items())
+            print(f"note: without effect, as in the published code: {named}", file=sys.stderr)
 
     def _spelling(self, token: str) -> str:
         flag, equals, value = token.partition("=")
@@ -87,7 +98,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def flags(args) -> dict:
     """The flags as a plain dict, for config.json and checkpoints."""
-    return {k: v for k, v in vars(args).items() if k not in ("typed", "defaults")}
+    return {k: v for k, v in vars(args).items() if k != "typed"}
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: the name of one folder, not a path."""
+    if text in ("", ".", "..") or os.path.basename(text) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder, without {os.sep}")
+    return text
 
 
 def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf):
@@ -116,6 +134,7 @@ share = number(float, above=0, most=1)
 
 def run(main) -> None:
     """Run `main()` as a program: an error that the user can put right becomes one line on stderr and its exit code."""
+    early.over()
     try:
         main()
     except KeyboardInterrupt:

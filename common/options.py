@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from common import UsageError, cli, data, processes, sets
 
 
@@ -44,6 +46,18 @@ def add_run_arguments(group, save_freq: int | None = 10) -> None:
     group.add_argument("--seed", type=cli.seed, help="seed of everything random; drawn and recorded if not given")
 
 
+def add_name_argument(group, default: str = "as published, and the seed where one is typed") -> None:
+    """--name: of the run's folder, below the folder that the published flag gives."""
+    group.add_argument("--name", type=cli.folder_name, help=f"of the run's folder in there; default: {default}")
+
+
+def run_folder(args, parent: str, published: str) -> str:
+    """PARENT/NAME as --name says; else the published name, and the seed where one is typed: an array of jobs over seeds
+    has a folder for each."""
+    seed = f"_seed_{args.seed}" if "seed" in args.typed else ""
+    return os.path.join(parent, args.name or published + seed)
+
+
 def add_monitor_arguments(group) -> None:
     """Looking at a pre-training: k-NN of its features, a sheet of its views."""
     group.add_argument("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
@@ -76,7 +90,7 @@ def check(args) -> None:
     if "amp_backend" in args.typed and not args.amp:  # a lone --opt-level is passed over, as published
         raise UsageError(f"--amp-backend {args.amp_backend} belongs to --amp; add that, or omit it")
     own_folder = next(flag for flag in ("save_path", "ckpt_path", "model_path") if flag in vars(args))
-    if args.demo and own_folder not in args.typed and not args.resume:
+    if args.demo and not args.typed & {own_folder, "name"} and not args.resume:
         args.overwrite = True
 
 

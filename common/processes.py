@@ -71,6 +71,10 @@ def launch(worker, args) -> None:
             "with `srun torchrun ...` (README.md has the sbatch file)"
         )
     else:
+        gpus = 0 if args.device == "cpu" or args.gpu is not None else torch.cuda.device_count()
+        if gpus > 1:  # the published scripts that took one process put it on all of them
+            everywhere = "--multiprocessing-distributed --world-size 1 --rank 0"
+            print(f"note: one process uses one GPU, of the {gpus} that are visible; {everywhere} uses all", flush=True)
         _join(worker, args, 0, 1, args.gpu or 0, None)
 
 

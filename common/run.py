@@ -154,9 +154,9 @@ class Run:
         versions = [f"{name} {config[name.lower()] or '-'}" for name in ("Python", "torch", "torchvision", "CUDA")]
         self.say(f"command  {self.command}\ncode     {', '.join([config['commit'], *versions])}")
         self.say(f"machine  {config['device']}; {kind} x {process.world_size}{threads}")
-        options, default = sorted(config["options"].items()), getattr(args, "defaults", {})
-        self.say(_wrap("options", [f"{'*' if v != default.get(k, v) else ''}{k}={v}" for k, v in options]))
-        self.say(f"         (* differs from the default)\nfolder   {self.folder}")
+        options, typed = sorted(config["options"].items()), getattr(args, "typed", ())
+        self.say(_wrap("options", [f"{'*' * (k in typed)}{k}={v}" for k, v in options]))
+        self.say(f"         (* given on the command line)\nfolder   {self.folder}")
 
     def say(self, text: str) -> None:
         """Print a line, once per job."""

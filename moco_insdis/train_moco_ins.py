@@ -17,6 +17,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -96,12 +100,13 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("run")
     g.add_argument("--model_path", default="./runs/moco_insdis", help="the run gets a folder of its own in here")
+    options.add_name_argument(g)
     g.add_argument("--tb_path", help="TensorBoard events go below here; default: into the run folder")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g)
     options.add_hardware_arguments(parser, apex=True, compile=True)
-    parser.refuse("never had an effect: TensorBoard gets a point every --print_freq steps", "tb_freq")
-    parser.refuse("never had an effect in pre-training, which uses SGD", "beta1", "beta2")
+    parser.ignore("TensorBoard gets a point every --print_freq steps", "tb_freq")
+    parser.ignore("pre-training uses SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
 
     options.check(args)
@@ -124,7 +129,7 @@ def parse_args(argv=None):
         args.softmax = False  # whatever the preset says
     if args.softmax and "nce_z" in args.typed:
         raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two")
-    args.folder = os.path.join(args.model_path, run_name(args))
+    args.folder = options.run_folder(args, args.model_path, run_name(args))
     return args
 
 
@@ -278,7 +283,7 @@ def learning_rate(args, epoch: int, part: float) -> float:
 
 def worker(args, process: processes.Process) -> None:
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("model",))
-    events = os.path.join(args.tb_path, run_name(args)) if args.tb_path else True
+    events = os.path.join(args.tb_path, os.path.basename(args.folder)) if args.tb_path else True
     with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
         if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
             raise UsageError("--syncBN: PyTorch synchronises batch-norm between GPUs only; omit it on CPUs")

@@ -6,7 +6,6 @@
 Every step is a command that is printed and that can be run by hand. Steps whose result is there already are skipped.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -17,6 +16,10 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 from common import UserError, cli
 from common.run import clock
@@ -37,7 +40,7 @@ the gain is: 138 training steps are the beginning of a training. RESULTS.md has 
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/demo", help="run folders")
     parser.add_argument("--data", default="data/demo", help="the built-in pictures; made if missing")
     parser.add_argument("--epochs", type=int, default=None, help="pre-training epochs; default: the demo preset's")

@@ -14,6 +14,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
 import torch
 from torch import nn
 
@@ -69,12 +73,15 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/lincls", help="run folder: checkpoints, logs, result.json")
+    options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("-e", "--evaluate", action="store_true", help="only evaluate the classifier that --resume names")
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
 
     options.check(args)
+    if args.name:
+        args.ckpt_path = os.path.join(args.ckpt_path, args.name)
     if args.data is None:
         raise UsageError(
             "no data: give the root of an ImageFolder tree (train/ and val/), or --demo for built-in pictures"

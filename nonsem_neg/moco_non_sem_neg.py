@@ -11,11 +11,14 @@ A minute on a laptop, and the paper's run (one process per GPU; omit the last li
         --multiprocessing-distributed --world-size 1 --rank 0
 """
 
-import argparse
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +97,6 @@ def parse_args(argv=None):
     g.add_argument("--patch-ratio", "--patch-range", **sides)
     about = "also draw the last offset, which the paper's code never does"
     g.add_argument("--patch-inclusive", action="store_true", help=about)
-    g.add_argument("--patch-size", type=int, help=argparse.SUPPRESS)  # published, and dead there too
     g.add_argument("--patch-turn", action="store_true", help="mirror and rotate every patch by chance")
     about = "key batch-norm of non-semantic images: batch statistics, as published, or running ones"
     g.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=about)
@@ -115,14 +117,16 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
+    options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g)
     options.add_hardware_arguments(parser, compile=True)
+    parser.ignore("the side comes from --patch-ratio", "patch-size")
     args = parser.parse_args(argv)
 
     options.check(args)
-    if "patch_size" in args.typed:
-        print("note: --patch-size never had an effect, the side comes from --patch-ratio", file=sys.stderr)
+    if args.name:
+        args.ckpt_path = os.path.join(args.ckpt_path, args.name)
     if args.data is None:
         raise UsageError(
             "no data: give the root of an ImageFolder tree (train/CLASS/*), or --demo for built-in pictures"
@@ -137,6 +141,8 @@ def parse_args(argv=None):
         raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1")
     if args.robust == "texture" and not args.texture_root:  # DATA is the texture tree, as published
         args.texture_root, args.data = args.data, str(textures.original_root_of(args.data))
+    if args.robust == "texture":
+        textures.check_roots(args.data, args.texture_root, args.dataset)
     if args.robust == "patch" and args.num_nonsem:
         try:
             check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)

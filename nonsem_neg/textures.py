@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common import UsageError
-from common.sets import FolderSet, few, pictures_below
+from common import UsageError, printable
+from common.sets import TORCHVISION_SETS, FolderSet, few, pictures_below
 
 PATCH_PREFIXES = ("texture1_", "texture2_")  # temporary patches that an interrupted texture synthesis leaves behind
 
@@ -17,6 +17,28 @@ def original_root_of(texture_root: str | Path) -> Path:
     if "-texture" not in text:
         raise UsageError(f"{text}: no '-texture' in the path to derive the originals' folder from: name both folders")
     return Path(text.replace("-texture", ""))
+
+
+def check_roots(data_root: str | Path, texture_root: str | Path, dataset: str) -> None:
+    """UsageError where these cannot be paired: no class folders, or one folder twice: pictures as their own textures."""
+    if dataset in ("packed", *TORCHVISION_SETS):
+        raise UsageError(
+            f"--robust texture does not support --dataset {dataset}: pictures and textures are paired by the names of their "
+            "files: give both as trees of class folders"
+        )
+    for below in ("", "train"):
+        if _same(os.path.join(data_root, below), os.path.join(texture_root, below)):
+            raise UsageError(
+                f"the textures in {printable(texture_root)} are the pictures in {printable(data_root)}, one and the same "
+                "folder: name the tree of their textures with --texture-root"
+            )
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is not there: what it lacks is said later
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def pair_by_path(

@@ -31,10 +31,11 @@ from common import UsageError, UserError, processes
 from common.checkpoint import replacing
 from common.run import only_writer
 from preprocess import demo_shapes
+from preprocess.corruptions import CORRUPTIONS, corrupt
 from preprocess.demo_shapes import CLASSES
 from preprocess.workers import Rate, default_workers, in_processes
 
-FORMAT = 1  # raise it when the same settings give other pictures
+FORMAT = 2  # raise it when the same settings give other pictures
 DEFAULTS = {
     "seed": 0,
     "size": 64,  # side of the pictures in pixels
@@ -45,17 +46,7 @@ DEFAULTS = {
     "texture": False,  # also make the tree OUT-texture
 }
 SETS = ("train", "val", "corruption", "sketch", "stylized", "rendition")
-CORRUPTIONS = (
-    *("gaussian_noise", "shot_noise", "impulse_noise"),
-    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness"),
-    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-)
-# The strengths of these are lengths in pixels of a 224-pixel picture: a defocus of radius 10 would wipe out a 64-pixel
-# one. They are applied to the picture enlarged to 224 pixels, which is then reduced again. (glass_blur is one of them
-# too, but it loops over pixels in Python, 0.1 to 0.2 s at 224: it is applied at the picture's own size.)
-CORRUPTED_AT_224 = ("defocus_blur", "motion_blur", "snow", "frost", "elastic_transform")
-_STREAMS = {"train": 0, "val": 1, "sketch": 2, "stylized": 3, "corruption": 4, "texture": 5}
+_STREAMS = {"train": 0, "val": 1, "sketch": 2, "stylized": 3, "texture": 5}
 _MARK, _UNFINISHED = "demo.json", "demo.json.partial"
 
 
@@ -83,43 +74,6 @@ def render(seed, split, shape, index, size):
     if split == "rendition":
         return demo_shapes.render_rendition(drawn, size)
     return demo_shapes.render_textured(drawn, size)
-
-
-@contextlib.contextmanager
-def _seeded(module, seed):
-    """Make the corruptions in `module` draw from `seed`, and leave NumPy's global generator as it was.
-
-    They draw from that generator, except impulse noise, whose `random_noise` (scikit-image) makes a fresh unseeded one
-    unless it is handed one: while this lasts, it is handed one.
-    """
-    state, random_noise = np.random.get_state(), getattr(module, "random_noise", None)
-    np.random.seed(seed)
-    if random_noise is not None:
-        module.random_noise = functools.partial(random_noise, rng=np.random.default_rng(int(seed)))
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-        if random_noise is not None:
-            module.random_noise = random_noise
-
-
-def corrupt(picture, name, severity, key):
-    """`picture` (H, W, 3) uint8 under one of CORRUPTIONS at severity 1 to 5; same `key` (ints >= 0), same result."""
-    from corrupt_tta import corruptions  # OpenCV and scikit-image: a second to import
-
-    size = picture.shape[1], picture.shape[0]
-    scaled = name in CORRUPTED_AT_224 and max(size) < 224
-    if scaled:
-        big = tuple(round(side * 224 / max(size)) for side in size)
-        picture = np.asarray(Image.fromarray(picture).resize(big, Image.Resampling.BICUBIC))
-    entropy = np.random.SeedSequence([*key, _STREAMS["corruption"], CORRUPTIONS.index(name), severity])
-    with _seeded(corruptions, entropy.generate_state(1)[0]):
-        corrupted = np.asarray(getattr(corruptions, name)(picture, severity), dtype=np.float64)
-    corrupted = np.clip(np.rint(corrupted), 0, 255).astype(np.uint8)
-    if scaled:
-        corrupted = np.asarray(Image.fromarray(corrupted).resize(size, Image.Resampling.BOX))
-    return corrupted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
 from common import UsageError, UserError, cli, printable, processes, sets
 from common.run import only_writer
 from common.sets import FolderSet

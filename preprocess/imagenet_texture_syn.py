@@ -5,7 +5,11 @@
 
 For every picture A/train/<class>/<name>.JPEG a texture B/train/<class>/<name>.png of 224 x 224 pixels, made of two of its
 patches of 96 x 96: the centre and a random one (Ge et al., arXiv:2110.14189). Training pairs the two trees by class and name;
-call B what A is called plus "-texture", and it finds A by itself. Engines:
+call B what A is called plus "-texture", and it finds A by itself.
+
+A picture with a side below 224 is enlarged to it first: patches and blocks keep their proportion to it, else they would hold
+the whole object. (The published script takes 96 pixels of any picture; --patch 96 does so here.) With --size below 224
+everything is that much smaller: --size 32 makes textures of 32-pixel pictures pixel by pixel, from patches of 14. Engines:
 
 mrs     multiresolution stochastic synthesis, the method of the published textures and closest to their look: every pixel is
         an exact copy of one of the patches (preprocess/texture_mrs.py). The original's settings, but only the most promising
@@ -31,6 +35,10 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 import json
 import multiprocessing
@@ -59,6 +67,7 @@ ENGINES = ("mrs", "quilt", "embark")
 BINARY, SOURCE = "texture-synthesis", "https://github.com/EmbarkStudios/texture-synthesis"
 BATCH = {"cpu": {"mrs": 1, "quilt": 8, "embark": 1}, "cuda": {"mrs": 64, "quilt": 64, "embark": 1}}
 PER_START = {"mrs": 2, "quilt": 50, "embark": 1}  # pictures made in the time that a process takes to start
+SIDE, PATCH, BLOCK, OVERLAP = 224, 96, 34, 6  # of pictures and textures, and of what textures are made of, as published
 LOSSLESS_EFFORT = 3  # zlib level of the PNG files
 PRESETS = {
     "demo": dict(imagenet_path="data/demo", imagenet_t_path="runs/demo-texture", engine="quilt", limit=40, workers=1)
@@ -83,7 +92,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("texture")
     g.add_argument("--engine", choices=ENGINES, default="mrs")
     g.add_argument("--size", type=cli.positive_int, default=224, help="side of the textures, pixels")
-    g.add_argument("--patch", type=cli.positive_int, default=96, help="side of the two patches, pixels")
+    about = f"side of the two patches, pixels of the picture as it is (default {PATCH} of {SIDE}, in proportion)"
+    g.add_argument("--patch", type=cli.positive_int, metavar="P", help=about)
     g.add_argument("--seed", type=cli.count, default=0)
     mrs = texture_mrs.Options()
     g = parser.add_argument_group("texture, engines mrs and embark")
@@ -107,10 +117,11 @@ def parse_args(argv=None):
         metavar="N",
         help="nearest neighbours on which that shortlist is chosen",
     )
-    quilt = texture_quilt.Options()
     g = parser.add_argument_group("texture, engine quilt")
-    g.add_argument("--block", type=cli.positive_int, default=quilt.block, help="side of a block, pixels")
-    g.add_argument("--overlap", type=cli.positive_int, default=quilt.overlap, help="overlap of blocks, pixels")
+    about = f"pixels (default {BLOCK} for patches of {PATCH}, in proportion)"
+    g.add_argument("--block", type=cli.positive_int, metavar="P", help="side of a block, " + about)
+    about = f"pixels (default {OVERLAP} for blocks of {BLOCK}, in proportion)"
+    g.add_argument("--overlap", type=cli.positive_int, metavar="P", help="overlap of blocks, " + about)
     g = parser.add_argument_group("run")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
     g.add_argument(
@@ -131,6 +142,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.imagenet_path or not (args.imagenet_t_path or args.sheet):
         raise UsageError("give --imagenet_path A (train/CLASS/*) and --imagenet_t_path B (a tree to make), or --demo")
+    args.in_proportion = args.patch is None
+    if args.in_proportion:
+        args.patch = max(2, round(PATCH * min(args.size, SIDE) / SIDE))
+    if args.block is None:
+        args.block = max(min(2, args.patch), round(BLOCK * args.patch / PATCH))
+    if args.overlap is None:
+        args.overlap = max(1, round(OVERLAP * args.block / BLOCK))
     if args.patch < args.block and (args.engine == "quilt" or args.sheet):
         raise UsageError(f"--patch {args.patch} is smaller than a block: --block is {args.block}")
     if 2 * args.overlap > args.block:
@@ -157,10 +175,21 @@ class Settings:
 
     engine: str
     size: int
-    patch: int
+    patch: int  # side, pixels of a picture that was enlarged or reduced: see `scale`
     seed: int
     mrs: texture_mrs.Options
     quilt: texture_quilt.Options
+    in_proportion: bool = False
+
+    def scale(self, side: int) -> float:
+        """By how much a picture with this shorter side is enlarged before patches are cut, pixels.
+
+        In proportion: as if it had at least 224 pixels, and the texture were made at 224 and then reduced to a smaller
+        `size`. Else only as much as a patch needs.
+        """
+        if self.in_proportion:
+            return max(min(self.size, SIDE) / min(side, SIDE), self.patch / side)
+        return max(1.0, self.patch / side)
 
     def recorded(self) -> dict:
         """The part of it that matters to the engine, for B/textures.json."""
@@ -168,7 +197,7 @@ class Settings:
         if self.engine == "embark":
             del own["shortlist"], own["glance"]
         common = {name: getattr(self, name) for name in ("engine", "size", "patch", "seed")}
-        return {"format": FORMAT, **common, **own}
+        return {"format": FORMAT, **common, **own, **({"in_proportion": True} if self.in_proportion else {})}
 
 
 class EngineError(Exception):
@@ -278,8 +307,7 @@ def draws_of(name: str, seed: int) -> tuple[int, int, int]:
 
 def read_rgb(path: str) -> Image.Image:
     """The picture as RGB of 8 bits. Raises whatever Pillow raises on damaged files."""
-    with open(path, "rb") as file:
-        image = Image.open(BytesIO(file.read()))
+    image = Image.open(workers.read(path))
     if image.mode.startswith(("I", "F")):  # 16 bits: Pillow would cut, not scale
         values = np.asarray(image).astype(np.float64)
         top = 65535 if values.max() > 255 else 255
@@ -287,12 +315,12 @@ def read_rgb(path: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def patches_of(picture: Image.Image, patch: int, down: int, right: int) -> torch.Tensor:
+def patches_of(picture: Image.Image, patch: int, down: int, right: int, scale: float | None = None) -> torch.Tensor:
     """uint8 (2, 3, patch, patch): the centre, and the patch at down and right modulo the places there are.
 
-    A picture with a side below `patch` is enlarged to it first (only what the patches need of it).
+    scale: by how much the picture is enlarged first (only what the patches need of it); by default as much as they need.
     """
-    scale = max(1.0, patch / min(picture.size))
+    scale = max(1.0, patch / min(picture.size)) if scale is None else scale
     width, height = (max(patch, round(side * scale)) for side in picture.size)
     places = [((width - patch) // 2, (height - patch) // 2), (right % (width - patch + 1), down % (height - patch + 1))]
     cut = []
@@ -316,9 +344,8 @@ def load(settings: Settings, job: Job) -> tuple[torch.Tensor, int] | Done:
     """(patches, seed) of a picture, or what went wrong."""
     seed, down, right = draws_of(job.name, settings.seed)
     try:
-        return patches_of(read_rgb(job.source), settings.patch, down, right), seed
-    except MemoryError:
-        raise
+        picture = read_rgb(job.source)
+        return patches_of(picture, settings.patch, down, right, settings.scale(min(picture.size))), seed
     except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
         return Done(job.name, workers.reason(error))
 
@@ -496,10 +523,13 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
         f"{where}",
         flush=True,
     )
+    _warn_of_small([job.source for job in todo], settings)
     if device == "cuda":
         work = in_threads(settings, batches, device, processes)
     else:
-        work = workers.in_processes(functools.partial(do, settings), batches, min(processes, max(1, len(batches))))
+        count = min(processes, max(1, len(batches)))
+        make = functools.partial(do, settings)
+        work = workers.in_processes(make, batches, count, names=lambda jobs: [job.name for job in jobs])
 
     bar, made = workers.Rate("textures", len(todo), "pictures"), 0
     try:
@@ -526,6 +556,21 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
         raise UserError(f"{len(failures)} pictures failed, listed in {listing}; the first: {printable(name)}: {reason}")
 
 
+def _warn_of_small(paths: list[str], settings: Settings, looked_at: int = 20) -> None:
+    """Say so where one of some pictures, evenly taken, is smaller than the published patches."""
+    for path in paths[:: max(1, len(paths) // looked_at)]:
+        with contextlib.suppress(Exception), Image.open(workers.read(path)) as image:
+            if (side := min(image.size)) < PATCH:
+                print(
+                    f"warning: pictures below {PATCH} pixels, such as {printable(path)} ({image.width} x {image.height}): "
+                    f"a patch is {settings.patch / settings.scale(side):.0f} of its pixels, and textures of so few may "
+                    "show pieces of the object: look at some with --sheet FILE.png",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
+
+
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c():
     if threading.current_thread() is not threading.main_thread():
@@ -546,6 +591,7 @@ def make_sheet(args, splits: list[sets.FolderSet], device: str, most: int = 20, 
     jobs, _ = list_jobs(Path(args.imagenet_path), splits, Path("unused"))
     jobs = jobs[: args.limit]
     jobs = [jobs[i * len(jobs) // min(most, len(jobs))] for i in range(min(most, len(jobs)))]
+    _warn_of_small([job.source for job in jobs], settings_of(args))
     engines = [e for e in ENGINES if e != "embark" or shutil.which(BINARY)]
     shown = []
     for job in jobs:
@@ -595,6 +641,7 @@ def settings_of(args, engine: str | None = None) -> Settings:
         args.seed,
         texture_mrs.Options(**mrs),
         texture_quilt.Options(block=args.block, overlap=args.overlap),
+        args.in_proportion,
     )
 
 

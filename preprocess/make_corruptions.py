@@ -6,12 +6,11 @@
 TREE is a root, whose val/ (else test/, validation/) is taken, or a folder of class folders such as a val/ itself. Written
 are OUT/<corruption>/<severity>/<class>/<name>, what `eval_robustness.py --corruption OUT` reads. As ImageNet-C was made:
 pictures are resized to 256 and centre-cropped to 224 first, and saved as JPEG of quality 85. --size 0 leaves them as they
-are, for sets of small pictures; strengths that are lengths in pixels then go with the picture (preprocess/demo.py).
+are, for sets of small pictures; strengths that are lengths in pixels then go with the picture.
 
-The corruptions are those of the package corrupt-tta: the formulas and strengths of Hendrycks & Dietterich (2019) on
-today's libraries, not the pixels of the published files. Its motion blur and snow draw their streaks with OpenCV instead
-of ImageMagick, and its glass blur goes through the picture in another order. A number to stand beside a published one
-needs the published files; a comparison of models on one set of pictures does not.
+The corruptions have the strengths and operations of Hendrycks & Dietterich (2019) on today's libraries, not the pixels of
+the published files (preprocess/corruptions.py; preprocess/README.md lists what differs). A number to stand beside a
+published one needs the published files; a comparison of models on one set of pictures does not.
 
 Each file depends on the seed, its class and name, the corruption and the severity, and on nothing else: reruns, any number
 of --workers and any --shard give the same bytes. Files that are there are left alone, so the same command goes on where
@@ -22,12 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 import json
 import time
@@ -46,8 +48,9 @@ from torchvision import transforms
 from common import UsageError, UserError, cli, options, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
+from preprocess.corruptions import CORRUPTIONS, corrupt
 
-FORMAT = 1  # raise it when the same settings give other pictures
+FORMAT = 2  # raise it when the same settings give other pictures
 ENDINGS = {"jpeg": (".JPEG", (".jpeg", ".jpg")), "png": (".png", (".png",))}  # what is written, what may stay
 JPEG_QUALITY = 85  # ImageNet-C's
 PRESETS = {
@@ -67,9 +70,9 @@ def parse_args(argv=None):
         "--corruptions",
         nargs="+",
         metavar="NAME",
-        choices=demo.CORRUPTIONS,
-        default=list(demo.CORRUPTIONS),
-        help="of " + ", ".join(demo.CORRUPTIONS) + " (default all)",
+        choices=CORRUPTIONS,
+        default=list(CORRUPTIONS),
+        help="of " + ", ".join(CORRUPTIONS) + " (default all)",
     )
     g.add_argument("--severities", nargs="+", type=int, metavar="1-5", choices=range(1, 6), default=[1, 2, 3, 4, 5])
     g.add_argument(
@@ -96,91 +99,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.tree or not args.out:
         raise UsageError("give TREE (pictures in class folders) and OUT (a folder to make), or --demo")
-    args.corruptions = [name for name in demo.CORRUPTIONS if name in args.corruptions]
+    args.corruptions = [name for name in CORRUPTIONS if name in args.corruptions]
     args.severities = sorted(set(args.severities))
     return args
-
-
-# ------------------------------------------------------------------------------------------------------- the corruptions
-
-
-def _glass_blur(sigma_delta_rounds, gaussian, x, severity=1):
-    """corrupt-tta's glass blur, its swaps done on a list of indices instead of on pixels: seven times as fast."""
-    sigma, delta, rounds = sigma_delta_rounds[severity - 1]
-    x = np.uint8(gaussian(np.array(x) / 255.0, sigma=sigma, channel_axis=-1) * 255)
-    height, width = x.shape[:2]
-    places = np.arange(height * width).reshape(height, width)
-    inside = slice(delta, height - delta), slice(delta, width - delta)
-    order = list(range(height * width))
-    for _ in range(rounds):
-        across = np.random.randint(-delta, delta, size=(height, width))
-        down = np.random.randint(-delta, delta, size=(height, width))
-        partners = places + down * width + across
-        for here, there in zip(places[inside].ravel().tolist(), partners[inside].ravel().tolist()):
-            order[here], order[there] = order[there], order[here]
-    x = x.reshape(-1, x.shape[-1])[order].reshape(x.shape)
-    return np.clip(gaussian(x / 255.0, sigma=sigma, channel_axis=-1), 0, 1) * 255
-
-
-def _clipped_zoom(zoom, image, factor):
-    """corrupt-tta's zoom into the middle, one channel at a time: half the interpolation, the same sums."""
-    shape = image.shape[:2]
-    kept = [int(np.ceil(side / factor)) for side in shape]
-    top, left = ((side - keep) // 2 for side, keep in zip(shape, kept))
-    part = image[top : top + kept[0], left : left + kept[1]]
-    big = np.stack(
-        [zoom(np.ascontiguousarray(part[..., c]), (factor, factor), order=1) for c in range(part.shape[-1])], -1
-    )
-    top, left = ((side - want) // 2 for side, want in zip(big.shape, shape))
-    return big[top : top + shape[0], left : left + shape[1]]
-
-
-@functools.cache
-def _replacements() -> dict:
-    """{name in corrupt_tta.corruptions: a faster function}, those that give the installed version's pixels to the bit."""
-    from corrupt_tta import corruptions
-    from scipy.ndimage import zoom
-    from skimage.filters import gaussian
-
-    faster = {
-        "glass_blur": functools.partial(
-            _glass_blur, [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)], gaussian
-        ),
-        "clipped_zoom": functools.partial(_clipped_zoom, zoom),
-    }
-    picture = np.random.default_rng(0).integers(0, 256, (25, 30, 3), dtype=np.uint8)
-    used_by = {"glass_blur": ("glass_blur",), "clipped_zoom": ("zoom_blur", "snow")}
-
-    def results(name):
-        return [demo.corrupt(picture, user, severity, (0,)) for user in used_by[name] for severity in range(1, 6)]
-
-    kept = {}
-    for name, function in faster.items():
-        before = results(name)
-        with _swapped(corruptions, {name: function}):
-            if all(np.array_equal(a, b) for a, b in zip(before, results(name))):
-                kept[name] = function
-    return kept
-
-
-@contextlib.contextmanager
-def _swapped(module, functions: dict):
-    before = {name: getattr(module, name) for name in functions}
-    for name, function in functions.items():
-        setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(module, name, function)
-
-
-def corrupt(picture: np.ndarray, name: str, severity: int, key: tuple[int, ...]) -> np.ndarray:
-    """`common.demo.corrupt`, the slow ones done faster: (H, W, 3) uint8, to the same."""
-    from corrupt_tta import corruptions
-
-    with _swapped(corruptions, _replacements()):
-        return demo.corrupt(picture, name, severity, key)
 
 
 def key_of(seed: int, relative: str) -> tuple[int, int]:
@@ -217,8 +138,7 @@ class Done(NamedTuple):
 
 def read_picture(path: str, size: int) -> np.ndarray:
     """(H, W, 3) uint8: resized and cropped as ImageNet-C's sources were, or as it is (size 0)."""
-    with open(path, "rb") as file:
-        image = Image.open(BytesIO(file.read())).convert("RGB")
+    image = Image.open(workers.read(path)).convert("RGB")
     if size:
         image = transforms.functional.resize(image, options.eval_resize(size))  # Pillow's bilinear filter
         image = transforms.functional.center_crop(image, size)
@@ -231,18 +151,16 @@ def do(job: Job) -> Done:
     path = os.path.join(s.root, job.source)
     try:
         picture = read_picture(path, s.size)
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
         return Done(job.source, 0, 0, time.process_time() - began, workers.reason(error))
-    key, written, failures = key_of(s.seed, job.source), 0, []
+    key, made, written, failures = key_of(s.seed, job.source), 0, 0, []
     for name, severity in job.variants:
         try:
             corrupted = corrupt(picture, name, severity, key)
-        except MemoryError:
-            raise
         except Exception as error:  # a picture of a few pixels, which pixelate reduces to none
             failures.append(f"{name} {severity}: {workers.reason(error)}")
+            if isinstance(error, MemoryError):
+                break
             continue
         encoded = BytesIO()
         if s.format == "png":
@@ -250,10 +168,8 @@ def do(job: Job) -> Done:
         else:
             Image.fromarray(corrupted).save(encoded, "JPEG", quality=JPEG_QUALITY, optimize=True)
         workers.write(os.path.join(s.out, name, str(severity), job.target), encoded.getbuffer())
-        written += encoded.tell()
-    return Done(
-        job.source, len(job.variants) - len(failures), written, time.process_time() - began, "; ".join(failures)
-    )
+        made, written = made + 1, written + encoded.tell()
+    return Done(job.source, made, written, time.process_time() - began, "; ".join(failures))
 
 
 # -------------------------------------------------------------------------------------------------------------- the tree
@@ -395,7 +311,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
 
     bar, failures, made, size, seconds = workers.Rate("corrupting", missing, "files"), {}, 0, 0, 0.0
     try:
-        for job_done in workers.in_processes(do, jobs, processes):
+        for job_done in workers.in_processes(do, jobs, processes, names=lambda job: [job.source]):
             made, size, seconds = made + job_done.files, size + job_done.bytes, seconds + job_done.seconds
             bar.add(job_done.files)
             if job_done.failure:
@@ -420,7 +336,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
 
 
 def _say_if_enlarged(path: str, size: int) -> None:
-    with contextlib.suppress(Exception), Image.open(path) as image:
+    with contextlib.suppress(Exception), Image.open(workers.read(path)) as image:
         if min(image.size) < size // 2:
             print(
                 f"note: pictures such as this one, {image.width} x {image.height}, are enlarged to {size}; "

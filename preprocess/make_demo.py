@@ -8,16 +8,19 @@ prints its table; after an interruption it starts over. preprocess/demo.py descr
 OUT-texture: a quick stand-in for texture synthesis, enough to try training with texture negatives.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
 from PIL import Image, ImageDraw
 
-from common import UserError
+from common import UserError, cli
 from common.checkpoint import replacing
 from preprocess import demo
 
@@ -25,24 +28,23 @@ LABEL_WIDTH = 76  # pixels left of the contact sheet's rows
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", metavar="OUT", help="folder to make: new, empty, or an earlier demo data set")
-
-    levels = " ".join(map(str, demo.DEFAULTS["severities"]))
-
-    def add(name, help, **options):  # every flag is also accepted with underscores
-        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), help=help, **options)
-
-    add("train-per-class", "train pictures of each of the 10 classes (%(default)s)", type=int, metavar="N")
-    add("val-per-class", "of val, sketch, stylized and rendition (%(default)s)", type=int, metavar="N")
-    add("corruption-per-class", "val pictures per class to corrupt (%(default)s)", type=int, metavar="N")
-    add("severities", f"of the corruptions ({levels}); empty: none", type=int, nargs="*", metavar="1-5")
-    add("size", "side of the pictures in pixels (%(default)s)", type=int, metavar="PIXELS")
-    add("seed", "another seed gives other pictures (%(default)s)", type=int)
-    add("texture", "also make OUT-texture: the texture of each train picture without its shape", action="store_true")
-    add("workers", "processes (one per core)", type=int, metavar="N")
-    add("force", "replace a demo data set that is complete, whatever its settings", action="store_true")
-    add("sheet", "also write a contact sheet, a row per set, to this file", metavar="PNG")
+    add, levels = parser.add_argument, " ".join(map(str, demo.DEFAULTS["severities"]))
+    add("--train-per-class", type=int, metavar="N", help="train pictures of each of the 10 classes")
+    add("--val-per-class", type=int, metavar="N", help="of val, sketch, stylized and rendition")
+    add("--corruption-per-class", type=int, metavar="N", help="val pictures per class to corrupt")
+    add("--severities", type=int, nargs="*", metavar="1-5", help=f"of the corruptions; default {levels}; empty: none")
+    add("--size", type=int, metavar="PIXELS", help="side of the pictures in pixels")
+    add("--seed", type=int, help="another seed gives other pictures")
+    add(
+        "--texture",
+        action="store_true",
+        help="also make OUT-texture: the texture of each train picture without its shape",
+    )
+    add("--workers", type=int, metavar="N", help="processes (one per core)")
+    add("--force", action="store_true", help="replace a demo data set that is complete, whatever its settings")
+    add("--sheet", metavar="PNG", help="also write a contact sheet, a row per set, to this file")
     parser.set_defaults(**demo.DEFAULTS)
     return parser.parse_args(argv)
 
@@ -98,7 +100,7 @@ def print_table(content):
     print(f"result: {total} files, made in {content['seconds']} s by {content['workers']} process(es)")
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     try:
@@ -110,17 +112,13 @@ def main(argv=None):
                 write_sheet(out, content, args.sheet)
             except OSError as error:
                 raise UserError(f"{error.filename or args.sheet}: {error.strerror or error}") from None
-    except UserError as error:
-        print(f"make_demo.py: error: {error}", file=sys.stderr)
-        return error.code
     except KeyboardInterrupt:
-        print("make_demo.py: interrupted; run it again to start over", file=sys.stderr)
-        return 130
+        print("\ninterrupted; run it again to start over", file=sys.stderr)
+        sys.exit(130)
     print_table(content)
     if args.sheet:
         print(f"contact sheet: {args.sheet}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

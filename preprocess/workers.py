@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
 import signal
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -22,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UsageError, UserError, processes, run
-from common.sets import SPLIT_NAMES
+from common.sets import SPLIT_NAMES, few
 
 STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
 
@@ -56,31 +59,35 @@ def one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def in_processes(function: Callable, jobs: Iterable, workers: int) -> Iterator:
+def in_processes(
+    function: Callable, jobs: Iterable, workers: int, names: Callable[..., list[str]] | None = None
+) -> Iterator:
     """function(job) of every job, as they are done, in any order. With one worker: in this process, in order.
 
     `function` and the jobs must pickle. An exception of `function` cancels what has not begun and is raised here.
-    Raises UserError where a process dies.
+    names: the pictures of a job, for the message of the UserError that is raised where a process dies.
     """
     if workers == 1:
         yield from map(function, jobs)
         return
     # spawn: safe in a program that has started threads, and the same on every system
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
-        waiting, jobs = set(), iter(jobs)
+        waiting, jobs = {}, iter(jobs)  # in the order of submission, which is that of the work
         try:
             while True:
                 for job in jobs:
-                    waiting.add(pool.submit(function, job))
+                    waiting[pool.submit(function, job)] = job
                     if len(waiting) >= 4 * workers:  # a million jobs are not pickled ahead
                         break
                 if not waiting:
                     return
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield future.result()
+                    del waiting[future]
         except BrokenProcessPool:
-            raise UserError("a worker process died (out of memory?); try again with fewer --workers") from None
+            lost = [job for future, job in waiting.items() if isinstance(future.exception(), BrokenProcessPool)]
+            at = f" at work on {few([name for job in lost[:workers] for name in names(job)])}" if names else ""
+            raise UserError(f"a worker process died (out of memory?){at}; try again with fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -166,8 +173,18 @@ def shard(text: str) -> tuple[int, int]:
 shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
 
 
+def read(path: str) -> BytesIO:
+    """The content of a file. Raises OSError, also where it is a FIFO, a socket or a device: reading them may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    with open(path, "rb") as file:
+        return BytesIO(file.read())
+
+
 def reason(error: Exception) -> str:
     """Why a picture failed, on one line."""
+    if isinstance(error, MemoryError):
+        return "too large for the memory (fewer --workers leave more of it)"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a picture"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -61,7 +61,7 @@ def evaluate(script, network, save_path, *flags):
 ])  # fmt: skip
 def test_a_published_checkpoint_is_evaluated(workspace, tmp_path, script, network, name, key):
     done, result = evaluate(script, network, tmp_path, "--cache-views", "1", "--save_freq", "2")
-    assert done.name == name
+    assert done.name == f"{name}_seed_0"  # typed
     assert {p.name for p in done.glob("*.pth")} == {key, "current.pth", "ckpt_epoch_2.pth"}
     best, last = checkpoint.load(done / key), checkpoint.load(done / "current.pth")
     assert {"opt", "epoch", "classifier", "best_acc1", "optimizer"} <= best.keys()

@@ -1,19 +1,21 @@
 """preprocess/make_corruptions.py: the tree it writes, that reruns and shards give the same bytes, and bad input."""
 
 import errno
+import functools
 import json
+import math
 import os
 import time
 
 import numpy as np
 import pytest
 from conftest import run_script
-from corrupt_tta import corruptions
+from corrupt_tta import corruptions as package
 from PIL import Image
 
 from common import UsageError, UserError
 from nonsem_neg import eval_robustness
-from preprocess import demo, make_corruptions
+from preprocess import corruptions, make_corruptions, workers
 
 SCRIPT = "preprocess/make_corruptions.py"
 FEW = ["--corruptions", "gaussian_noise", "impulse_noise", "contrast", "--severities", "1", "5"]
@@ -57,7 +59,7 @@ def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
     make(tree, out, "--limit", "1", "--severities", "2", size=32)
     names = sorted(p.name for p in out.iterdir())
     assert names == sorted([*eval_robustness.CORRUPTIONS, "corruptions.json"])
-    assert set(files(out)) == {f"{c}/2/{p}" for c in demo.CORRUPTIONS for p in ("bird/b0.png", "fish/f.png")}
+    assert set(files(out)) == {f"{c}/2/{p}" for c in corruptions.CORRUPTIONS for p in ("bird/b0.png", "fish/f.png")}
     for path in out.rglob("*.png"):
         with Image.open(path) as picture:
             assert (picture.size, picture.mode, picture.format) == ((32, 32), "RGB", "PNG")
@@ -77,7 +79,7 @@ def test_pictures_are_corrupted_as_the_package_does_it(tree, tmp_path):
     make(tree, out, "--corruptions", "contrast", "pixelate", "--severities", "4")  # no draw of chance in these
     for name in ("contrast", "pixelate"):
         source = np.asarray(Image.open(tree / "val" / "fish" / "f.png"))
-        expected = np.clip(np.rint(np.asarray(getattr(corruptions, name)(source, 4), dtype=float)), 0, 255)
+        expected = np.clip(np.rint(np.asarray(getattr(package, name)(source, 4), dtype=float)), 0, 255)
         assert np.array_equal(np.asarray(Image.open(out / name / "4" / "fish" / "f.png")), expected)
 
 
@@ -98,25 +100,110 @@ def test_default_geometry_and_jpeg_quality_are_imagenet_cs(tmp_path):
     assert np.array_equal(make_corruptions.read_picture(tmp_path / "val" / "a" / "wide.jpg", 224), np.asarray(expected))
 
 
-@pytest.mark.parametrize(("name", "size"), [("glass_blur", (61, 48)), ("zoom_blur", (97, 80)), ("snow", (40, 33))])
-def test_faster_functions_give_the_packages_pixels(name, size):
-    assert set(make_corruptions._replacements()) == {"glass_blur", "clipped_zoom"}
-    picture, before = np.asarray(photo(3, size=size)), corruptions.glass_blur
-    for severity in range(1, 6):
-        ours = make_corruptions.corrupt(picture, name, severity, (1, 2))
-        assert np.array_equal(ours, demo.corrupt(picture, name, severity, (1, 2)))
+def slow_streak(pixels, radius, sigma, angle):
+    """ImageMagick's MotionBlurImage, pixel by pixel: (H, W) or (H, W, C), to the same, not rounded."""
+    length = 2 * math.ceil(radius) + 1
+    weights = [math.exp(-i * i / (2 * sigma * sigma)) / (math.sqrt(2 * math.pi) * sigma) for i in range(length)]
+    across, along = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    steps = [(math.ceil(i * along - 0.5), math.ceil(i * across - 0.5)) for i in range(length)]
+    (height, width), blurred = pixels.shape[:2], np.zeros(pixels.shape)
+    for y in range(height):
+        for x in range(width):
+            for weight, (dy, dx) in zip(weights, steps):
+                there = min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)  # the edge goes on
+                blurred[y, x] += weight / sum(weights) * pixels[there]
+    return blurred
+
+
+@pytest.mark.parametrize(("severity", "expected"), [(1, 1.9), (2, 3.1), (3, 4.9), (4, 6.9), (5, 8.7)])
+def test_motion_blur_has_imagemagicks_strength(severity, expected):
+    radius, sigma = corruptions.MOTION[severity - 1]
+    weights = corruptions.motion_kernel(radius, sigma)
+    i = np.arange(2 * radius + 1)
+    formula = np.exp(-(i**2) / (2 * sigma**2)) / (np.sqrt(2 * np.pi) * sigma)
+    assert np.allclose(weights, formula / formula.sum())
+
+    def deviation(weights, places):
+        mean = (weights * places).sum() / weights.sum()
+        return math.sqrt((weights * (places - mean) ** 2).sum() / weights.sum())
+
+    assert deviation(weights, i) == pytest.approx(expected, abs=0.06)
+    dot = np.zeros(
+        (101, 101, 3), np.uint8
+    )  # and so has what becomes of one point, from end to end of all three channels
+    dot[50, 50] = 255
+    for angle in (0, 45, -31):
+        made = corruptions.streak(dot, radius, sigma, angle)[..., 1]
+        y, x = np.mgrid[:101, :101]
+        along = x * math.cos(math.radians(angle)) + y * math.sin(math.radians(angle))
+        assert deviation(made, along) == pytest.approx(expected, rel=0.07)  # the tail is cut where it rounds to 0
+        assert made.sum() == pytest.approx(255, abs=10)
+
+
+@pytest.mark.parametrize("angle", [0, 17, 45, -45, -90, -133.3])
+def test_streaks_are_those_of_a_slow_loop(angle):
+    for pixels in (np.asarray(photo(3, size=(23, 17))), np.asarray(photo(4, size=(12, 30), mode="L"))):
+        made = corruptions.streak(pixels, 10, 4, angle)
+        assert made.shape == pixels.shape and np.abs(made - slow_streak(pixels, 10, 4, angle)).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["motion_blur", "zoom_blur", "snow", "fog", "elastic_transform"])
+def test_own_corruptions_are_the_packages_with_imagenet_cs_constants(name, monkeypatch):
+    """The package's function, its one deviating part replaced, against the one written here."""
+    plasma, decays = package.plasma_fractal, [2, 2, 1.7, 1.5, 1.4]
+
+    def blur(img, radius, sigma, angle):  # ImageNet-C blurs pictures of 8 bits
+        levels = np.floor(np.clip(img, 0, 1) * 255 + 1e-4).astype(np.uint8)
+        return corruptions.streak(levels.squeeze(), radius, sigma, angle) / 255
+
+    monkeypatch.setattr(package, "cv2_motion_blur", blur)
+    monkeypatch.setattr(corruptions, "ELASTIC_UNIT", 224)  # the package's; ImageNet-C's is 244
+    picture = np.asarray(photo(3, size=(232, 225)))
+    for severity, decay in enumerate(decays, 1):
+        monkeypatch.setattr(package, "plasma_fractal", functools.partial(plasma, wibbledecay=decay))
+        with monkeypatch.context() as patch:
+            patch.delitem(corruptions.OWN, name)
+            expected = corruptions.corrupt(picture, name, severity, (1, 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(package, "plasma_fractal", plasma)
+            ours = corruptions.corrupt(picture, name, severity, (1, 2))
+        assert np.abs(ours.astype(int) - expected).max() <= (name != "zoom_blur")  # zoom blur: to the bit
         assert not np.array_equal(ours, picture)
-    assert corruptions.glass_blur is before
 
 
-def test_another_version_of_the_package_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(corruptions, "glass_blur", lambda x, severity=1: np.array(x) // severity)
-    make_corruptions._replacements.cache_clear()
-    try:
-        assert set(make_corruptions._replacements()) == {"clipped_zoom"}
-        assert (make_corruptions.corrupt(np.full((8, 8, 3), 100, np.uint8), "glass_blur", 2, (0,)) == 50).all()
-    finally:
-        make_corruptions._replacements.cache_clear()
+def test_fog_grows_rougher_and_ripples_are_in_units_of_244():
+    grey = np.full((224, 224, 3), 128, np.uint8)
+    clouds = [corruptions.corrupt(grey, "fog", s, (0,))[..., 0].astype(float) for s in (1, 3, 5)]
+    rough = [np.abs(np.diff(c)).mean() / c.std() for c in clouds]
+    assert rough[0] < rough[1] < rough[2]
+    assert corruptions.ELASTIC_UNIT == 244
+
+
+def test_glass_blur_copies_pixels_as_imagenet_c_does():
+    """The published loop, with its assignment through two views."""
+    from skimage.filters import gaussian
+
+    picture = np.asarray(photo(3, size=(33, 24)))
+    for severity, (sigma, far, rounds) in enumerate(corruptions.GLASS, 1):
+        np.random.seed(severity)
+        made = corruptions.glass_blur(picture, severity)
+        np.random.seed(severity)
+        x = np.uint8(gaussian(picture / 255.0, sigma=sigma, channel_axis=-1) * 255)
+        for _ in range(rounds):
+            rows, columns = range(24 - far, far, -1), range(33 - far, far, -1)
+            right, down = np.random.randint(-far, far, (2, len(rows), len(columns)))
+            for i, h in enumerate(rows):
+                for j, w in enumerate(columns):
+                    there = h + down[i, j], w + right[i, j]
+                    x[h, w], x[there] = x[there], x[h, w]
+        assert np.array_equal(made, np.clip(gaussian(x / 255.0, sigma=sigma, channel_axis=-1), 0, 1) * 255)
+
+
+def test_tiny_pictures_and_narrow_ones():
+    for size in ((1, 1), (2, 300), (300, 2), (5, 5)):
+        picture = np.asarray(photo(1, size=size))
+        for name in corruptions.OWN:
+            assert corruptions.corrupt(picture, name, 5, (0,)).shape == picture.shape
 
 
 def test_reruns_workers_shards_and_order_give_the_same_bytes(tree, tmp_path):
@@ -202,6 +289,47 @@ def test_unreadable_pictures_are_skipped_listed_and_exit_with_1(tree, tmp_path):
     (tree / "val" / "fish" / "f.png").write_bytes(whole)
     make(tree, out, *FEW)  # repaired: only these are made, and the list is gone
     assert len(files(out)) == 4 * 6 and not (out / "failed.txt").exists()
+
+
+def test_only_regular_files_are_read(tree, tmp_path):
+    """A FIFO would be waited for. `workers.read` sees to what became one after the listing."""
+    bird = tree / "val" / "bird"
+    os.mkfifo(bird / "pipe.png")
+    (bird / "zero.jpg").symlink_to("/dev/zero")
+    (bird / "linked.png").symlink_to(tree / "val" / "fish" / "f.png")
+    flags = ["--size", "0", "--format", "png", "--workers", "1"]
+    run_script(SCRIPT, tree, tmp_path / "C", *FEW, *flags, timeout=60)
+    made = {name.split("/", 2)[2] for name in files(tmp_path / "C")}
+    assert made == {"bird/b0.png", "bird/b1.png", "bird/b2.png", "bird/linked.png", "fish/f.png"}
+    for name in ("pipe.png", "zero.jpg"):
+        with pytest.raises(OSError, match="not a regular file"):
+            make_corruptions.read_picture(str(bird / name), 0)
+
+
+def test_a_picture_too_large_for_the_memory_is_named(tree, tmp_path, monkeypatch):
+    def read(path, read=workers.read):
+        if path.endswith("b1.JPEG"):
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(workers, "read", read)
+    with pytest.raises(UserError, match="1 of 4 pictures failed.* bird/b1.JPEG: too large for the memory"):
+        make(tree, tmp_path / "C", *FEW)
+    assert len(files(tmp_path / "C")) == 3 * 6
+
+    def corrupt(picture, name, severity, key, corrupt=corruptions.corrupt):
+        if name == "contrast" and severity == 5:
+            raise MemoryError
+        return corrupt(picture, name, severity, key)
+
+    monkeypatch.setattr(make_corruptions, "corrupt", corrupt)
+    with pytest.raises(UserError, match="bird/b0.JPEG: contrast 5: too large for the memory"):
+        make(tree, tmp_path / "D", *FEW)
+
+
+def test_a_worker_that_dies_names_what_it_worked_on():
+    with pytest.raises(UserError, match=r"worker process died .*at work on picture 3(, picture 3)?; try again"):
+        list(workers.in_processes(os._exit, [3, 3], 2, names=lambda job: [f"picture {job}"]))
 
 
 def test_a_picture_too_small_for_one_corruption_gets_the_others(tmp_path):

@@ -263,7 +263,6 @@ def test_presets_are_defaults_and_what_is_typed_wins():
     assert script.parse_args(["x", "--input_res", "32"]).patch_ratio == [2, 8]
     assert script.parse_args(["x", "--patch-range", "16", "72"]).patch_ratio == [16, 72]
     assert not script.parse_args(["x", "--preset", "ifm", "--no-cos"]).cos
-    assert script.parse_args(["x", "--patch-size", "32"]).patch_ratio == [16, 56]  # published, and dead there too
 
 
 BAD = {

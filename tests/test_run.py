@@ -1,4 +1,4 @@
-"""The command line's promises, a full disk, precision by autocast and by apex, TensorBoard elsewhere, cached features."""
+"""A full disk, precision by autocast and by apex, TensorBoard elsewhere, cached features."""
 
 import contextlib
 import errno
@@ -12,19 +12,6 @@ from conftest import ROOT, run_script
 
 from common import UserError, cli, probe, processes, run
 from common.precision import Precision
-
-
-def test_a_refused_flag_is_an_error_that_says_why(capsys):
-    parser = cli.Parser()
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.refuse("never had an effect", "tb_freq")
-    assert not hasattr(cli.flags(parser.parse_args(["--lr", "1"])), "tb_freq")
-    for argv in (["--tb_freq", "500"], ["--tb-freq=500"], ["--tb_freq"]):
-        with pytest.raises(SystemExit) as stopped:
-            parser.parse_args(argv)
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err.startswith("error: --tb_freq never had an effect; omit it")
-    assert "tb_freq" not in parser.format_help()
 
 
 def test_apex_is_used_where_it_is_and_named_where_it_is_not(monkeypatch):

@@ -16,10 +16,12 @@ from PIL import Image
 
 from common import UsageError, UserError
 from common.sets import open_tree
+from nonsem_neg import moco_non_sem_neg
 from nonsem_neg.textures import original_root_of, pair_by_path
 from preprocess import imagenet_texture_syn as syn
 from preprocess import texture_mrs as mrs
 from preprocess import texture_quilt as quilt
+from preprocess import workers
 from preprocess.workers import Interrupted
 
 SCRIPT = "preprocess/imagenet_texture_syn.py"
@@ -310,6 +312,64 @@ def test_small_sides_are_enlarged_first(size):
     assert colours(syn.patches_of(flat, 32, 12345, 678910)) == {(10, 200, 30)}
 
 
+def settings(*flags):
+    return syn.settings_of(syn.parse_args(["--imagenet_path", "A", "--imagenet_t_path", "B", *flags]))
+
+
+def test_patches_and_blocks_are_in_proportion_to_the_picture():
+    published = settings()
+    assert (published.size, published.patch) == (224, 96)
+    assert (published.quilt.block, published.quilt.overlap) == (34, 6)
+    for side in (224, 375, 1000):
+        assert published.scale(side) == 1  # pictures of the published size: 96 of their own pixels
+    for side in (32, 64, 200):
+        for size in (32, 128, 224, 448):
+            chosen = settings("--size", str(size))
+            of_its_pixels = chosen.patch / chosen.scale(side)
+            assert of_its_pixels / side == pytest.approx(96 / 224, rel=0.03)
+            assert chosen.quilt.block / chosen.patch == pytest.approx(34 / 96, abs=0.5 / chosen.patch)
+            assert chosen.quilt.overlap / chosen.quilt.block == pytest.approx(6 / 34, abs=0.5 / chosen.quilt.block)
+    small = settings("--size", "32")  # 32-pixel pictures: pixel by pixel
+    assert (small.patch, small.quilt.block, small.quilt.overlap, small.scale(32)) == (14, 5, 1, 1)
+    for size in range(1, 30):
+        tiny = settings("--size", str(size), "--engine", "quilt")
+        assert 2 <= tiny.quilt.block <= tiny.patch
+
+
+def test_what_is_typed_wins():
+    typed = settings("--patch", "40", "--size", "100")
+    assert typed.patch == 40 and typed.scale(100) == typed.scale(40) == 1 and typed.scale(20) == 2
+    assert (typed.quilt.block, typed.quilt.overlap) == (14, 2)
+    quilt = settings("--block", "20", "--overlap", "7").quilt
+    assert (quilt.block, quilt.overlap) == (20, 7)
+    # --patch 96 is what the published script does, and the record of it that of a tree made with it
+    assert "in_proportion" not in settings("--patch", "96").recorded() and settings().recorded()["in_proportion"]
+
+
+def test_textures_of_a_small_picture_hold_no_whole_object(tmp_path, capfd):
+    """A dot in the middle of 32 pixels, as wide as a patch: no texture of it has a whole one in a frame of ground."""
+    picture = np.full((32, 32, 3), 40, np.uint8)
+    picture[9:23, 9:23] = 220
+    (tmp_path / "set" / "train" / "dot").mkdir(parents=True)
+    Image.fromarray(picture).save(tmp_path / "set" / "train" / "dot" / "d.png")
+    flags = ["--imagenet_path", str(tmp_path / "set"), "--device", "cpu", "--workers", "1", "--engine", "quilt"]
+    syn.main([*flags, "--imagenet_t_path", str(tmp_path / "T")])
+    warned = capfd.readouterr().err
+    assert (
+        warned.startswith("warning: pictures below 96 pixels, such as ") and "d.png (32 x 32): a patch is 14" in warned
+    )
+    loaded, _ = syn.load(settings(), syn.Job(str(tmp_path / "set" / "train" / "dot" / "d.png"), "train/dot/d.png", ""))
+    assert loaded.shape == (2, 3, 96, 96) and (loaded[0] > 130).float().mean() > 0.98  # the dot, no ground around it
+    syn.main([*flags, "--imagenet_t_path", str(tmp_path / "P"), "--patch", "14", "--size", "32"])
+    assert "a patch is 14 of its pixels" in capfd.readouterr().err
+
+
+def test_no_warning_for_larger_pictures(tmp_path, capfd):
+    save(tmp_path / "set" / "train" / "a" / "p.png", size=(96, 100))
+    make(tmp_path / "set", tmp_path / "T")
+    assert capfd.readouterr().err == ""
+
+
 def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     grey = np.linspace(0, 65535, 40 * 40).reshape(40, 40)
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "16.png")
@@ -487,6 +547,36 @@ def test_failures_are_listed_and_exit_with_1(tree, tmp_path):
     assert not (tmp_path / "T" / "failures.txt").exists()
 
 
+def test_only_regular_files_are_read_and_what_is_too_large_is_named(tree, tmp_path, monkeypatch):
+    os.mkfifo(tree / "train" / "bird" / "pipe.png")
+    flags = [
+        "--imagenet_path",
+        tree,
+        "--imagenet_t_path",
+        tmp_path / "T",
+        "-j",
+        "1",
+        "--device",
+        "cpu",
+        *SMALL["quilt"],
+    ]
+    run_script(SCRIPT, *flags, timeout=60)
+    assert len(files(tmp_path / "T")) == 6
+    with pytest.raises(OSError, match="not a regular file"):
+        syn.read_rgb(str(tree / "train" / "bird" / "pipe.png"))
+    (tree / "train" / "bird" / "pipe.png").unlink()
+
+    def read(path, read=workers.read):
+        if path.endswith("tiny.png"):
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(workers, "read", read)
+    with pytest.raises(UserError, match="1 pictures failed.* val/fish/tiny.png: too large for the memory"):
+        make(tree, tmp_path / "U")
+    assert len(files(tmp_path / "U")) == 5
+
+
 def test_full_disk_stops_cleanly_and_can_be_resumed(tree, tmp_path, monkeypatch):
     out, replace, count = tmp_path / "T", os.replace, [0]
 
@@ -542,7 +632,7 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     (tmp_path / "other" / "thesis.txt").write_text("x")
     refuse([*a, "--imagenet_t_path", tmp_path / "other"], "was not made by this script")
     refuse([*a, "--imagenet_t_path", tmp_path / "other" / "thesis.txt"], "is a file")
-    refuse([*a, *b, "--engine", "quilt", "--patch", "20"], "--block is 34")
+    refuse([*a, *b, "--engine", "quilt", "--patch", "20", "--block", "21"], "--block is 21")
     refuse([*a, *b, "--overlap", "20"], "--overlap 20")
     if not torch.cuda.is_available():
         refuse([*a, *b, "--device", "cuda"], "no GPU")
@@ -563,6 +653,34 @@ def test_splits(tree, tmp_path):
     make(tree, tmp_path / "T2")
     assert {name.split("/")[0] for name in files(tmp_path / "T2")} == {"train"}
     refuse(["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T3", "--splits", "val"], "no val/ folder")
+
+
+# ------------------------------------------------------------------------------------------------------- training on them
+
+
+def test_pictures_are_not_their_own_textures(tree, tmp_path, monkeypatch):
+    out = Path(f"{tree}-texture")
+    make(tree, out)
+    (tmp_path / "link").symlink_to(tree)
+    (tmp_path / "link-texture").symlink_to(tree)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train").symlink_to(tree / "train")
+    monkeypatch.chdir(tmp_path)
+    robust = ["--robust", "texture", "--texture-root"]
+    for data, textures in ((tree, tree), ("set", f"{tree}/"), ("./set/.", "set"), (tree, "link"), ("link", "set")):
+        with pytest.raises(UsageError, match="are the pictures in .*, one and the same folder: name the tree"):
+            moco_non_sem_neg.main([str(data), *robust, str(textures)])
+    for flags in ([str(tree), *robust, "half"], ["half", *robust, str(tree)], ["link-texture", "--robust", "texture"]):
+        with pytest.raises(UsageError, match="are the pictures in .*, one and the same folder: name the tree"):
+            moco_non_sem_neg.main(flags)
+    for dataset in ("packed", "cifar10"):
+        with pytest.raises(
+            UsageError, match=f"--robust texture does not support --dataset {dataset}: .* class folders"
+        ):
+            moco_non_sem_neg.main([str(tree), *robust, str(out), "--dataset", dataset])
+    assert not (tmp_path / "ckpts").exists()
+    for flags in ([str(tree), *robust, str(out)], [str(out), "--robust", "texture"], ["link", *robust, str(out)]):
+        assert moco_non_sem_neg.parse_args(flags).texture_root == str(out)
 
 
 # --------------------------------------------------------------------------------------------------------------- embark

@@ -227,8 +227,8 @@ def row_label(opt: dict, args) -> str | None:
     """ "CMC YCbCr, softmax, K 4096" from the flags of the pre-training run, where its checkpoint has them."""
     if "softmax" not in opt:
         return None
-    z = "" if opt["softmax"] else f" (Z {opt.get('nce_z', 'oneshot')})"
-    return f"CMC {opt.get('views') or args.view}, {'softmax' if opt['softmax'] else 'NCE'}{z}, K {opt.get('nce_k')}"
+    loss = "softmax" if opt["softmax"] else f"NCE (Z {opt.get('nce_z', 'oneshot')})"
+    return f"CMC {opt.get('views') or args.view}, {loss}, K {opt.get('nce_k')}"
 
 
 def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
@@ -248,11 +248,12 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
         before["opt"],
         ("learning_rate", "batch_size", "nce_t", "nce_m", "crop_low", "input_res", "small_stem"),
     )
-    label = row_label(then, args) or os.path.basename(os.path.dirname(os.path.abspath(before.path)))
-    facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=label, seed=then.get("seed"))
-    facts |= dict(epochs=before.get("epoch"), pretrained=before.path, layer=args.layer)
+    facts = dict(
+        arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then, args), layer=args.layer
+    )
+    facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts["digest"] = checkpoint.fingerprint(checkpoint.backbone(before))
+    facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
     colours = (colour.Views(colour.chosen_views(args)),)
     return lambda images: classifier(embed(model, images, args, precision)), colours, facts
 

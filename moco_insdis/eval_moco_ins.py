@@ -233,10 +233,8 @@ def worker(args, process: processes.Process) -> None:
         method = probe.Classifier(network, embedder, classifier, build_optimizer(args, classifier), process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
-        facts = dict(
-            val_images=len(val_set), model=args.model, layer=f"{args.layer} {tuple(shape)}", network=saved.path
-        )
-        facts |= dict(pretrained_epochs=saved.get("epoch"), crop=args.crop, precision=str(precision))
+        facts = dict(val_images=len(val_set), model=args.model, layer=f"{args.layer} {tuple(shape)}", crop=args.crop)
+        facts |= dict(network=saved.path, pretrained_epochs=saved.get("epoch"), precision=str(precision))
         job.begin(train_loader, method, **facts)
         best = f"{args.model}_layer{args.layer}.pth"
         whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch, part), best)
@@ -248,10 +246,8 @@ def row_label(opt: dict) -> str | None:
     """ "MoCo, softmax, K 16384" from the flags of the pre-training run, where its checkpoint has them."""
     if "softmax" not in opt:
         return None
-    z = "" if opt["softmax"] else f" (Z {opt.get('nce_z', 'oneshot')})"
-    return (
-        f"{'MoCo' if opt.get('moco') else 'InsDis'}, {'softmax' if opt['softmax'] else 'NCE'}{z}, K {opt.get('nce_k')}"
-    )
+    loss = "softmax" if opt["softmax"] else f"NCE (Z {opt.get('nce_z', 'oneshot')})"
+    return f"{'MoCo' if opt.get('moco') else 'InsDis'}, {loss}, K {opt.get('nce_k')}"
 
 
 def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
@@ -268,15 +264,11 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     model = build_network(before, args, process)
     classifier = build_classifier(model, args, outputs)[0].to(process.device).eval()
     checkpoint.load_into(classifier, weights, saved.path)
-    then, names = (
-        before["opt"],
-        ("learning_rate", "batch_size", "nce_t", "nce_m", "alpha", "crop", "aug", "input_res", "small_stem"),
-    )
-    label = row_label(then) or os.path.basename(os.path.dirname(os.path.abspath(before.path)))
-    facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=label, seed=then.get("seed"))
-    facts |= dict(epochs=before.get("epoch"), pretrained=before.path, layer=args.layer)
+    then, names = before["opt"], "learning_rate batch_size nce_t nce_m alpha crop aug input_res small_stem".split()
+    facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then), layer=args.layer)
+    facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts["digest"] = checkpoint.fingerprint(checkpoint.backbone(before))
+    facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
     return lambda images: classifier(embed(model, images, args.layer, precision)), (NORMALIZE,), facts
 
 

@@ -176,6 +176,7 @@ def test_a_folder_holds_the_result_of_one_classifier(workspace):
           "DATA", "--classifier", "cmc")  # fmt: skip
     assert files(workspace / "row") == before
     assert row("DATA", "--classifier", "cmc", "--overwrite")["label"].startswith("CMC")
+    assert row("DATA", "--classifier", "cmc", "--label", "mine")["label"] == "mine"
     for text in ("{}", "[1]", '{"acc1": 3}', "\x00"):
         (workspace / "row/result.json").write_text(text)
         fails(UsageError, "is not a result of this evaluation", "DATA", "--classifier", "cmc")

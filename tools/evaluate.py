@@ -16,9 +16,9 @@ A paper takes part by one line in FAMILIES and a function in its linear evaluati
 
 None: the checkpoint `saved` is of another script. network: path of the pre-trained network, for files that hold a classifier
 alone. input_res: side of the input in pixels, or None for that of the linear evaluation. logits: images on the device ->
-float32 (N, C). colours: operations after resize and centre crop. facts: input_res, outputs (C), arch, label, and of the
-pre-training epochs, seed, path (pretrained), settings (what two seeds of one experiment have in common), digest (of its
-network where that is another file).
+float32 (N, C). colours: operations after resize and centre crop. facts: input_res, outputs (C), arch, label (None: the
+folder of the network), and of the pre-training epochs, seed, path (pretrained), settings (what two seeds of one experiment
+have in common), digest (of its network where that is another file).
 """
 
 import contextlib
@@ -380,7 +380,8 @@ def worker(args, process: processes.Process) -> None:
 
         how = dict(input_res=args.input_res, precropped=args.precropped, precision=str(precision), dataset=args.dataset)
         wanted = {n: {"folder": os.path.realpath(w), "pictures": len(d), **how} for n, (w, d, _) in opened.items()}
-        about = dict(table="nonsem_neg/published.json", label=args.label or facts.pop("label"), evaluated=saved.path)
+        own_label = facts.pop("label") or Path(facts["pretrained"]).resolve().parent.name
+        about = dict(table="nonsem_neg/published.json", label=args.label or own_label, evaluated=saved.path)
         about |= dict(digest=digest, data=args.data, precision=str(precision), **facts)
         result = Result(log, path, about, before, wanted)
 

@@ -130,7 +130,7 @@ def open_by_class(folder: str, classes: list[str]) -> sets.FolderSet:
 
 
 def open_clean(args, classes: list[str]) -> sets.PictureSet:
-    if args.dataset != "folder":
+    if args.dataset in ("packed", *sets.TORCHVISION_SETS):
         return options.open_split(args, "val", classes=classes)
     return open_by_class(str(sets.split_folder(args.data, "val")), classes)
 

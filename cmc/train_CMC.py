@@ -56,7 +56,7 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    g.add_argument("--data_folder", dest="data", help="data set root with train/CLASS/*")
+    g.add_argument("--data_folder", dest="data", help="data set root with train/CLASS/*, or pictures alone")
     options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet", workers=18)
     about = "least share of the picture that a crop covers; default .2, with --dataset imagenet and a ResNet .08"
     g.add_argument("--crop_low", type=cli.share, help=about)

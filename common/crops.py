@@ -49,7 +49,7 @@ def scale_boxes(boxes: Tensor, heights: Tensor, widths: Tensor, to_heights: Tens
 def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor:
     """Pixels of what source.open(row) gave as RGB: uint8 (3, H, W), in memory as H, W, 3 where it had to be decoded.
 
-    EXIF orientation is ignored. Raises BadPicture.
+    EXIF orientation is ignored. Raises BadPicture, UserError where the memory does not suffice.
     """
     if isinstance(image, Tensor):
         return image
@@ -57,12 +57,17 @@ def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor
         if decode_jpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
             encoded = torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8)
             return decode_jpeg(encoded, ImageReadMode.RGB)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except MemoryError:
-        raise
+        pixels = np.array(as_rgb(image))
     except Exception as error:
         raise source.bad_picture(row, error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits: the high byte of 16, which Pillow takes of 16-bit colour, while it clips 16-bit grey at 255."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def cut(picture: Tensor, box: Sequence[int], target: Sequence[int], size: int) -> Tensor:

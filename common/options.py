@@ -7,7 +7,9 @@ import os
 from common import UsageError, cli, data, processes, sets
 
 
-def add_data_arguments(group, trees: tuple[str, ...] = ("folder",), default: str = "folder", workers: int = 32) -> None:
+def add_data_arguments(
+    group, trees: tuple[str, ...] = ("folder", "imagenet", "imagenet100"), default: str = "folder", workers: int = 32
+) -> None:
     """trees: the values of --dataset that all mean class folders; published flags name ImageNet apart from ImageNet-100.
 
     workers: the published default.
@@ -61,6 +63,8 @@ def run_folder(args, parent: str, published: str) -> str:
 def add_monitor_arguments(group) -> None:
     """Looking at a pre-training: k-NN of its features, a sheet of its views."""
     group.add_argument("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
+    about = "root of a tree or pack for that evaluation, where DATA has no labels or is another set"
+    group.add_argument("--knn-data", metavar="DATA", help=about)
     group.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
     group.add_argument("--show-views", metavar="FILE.png", help="draw the first batch as networks see it, and end")
 
@@ -89,6 +93,8 @@ def check(args) -> None:
     """Checks between the flags above, after parsing. With --demo, its own folder may be written over."""
     if "amp_backend" in args.typed and not args.amp:  # a lone --opt-level is passed over, as published
         raise UsageError(f"--amp-backend {args.amp_backend} belongs to --amp; add that, or omit it")
+    if "knn_data" in args.typed and not args.knn_every:
+        raise UsageError(f"--knn-data {args.knn_data} belongs to --knn-every; add that, or omit it")
     own_folder = next(flag for flag in ("save_path", "ckpt_path", "model_path") if flag in vars(args))
     if args.demo and not args.typed & {own_folder, "name"} and not args.resume:
         args.overwrite = True
@@ -100,19 +106,20 @@ def check_batch(args, process: processes.Process) -> None:
         raise UsageError(f"--batch_size {args.batch_size} must be a multiple of the {process.world_size} processes")
 
 
-def open_split(args, split: str, classes: list[str] | None = None) -> sets.PictureSet:
-    """The split ("train", "val") of the data set that the flags name. classes: class order that it must have."""
+def open_split(args, split: str, classes: list[str] | None = None, **how) -> sets.PictureSet:
+    """The split ("train", "val") of the data set that the flags name. classes: class order that it must have. `how`: what
+    else sets.open_set takes."""
     dataset = args.dataset if args.dataset in ("packed", *sets.TORCHVISION_SETS) else "folder"
     if dataset in sets.TORCHVISION_SETS:  # one process fetches, the others find it there
         if processes.rank() == 0:
             sets.open_set(args.data, split, dataset=dataset)
         processes.barrier()
-    return sets.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes)
+    return sets.open_set(args.data, split, dataset=dataset, class_list=args.class_list, classes=classes, **how)
 
 
 def open_pretraining(args) -> sets.PictureSet:
-    """What is pre-trained on: train/, and for STL-10 its 100,000 unlabelled pictures as well."""
-    return open_split(args, "train+unlabeled" if args.dataset == "stl10" else "train")
+    """What is pre-trained on: train/, with or without classes, and for STL-10 its 100,000 unlabelled pictures as well."""
+    return open_split(args, "train+unlabeled" if args.dataset == "stl10" else "train", unlabelled=True)
 
 
 def make_loader(args, process: processes.Process, pictures, views, batch_size: int | None = None, **how) -> data.Loader:

@@ -7,6 +7,7 @@ Pictures are embedded once (`CachedViews`) or batch by batch (`FreshViews`); a l
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -257,9 +258,18 @@ def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
 
 
 def knn_loaders(args, process: processes.Process, train_set, view: augment.Compose) -> tuple[Loader, Loader] | None:
-    """The bank (the training pictures) and the queries (val/) of `evaluate_knn`; None where --knn-every is 0."""
+    """The bank (the training pictures, or train/ of --knn-data) and the queries (val/) of `evaluate_knn`; None where
+    --knn-every is 0. Raises UsageError where there are no labels."""
     if not args.knn_every:
         return None
+    if args.knn_data:
+        dataset = "packed" if os.path.exists(os.path.join(args.knn_data, "train.json")) else "folder"
+        args = argparse.Namespace(**vars(args) | dict(data=args.knn_data, dataset=dataset, class_list=None))
+        train_set = options.open_split(args, "train")
+    elif not train_set.classes:
+        raise UsageError(
+            "--knn-every needs labels, and DATA has none: give a labelled tree with --knn-data, or omit it"
+        )
     both = train_set, options.open_split(args, "val", classes=train_set.classes)
     how = dict(seed=0, shuffle=False, drop_last=False)
     return tuple(options.make_loader(args, process, pictures, (view,), KNN_BATCH, **how) for pictures in both)

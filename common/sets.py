@@ -82,13 +82,16 @@ class FolderSet(PictureSet):
         try:
             with open(self.path(row), "rb") as file:
                 return Image.open(BytesIO(file.read()))
-        except MemoryError:
-            raise
         except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
             raise self.bad_picture(row, error) from None
 
-    def bad_picture(self, row: int, error: Exception) -> BadPicture:
+    def bad_picture(self, row: int, error: Exception) -> UserError:
+        """What to raise for an error of a decoder: BadPicture, but not where it is the memory that does not suffice."""
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the latter of torch
+            return UserError(f"{printable(self.path(row))}: too large for the memory: remove it, or make it smaller")
         what = "not a picture or truncated"
+        if isinstance(error, Image.DecompressionBombError):
+            what = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow refuses"
         if isinstance(error, OSError) and error.errno is not None:
             what = error.strerror.lower()  # missing, no permission, input/output error
         bad = BadPicture(f"{printable(self.path(row))}: {what} (--skip-bad-images replaces such files and counts them)")
@@ -152,6 +155,7 @@ def open_set(
     dataset: str = "folder",
     class_list: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    unlabelled: bool = False,
 ) -> PictureSet:
     """Open a split of a data set.
 
@@ -161,10 +165,15 @@ def open_set(
     split    'train' or 'val'; stl10 also 'unlabeled' and 'train+unlabeled'. 'test' means 'val'.
     class_list  file with one class folder per line: only these (ImageNet + a list = ImageNet-100). Folders and packs.
     classes  class names in label order that this split must have (the train set's, when opening val).
+    unlabelled  a folder's train/ may hold pictures instead of class folders, and a root without splits is all pictures in
+             and below it: a set without classes, every target -1. Class folders in train/ are read as ever.
     Raises UsageError where a path, a name or a class does not fit, UserError where a download fails or a pack is damaged.
     """
     root, split = Path(root), "val" if split == "test" else split
     if dataset == "folder":
+        folder = split_folder(root, split, unlabelled := unlabelled and class_list is None)
+        if unlabelled and (folder == root or not folders_in(folder)) and (paths := pictures_below(folder)):
+            return _open_unlabelled(root, folder, paths)
         return open_tree(split_folder(root, split), class_list=class_list, classes=classes)
     if dataset == "packed":
         return _open_packed(root, split, class_list, classes)
@@ -190,7 +199,7 @@ def open_tree(
     must be there, or a sequence of names of which some may be missing. Raises UsageError.
     """
     folder = _existing(folder)
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    found = folders_in(folder)
     if not found:
         raise UsageError(f"{folder}: no class folders in it; expected {folder}/<class>/<picture>.jpg")
     if isinstance(class_list, (str, Path)):
@@ -210,22 +219,63 @@ def open_tree(
     return FolderSet(paths, [labels[name] for name in found for _ in files[name]], list(labels), folder)
 
 
-def pictures_below(folder: str | Path, class_name: str) -> list[str]:
-    """Paths relative to folder, of all depths. As torchvision's make_dataset, but a folder it may not read is an error."""
-
-    def fail(error: OSError) -> None:
-        if isinstance(error, PermissionError):
-            raise error
-
-    found, top = [], os.path.join(folder, class_name)
-    for directory, _, names in sorted(os.walk(top, onerror=fail, followlinks=True)):
-        relative = class_name + directory[len(top) :]
-        found += [os.path.join(relative, n) for n in sorted(names) if n.lower().endswith(IMG_EXTENSIONS)]
-    return found
+def _open_unlabelled(root: Path, folder: Path, paths: list[str]) -> FolderSet:
+    """paths: below `folder`, which is root or its train/."""
+    if folder != root and (others := sorted({*folders_in(root)} - {"train", *SPLIT_NAMES["val"]})):
+        way_out = f"give {folder} for its pictures alone, or move class folders into a new train/"
+        raise UsageError(f"{root}: train/ holds no class folders, and beside it is {few(others)}: {way_out}")
+    opened = FolderSet(paths, [-1] * len(paths), [], folder)
+    opened.notes.append(f"{folder}: no train/CLASS/*, so its {len(paths)} pictures are taken without labels")
+    return opened
 
 
-def split_folder(root: str | Path, split: str) -> Path:
-    """The folder of a split below `root`: train/, or val/ (else test/, else validation/). Raises UsageError."""
+def pictures_below(folder: str | Path, class_name: str = "") -> list[str]:
+    """Paths relative to folder, of all depths, in the order of torchvision's make_dataset."""
+    found = walk(folder, class_name)
+    return [
+        os.path.join(at, n) for at, _, files, _ in found for n in sorted(files) if n.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+def walk(folder: str | Path, below: str = "") -> list[tuple]:
+    """(path relative to `folder`, names of folders, of files, of others) of folder/below and all folders in it, sorted.
+
+    Links are followed. Raises OSError where a folder cannot be read.
+    """
+    found, waiting = [], [(below, ())]
+    while waiting:
+        here, trail = waiting.pop()
+        trail, files, names = (*trail, os.path.join(folder, here)), [], {"folder": [], "file": [], "other": []}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for entry in os.scandir(trail[-1]):
+                kept = files if entry.is_file(follow_symlinks=False) else names[_kind(entry, trail)]
+                kept.append(entry.name)
+        found.append((here, names["folder"], files + names["file"], names["other"]))
+        waiting += [(os.path.join(here, name), trail) for name in names["folder"]]
+    return sorted(found)
+
+
+def _kind(entry: os.DirEntry, trail: Sequence[str | Path]) -> str:
+    """file: also a link to nothing, which cannot be opened; folder; other: a pipe, a device, a link back into `trail`."""
+    try:
+        if not entry.is_dir():
+            return "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
+    except OSError:  # a link to itself
+        return "file"
+    back = entry.is_symlink() and any(Path(p).resolve().is_relative_to(Path(entry).resolve()) for p in trail)
+    return "other" if back else "folder"
+
+
+def folders_in(folder: str | Path) -> list[str]:
+    """Names of the folders directly in it, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if _kind(entry, (folder,)) == "folder")
+
+
+def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
+    """The folder of a split below `root`: train/, or val/ (else test/, else validation/). Raises UsageError.
+
+    bare: a root in which there is no split is itself the folder.
+    """
     if split not in ("train", "val", "test"):
         raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
     root = _existing(root)
@@ -237,6 +287,10 @@ def split_folder(root: str | Path, split: str) -> Path:
     for name, class_name in TORCHVISION_SETS.items():
         if (root / (files := getattr(tv_datasets, class_name).base_folder)).is_dir():
             raise UsageError(f"{root}: no {names[0]}/ folder, but {files}/: add --dataset {name}")
+    if split == "train" and (deeper := [name for name in folders_in(root) if (root / name / "train").is_dir()]):
+        raise UsageError(f"{root}: no train/ folder, but {deeper[0]}/train/: give {root / deeper[0]}, or rename that")
+    if bare and not any((root / name).is_dir() for name in SPLIT_NAMES["val"]):
+        return root
     nor = f" (nor {'/, '.join(names[1:])}/)" if names[1:] else ""
     inside = few(sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root)), 8) or "nothing"
     way_out = f"move class folders into {root / names[0]}/, or say with --dataset what it is"

@@ -73,7 +73,8 @@ def robust_name(kind: str) -> str:
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    g.add_argument("data", nargs="?", help="data set root with train/CLASS/*; the texture tree for --robust texture")
+    about = "data set root with train/CLASS/*, or pictures alone; the texture tree for --robust texture"
+    g.add_argument("data", nargs="?", help=about)
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")

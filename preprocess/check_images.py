@@ -3,17 +3,20 @@
     python preprocess/check_images.py IMAGENET100
     python preprocess/check_images.py IMAGENET100/val --json val.json
 
-TREE is a root with train/ and val/ (or test/, validation/), or one folder of class folders. Pictures are read as the
-data loader reads them; nothing is changed. The exit code is 1 if something would break training:
+TREE is a root with train/ and val/ (or test/, validation/), or one folder of class folders, or of pictures without
+classes, which pre-training takes. Pictures are read as the data loader reads them; nothing is changed. The exit code is 1
+if something would break training:
 
     unreadable       not a picture, an empty file, a broken link, no permission
     truncated        the header is whole, the pixels end early or cannot be decoded
+    too large        more pixels than Pillow takes, or than the memory holds
     empty class      a class folder without any picture (.ipynb_checkpoints is a usual one)
     class mismatch   a class that only one of train and val has
 
 and 0 otherwise, whatever else is told: pictures that train and val share (by content), one picture in two classes,
 duplicates, JPEGs damaged inside, tiny pictures, classes with few or many, files that the loader ignores, and how
-many pictures are grey, CMYK, palette, transparent, 16-bit, turned by EXIF, animated, or not what their name says.
+many pictures are grey, CMYK, palette, transparent, 16-bit (with their values), turned by EXIF, animated, or not what
+their name says.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ ERROR, WARNING, NOTE = "breaks training", "worth a look", "notes"
 KINDS = {
     "unreadable": (ERROR, "unreadable"),
     "truncated": (ERROR, "truncated or not decodable"),
+    "too large": (ERROR, "too large for the memory or for Pillow"),
     "no classes": (ERROR, "train/ or val/ without class folders"),
     "empty class": (ERROR, "class folder without a picture"),
     "class mismatch": (ERROR, "class in only one of train and val"),
@@ -65,13 +69,17 @@ KINDS = {
     "many": (WARNING, "class with over twice the median count"),
     "outside": (WARNING, "picture outside any class folder, ignored"),
     "not read": (WARNING, "file of another kind, ignored"),
+    "not a file": (WARNING, "pipe, device, or link to a folder it lies in, ignored"),
+    "dark": (WARNING, "more than 8 bits with values of 8: read as black"),
+    "float": (WARNING, "floating point: cut to whole numbers from 0 to 255"),
     "same name": (WARNING, "same name with another extension"),
+    "unlabelled": (NOTE, "no class folders: for pre-training only"),
     "nested": (NOTE, "class folder with folders in it, read as one class"),
     "grey": (NOTE, "greyscale"),
     "CMYK": (NOTE, "CMYK"),
     "palette": (NOTE, "palette"),
     "alpha": (NOTE, "transparent (the alpha channel is dropped)"),
-    "16-bit": (NOTE, "more than 8 bits (cut to 8)"),
+    "16-bit": (NOTE, "more than 8 bits (the highest 8 are read)"),
     "colour mode": (NOTE, "another colour mode"),
     "wrong extension": (NOTE, "not what its extension says"),
     "EXIF rotation": (NOTE, "turned by EXIF (read as stored, not turned)"),
@@ -90,8 +98,7 @@ MODES = {
     "PA": "alpha",
     "P": "palette",
     "CMYK": "CMYK",
-    "I": "16-bit",
-    "F": "16-bit",
+    "F": "float",
 }
 JPEG_SIGNATURE, PNG_SIGNATURE, PNG_BIT_DEPTH = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", 24  # the last: its place
 EXIF_ORIENTATION = 0x0112
@@ -140,7 +147,14 @@ class Seen(NamedTuple):
 
 
 def examine(path: str, min_side: int = 32) -> Seen:
-    """Read, decode and describe one picture. Everything wrong with it is in the findings; only MemoryError is raised."""
+    """Read, decode and describe one picture. Everything wrong with it is in the findings; nothing is raised."""
+    try:
+        return _examine(path, min_side)
+    except MemoryError:
+        return Seen([("too large", "for the memory that was free")])
+
+
+def _examine(path: str, min_side: int) -> Seen:
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -164,6 +178,8 @@ def examine(path: str, min_side: int = 32) -> Seen:
     except MemoryError:
         raise
     except Exception as error:
+        if "allocate memory" in str(error):  # torch's MemoryError
+            raise MemoryError from None
         return seen._replace(findings=[("truncated", _why_not_decoded(image, content, error))])
     with warnings.catch_warnings(record=True) as caught_later, contextlib.suppress(Exception):
         warnings.simplefilter("always")
@@ -213,7 +229,9 @@ def _caught_stderr() -> Iterator[list[str]]:
 def _why_not_a_picture(content: bytes, error: Exception) -> tuple[str, str]:
     if not content:
         return "unreadable", "empty file"
-    if content.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)) and not isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large", _one_line(str(error))
+    if content.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)):
         return "truncated", f"damaged or ended in its header; {len(content)} bytes"
     if isinstance(error, Image.UnidentifiedImageError):
         return "unreadable", "not a picture"
@@ -229,10 +247,16 @@ def _why_not_decoded(image: Image.Image, content: bytes, error: Exception) -> st
 def _describe(image: Image.Image, content: bytes, path: str, turned: int) -> list[tuple[str, str]]:
     found = []
     deep_png = content.startswith(PNG_SIGNATURE) and content[PNG_BIT_DEPTH] == 16  # opened as 8-bit RGB
-    sixteen = deep_png or image.mode.startswith("I;16")
-    kind = "16-bit" if sixteen else MODES.get(image.mode, "colour mode")
+    deep_grey = image.mode == "I" or image.mode.startswith("I;16")
+    kind = "16-bit" if deep_png or deep_grey else MODES.get(image.mode, "colour mode")
+    detail = f"{image.format} {image.mode}"
+    if deep_grey:
+        values = np.asarray(image)
+        detail += f", values {values.min()} to {values.max()}"
+        if values.max() < 256:
+            found.append(("dark", detail))
     if kind:
-        found.append((kind, f"{image.format} {image.mode}"))
+        found.append((kind, detail))
     by_name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     if image.format != by_name and (image.format, by_name) != ("MPO", "JPEG"):  # MPO: JPEGs in one file, from cameras
         found.append(("wrong extension", f"{image.format} data"))
@@ -265,8 +289,8 @@ class Split:
 def find_splits(tree: str | Path) -> dict[str, Path]:
     """{"train": folder, "val": folder} of a root (one may be missing), or {name: folder} of a folder of classes.
 
-    A folder called train or val counts as a split if it has folders in it, or if there is the other one, too (a class may
-    be called train). Raises UsageError.
+    A folder called train or val counts as a split if it has folders in it, or if there is the other one, too, or nothing
+    else (a class may be called train). Raises UsageError.
     """
     tree = Path(tree)
     if not tree.is_dir():
@@ -275,24 +299,27 @@ def find_splits(tree: str | Path) -> dict[str, Path]:
     for split, names in (("train", ("train",)), ("val", SPLIT_NAMES["val"])):
         found = [tree / name for name in names if (tree / name).is_dir()]
         if found:
-            splits[split] = next((folder for folder in found if _subfolders(folder)), found[0])
-    if len(splits) == 1 and not _subfolders(*splits.values()):
+            splits[split] = next((folder for folder in found if sets.folders_in(folder)), found[0])
+    if len(splits) == 1 and not sets.folders_in(*splits.values()) and len(sets.folders_in(tree)) > 1:
         splits = {}
-    if not splits and not _subfolders(tree):
+    if not splits and not sets.folders_in(tree) and not sets.pictures_below(tree):
         raise UsageError(f"{tree}: no class folders in it; expected {tree}/train/CLASS/*, or {tree}/CLASS/*")
     return splits or {os.path.basename(os.path.abspath(tree)): tree}
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+def list_split(name: str, folder: Path, class_list: list[str] | None = None, unlabelled: bool = False) -> Split:
+    """Walk a split once; symbolic links are followed, as the loader does. Raises UsageError.
 
-
-def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> Split:
-    """Walk a split once; symbolic links are followed, as the loader does. Raises UsageError."""
+    unlabelled: pictures without class folders are those of one class without a name, except in val/.
+    """
     split = Split(name, folder)
-    classes = _subfolders(folder)
+    classes = sets.folders_in(folder)
     if not classes:
-        count = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(folder))
+        count = len(sets.pictures_below(folder))
+        if count and unlabelled and name not in SPLIT_NAMES["val"]:
+            split.findings.append(("unlabelled", folder.name, f"{count} pictures"))
+            classes = [""]
+    if not classes:
         flat = f"{count} pictures lie in it directly" + "; imagenet100_subset.py sorts ILSVRC's flat val" * (
             name == "val"
         )
@@ -307,19 +334,21 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
             )
         classes = class_list
     else:
-        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-            if not entry.is_dir() and entry.name.lower().endswith(IMG_EXTENSIONS):
-                split.findings.append(("outside", entry.name, ""))
+        for beside in sorted(set(os.listdir(folder)) - set(classes)) if any(classes) else ():
+            if os.path.isdir(folder / beside):
+                split.findings.append(("not a file", beside, ""))
+            elif beside.lower().endswith(IMG_EXTENSIONS):
+                split.findings.append(("outside", beside, ""))
     for class_name in classes:
-        top, pictures = os.path.join(folder, class_name), []
-
-        def refused(error, class_name=class_name):
-            split.findings.append(("unreadable", class_name, error.strerror.lower()))
-
-        for directory, below, files in sorted(os.walk(top, onerror=refused, followlinks=True)):
-            relative = class_name + directory[len(top) :]
-            if below and directory == top:
+        pictures, found = [], []
+        try:
+            found = sets.walk(folder, class_name)
+        except OSError as error:
+            split.findings.append(("unreadable", os.path.relpath(error.filename, folder), error.strerror.lower()))
+        for relative, below, files, others in found:
+            if below and relative == class_name:
                 split.findings.append(("nested", class_name, ", ".join(sorted(below)[:3])))
+            split.findings += [("not a file", os.path.join(relative, other), "") for other in sorted(others)]
             for file in sorted(files):
                 if file.lower().endswith(IMG_EXTENSIONS):
                     pictures.append(os.path.join(relative, file))
@@ -329,7 +358,7 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
         stems = Counter(os.path.splitext(path)[0] for path in pictures)
         split.findings += [("same name", p, "") for p in pictures if stems[os.path.splitext(p)[0]] > 1]
         split.classes[class_name] = pictures
-        if not pictures:
+        if found and not pictures:
             split.findings.append(("empty class", class_name, ""))
     counts = {name: len(pictures) for name, pictures in split.classes.items() if pictures}
     median = float(np.median(list(counts.values()))) if counts else 0
@@ -342,7 +371,8 @@ def list_split(name: str, folder: Path, class_list: list[str] | None = None) -> 
 
 def compare_classes(splits: list[Split]) -> None:
     """Adds a class mismatch to the split that lacks the class."""
-    for one, other in (splits, splits[::-1]) if len(splits) == 2 and all(s.classes for s in splits) else ():
+    both = len(splits) == 2 and all(any(s.classes) for s in splits)
+    for one, other in (splits, splits[::-1]) if both else ():
         one.findings += [
             ("class mismatch", name, f"not in {one.name}/, {len(other.classes[name])} pictures in {other.name}/")
             for name in sorted(set(other.classes) - set(one.classes))
@@ -423,7 +453,7 @@ def summary(split: Split, pictures: Pictures, number: int) -> dict:
 
     return {
         "folder": str(split.folder),
-        "classes": len(split.classes),
+        "classes": sum(map(bool, split.classes)),
         "pictures": sum(counts),
         "bytes": int(pictures.bytes[pictures.split == number].sum()),
         "per_class_min_median_max": three(counts),
@@ -478,8 +508,11 @@ def main(argv=None) -> None:
     folders = find_splits(args.tree)
     class_list = None
     if args.class_list:
-        class_list = sets.read_class_list(args.class_list, {name for f in folders.values() for name in _subfolders(f)})
-    splits = [list_split(name, folder, class_list) for name, folder in folders.items()]
+        class_list = sets.read_class_list(
+            args.class_list, {name for f in folders.values() for name in sets.folders_in(f)}
+        )
+    unlabelled = not (class_list or any(map(sets.folders_in, folders.values())))
+    splits = [list_split(name, folder, class_list, unlabelled) for name, folder in folders.items()]
     compare_classes(splits)
     pictures = Pictures(splits, args.limit)
 

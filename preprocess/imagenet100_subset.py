@@ -49,6 +49,7 @@ VAL_PER_CLASS, VAL_PICTURES = 50, 50_000
 FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 WORDNET_ID = re.compile(r"n\d{8}")
 KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")  # where the competition's archive keeps train/, val/ and test/
+FEW = 5  # names that a message shows
 LABEL_FILES = ("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
 
 
@@ -116,17 +117,36 @@ def find_splits(args) -> list[Split]:
     flat = _is_flat(val, ids)
     if not flat:
         missing[val] = _missing(val, ids)
+    out = Path(args.imagenet100_path)
     if any(missing.values()):
+        most, end = list_missing(out, [str(folder / name) for folder, names in missing.items() for name in names])
         listed = "; ".join(
-            f"{printable(folder)} lacks {len(names)} of the {len(ids)}: {', '.join(names)}"
+            f"{printable(folder)} lacks {len(names)} of the {len(ids)}: {sets.few(names, most)}"
             for folder, names in missing.items()
             if names
         )
+        listed += end
         if args.class_list:
             raise UsageError(f"--class_list {args.class_list} names class folders that are not there: {listed}")
         raise UserError(f"missing class folders: {listed}")
-    val_set = _flat_val(val, ids, args.val_labels, root) if flat else sets.open_tree(val, class_list=ids)
+    val_set = _flat_val(val, ids, args.val_labels, root, out) if flat else sets.open_tree(val, class_list=ids)
     return [Split("train", train, sets.open_tree(train, class_list=ids), False), Split("val", val, val_set, flat)]
+
+
+def missing_file(out: Path) -> Path:
+    """OUT-missing.txt, beside the folder to make: there may be nothing to put into that."""
+    return Path(f"{os.path.abspath(out)}-missing.txt")
+
+
+def list_missing(out: Path, lines: list[str]) -> tuple[int, str]:
+    """(how many names a message shows, how it ends): if they are many, all lines go to `missing_file`, if that can be."""
+    if len(lines) <= FEW:
+        return FEW, ""
+    try:
+        missing_file(out).write_text("".join(f"{printable(line)}\n" for line in lines))
+    except OSError:
+        return len(lines), ""
+    return FEW, f"; all in {printable(missing_file(out))}"
 
 
 def _missing(folder: Path, ids: list[str]) -> list[str]:
@@ -139,7 +159,7 @@ def _is_flat(val: Path, ids: list[str]) -> bool:
     return any(FLAT_NAME.fullmatch(entry.name) for entry in os.scandir(val))
 
 
-def _flat_val(val: Path, ids: list[str], labels: str | None, root: Path) -> FolderSet:
+def _flat_val(val: Path, ids: list[str], labels: str | None, root: Path, out: Path) -> FolderSet:
     """The pictures of these classes among val/ILSVRC2012_val_*.JPEG, class by class."""
     if labels is None:
         above = [root, val, *list(root.absolute().parents)[: len(KAGGLE.parts)]]
@@ -153,7 +173,7 @@ def _flat_val(val: Path, ids: list[str], labels: str | None, root: Path) -> Fold
         print(f"labels of the flat val folder: {printable(labels)}")
     label_of = read_val_labels(Path(labels))
     index = {name: i for i, name in enumerate(ids)}
-    names = sorted(entry.name for entry in os.scandir(val) if FLAT_NAME.fullmatch(entry.name))
+    names = sorted(name for name in sets.walk(val)[0][2] if FLAT_NAME.fullmatch(name))
     unlabelled = [name for name in names if _number(name) not in label_of]
     if unlabelled:
         raise UsageError(
@@ -161,9 +181,9 @@ def _flat_val(val: Path, ids: list[str], labels: str | None, root: Path) -> Fold
         )
     rows = sorted((index[label_of[_number(n)]], n) for n in names if label_of[_number(n)] in index)
     if empty := [ids[i] for i in sorted(set(index.values()) - {i for i, _ in rows})]:
-        raise UserError(
-            f"{printable(val)} holds no picture of {len(empty)} of the {len(ids)} classes: {', '.join(empty)}"
-        )
+        most, end = list_missing(out, [f"{val}: no picture of {name}" for name in empty])
+        names = sets.few(empty, most)
+        raise UserError(f"{printable(val)} holds no picture of {len(empty)} of the {len(ids)} classes: {names}{end}")
     return FolderSet([n for _, n in rows], [i for i, _ in rows], ids, val)
 
 
@@ -337,7 +357,9 @@ def report(splits: list[Split], counted: dict[str, Counter], out: Path, default_
         )
         odd = {} if split.name == "train" else {c: n for c, n in counts.items() if n != VAL_PER_CLASS}
         if default_list and total != expected:
-            which = f"; not {VAL_PER_CLASS}: {', '.join(f'{c} {n}' for c, n in odd.items())}" if odd else ""
+            told = [f"{c} {n}" for c, n in odd.items()]
+            most, end = list_missing(out, told)
+            which = f"; not {VAL_PER_CLASS}: {sets.few(told, most)}{end}" if odd else ""
             fewest = ", ".join(f"{c} {n}" for c, n in sorted(counts.items(), key=lambda item: item[1])[:5])
             which = which or f"; smallest classes: {fewest}"
             print(
@@ -359,6 +381,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.imagenet100_path)
     check_output(out, Path(args.imagenet_path), "--imagenet100_path")
+    with contextlib.suppress(OSError):
+        missing_file(out).unlink()
     splits = find_splits(args)
     default_list = args.class_list is None
     with only_writer(out):

@@ -58,7 +58,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UsageError, UserError, cli, printable, processes, run, sets
+from common import UsageError, UserError, cli, crops, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, texture_mrs, texture_quilt, workers
 
@@ -307,12 +307,7 @@ def draws_of(name: str, seed: int) -> tuple[int, int, int]:
 
 def read_rgb(path: str) -> Image.Image:
     """The picture as RGB of 8 bits. Raises whatever Pillow raises on damaged files."""
-    image = Image.open(workers.read(path))
-    if image.mode.startswith(("I", "F")):  # 16 bits: Pillow would cut, not scale
-        values = np.asarray(image).astype(np.float64)
-        top = 65535 if values.max() > 255 else 255
-        image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return crops.as_rgb(Image.open(workers.read(path)))
 
 
 def patches_of(picture: Image.Image, patch: int, down: int, right: int, scale: float | None = None) -> torch.Tensor:

@@ -45,7 +45,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, options, printable, processes, run, sets
+from common import UsageError, UserError, cli, crops, options, printable, processes, run, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 from preprocess.corruptions import CORRUPTIONS, corrupt
@@ -138,7 +138,7 @@ class Done(NamedTuple):
 
 def read_picture(path: str, size: int) -> np.ndarray:
     """(H, W, 3) uint8: resized and cropped as ImageNet-C's sources were, or as it is (size 0)."""
-    image = Image.open(workers.read(path)).convert("RGB")
+    image = crops.as_rgb(Image.open(workers.read(path)))
     if size:
         image = transforms.functional.resize(image, options.eval_resize(size))  # Pillow's bilinear filter
         image = transforms.functional.center_crop(image, size)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -103,6 +104,26 @@ def test_16_bit_colour_png_is_told_though_pillow_opens_it_as_rgb(tmp_path):
         + chunk(b"IEND", b"")
     )
     assert kinds(tmp_path / "deep.png") == {"16-bit"}
+
+
+def test_values_of_deep_pictures_are_told(tmp_path):
+    for name, top, kinds_found in (("full.png", 65535, {"16-bit"}), ("of8.png", 255, {"16-bit", "dark"})):
+        path = save(tmp_path / name, image=Image.fromarray(np.linspace(9, top, 4096).astype(np.uint16).reshape(64, 64)))
+        findings = dict(check_images.examine(str(path)).findings)
+        assert set(findings) == kinds_found and findings["16-bit"] == f"PNG I;16, values 9 to {top}"
+    assert kinds(save(tmp_path / "float.tif", image=photo(mode="F"))) == {"float"}
+
+
+def test_a_picture_too_large_is_told(tmp_path, monkeypatch):
+    path = str(save(tmp_path / "a.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        ((kind, detail),) = check_images.examine(path).findings
+        assert kind == "too large" and "2880 pixels" in detail
+
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+        monkeypatch.setattr(check_images, "_decode", mock.Mock(side_effect=error))
+        assert kinds(path) == {"too large"} and check_images.KINDS["too large"][0] == check_images.ERROR
 
 
 def test_extension_rotation_frames_size(tmp_path):
@@ -276,6 +297,36 @@ def test_one_split_a_single_folder_and_a_class_called_train(tree, tmp_path, caps
     assert code == 0 and report["splits"]["vehicles"]["per_class"] == {"car": 1, "train": 1}
     (tree / "val").rename(tree / "test")
     assert check(tree, capsys)[2]["splits"]["val"]["folder"].endswith("test")
+
+
+def test_pipes_and_links_in_circles_are_told_and_not_opened(tree, capsys):
+    bird = tree / "train" / "bird"
+    os.mkfifo(bird / "pipe.png")
+    (bird / "up").symlink_to("..")
+    (tree / "train" / "all").symlink_to(tree)
+    (tree / "train" / "fish" / "twin").symlink_to(tree / "val" / "fish")  # a folder elsewhere
+    code, out, report = check(tree, capsys)
+    assert code == 0 and found(report, "not a file") == [("train", p) for p in ("all", "bird/pipe.png", "bird/up")]
+    assert report["splits"]["train"]["per_class"] == {"bird": 3, "fish": 5}
+    assert "link to a folder it lies in, ignored" in out
+
+
+def test_pictures_without_classes_are_checked_for_pre_training(tree, tmp_path, capsys):
+    root = tmp_path / "photos"
+    for folder in (root, root / "train"):
+        good, bad = save(folder / "a.png", seed=1), save(folder / "b.png", seed=2)
+        bad.write_bytes(b"x")
+        code, out, report = check(root, capsys)
+        assert code == 1 and [f["kind"] for f in report["findings"]] == ["unlabelled", "unreadable"]
+        assert [split["classes"] for split in report["splits"].values()] == [0] and report["checked"] == 2
+        assert "no class folders: for pre-training only" in out
+        bad.unlink()
+        assert check(root, capsys)[0] == 0
+        good.unlink()
+    save(root / "train" / "a.png", seed=1)
+    (root / "val").symlink_to(tree / "val")
+    code, _, report = check(root, capsys)  # what are the labels in val/ for?
+    assert code == 1 and found(report, "no classes") == [("train", "train")]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

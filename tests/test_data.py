@@ -1,12 +1,16 @@
 """Data sets and loaders: what is found on disk, what a wrong folder says, and that the seed alone decides the views."""
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import urllib.error
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +21,14 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
+from cmc import LinearProbing, train_CMC
 from common import UsageError, UserError, crops, data, processes, sets
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
 from common.crops import scale_boxes
 from common.data import Loader
 from common.sets import ArraySet, FolderSet, open_set, open_tree
+from moco_insdis import eval_moco_ins, train_moco_ins
+from nonsem_neg import eval_robustness, main_lincls, moco_non_sem_neg
 from nonsem_neg.textures import original_root_of, pair_by_path
 
 CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
@@ -116,6 +123,50 @@ def test_same_classes_samples_and_order_as_torchvision(tmp_path):
     assert ours.classes == theirs.classes
     assert len(ours) == 12 and ours.path(3) == ours.paths[3] and ours.name.endswith("/train")
     assert_same(epoch_of(loader(ours)), epoch_of(loader(ours)))  # and every name can be read
+
+
+def test_only_regular_files_are_pictures(tmp_path):
+    train, elsewhere = make_tree(tmp_path / "train", each=2), make_tree(tmp_path / "elsewhere", ("more",), each=2)
+    expected = open_tree(train).paths
+    os.mkfifo(train / "ant" / "pipe.jpg")  # opening one waits for ever
+    (train / "ant" / "to-a-pipe.jpg").symlink_to("pipe.jpg")
+    (train / "ant" / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as talk, contextlib.chdir(train / "bee"):
+        talk.bind("socket.jpg")
+    (train / "ant" / "folder.jpg").mkdir()
+    assert open_tree(train).paths == expected
+    (train / "ant" / "p9.jpg").symlink_to(elsewhere / "more" / "p0.jpg")
+    (train / "bee" / "sub").symlink_to(elsewhere)
+    (train / "cow").symlink_to(elsewhere / "more")
+    assert [os.path.relpath(path, train) for path in open_tree(train).paths] == [
+        *("ant/p0.jpg", "ant/p1.jpg", "ant/p9.jpg", "bee/p0.jpg", "bee/p1.jpg", "bee/sub/more/p0.jpg"),
+        *("bee/sub/more/p1.jpg", "cow/p0.jpg", "cow/p1.jpg"),
+    ]
+    assert len(epoch_of(loader(open_tree(train), (CROP,), 9))) == 1
+    for name, target in (("gone.jpg", "nowhere"), ("self.jpg", "self.jpg")):  # listed, and named when they are opened
+        (train / "cow" / name).symlink_to(target)
+        assert any(path.endswith(name) for path in open_tree(train).paths)
+        with pytest.raises(UserError, match=f"{name}: (no such file|too many levels)"):
+            epoch_of(loader(open_tree(train), (CROP,), 10))
+        (train / "cow" / name).unlink()
+
+
+def test_links_in_circles_are_not_followed(tmp_path):
+    train = make_tree(tmp_path / "train", each=2)
+    save(train / "ant" / "deep" / "er" / "x.jpg", 5)
+    expected = open_tree(train).paths
+    (train / "ant" / "up").symlink_to("..")
+    (train / "ant" / "deep" / "er" / "up").symlink_to("../..")
+    (train / "bee" / "self").symlink_to(".")
+    (train / "bee" / "root").symlink_to("/")
+    (train / "everything").symlink_to(tmp_path)  # no class
+    (train / "itself").symlink_to("itself")
+    assert open_tree(train).paths == expected and open_set(tmp_path, "train").classes == ["ant", "bee"]
+    other = make_tree(tmp_path / "other", ("a", "b"), each=1)
+    (other / "a" / "to-b").symlink_to("../b")
+    (other / "b" / "to-a").symlink_to("../a")
+    found = [os.path.relpath(path, other) for path in open_tree(other).paths]
+    assert found == ["a/p0.jpg", "a/to-b/p0.jpg", "b/p0.jpg", "b/to-a/p0.jpg"]  # each once on its way
 
 
 @pytest.mark.parametrize("folder", ["val", "test", "validation"])
@@ -268,6 +319,131 @@ def test_stl10_splits(tmp_path, monkeypatch):
     assert seen == ["train", "unlabeled", "train+unlabeled", "test", "test"]
 
 
+# ------------------------------------------------------------------------------------------------- pictures without classes
+
+
+def unlabelled(root):
+    return open_set(root, "train", unlabelled=True)
+
+
+def test_pictures_without_classes(tmp_path):
+    flat = make_tree(tmp_path / "flat", (".",), each=3)
+    nested = make_tree(tmp_path / "nested", ("2019", "2020/may", "."), each=2)
+    below = make_tree(tmp_path / "below" / "train", (".",), each=3).parent
+    make_tree(below / "val", each=1)
+    for root, count in ((flat, 3), (nested, 6), (below, 3), (below / "train", 3)):
+        pictures = unlabelled(root)
+        assert len(pictures) == count and pictures.classes == [] and pictures.targets.tolist() == [-1] * count
+        assert pictures.notes == [
+            f"{pictures.root}: no train/CLASS/*, so its {count} pictures are taken without labels"
+        ]
+        assert (
+            "0 classes" in repr(loader(pictures)) if count > 3 else len(epoch_of(loader(pictures, batch_size=3))) == 1
+        )
+        with pytest.raises(UsageError, match="no train/ folder|no class folders in it"):
+            open_set(root, "train")  # an evaluation wants classes
+    (nested / "2019" / "up").symlink_to("..")
+    assert len(unlabelled(nested)) == 6
+
+
+def test_class_folders_keep_their_meaning(tmp_path):
+    make_tree(tmp_path / "train", ("bee", "ant"), each=2)
+    save(tmp_path / "train" / "loose.jpg", 1)
+    save(tmp_path / "loose.jpg", 1)
+    make_tree(tmp_path / "extra", each=1)
+    ours, before = unlabelled(tmp_path), ImageFolder(tmp_path / "train")
+    assert ours.paths == [path for path, _ in before.samples] and ours.targets.tolist() == before.targets
+    assert ours.classes == ["ant", "bee"] and ours.notes == []
+    (tmp_path / "ids.txt").write_text("bee\n")
+    assert open_set(tmp_path, "train", unlabelled=True, class_list=tmp_path / "ids.txt").classes == ["bee"]
+
+
+def test_what_could_be_meant_in_two_ways_is_asked(tmp_path):
+    flat = make_tree(tmp_path / "flat", (".",), each=1)
+    (tmp_path / "ids.txt").write_text("bee\n")
+    with pytest.raises(UsageError, match="no train/ folder"):
+        open_set(flat, "train", unlabelled=True, class_list=tmp_path / "ids.txt")
+    vehicles = make_tree(tmp_path / "vehicles", ("car", "train"), each=1)
+    with pytest.raises(
+        UsageError, match="vehicles: train/ holds no class folders, and beside it is car: give .*/train for"
+    ):
+        unlabelled(vehicles)
+    make_tree(tmp_path / "above" / "set" / "train", each=1)
+    for how in ({}, {"unlabelled": True}):
+        with pytest.raises(
+            UsageError, match="above: no train/ folder, but set/train/: give .*above/set, or rename that"
+        ):
+            open_set(tmp_path / "above", "train", **how)
+    make_tree(tmp_path / "evaluation" / "val", each=1)
+    with pytest.raises(UsageError, match="no train/ folder; in it: val/"):
+        unlabelled(tmp_path / "evaluation")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(UsageError, match="no class folders in it"):
+        unlabelled(tmp_path / "empty")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("")
+    with pytest.raises(UsageError, match="no train/ folder; in it: a.txt"):
+        unlabelled(tmp_path / "texts")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train.json").write_text("")
+    with pytest.raises(UsageError, match="add --dataset packed"):
+        unlabelled(tmp_path / "packed")
+
+
+FLAT_RUNS = {
+    train_CMC: "--data_folder flat --preset small --model_path run -b 8 --nce_k 8 --save_freq 9",
+    train_moco_ins: "--data_folder flat --preset small --moco --model_path run -b 8 --nce_k 8 --alpha 0.9",
+    moco_non_sem_neg: "flat -a resnet18 --input-res 32 --ckpt_path run -b 8 --moco-k 8 --bn-splits 1",
+}
+
+
+@pytest.mark.parametrize("script", FLAT_RUNS, ids=lambda script: script.__name__.rpartition(".")[2])
+def test_every_pre_training_takes_them(demo_set, tmp_path, monkeypatch, capsys, script):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").symlink_to(make_tree(tmp_path / "photos", (".", "deeper"), each=8))
+    flags = [*FLAT_RUNS[script].split(), *"--epochs 1 --device cpu --seed 0 -j 0".split()]
+    with pytest.raises(UsageError, match="--knn-every needs labels, and DATA has none: .*--knn-data"):
+        script.main([*flags, "--knn-every", "1"])
+    with pytest.raises(UsageError, match="--knn-data x belongs to --knn-every"):
+        script.parse_args([*flags, "--knn-data", "x"])
+    capsys.readouterr()
+    script.main([*flags, "--knn-every", "1", "--knn-k", "5", "--knn-data", str(demo_set)])
+    said = capsys.readouterr().out
+    assert said.count("note: flat: no train/CLASS/*, so its 16 pictures are taken without labels") == 1
+    assert "k-NN (k 5) on val" in said
+    assert script.parse_args([*flags, "--dataset", "imagenet100"]).dataset == "imagenet100"
+
+
+def test_evaluations_and_textures_want_classes(demo_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tree(tmp_path / "flat", (".",), each=8)
+    make_tree(tmp_path / "flat-texture", (".",), each=8)
+    flags = ["-a", "resnet18", "--input-res", "32", "--ckpt_path", "run", "--device", "cpu", "-j", "0"]
+    texture = [*flags, "--moco-k", "8", "-b", "8", "--bn-splits", "1", "--robust", "texture"]
+    with pytest.raises(UsageError, match="flat-texture: no train/ folder; in it: p0.jpg"):
+        moco_non_sem_neg.main(["flat-texture", *texture])
+    with pytest.raises(UsageError, match="flat/train: no such folder; it should hold the originals of"):
+        moco_non_sem_neg.main(["flat", *texture, "--texture-root", str(demo_set)])
+    moco_non_sem_neg.main(["flat", *flags, "--epochs", "1", "--moco-k", "8", "-b", "8", "--bn-splits", "1"])
+    with pytest.raises(UsageError, match="flat: no train/ folder; in it: p0.jpg") as error:
+        main_lincls.main(["flat", "--pretrained", "run", *flags[:-2], "--epochs", "1"])
+    assert "\n" not in str(error.value)
+
+
+def test_every_script_takes_imagenet100():
+    for script, flags in (
+        (train_CMC, ["--data_folder", "x"]),
+        (LinearProbing, ["--data_folder", "x", "--model_path", "x"]),
+        (train_moco_ins, ["--data_folder", "x"]),
+        (eval_moco_ins, ["--data_folder", "x", "--model_path", "x"]),
+        (moco_non_sem_neg, ["x"]),
+        (main_lincls, ["x", "--pretrained", "x"]),
+        (eval_robustness, ["x", "--classifier", "x"]),
+    ):
+        args = script.parse_args([*flags, "--dataset", "imagenet100"])
+        assert args.dataset == "imagenet100" and args.data == "x"
+
+
 # ------------------------------------------------------------------------------------------------------- reading files
 
 
@@ -280,8 +456,6 @@ def test_every_kind_of_file_reads_like_pil_loader(tmp_path):
     base.convert("P").save(folder / "palette.png")
     base.convert("RGBA").save(folder / "alpha.png")
     base.convert("1").save(folder / "bits.png")
-    deep = np.asarray(base.convert("L")).astype(np.uint16) * 257
-    Image.fromarray(deep).save(folder / "deep16.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees": ignored
     base.save(folder / "turned.jpg", exif=exif)
@@ -291,6 +465,41 @@ def test_every_kind_of_file_reads_like_pil_loader(tmp_path):
     for view, row in zip(views[0], index):
         expected = np.asarray(pil_loader(pictures.path(row)))[:, 5:35]
         assert np.array_equal((view * 255).round().byte().permute(1, 2, 0).numpy(), expected), pictures.path(row)
+
+
+def png_of(values):
+    """An uncompressed-filter PNG of 16 bits: (H, W, 3) colour or (H, W) grey, which Pillow writes in part only."""
+    values = np.asarray(values).astype(">u2")
+    height, width, kind = *values.shape[:2], 2 if values.ndim == 3 else 0
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    chunks = (struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_16_bits_are_scaled_to_8(tmp_path, mode):
+    folder, small = tmp_path / "train" / "a", np.asarray(picture(1, 30, 30).convert("L"))
+    folder.mkdir(parents=True)
+    deep = small.astype(np.uint16) * 256 + 255 - small  # the low byte says something else
+    (folder / "colour.png").write_bytes(png_of(np.stack([deep] * 3, 2)))
+    (folder / "grey.png").write_bytes(png_of(deep))
+    (folder / "map.pgm").write_bytes(b"P5 30 30 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(folder / "little.tif")
+    Image.frombytes("I;16B", (30, 30), deep.astype(">u2").tobytes()).save(folder / "motorola.tif")
+    Image.fromarray(deep.astype(np.int32)).save(folder / "wide.tif")
+    assert {Image.open(path).mode for path in folder.iterdir()} == {"RGB", "I;16", "I;16B", "I"}
+    pictures, whole = open_set(tmp_path, "train"), Compose(ResizeCenterCrop(None, 30))
+    how = dict(shuffle=False, drop_last=False, data_device=mode)
+    [(views, _, index)] = epoch_of(loader(pictures, (whole,), 8, **how))
+    for view, row in zip(views[0], index):
+        assert np.array_equal((view * 255).round().byte().numpy(), np.stack([small] * 3)), pictures.path(row)
+    full = Image.fromarray(np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32))
+    assert np.asarray(crops.as_rgb(full)).mean() == 127.5 and np.asarray(full.convert("RGB")).mean() > 250  # Pillow
 
 
 @pytest.mark.parametrize(
@@ -344,6 +553,35 @@ def test_bad_pictures_are_named(tmp_path, mode):
     with pytest.raises(UserError, match="gone.jpg: no such file or directory"):
         gone = FolderSet(["ant/gone.jpg"], [0], ["ant"], pictures.root)
         epoch_of(loader(gone, batch_size=1, data_device=mode))
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_picture_too_large_is_named(tmp_path, mode, monkeypatch):
+    make_tree(tmp_path / "train", each=3, suffix=".png")
+    save(tmp_path / "train" / "bee" / "wide.png", 9, width=400, height=300)
+    pictures, how = open_set(tmp_path, "train"), dict(batch_size=7, data_device=mode)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+        with pytest.raises(UserError, match="bee/wide.png: more than 80,000 pixels, which Pillow refuses"):
+            epoch_of(loader(pictures, **how))
+        skipping = loader(pictures, **how, skip_bad=True)
+        epoch_of(skipping)
+        assert skipping.bad_images == [str(tmp_path / "train" / "bee" / "wide.png")]
+
+    def full(image):
+        if image.width == 400:
+            raise MemoryError
+        return image
+
+    pictures = open_set(tmp_path, "train")
+    monkeypatch.setattr(crops, "as_rgb", full)
+    for skip_bad in (False, True):  # skipping what fits at another time would change the data without a word
+        with pytest.raises(UserError, match="bee/wide.png: too large for the memory: remove it") as error:
+            epoch_of(loader(pictures, **how, skip_bad=skip_bad))
+        assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50, dtype=torch.uint8)  # what torchvision's decoder raises
+    assert not isinstance(pictures.bad_picture(0, error.value), sets.BadPicture)
 
 
 def test_bad_picture_in_a_worker_is_one_line(tmp_path):

@@ -89,6 +89,8 @@ def test_links_are_one_per_class_and_a_second_run_keeps_them(imagenet, tmp_path,
     assert "train: 100 classes, 200 pictures (expected 126,689)" in said.out
     assert "warning: train has 200 pictures, ImageNet-100 has 126,689; smallest classes: n01558993 2" in said.err
     assert "warning: val has 100 pictures, ImageNet-100 has 5,000; not 50: n01558993 1" in said.err
+    assert f"(100 in all); all in {tmp_path / 'out-missing.txt'}" in said.err and IDS[7] not in said.err
+    assert (tmp_path / "out-missing.txt").read_text() == "".join(f"{name} 1\n" for name in IDS)
     for split in ("train", "val"):
         links = sorted((tmp_path / "out" / split).iterdir())
         assert [link.name for link in links] == IDS and all(os.path.isabs(os.readlink(link)) for link in links)
@@ -104,8 +106,10 @@ def test_links_are_one_per_class_and_a_second_run_keeps_them(imagenet, tmp_path,
 
 def test_no_warning_where_the_counts_are_right(imagenet, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subset, "EXPECTED", {"train": 200, "val": 100})
+    (tmp_path / "out-missing.txt").write_text("of an earlier run")
     make(imagenet, tmp_path / "out")
     said = capsys.readouterr()
+    assert not (tmp_path / "out-missing.txt").exists()
     assert "warning" not in said.err and "val: 100 classes, 100 pictures (expected 100)" in said.out
 
 
@@ -173,6 +177,15 @@ def test_copy_after_links_does_not_write_into_imagenet(few, tmp_path):
     make(few, tmp_path / "out", "--copy", *listed)
     assert {p: p.stat().st_mtime_ns for p in few.rglob("*")} == before
     assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+
+
+def test_a_pipe_is_no_picture(few, flat, tmp_path):
+    os.mkfifo(few / "train" / IDS[0] / "a.JPEG")
+    os.mkfifo(flat[0] / "val" / "ILSVRC2012_val_00000777.JPEG")
+    (tmp_path / "labels").write_text("\n".join(flat[1]))
+    make(few, tmp_path / "out", "--copy", "--class_list", tmp_path / "ids.txt")
+    make(flat[0], tmp_path / "out2", "--copy", "--val_labels", tmp_path / "labels")
+    assert len(open_set(tmp_path / "out", "train")) == 4 and len(open_set(tmp_path / "out2", "val")) == 201
 
 
 def test_what_cannot_be_opened_is_listed(few, tmp_path, capsys):
@@ -304,9 +317,14 @@ def test_missing_classes_are_all_listed_and_nothing_is_made(few, tmp_path, capsy
         cli.run(lambda: make(few, tmp_path / "out"))
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.startswith("error: missing class folders: ") and said.count("\n") == 1
-    assert "train lacks 97 of the 100: " + ", ".join(IDS[3:]) in said
-    assert "val lacks 98 of the 100: " + ", ".join([IDS[1], *IDS[3:]]) in said
-    assert not (tmp_path / "out").exists()
+    assert "train lacks 97 of the 100: " + ", ".join(IDS[3:8]) + ", ... (97 in all); " in said
+    assert "val lacks 98 of the 100: " + ", ".join([IDS[1], *IDS[3:7]]) + ", ... (98 in all); all in " in said
+    listed = [os.path.relpath(line, few) for line in (tmp_path / "out-missing.txt").read_text().splitlines()]
+    assert listed == [*(f"train/{i}" for i in IDS[3:]), *(f"val/{i}" for i in (IDS[1], *IDS[3:]))]
+    assert said.rstrip().endswith("out-missing.txt") and not (tmp_path / "out").exists()
+    with pytest.raises(UserError) as error:
+        make(few, tmp_path / "nowhere" / "out")
+    assert ", ".join(IDS[3:]) in str(error.value)  # there is no file to write them to
 
 
 def test_a_list_with_an_unknown_id(few, tmp_path):

@@ -486,3 +486,10 @@ def test_ctrl_c_is_one_line_and_the_rest_follows(tree, tmp_path, monkeypatch):
     assert stop.value.code == 130 and len(files(tmp_path / "C")) == 7
     make(tree, tmp_path / "C", *FEW)
     assert len(files(tmp_path / "C")) == 24
+
+
+def test_16_bits_are_scaled_not_cut(tmp_path):
+    grey = np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "16.png")
+    found = make_corruptions.read_picture(str(tmp_path / "16.png"), 0)
+    assert (found == (grey >> 8)[..., None]).all()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from common import UsageError, UserError
+from common import UsageError, UserError, crops
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
 from common.data import Loader
 from common.sets import ArraySet, open_set
@@ -251,6 +251,36 @@ def test_unreadable_pictures_are_left_out_and_listed(copy_of_tree, tmp_path, mon
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no readable picture in 1 of 3 classes \(ant\)"):
         run_pack(copy_of_tree, out, "--side", SIDE, "--splits", "val", "--force")
+
+
+def test_deep_large_and_special_files(copy_of_tree, tmp_path, monkeypatch):
+    train, deep = copy_of_tree / "train/ant", np.linspace(0, 65535, 900).astype(np.uint16).reshape(30, 30)
+    Image.fromarray(deep).save(train / "zz16.png")
+    os.mkfifo(train / "zz17.png")
+    (train / "zz18.png").symlink_to("zz17.png")
+    picture(1, 500, 400).save(train / "zz19.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
+        with pytest.raises(UserError, match="1 of 17 pictures could not be read"):
+            run_pack(copy_of_tree, tmp_path / "pack", "--side", 30, "--splits", "train")
+    opened = open_set(tmp_path / "pack", "train", dataset="packed")
+    (row,) = [i for i in range(len(opened)) if "zz16.png" in opened.path(i)]
+    assert np.array_equal(opened.open(row)[0].numpy(), deep >> 8)
+    assert (
+        tmp_path / "pack/train.failed.txt"
+    ).read_text() == "ant/zz19.png\tmore than 120,000 pixels, which Pillow refuses\n"
+
+    def full(image):
+        raise MemoryError
+
+    monkeypatch.setattr(crops, "as_rgb", full)
+    monkeypatch.setattr(crops, "decode_jpeg", None)
+    with pytest.raises(UserError, match="too large for the memory: remove it") as error:
+        run_pack(copy_of_tree, tmp_path / "other", "--side", 30, "--splits", "train")
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    run_pack(copy_of_tree, tmp_path / "other", "--side", 30, "--splits", "train")  # goes on
+    assert len(open_set(tmp_path / "other", "train", dataset="packed")) == 17
 
 
 def test_a_name_that_is_not_utf8(tree, tmp_path):

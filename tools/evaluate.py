@@ -378,7 +378,7 @@ def worker(args, process: processes.Process) -> None:
         held.callback(log.close)
         log.derived(classifier=saved.path, classes=len(classes), precision=str(precision))
 
-        how = dict(input_res=args.input_res, precropped=args.precropped, precision=str(precision))
+        how = dict(input_res=args.input_res, precropped=args.precropped, precision=str(precision), dataset=args.dataset)
         wanted = {n: {"folder": os.path.realpath(w), "pictures": len(d), **how} for n, (w, d, _) in opened.items()}
         own_label = facts.pop("label") or Path(facts["pretrained"]).resolve().parent.name
         about = dict(table="nonsem_neg/published.json", label=args.label or own_label, evaluated=saved.path)

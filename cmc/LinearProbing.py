@@ -232,7 +232,7 @@ def row_label(opt: dict, args) -> str | None:
 
 
 def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
-    """A classifier of this script, as tools/evaluate.py looks at it (what is returned is said there)."""
+    """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     opt = saved.get("opt") or {}
     if "classifier" not in saved or "view" not in opt:
         return None

@@ -251,7 +251,7 @@ def row_label(opt: dict) -> str | None:
 
 
 def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
-    """A classifier of this script, as tools/evaluate.py looks at it (what is returned is said there)."""
+    """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     opt = saved.get("opt") or {}
     if "classifier" not in saved or "view" in opt or "crop" not in opt:
         return None

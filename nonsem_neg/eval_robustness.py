@@ -8,7 +8,7 @@ Ge et al. (NeurIPS 2021, arXiv:2110.14189) released no evaluation code; each set
         --corruption IMAGENET-C --sketch IMAGENET-SKETCH --stylized STYLIZED --rendition IMAGENET-R
     python nonsem_neg/eval_robustness.py --demo
 
-The evaluation is no paper's own: it is tools/evaluate.py, which takes classifiers of the other papers, too.
+The evaluation is no paper's own: it is tools/robustness.py, which takes classifiers of the other papers, too.
 """
 
 import os
@@ -21,7 +21,7 @@ from common import early
 early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 from common import cli
-from tools.evaluate import CORRUPTIONS, main, open_corruptions, parse_args
+from tools.robustness import CORRUPTIONS, main, open_corruptions, parse_args
 
 __all__ = ["CORRUPTIONS", "main", "open_corruptions", "parse_args"]
 

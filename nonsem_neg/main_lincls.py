@@ -232,7 +232,7 @@ def evaluate(args, process: processes.Process) -> None:
 
 
 def reopen(saved, network, input_res, process: processes.Process, precision):
-    """A classifier of this script, as tools/evaluate.py looks at it (what is returned is said there)."""
+    """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     if "best_acc1" not in saved or not isinstance(saved.get("state_dict"), dict):
         return None
     weight = checkpoint.backbone(saved).get("fc.weight")

@@ -11,7 +11,7 @@ from conftest import equal, inside, stopped_at
 from common import UsageError, UserError, augment, checkpoint, processes, run
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
-from tools import evaluate, report
+from tools import report, robustness
 
 PRE = "--demo --epochs 1 --batch-size 32 --moco-k 64 --bn-splits 2 --ckpt_path pre --device cpu".split()
 LIN = ["--demo", "--pretrained", "pre", "--ckpt_path", "lin", "--epochs", "2", "--batch-size", "64", "--lr", "0.1"]
@@ -218,7 +218,7 @@ def test_subsets_are_mapped_by_folder_name_and_masked(workspace, demo_set):
         (some / name).symlink_to(demo_set / "val" / name)
     (some / "unknown").symlink_to(demo_set / "val" / "disc")
     classes = checkpoint.load("lin/checkpoint_robust_0000.pth.tar")["classes"]
-    dataset = evaluate.open_by_class(str(some), classes)
+    dataset = robustness.open_by_class(str(some), classes)
     assert sorted(set(dataset.targets.tolist())) == [classes.index("heart"), classes.index("star")]
     args = ["--classifier", "lin", "--rendition", "some", "--ckpt_path", "sub"]
     eval_robustness.main(args)
@@ -231,16 +231,16 @@ def test_subsets_are_mapped_by_folder_name_and_masked(workspace, demo_set):
 def test_masked_and_full_accuracy_by_hand(workspace, demo_set):
     """A 'network' that always answers class 0 first and class 4 second, and has two outputs too many."""
     answer = torch.tensor([[9.0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 99, 99]])
-    args = evaluate.parse_args(ROB)
+    args = robustness.parse_args(ROB)
     classes = checkpoint.load("lin/checkpoint_robust_0000.pth.tar")["classes"]
     folder = workspace / "two"
     folder.mkdir()
     for name in (classes[4], classes[7]):
         (folder / name).symlink_to(demo_set / "val" / name)
-    dataset, colours = evaluate.open_by_class(str(folder), classes), (augment.Normalize(*[(0.5,) * 3] * 2),)
+    dataset, colours = robustness.open_by_class(str(folder), classes), (augment.Normalize(*[(0.5,) * 3] * 2),)
     log = run.Run(workspace / "by-hand", args, processes.Process(), tensorboard=False)
     how = args, processes.Process(), run.StopSignal(), "x", log
-    right, masked = evaluate.score(lambda images: answer.expand(len(images), -1), colours, dataset, *how)
+    right, masked = robustness.score(lambda images: answer.expand(len(images), -1), colours, dataset, *how)
     assert right.sum() == 0 and masked.tolist() == (dataset.targets == 4).float().tolist()
 
 
@@ -250,7 +250,7 @@ def test_corrupted_pictures_are_not_resized_again(workspace):
     def geometry(side, res, wish="auto"):
         args = SimpleNamespace(precropped=wish, input_res=res)
         dataset = SimpleNamespace(open=lambda row: SimpleNamespace(size=(side, side)))
-        return evaluate.geometry(args, dataset, True)
+        return robustness.geometry(args, dataset, True)
 
     assert geometry(224, 224).resize is None and geometry(256, 224).resize == 256
     assert geometry(224, 112).resize == 112 and geometry(64, 32).resize == 37 and geometry(64, 32, "yes").resize == 32

@@ -149,7 +149,7 @@ def shown(value) -> str:
 
 
 def unfinished(runs: list[dict]) -> str:
-    """Sets that an evaluation had not come to when it ended (tools/evaluate.py)."""
+    """Sets that an evaluation had not come to when it ended (tools/robustness.py)."""
     left = dict.fromkeys(str(name) for run in runs for name in run.get("pending") or ())
     return f" (unfinished: {shown(', '.join(left))})" if left else ""
 

@@ -4,8 +4,8 @@
 Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189), whose nonsem_neg/eval_robustness.py this is; the protocol of each set
 is in nonsem_neg/README.md. Every set is optional; pictures are mapped to classes by folder name (WordNet id):
 
-    python tools/evaluate.py IMAGENET100 --classifier runs/cmc-linear --ckpt_path runs/cmc-row --corruption IMAGENET-C
-    python tools/evaluate.py --demo
+    python tools/robustness.py IMAGENET100 --classifier runs/cmc-linear --ckpt_path runs/cmc-row --corruption IMAGENET-C
+    python tools/robustness.py --demo
 
 All paths are looked at before the first picture. result.json grows with every set (and every corruption): what was stopped
 goes on with the same command. A folder holds the result of one classifier.

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: classifiers of every paper, results that are kept as they come, signals, wrong files."""
+"""tools/robustness.py: classifiers of every paper, results that are kept as they come, signals, wrong files."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from conftest import inside, run_script, stopped_at
 from cmc import LinearProbing, colour, train_CMC
 from common import UsageError, UserError, backbones, checkpoint
 from moco_insdis import eval_moco_ins
-from tools import evaluate, report
+from tools import report, robustness
 
 SMALL = "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder --cache-views 1".split()
 LINEAR = {  # name: (script, network, more flags)
@@ -58,7 +58,7 @@ def workspace(folder, tmp_path, monkeypatch):
 
 
 def row(*flags, out="row") -> dict:
-    evaluate.main(["-j", "0", "--device", "cpu", "--ckpt_path", out, *map(str, flags)])
+    robustness.main(["-j", "0", "--device", "cpu", "--ckpt_path", out, *map(str, flags)])
     with open(f"{out}/result.json") as file:
         return json.load(file)
 
@@ -118,7 +118,7 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
 
 
 def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch):
-    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("a picture was looked at"))
+    monkeypatch.setattr(robustness, "score", lambda *_: pytest.fail("a picture was looked at"))
     (workspace / "some").mkdir()
     (workspace / "some" / "heart").mkdir()  # a class without a picture
     for flag, path, why in (
@@ -132,7 +132,7 @@ def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch
 
 def looked_at(monkeypatch, fail_at=None) -> list:
     """Labels of what is scored from now on; an error at one of them."""
-    labels, score = [], evaluate.score
+    labels, score = [], robustness.score
 
     def watched(*a):
         labels.append(a[6])
@@ -140,7 +140,7 @@ def looked_at(monkeypatch, fail_at=None) -> list:
             raise UserError("a picture is broken")
         return score(*a)
 
-    monkeypatch.setattr(evaluate, "score", watched)
+    monkeypatch.setattr(robustness, "score", watched)
     return labels
 
 
@@ -224,7 +224,7 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
         assert all(name.isprintable() for name in classes)
         raise UserError("as far as that")
 
-    monkeypatch.setattr(evaluate, "open_sets", open_sets)
+    monkeypatch.setattr(robustness, "open_sets", open_sets)
     monkeypatch.setattr(checkpoint, "fingerprint", lambda state: saved["digest"])  # which takes most of the time
     tracebacks = []
     for name in ("moco", "cmc"):

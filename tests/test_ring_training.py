@@ -319,18 +319,20 @@ def test_a_step_of_moco_as_published():
 
 def test_scores_are_held_in_bounded_blocks(monkeypatch):
     query, bank = (torch.nn.functional.normalize(torch.randn(n, 4), dim=1) for n in (64, 200_000))
-    held, losses_of = [], negatives.row_losses
+    held, select = [], negatives.select
 
-    def looked_at(scores, *rest):
-        held.append(scores.numel() * 4)
-        return losses_of(scores, *rest)
+    def looked_at(scores, *ranks):
+        held.append((scores.untyped_storage().nbytes(), len(scores)))
+        return select(scores, *ranks)
 
-    monkeypatch.setattr(negatives, "row_losses", looked_at)
+    monkeypatch.setattr(negatives, "select", looked_at)
     rule = negatives.Rule()
     negatives.conditional_loss(
         query.requires_grad_(), query.sum(1), bank, 0.1, rule, rule.ranks(0.1, 200_000, 64)
     ).backward()
-    assert max(held) <= negatives.CHUNK_BYTES / 3 and len(held) > 1 and sum(held) == 64 * 200_000 * 4
+    scored, compared = zip(*held)
+    assert max(scored) <= negatives.HALF and sum(compared) == 64
+    assert max(compared) * 200_000 * 16 <= negatives.HALF  # a top-k copies the scores of a row with their numbers
 
 
 # ------------------------------------------------------------------------------------------------------------- resume

@@ -102,7 +102,7 @@ def show_ring(job, method, pictures) -> None:
     if job.process.is_main:
         images = images.unflatten(0, (len(anchors), -1)).cpu()
         texts = [
-            [f"{s:.2f}  #{r}" for (_, r), s in zip(shown, row[[r for _, r in shown]].tolist())] for row in similarity
+            [f"{s:.3f}  #{r}" for (_, r), s in zip(shown, row[[r for _, r in shown]].tolist())] for row in similarity
         ]
         same = pictures.targets[columns] == pictures.targets[anchors][:, None]
         names = [pictures.classes[t] if t >= 0 else "" for t in pictures.targets[anchors].tolist()]

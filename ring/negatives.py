@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common import UserError, processes
 
-HALF = 22 << 20  # bytes of scores held at once, and again as much for finding and comparing
+HALF = 10 << 20  # bytes of scores held at once, and again as much for finding and comparing
 DENSE_FROM = 4  # where a quarter of a bank's rows enters a sum, the product with the whole bank is faster
 LOOKED_AT = 32  # anchors of a batch whose ring is described in the logs
 

@@ -86,7 +86,8 @@ class Method:
     def describe(self, index, labels):
         """What is called with a ring, for the logs. index: of its anchors; labels: of all candidates."""
         own = None if labels is None else self.labels[index]
-        return lambda ring: self.seen.append(negatives.description(ring, self.args.t, own, labels))
+        how = (self.args.t, own, labels, self.rule.kind == "ring")
+        return lambda ring: self.seen.append(negatives.description(ring, *how))
 
     def finish(self, loss) -> dict:
         """Take the step; what there is to say about it."""
@@ -95,7 +96,8 @@ class Method:
             self.policy.record(float(processes.mean_ranks(loss)))  # the only policy that waits for the device
         seen = {key: sum(one[key] for one in self.seen) / len(self.seen) for key in self.seen[0]}
         inner, outer = self.ranks
-        counts = {"thres_outer": self.outer, "thres_inner": self.rule.thres_inner, "candidates": outer - inner}
+        shares = {"all": (1.0, 0.0), "ball": (self.outer, 0.0), "ring": (self.outer, self.rule.thres_inner)}
+        counts = dict(zip(("thres_outer", "thres_inner"), shares[self.rule.kind])) | {"candidates": outer - inner}
         return {"loss": loss.detach(), **seen, **counts, "cut_out": inner}
 
     def embed(self, images):

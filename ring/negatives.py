@@ -202,11 +202,13 @@ def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator) -> 
     return drawn.chunk(processes.world_size())[processes.rank()]
 
 
-def description(ring: Ring, temperature: float, own: Tensor | None = None, labels: Tensor | None = None) -> dict:
+def description(
+    ring: Ring, temperature: float, own: Tensor | None = None, labels: Tensor | None = None, cut: bool = True
+) -> dict:
     """What the ring of some anchors is like, as 0-dim tensors: the similarity of its last and its first, mean over anchors.
 
     own (B,), labels (n,): classes of the anchors and of the candidates, -1 where there is none; then also the share of
-    candidates that are of the anchor's own class, in the ring and among those that were cut out of it.
+    candidates that are of the anchor's own class, in the ring and, where there is an inner cut, among those cut out of it.
     """
     found = {
         "ring_lowest": ring.scores.amin(1).mean() * temperature,
@@ -214,6 +216,8 @@ def description(ring: Ring, temperature: float, own: Tensor | None = None, label
     }
     if labels is not None:
         for name, rows in (("ring_own_class", ring.rows), ("inner_own_class", ring.inner_rows)):
+            if name == "inner_own_class" and not cut:
+                continue
             classes, mine = labels[rows], own[: len(rows), None]
             known = (classes >= 0) & (mine >= 0)
             found[name] = ((classes == mine) & known).sum() / known.sum().clamp(min=1)  # 0 where there are none

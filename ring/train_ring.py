@@ -139,7 +139,8 @@ def parse_args(argv=None):
     if args.nn_every is None:
         args.nn_every = int(args.dataset in sets.TORCHVISION_SETS or args.anneal == "accuracy")
     config.check(args)
-    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}"
+    annealed = f"_{args.anneal}" if args.anneal != "constant" else ""
+    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}{annealed}"
     args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
     if args.show_ring:
         args.resume = args.resume or "auto"

@@ -105,7 +105,7 @@ def test_a_mistake_is_far_off(both, mistake, case):
 
 def test_a_run_of_two_processes_resumes(both):
     whole, parts = (
-        checkpoint.load(both[2] / f"{where}/pretrain_moco_ring_folder/last.ckpt") for where in ("whole", "parts")
+        checkpoint.load(both[2] / f"{where}/pretrain_moco_ring_loss_folder/last.ckpt") for where in ("whole", "parts")
     )
     assert whole.keys() == parts.keys() and len(whole["generators"]) == 2 and parts["epoch"] == 2
     for key in whole.keys() - {"opt", "scaler"}:

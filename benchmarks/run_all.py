@@ -21,6 +21,7 @@ def main() -> int:
         ["augment_kornia.py", "--size", "224", "--batch", "32"],
         ["nce_step.py"],
         ["nce_step.py", "--n", "1281167", "--sides", "ours"],
+        ["ring_selection.py"],
         ["colour_skimage.py"],
         ["check_images.py", *(["--data", args.photos] if args.photos else [])],
         ["pack.py", *(["--data", args.photos] if args.photos else [])],

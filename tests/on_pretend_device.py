@@ -20,6 +20,7 @@ from common import data
 
 TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1".split()
 BANK = [*TRAIN, *"--nce_k 40 --model_path".split()]
+RING = [*TRAIN, *"--k 64 --thres-inner .3 --anneal loss --nn-every 1 --exp-base".split()]
 PATCH = [*TRAIN, *"--moco-k 64 --bn-splits 2 --ckpt_path".split()]
 RUNS = {  # name: (script, flags; the last of them names the folder)
     "cmc-nce": ("cmc.train_CMC", ["--exclude-self", *BANK]),
@@ -27,6 +28,9 @@ RUNS = {  # name: (script, flags; the last of them names the folder)
     "insdis": ("moco_insdis.train_moco_ins", ["--data-device", "host", "-j", "0", *BANK]),
     "moco": ("moco_insdis.train_moco_ins", ["--moco", *BANK]),
     "patch": ("nonsem_neg.moco_non_sem_neg", PATCH),
+    "ring-ir": ("ring.train_ring", ["--neighbor-views", *RING]),
+    "ring-cmc": ("ring.train_ring", ["--method", "cmc", "--all-ring", *RING]),
+    "ring-moco": ("ring.train_ring", ["--method", "moco", *RING]),
 }
 LINEAR = "--demo --epochs 1 -b 64 --seed 0 --lr 0.1".split()
 EVALUATIONS = {  # name: (script, flags, the last of which names the folder); they read what a run above has left
@@ -43,6 +47,7 @@ EVALUATIONS["robustness"] = "nonsem_neg.eval_robustness", ROBUSTNESS
 COMPARED = ("moco-cached", "patch-cached", "robustness")  # these are made on the CPU, too
 PLANTED = {  # run: what of (views, target, index) is left on the host
     "cmc-nce": "index", "insdis": "index", "moco": "view", "patch": "view", "cmc-fresh": "target", "patch-fresh": "view",
+    "ring-ir": "index", "ring-moco": "view",
 }  # fmt: skip
 
 
@@ -61,7 +66,7 @@ def start(name: str, side: str, *more: str) -> None:
 def newest(name: str, side: str) -> dict:
     (path,) = [
         p
-        for last in ("current.pth", "checkpoint_last.pth.tar", "checkpoint_robust_*")
+        for last in ("current.pth", "last.ckpt", "checkpoint_last.pth.tar", "checkpoint_robust_*")
         for p in Path(side, name).rglob(last)
     ]
     return torch.load(path, weights_only=True)  # no map_location: where the tensors say they were

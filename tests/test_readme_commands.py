@@ -24,6 +24,7 @@ SMALLER = {  # appended, and so stronger than what the line says
     "moco_insdis/eval_moco_ins.py": f"{TINY} --model resnet18 --cache-views 1".split(),
     "cmc/train_CMC.py": f"{TINY} {BANKS} --model resnet18v1".split(),
     "cmc/LinearProbing.py": f"{TINY} --model resnet18v1 --cache-views 1".split(),
+    "ring/train_ring.py": f"{TINY} --dataset folder -b 32 --k 64 --thres-outer .5 --nn-every 0 --no-conv3x3 -p 100".split(),
     "preprocess/make_demo.py": "--train-per-class 16 --val-per-class 4 --severities 3 --corruption-per-class 1".split(),
     "preprocess/imagenet100_subset.py": "--class_list classes.txt".split(),
     "preprocess/check_images.py": "-j 1".split(),
@@ -31,7 +32,14 @@ SMALLER = {  # appended, and so stronger than what the line says
     "preprocess/pack.py": "--side 32 --workers 1".split(),
     "preprocess/make_corruptions.py": "--limit 1 --severities 1 --size 0 --workers 1".split(),
 }
-READMES = ["README.md", "nonsem_neg/README.md", "moco_insdis/README.md", "cmc/README.md", "preprocess/README.md"]
+READMES = [
+    "README.md",
+    "nonsem_neg/README.md",
+    "moco_insdis/README.md",
+    "cmc/README.md",
+    "ring/README.md",
+    "preprocess/README.md",
+]
 
 
 def module_of(script: str):
@@ -56,6 +64,8 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
         for name in ("IMAGENET100", "IMAGENET100-texture"):
             del links[name]
         (workspace / "classes.txt").write_text("\n".join(sorted(p.name for p in (demo_set / "train").iterdir())))
+    if readme == "ring/README.md":  # whose settings files are named as from the project's root
+        links["ring"] = ROOT / "ring"
     for name, target in links.items():
         (workspace / name).symlink_to(target)
     if readme == "README.md":  # its report is printed after `make demo`

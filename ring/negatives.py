@@ -1,0 +1,189 @@
+"""Which negatives: the ring around an anchor, and the loss over it.
+
+Wu, Mosse, Zhuang, Yamins & Goodman, arXiv:2010.02037: of all candidates the most similar ones are kept (the ball), and of
+these the very nearest are left out, which are likely to show the same thing (the ring). Follows src/objectives/ of
+mhw32/contrastive-ring-public at fb3e1c2: counts, draws, numerators. Differs: the nearest are found by a top-k instead of
+sorting all candidates, which gives the same ranks; a block of anchors at a time, so that the scores of a batch against a
+bank of any length need at most CHUNK_BYTES; a ball counts in its bank where the published one of IR counts in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import UserError, processes
+
+CHUNK_BYTES = 40 << 20  # of scores, their order and their gradients held at once
+LOOKED_AT = 32  # anchors of a batch whose ring is described in the logs
+
+
+class Ring(NamedTuple):
+    """Of every anchor (B rows), nearest first: candidates that were cut out, and those that are left as negatives.
+
+    inner (B, i) and scores (B, o - i): their scores. inner_rows, rows: which candidates these are.
+    """
+
+    inner: Tensor
+    scores: Tensor
+    inner_rows: Tensor
+    rows: Tensor
+
+
+def select(scores: Tensor, inner: int, outer: int) -> Ring:
+    """Of these scores (B, n), which are the ring: those of the ranks [inner, outer), the largest score having rank 0.
+
+    0 <= inner < outer <= n. With (0, n) all of them, as they stand, without an order. Gradient flows to the scores.
+    """
+    if (inner, outer) == (0, scores.shape[1]):
+        rows = torch.arange(outer, device=scores.device).expand_as(scores)
+        return Ring(scores[:, :0], scores, rows[:, :0], rows)
+    near, rows = scores.topk(outer)
+    return Ring(near[:, :inner], near[:, inner:], rows[:, :inner], rows[:, inner:])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is a negative, and what is a positive. Names and defaults of the published settings.
+
+    kind: "all" candidates, the "ball" of the nearest, or the "ring". thres_inner: share of the ball that is cut out of it
+    (dynamic_inner), or share of all candidates. neighbor_views: what was cut out counts as positive, too: the numerator is
+    the logsumexp of the positive and of these, or with logsumexp_inner False the mean of their scores. self_negative: the
+    positive is in the denominator. ball_of_batch: the published slip of IR's ball, whose size is a share of the batch.
+    """
+
+    kind: str = "ring"
+    thres_inner: float = 0.1
+    dynamic_inner: bool = True
+    neighbor_views: bool = False
+    logsumexp_inner: bool = True
+    self_negative: bool = True
+    ball_of_batch: bool = False
+
+    def ranks(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
+        """(inner, outer) ranks among n candidates, shares rounded down. batch: the global one.
+
+        Raises UserError, with the numbers, where nothing is left between them, or nothing is inside for neighbor_views.
+        """
+        if self.kind == "all":
+            return 0, n
+        outer = min(int(thres_outer * (batch if self.ball_of_batch and self.kind == "ball" else n)), n)
+        within = int(self.thres_inner * (outer if self.dynamic_inner else n))
+        inner = 0 if self.kind == "ball" else within
+        if inner >= outer:
+            raise UserError(
+                f"an empty ring: of {n} candidates, outer threshold {thres_outer:.4g} and inner {self.thres_inner:.4g} leave "
+                f"the ranks {inner} to {outer}; raise --thres-outer, lower --thres-inner, or take a longer queue or more data"
+            )
+        if self.neighbor_views and within == 0:
+            raise UserError(
+                f"--neighbor-views: of {n} candidates, inner threshold {self.thres_inner:.4g} cuts out none; raise it"
+            )
+        return inner, outer
+
+
+def row_losses(scores: Tensor, positive: Tensor, rule: Rule, inner: int, outer: int, draws: Tensor | None = None):
+    """The loss of every anchor (B,), in nats, and its Ring.
+
+    scores (B, n), positive (B,): inner products divided by the temperature. draws (B, k): positions among the negatives of
+    `select` to compare with, a ring's nearest first; None: all of them (MoCo).
+    loss = logsumexp(negatives and positive) - positive; the numerator as `Rule` says.
+    """
+    ring = select(scores, inner, outer)
+    positive = positive[:, None]
+    part = ring.scores if draws is None else ring.scores.gather(1, draws)
+    if rule.self_negative:
+        part = torch.cat([positive, part], 1)
+    numerator = positive[:, 0]
+    if rule.neighbor_views:
+        views = ring.inner
+        if rule.kind == "ball":  # published: among the negatives themselves, or of all candidates
+            top = part if rule.dynamic_inner else scores
+            views = top.topk(int(rule.thres_inner * top.shape[1])).values
+        views = torch.cat([positive, views], 1)
+        numerator = views.logsumexp(1) if rule.logsumexp_inner else views.mean(1)
+    return part.logsumexp(1) - numerator, ring
+
+
+class _Known(torch.autograd.Function):
+    """Losses (B,) whose gradients with respect to queries (B, D) and positives (B,) are known already."""
+
+    @staticmethod
+    def forward(ctx, query, positive, losses, of_query, of_positive):
+        ctx.save_for_backward(of_query, of_positive)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_query, of_positive = ctx.saved_tensors
+        return grad[:, None] * of_query, grad * of_positive, None, None, None
+
+
+def conditional_loss(
+    query: Tensor,
+    positive: Tensor,
+    bank: Tensor,
+    temperature: float,
+    rule: Rule,
+    ranks: tuple[int, int],
+    draws: Tensor | None = None,
+    describe=None,
+) -> Tensor:
+    """The mean loss of unit queries (B, D) whose candidates are all rows of the bank (n, D), float32.
+
+    positive (B,): their inner product with what they belong to; it may carry a gradient. ranks: of `Rule.ranks`. draws: see
+    `row_losses`. describe: called once with the Ring of the first anchors, at most LOOKED_AT.
+    A block of anchors is scored, compared and differentiated before the next one, so that of (B, n) scores only a part
+    exists at a time. The bank has no gradient.
+    """
+    (inner, outer), wanted = ranks, torch.is_grad_enabled()
+    width = 3 * bank.shape[0] + 6 * outer + (0 if draws is None else 4 * draws.shape[1])  # numbers of one anchor
+    rows = max(1, CHUNK_BYTES // (4 * width))
+    losses, of_query, of_positive = [], [], []
+    for first in range(0, len(query), rows):
+        part = slice(first, first + rows)
+        with torch.set_grad_enabled(wanted):
+            q, p = (x[part].detach().requires_grad_(wanted) for x in (query, positive))
+            drawn = None if draws is None else draws[part]
+            loss, ring = row_losses((q / temperature) @ bank.T, p / temperature, rule, inner, outer, drawn)
+        if wanted:
+            grads = torch.autograd.grad(loss.sum(), (q, p))
+            of_query.append(grads[0])
+            of_positive.append(grads[1])
+        losses.append(loss.detach())
+        if first == 0 and describe is not None:
+            describe(Ring(*(x[:LOOKED_AT].detach() for x in ring)))
+        del loss, ring, q, p
+    if not wanted:
+        return torch.cat(losses).mean()
+    return _Known.apply(query, positive, torch.cat(losses), torch.cat(of_query), torch.cat(of_positive)).mean()
+
+
+def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator, device) -> Tensor:
+    """Positions (b, k) among the negatives of b anchors of this rank, uniform, with replacement, as published.
+
+    generator: on the device, in the same state on every rank: the draws are those of the global batch.
+    """
+    drawn = torch.randint(ranks[1] - ranks[0], (b * processes.world_size(), k), generator=generator, device=device)
+    return drawn.chunk(processes.world_size())[processes.rank()]
+
+
+def description(ring: Ring, temperature: float, own: Tensor | None = None, labels: Tensor | None = None) -> dict:
+    """What the ring of some anchors is like, as 0-dim tensors: the similarity of its last and its first, mean over anchors.
+
+    own (B,), labels (n,): classes of the anchors and of the candidates, -1 where there is none; then also the share of
+    candidates that are of the anchor's own class, in the ring and among those that were cut out of it.
+    """
+    found = {
+        "ring_lowest": ring.scores.amin(1).mean() * temperature,
+        "ring_highest": ring.scores.amax(1).mean() * temperature,
+    }
+    if labels is not None:
+        for name, rows in (("ring_own_class", ring.rows), ("inner_own_class", ring.inner_rows)):
+            classes, mine = labels[rows], own[: len(rows), None]
+            known = (classes >= 0) & (mine >= 0)
+            found[name] = ((classes == mine) & known).sum() / known.sum().clamp(min=1)  # 0 where there are none
+    return found

@@ -170,7 +170,9 @@ def strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str,
     return {k.removeprefix(prefix): v for k, v in state.items()}
 
 
-PRETRAINING = ("checkpoint_[0-9]*.pth.tar", "checkpoint_last.pth.tar", "ckpt_epoch_*.pth", "current.pth")
+PRETRAINING = (
+    "checkpoint_[0-9]*.pth.tar", "checkpoint_last.pth.tar", "ckpt_epoch_*.pth", "current.pth", "epoch=*.ckpt", "last.ckpt",
+)  # fmt: skip
 
 
 def newest(folder: str | Path, patterns: tuple[str, ...] = PRETRAINING) -> Path | None:

@@ -63,6 +63,12 @@ class Rule:
     self_negative: bool = True
     ball_of_batch: bool = False
 
+    @classmethod
+    def of(cls, args) -> Rule:
+        """What the flags of train_ring.py say."""
+        inner = (args.thres_inner, args.dynamic_inner, args.neighbor_views, args.logsumexp_inner)
+        return cls(args.negatives, *inner, args.self_negative, args.ball_bank_size == "batch")
+
     def ranks(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
         """(inner, outer) ranks among n candidates, shares rounded down. batch: the global one.
 
@@ -162,12 +168,13 @@ def conditional_loss(
     return _Known.apply(query, positive, torch.cat(losses), torch.cat(of_query), torch.cat(of_positive)).mean()
 
 
-def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator, device) -> Tensor:
+def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Positions (b, k) among the negatives of b anchors of this rank, uniform, with replacement, as published.
 
     generator: on the device, in the same state on every rank: the draws are those of the global batch.
     """
-    drawn = torch.randint(ranks[1] - ranks[0], (b * processes.world_size(), k), generator=generator, device=device)
+    everyone = (b * processes.world_size(), k)
+    drawn = torch.randint(ranks[1] - ranks[0], everyone, generator=generator, device=generator.device)
     return drawn.chunk(processes.world_size())[processes.rank()]
 
 

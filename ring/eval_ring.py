@@ -36,6 +36,7 @@ from common import (
 from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
+from ring.method import last_operation, plain_view
 from ring.nearest import POOLED
 
 PROTOCOLS = {  # standard: ours; released: TransferSystem of mhw32/contrastive-ring-public (fb3e1c2), config/transfer.json
@@ -137,13 +138,10 @@ def recipe(args, train: bool) -> augment.Compose:
     """Of the training pictures crop and flip (released: all of the pre-training), of the others the whole or the centre."""
     if train and args.protocol == "released":
         return train_ring.recipe(args)
-    last = train_ring.recipe(args).ops[-1]  # colours as the network takes them
-    if train:
-        crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
-        return augment.Compose(crop, augment.RandomHorizontalFlip(), last)
-    whole = args.augmentation in ("mocov2_32x32", "mocov2_96x96")  # as published: not cut
-    resized = args.input_res if whole else options.eval_resize(args.input_res)
-    return augment.Compose(augment.ResizeCenterCrop(resized, args.input_res), last)
+    if not train:
+        return plain_view(args)
+    crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), last_operation(args))
 
 
 # ------------------------------------------------------------------------------------------------------------- measures

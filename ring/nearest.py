@@ -7,25 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import metrics, options, probe, processes, sets
+from ring import monitor
 
 POOLED, PROJECTION = 6, 7  # layers of `backbones.feature`
-CHUNK = 2**24  # similarities held at once
 
 
-@torch.no_grad()
-def in_bank(projections: Tensor, banks: list[Tensor], labels: Tensor, targets: Tensor) -> float:
+def in_bank(projections: Tensor, banks: list[Tensor], labels: Tensor, targets: Tensor, classes: int) -> float:
     """Percent of pictures whose most similar bank row is of their class.
 
-    projections (N, V * D), side by side for each of the V banks (n, D); labels (n,) of the rows, of which -1 are passed
-    over; targets (N,). Similarity is the cosine; of several banks they are added up.
+    projections (N, V * D), of any length, side by side for each of the V banks (n, D); labels (n,) of the rows, of which -1
+    are passed over; targets (N,). Similarity is the cosine; of several banks they are added up.
     """
-    labelled = labels >= 0
-    banks, labels, hits = [bank[labelled] for bank in banks], labels[labelled], 0
-    for part, target in zip(*(x.split(max(1, CHUNK // len(labels))) for x in (projections, targets))):
-        views = part.chunk(len(banks), 1)
-        nearest = sum(F.normalize(z, dim=1) @ bank.T for z, bank in zip(views, banks)).argmax(1)
-        hits += (labels[nearest] == target).sum()
-    return float(hits) * 100 / len(targets)
+    feats = torch.cat([F.normalize(z, dim=1) for z in projections.chunk(len(banks), 1)], 1)
+    return float(monitor.bank_accuracy(banks, labels, feats, targets, classes))
 
 
 def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], Tensor, str]:
@@ -61,5 +55,6 @@ def neighbours(args, process, embed, view, both, banks: list[Tensor], labels: Te
     found = {"knn_acc1": float(top1)}
     if banks:
         there = [bank.to(process.device) for bank in banks]
-        found["bank_acc1"] = in_bank(features(loaders[1], PROJECTION)[0], there, labels.to(process.device), targets)
+        where = there, labels.to(process.device), targets, len(both[0].classes)
+        found["bank_acc1"] = in_bank(features(loaders[1], PROJECTION)[0], *where)
     return found

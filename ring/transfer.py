@@ -113,13 +113,18 @@ def _joined(name: str, root: str, parts: list) -> sets.PictureSet:
         digits = [str(digit) for digit in range(10)]
         return sets.ArraySet(torch.from_numpy(np.ascontiguousarray(opened.data)), opened.labels, digits, "SVHN")
     classes, paths, targets = list(getattr(parts[0], "classes", ())), [], []
+    if name == "Omniglot":  # which torchvision lists in the order of the file system
+        drawn = [
+            (opened._characters[label], os.path.join(opened.target_folder, opened._characters[label], file))
+            for opened in parts
+            for file, label in opened._flat_character_images
+        ]
+        classes = sorted({character for character, _ in drawn})
+        number = {character: label for label, character in enumerate(classes)}
+        paths, targets = [path for _, path in sorted(drawn)], [number[character] for character, _ in sorted(drawn)]
+        parts = []
     for opened in parts:
-        if name == "Omniglot":  # characters of one part are none of the other
-            own = opened._flat_character_images
-            paths += [os.path.join(opened.target_folder, opened._characters[label], file) for file, label in own]
-            targets += [len(classes) + label for _, label in own]
-            classes += opened._characters
-        elif name == "GTSRB":
+        if name == "GTSRB":
             paths += [str(path) for path, _ in opened._samples]
             targets += [label for _, label in opened._samples]
         else:

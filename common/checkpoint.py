@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from common import UsageError, UserError
 
+# Lightning 1 files the state of a callback under its class, which is not needed here: a plain type stands for it.
+LIGHTNING = [(dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "wb", **how):
@@ -80,7 +83,7 @@ def load(path: str | Path) -> dict:
         there = f"; in {path.parent} there are {', '.join(siblings[-4:])}" if siblings else ""
         raise UsageError(f"no checkpoint at {path}{there}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|Unsupported class)\s+`?([\w.]+)", str(error))

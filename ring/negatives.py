@@ -69,24 +69,33 @@ class Rule:
         inner = (args.thres_inner, args.dynamic_inner, args.neighbor_views, args.logsumexp_inner)
         return cls(args.negatives, *inner, args.self_negative, args.ball_bank_size == "batch")
 
+    def inside(self, outer: int, n: int) -> int:
+        """How many of the nearest --thres-inner means."""
+        return int(self.thres_inner * (outer if self.dynamic_inner else n))
+
     def ranks(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
         """(inner, outer) ranks among n candidates, shares rounded down. batch: the global one.
 
-        Raises UserError, with the numbers, where nothing is left between them, or nothing is inside for neighbor_views.
+        Raises UserError, with the numbers, where nothing is left between them.
         """
         if self.kind == "all":
             return 0, n
         outer = min(int(thres_outer * (batch if self.ball_of_batch and self.kind == "ball" else n)), n)
-        within = int(self.thres_inner * (outer if self.dynamic_inner else n))
-        inner = 0 if self.kind == "ball" else within
+        inner = 0 if self.kind == "ball" else self.inside(outer, n)
         if inner >= outer:
             raise UserError(
                 f"an empty ring: of {n} candidates, outer threshold {thres_outer:.4g} and inner {self.thres_inner:.4g} leave "
                 f"the ranks {inner} to {outer}; raise --thres-outer, lower --thres-inner, or take a longer queue or more data"
             )
-        if self.neighbor_views and within == 0:
+        return inner, outer
+
+    def narrowest(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
+        """As `ranks`, and UserError where neighbor_views would have no neighbour: to be asked before a training."""
+        inner, outer = self.ranks(thres_outer, n, batch)
+        if self.neighbor_views and self.inside(outer, n) == 0:
             raise UserError(
-                f"--neighbor-views: of {n} candidates, inner threshold {self.thres_inner:.4g} cuts out none; raise it"
+                f"--neighbor-views: of {n} candidates, outer threshold {thres_outer:.4g} and inner {self.thres_inner:.4g} cut "
+                "out none; raise --thres-inner, or take a longer queue or more data"
             )
         return inner, outer
 

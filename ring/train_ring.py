@@ -43,7 +43,7 @@ from ring.networks import RESNETS
 
 PRESETS = {
     "demo": dict(
-        data="data/demo", dataset="folder", augmentation="mocov2_32x32", epochs=12, batch_size=64, k=512,
+        data="data/demo", dataset="folder", conv3x3=False, augmentation="mocov2_32x32", epochs=12, batch_size=64, k=512,
         workers=2, save_freq=100, model_path="runs/try-ring", seed=0,
     ),
 }  # fmt: skip
@@ -267,7 +267,7 @@ def worker(args, process: processes.Process) -> None:
         monitor.adopt_published(job.saved)
         if args.show_ring:
             return monitor.show_ring(job, method, loader.dataset)
-        ranks = method.rule.ranks(method.policy.least, method.candidates, args.batch_size)
+        ranks = method.rule.narrowest(method.policy.least, method.candidates, args.batch_size)
         job.begin(
             loader,
             method,

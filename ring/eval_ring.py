@@ -114,7 +114,7 @@ def parse_args(argv=None):
 
 def read_network(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its views; typed flags win."""
-    saved = released.pretrained(args.model_path, "--model_path", f"ring/train_ring.py{' --demo' * args.demo}")
+    saved = probe.pretrained(args.model_path, "--model_path", f"ring/train_ring.py{' --demo' * args.demo}")
     if "classifier" in saved:
         raise UserError(f"{saved.path} is a classifier of this script: give the network to --model_path")
     opt = saved["opt"] = saved.get("opt") or released.settings(saved, train_ring.SIDES)

@@ -8,24 +8,7 @@ from __future__ import annotations
 import json
 import os
 
-import torch
-
 from common import checkpoint, probe
-
-CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # Lightning 1.1: a key of what it saves
-
-
-class Recorded:
-    """Stands for a class of Lightning that a checkpoint names, and that nobody here reads."""
-
-
-def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
-    """As `probe.pretrained`, for the folder of an experiment of the released code, too: its newest checkpoint."""
-    if os.path.isdir(path):
-        folders = (os.path.join(path, "checkpoints"), path)
-        path = next(filter(None, (checkpoint.newest(folder, ("*.ckpt",)) for folder in folders)), path)
-    with torch.serialization.safe_globals([(Recorded, CALLBACK)]):
-        return probe.pretrained(str(path), flag, first)
 
 
 def settings(saved: checkpoint.Saved, augmentations) -> dict:

@@ -6,7 +6,7 @@ table over several data sets, in the place of the paper's Meta-Dataset:
 
     python ring/eval_ring.py --demo
     python ring/eval_ring.py --root data --protocol released --model_path runs/ring/pretrain_ir_ring_cifar10
-    python ring/eval_ring.py --model_path runs/ring/pretrain_ir_ring_cifar10 --transfer DTD SVHN birds=IMAGENET100
+    python ring/eval_ring.py --model_path runs/ring/pretrain_ir_ring_cifar10 --transfer DTD SVHN Omniglot
 """
 
 import copy
@@ -40,7 +40,7 @@ from ring.method import last_operation, plain_view
 from ring.nearest import POOLED
 
 PROTOCOLS = {  # standard: ours; released: TransferSystem of mhw32/contrastive-ring-public (fb3e1c2), config/transfer.json
-    "standard": dict(learning_rate=5.0, weight_decay=0.0, drops=(0.6, 0.8)),
+    "standard": dict(learning_rate=0.5, weight_decay=0.0, drops=(0.6, 0.8)),
     "released": dict(learning_rate=0.01, weight_decay=1e-5, drops=()),
 }
 PRESETS = {
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     g.add_argument("--protocol", choices=list(PROTOCOLS), default="standard", help=about)
     g.add_argument("--nn-only", action="store_true", help="nearest neighbours only: no classifier is trained")
     g.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours that vote, weighted")
-    about = "not scaled with the batch; default 5, released .01"
+    about = "not scaled with the batch; default .5, released .01"
     options.add_sgd_arguments(g, about, epochs=100, batch_size=256, learning_rate=None, weight_decay=None)
     g.set_defaults(lr_decay_epochs=None)
     probe.add_arguments(g)
@@ -104,7 +104,7 @@ def parse_args(argv=None):
         args.cache_views = 0
     args.learning_rate = args.learning_rate or own["learning_rate"]
     args.weight_decay = own["weight_decay"] if args.weight_decay is None else args.weight_decay
-    drops = [int(share * args.epochs) for share in own["drops"]]
+    drops = [max(1, round(share * args.epochs)) for share in own["drops"]]
     args.milestones = drops if args.lr_decay_epochs is None else schedule.parse_milestones(args.lr_decay_epochs)
     return args
 

@@ -1,12 +1,14 @@
 """The theory of the ring by numbers: what is known in closed form, and the bound at a small size."""
 
+import argparse
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import says_no
+from conftest import ROOT, says_no
 
 from ring import theory
 
@@ -114,3 +116,13 @@ def test_intervals():
 ])  # fmt: skip
 def test_wrong_values(flags, message, capsys):
     says_no(theory.parse_args, [*SMALL, "--out", "x", *flags], message, capsys)
+
+
+def test_the_page_quotes_the_records():
+    """Every estimate and ratio with its interval in the README's table is one of results/ring/theory."""
+    text = (ROOT / "ring" / "README.md").read_text().partition("## The theory in numbers")[2]
+    recorded = json.loads((ROOT / "results" / "ring" / "theory" / "theory.json").read_text())
+    table = theory.table(argparse.Namespace(), recorded["rows"])
+    quoted = re.findall(r"-?\d+\.\d+ \(-?\d+\.\d+ to -?\d+\.\d+\)", text)
+    assert len(quoted) >= 15 and not [value for value in quoted if value not in table]
+    assert table in (ROOT / "results" / "ring" / "theory" / "theory.md").read_text()

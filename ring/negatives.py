@@ -3,8 +3,9 @@
 Wu, Mosse, Zhuang, Yamins & Goodman, arXiv:2010.02037: of all candidates the most similar ones are kept (the ball), and of
 these the very nearest are left out, which are likely to show the same thing (the ring). Follows src/objectives/ of
 mhw32/contrastive-ring-public at fb3e1c2: counts, draws, numerators. Differs: the nearest are found by a top-k instead of
-sorting all candidates, which gives the same ranks; a block of anchors at a time, so that the scores of a batch against a
-bank of any length need at most CHUNK_BYTES; a ball counts in its bank where the published one of IR counts in the batch.
+sorting all candidates, which gives the same ranks; a few anchors at a time, so that a batch needs less than 64 MB beside a
+bank of up to two million rows (and 24 bytes for each row of a longer one); a ball counts in its bank, where the published one
+of IR counts in the batch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, processes
 
-CHUNK_BYTES = 40 << 20  # of scores, their order and their gradients held at once
+HALF = 22 << 20  # bytes of scores held at once, and again as much for finding and comparing
+DENSE_FROM = 4  # where a quarter of a bank's rows enters a sum, the product with the whole bank is faster
 LOOKED_AT = 32  # anchors of a batch whose ring is described in the logs
 
 
@@ -36,7 +39,7 @@ class Ring(NamedTuple):
 def select(scores: Tensor, inner: int, outer: int) -> Ring:
     """Of these scores (B, n), which are the ring: those of the ranks [inner, outer), the largest score having rank 0.
 
-    0 <= inner < outer <= n. With (0, n) all of them, as they stand, without an order. Gradient flows to the scores.
+    0 <= inner < outer <= n. With (0, n) all of them, as they stand, without an order.
     """
     if (inner, outer) == (0, scores.shape[1]):
         rows = torch.arange(outer, device=scores.device).expand_as(scores)
@@ -100,27 +103,22 @@ class Rule:
         return inner, outer
 
 
-def row_losses(scores: Tensor, positive: Tensor, rule: Rule, inner: int, outer: int, draws: Tensor | None = None):
-    """The loss of every anchor (B,), in nats, and its Ring.
+def row_losses(part: Tensor, inner: Tensor, positive: Tensor, rule: Rule) -> Tensor:
+    """The loss of every anchor (B,), in nats, from scores divided by the temperature.
 
-    scores (B, n), positive (B,): inner products divided by the temperature. draws (B, k): positions among the negatives of
-    `select` to compare with, a ring's nearest first; None: all of them (MoCo).
+    part (B, J): of its negatives, all or drawn ones. inner (B, i): of what was cut out, for neighbor_views. positive (B,).
     loss = logsumexp(negatives and positive) - positive; the numerator as `Rule` says.
     """
-    ring = select(scores, inner, outer)
     positive = positive[:, None]
-    part = ring.scores if draws is None else ring.scores.gather(1, draws)
     if rule.self_negative:
         part = torch.cat([positive, part], 1)
     numerator = positive[:, 0]
     if rule.neighbor_views:
-        views = ring.inner
-        if rule.kind == "ball":  # published: among the negatives themselves, or of all candidates
-            top = part if rule.dynamic_inner else scores
-            views = top.topk(int(rule.thres_inner * top.shape[1])).values
-        views = torch.cat([positive, views], 1)
+        if rule.kind == "ball" and rule.dynamic_inner:  # published: among the negatives themselves
+            inner = part.topk(int(rule.thres_inner * part.shape[1])).values
+        views = torch.cat([positive, inner], 1)
         numerator = views.logsumexp(1) if rule.logsumexp_inner else views.mean(1)
-    return part.logsumexp(1) - numerator, ring
+    return part.logsumexp(1) - numerator
 
 
 class _Known(torch.autograd.Function):
@@ -149,32 +147,49 @@ def conditional_loss(
 ) -> Tensor:
     """The mean loss of unit queries (B, D) whose candidates are all rows of the bank (n, D), float32.
 
-    positive (B,): their inner product with what they belong to; it may carry a gradient. ranks: of `Rule.ranks`. draws: see
-    `row_losses`. describe: called once with the Ring of the first anchors, at most LOOKED_AT.
-    A block of anchors is scored, compared and differentiated before the next one, so that of (B, n) scores only a part
-    exists at a time. The bank has no gradient.
+    positive (B,): their inner product with what they belong to; it may carry a gradient. ranks: of `Rule.ranks`. draws (B, k):
+    positions among the negatives of `select` to compare with; None: all of them (MoCo). describe: called once with the Ring
+    of the first anchors, at most LOOKED_AT.
+    A block of anchors is scored, and a part of it compared and differentiated before the next one, so that of (B, n) scores
+    only a few rows exist at a time. The bank has no gradient.
     """
-    (inner, outer), wanted = ranks, torch.is_grad_enabled()
-    width = 3 * bank.shape[0] + 6 * outer + (0 if draws is None else 4 * draws.shape[1])  # numbers of one anchor
-    rows = max(1, CHUNK_BYTES // (4 * width))
-    losses, of_query, of_positive = [], [], []
-    for first in range(0, len(query), rows):
-        part = slice(first, first + rows)
-        with torch.set_grad_enabled(wanted):
-            q, p = (x[part].detach().requires_grad_(wanted) for x in (query, positive))
-            drawn = None if draws is None else draws[part]
-            loss, ring = row_losses((q / temperature) @ bank.T, p / temperature, rule, inner, outer, drawn)
-        if wanted:
-            grads = torch.autograd.grad(loss.sum(), (q, p))
-            of_query.append(grads[0])
-            of_positive.append(grads[1])
-        losses.append(loss.detach())
-        if first == 0 and describe is not None:
-            describe(Ring(*(x[:LOOKED_AT].detach() for x in ring)))
-        del loss, ring, q, p
-    if not wanted:
-        return torch.cat(losses).mean()
-    return _Known.apply(query, positive, torch.cat(losses), torch.cat(of_query), torch.cat(of_positive)).mean()
+    (inner, outer), n, results = ranks, len(bank), []
+    drawn = 0 if draws is None else draws.shape[1]
+    scored = max(1, HALF // (4 * n))  # anchors; below, with 16 bytes for each candidate, which is what a top-k copies
+    compared = max(1, HALF // (16 * n + 28 * outer + 24 * drawn))
+    for first in range(0, len(query), scored):
+        scores = (query[first : first + scored].detach() / temperature) @ bank.T
+        for some in range(first, min(first + scored, len(query)), compared):
+            block = slice(some, min(some + compared, first + scored))
+            mine = scores[block.start - first : block.stop - first]
+            ring = select(mine, inner, outer)
+            if some == 0 and describe is not None:
+                describe(Ring(*(x[:LOOKED_AT] for x in ring)))
+            part, part_rows, near, near_rows = ring.scores, ring.rows, ring.inner, ring.inner_rows
+            if drawn:
+                part, part_rows = part.gather(1, draws[block]), part_rows.gather(1, draws[block])
+            if rule.kind == "ball" and rule.neighbor_views and not rule.dynamic_inner:  # published: of all candidates
+                near, near_rows = mine.topk(rule.inside(outer, n))
+            leaves = [x.detach().requires_grad_() for x in (part, near, positive[block] / temperature)]
+            with torch.enable_grad():
+                losses = row_losses(*leaves, rule)
+            of_part, of_near, of_positive = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+            of_query = _weighted_rows(bank, part_rows, of_part)
+            if rule.neighbor_views:
+                of_query += _weighted_rows(bank, near_rows, of_near)
+            results.append((losses.detach(), of_query / temperature, of_positive / temperature))
+            del ring, part, part_rows, near, near_rows, leaves, losses, of_part, of_near
+    return _Known.apply(query, positive, *map(torch.cat, zip(*results))).mean()
+
+
+def _weighted_rows(bank: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Sums (B, D) of the bank rows (B, J), each times its weight: the few that are named, or from DENSE_FROM on a product
+    with the whole bank, which is then faster."""
+    if rows.shape[1] == 0:
+        return weights.new_zeros(len(rows), bank.shape[1])
+    if DENSE_FROM * rows.shape[1] <= len(bank):
+        return F.embedding_bag(rows, bank, per_sample_weights=weights, mode="sum")
+    return weights.new_zeros(len(rows), len(bank)).scatter_add_(1, rows, weights) @ bank
 
 
 def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator) -> Tensor:

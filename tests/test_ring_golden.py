@@ -9,12 +9,12 @@ from vectors import close, keys, names, published_keys, read
 from common import UserError, checkpoint
 from ring import memories, negatives, networks, thresholds
 
-BLOCKS = [10**9, 0]  # CHUNK_BYTES: all anchors at once; one after the other
+BLOCKS = [10**9, 4000, 0]  # HALF: all anchors at once; some scored, fewer compared; one after the other
 
 
-@pytest.fixture(params=BLOCKS, ids=["one block", "an anchor at a time"])
+@pytest.fixture(params=BLOCKS, ids=["one block", "some anchors", "an anchor at a time"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(negatives, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(negatives, "HALF", request.param)
 
 
 def rule_and_ranks(kind: str, config: list, n: int, ball_of: int | None = None):

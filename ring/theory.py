@@ -97,9 +97,10 @@ def estimates(positive: Tensor, candidates: Tensor, sizes: list[int], generator:
     positive (B,) scores; candidates (B, M) scores of the negatives that may be drawn. The set is the positive and K - 1
     draws with replacement (as IR draws them); a smaller set is the beginning of a larger one.
     """
-    (b, m), every = candidates.shape, negatives.Rule("all")
-    drawn = torch.randint(m, (b, max(sizes) - 1), generator=generator)
-    losses = (negatives.row_losses(candidates, positive, every, 0, m, drawn[:, : k - 1])[0] for k in sizes)
+    b, m = candidates.shape
+    drawn = candidates.gather(1, torch.randint(m, (b, max(sizes) - 1), generator=generator))
+    nothing, rule = candidates[:, :0], negatives.Rule("all")
+    losses = (negatives.row_losses(drawn[:, : k - 1], nothing, positive, rule) for k in sizes)
     return torch.stack([math.log(k) - loss for k, loss in zip(sizes, losses)])
 
 

@@ -57,11 +57,9 @@ def parse(parser, argv) -> argparse.Namespace:
     """
     args = parser.parse_args(argv)
     if path := args.config or args.file:
-        published = args.defaults
         values, dead = read(path, parser)
         parser.set_defaults(**values)
         args = parser.parse_args(argv)
-        args.defaults = published
         if dead:
             print(f"warning: {path}: without effect, as in the published code: {', '.join(dead)}", file=sys.stderr)
     del args.config, args.file

@@ -15,6 +15,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -25,6 +25,8 @@ SMALLER = {  # appended, and so stronger than what the line says
     "cmc/train_CMC.py": f"{TINY} {BANKS} --model resnet18v1".split(),
     "cmc/LinearProbing.py": f"{TINY} --model resnet18v1 --cache-views 1".split(),
     "ring/train_ring.py": f"{TINY} --dataset folder -b 32 --k 64 --thres-outer .5 --nn-every 0 --no-conv3x3 -p 100".split(),
+    "ring/eval_ring.py": "--device cpu --input-res 16 --epochs 1 -j 2".split(),
+    "ring/theory.py": "--repeats 5 --pool 256 --pairs 8 --k 4 16".split(),
     "preprocess/make_demo.py": "--train-per-class 16 --val-per-class 4 --severities 3 --corruption-per-class 1".split(),
     "preprocess/imagenet100_subset.py": "--class_list classes.txt".split(),
     "preprocess/check_images.py": "-j 1".split(),

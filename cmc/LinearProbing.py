@@ -94,12 +94,6 @@ def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
     saved = probe.pretrained(args.model_path, "--model_path", f"cmc/train_CMC.py{' --demo' * args.demo}")
     path, opt = saved.path, saved.setdefault("opt", {})
-    if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
-        )
-    if not any(".l_to_ab." in k or k.startswith("l_to_ab.") for k in saved.get("model", {})) and "view" not in opt:
-        raise UserError(f"{path} is not of CMC: evaluate MoCo and InsDis with moco_insdis/eval_moco_ins.py")
     for key, default in (("model", "alexnet"), ("view", "Lab")):
         then = opt.get(key, getattr(args, key) or default)
         if getattr(args, key) and getattr(args, key) != then:

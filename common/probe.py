@@ -52,17 +52,17 @@ class CachedViews:
     """Features of `views` augmented views of every picture of this rank, embedded once and gone through in turn.
 
     loader goes over its rows in order (shuffle=False, drop_last=False) and draws other views at every `set_epoch`. The order
-    of an epoch is drawn from the seed, its number and the rank. Raises UserError where the features would need more than
-    CACHE_BYTES.
+    of an epoch is drawn from the seed, its number and the rank. until(batches) may end them early, by an exception. Raises
+    UserError where the features would need more than CACHE_BYTES.
     """
 
-    def __init__(self, embed: Embed, loader: Loader, views: int, seed: int, print_freq: int, show: bool):
+    def __init__(self, embed: Embed, loader: Loader, views: int, seed: int, print_freq: int, show: bool, until=iter):
         kept = []
         for view in range(views):
             loader.set_epoch(view)
             progress = run.Progress(f"Embedding view {view + 1} of {views}: ", len(loader), print_freq, enabled=show)
             feats, targets = [], []
-            for feat, target in FreshViews(embed, loader):
+            for feat, target in until(FreshViews(embed, loader)):
                 needed = 4 * feat[0].numel() * len(feat) * len(loader) * views
                 if needed > CACHE_BYTES:
                     raise UserError(
@@ -118,7 +118,8 @@ def add_arguments(group) -> None:
 def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
     """The pre-training checkpoint at `path`, or the newest in that run folder (or in the folders in it).
 
-    flag: what named it; first: the script that writes it. Raises UsageError where there is none.
+    flag: what named it; first: the script that writes it. Raises UsageError where there is none, and UserError where it is a
+    linear evaluation's or another paper's.
     """
     if os.path.isdir(path):
         found = checkpoint.newest_below(path)
@@ -127,7 +128,19 @@ def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
         path = found
     elif not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
-    return checkpoint.Saved(path)
+    saved = checkpoint.Saved(path)
+    if "classifier" in saved:
+        raise UserError(f"{path} is a classifier of a linear evaluation: give the network to {flag}, this to --resume")
+    writer, evaluation = saved.family or (first, "")
+    if writer not in first:
+        raise UserError(f"{path} is of {writer}: evaluate it with {evaluation}")
+    return saved
+
+
+def how_far(saved: checkpoint.Saved, key: str) -> dict:
+    """How far the pre-training in `saved` had come, for result.json. key: of its flags."""
+    asked = saved.get(key, {}).get("epochs")
+    return dict(backbone_epochs=saved.get("epoch"), backbone_step=saved.get("step", 0), backbone_epochs_asked=asked)
 
 
 def loaders(args, process: processes.Process, train_set, val_set, train_view, val_view) -> tuple[Loader, Loader]:
@@ -212,8 +225,13 @@ def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float]
     args, val, scores = job.args, FreshViews(method.embed, val_loader), method.scores
     job.loader, checked = FreshViews(method.embed, job.source), False
     if args.cache_views and not job.finished:
-        val = list(val)  # nothing random: embedded once for all epochs
-        job.loader = CachedViews(method.embed, job.source, args.cache_views, args.seed, args.print_freq, job.log.main)
+
+        def until(batches):
+            return job.until_stopped(batches, "the features embedded so far, which are kept in memory only, are lost")
+
+        val = list(until(val))  # nothing random: embedded once for all epochs
+        how = (args.cache_views, args.seed, args.print_freq, job.log.main, until)
+        job.loader = CachedViews(method.embed, job.source, *how)
         job.shows_steps = False  # an epoch takes a moment
     for epoch in job.epochs():
         method.classifier.train()
@@ -249,6 +267,7 @@ def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
     args, scores = job.args, job.method.scores
     label = args.label or label or os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
     facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
+    facts |= how_far(saved, "opt")
     facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
     job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path, seed=args.seed)
 

@@ -110,12 +110,6 @@ def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
     saved = probe.pretrained(args.model_path, "--model_path", f"moco_insdis/train_moco_ins.py{' --demo' * args.demo}")
     path, opt = saved.path, saved.setdefault("opt", {})
-    if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
-        )
-    if "view" in opt or any(".l_to_ab." in k for k in saved.get("model", {})):
-        raise UserError(f"{path} is of CMC (two networks on a colour space): evaluate it with cmc/LinearProbing.py")
     model = opt.get("model", args.model or "resnet50")
     if args.model and args.model != model:
         raise UserError(f"{path} is of --model {model}, not {args.model}")

@@ -97,7 +97,7 @@ def read_backbone(args) -> checkpoint.Saved:
     for key, default in (("model", "alexnet"), ("view", "Lab")):
         then = opt.get(key, getattr(args, key) or default)
         if getattr(args, key) and getattr(args, key) != then:
-            raise UserError(f"{path} is of --{key} {then}, not {getattr(args, key)}")
+            raise UserError(f"{path} is of --{key} {then}, not {getattr(args, key)}: give --{key} {then}, or omit it")
         setattr(args, key, then)
     if args.model not in MODELS:
         raise UserError(f"{path} is of --model {args.model}: known here are {', '.join(MODELS)}")
@@ -121,7 +121,7 @@ def build_network(saved, args, process: processes.Process) -> nn.Module:
     heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
     first = (".conv1.weight", ".conv_block_1.0.weight")
     stems = [v for k, v in state.items() if k.endswith(first) and ".layer" not in k]
-    if not heads or not stems:
+    if not heads or not stems or heads[0].dim() != 2 or stems[0].dim() != 4 or len(heads[0]) > 2**16:
         raise UserError(f"{saved.path} holds no networks of this family (it has {', '.join(list(state)[:3])})")
     small_stem = stems[0].shape[-1] == 3
     network = networks.build_network(args.model, colour.chosen_views(args), len(heads[0]), small_stem)

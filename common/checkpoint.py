@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import math
 import os
 import pickletools
 import re
@@ -191,6 +190,10 @@ def _is_text(value) -> bool:
     return type(value) is str
 
 
+def _is_state(value) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
+
 def _is_flag(value) -> bool:
     return all(v is None or type(v) in (bool, int, float, str) for v in (value if type(value) is list else [value]))
 
@@ -207,12 +210,13 @@ _FIELDS = [  # what scripts rely on in a checkpoint: names, in words, test; what
     ("acc1 acc5", "a number", _is_number),
     ("best_acc1", "a percentage", lambda value: _is_number(value) and -1 <= float(value) <= 100),
     ("arch network digest pretrained", "text", _is_text),
-    ("args opt pretrained_args", "flags by name", _all(dict, _is_flag)),
+    ("args opt", "flags by name", _all(dict, _is_flag)),
+    ("pretrained_args", "flags by name", lambda value: value is None or _all(dict, _is_flag)(value)),
     ("state_dict model model_ema contrast classifier", "tensors by name", _all(dict, torch.is_tensor)),
-    ("queue scaler", "numbers by name", _all(dict, lambda value: _is_number(value) and math.isfinite(value))),
+    ("queue scaler", "numbers by name", _all(dict, lambda value: _is_number(value) and abs(float(value)) < 2**53)),
     ("classes", "a list of names", _all(list, _is_text)),
     ("data", "numbers and text by name", _all(dict, _is_flag)),
-    ("generators", "random states by name for every process", _all(list, _all(dict, torch.is_tensor))),
+    ("generators", "random states by name for every process", _all(list, _all(dict, _is_state))),
     ("optimizer", "a state by name", lambda value: type(value) is dict),
 ]
 _FLAGS = [  # of the flags those that are acted upon
@@ -236,7 +240,7 @@ class Saved(dict):
         self.path = str(path)
         self.check(self, _FIELDS)
         for key in ("args", "opt", "pretrained_args"):
-            self.check(self.get(key, {}), _FLAGS, f"{key}.")
+            self.check(self.get(key) or {}, _FLAGS, f"{key}.")
 
     def check(self, values: dict, fields: list[tuple[str, str, Callable]], where: str = "") -> None:
         for name, words, test in ((name, words, test) for names, words, test in fields for name in names.split()):
@@ -261,6 +265,13 @@ class Saved(dict):
         if any("encoder_q." in name for name in self.get("state_dict", {})):
             return "nonsem_neg/moco_non_sem_neg.py", "nonsem_neg/main_lincls.py"
         return None
+
+    def how_far(self) -> dict:
+        """How far the pre-training had come that is in this file, or behind this classifier; for result.json."""
+        behind = "pretrained_" if "pretrained_epoch" in self else ""
+        flags = self.get(f"{behind}args", self.get("opt")) or {}
+        done = dict(backbone_epochs=self.get(f"{behind}epoch"), backbone_step=self.get(f"{behind}step", 0))
+        return done | dict(backbone_epochs_asked=flags.get("epochs"))
 
 
 def load_into(
@@ -300,19 +311,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     """
     own = [group | {"params": len(group["params"])} for group in optimizer.state_dict()["param_groups"]]
     params, fits = [p for group in optimizer.param_groups for p in group["params"]], False
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
+    with contextlib.suppress(Exception):  # whatever its structure
         groups = saved["optimizer"]["param_groups"]
         ids = [i for group in groups for i in group["params"]]
         found = {i: {k: v for k, v in kept.items() if v is not None} for i, kept in saved["optimizer"]["state"].items()}
         kinds = {frozenset(found.get(i, ())) for i, p in zip(ids, params) if p.requires_grad}  # each was updated
         keeps = any(group.get("momentum") or "betas" in group for group in groups)
-        fits = [len(group["params"]) for group in groups] == [group["params"] for group in own]
-        fits = fits and found.keys() <= {*ids} and len({*ids}) == len(ids)
-        fits = fits and len(kinds) == 1 and bool(max(kinds)) == bool(keeps)
+        right = [[len(group["params"]) for group in groups] == [group["params"] for group in own]]
+        right += [found.keys() <= {*ids}, len({*ids}) == len(ids), len(kinds) == 1, bool(max(kinds)) == bool(keeps)]
         for i, p in zip(ids, params):
             for key, value in found.get(i, {}).items():
                 size = () if key == "step" else p.shape
-                fits = fits and value.shape == size and value.is_floating_point() and bool(value.isfinite().all())
+                right += [value.shape == size, value.is_floating_point(), bool(value.isfinite().all())]
+        fits = all(right)
     if not fits:
         why = "other shapes, kinds or numbers of them"
         raise UserError(f"{saved.path}: its optimizer is not one of this network's parameters ({why})")

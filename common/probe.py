@@ -115,11 +115,11 @@ def add_arguments(group) -> None:
     group.add_argument("--cache-views", type=cli.count, default=0, metavar="N", help=about)
 
 
-def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
+def pretrained(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoint.Saved:
     """The pre-training checkpoint at `path`, or the newest in that run folder (or in the folders in it).
 
     flag: what named it; first: the script that writes it. Raises UsageError where there is none, and UserError where it is a
-    linear evaluation's or another paper's.
+    linear evaluation's or another paper's (any_resnet: unless that is one network with the names of a ResNet).
     """
     if os.path.isdir(path):
         found = checkpoint.newest_below(path)
@@ -132,15 +132,9 @@ def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
     if "classifier" in saved:
         raise UserError(f"{path} is a classifier of a linear evaluation: give the network to {flag}, this to --resume")
     writer, evaluation = saved.family or (first, "")
-    if writer not in first:
+    if writer not in first and not (any_resnet and "conv1.weight" in checkpoint.backbone(saved)):
         raise UserError(f"{path} is of {writer}: evaluate it with {evaluation}")
     return saved
-
-
-def how_far(saved: checkpoint.Saved, key: str) -> dict:
-    """How far the pre-training in `saved` had come, for result.json. key: of its flags."""
-    asked = saved.get(key, {}).get("epochs")
-    return dict(backbone_epochs=saved.get("epoch"), backbone_step=saved.get("step", 0), backbone_epochs_asked=asked)
 
 
 def loaders(args, process: processes.Process, train_set, val_set, train_view, val_view) -> tuple[Loader, Loader]:
@@ -267,7 +261,7 @@ def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
     args, scores = job.args, job.method.scores
     label = args.label or label or os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
     facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
-    facts |= how_far(saved, "opt")
+    facts |= saved.how_far()
     facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
     job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path, seed=args.seed)
 

@@ -112,7 +112,7 @@ def read_backbone(args) -> checkpoint.Saved:
     path, opt = saved.path, saved.setdefault("opt", {})
     model = opt.get("model", args.model or "resnet50")
     if args.model and args.model != model:
-        raise UserError(f"{path} is of --model {model}, not {args.model}")
+        raise UserError(f"{path} is of --model {model}, not {args.model}: give --model {model}, or omit it")
     if model not in MODELS:
         raise UserError(f"{path} is of --model {model}: known here are {', '.join(MODELS)}")
     args.model = model
@@ -124,12 +124,12 @@ def read_backbone(args) -> checkpoint.Saved:
 def build_network(saved, args, process: processes.Process) -> nn.Module:
     """The (query) network of the checkpoint, frozen and in eval mode; the key network of MoCo is not used."""
     state = checkpoint.backbone(saved)
-    if "conv1.weight" not in state or "fc.weight" not in state:
+    stem, head = (state.get(name, torch.empty(0)) for name in ("conv1.weight", "fc.weight"))
+    if stem.dim() != 4 or head.dim() != 2 or len(head) > 2**16:
         raise UserError(f"{saved.path} holds no network of this family (it has {', '.join(list(state)[:3])})")
     depth, width = MODELS[args.model]
-    small_stem = state["conv1.weight"].shape[-1] == 3
-    network = backbones.WidthResNet(depth, 3, width, dim=len(state["fc.weight"]), small_stem=small_stem)
-    checkpoint.load_into(network, state, saved.path)
+    network = backbones.WidthResNet(depth, 3, width, dim=len(head), small_stem=stem.shape[-1] == 3)
+    checkpoint.load_into(network, state, saved.path, flag="--model")
     return network.requires_grad_(False).eval().to(process.device, memory_format=torch.channels_last)
 
 

@@ -269,7 +269,7 @@ def worker(args, process: processes.Process) -> None:
     about |= dict(
         data=args.data, pretrained=saved.get("pretrained"), epochs=saved.get("pretrained_epoch"), arch=args.arch
     )
-    about |= dict(seed=before.get("seed"), precision=str(precision), settings=settings(saved))
+    about |= dict(seed=before.get("seed"), precision=str(precision), settings=settings(saved)) | saved.how_far()
     log.result(**about, missing=[name for name in SETS if name not in row], notes=notes, **row)
     log.close()
 

@@ -254,9 +254,22 @@ def test_contradictions_and_wrong_files(workspace, tmp_path, demo_set):
 
     refused(UserError, "is of --view YCbCr, not Lab", CMC, "resnet18v1", "--view", "Lab")
     refused(UserError, "is of --model resnet18v1, not alexnet", CMC, "resnet18v1", "--model", "alexnet")
-    refused(UserError, "is of --model resnet18, not resnet50", MOCO, "moco", "--model", "resnet50")
-    refused(UserError, "is of CMC .*cmc/LinearProbing.py", MOCO, "resnet18v1")
-    refused(UserError, "is not of CMC.*eval_moco_ins.py", CMC, "moco")
+    refused(
+        UserError,
+        "is of --model resnet18, not resnet50: give --model resnet18, or omit it",
+        MOCO,
+        "moco",
+        "--model",
+        "resnet50",
+    )
+    refused(UserError, "is of cmc/train_CMC.py: evaluate it with cmc/LinearProbing.py", MOCO, "resnet18v1")
+    refused(UserError, "is of .*train_moco_ins.py: evaluate it with moco_insdis/eval_moco_ins.py", CMC, "moco")
+    patch = tmp_path / "patch.pth.tar"
+    torch.save({"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(64, 3, 7, 7)}, "arch": "resnet18"}, patch)
+    for script in (CMC, MOCO):
+        refused(
+            UserError, "is of .*moco_non_sem_neg.py: evaluate it with nonsem_neg/main_lincls.py", script, str(patch)
+        )
     refused(UsageError, "--layer 7: --model resnet18v1 has the layers 1 to 6", CMC, "resnet18v1", "--layer", "7")
     refused(UsageError, "--layer 8: --model alexnet has the layers 1 to 7", CMC, "alexnet", "--layer", "8")
     refused(UsageError, "--layer 0", MOCO, "moco", "--layer", "0")
@@ -282,5 +295,5 @@ def test_a_classifier_is_no_network(workspace, tmp_path):
     done, _ = evaluate(MOCO, "moco", tmp_path, "--cache-views", "1", "--epochs", "1")
     with pytest.raises(UserError, match="is a classifier of a linear evaluation"):
         evaluate(MOCO, str(done / "current.pth"), tmp_path / "again")
-    with pytest.raises(UserError, match="has no classifier: not a checkpoint of this script"):
+    with pytest.raises(UserError, match="has no classifier: it is of moco_insdis/train_moco_ins.py"):
         evaluate(MOCO, "moco", tmp_path / "again", "--resume", "moco/ckpt_epoch_240.pth")

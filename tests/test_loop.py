@@ -192,7 +192,7 @@ def test_other_settings_are_named_and_free_ones_are_not(capsys):
 
 
 REFUSED = {
-    "model": (["--model", "two"], {}, "is of --model one, this run of two: give the same, or start another run"),
+    "model": (["--model", "two"], {}, "is of --model one, this run of two: add --model one, or start another run"),
     "data set": (["--dataset", "cifar10"], {}, "is of --dataset folder, this run of cifar10"),
     "class list": (["--class-list", "five.txt"], {}, "is of --class_list the default, this run of five.txt"),
     "fewer pictures": (

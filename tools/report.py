@@ -65,7 +65,7 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
     for table, members in grouped.items():
         if table is None:
             columns = [c for c in ("acc1", "acc5", "acc1_best") if any(c in m for m in members)]
-            rows = [[m["folder"], *(cell([m[c]]) if c in m else "-" for c in columns)] for m in members]
+            rows = [[m["folder"] + unfinished(m), *(cell([m[c]]) if c in m else "-" for c in columns)] for m in members]
             made.append(("Linear evaluation (percent; acc1 and acc5 after the last epoch)", ["run", *columns], rows))
             continue
         published = json.loads((ROOT / table).read_text())
@@ -79,7 +79,7 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
             by_row.setdefault(key, []).append(member)
         rows = [
             [
-                f"{label}, {arch}{seeds(same)}",
+                f"{label}, {arch}{seeds(same)}{unfinished(*same)}",
                 str(data),
                 str(epochs),
                 *(cell([m[c] for m in same if c in m]) for c in columns),
@@ -105,6 +105,15 @@ def cell(values: list[float]) -> str:
 
 def seeds(runs: list[dict]) -> str:
     return f" (seeds {', '.join(str(r.get('seed')) for r in runs)})" if len(runs) > 1 else ""
+
+
+def unfinished(*runs: dict) -> str:
+    """Where the pre-training behind a result was not at its end: how far it had come."""
+    for run in runs:
+        done, asked = (run.get(f"backbone_{name}") for name in ("epochs", "epochs_asked"))
+        if isinstance(done, int) and isinstance(asked, int) and done < asked:
+            return f" (backbone NOT finished: {done} of {asked} epochs)"
+    return ""
 
 
 def interval(published) -> str:

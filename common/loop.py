@@ -289,7 +289,7 @@ class Job:
         for batch in batches:
             yield batch
             if self.stop.received:
-                self.log.say(f"stopped by a signal: {lost}; start again, or continue with --resume auto")
+                self.log.say(f"stopped by a signal: {lost}; checkpoints so far are whole, continue with --resume auto")
                 raise SystemExit(128 + self.stop.received)
 
     def _knn_due(self) -> bool:

@@ -214,6 +214,7 @@ class Run:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not at start
+                threading.excepthook = _without_events_thread
                 self._tensorboard = SummaryWriter(self._events, purge_step=step)
             for key, value in record.items():
                 if self._tensorboard is not None and key not in ("step", "epoch") and isinstance(value, (int, float)):
@@ -251,6 +252,12 @@ class Run:
         if self._tensorboard is not None:
             with self._or_without_events():
                 self._tensorboard.close()
+
+
+def _without_events_thread(args, otherwise=threading.excepthook) -> None:
+    """The thread that writes events prints no traceback of its own: `Run` says what became of it."""
+    if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        otherwise(args)
 
 
 def _from_root(script: str) -> str:

@@ -13,6 +13,7 @@ from conftest import ROOT, equal, stopped_at
 from cmc import LinearProbing, colour, train_CMC
 from common import UsageError, UserError, backbones, checkpoint, processes
 from moco_insdis import eval_moco_ins
+from tools import report
 
 GOLDEN = ROOT / "tests" / "golden"
 MOCO, CMC = "moco_insdis.eval_moco_ins", "cmc.LinearProbing"
@@ -141,6 +142,27 @@ def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(workspace, tmp_
     evaluate(script, network, tmp_path / "parts", "--resume", "auto")
     a, b = checkpoint.load(whole / "current.pth"), checkpoint.load(stopped)
     assert equal(a["classifier"], b["classifier"]) and (a["acc1"], a["best_acc1"]) == (b["acc1"], b["best_acc1"])
+
+
+@pytest.mark.parametrize("step", [1, 3])  # among the pictures of val/, then of the first view
+def test_a_signal_while_features_are_cached_says_what_is_lost(workspace, tmp_path, capsys, step):
+    with stopped_at(step):
+        evaluate(MOCO, "moco", tmp_path, "--cache-views", "2")
+    lost = "stopped by a signal: the features embedded so far, which are kept in memory only, are lost; checkpoints so far are"
+    assert lost in capsys.readouterr().out and not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_network_that_was_not_finished_is_marked(workspace, tmp_path, capsys):
+    flags = dict(model="resnet18", softmax=True, moco=True, nce_k=16384, epochs=300)
+    published(tmp_path / "cut" / "current.pth", backbones.WidthResNet(18, 3, 1, 128), **flags)
+    done, result = evaluate(MOCO, str(tmp_path / "cut"), tmp_path / "out", "--cache-views", "1", "--epochs", "1")
+    assert (result["backbone_epochs"], result["backbone_epochs_asked"], result["backbone_step"]) == (240, 300, 0)
+    capsys.readouterr()
+    report.main([str(done)])
+    assert "MoCo, softmax, K 16384, resnet18 (backbone NOT finished: 240 of 300 epochs)" in capsys.readouterr().out
+    (done / "result.json").write_text(json.dumps(result | {"backbone_epochs": 300}))
+    report.main([str(done)])
+    assert "NOT finished" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script, network", [(MOCO, "moco"), (CMC, "resnet18v1")])

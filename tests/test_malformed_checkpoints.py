@@ -5,6 +5,7 @@ Nothing but one line that names the file, or a correct load, may come of it.
 
 import copy
 import io
+import json
 import os
 import pickle
 import random
@@ -172,6 +173,16 @@ def test_every_field_of_the_network_that_is_evaluated_changed(folder, name, netw
             except BaseException as error:
                 wrong.append((where, value, repr(error)))
     assert not wrong
+
+
+def test_results_say_how_far_their_network_had_come(folder):
+    for name in ("linear-cmc", "linear-moco", "lincls"):
+        (path,) = (folder / name).rglob("result.json")
+        result = json.loads(path.read_text())
+        assert [result[f"backbone_{what}"] for what in ("epochs", "step", "epochs_asked")] == [1, 0, 1]
+    behind = checkpoint.Saved(last(folder, "lincls"))
+    behind |= {"epoch": 20, "step": 7, "pretrained_epoch": 3, "pretrained_step": 5, "pretrained_args": {"epochs": 9}}
+    assert behind.how_far() == {"backbone_epochs": 3, "backbone_step": 5, "backbone_epochs_asked": 9}
 
 
 # ---------------------------------------------------------------------------------------------------------- bytes

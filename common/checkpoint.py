@@ -215,7 +215,11 @@ _FIELDS = [  # what scripts rely on in a checkpoint: names, in words, test; what
     ("state_dict model model_ema contrast classifier", "tensors by name", _all(dict, torch.is_tensor)),
     ("queue scaler", "numbers by name", _all(dict, lambda value: _is_number(value) and abs(float(value)) < 2**53)),
     ("classes", "a list of names", _all(list, _is_text)),
-    ("data", "numbers and text by name", _all(dict, _is_flag)),
+    (
+        "data",
+        "the numbers of pictures and classes",
+        lambda v: _all(dict, _is_flag)(v) and {"pictures", "classes"} <= v.keys(),
+    ),
     ("generators", "random states by name for every process", _all(list, _all(dict, _is_state))),
     ("optimizer", "a state by name", lambda value: type(value) is dict),
 ]
@@ -318,10 +322,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         kinds = {frozenset(found.get(i, ())) for i, p in zip(ids, params) if p.requires_grad}  # each was updated
         keeps = any(group.get("momentum") or "betas" in group for group in groups)
         right = [[len(group["params"]) for group in groups] == [group["params"] for group in own]]
-        right += [found.keys() <= {*ids}, len({*ids}) == len(ids), len(kinds) == 1, bool(max(kinds)) == bool(keeps)]
+        right += [found.keys() <= {*ids}, len({*ids}) == len(ids), len(kinds) == 1, bool(max(kinds)) >= bool(keeps)]
         for i, p in zip(ids, params):
-            for key, value in found.get(i, {}).items():
-                size = () if key == "step" else p.shape
+            for key, value in found.get(i, {}).items():  # of Adam an older PyTorch counts the steps in an integer
+                value, size = (
+                    torch.as_tensor(value).float() if key == "step" else value,
+                    () if key == "step" else p.shape,
+                )
                 right += [value.shape == size, value.is_floating_point(), bool(value.isfinite().all())]
         fits = all(right)
     if not fits:
@@ -407,7 +414,7 @@ def backbone(checkpoint: dict) -> dict[str, Tensor]:
     if "conv1.weight" in state or any(k.startswith(("features.", "conv_proj", "patch_embed")) for k in state):
         return state
     some = ", ".join(name[:80] for name in list(state)[:3]) or "no tensors at all"
-    raise UserError(f"found no backbone in this checkpoint (it has {some})")
+    raise UserError(f"found no backbone in {getattr(checkpoint, 'path', 'this checkpoint')} (it has {some})")
 
 
 def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -147,8 +147,8 @@ class Job:
         if self.finished:
             self.log.say(f"nothing to train: {self.saved.path} has {self.done} epochs already")
         else:
-            again = ("knn_acc1",) if self.step == self.steps else ()  # evaluated once more
-            self.log.rewind((self.done if self.by_epoch else self.global_step) if self.saved else -1, again)
+            done = self.done if self.by_epoch else self.global_step
+            self.log.rewind(done if self.saved else -1, again=self.step == self.steps)
         if self.args.resume and not self.saved:
             self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")
         self._held.enter_context(self.stop)
@@ -176,9 +176,8 @@ class Job:
     def _restore(self) -> None:
         """Put back what `save` wrote, or a published checkpoint has."""
         saved, method, path = self.saved, self.method, self.saved.path
-        then = {key: saved.get("data", self.data).get(key) for key in self.data}
-        if then != self.data:
-            there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (then, self.data))
+        if saved.get("data", self.data) != self.data:
+            there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (saved["data"], self.data))
             raise UserError(
                 f"{path} was trained on {there}, here there are {here}, or other classes: give the same data"
             )
@@ -204,8 +203,8 @@ class Job:
             scaler.load_state_dict(saved["scaler"])
         resumed = f"resumed {path}: epoch {self.done}, step {self.step}"
         self.remarks += [*self._differing_flags(), *self._restore_draws(), resumed]
-        if self.args.resume == "auto" and saved.get("pending"):
-            self.done, self.step = self.done - 1, self.steps
+        if self.args.resume == "auto" and saved.get("pending") is True and self.done and not self.step:
+            self.done, self.step = self.done - 1, self.steps  # as if saved before its evaluation, which was cut short
 
     def _differing_flags(self) -> list[str]:
         now = cli.flags(self.args)
@@ -331,8 +330,7 @@ class Job:
             done, step = position or (self.done, self.step)
             state = {self.key: cli.flags(self.args), "epoch": done, "step": step, "steps": self.steps}
             state |= {"global_step": self.global_step, "data": self.data}
-            if pending:
-                state["pending"] = True
+            state |= {"pending": True} if pending else {}
             state |= {"generators": draws, "optimizer": method.optimizer.state_dict(), **method.state_dict()}
             if hasattr(method, "precision"):
                 state["scaler"] = method.precision.scaler.state_dict()

@@ -7,6 +7,7 @@ Pictures are embedded once (`CachedViews`) or batch by batch (`FreshViews`); a l
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -219,10 +220,8 @@ def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float]
     args, val, scores = job.args, FreshViews(method.embed, val_loader), method.scores
     job.loader, checked = FreshViews(method.embed, job.source), False
     if args.cache_views and not job.finished:
-
-        def until(batches):
-            return job.until_stopped(batches, "the features embedded so far, which are kept in memory only, are lost")
-
+        lost = "the features embedded so far, which are kept in memory only, are lost"
+        until = functools.partial(job.until_stopped, lost=lost)
         val = list(until(val))  # nothing random: embedded once for all epochs
         how = (args.cache_views, args.seed, args.print_freq, job.log.main, until)
         job.loader = CachedViews(method.embed, job.source, *how)

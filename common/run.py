@@ -178,11 +178,9 @@ class Run:
                 write_json(self._config, self.config | {"derived": facts})
             self.say(_wrap("derived", [f"{k}={v}" for k, v in facts.items()]))
 
-    def rewind(self, step: int, again: tuple[str, ...] = ()) -> None:
+    def rewind(self, step: int, again: bool = False) -> None:
         """Drop what was logged after global step `step` (after a resume), or all of it and an old result (step < 0).
-
-        again: of `step` itself drop the records that have one of these keys.
-        """
+        again: the evaluation at `step`, too."""
         if self.main and step < 0:
             self._result.unlink(missing_ok=True)
         if self.main and self._metrics.exists():
@@ -194,8 +192,7 @@ class Run:
                 for line in lines:
                     with contextlib.suppress(ValueError, AttributeError, TypeError):  # a half line, left by a crash
                         record = json.loads(line)
-                        then = record.get("step", 0)
-                        if then <= step and not (then == step and any(key in record for key in again)):
+                        if record.get("step", 0) <= step - (again and "knn_acc1" in record):
                             file.write(line + "\n")
 
     def log(self, step: int, **values) -> None:

@@ -262,7 +262,7 @@ WRONG = {  # field: (another value, words)
         "generators.noise is None, expected the state of a random",
     ),
     "opt": ({"seed": 0.5}, "opt.seed is 0.5, expected a whole number"),
-    "data": ({"pictures": 8}, "was trained on 8 pictures of None classes, here there are 8 pictures of 2"),
+    "data": ({"pictures": 8}, "data is a dict, expected the numbers of pictures and classes"),
 }
 
 

@@ -114,14 +114,22 @@ def taken(where, value) -> bool:
     return value in POSSIBLE.get(where[:2], POSSIBLE.get(where[:1], set()) if len(where) == 1 else set())
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_field_changed(folder, name, monkeypatch):
-    script, flags, builds, place = SCRIPTS[name]
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(loop.Job, "epochs", lambda job: iter(()))  # what loads has nothing else to do
+@pytest.fixture
+def quick(folder, monkeypatch):
+    """In the folder of the runs; what loads has nothing else to do, and networks are built without their first numbers."""
     known = run.environment()
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(run, "environment", lambda: known)
-    path, built, files, load = last(folder, name), {}, {}, checkpoint.load
+    monkeypatch.setattr(loop.Job, "epochs", lambda job: iter(()))
+    for draw in ("kaiming_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, draw, lambda tensor, *rest, **how: tensor.zero_())
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_field_changed(quick, name, monkeypatch):
+    script, flags, builds, place = SCRIPTS[name]
+    path, built, files, load = last(quick, name), {}, {}, checkpoint.load
     for maker in builds:  # once for all cases
         make = getattr(script, maker)
         monkeypatch.setattr(
@@ -148,13 +156,9 @@ def test_every_field_changed(folder, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name, network", [("linear-cmc", "cmc"), ("linear-moco", "moco"), ("lincls", "patch")])
-def test_every_field_of_the_network_that_is_evaluated_changed(folder, name, network, monkeypatch):
+def test_every_field_of_the_network_that_is_evaluated_changed(quick, name, network, monkeypatch):
     script, flags, _, place = SCRIPTS[name]
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(loop.Job, "epochs", lambda job: iter(()))
-    known = run.environment()
-    monkeypatch.setattr(run, "environment", lambda: known)
-    path, load, wrong = last(folder, network), checkpoint.load, []
+    path, load, wrong = last(quick, network), checkpoint.load, []
     saved, draw = load(path), random.Random(name)
     state = "model" if "model" in saved else "state_dict"
     names = [k for k in saved[state] if k.endswith(("conv1.weight", ".fc.weight", "fc.2.weight"))]

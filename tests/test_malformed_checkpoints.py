@@ -122,7 +122,7 @@ def quick(folder, monkeypatch):
     monkeypatch.setattr(run, "environment", lambda: known)
     monkeypatch.setattr(loop.Job, "epochs", lambda job: iter(()))
     for draw in ("kaiming_normal_", "kaiming_uniform_"):
-        monkeypatch.setattr(torch.nn.init, draw, lambda tensor, *rest, **how: tensor.zero_())
+        monkeypatch.setattr(torch.nn.init, draw, lambda tensor, *rest, **how: tensor.data.zero_())
     return folder
 
 
@@ -165,7 +165,7 @@ def test_every_field_of_the_network_that_is_evaluated_changed(quick, name, netwo
     wheres = [w for w in fields(saved) if w[0] in FLAGS and w[1:] and w[1] in (*ACTED_UPON, "softmax", "nce_k", "moco")]
     wheres += [(state,), ("epoch",), ("arch",), *((state, name) for name in names[:2] + names[-2:])]
     for where in wheres:
-        for value in (*draw.sample(sorted(VALUES), 2), "gone") if where[0] in saved else ():
+        for value in (draw.choice(sorted(VALUES)), "gone") if where[0] in saved else ():
             bad = changed(saved, where, VALUES[value])
             monkeypatch.setattr(checkpoint, "load", lambda asked: dict(bad))  # noqa: B023
             try:

@@ -99,16 +99,10 @@ def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
     saved = probe.pretrained(args.model_path, "--model_path", f"cmc/train_CMC.py{' --demo' * args.demo}")
     path, opt = saved.path, saved.setdefault("opt", {})
-    if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
-        )
-    if not any(".l_to_ab." in k or k.startswith("l_to_ab.") for k in saved.get("model", {})) and "view" not in opt:
-        raise UserError(f"{path} is not of CMC: evaluate MoCo and InsDis with moco_insdis/eval_moco_ins.py")
     for key, default in (("model", "alexnet"), ("view", "Lab")):
         then = opt.get(key, getattr(args, key) or default)
         if getattr(args, key) and getattr(args, key) != then:
-            raise UserError(f"{path} is of --{key} {then}, not {getattr(args, key)}")
+            raise UserError(f"{path} is of --{key} {then}, not {getattr(args, key)}: give --{key} {then}, or omit it")
         setattr(args, key, then)
     if args.model not in MODELS:
         raise UserError(f"{path} is of --model {args.model}: known here are {', '.join(MODELS)}")
@@ -132,7 +126,7 @@ def build_network(saved, args, process: processes.Process) -> nn.Module:
     heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
     first = (".conv1.weight", ".conv_block_1.0.weight")
     stems = [v for k, v in state.items() if k.endswith(first) and ".layer" not in k]
-    if not heads or not stems:
+    if not heads or not stems or heads[0].dim() != 2 or stems[0].dim() != 4 or len(heads[0]) > 2**16:
         raise UserError(f"{saved.path} holds no networks of this family (it has {', '.join(list(state)[:3])})")
     small_stem = stems[0].shape[-1] == 3
     network = networks.build_network(args.model, colour.chosen_views(args), len(heads[0]), small_stem)
@@ -253,7 +247,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     )
     facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
+    facts |= before.how_far() | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
     colours = (colour.Views(colour.chosen_views(args)),)
     return lambda images: classifier(embed(model, images, args, precision)), colours, facts
 

@@ -129,12 +129,17 @@ class MemoryBanks(nn.Module):
         first = f"memory_{self.views[0]}"
         if first not in contrast:
             raise UserError(f"{path} is of another method (its memory holds {', '.join(contrast)})")
-        rows, k = len(contrast[first]), int(contrast["params"][0])
+        k, rows = made_with(contrast, first)
         if (k, rows) != (self.k, self.n):
-            was, now = f"--nce_k {k} and {rows} training pictures", f"{self.k} and {self.n}"
+            was, now = f"--nce_k {k:.0f} and {rows} training pictures", f"{self.k} and {self.n}"
             raise UserError(f"{path} was made with {was}, this run has {now}")
         settings = self.params.clone()
         checkpoint.load_into(self, contrast, path)
         settings[2:-1] = self.normaliser
         self.params.copy_(settings)
         self.updates = updates
+
+
+def made_with(contrast: dict, bank: str) -> tuple[float, int]:
+    """K and the number of rows of a checkpoint's memory; NaN and 0 where it does not say."""
+    return (*contrast.get("params", torch.empty(0)).flatten().tolist(), math.nan)[0], (*contrast[bank].shape, 0)[0]

@@ -11,6 +11,9 @@ class UserError(Exception):
 
     code = 1
 
+    def __init__(self, text: str):
+        super().__init__(printable(text))
+
 
 class UsageError(UserError):
     """A flag value or a path that cannot work, found before any work was done."""
@@ -19,6 +22,6 @@ class UsageError(UserError):
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path as one line that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
+    """A path or text as one line that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

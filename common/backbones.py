@@ -13,6 +13,7 @@ Weights are drawn from torch's global generator, so seed it before building.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,6 +57,15 @@ def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False
             raise UsageError(f"architecture '{arch}' has no last layer `fc` to leave out: use one such as resnet50")
         model.fc = nn.Identity()
     return model
+
+
+def name_of(state: dict[str, Tensor]) -> str | None:
+    """The torchvision name of the residual network whose parameters `state` holds, whatever stands before their names."""
+    blocks = {m.groups() for k in state if (m := re.search(r"layer(\d)\.(\d+)\.conv(3?)", k))}
+    counts = [len({block for stage, block, _ in blocks if stage == str(n)}) for n in range(1, 5)]
+    kind = Bottleneck if any(third for *_, third in blocks) else BasicBlock
+    plain = any(k.endswith("layer1.0.conv1.weight") and v.shape[:1] == (64,) for k, v in state.items())
+    return next((f"resnet{depth}" for depth, known in BLOCKS.items() if plain and known == (kind, counts)), None)
 
 
 def use_small_stem(model: ResNet) -> None:

@@ -10,15 +10,23 @@ import argparse
 import contextlib
 import hashlib
 import os
-import pickle
+import pickletools
 import re
+import secrets
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common import UsageError, UserError
+from common import UsageError, UserError, backbones, printable
+
+try:
+    import fcntl
+except ImportError:  # Windows: neither folders nor files are held there
+    fcntl = None
 
 # Lightning 1 files the state of a callback under its class, which is not needed here: a plain type stands for it.
 LIGHTNING = [(dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
@@ -29,13 +37,16 @@ def replacing(path: str | Path, mode: str = "wb", **how):
     """An open file that takes the place of `path` when the block is done: `with replacing(path) as file: file.write(...)`.
 
     It is written beside it, synced, then renamed. Whatever goes wrong (a full disk, an error in the block, a lost machine),
-    `path` is afterwards the old file or the whole new one. Folders are made. An OSError names `path`.
+    `path` is afterwards the old file or the whole new one, also where two write it at once. Folders are made. An OSError
+    names `path`.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")  # this writer's own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, mode, **how) as file:
+        with open(partial, mode.replace("w", "x"), **how) as file:
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `sweep` that it has a writer
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +61,16 @@ def replacing(path: str | Path, mode: str = "wb", **how):
         if isinstance(error, OSError):  # of a full disk the system does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove the partial files in `folder` whose writers are gone, where the file system can tell."""
+    for partial in Path(folder).glob(".*.partial"):
+        with contextlib.suppress(OSError, AttributeError):
+            if partial.is_file():
+                with open(partial, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    partial.unlink()
 
 
 def save(path: str | Path, payload: dict) -> Path:
@@ -73,7 +94,8 @@ def save(path: str | Path, payload: dict) -> Path:
 def load(path: str | Path) -> dict:
     """Read a checkpoint, ours or the authors', as data only, to the CPU: a file that contains code is refused.
 
-    Raises UsageError: no such file; UserError: truncated, no checkpoint at all, or with code in it.
+    It comes in plain dicts, lists and tensors. Raises UsageError: no such file; UserError, whatever the file holds:
+    truncated, damaged, no checkpoint at all, with code in it, or with tensors larger than it.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,72 +105,240 @@ def load(path: str | Path) -> dict:
         there = f"; in {path.parent} there are {', '.join(siblings[-4:])}" if siblings else ""
         raise UsageError(f"no checkpoint at {path}{there}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zipped = file.read(4) == b"PK\3\4"
+            if zipped:
+                archive = zipfile.ZipFile(file)
+                if any(part.compress_type for part in archive.infolist()):
+                    raise UserError("is compressed, not a checkpoint")
+                if damaged := archive.testzip():  # torch does not look at the checksums
+                    raise UserError(f"is damaged: {damaged} is not what was written")
+            name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"  # torch takes UTF-8 only
+            with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
+                # Mapped: otherwise torch believes a storage's size, and would read past the end of one that is shorter.
+                loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
+            loaded = _as_data(loaded, room=4 * path.stat().st_size)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    except Exception as error:  # torch raises whatever a byte leads it to
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"cannot read {path}: {error.strerror.lower()}") from None
         code = re.search(r"(?:GLOBAL|Unsupported class)\s+`?([\w.]+)", str(error))
-        if code:
-            raise UserError(f"{path} contains code ({code.group(1)}), not only tensors and numbers: refused") from None
-        raise UserError(f"{path} is truncated or not a checkpoint") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        if code := code[1] if code else _global_of_pickle(path):
+            raise UserError(f"{path} contains code ({code}), not only tensors and numbers: refused") from None
         raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
-    for key in ("args", "opt"):  # the options are a dict here, a Namespace in published files
-        if isinstance(loaded.get(key), argparse.Namespace):
-            loaded[key] = vars(loaded[key])
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"{path} holds {_found(loaded)}, not a checkpoint")
     return loaded
 
 
+def _as_data(loaded, room: int):
+    """A copy in plain containers, a Namespace as a dict. UserError where tensors need more than `room` bytes in all: a
+    storage of one number can claim any shape."""
+    copies = {}
+
+    def copy(value, name: str):
+        nonlocal room
+        if id(value) in copies:
+            return copies[id(value)]
+        if isinstance(value, Tensor):
+            plain = Tensor.detach(value)
+            dense = plain.layout is torch.strided and plain.device.type == "cpu" and not plain.is_quantized
+            room -= plain.numel() * plain.element_size() if dense else 0
+            if not dense or plain.is_complex() or room < 0:
+                raise UserError(f"is refused: {name[1:]} is {_found(plain)}, expected real numbers that are all there")
+            made = plain.clone()
+        elif isinstance(value, (dict, argparse.Namespace)):
+            items = dict.items(vars(value) if isinstance(value, argparse.Namespace) else value)
+            made = {key: copy(item, f"{name}.{key}"[:200]) for key, item in items}
+        elif isinstance(value, (list, tuple)):
+            made = [copy(item, f"{name}.{i}"[:200]) for i, item in enumerate(value)]
+        else:
+            return value
+        copies[id(value)] = made
+        return made
+
+    return copy(loaded, "")
+
+
+def _global_of_pickle(path: Path) -> str | None:
+    """What a raw pickle of a protocol that torch does not read calls or builds."""
+    words = []
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        for code, argument, _ in pickletools.genops(file):
+            if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+                return argument.replace(" ", ".") if argument else ".".join(words[-2:])
+            words += [argument] if isinstance(argument, str) else []
+    return None
+
+
+def _found(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value[:60] if isinstance(value, str) else value)[:80]
+    return f"a {type(value).__name__}"
+
+
+def _is_whole(value, most: int = 2**53) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) or isinstance(value, Tensor) and value.numel() == 1
+
+
+def _is_text(value) -> bool:
+    return type(value) is str
+
+
+def _is_state(value) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
+
+def _is_flag(value) -> bool:
+    return all(v is None or type(v) in (bool, int, float, str) for v in (value if type(value) is list else [value]))
+
+
+def _all(kind: type, test: Callable) -> Callable:
+    """A test of a list's items, of which there must be some, or of a dict's values, whose keys must be text."""
+    if kind is list:
+        return lambda value: type(value) is list and len(value) > 0 and all(map(test, value))
+    return lambda value: type(value) is dict and all(type(k) is str and test(v) for k, v in value.items())
+
+
+_FIELDS = [  # what scripts rely on in a checkpoint: names, in words, test; what else there is, they do not look at
+    ("epoch step steps global_step z_updates pretrained_epoch pretrained_step best_epoch", "a whole number", _is_whole),
+    ("acc1 acc5", "a number", _is_number),
+    ("best_acc1", "a percentage", lambda value: _is_number(value) and -1 <= float(value) <= 100),
+    ("arch network digest pretrained", "text", _is_text),
+    ("args opt", "flags by name", _all(dict, _is_flag)),
+    ("pretrained_args", "flags by name", lambda value: value is None or _all(dict, _is_flag)(value)),
+    ("state_dict model model_ema contrast classifier", "tensors by name", _all(dict, torch.is_tensor)),
+    ("queue scaler", "numbers by name", _all(dict, lambda value: _is_number(value) and abs(float(value)) < 2**53)),
+    ("classes", "a list of names", _all(list, _is_text)),
+    (
+        "data",
+        "the numbers of pictures and classes",
+        lambda v: _all(dict, _is_flag)(v) and {"pictures", "classes"} <= v.keys(),
+    ),
+    ("generators", "random states by name for every process", _all(list, _all(dict, _is_state))),
+    ("optimizer", "a state by name", lambda value: type(value) is dict),
+]
+_FLAGS = [  # of the flags those that are acted upon
+    ("seed", "a whole number", lambda value: value is None or _is_whole(value, 2**63 - 1)),
+    ("input_res", "1 to 4096", lambda value: _is_whole(value, 4096) and value > 0),
+    ("epochs", "a whole number", _is_whole),
+    ("model arch view", "text", _is_text),
+    ("views", "text", lambda value: value is None or _is_text(value)),
+]
+
+
 class Saved(dict):
-    """What the checkpoint at `path` holds; asking for a key that it lacks is a UserError that names both."""
+    """What the checkpoint at `path` holds, every field of the kind that the scripts rely on.
+
+    Raises UserError, besides those of `load`, that names the file, the field, what is there and what was expected; so does
+    asking for a key that it lacks.
+    """
 
     def __init__(self, path: str | Path):
         super().__init__(load(path))
         self.path = str(path)
+        self.check(self, _FIELDS)
+        for key in ("args", "opt", "pretrained_args"):
+            self.check(self.get(key) or {}, _FLAGS, f"{key}.")
+
+    def check(self, values: dict, fields: list[tuple[str, str, Callable]], where: str = "") -> None:
+        for name, words, test in ((name, words, test) for names, words, test in fields for name in names.split()):
+            if name in values and not test(values[name]):
+                self.refuse(where + name, values[name], words)
+
+    def refuse(self, field: str, value, expected: str):
+        raise UserError(f"{self.path}: {field} is {_found(value)}, expected {expected}")
 
     def __missing__(self, key):
-        raise UserError(f"{self.path} has no {key}: not a checkpoint of this script")
+        written_by = f"it is of {self.family[0]}" if self.family else "not a checkpoint of this script"
+        raise UserError(f"{self.path} has no {key}: {written_by}")
+
+    @property
+    def family(self) -> tuple[str, str] | None:
+        """The scripts that write and that evaluate a pre-training like this one, as far as its layout tells."""
+        model, flags = self.get("model", {}), self.get("opt", {})
+        if "view" in flags or any("l_to_ab." in name for name in model):
+            return "cmc/train_CMC.py", "cmc/LinearProbing.py"
+        if "moco" in flags or "memory" in self.get("contrast", {}):
+            return "moco_insdis/train_moco_ins.py", "moco_insdis/eval_moco_ins.py"
+        if any("encoder_q." in name for name in self.get("state_dict", {})):
+            return "nonsem_neg/moco_non_sem_neg.py", "nonsem_neg/main_lincls.py"
+        return None
+
+    def how_far(self) -> dict:
+        """How far the pre-training had come that is in this file, or behind this classifier; for result.json."""
+        behind = "pretrained_" if "pretrained_epoch" in self else ""
+        flags = self.get(f"{behind}args", self.get("opt")) or {}
+        done = dict(backbone_epochs=self.get(f"{behind}epoch"), backbone_step=self.get(f"{behind}step", 0))
+        return done | dict(backbone_epochs_asked=flags.get("epochs"))
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], what: str, allowed_missing: tuple[str, ...] = ()) -> None:
+def load_into(
+    module: nn.Module, state: dict[str, Tensor], what: str, allowed_missing: tuple[str, ...] = (), flag: str = ""
+) -> None:
     """Load `state` into `module`, everything or nothing; `what` names the file in the one-line UserError.
 
     allowed_missing: prefixes of keys that may be absent from `state` (a head that is trained afresh). The counters of
-    batch-norm may be absent, too: PyTorch before 0.4.1 had none.
+    batch-norm may be absent, too: PyTorch before 0.4.1 had none. flag: which chooses the architecture.
     """
     own = module.state_dict()
     missing = [k for k in own if k not in state and not k.startswith(allowed_missing)]
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in own]
     parts = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
-    parts += [f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []
-    shapes = [(k, tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state]
+    parts += [f"unexpected {extra[0][:80]} and {len(extra) - 1} more"] if extra else []
+    both = [(k, state[k], own[k]) for k in own if k in state]
+    shapes = [(k, tuple(found.shape), tuple(wanted.shape)) for k, found, wanted in both]
     parts += [f"{k} is {found}, expected {wanted}" for k, found, wanted in shapes if found != wanted][:1]
     if parts:
-        raise UserError(f"{what} does not fit this model ({'; '.join(parts)}): is it of another architecture?")
+        name = backbones.name_of(state)
+        hint = f"add {flag} {name}" if flag and name else "is it of another architecture?"
+        raise UserError(f"{what} does not fit this model ({'; '.join(parts)}): {hint}")
+    for k, found, wanted in both:
+        if found.is_floating_point() != wanted.is_floating_point():
+            raise UserError(f"{what}: {k} is {_found(found)}, expected {wanted.dtype}")
+        if not found.isfinite().all():
+            raise UserError(f"{what}: {k} is not finite")
     module.load_state_dict(state, strict=False)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
-    """As `optimizer.load_state_dict`, which takes tensors of any shape: a fused optimizer would then work past their end.
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """The state of every parameter from `saved`; learning rate, momentum and so on stay as they are.
 
+    As `optimizer.load_state_dict`, which takes tensors of any shape: a fused optimizer would then work past their end.
     Raises UserError, with nothing loaded, where the state is not of these parameters.
     """
-    groups = [group["params"] for group in optimizer.param_groups]
-    try:
-        fits = [len(group["params"]) for group in state["param_groups"]] == [len(group) for group in groups]
-        params = dict(zip((i for group in state["param_groups"] for i in group["params"]), sum(groups, [])))
-        for i, values in state["state"].items():
-            tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and k != "step"}
-            fits = fits and all(v.shape == params[i].shape and v.is_floating_point() for v in tensors.values())
-    except (KeyError, TypeError, AttributeError):
-        fits = False
+    own = [group | {"params": len(group["params"])} for group in optimizer.state_dict()["param_groups"]]
+    params, fits = [p for group in optimizer.param_groups for p in group["params"]], False
+    with contextlib.suppress(Exception):  # whatever its structure
+        groups = saved["optimizer"]["param_groups"]
+        ids = [i for group in groups for i in group["params"]]
+        found = {i: {k: v for k, v in kept.items() if v is not None} for i, kept in saved["optimizer"]["state"].items()}
+        kinds = {frozenset(found.get(i, ())) for i, p in zip(ids, params) if p.requires_grad}  # each was updated
+        keeps = any(group.get("momentum") or "betas" in group for group in groups)
+        right = [[len(group["params"]) for group in groups] == [group["params"] for group in own]]
+        right += [found.keys() <= {*ids}, len({*ids}) == len(ids), len(kinds) == 1, bool(max(kinds)) >= bool(keeps)]
+        for i, p in zip(ids, params):
+            for key, value in found.get(i, {}).items():  # of Adam an older PyTorch counts the steps in an integer
+                value, size = (
+                    torch.as_tensor(value).float() if key == "step" else value,
+                    () if key == "step" else p.shape,
+                )
+                right += [value.shape == size, value.is_floating_point(), bool(value.isfinite().all())]
+        fits = all(right)
     if not fits:
-        raise UserError(
-            f"{what}: its optimizer is not one of this network's parameters (other shapes or numbers of them)"
-        )
-    optimizer.load_state_dict(state)
+        why = "other shapes, kinds or numbers of them"
+        raise UserError(f"{saved.path}: its optimizer is not one of this network's parameters ({why})")
+    groups = [mine | {"params": group["params"]} for mine, group in zip(own, groups)]
+    optimizer.load_state_dict({"state": found, "param_groups": groups})
     for param, values in optimizer.state.items():
         for key, value in values.items():  # a buffer in another memory layout would be applied in the wrong order
             if isinstance(value, Tensor) and value.shape == param.shape:
@@ -178,16 +368,21 @@ PRETRAINING = (
 )  # fmt: skip
 
 
+def by_age(folder: str | Path, patterns: tuple[str, ...] = PRETRAINING) -> list[Path]:
+    """The checkpoints of a run folder, the most recently written first; a link that leads nowhere is none."""
+    found = [p for pattern in patterns for p in Path(folder).glob(pattern) if os.path.isfile(p)]
+    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+
+
 def newest(folder: str | Path, patterns: tuple[str, ...] = PRETRAINING) -> Path | None:
-    """The most recently written whole checkpoint of a run folder, or None."""
-    found = [p for pattern in patterns for p in Path(folder).glob(pattern)]
-    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name), default=None)
+    """The most recently written checkpoint of a run folder, or None."""
+    return next(iter(by_age(folder, patterns)), None)
 
 
 def newest_below(folder: str | Path) -> Path | None:
     """As `newest`, of a run folder or of a folder of run folders."""
-    found = [newest(f) for f in (folder, *sorted(e.path for e in os.scandir(folder) if e.is_dir()))]
-    return max((p for p in found if p), key=lambda p: p.stat().st_mtime_ns, default=None)
+    folders = [folder, *sorted(e.path for e in os.scandir(folder) if os.path.isdir(e.path))]
+    return max((p for p in map(newest, folders) if p), key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
 # Where published code keeps the network that is evaluated, most specific first: (prefix, names of its children). An
@@ -223,8 +418,8 @@ def backbone(checkpoint: dict) -> dict[str, Tensor]:
         return towers
     if "conv1.weight" in state or any(k.startswith(("features.", "conv_proj", "patch_embed")) for k in state):
         return state
-    some = ", ".join(list(state)[:3]) or "no tensors at all"
-    raise UserError(f"found no backbone in this checkpoint (it has {some})")
+    some = ", ".join(name[:80] for name in list(state)[:3]) or "no tensors at all"
+    raise UserError(f"found no backbone in {getattr(checkpoint, 'path', 'this checkpoint')} (it has {some})")
 
 
 def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from common import UsageError, UserError, checkpoint, cli, options, processes, run, sheet
+from common import UsageError, UserError, checkpoint, cli, options, printable, processes, run, sheet
 
 # Flags that may differ when a run goes on without a word: where and how it computes, reports and is resumed.
 FREE = set(
@@ -63,7 +63,7 @@ class Job:
         self.done, self.step = getattr(args, "start_epoch", 0), 0  # complete epochs, steps of the next one
         self.complete = self.finished = self.stopped = False  # this epoch; this run; by a signal
         self.exit_code, self.shows_steps, self.log = 0, True, None
-        self.stop, self._held, self._holds = run.StopSignal(), contextlib.ExitStack(), False
+        self.stop, self._held, self._holds, self.remarks = run.StopSignal(), contextlib.ExitStack(), False, []
         self._shows = getattr(args, "show_views", None)
         if self.done >= args.epochs:
             raise UsageError(f"--start-epoch {self.done}: with --epochs {args.epochs} nothing is left to train")
@@ -97,19 +97,28 @@ class Job:
         if self.process.is_main and not self._holds and not self._shows:
             self._held.enter_context(run.only_writer(self.folder))
             self._holds = True
+            checkpoint.sweep(self.folder)
 
     def _open(self) -> checkpoint.Saved | None:
-        path = self.args.resume
-        if path == "auto":
-            path = checkpoint.newest(self.folder, self.names)
-        if not path:
-            return None
-        saved = checkpoint.Saved(path)
-        then = saved.get(self.key) or {}
-        for flag in self.same:
-            if flag in then and _plain(then[flag]) != _plain(now := getattr(self.args, flag, None)):
-                was, now = (_plain(v) or "the default" for v in (then[flag], now))
-                raise UserError(f"{path} is of --{flag} {was}, this run of {now}: give the same, or start another run")
+        path, auto = self.args.resume, self.args.resume == "auto"
+        paths = checkpoint.by_age(self.folder, self.names) if auto else [path] if path else []
+        saved = None
+        while paths and saved is None:
+            try:
+                saved = checkpoint.Saved(paths[0])
+            except UserError as error:  # a broken one; an older one may be whole
+                if len(paths) == 1:
+                    raise
+                self.remarks.append(f"note: {error}; going on from {paths[1]}")
+            paths = paths[1:]
+        for flag in self.same if saved else ():
+            then, now = saved.get(self.key, {}).get(flag, self), getattr(self.args, flag, None)
+            if then is not self and _plain(then) != _plain(now):
+                was, now = (_plain(v) or "the default" for v in (then, now))
+                way_out = f"add --{flag} {was}" if was != "the default" else "give the same"
+                raise UserError(
+                    f"{saved.path} is of --{flag} {was}, this run of {now}: {way_out}, or start another run"
+                )
         return saved
 
     def begin(self, loader, method, /, **facts) -> None:
@@ -118,7 +127,8 @@ class Job:
         self.global_step = self.done * self.steps
         pictures, digest = loader.dataset, hashlib.sha256("\n".join(loader.dataset.classes).encode()).hexdigest()
         self.data = {"pictures": len(pictures), "classes": len(pictures.classes), "names": digest[:16]}
-        remarks = self._restore() if self.saved else []
+        if self.saved:
+            self._restore()
         self.finished = self.saved is not None and self.done >= self.args.epochs
         if self._shows:
             return self._show_views()
@@ -132,14 +142,19 @@ class Job:
         if hasattr(method, "precision"):
             known["precision"] = str(method.precision)
         self.log.derived(**known | facts)
-        for remark in remarks:
+        for remark in self.remarks:
             self.log.say(remark)
         if self.finished:
             self.log.say(f"nothing to train: {self.saved.path} has {self.done} epochs already")
         else:
-            self.log.rewind((self.done if self.by_epoch else self.global_step) if self.saved else -1)
+            done = self.done if self.by_epoch else self.global_step
+            self.log.rewind(done if self.saved else -1, again=self.step == self.steps)
         if self.args.resume and not self.saved:
             self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")
+        self._held.enter_context(self.stop)
+        if self.args.resume == "auto" and self.last and self.saved and Path(self.saved.path).name != self.last:
+            self.epoch = self.done - 1 + self.first
+            self.save(self.last)  # the newest state, which was not written then
 
     def warn(self, text: str) -> None:
         """Say what is allowed and known not to work."""
@@ -158,41 +173,45 @@ class Job:
 
     # ------------------------------------------------------------------------------------------------------- resume
 
-    def _restore(self) -> list[str]:
-        """Put back what `save` wrote, or a published checkpoint has; what there is to say about it."""
+    def _restore(self) -> None:
+        """Put back what `save` wrote, or a published checkpoint has."""
         saved, method, path = self.saved, self.method, self.saved.path
         if saved.get("data", self.data) != self.data:
             there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (saved["data"], self.data))
             raise UserError(
                 f"{path} was trained on {there}, here there are {here}, or other classes: give the same data"
             )
-        self.done, self.step = int(saved["epoch"]), int(saved.get("step", 0))
-        if self.step == saved.get("steps"):  # all of them: what is left is the evaluation of that epoch
+        self.done, self.step, steps = saved["epoch"], saved.get("step", 0), saved.get("steps", self.steps)
+        if self.step > steps:
+            saved.refuse("step", self.step, f"at most {steps}, as many as an epoch has")
+        if self.step == steps:  # all of them: what is left is the evaluation of that epoch
             self.step = self.steps
-        elif self.step and saved.get("steps", self.steps) != self.steps:
+        elif self.step and steps != self.steps:
             raise UserError(
-                f"{path} stopped at step {self.step} of an epoch of {saved['steps']} steps, here it has {self.steps}: "
+                f"{path} stopped at step {self.step} of an epoch of {steps} steps, here it has {self.steps}: "
                 "resume with the batch size and pictures of then, or from a checkpoint of a whole epoch"
             )
         self.global_step = saved.get("global_step", self.done * self.steps + self.step)
-        fresh = [{k: v for k, v in group.items() if k != "params"} for group in method.optimizer.param_groups]
+        if self.global_step < self.done + self.step:
+            saved.refuse("global_step", self.global_step, f"at least {self.done + self.step}")
         method.load_state_dict(saved)
-        checkpoint.load_optimizer(method.optimizer, saved["optimizer"], path)
-        for group, now in zip(method.optimizer.param_groups, fresh):
-            group.update(now)  # what was typed now counts, not what was typed then
-        if "scaler" in saved and hasattr(method, "precision"):
-            method.precision.scaler.load_state_dict(saved["scaler"])
-        return [
-            *self._differing_flags(),
-            *self._restore_draws(),
-            f"resumed {path}: epoch {self.done}, step {self.step}",
-        ]
+        checkpoint.load_optimizer(method.optimizer, saved)
+        scaler = getattr(getattr(method, "precision", None), "scaler", None)
+        if scaler is not None and scaler.is_enabled() and saved.get("scaler"):
+            if saved["scaler"].keys() != scaler.state_dict().keys():
+                saved.refuse("scaler", saved["scaler"], f"the numbers {', '.join(scaler.state_dict())}")
+            scaler.load_state_dict(saved["scaler"])
+        resumed = f"resumed {path}: epoch {self.done}, step {self.step}"
+        self.remarks += [*self._differing_flags(), *self._restore_draws(), resumed]
+        if self.args.resume == "auto" and saved.get("pending") is True and self.done and not self.step:
+            self.done, self.step = self.done - 1, self.steps  # as if saved before its evaluation, which was cut short
 
     def _differing_flags(self) -> list[str]:
         now = cli.flags(self.args)
         names = sorted(now.keys() & self.then.keys() - FREE, key=lambda name: (name == "epochs", name))
         differing = [f"{k}={now[k]} (was {self.then[k]})" for k in names if _plain(now[k]) != _plain(self.then[k])]
-        return [f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}"] if differing else []
+        note = printable(f"note: unlike the run that wrote the checkpoint: {', '.join(differing)}")
+        return [note] if differing else []
 
     def _restore_draws(self) -> list[str]:
         if "generators" not in self.saved:
@@ -201,12 +220,15 @@ class Job:
         mine = states[self.process.rank % len(states)]
         if len(states) != ranks:
             remarks.append(f"note: {ranks} processes go on where there were {len(states)}: other draws")
-        for name, generator in self.method.generators.items():
-            if len(mine.get(name, ())) == len(generator.get_state()):
-                generator.set_state(mine[name])
-            else:
+        for name, generator in {**self.method.generators, "torch": torch.default_generator}.items():
+            state, own = mine.get(name), len(generator.get_state())
+            if state is not None and own != len(state) in (16, len(torch.get_rng_state())):  # of a GPU, of a CPU
                 remarks.append("note: this is another kind of device than the run began on: other draws")
-        torch.set_rng_state(mine["torch"])
+                continue
+            try:
+                generator.set_state(state)
+            except (RuntimeError, TypeError):
+                self.saved.refuse(f"generators.{name}", state, "the state of a random generator")
         return remarks
 
     # ---------------------------------------------------------------------------------------------------- the loops
@@ -215,7 +237,6 @@ class Job:
         """The numbers of the epochs that are left. An epoch is saved when the script is done with it."""
         if self.finished:
             return
-        self._held.enter_context(self.stop)
         while self.done < self.args.epochs:
             self.epoch, self.complete = self.done + self.first, False
             yield self.epoch
@@ -259,15 +280,23 @@ class Job:
             return
         self.done, self.step, self.complete = self.done + 1, 0, True
         if self._knn_due():  # where it is cut short it is made again
-            self._save_numbered()
+            self._save_numbered(pending=True)
             self.save(self.last, position=(self.done - 1, len(loader)))
+
+    def until_stopped(self, batches, lost: str):
+        """`batches`, none of whose work is kept: where a signal asks to stop, the program ends and says what is `lost`."""
+        for batch in batches:
+            yield batch
+            if self.stop.received:
+                self.log.say(f"stopped by a signal: {lost}; checkpoints so far are whole, continue with --resume auto")
+                raise SystemExit(128 + self.stop.received)
 
     def _knn_due(self) -> bool:
         return self.due(getattr(self.args, "knn_every", 0))
 
-    def _save_numbered(self) -> None:
+    def _save_numbered(self, pending: bool = False) -> None:
         if self.numbered and self.due(self.args.save_freq):
-            self.save(self.numbered.format(self.epoch))
+            self.save(self.numbered.format(self.epoch), pending=pending)
 
     def track(self, **values) -> None:
         """0-dim tensors, means over the batch: added up on their device, read back and logged every --print-freq steps.
@@ -282,10 +311,11 @@ class Job:
         """After a whole epoch: is it one of every `every` ones, or the last? 0 is never."""
         return bool(every) and self.complete and (self.done % every == 0 or self.done == self.args.epochs)
 
-    def save(self, name: str, position: tuple[int, int] | None = None) -> None:
+    def save(self, name: str, position: tuple[int, int] | None = None, pending: bool = False) -> None:
         """Write the state of now to the run folder: the authors' keys and what an exact resume needs besides.
 
-        position: complete epochs and steps of the next one, if other than now's. UserError where a weight is not finite.
+        position: complete epochs and steps of the next one, if other than now's. pending: the last epoch is still to be
+        evaluated. UserError where a weight is not finite.
         """
         method = self.method
         weights = [p.detach() for group in method.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -300,6 +330,7 @@ class Job:
             done, step = position or (self.done, self.step)
             state = {self.key: cli.flags(self.args), "epoch": done, "step": step, "steps": self.steps}
             state |= {"global_step": self.global_step, "data": self.data}
+            state |= {"pending": True} if pending else {}
             state |= {"generators": draws, "optimizer": method.optimizer.state_dict(), **method.state_dict()}
             if hasattr(method, "precision"):
                 state["scaler"] = method.precision.scaler.state_dict()

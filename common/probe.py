@@ -8,6 +8,7 @@ Pictures are embedded once (`CachedViews`) or batch by batch (`FreshViews`); a l
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -53,17 +54,17 @@ class CachedViews:
     """Features of `views` augmented views of every picture of this rank, embedded once and gone through in turn.
 
     loader goes over its rows in order (shuffle=False, drop_last=False) and draws other views at every `set_epoch`. The order
-    of an epoch is drawn from the seed, its number and the rank. Raises UserError where the features would need more than
-    CACHE_BYTES.
+    of an epoch is drawn from the seed, its number and the rank. until(batches) may end them early, by an exception. Raises
+    UserError where the features would need more than CACHE_BYTES.
     """
 
-    def __init__(self, embed: Embed, loader: Loader, views: int, seed: int, print_freq: int, show: bool):
+    def __init__(self, embed: Embed, loader: Loader, views: int, seed: int, print_freq: int, show: bool, until=iter):
         kept = []
         for view in range(views):
             loader.set_epoch(view)
             progress = run.Progress(f"Embedding view {view + 1} of {views}: ", len(loader), print_freq, enabled=show)
             feats, targets = [], []
-            for feat, target in FreshViews(embed, loader):
+            for feat, target in until(FreshViews(embed, loader)):
                 needed = 4 * feat[0].numel() * len(feat) * len(loader) * views
                 if needed > CACHE_BYTES:
                     raise UserError(
@@ -116,10 +117,11 @@ def add_arguments(group) -> None:
     group.add_argument("--cache-views", type=cli.count, default=0, metavar="N", help=about)
 
 
-def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
+def pretrained(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoint.Saved:
     """The pre-training checkpoint at `path`, or the newest in that run folder (or in the folders in it).
 
-    flag: what named it; first: the script that writes it. Raises UsageError where there is none.
+    flag: what named it; first: the script that writes it. Raises UsageError where there is none, and UserError where it is a
+    linear evaluation's or another paper's (any_resnet: unless that is one network with the names of a ResNet).
     """
     if os.path.isdir(path):
         found = checkpoint.newest_below(path)
@@ -128,7 +130,13 @@ def pretrained(path: str, flag: str, first: str) -> checkpoint.Saved:
         path = found
     elif not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
-    return checkpoint.Saved(path)
+    saved = checkpoint.Saved(path)
+    if "classifier" in saved:
+        raise UserError(f"{path} is a classifier of a linear evaluation: give the network to {flag}, this to --resume")
+    writer, evaluation = saved.family or (first, "")
+    if writer not in first and not (any_resnet and "conv1.weight" in checkpoint.backbone(saved)):
+        raise UserError(f"{path} is of {writer}: evaluate it with {evaluation}")
+    return saved
 
 
 def loaders(args, process: processes.Process, train_set, val_set, train_view, val_view) -> tuple[Loader, Loader]:
@@ -213,8 +221,11 @@ def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float]
     args, val, scores = job.args, FreshViews(method.embed, val_loader), method.scores
     job.loader, checked = FreshViews(method.embed, job.source), False
     if args.cache_views and not job.finished:
-        val = list(val)  # nothing random: embedded once for all epochs
-        job.loader = CachedViews(method.embed, job.source, args.cache_views, args.seed, args.print_freq, job.log.main)
+        lost = "the features embedded so far, which are kept in memory only, are lost"
+        until = functools.partial(job.until_stopped, lost=lost)
+        val = list(until(val))  # nothing random: embedded once for all epochs
+        how = (args.cache_views, args.seed, args.print_freq, job.log.main, until)
+        job.loader = CachedViews(method.embed, job.source, *how)
         job.shows_steps = False  # an epoch takes a moment
     for epoch in job.epochs():
         method.classifier.train()
@@ -250,6 +261,7 @@ def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
     args, scores = job.args, job.method.scores
     label = args.label or label or os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
     facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
+    facts |= saved.how_far()
     facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
     job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path, seed=args.seed)
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -140,6 +141,12 @@ class Run:
         if not self.main:
             return
         make_folder(self.folder)
+        if isinstance(tensorboard, str):  # found to be read-only before the first step
+            try:
+                with tempfile.TemporaryFile(dir=make_folder(tensorboard)):
+                    pass
+            except (OSError, UserError) as error:
+                raise UsageError(f"--tb_path: cannot write to {tensorboard}: {error}") from None
         self.config = {"command": self.command, **environment(), "world_size": process.world_size}
         self.config |= {"started": datetime.now().isoformat(timespec="seconds"), "options": cli.flags(args)}
         self.config["process"] = f"{os.getpid()} on {socket.gethostname()}"
@@ -161,7 +168,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line, once per job."""
         if self.main:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stdout)
             sys.stdout.flush()
 
     def derived(self, **facts) -> None:
@@ -171,16 +178,21 @@ class Run:
                 write_json(self._config, self.config | {"derived": facts})
             self.say(_wrap("derived", [f"{k}={v}" for k, v in facts.items()]))
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after global step `step` (after a resume), or all of it and an old result (step < 0)."""
+    def rewind(self, step: int, again: bool = False) -> None:
+        """Drop what was logged after global step `step` (after a resume), or all of it and an old result (step < 0).
+        again: the evaluation at `step`, too."""
         if self.main and step < 0:
             self._result.unlink(missing_ok=True)
         if self.main and self._metrics.exists():
-            lines = self._metrics.read_text().splitlines()
+            try:
+                lines = self._metrics.read_text(errors="replace").splitlines()
+            except OSError as error:
+                raise UserError(f"cannot read {self._metrics}: {error.strerror.lower()}") from None
             with checkpoint.replacing(self._metrics, "w") as file:
                 for line in lines:
-                    with contextlib.suppress(json.JSONDecodeError):  # a half line, left by a crash
-                        if json.loads(line).get("step", 0) <= step:
+                    with contextlib.suppress(ValueError, AttributeError, TypeError):  # a half line, left by a crash
+                        record = json.loads(line)
+                        if record.get("step", 0) <= step - (again and "knn_acc1" in record):
                             file.write(line + "\n")
 
     def log(self, step: int, **values) -> None:
@@ -192,16 +204,29 @@ class Run:
             if self._jsonl is None:
                 self._jsonl = open(self._metrics, "a", buffering=1)
             self._jsonl.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._metrics}: {error.strerror}; checkpoints so far are whole") from None
+        with self._or_without_events():
             if self._tensorboard is None and self._events:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not at start
+                threading.excepthook = _without_events_thread
                 self._tensorboard = SummaryWriter(self._events, purge_step=step)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}; checkpoints so far are whole") from None
-        for key, value in record.items():
-            if self._tensorboard is not None and key not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(key, value, step)
+            for key, value in record.items():
+                if self._tensorboard is not None and key not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._tensorboard.add_scalar(key, value, step)
+
+    @contextlib.contextmanager
+    def _or_without_events(self):
+        """A folder of events that takes no more is said once, and the run goes on: metrics.jsonl has the same."""
+        try:
+            yield
+        except (OSError, UnicodeError) as error:
+            self.say(
+                f"warning: no more TensorBoard events in {self._events}: {getattr(error, 'strerror', '') or error}"
+            )
+            self._events, self._tensorboard = False, None
 
     def result(self, **values) -> None:
         """Write result.json (what was evaluated, on what, the numbers, the command) and the final `result:` line."""
@@ -219,9 +244,17 @@ class Run:
             self.say(f"replaced {len(paths)} unreadable pictures, the first {printable(paths[0])}")
 
     def close(self) -> None:
-        for handle in (self._jsonl, self._tensorboard):
-            if handle is not None:
-                handle.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._tensorboard is not None:
+            with self._or_without_events():
+                self._tensorboard.close()
+
+
+def _without_events_thread(args, otherwise=threading.excepthook) -> None:
+    """The thread that writes events prints no traceback of its own: `Run` says what became of it."""
+    if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        otherwise(args)
 
 
 def _from_root(script: str) -> str:

@@ -104,9 +104,12 @@ class MemoryBank(nn.Module):
         """Rows and Z of a checkpoint go on; K, T and the momentum are this run's. UserError, naming `path`, where it is not
         of this method, K or number of pictures. updates: of Z so far; LONG_AGO for a published file, which does not tell."""
         check_memory(contrast, path)
-        k, rows = int(contrast["params"][0]), len(contrast["memory"])
+        k, rows = (
+            (*contrast.get("params", torch.empty(0)).flatten().tolist(), math.nan)[0],
+            (*contrast["memory"].shape, 0)[0],
+        )
         if k != self.k:
-            raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
+            raise UserError(f"{path} was made with --nce_k {k:.0f}, this run has {self.k}")
         if rows != self.n:
             raise UserError(f"{path} was made with {rows} training pictures, this run has {self.n}")
         checkpoint.load_into(self, contrast, path)
@@ -170,9 +173,13 @@ class KeyQueue(nn.Module):
         """A checkpoint's queue; extra: what `extra_state` gave, None for a published one: Z from its integer, the pointer
         at 0 as there. UserError, naming `path`, where it is not of this method or length."""
         check_memory(contrast, path)
-        if len(contrast["memory"]) != self.k:
-            raise UserError(f"{path} was made with --nce_k {len(contrast['memory'])}, this run has {self.k}")
+        rows = (*contrast["memory"].shape, 0)[0]
+        if rows != self.k:
+            raise UserError(f"{path} was made with --nce_k {rows}, this run has {self.k}")
+        own = self.extra_state()
+        if extra and (extra.keys() != own.keys() or not 0 <= extra["pointer"] < self.k or extra["updates"] < 0):
+            raise UserError(f"{path}: queue holds {extra}, expected {', '.join(own)}, the pointer below {self.k}")
         checkpoint.load_into(self, contrast, path)
-        self.z.copy_(extra["z"] if extra else self.params[0].float())
-        self.pointer.copy_(extra["pointer"] if extra else torch.tensor(0))
-        self.updates = extra["updates"] if extra else LONG_AGO
+        self.z.fill_(extra["z"] if extra else self.params[0].float())
+        self.pointer.fill_(int(extra["pointer"]) if extra else 0)
+        self.updates = int(extra["updates"]) if extra else LONG_AGO

@@ -115,15 +115,9 @@ def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
     saved = probe.pretrained(args.model_path, "--model_path", f"moco_insdis/train_moco_ins.py{' --demo' * args.demo}")
     path, opt = saved.path, saved.setdefault("opt", {})
-    if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
-        )
-    if "view" in opt or any(".l_to_ab." in k for k in saved.get("model", {})):
-        raise UserError(f"{path} is of CMC (two networks on a colour space): evaluate it with cmc/LinearProbing.py")
     model = opt.get("model", args.model or "resnet50")
     if args.model and args.model != model:
-        raise UserError(f"{path} is of --model {model}, not {args.model}")
+        raise UserError(f"{path} is of --model {model}, not {args.model}: give --model {model}, or omit it")
     if model not in MODELS:
         raise UserError(f"{path} is of --model {model}: known here are {', '.join(MODELS)}")
     args.model = model
@@ -135,12 +129,12 @@ def read_backbone(args) -> checkpoint.Saved:
 def build_network(saved, args, process: processes.Process) -> nn.Module:
     """The (query) network of the checkpoint, frozen and in eval mode; the key network of MoCo is not used."""
     state = checkpoint.backbone(saved)
-    if "conv1.weight" not in state or "fc.weight" not in state:
+    stem, head = (state.get(name, torch.empty(0)) for name in ("conv1.weight", "fc.weight"))
+    if stem.dim() != 4 or head.dim() != 2 or len(head) > 2**16:
         raise UserError(f"{saved.path} holds no network of this family (it has {', '.join(list(state)[:3])})")
     depth, width = MODELS[args.model]
-    small_stem = state["conv1.weight"].shape[-1] == 3
-    network = backbones.WidthResNet(depth, 3, width, dim=len(state["fc.weight"]), small_stem=small_stem)
-    checkpoint.load_into(network, state, saved.path)
+    network = backbones.WidthResNet(depth, 3, width, dim=len(head), small_stem=stem.shape[-1] == 3)
+    checkpoint.load_into(network, state, saved.path, flag="--model")
     return network.requires_grad_(False).eval().to(process.device, memory_format=torch.channels_last)
 
 
@@ -268,7 +262,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then), layer=args.layer)
     facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
+    facts |= before.how_far() | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
     return lambda images: classifier(embed(model, images, args.layer, precision)), (NORMALIZE,), facts
 
 

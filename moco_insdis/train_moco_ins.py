@@ -220,7 +220,7 @@ class InsDis(Method):
         if "model_ema" in saved:
             raise UserError(f"{saved.path} is of MoCo: add --moco")
         self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
-        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), saved.path)
+        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), saved.path, flag="--model")
 
 
 class MoCo(Method):
@@ -266,7 +266,7 @@ class MoCo(Method):
         if "model_ema" not in saved and "memory" in saved["contrast"]:
             raise UserError(f"{saved.path} is of InsDis: omit --moco")
         for network, key in ((self.encoder, "model"), (self.encoder_ema, "model_ema")):
-            checkpoint.load_into(network, checkpoint.strip_prefix(saved[key], PREFIX), saved.path)
+            checkpoint.load_into(network, checkpoint.strip_prefix(saved[key], PREFIX), saved.path, flag="--model")
         self.memory.load(saved["contrast"], saved.get("queue"), saved.path)
 
 

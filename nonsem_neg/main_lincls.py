@@ -103,10 +103,10 @@ def read_backbone(args, resumed: checkpoint.Saved | None) -> checkpoint.Saved:
     if resumed is not None and "pretrained" in args.typed:
         check_backbone(resumed, args.pretrained)
     first = f"nonsem_neg/moco_non_sem_neg.py{' --demo' * (args.demo and 'pretrained' not in args.typed)}"
-    saved = resumed or probe.pretrained(args.pretrained, "--pretrained", first)
+    saved = resumed or probe.pretrained(args.pretrained, "--pretrained", first, any_resnet=True)
     arch = saved.get("arch", args.arch or "resnet50")
     if args.arch and args.arch != arch:
-        raise UserError(f"{saved.path} is of --arch {arch}, not {args.arch}")
+        raise UserError(f"{saved.path} is of --arch {arch}, not {args.arch}: give -a {arch}, or omit it")
     args.arch = arch
     if "input_res" not in args.typed:
         args.input_res = (saved.get("args") or {}).get("input_res", args.input_res)
@@ -129,14 +129,15 @@ def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
 def build_network(saved, arch: str, num_classes: int, process: processes.Process) -> nn.Module:
     """The backbone with a fresh (or, of a classifier that goes on, its own) linear layer; all else frozen, in eval mode."""
     state, resumed = checkpoint.backbone(saved), "best_acc1" in saved
-    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1:] == (3,)
     if resumed:  # published heads have 1000 outputs whatever the number of classes
-        num_classes = max(num_classes, len(state["fc.weight"]))
+        outputs = (*state.get("fc.weight", torch.empty(0)).shape, 0)[0]
+        num_classes = outputs if num_classes < outputs < 2**16 else num_classes
     model = backbones.build(arch, num_classes, small_stem=small_stem)
     if resumed:
-        checkpoint.load_into(model, state, saved.path)
+        checkpoint.load_into(model, state, saved.path, flag="-a")
     else:
-        checkpoint.load_into(model, checkpoint.without_head(state), saved.path, ("fc.",))
+        checkpoint.load_into(model, checkpoint.without_head(state), saved.path, ("fc.",), flag="-a")
         nn.init.normal_(model.fc.weight, std=0.01)
         nn.init.zeros_(model.fc.bias)
     model.requires_grad_(False)
@@ -188,6 +189,7 @@ def worker(args, process: processes.Process) -> None:
             script="nonsem_neg/main_lincls.py", arch=args.arch, classes=train_set.classes, pretrained_epoch=epochs
         )
         facts |= dict(pretrained=saved.get("pretrained", saved.path), pretrained_args=saved.get("args"))
+        facts["pretrained_step"] = saved.how_far()["backbone_step"]
         if job.saved:
             facts["pretrained_args"] = saved.get("pretrained_args", saved.get("args"))
 
@@ -208,7 +210,7 @@ def worker(args, process: processes.Process) -> None:
             at_best = dict(acc1_best=found["best_acc1"], best_epoch=found["best_epoch"] - 1)
             known = dict(pretrained=facts["pretrained"], data=args.data, split="val", epochs=job.done)
             known |= dict(acc1=found["acc1"], acc5=found["acc5"], **at_best, precision=str(precision), seed=args.seed)
-            job.log.result(**known)
+            job.log.result(**known, **saved.how_far())
 
 
 def evaluate(args, process: processes.Process) -> None:
@@ -244,6 +246,7 @@ def reopen(saved, network, input_res, process: processes.Process, precision):
     facts = dict(arch=arch, outputs=len(weight), input_res=input_res or own.get("input_res", 224))
     facts |= dict(label=row_label(saved, flags), seed=flags.get("seed"), pretrained=saved.get("pretrained"))
     facts |= dict(epochs=saved.get("pretrained_epoch"), settings={name: flags[name] for name in names if name in flags})
+    facts |= saved.how_far()
     return lambda images: model.fc(embed(model, images, precision).float()), (NORMALIZE,), facts
 
 

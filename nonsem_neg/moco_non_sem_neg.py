@@ -249,8 +249,10 @@ class NonSemantic:
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         if saved.get("arch", self.args.arch) != self.args.arch:
-            raise UserError(f"{saved.path} is of --arch {saved['arch']}, this run of {self.args.arch}")
-        checkpoint.load_into(self.model, checkpoint.strip_prefix(saved["state_dict"]), saved.path)
+            raise UserError(
+                f"{saved.path} is of --arch {saved['arch']}, this run of {self.args.arch}: add -a {saved['arch']}"
+            )
+        checkpoint.load_into(self.model, checkpoint.strip_prefix(saved["state_dict"]), saved.path, flag="-a")
 
 
 def learning_rate(args, epoch: int) -> float:

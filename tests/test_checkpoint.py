@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError, checkpoint
+from common import UserError, backbones, checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,11 +30,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
-    """The kernel's own refusal, in the middle of the archive: the temporary file is a link to /dev/full."""
+    """The kernel's own refusal, in the middle of the archive: /dev/full stands for the temporary file."""
     path = checkpoint.save(tmp_path / "a.pth.tar", {"x": torch.ones(3)})
-    (tmp_path / ".a.pth.tar.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(checkpoint, "open", lambda partial, mode: open("/dev/full", "wb"), raising=False)
     with pytest.raises(UserError, match="cannot save .*a.pth.tar"):
         checkpoint.save(path, {"x": torch.zeros(1_000_000)})
+    monkeypatch.undo()
     assert torch.equal(checkpoint.load(path)["x"], torch.ones(3)) and len(list(tmp_path.iterdir())) == 1
 
 
@@ -86,6 +87,39 @@ def test_a_network_of_an_old_pytorch_has_no_batchnorm_counters():
         checkpoint.load_into(new, {k: v for k, v in state.items() if k != "running_var"}, "old.pth")
 
 
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "a.txt"
+    with checkpoint.replacing(path, "w") as one:
+        one.write("one ")
+        with checkpoint.replacing(path, "w") as other:
+            other.write("other ")
+        assert path.read_text() == "other "
+        one.write("one")
+    assert path.read_text() == "one one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_writers_left_is_swept_and_what_is_being_written_stays(tmp_path):
+    for name in (".a.pth.partial", ".a.pth.0123abcd.partial"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".circle.partial").symlink_to(".circle.partial")
+    with checkpoint.replacing(tmp_path / "a.pth", "w") as file:
+        file.write("whole")
+        checkpoint.sweep(tmp_path)
+        assert len(list(tmp_path.glob(".a.pth.*partial"))) == 1
+    assert (tmp_path / "a.pth").read_text() == "whole" and not list(tmp_path.glob(".a*"))
+
+
+def test_links_that_lead_nowhere_are_passed_over(tmp_path):
+    checkpoint.save(tmp_path / "run" / "checkpoint_0009.pth.tar", {})
+    for folder in (tmp_path / "run", tmp_path):
+        (folder / "checkpoint_last.pth.tar").symlink_to("gone")
+        (folder / "current.pth").symlink_to("current.pth")
+        (folder / "circle").symlink_to("circle")
+    assert (
+        checkpoint.newest(tmp_path / "run").name == checkpoint.newest_below(tmp_path).name == "checkpoint_0009.pth.tar"
+    )
+
+
 def test_newest(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     for name in ("checkpoint_0009.pth.tar", "checkpoint_last.pth.tar"):
@@ -130,6 +164,21 @@ def test_a_torchvision_file_and_a_stranger():
         checkpoint.backbone({"word_embedding": torch.zeros(1)})
 
 
+def test_another_architecture_is_named_with_its_flag():
+    for name, other in (
+        ("resnet18", "resnet34"),
+        ("resnet34", "resnet18"),
+        ("resnet50", "resnet101"),
+        ("resnet101", "resnet18"),
+    ):
+        with torch.device("meta"):
+            state = backbones.build(name).state_dict()
+            with pytest.raises(UserError, match=f"file does not fit this model .*: add -a {name}$"):
+                checkpoint.load_into(backbones.build(other), state, "file", flag="-a")
+    for stranger in ({}, {"layer1.0.conv1.weight": torch.zeros(128, 1)}, {"word": torch.zeros(1)}):
+        assert backbones.name_of(stranger) is None
+
+
 def test_load_into_says_what_differs():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3))
     good = model.state_dict()
@@ -141,5 +190,11 @@ def test_load_into_says_what_differs():
     ):
         with pytest.raises(UserError, match=word):
             checkpoint.load_into(model, bad, "file")
+    for value, words in (
+        (torch.ones(3).long(), "is a int64 tensor"),
+        (torch.full((3,), float("nan")), "is not finite"),
+    ):
+        with pytest.raises(UserError, match=f"file: 0.bias {words}"):
+            checkpoint.load_into(model, {**good, "0.bias": value}, "file")
     checkpoint.load_into(model, {"0.weight": torch.zeros(3, 2)}, "file", allowed_missing=("0.bias",))
     assert model[0].weight.abs().max() == 0

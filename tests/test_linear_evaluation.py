@@ -13,6 +13,7 @@ from conftest import ROOT, equal, stopped_at
 from cmc import LinearProbing, colour, train_CMC
 from common import UsageError, UserError, backbones, checkpoint, processes
 from moco_insdis import eval_moco_ins
+from tools import report
 
 GOLDEN = ROOT / "tests" / "golden"
 MOCO, CMC = "moco_insdis.eval_moco_ins", "cmc.LinearProbing"
@@ -143,6 +144,27 @@ def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(workspace, tmp_
     assert equal(a["classifier"], b["classifier"]) and (a["acc1"], a["best_acc1"]) == (b["acc1"], b["best_acc1"])
 
 
+@pytest.mark.parametrize("step", [1, 3])  # among the pictures of val/, then of the first view
+def test_a_signal_while_features_are_cached_says_what_is_lost(workspace, tmp_path, capsys, step):
+    with stopped_at(step):
+        evaluate(MOCO, "moco", tmp_path, "--cache-views", "2")
+    lost = "stopped by a signal: the features embedded so far, which are kept in memory only, are lost; checkpoints so far are"
+    assert lost in capsys.readouterr().out and not list(tmp_path.rglob("*.pth"))
+
+
+def test_a_network_that_was_not_finished_is_marked(workspace, tmp_path, capsys):
+    flags = dict(model="resnet18", softmax=True, moco=True, nce_k=16384, epochs=300)
+    published(tmp_path / "cut" / "current.pth", backbones.WidthResNet(18, 3, 1, 128), **flags)
+    done, result = evaluate(MOCO, str(tmp_path / "cut"), tmp_path / "out", "--cache-views", "1", "--epochs", "1")
+    assert (result["backbone_epochs"], result["backbone_epochs_asked"], result["backbone_step"]) == (240, 300, 0)
+    capsys.readouterr()
+    report.main([str(done)])
+    assert "MoCo, softmax, K 16384, resnet18 (backbone NOT finished: 240 of 300 epochs)" in capsys.readouterr().out
+    (done / "result.json").write_text(json.dumps(result | {"backbone_epochs": 300}))
+    report.main([str(done)])
+    assert "NOT finished" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script, network", [(MOCO, "moco"), (CMC, "resnet18v1")])
 def test_a_classifier_goes_on_only_with_its_own_network_and_classes(workspace, tmp_path, script, network, capsys):
     flags = ["--cache-views", "1", "--epochs", "1"]
@@ -254,9 +276,22 @@ def test_contradictions_and_wrong_files(workspace, tmp_path, demo_set):
 
     refused(UserError, "is of --view YCbCr, not Lab", CMC, "resnet18v1", "--view", "Lab")
     refused(UserError, "is of --model resnet18v1, not alexnet", CMC, "resnet18v1", "--model", "alexnet")
-    refused(UserError, "is of --model resnet18, not resnet50", MOCO, "moco", "--model", "resnet50")
-    refused(UserError, "is of CMC .*cmc/LinearProbing.py", MOCO, "resnet18v1")
-    refused(UserError, "is not of CMC.*eval_moco_ins.py", CMC, "moco")
+    refused(
+        UserError,
+        "is of --model resnet18, not resnet50: give --model resnet18, or omit it",
+        MOCO,
+        "moco",
+        "--model",
+        "resnet50",
+    )
+    refused(UserError, "is of cmc/train_CMC.py: evaluate it with cmc/LinearProbing.py", MOCO, "resnet18v1")
+    refused(UserError, "is of .*train_moco_ins.py: evaluate it with moco_insdis/eval_moco_ins.py", CMC, "moco")
+    patch = tmp_path / "patch.pth.tar"
+    torch.save({"state_dict": {"module.encoder_q.conv1.weight": torch.zeros(64, 3, 7, 7)}, "arch": "resnet18"}, patch)
+    for script in (CMC, MOCO):
+        refused(
+            UserError, "is of .*moco_non_sem_neg.py: evaluate it with nonsem_neg/main_lincls.py", script, str(patch)
+        )
     refused(UsageError, "--layer 7: --model resnet18v1 has the layers 1 to 6", CMC, "resnet18v1", "--layer", "7")
     refused(UsageError, "--layer 8: --model alexnet has the layers 1 to 7", CMC, "alexnet", "--layer", "8")
     refused(UsageError, "--layer 0", MOCO, "moco", "--layer", "0")
@@ -282,5 +317,5 @@ def test_a_classifier_is_no_network(workspace, tmp_path):
     done, _ = evaluate(MOCO, "moco", tmp_path, "--cache-views", "1", "--epochs", "1")
     with pytest.raises(UserError, match="is a classifier of a linear evaluation"):
         evaluate(MOCO, str(done / "current.pth"), tmp_path / "again")
-    with pytest.raises(UserError, match="has no classifier: not a checkpoint of this script"):
+    with pytest.raises(UserError, match="has no classifier: it is of moco_insdis/train_moco_ins.py"):
         evaluate(MOCO, "moco", tmp_path / "again", "--resume", "moco/ckpt_epoch_240.pth")

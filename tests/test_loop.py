@@ -88,11 +88,22 @@ def parse(*flags):
     return args
 
 
-def train(*flags, pictures=None, stop_at=None, poison=None, folder="run", start_epoch=0, by_epoch=False, cut=None):
+def train(
+    *flags,
+    pictures=None,
+    stop_at=None,
+    poison=None,
+    folder="run",
+    start_epoch=0,
+    by_epoch=False,
+    cut=None,
+    tensorboard=False,
+):
     """A run; the exit code (0: it came to its end)."""
     args = parse(*flags)
     args.start_epoch = start_epoch
     files = dict(last="last.pth", numbered="epoch_{}.pth", same=("model",), by_epoch=by_epoch)
+    files["tensorboard"] = tensorboard or True
     try:
         with loop.Job(args, processes.Process(), folder, **files) as job:
             loader = Loader(pictures or Pictures(), args.batch_size, stop_at)
@@ -175,6 +186,150 @@ def test_an_evaluation_that_is_cut_short_is_made_again():
         )
 
 
+class Killed(BaseException):
+    """Nothing of the program may catch this."""
+
+
+@pytest.mark.parametrize("flags", [[], ["--knn-every", "1"], ["--knn-every", "2", "--save-freq", "1"]])
+@pytest.mark.parametrize("written", [False, True])
+def test_whatever_is_due_is_made_up_for(flags, written, monkeypatch):
+    """Killed before or after each of its saves in turn, and before its first record of an evaluation."""
+    train(*flags, folder="whole")
+    names = sorted(p.name for p in Path("whole").glob("*.pth"))
+    save, kills = checkpoint.save, 0
+    while True:
+        left = kills
+
+        def dies(path, payload):
+            nonlocal left
+            if left == 0 and not written:
+                raise Killed
+            save(path, payload)
+            if left == 0:
+                raise Killed
+            left -= 1
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", dies)
+            try:
+                train(*flags, "--overwrite")
+                break  # it has fewer saves than that
+            except Killed:
+                kills += 1
+        assert train(*flags, "--resume", "auto") == 0
+        assert sorted(p.name for p in Path("run").glob("*.pth")) == names
+        for name in names:
+            a, b = (checkpoint.load(f"{folder}/{name}") for folder in ("whole", "run"))
+            for key in ("weight", "optimizer", "generators", "epoch", "step", "global_step"):
+                assert equal(a[key], b[key]), (kills, name, key)
+        whole, cut = ([(r["epoch"], r["step"], "knn_acc1" in r) for r in records(f)] for f in ("whole", "run"))
+        assert (
+            cut[-1] == whole[-1]
+            and {*cut} >= {r for r in whole if r[2]}
+            and len([r for r in cut if r[2]]) == len([r for r in whole if r[2]])
+        ), kills
+        for path in Path("run").iterdir():
+            path.unlink()
+    assert kills >= len(names)
+
+
+def test_a_broken_file_is_passed_over_for_a_whole_one(capsys):
+    train("--knn-every", "0")
+    whole = checkpoint.load("run/epoch_2.pth")
+    cut = Path("run/epoch_3.pth").read_bytes()[:900]
+    for name, content in (("epoch_3.pth", cut), ("last.pth", b"PK\3\4 no archive")):
+        Path("run", name).write_bytes(content)
+    Path("run/epoch_9.pth").symlink_to("gone")
+    Path("run/.last.pth.partial").write_text("half")
+    assert train("--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert "note: run/last.pth is truncated or not a checkpoint" in said and "going on from run/epoch_3.pth" in said
+    assert "note: run/epoch_3.pth is truncated" in said and "going on from run/epoch_2.pth" in said
+    assert "resumed run/epoch_2.pth: epoch 2, step 0" in said and whole["epoch"] == 2
+    assert last()["epoch"] == 3 and not list(Path("run").glob(".*"))
+    for path in Path("run").glob("*.pth"):
+        path.write_bytes(b"") if path.is_file() else path.unlink()
+    with pytest.raises(UserError, match="run/.*.pth is truncated or not a checkpoint"):
+        train("--resume", "auto")
+
+
+WRONG = {  # field: (another value, words)
+    "step": (5, "step is 5, expected at most 4, as many as an epoch has"),
+    "global_step": (0, "global_step is 0, expected at least 1"),
+    "epoch": ("x\x1b[2J", r"epoch is 'x\\x1b[2J', expected a whole number"),
+    "generators": (
+        [{"torch": torch.zeros(9, dtype=torch.uint8)}],
+        "generators.noise is None, expected the state of a random",
+    ),
+    "opt": ({"seed": 0.5}, "opt.seed is 0.5, expected a whole number"),
+    "data": ({"pictures": 8}, "data is a dict, expected the numbers of pictures and classes"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_field_that_cannot_be_names_file_field_found_and_expected(field):
+    train("--epochs", "1")
+    value, words = WRONG[field]
+    torch.save(last() | {field: value}, "run/odd.pth")
+    before = contents()
+    with pytest.raises(UserError) as refused:
+        train("--resume", "run/odd.pth")
+    assert str(refused.value).startswith("run/odd.pth") and words.replace("\\\\", "\\") in str(refused.value)
+    assert contents() == before
+
+
+def test_a_signal_before_the_first_step_is_heeded(monkeypatch):
+    epochs = loop.Job.epochs
+
+    def late(job):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return epochs(job)
+
+    monkeypatch.setattr(loop.Job, "epochs", late)
+    assert train() == 143 and last()["step"] == 1
+
+
+def test_a_run_folder_of_any_name(capsys):
+    folder = os.fsdecode(b"caf\xe9 \x1b")
+    assert train("--epochs", "1", folder=folder) == 0 and train("--resume", "auto", "--epochs", "2", folder=folder) == 0
+    assert r"done: 2 epochs; caf\udce9 \x1b/epoch_2.pth" in capsys.readouterr().out
+    assert last(folder)["epoch"] == 2 and [r["step"] for r in records(folder)][-1] == 8
+
+
+def test_records_that_cannot_be_written():
+    train("--epochs", "1")
+    Path("run/metrics.jsonl").unlink()
+    Path("run/metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot read run/metrics.jsonl: is a directory"):
+        train("--resume", "auto")
+    with pytest.raises(UserError, match="cannot read run/metrics.jsonl: is a directory"):
+        train("--overwrite")
+
+
+def test_where_tensorboard_cannot_write_the_run_says_so_before_its_first_step():
+    Path("file").write_text("")
+    for place in (
+        "file/below",
+        "/proc/self/fdinfo",
+    ):  # of a user's own folder that is read-only the system says the same
+        with pytest.raises(UsageError, match=f"--tb_path: cannot write to {place}: "):
+            train(tensorboard=place, folder="elsewhere")
+    assert not list(Path("elsewhere").glob("*.json*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # a traceback of the thread
+def test_a_full_folder_of_tensorboard_is_one_line_and_the_run_goes_on(capfd, monkeypatch):
+    from tensorboard.compat import tf
+
+    gfile = tf.io.gfile.GFile
+    monkeypatch.setattr(tf.io.gfile, "GFile", lambda path, mode: gfile("/dev/full", mode))
+    assert train(tensorboard="events") == 0
+    out, err = capfd.readouterr()
+    assert out.count("warning: no more TensorBoard events in events: No space left on device") == 1 and not err
+    assert last()["epoch"] == 3 and records()[-1]["step"] == 12
+
+
 def test_a_finished_run_is_left_as_it_is(capsys):
     train()
     before = contents()
@@ -192,7 +347,7 @@ def test_other_settings_are_named_and_free_ones_are_not(capsys):
 
 
 REFUSED = {
-    "model": (["--model", "two"], {}, "is of --model one, this run of two: give the same, or start another run"),
+    "model": (["--model", "two"], {}, "is of --model one, this run of two: add --model one, or start another run"),
     "data set": (["--dataset", "cifar10"], {}, "is of --dataset folder, this run of cifar10"),
     "class list": (["--class-list", "five.txt"], {}, "is of --class_list the default, this run of five.txt"),
     "fewer pictures": (

@@ -113,7 +113,10 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
     for table, members in grouped.items():
         if table is None:
             columns = [c for c in ACCURACIES if any(c in m for m in members)]
-            rows = [[shown(m["folder"]), *(cell([m[c]]) if c in m else "-" for c in columns)] for m in members]
+            rows = [
+                [shown(m["folder"]) + unfinished([m]), *(cell([m[c]]) if c in m else "-" for c in columns)]
+                for m in members
+            ]
             made.append((f"Linear evaluation in percent ({EPOCHS})", ["run", *columns], rows))
             continue
         published = published_table(table)
@@ -149,9 +152,14 @@ def shown(value) -> str:
 
 
 def unfinished(runs: list[dict]) -> str:
-    """Sets that an evaluation had not come to when it ended (tools/robustness.py)."""
-    left = dict.fromkeys(str(name) for run in runs for name in run.get("pending") or ())
-    return f" (unfinished: {shown(', '.join(left))})" if left else ""
+    """Where a pre-training behind a result was not at its end, how far it had come; sets that an evaluation
+    (tools/robustness.py) had not come to."""
+    left, said = dict.fromkeys(str(name) for run in runs for name in run.get("pending") or ()), ""
+    for run in runs:
+        done, asked = (run.get(f"backbone_{name}") for name in ("epochs", "epochs_asked"))
+        if isinstance(done, int) and isinstance(asked, int) and done < asked:
+            said = f" (backbone NOT finished: {done} of {asked} epochs)"
+    return said + (f" (unfinished: {shown(', '.join(left))})" if left else "")
 
 
 def cell(values: list[float]) -> str:

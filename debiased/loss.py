@@ -19,7 +19,7 @@ SAFE = 0.025  # the least temperature at which e^{-2/t}, the smallest of all ove
 def debiased_loss(
     z1: Tensor, z2: Tensor, temperature: float = 0.5, tau_plus: float = 0.1, extra: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Debiased contrastive loss of Chuang et al., arXiv:2007.00224, eq. (8) with the estimator of eq. (7).
+    """Debiased contrastive loss of Chuang et al., arXiv:2007.00224, Section 4, with its estimator g.
 
         z1, z2 = (F.normalize(net(view), dim=1) for view in (view1, view2))  # two augmentations of the same pictures
         loss, parts = debiased_loss(z1, z2, temperature=0.5, tau_plus=0.1)
@@ -41,7 +41,7 @@ def debiased_loss(
     Returns the loss (nats, float32 also under autocast) and, for each of the 2B anchors (first those of z1) and without
     gradient, `rows` the losses, `negative` g, `clamped` where g is at the bound, `positive` the cosine to the positive.
     Works in logarithms: nothing overflows at small temperatures. Raises ValueError.
-    Check: equal unit vectors everywhere give log(1 + N), 6.23 for B = 256, whatever tau_plus and temperature.
+    Check: equal unit vectors everywhere give log(1 + N), 6.24 for B = 256, whatever tau_plus and temperature.
     """
     _check(z1, z2, temperature)
     if not 0 <= tau_plus < 1:
@@ -65,7 +65,7 @@ def debiased_loss(
 
 
 def log_debiased(log_mean: Tensor, log_same: Tensor, temperature: float, tau_plus: float) -> tuple[Tensor, Tensor]:
-    """Eq. (7): log g from the logarithms of the means of e^s over negatives and over positives; and where it is at its bound.
+    """Section 4: log g from the logarithms of the means of e^s over negatives and over positives; and where it is at its bound.
 
     All of one shape. With tau_plus 0 that is `log_mean` itself: a mean of e^s is never below the bound.
     """
@@ -80,7 +80,7 @@ def log_debiased(log_mean: Tensor, log_same: Tensor, temperature: float, tau_plu
 
 
 def unbiased_loss(z1: Tensor, z2: Tensor, labels: Tensor, temperature: float = 0.5) -> tuple[Tensor, dict[str, Tensor]]:
-    """The oracle that the debiased loss approaches: negatives of other classes only, arXiv:2007.00224, eq. (3) with Q = N.
+    """The oracle that the debiased loss approaches: negatives of other classes only, arXiv:2007.00224, Section 3, Q = N.
 
     As `debiased_loss`, with g the mean of e^s over the vectors of the batch whose label differs from the anchor's: N times
     that is what N negatives of other classes would come to. Where all labels differ it is the biased loss.

@@ -39,7 +39,8 @@ def debiased_loss(
     an anchor whose g is at the bound only s+ has one.
 
     Returns the loss (nats, float32 also under autocast) and, for each of the 2B anchors (first those of z1) and without
-    gradient, `rows` the losses, `negative` g, `clamped` where g is at the bound, `positive` the cosine to the positive.
+    gradient, `rows` the losses, `clamped` where g is at the bound, `positive` the cosine to the positive, and `negative` the
+    cosine that a negative with e^s = g would have, t log g: -1 at the bound.
     Works in logarithms: nothing overflows at small temperatures. Raises ValueError.
     Check: equal unit vectors everywhere give log(1 + N), 6.24 for B = 256, whatever tau_plus and temperature.
     """
@@ -86,7 +87,7 @@ def unbiased_loss(z1: Tensor, z2: Tensor, labels: Tensor, temperature: float = 0
     that is what N negatives of other classes would come to. Where all labels differ it is the biased loss.
 
     labels (B,): the class of each picture; the published experiments have them, training without labels has not. An anchor
-    without any vector of another class in the batch has loss 0 and g 0. `clamped` is False everywhere.
+    without any vector of another class in the batch has loss 0 (and `negative` -1). `clamped` is False everywhere.
     """
     _check(z1, z2, temperature)
     if labels.shape != z1.shape[:1]:
@@ -155,5 +156,6 @@ class _LogSum(torch.autograd.Function):
 
 def _result(positive: Tensor, log_negative: Tensor, n: int, temperature: float, clamped: Tensor):
     rows = F.softplus(math.log(n) + log_negative - positive)  # -log(pos / (pos + N g)) = log(1 + N g / pos)
-    parts = {"rows": rows, "negative": log_negative.exp(), "clamped": clamped, "positive": positive * temperature}
+    negative = (log_negative * temperature).clamp(min=-1)
+    parts = {"rows": rows, "negative": negative, "clamped": clamped, "positive": positive * temperature}
     return rows.mean(), {name: part.detach() for name, part in parts.items()}

@@ -270,7 +270,7 @@ def worker(args, process: processes.Process) -> None:
 
 def keep_published(args) -> None:
     """UsageError where a run would write over model_EPOCH.pth that are not its own: of another run, or downloaded."""
-    own = checkpoint.newest(args.model_path, ("current.pth",)) and args.resume
+    own = args.resume and os.path.exists(os.path.join(args.model_path, "config.json"))
     if not args.show_views:
         run.refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", own, args.overwrite)
 

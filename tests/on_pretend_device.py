@@ -27,6 +27,8 @@ RUNS = {  # name: (script, flags; the last of them names the folder)
     "insdis": ("moco_insdis.train_moco_ins", ["--data-device", "host", "-j", "0", *BANK]),
     "moco": ("moco_insdis.train_moco_ins", ["--moco", *BANK]),
     "patch": ("nonsem_neg.moco_non_sem_neg", PATCH),
+    "debiased": ("debiased.main", ["--M", "2", *TRAIN, "--model_path"]),
+    "unbiased": ("debiased.main", ["--loss", "unbiased", "--amp", *TRAIN, "--model_path"]),
 }
 LINEAR = "--demo --epochs 1 -b 64 --seed 0 --lr 0.1".split()
 EVALUATIONS = {  # name: (script, flags, the last of which names the folder); they read what a run above has left
@@ -35,6 +37,8 @@ EVALUATIONS = {  # name: (script, flags, the last of which names the folder); th
     "moco-cached": ("moco_insdis.eval_moco_ins", "--model_path HERE/moco --cache-views 1 --save_path"),
     "insdis-fresh": ("moco_insdis.eval_moco_ins", "--bn --model_path HERE/insdis --cache-views 0 --save_path"),
     "patch-cached": ("nonsem_neg.main_lincls", "--pretrained HERE/patch --cache-views 2 --ckpt_path"),
+    "debiased-cached": ("debiased.linear", "--model_path HERE/debiased --cache-views 1 --save_path"),
+    "debiased-fresh": ("debiased.linear", "--protocol published --model_path HERE/unbiased --save_path"),
     "patch-fresh": ("nonsem_neg.main_lincls", "--amp --pretrained HERE/patch --cache-views 0 --ckpt_path"),
 }
 EVALUATIONS = {name: (script, [*LINEAR, *flags.split()]) for name, (script, flags) in EVALUATIONS.items()}
@@ -43,6 +47,7 @@ EVALUATIONS["robustness"] = "nonsem_neg.eval_robustness", ROBUSTNESS
 COMPARED = ("moco-cached", "patch-cached", "robustness")  # these are made on the CPU, too
 PLANTED = {  # run: what of (views, target, index) is left on the host
     "cmc-nce": "index", "insdis": "index", "moco": "view", "patch": "view", "cmc-fresh": "target", "patch-fresh": "view",
+    "debiased": "view", "unbiased": "target", "debiased-fresh": "view",
 }  # fmt: skip
 
 

@@ -23,6 +23,9 @@ SMALLER = {  # appended, and so stronger than what the line says
     "moco_insdis/eval_moco_ins.py": f"{TINY} --model resnet18 --cache-views 1".split(),
     "cmc/train_CMC.py": f"{TINY} {BANKS} --model resnet18v1".split(),
     "cmc/LinearProbing.py": f"{TINY} --model resnet18v1 --cache-views 1".split(),
+    "debiased/main.py": f"--data_folder IMAGENET100 --dataset folder {TINY} -b 32 --model resnet18".split(),
+    "debiased/linear.py": f"--data_folder IMAGENET100 --dataset folder --model_path results/model_1.pth {TINY}".split(),
+    "debiased/estimator.py": "--batches 8 16 --draws 5 --anchors 20 --device cpu -j 2".split(),
     "preprocess/make_demo.py": "--train-per-class 16 --val-per-class 4 --severities 3 --corruption-per-class 1".split(),
     "preprocess/imagenet100_subset.py": "--class_list classes.txt".split(),
     "preprocess/check_images.py": "-j 1".split(),
@@ -30,7 +33,14 @@ SMALLER = {  # appended, and so stronger than what the line says
     "preprocess/pack.py": "--side 32 --workers 1".split(),
     "preprocess/make_corruptions.py": "--limit 1 --severities 1 --size 0 --workers 1".split(),
 }
-READMES = ["README.md", "nonsem_neg/README.md", "moco_insdis/README.md", "cmc/README.md", "preprocess/README.md"]
+READMES = [
+    "README.md",
+    "nonsem_neg/README.md",
+    "moco_insdis/README.md",
+    "cmc/README.md",
+    "debiased/README.md",
+    "preprocess/README.md",
+]
 
 
 def module_of(script: str):

@@ -4,8 +4,8 @@
 
 ResNet-18 (standard stem), 32 pixels, batch 256, float32 on both sides.
 ours          debiased/main.py, its own loop and loader, with the published augmentation (blur included) and Adam.
-lightly       the pieces of its SimCLR example, from its public package: SimCLRTransform without blur, LightlyDataset, DataLoader
-              with workers, SimCLRProjectionHead, NTXentLoss, SGD; its workers persist over epochs.
+lightly       the pieces of its SimCLR example, from its public package: SimCLRTransform without blur, LightlyDataset, a
+              DataLoader with workers, SimCLRProjectionHead, NTXentLoss, SGD; its workers persist over epochs.
 floor         "ours" on fixed views: no loading, no augmentation. What is left is the network.
 
 Sides alternate; each repeat is a process of its own, warm before the clock runs. Ends with 1 if a ratio misses its aim.

@@ -150,8 +150,8 @@ class _LogSum(torch.autograd.Function):
         z, weights, sums = ctx.saved_tensors
         share = (grad / sums)[:, None]
         with torch.autocast(z.device.type, enabled=False):
-            as_anchor, as_negative = (weights @ torch.cat((z, share * z), 1)).chunk(2, 1)
-        return (share * as_anchor + as_negative) / ctx.temperature, None, None
+            both = (share + share.T).mul_(weights)  # as an anchor and as a negative
+            return (both @ z).div_(ctx.temperature), None, None
 
 
 def _result(positive: Tensor, log_negative: Tensor, n: int, temperature: float, clamped: Tensor):

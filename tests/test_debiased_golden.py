@@ -195,7 +195,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("m", [1, 3])
 def test_one_product_and_no_loop_over_the_batch(m):
     counts = []
-    for b in (4, 32):
+    for b in (6, 32):
         z1, z2, *extra = views(b, count=1 + m)
         with Operations() as seen:
             debiased_loss(z1, z2, 0.5, 0.1, torch.stack(extra) if extra else None)[0].backward()

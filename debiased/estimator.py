@@ -182,8 +182,10 @@ def worker(args, process: processes.Process) -> None:
     share = (counts / counts.sum()).square().sum().item()  # chance that two pictures are of one class
     try:
         figure(found, share, temperature, args.out)
-        about = dict(network=saved.path, pictures=len(pictures), share=round(share, 5), temperature=temperature)
-        about |= dict(M=args.M, anchors=args.anchors, draws=args.draws, views=args.views, seed=args.seed)
+        about = run.environment() | dict(
+            options=cli.flags(args), network=saved.path, pretrained_epochs=saved.get("epoch")
+        )
+        about |= dict(pictures=len(pictures), share=round(share, 5), temperature=temperature)
         run.write_json(run.Path(args.out).with_suffix(".json"), about | {"estimates": found})
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror or error}") from None

@@ -8,7 +8,7 @@ import torch
 from conftest import equal, inside, run_script, says_no, stopped_at
 
 from common import UsageError, UserError, checkpoint, processes, sets
-from debiased import linear, networks
+from debiased import estimator, linear, networks
 from debiased import main as script
 
 TINY = "--demo --epochs 2 --batch_size 32 --feature_dim 16 --model_path run --device cpu --print_freq 2".split()
@@ -369,3 +369,45 @@ def test_wrong_files(trained, tmp_path):
     torch.save(saved | {"opt": saved["opt"] | {"protocol": "published"}}, own)
     with pytest.raises(UserError, match="is of --protocol published, this run of clean"):
         evaluate(tmp_path / "done", "--model_path", "run", "--resume", "auto")
+
+
+# ----------------------------------------------------------------------------------------------------------- estimator
+
+
+def test_the_debiased_estimate_is_right_where_positives_are_of_the_class():
+    """The paper's argument: with tau_plus the chance of the same class, the mean over batches is the truth."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(60) % 3
+    centres = torch.randn(3, 8, generator=generator)
+    z = centres[targets][:, None] + 0.7 * torch.randn(60, 3, 8, generator=generator)
+    share = 19 / 59
+    flags = f"--demo --tau_plus 0 {share} --batches 8 64 --anchors 60 --draws 400 --views 3 --seed 1".split()
+    found = estimator.estimates(torch.nn.functional.normalize(z, dim=2), targets, estimator.parse_args(flags), 1.0)
+    by = {(f["positives"], f["batch"], f["tau_plus"]): f for f in found}
+    assert len(by) == 8
+    for batch in (8, 64):
+        assert by["class", batch, share]["bound"] < 0.02 and abs(by["class", batch, share]["bias"]) < 0.02
+        assert by["class", batch, 0.0]["bias"] > 0.1  # pictures of the own class are closer than those of others
+        assert by["view", batch, 0.0] | {"positives": "class"} == by["class", batch, 0.0]
+    assert by["class", 64, 0.0]["sd"] < 0.5 * by["class", 8, 0.0]["sd"]
+
+
+def test_the_figure(trained, tmp_path, capsys):
+    flags = "--demo --device cpu --batches 4 8 --draws 3 --anchors 10 --views 2 --model_path run".split()
+    estimator.main([*flags, "--out", str(tmp_path / "figure.png")])
+    numbers = json.loads((tmp_path / "figure.json").read_text())
+    assert numbers["temperature"] == 0.5 and numbers["share"] == pytest.approx(0.1) and len(numbers["estimates"]) == 36
+    assert (tmp_path / "figure.png").stat().st_size > 10_000 and "bias" in capsys.readouterr().out
+    (tmp_path / "full").touch()
+    torch.save({k: v for k, v in torch.load("results/model_400.pth").items() if ".g." not in k}, tmp_path / "f.pth")
+    for more, words in (
+        (["--out", str(tmp_path / "full" / "x.png")], "--out .*x.png: "),
+        (["--model_path", str(tmp_path / "f.pth")], "f.pth has no projection head g"),
+        (["--M", "2"], "--M 2: needs --views 3 or more"),
+        (["--tau_plus", "1"], "--tau_plus 1.0: must be below 1"),
+        (["--nproc", "2"], "omit --nproc"),
+    ):
+        with pytest.raises(UserError, match=words):
+            if "--nproc" in more:
+                estimator.worker(estimator.parse_args([*flags, *more]), processes.Process(world_size=2))
+            estimator.main([*flags, *more])

@@ -6,6 +6,7 @@ N = 2B - 2 vectors are its negatives; about one in 1 / tau_plus of them is of th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -52,9 +53,7 @@ def debiased_loss(
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat((z1, z2)).float()
         positive = _positive(z, temperature)
-        itself = torch.arange(len(z), device=z.device)
-        taken = torch.cat((itself * (len(z) + 1), itself * len(z) + itself.roll(len(z1))))  # flat: itself, its positive
-        n = len(z) - 2
+        n, taken = len(z) - 2, _no_negatives(len(z), z.device)
         log_mean = _log_sum(z, temperature, lambda x, value: x.view(-1).index_fill_(0, taken, value)) - math.log(n)
         log_same = positive
         if extra is not None and tau_plus:
@@ -115,6 +114,13 @@ def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
         raise ValueError(f"temperature {temperature} must be above 0")
 
 
+@functools.lru_cache(maxsize=8)
+def _no_negatives(size: int, device: torch.device) -> Tensor:
+    """Places in the flat matrix of scores of every anchor with itself and with its positive: (2 * size,)."""
+    row = torch.arange(size, device=device)
+    return torch.cat((row * (size + 1), row * size + row.roll(size // 2)))
+
+
 def _positive(z: Tensor, temperature: float) -> Tensor:
     """Scores of the positives, (2B,)."""
     z1, z2 = z.chunk(2)
@@ -156,6 +162,6 @@ class _LogSum(torch.autograd.Function):
 
 def _result(positive: Tensor, log_negative: Tensor, n: int, temperature: float, clamped: Tensor):
     rows = F.softplus(math.log(n) + log_negative - positive)  # -log(pos / (pos + N g)) = log(1 + N g / pos)
-    negative = (log_negative * temperature).clamp(min=-1)
-    parts = {"rows": rows, "negative": negative, "clamped": clamped, "positive": positive * temperature}
-    return rows.mean(), {name: part.detach() for name, part in parts.items()}
+    with torch.no_grad():
+        cosines = {"negative": (log_negative * temperature).clamp(min=-1), "positive": positive * temperature}
+    return rows.mean(), {"rows": rows.detach(), "clamped": clamped, **cosines}

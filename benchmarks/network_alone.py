@@ -38,6 +38,10 @@ SCRIPTS = {  # name: (module, the flag of the data, other flags)
         "nonsem_neg.moco_non_sem_neg", [],
         f"{SMALL} -a resnet18 --moco-k 4096 --moco-t 0.2 --mlp --aug-plus",
     ),
+    "debiased": (
+        "debiased.main", ["--data_folder"],
+        f"{SMALL} --dataset folder --model resnet18 --no-small-stem --knn-every 0",
+    ),
 }  # fmt: skip
 
 

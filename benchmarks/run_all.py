@@ -23,6 +23,8 @@ def main() -> int:
         ["nce_step.py", "--n", "1281167", "--sides", "ours"],
         ["ring_selection.py"],
         ["colour_skimage.py"],
+        ["debiased_loss.py"],
+        ["debiased_lightly.py", *(["--data", args.data] if args.data else [])],
         ["check_images.py", *(["--data", args.photos] if args.photos else [])],
         ["pack.py", *(["--data", args.photos] if args.photos else [])],
         ["corruptions.py", *(["--data", args.photos] if args.photos else [])],

@@ -287,7 +287,7 @@ def knn_loaders(args, process: processes.Process, train_set, view: augment.Compo
     return tuple(options.make_loader(args, process, pictures, (view,), KNN_BATCH, **how) for pictures in both)
 
 
-def evaluate_knn(job, network: nn.Module, embed: Embed, loaders: tuple[Loader, Loader]) -> None:
+def evaluate_knn(job, network: nn.Module, embed: Embed, loaders: tuple[Loader, Loader], temperature=0.07) -> None:
     """Weighted k-NN: the training pictures vote on those of val/. Prints and logs it for the epoch that is complete.
 
     network: in training mode, in evaluation mode while `embed` is called, with the batch-norm statistics of rank 0.
@@ -300,6 +300,6 @@ def evaluate_knn(job, network: nn.Module, embed: Embed, loaders: tuple[Loader, L
     )
     network.train()
     classes, k = len(loaders[0].dataset.classes), job.args.knn_k
-    top1, top5 = map(float, metrics.knn(bank, bank_targets, feats, targets, classes, k=k))
+    top1, top5 = map(float, metrics.knn(bank, bank_targets, feats, targets, classes, k, temperature))
     job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
     job.log.log(job.global_step, epoch=job.epoch, knn_acc1=top1, knn_acc5=top5)

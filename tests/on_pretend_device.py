@@ -31,6 +31,8 @@ RUNS = {  # name: (script, flags; the last of them names the folder)
     "ring-ir": ("ring.train_ring", ["--neighbor-views", *RING]),
     "ring-cmc": ("ring.train_ring", ["--method", "cmc", "--all-ring", *RING]),
     "ring-moco": ("ring.train_ring", ["--method", "moco", *RING]),
+    "debiased": ("debiased.main", ["--M", "2", *TRAIN, "--model_path"]),
+    "unbiased": ("debiased.main", ["--loss", "unbiased", "--amp", *TRAIN, "--model_path"]),
 }
 LINEAR = "--demo --epochs 1 -b 64 --seed 0 --lr 0.1".split()
 EVALUATIONS = {  # name: (script, flags, the last of which names the folder); they read what a run above has left
@@ -39,6 +41,8 @@ EVALUATIONS = {  # name: (script, flags, the last of which names the folder); th
     "moco-cached": ("moco_insdis.eval_moco_ins", "--model_path HERE/moco --cache-views 1 --save_path"),
     "insdis-fresh": ("moco_insdis.eval_moco_ins", "--bn --model_path HERE/insdis --cache-views 0 --save_path"),
     "patch-cached": ("nonsem_neg.main_lincls", "--pretrained HERE/patch --cache-views 2 --ckpt_path"),
+    "debiased-cached": ("debiased.linear", "--model_path HERE/debiased --cache-views 1 --save_path"),
+    "debiased-fresh": ("debiased.linear", "--protocol published --model_path HERE/unbiased --save_path"),
     "patch-fresh": ("nonsem_neg.main_lincls", "--amp --pretrained HERE/patch --cache-views 0 --ckpt_path"),
 }
 EVALUATIONS = {name: (script, [*LINEAR, *flags.split()]) for name, (script, flags) in EVALUATIONS.items()}
@@ -48,6 +52,7 @@ COMPARED = ("moco-cached", "patch-cached", "robustness")  # these are made on th
 PLANTED = {  # run: what of (views, target, index) is left on the host
     "cmc-nce": "index", "insdis": "index", "moco": "view", "patch": "view", "cmc-fresh": "target", "patch-fresh": "view",
     "ring-ir": "index", "ring-moco": "view",
+    "debiased": "view", "unbiased": "target", "debiased-fresh": "view",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A run from start to finish, with a method of one weight: what is saved when, what may differ on resume, what is refused.
 
-The scripts' own runs are in test_{cmc,moco_insdis,nonsem}_training.py; here each check takes milliseconds.
+The scripts' own runs are in test_{cmc,moco_insdis,nonsem,debiased}_training.py; here each check takes milliseconds.
 """
 
 import json
@@ -15,6 +15,7 @@ from PIL import Image
 
 from cmc import train_CMC
 from common import UsageError, UserError, checkpoint, cli, loop, options, processes, run, schedule
+from debiased import main as debiased
 from moco_insdis import train_moco_ins
 from nonsem_neg import moco_non_sem_neg
 
@@ -453,6 +454,7 @@ SCRIPTS = {
     "InsDis": (train_moco_ins, "", ["picture"]),
     "MoCo": (train_moco_ins, "--moco", ["query", "key"]),
     "patch": (moco_non_sem_neg, "--num-nonsem 2 --moco-k 64", ["query", "key", "negative 1", "negative 2"]),
+    "debiased": (debiased, "--M 2", ["view 1", "view 2", "positive 2"]),
     "texture": (moco_non_sem_neg, "--robust texture --moco-k 64", ["query", "key", "negative 1"]),
 }
 

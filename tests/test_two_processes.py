@@ -21,6 +21,7 @@ from torch import nn
 
 from cmc import train_CMC
 from common import batchnorm, checkpoint, cli, options, processes
+from debiased import main as debiased
 from moco_insdis import train_moco_ins
 from nonsem_neg import moco_non_sem_neg, negatives
 from nonsem_neg.moco import MoCo
@@ -34,11 +35,15 @@ CASES = {  # name: (how a step is taken, flags)
     "insdis nce": ("insdis", []),
     "moco": ("moco", ["--moco"]),
     "patch": ("patch", []),
+    "debiased": ("debiased", ["--M", "2"]),
+    "unbiased": ("debiased", ["--loss", "unbiased"]),
 }
 MISTAKES = {  # planted in two processes: in which cases it is one
-    "gradients are summed": ["cmc softmax", "insdis nce", "moco", "patch"],
-    "the rows of rank 1 are those of rank 0": ["cmc softmax", "insdis nce", "moco", "patch"],
+    "gradients are summed": ["cmc softmax", "insdis nce", "moco", "patch", "debiased"],
+    "the rows of rank 1 are those of rank 0": ["cmc softmax", "insdis nce", "moco", "patch", "debiased"],
     "a rank keeps its own keys": ["moco", "patch"],
+    "negatives are those of the rank": ["debiased"],
+    "the others' features have no gradient": ["debiased", "unbiased"],
 }
 TOLERANCE = 2e-4  # relative; measured: 1e-5 of the movement of all weights, 1e-6 of memories. The mistakes: 0.2 to 2
 LONG = "-b 32 --epochs 2 --print_freq 2".split()
@@ -46,6 +51,7 @@ RUNS = {  # name: (script, flags, the flag that names the folder)
     "cmc": (train_CMC, [*LONG, "--nce_k", "24"], "--model_path"),
     "moco": (train_moco_ins, [*LONG, "--nce_k", "40", "--moco"], "--model_path"),
     "patch": (moco_non_sem_neg, "-b 32 --epochs 2 --moco-k 64 --bn-splits 2".split(), "--ckpt_path"),
+    "debiased": (debiased, LONG, "--model_path"),
 }
 
 
@@ -110,6 +116,36 @@ class Patch:
         return {"queue": self.model.queue}
 
 
+class Pairs:
+    """The debiased loss or its oracle on a float64 network; SGD, because Adam would hide the scale of a gradient."""
+
+    def __init__(self, kind, flags, process):
+        args = debiased.parse_args([*DEMO, *"-b 8 --feature_dim 16 --bn-splits 2".split(), *flags])
+        with float64():
+            self.method = debiased.Debiased(args, process)
+        self.optimizer = self.method.optimizer = torch.optim.SGD(self.method.model.parameters(), 0.1)
+        self.views = 1 + args.M
+
+    def step(self, views, index):
+        return self.method.step(list(views), index % 3)["loss"]
+
+    def weights(self) -> dict:
+        return dict(self.method.model.named_parameters())
+
+    def memory(self) -> dict:
+        return {}
+
+
+def without_others(x):
+    """What `all_gather_with_grad` returns, with a gradient for this rank's own rows alone."""
+    rows = list(processes.all_gather(x).chunk(processes.world_size()))
+    rows[processes.rank()] = x
+    return torch.cat(rows)
+
+
+GATHERED = {"negatives are those of the rank": lambda x: x, "the others' features have no gradient": without_others}
+
+
 @contextlib.contextmanager
 def float64():
     torch.set_default_dtype(torch.float64)
@@ -130,7 +166,7 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
     """Two steps on fixed views of which every rank has its share: losses, how far the weights moved, the memory."""
     kind, flags = CASES[case]
     torch.manual_seed(0)
-    method = (Patch if kind == "patch" else Bank)(kind, flags, process)
+    method = {"patch": Patch, "debiased": Pairs}.get(kind, Bank)(kind, flags, process)
     before = {k: v.detach().clone() for k, v in method.weights().items()}
     rank = 0 if mistake == "the rows of rank 1 are those of rank 0" else process.rank
     if mistake == "gradients are summed":
@@ -141,8 +177,12 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
         images = torch.randn(method.views, 8, 3, 32, 32, generator=generator).double()
         index = torch.randperm(40, generator=generator)[:8]
         mine = slice(4 * rank, 4 * rank + 8 // process.world_size)
-        unshuffled = mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
-        with unshuffled if mistake == "a rank keeps its own keys" else contextlib.nullcontext():
+        planted = contextlib.nullcontext()
+        if mistake == "a rank keeps its own keys":
+            planted = mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
+        elif mistake in GATHERED:
+            planted = mock.patch.object(processes, "all_gather_with_grad", GATHERED[mistake])
+        with planted:
             losses.append(processes.mean_ranks(method.step(images[:, mine], index[mine])))
     after, memory = {k: v.detach() for k, v in method.weights().items()}, method.memory()
     moved = torch.cat([some(after[k] - before[k]) for k in after])

@@ -1,0 +1,126 @@
+"""Images per second of debiased pre-training on the CPU or one GPU: this project, and lightly's SimCLR with its own loader.
+
+    python benchmarks/debiased_lightly.py --data CIFAR_TREE       # or without --data: generated 32-pixel pictures
+
+ResNet-18 (standard stem), 32 pixels, batch 256, float32 on both sides.
+ours          debiased/main.py, its own loop and loader, with the published augmentation (blur included) and Adam.
+lightly       the pieces of its SimCLR example, from its public package: SimCLRTransform without blur, LightlyDataset, a
+              DataLoader with workers, SimCLRProjectionHead, NTXentLoss, SGD; its workers persist over epochs.
+floor         "ours" on fixed views: no loading, no augmentation. What is left is the network.
+
+Sides alternate; each repeat is a process of its own, warm before the clock runs. Ends with 1 if a ratio misses its aim.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.network_alone import SCRIPTS, WARM, generate, measure
+
+SIDES = ("ours", "lightly", "floor")
+BATCH = 256
+
+
+def ours(tree: str, steps: int, workers: int, side: str) -> dict:
+    module, flag, flags = SCRIPTS["debiased"]
+    return measure(module, [*flag, tree, *flags.split(), "-j", str(workers)], steps, side == "floor")
+
+
+def lightly(tree: str, steps: int, workers: int) -> dict:
+    import torchvision
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+    head = SimCLRProjectionHead(512, 512, 128)
+    model = torch.nn.Sequential(backbone, torch.nn.Flatten(), head).to(device)
+    began = time.perf_counter()
+    transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
+    dataset = LightlyDataset(os.path.join(tree, "train"), transform=transform)
+    loading = time.perf_counter() - began
+    how = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = torch.utils.data.DataLoader(dataset, BATCH, **how)
+    criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
+    done, started = 0, 0.0
+    while True:
+        for views, *_ in loader:
+            z0, z1 = (model(view.to(device)) for view in views)
+            loss = criterion(z0, z1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if done in (WARM, WARM + steps):
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                started = time.perf_counter() - started
+            if done == WARM + steps:
+                return {"rate": BATCH * steps / started, "loading": loading}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="tree with train/CLASS/*, 32-pixel pictures (CIFAR-10 as files)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each repeat")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
+    parser.add_argument("--at-least", type=float, default=1.5, help="aim: times lightly")
+    parser.add_argument("--floor-at-least", type=float, default=0.92, help="aim: of the network alone")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.side:
+        how = args.data, args.steps, args.workers
+        found = lightly(*how) if args.side == "lightly" else ours(*how, args.side)
+        peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+        print(json.dumps({**found, "peak": peak}))
+        return 0
+
+    results = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = args.data or str(generate(Path(temporary)))
+        print(
+            f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{args.repeats} repeats of {args.steps} steps",
+            flush=True,
+        )
+        for repeat in range(args.repeats):
+            for side, found in results.items():
+                flags = [f"--side={side}", f"--data={tree}", f"--steps={args.steps}", f"--workers={args.workers}"]
+                done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True)
+                found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+                print(f"  repeat {repeat + 1} {side:8} {found[-1]['rate']:7.1f} images/s", flush=True)
+    for side, found in results.items():
+        rates = [f["rate"] for f in found]
+        print(
+            f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
+            f"start {statistics.median(f['loading'] for f in found):.1f} s, "
+            f"peak memory {max(f['peak'] for f in found):.0f} MiB"
+        )
+    missed = 0
+    for side, aim in (("lightly", args.at_least), ("floor", args.floor_at_least)):
+        ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results[side])]
+        ratio = statistics.median(ratios)
+        print(f"ratio of ours to {side} {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), aim {aim}")
+        missed |= ratio < aim
+    views = statistics.median(f["views"] for f in results["ours"])
+    print(f"views and waiting {views:.1%} of a step")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

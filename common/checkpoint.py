@@ -235,6 +235,15 @@ _FLAGS = [  # of the flags those that are acted upon
 ]
 
 
+_FAMILIES = [  # what is only in one script's pre-trainings, that script, and the one that evaluates them
+    (r"opt\.negatives$|state_dict\.model\.", "ring/train_ring.py", "ring/eval_ring.py"),
+    (r"opt\.tau_plus$|(^|\.)(module\.)?f\.0\.", "debiased/main.py", "debiased/linear.py"),
+    (r"opt\.view$|l_to_ab\.", "cmc/train_CMC.py", "cmc/LinearProbing.py"),
+    (r"opt\.moco$|contrast\.memory$", "moco_insdis/train_moco_ins.py", "moco_insdis/eval_moco_ins.py"),
+    (r"encoder_q\.", "nonsem_neg/moco_non_sem_neg.py", "nonsem_neg/main_lincls.py"),
+]
+
+
 class Saved(dict):
     """What the checkpoint at `path` holds, every field of the kind that the scripts rely on.
 
@@ -264,14 +273,9 @@ class Saved(dict):
     @property
     def family(self) -> tuple[str, str] | None:
         """The scripts that write and that evaluate a pre-training like this one, as far as its layout tells."""
-        model, flags = self.get("model", {}), self.get("opt", {})
-        if "view" in flags or any("l_to_ab." in name for name in model):
-            return "cmc/train_CMC.py", "cmc/LinearProbing.py"
-        if "moco" in flags or "memory" in self.get("contrast", {}):
-            return "moco_insdis/train_moco_ins.py", "moco_insdis/eval_moco_ins.py"
-        if any("encoder_q." in name for name in self.get("state_dict", {})):
-            return "nonsem_neg/moco_non_sem_neg.py", "nonsem_neg/main_lincls.py"
-        return None
+        inside = [f"{key}.{name}" for key in ("model", "state_dict", "contrast", "opt") for name in self.get(key, {})]
+        names = "\n".join([*self, *inside])
+        return next((scripts for sign, *scripts in _FAMILIES if re.search(sign, names, re.MULTILINE)), None)
 
     def how_far(self) -> dict:
         """How far the pre-training had come that is in this file, or behind this classifier; for result.json."""

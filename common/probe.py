@@ -256,14 +256,17 @@ def train(job, method: Classifier, val_loader: Loader, lr: Callable[[int, float]
 def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
     """result.json: last and best epoch. Best is chosen on the validation set, as published; quote the last.
 
-    saved: the pre-training checkpoint. label: of the run in a report, unless --label says; None: the name of its folder.
+    saved: the pre-training checkpoint, whose seed is the run's where it says so. label: of the run in a report, unless
+    --label says; None: the name of its folder.
     """
     args, scores = job.args, job.method.scores
     label = args.label or label or os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
     facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
     facts |= saved.how_far()
     facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
-    job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path, seed=args.seed)
+    then = (saved.get("opt") or {}).get("seed")
+    facts |= dict(seed=args.seed if then is None else then, linear_seed=args.seed)
+    job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- k-NN

@@ -209,7 +209,9 @@ def worker(args, process: processes.Process) -> None:
             found = method.scores
             at_best = dict(acc1_best=found["best_acc1"], best_epoch=found["best_epoch"] - 1)
             known = dict(pretrained=facts["pretrained"], data=args.data, split="val", epochs=job.done)
-            known |= dict(acc1=found["acc1"], acc5=found["acc5"], **at_best, precision=str(precision), seed=args.seed)
+            known |= dict(acc1=found["acc1"], acc5=found["acc5"], **at_best, precision=str(precision))
+            then = (facts["pretrained_args"] or {}).get("seed")  # of the run: that of its pre-training
+            known |= dict(seed=args.seed if then is None else then, linear_seed=args.seed)
             job.log.result(**known, **saved.how_far())
 
 

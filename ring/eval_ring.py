@@ -236,6 +236,7 @@ def worker(args, process: processes.Process) -> None:
     for name, both in opened.items():
         mine = copy.copy(args)  # every run has its own seed, and says its own data
         mine.data, mine.dataset = places[name], name if name in args.transfer else args.dataset
+        mine.transfer = list(args.transfer)  # a checkpoint's flags are plain values
         rows.append(evaluate(mine, process, saved, network, name, both, name not in args.transfer))
         if process.is_main:
             run.write_json(run.Path(args.folder) / f"table{'-nn' * args.nn_only}.json", {"rows": rows})

@@ -215,7 +215,7 @@ _FIELDS = [  # what scripts rely on in a checkpoint: names, in words, test; what
     ("arch network digest pretrained", "text", _is_text),
     ("args opt", "flags by name", _all(dict, _is_flag)),
     ("pretrained_args", "flags by name", lambda value: value is None or _all(dict, _is_flag)(value)),
-    ("state_dict model model_ema contrast classifier", "tensors by name", _all(dict, torch.is_tensor)),
+    ("state_dict model model_ema contrast classifier statistics", "tensors by name", _all(dict, torch.is_tensor)),
     ("queue scaler", "numbers by name", _all(dict, lambda value: _is_number(value) and abs(float(value)) < 2**53)),
     ("classes", "a list of names", _all(list, _is_text)),
     (
@@ -389,12 +389,14 @@ def newest_below(folder: str | Path) -> Path | None:
     return max((p for p in map(newest, folders) if p), key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
+_SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
 # Where published code keeps the network that is evaluated, most specific first: (prefix, names of its children). An
 # nn.Sequential of torchvision's children numbers them: those are the names behind the numbers.
 _LAYOUTS = [
     ("encoder_q.", None),  # MoCo and the code derived from it; key encoder beside it as encoder_k.
     # a Lightning module around a Sequential trunk; key encoder as model_k.
-    ("model.features.", {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}),
+    ("model.features.", _SEQUENTIAL),
     # a Sequential trunk f, without a max-pool, and a head g
     ("f.", {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}),
     ("encoder.", None),  # a network or two towers called encoder, its heads beside it
@@ -419,6 +421,9 @@ def backbone(checkpoint: dict) -> dict[str, Tensor]:
             inside = {f"{children[n]}.{rest}": v for k, v in inside.items() for n, _, rest in [k.partition(".")]}
         return inside
     if towers := {k: v for k, v in state.items() if k.startswith(("encoder1.", "encoder2."))}:
+        return towers
+    parts = [(re.fullmatch(r"model\.(\w+)\.features\.(\d+)\.(.+)", k), v) for k, v in state.items()]
+    if towers := {f"{m[1]}.{_SEQUENTIAL[m[2]]}.{m[3]}": v for m, v in parts if m and m[2] in _SEQUENTIAL}:
         return towers
     if "conv1.weight" in state or any(k.startswith(("features.", "conv_proj", "patch_embed")) for k in state):
         return state

@@ -27,6 +27,9 @@ from debiased.main import NORMALIZE
 from debiased.networks import Encoder, LinearNet, described
 from preprocess import demo
 
+SETTINGS = (  # of the pre-training, which two seeds of one experiment have in common
+    "batch_size", "learning_rate", "cosine", "bn_splits", "input_res", "small_stem", "feature_dim",
+)  # fmt: skip
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", model_path="runs/try-debiased", save_path="runs/try-debiased-linear", workers=2,
@@ -169,7 +172,9 @@ def worker(args, process: processes.Process) -> None:
         def embedder(images):
             return embed(network, images, precision, adapts)
 
-        facts = dict(classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(encoder_state(saved)))
+        facts = dict(script="debiased/linear.py", classes=train_set.classes, network=saved.path)
+        facts |= dict(digest=checkpoint.fingerprint(encoder_state(saved)), pretrained_args=saved.get("opt"))
+        facts |= {f"pretrained_{key}": saved[key] for key in ("epoch", "step") if key in saved}
         method = Classifier(adapts, network, embedder, network.fc, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
@@ -180,17 +185,39 @@ def worker(args, process: processes.Process) -> None:
         job.begin(train_loader, method, **facts, **known, precision=str(precision))
         whole = probe.train(job, method, val_loader, lambda epoch, part: args.learning_rate, "model_best.pth")
         if whole:
-            probe.report(job, saved, label(args, saved), table="debiased/published.json", **facts)
+            made = row_label(saved.get("opt"), saved.path, args.protocol)
+            probe.report(job, saved, made, table="debiased/published.json", **facts)
 
 
-def label(args, saved: checkpoint.Saved) -> str:
+def row_label(opt: dict | None, path: str, protocol: str) -> str:
     """Of the run in a report: how it was pre-trained, and the protocol of this evaluation where it is the published one."""
-    opt = saved.get("opt")
-    made = f"{os.path.basename(saved.path)}"
+    made = f"{os.path.basename(path)}"
     if opt:
         what = f", tau_plus {opt['tau_plus']}" + f", M {opt['M']}" * (opt["M"] > 1) if opt["loss"] == "debiased" else ""
         made = f"{opt['loss']}{what}, t {opt['temperature']}"
-    return made + ", published protocol" * (args.protocol == "published")
+    return made + ", published protocol" * (protocol == "published")
+
+
+def reopen(saved, network, input_res: int | None, process: processes.Process, precision):
+    """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there).
+
+    The file holds the whole network, with the statistics that it was tested with, whatever the protocol.
+    """
+    opt, state = saved.get("opt") or {}, saved.get("state_dict") or {}
+    if not {"fc.weight", "f.0.weight"} <= state.keys() or "protocol" not in opt:
+        return None
+    args, flags = parse_args([f"--test-size={input_res or opt['test_size']}"]), saved.get("pretrained_args") or {}
+    arch, small_stem = described(state, saved.path)
+    model = LinearNet(Encoder(arch, small_stem), len(state["fc.weight"]))
+    checkpoint.load_into(model, state, saved.path)
+    model = model.eval().to(process.device, memory_format=torch.channels_last)
+    facts = dict(arch=arch, outputs=model.fc.out_features, input_res=args.test_size, resize=args.test_size)
+    facts |= dict(label=row_label(flags, saved["network"], opt["protocol"]), protocol=opt["protocol"])
+    facts |= dict(epochs=saved.get("pretrained_epoch"), seed=flags.get("seed"), pretrained=saved["network"])
+    facts |= saved.how_far() if "pretrained_epoch" in saved else {}
+    facts |= dict(settings={name: flags[name] for name in SETTINGS if name in flags} | {"protocol": opt["protocol"]})
+    view = pretraining.whole_view(args)
+    return lambda images: model.fc(embed(model, images, precision, False).float()), view.ops, facts
 
 
 def main(argv=None) -> None:

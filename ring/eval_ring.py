@@ -47,6 +47,10 @@ PROTOCOLS = {  # standard: ours; released: TransferSystem of mhw32/contrastive-r
     "standard": dict(learning_rate=0.5, weight_decay=0.0, drops=(0.6, 0.8)),
     "released": dict(learning_rate=0.01, weight_decay=1e-5, drops=()),
 }
+SETTINGS = (  # of the pre-training, which two seeds of one experiment have in common
+    "k", "t", "m", "thres_outer", "thres_inner", "anneal", "ball_bank_size", "neighbor_views", "conv3x3", "augmentation",
+    "view", "batch_size", "learning_rate", "input_res",
+)  # fmt: skip
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", model_path="runs/try-ring", save_path="runs/try-ring-linear", workers=2, epochs=40,
@@ -175,9 +179,8 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
         log.close()
         return row
     with loop.Job(args, process, folder, last="current.pth", same=("protocol",), by_epoch=True) as job:
-        towers = network.towers() if isinstance(network, backbones.TwoTowers) else (network,)
-        args.model = {512: "resnet18", 2048: "resnet50"}[towers[0].l1.in_features]
-        classifier = nn.Linear(sum(tower.l1.in_features for tower in towers), row["classes"]).to(process.device)
+        classifier, args.model = networks.linear(network, row["classes"])
+        classifier.to(process.device)
         sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay)
         optimizer = torch.optim.SGD(classifier.parameters(), **sgd)
 
@@ -187,7 +190,8 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
             return embed(network, images, precision)
 
         kind, made = released.Released if moves else probe.Classifier, dict(classes=both[0].classes, digest=digest)
-        method = kind(network, embedder, classifier, optimizer, process, **made, network=saved.path)
+        made |= dict(script="ring/eval_ring.py", network=saved.path)
+        method = kind(network, embedder, classifier, optimizer, process, **made)
         how = dict(shuffle=not args.cache_views, drop_last=moves)
         train_loader = options.make_loader(args, process, both[0], (recipe(args, True),), **how)
         val_loader = options.make_loader(args, process, both[1], (recipe(args, False),), shuffle=False, drop_last=False)
@@ -202,19 +206,8 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
             return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
         if probe.train(job, method, val_loader, rate, "best.pth"):
-            opt = saved["opt"]
-            label = f"{args.method.upper()} {opt['negatives']}" if "negatives" in opt else None
-            probe.report(job, saved, label, **found, method=args.method, protocol=args.protocol)
+            probe.report(job, saved, row_label(saved["opt"]), **found, method=args.method, protocol=args.protocol)
         return row | found | {"acc1": method.scores["acc1"], "acc1_best": method.scores["best_acc1"]}
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown: one line for each data set, accuracies in percent."""
-    heads = {"data": "data set", "classes": "classes", "train": "train", "val": "val", "acc1": "linear, last epoch"}
-    heads |= {"acc1_best": "best", "knn_acc1": "k-NN", "bank_acc1": "1-NN in the bank"}
-    heads = {key: head for key, head in heads.items() if any(key in row for row in rows)}
-    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in (r.get(k, "-") for k in heads)] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads.values(), ["---"] * len(heads), *cells))
 
 
 def worker(args, process: processes.Process) -> None:
@@ -224,8 +217,7 @@ def worker(args, process: processes.Process) -> None:
     saved = read_network(args)
     parent = os.path.basename(released.experiment(saved.path))
     args.folder = os.path.join(args.save_path, f"{parent}_{args.protocol}")
-    network = networks.of_checkpoint(saved).requires_grad_(False).eval()
-    network = network.to(process.device, memory_format=torch.channels_last)
+    network = networks.frozen(saved, process.device)
     places = {} if args.data is None else {args.dataset if args.dataset in sets.TORCHVISION_SETS else "own": args.data}
     if twice := places.keys() & args.transfer.keys():
         raise UsageError(f"--transfer {min(twice)}: is the name of the data set of the pre-training; use NAME=PATH")
@@ -244,11 +236,38 @@ def worker(args, process: processes.Process) -> None:
     for name, both in opened.items():
         mine = copy.copy(args)  # every run has its own seed, and says its own data
         mine.data, mine.dataset = places[name], name if name in args.transfer else args.dataset
+        mine.transfer = list(args.transfer)  # a checkpoint's flags are plain values
         rows.append(evaluate(mine, process, saved, network, name, both, name not in args.transfer))
         if process.is_main:
             run.write_json(run.Path(args.folder) / f"table{'-nn' * args.nn_only}.json", {"rows": rows})
     if process.is_main:
-        print(table(rows))
+        print(transfer.table(rows))
+
+
+def row_label(opt: dict) -> str | None:
+    return f"{opt['method'].upper()} {opt['negatives']}" if "negatives" in opt else None
+
+
+def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+    """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
+    opt = saved.get("opt") or {}
+    if "classifier" not in saved or "protocol" not in opt:
+        return None
+    flags = dict(model_path=network, augmentation=opt.get("augmentation"), input_res=input_res or opt.get("input_res"))
+    args = parse_args(["--root=-", *(f"--{name}={value}" for name, value in flags.items() if value is not None)])
+    before, weights = read_network(args), saved["classifier"]
+    model, then = networks.frozen(before, process.device), before["opt"]
+    classifier, arch = networks.linear(model, len(weights["weight"]))
+    checkpoint.load_into(classifier.to(process.device), weights, saved.path)
+    facts = dict(arch=arch, outputs=classifier.out_features, input_res=args.input_res, label=row_label(then))
+    facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
+    facts |= before.how_far() | dict(digest=checkpoint.fingerprint(model.state_dict()), protocol=opt["protocol"])
+    facts |= dict(settings={name: then[name] for name in SETTINGS if name in then} | {"protocol": opt["protocol"]})
+    if opt["protocol"] == "released":  # on a network whose statistics have moved since
+        released.restore(model, saved)
+    view = plain_view(args)
+    facts["resize"] = view.geometry.resize
+    return lambda images: classifier(embed(model, images, precision)), view.ops, facts
 
 
 def main(argv=None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,3 +75,15 @@ def of_checkpoint(saved: dict) -> nn.Module:
     network = build_network(arch, len(state[f"{first}l2.weight"]), conv3x3, views)
     checkpoint.load_into(network, state, what)
     return network
+
+
+def frozen(saved: dict, device) -> nn.Module:
+    """The same on `device`, in evaluation mode and without gradients."""
+    return of_checkpoint(saved).requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def linear(network: nn.Module, classes: int) -> tuple[nn.Linear, str]:
+    """A classifier of the pooled feature (of towers side by side), and which of RESNETS that is of."""
+    towers = network.towers() if isinstance(network, backbones.TwoTowers) else (network,)
+    widths = [tower.l1.in_features for tower in towers]
+    return nn.Linear(sum(widths), classes), dict(zip((512, 2048), RESNETS))[widths[0]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 
-from common import checkpoint, probe
+from common import UserError, checkpoint, probe
 
 
 def settings(saved: checkpoint.Saved, augmentations) -> dict:
@@ -44,4 +44,16 @@ class Released(probe.Classifier):
 
     def load_weights(self, saved: checkpoint.Saved) -> None:
         super().load_weights(saved)
-        self.network.load_state_dict(saved["statistics"], strict=False)
+        restore(self.network, saved)
+
+
+def restore(network, saved: checkpoint.Saved) -> None:
+    """Give the pre-trained `network` the batch-norm statistics that a classifier of this protocol was saved with.
+
+    Raises UserError where the file lacks some: the classifier is on no other network.
+    """
+    found = saved.get("statistics") or {}
+    if not dict(network.named_buffers()).keys() <= found.keys():
+        why = "which --protocol released has moved"
+        raise UserError(f"{saved.path} lacks batch-norm statistics of its network, {why}: train that classifier again")
+    checkpoint.load_into(network, dict(network.named_parameters()) | found, saved.path)

@@ -134,3 +134,12 @@ def _joined(name: str, root: str, parts: list) -> sets.PictureSet:
     pictures = sets.FolderSet(paths, targets, classes, root)
     pictures.name = name
     return pictures
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line for each data set, accuracies in percent."""
+    heads = {"data": "data set", "classes": "classes", "train": "train", "val": "val", "acc1": "linear, last epoch"}
+    heads |= {"acc1_best": "best", "knn_acc1": "k-NN", "bank_acc1": "1-NN in the bank"}
+    heads = {key: head for key, head in heads.items() if any(key in row for row in rows)}
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in (r.get(k, "-") for k in heads)] for r in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads.values(), ["---"] * len(heads), *cells))

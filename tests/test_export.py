@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from cmc import colour, networks
 from common import UsageError, UserError, backbones, checkpoint
+from debiased.networks import Network as DebiasedNetwork
+from ring import networks as ring_networks
 from tools import export
 
 
@@ -88,6 +90,49 @@ def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
     bank("wide.pth", backbones.WidthResNet(18, 3, 2, 128), model="resnet18")
     with pytest.raises(UserError, match="its stages are 2 times as wide as those of resnet18; --to safetensors"):
         export.main(["wide.pth", "--to", "torchvision"])
+
+
+def ring(path, network):
+    """A pre-training of ring: the memories and the key network stay behind."""
+    state = checkpoint.add_prefix(network.state_dict(), "model.")
+    state |= {"memory_bank._bank": torch.zeros(4, 16), "model_k.features.0.weight": torch.zeros(3)}
+    torch.save({"opt": {}, "epoch": 1, "state_dict": state}, path)
+
+
+@pytest.mark.parametrize("small_stem", [True, False])
+def test_the_numbered_layers_of_ring_and_debiased(folder, capsys, small_stem):
+    """Run folders, the authors' bare file, a classifier: what is loaded computes the same feature."""
+    x, nets = torch.rand(2, 3, 64, 64), [ring_networks.build_network("resnet18", 16, small_stem)]
+    nets += [DebiasedNetwork("resnet18", 16, small_stem)]
+    for network in nets:
+        network.train()(x)
+        network.eval()
+    ring("last.ckpt", nets[0])
+    model = loaded(capsys, ".", "--to", "torchvision")
+    assert torch.equal(model.eval()(x), backbones.feature(nets[0], x, 6)) and (folder / "torchvision_last.pth").exists()
+    state = nets[1].state_dict()
+    torch.save({"opt": {}, "epoch": 1, "state_dict": checkpoint.add_prefix(state, "module.")}, "current.pth")
+    torch.save(checkpoint.add_prefix(state, "module."), "model_400.pth")
+    classifier = state | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
+    torch.save({"opt": {}, "epoch": 1, "state_dict": classifier, "best_acc1": 9.0}, "linear.pth")
+    for path in (".", "model_400.pth", "linear.pth"):
+        model = loaded(capsys, path, "--to", "torchvision")
+        assert torch.equal(model.eval()(x), nets[1].f(x))
+    if small_stem:
+        with pytest.raises(UserError, match="7x7 first convolution"):
+            export.main(["last.ckpt", "--to", "detectron2"])
+
+
+def test_the_towers_of_ring_one_by_one(folder, capsys):
+    network = ring_networks.build_network("resnet18", 16, False, colour.default_views("Lab")).eval()
+    ring("last.ckpt", network)
+    with pytest.raises(UsageError, match="has the towers ab_to_l and l_to_ab: choose one with --tower"):
+        export.main(["last.ckpt", "--to", "torchvision"])
+    with pytest.raises(UserError, match="detectron2 cannot load this network: .* on RGB"):
+        export.main(["last.ckpt", "--to", "detectron2", "--tower", "l_to_ab"])
+    for tower, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
+        model, x = loaded(capsys, ".", "--to", "torchvision", "--tower", tower), torch.rand(2, channels, 32, 32)
+        assert torch.equal(model.eval()(x), backbones.feature(getattr(network, tower), x, 6))
 
 
 def test_towers_are_refused_with_the_reason_or_loaded_one_by_one(folder, capsys):

@@ -6,18 +6,31 @@ import json
 import pytest
 import torch
 from conftest import inside, run_script, stopped_at
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from cmc import LinearProbing, colour, train_CMC
 from common import UsageError, UserError, backbones, checkpoint
+from debiased import linear as debiased_linear
+from debiased.networks import Network as DebiasedNetwork
 from moco_insdis import eval_moco_ins
+from ring import eval_ring
+from ring import networks as ring_networks
 from tools import report, robustness
 
-SMALL = "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder --cache-views 1".split()
+SMALL = "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder".split()
+CACHED = ["--cache-views", "1"]
 LINEAR = {  # name: (script, network, more flags)
-    "cmc": (LinearProbing, "cmc-net", ["--layer", "1"]),
-    "alexnet": (LinearProbing, "alexnet-net", []),
-    "moco": (eval_moco_ins, "moco-net", ["--bn"]),
+    "cmc": (LinearProbing, "cmc-net", ["--layer", "1", *CACHED]),
+    "alexnet": (LinearProbing, "alexnet-net", CACHED),
+    "moco": (eval_moco_ins, "moco-net", ["--bn", *CACHED]),
+    "ring": (eval_ring, "ring-net", ["--lr", ".1", "--epochs", "60", *CACHED]),
+    "released": (eval_ring, "ring-net", ["--lr", ".05", "--protocol", "released"]),
+    "towers": (eval_ring, "towers-net", ["--lr", ".1", "--epochs", "60", *CACHED]),
+    "debiased": (debiased_linear, "debiased-net", ["--lr", ".003", "--test-size", "40", "--epochs", "60", *CACHED]),
+    "published": (debiased_linear, "debiased-net", ["--lr", ".003", "--protocol", "published"]),
 }
+MOVED = {"released": "statistics", "published": "state_dict"}  # what holds statistics that moved
 KEYS = ("opt", "epoch", "classifier", "best_acc1", "optimizer")  # of the authors' files
 SETS = ["--corruption=C", "--sketch=DATA/sketch", "--rendition=DATA/rendition"]
 
@@ -27,6 +40,18 @@ def pretrained(folder, network, **opt):
     opt |= dict(softmax=True, nce_k=4096, input_res=32, seed=3, learning_rate=0.03)
     model = checkpoint.add_prefix(network.state_dict(), "encoder.module.")
     torch.save({"opt": opt, "model": model, "contrast": {}, "epoch": 240, "optimizer": {}}, folder / "current.pth")
+
+
+def pretrained_whole(folder, pictures, network, prefix, **opt):
+    """A pre-training of ring or debiased."""
+    folder.mkdir()
+    opt |= dict(seed=3, learning_rate=0.03, dataset="folder", epochs=240)
+    for norm in (m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
+        norm.momentum = None
+    with torch.no_grad():  # near the statistics of the pictures, not at them
+        network.train()(pictures)
+    state = checkpoint.add_prefix(network.state_dict(), prefix)
+    torch.save({"opt": opt, "epoch": 240, "state_dict": state}, folder / "current.pth")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +67,22 @@ def folder(tmp_path_factory, demo_set):
     for name, model, view in (("cmc", "resnet18v1", "YCbCr"), ("alexnet", "alexnet", "Lab")):
         network = train_CMC.build_network(model, colour.default_views(view), 128, small_stem=True)
         pretrained(folder / f"{name}-net", network, model=model, view=view)
+    paths = sorted((demo_set / "train").rglob("*.png"))[::2]
+    pictures = torch.stack([to_tensor(Image.open(path).convert("RGB").resize((32, 32))) for path in paths])
+    for name, method, augmentation in (
+        ("ring", "ir", "mocov2_32x32"),  # whole pictures
+        ("towers", "cmc", "v1"),  # the centre of resized ones
+    ):
+        views = colour.default_views("YCbCr") if method == "cmc" else ()
+        opt = dict(method=method, negatives="ring", augmentation=augmentation, view="YCbCr", k=64)
+        network = ring_networks.build_network("resnet18", 16, False, views)
+        pretrained_whole(folder / f"{name}-net", pictures, network, "model.", **opt)
+    opt = dict(loss="debiased", tau_plus=0.1, M=1, temperature=0.5, feature_dim=16)
+    pretrained_whole(folder / "debiased-net", pictures, DebiasedNetwork("resnet18", 16, False), "", **opt)
     with inside(folder):
         for name, (script, network, more) in LINEAR.items():
-            script.main([*SMALL, "--data_folder", "DATA", "--model_path", network, "--save_path", name, *more])
+            place = "--root" if script is eval_ring else "--data_folder"
+            script.main([*SMALL, place, "DATA", "--model_path", network, "--save_path", name, *more])
     return folder
 
 
@@ -75,16 +113,21 @@ def fails(error, match, *flags):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_classifier_has_the_accuracy_of_its_linear_evaluation(workspace, name):
-    """In its own colours, at its own layer, ours and as the authors' files are."""
-    (run,) = (workspace / name).iterdir()
-    linear = json.loads((run / "result.json").read_text())
+    """In its own colours, at its own layer and size, on its own statistics; ours and as the authors' files are."""
+    (result,) = (workspace / name).resolve().rglob("result.json")
+    run, linear = result.parent, json.loads(result.read_text())
     found = row("DATA", "--classifier", name)
-    assert found["clean"] == pytest.approx(linear["acc1"]) and found["clean"] > 10
+    assert found["clean"] == pytest.approx(linear["acc1"])
     assert (found["label"], found["arch"], found["seed"]) == (linear["label"], linear["arch"], 3)
-    assert found["epochs"] == 240 and found["settings"]["layer"] == linear["layer"]
+    assert found["epochs"] == found["backbone_epochs"] == 240
     best = row("DATA", "--classifier", name, "--best", out="best")
-    assert best["clean"] == pytest.approx(linear["acc1_best"]) and "_layer" in best["evaluated"]
+    assert best["clean"] == pytest.approx(linear["acc1_best"]) and best["clean"] > 10
+    assert "/current." not in best["evaluated"]
     saved = checkpoint.load(run / "current.pth")
+    if "protocol" in linear:  # no authors' files of these
+        assert found["settings"]["protocol"] == linear["protocol"]
+        return loses_statistics(saved, MOVED[name]) if name in MOVED else None
+    assert found["settings"]["layer"] == linear["layer"]
     theirs = {k: saved[k] for k in KEYS}
     kept = ("model", "layer", "view", "model_path", "crop", "crop_low", "input_res")
     theirs["opt"] = argparse.Namespace(**{k: v for k, v in saved["opt"].items() if k in kept}, bn=True)
@@ -93,6 +136,17 @@ def test_a_classifier_has_the_accuracy_of_its_linear_evaluation(workspace, name)
     again = row("DATA", "--classifier", "published.pth", out="again")
     assert again["clean"] == found["clean"]
     report.main(["row", "again", "--no-published"])
+
+
+def loses_statistics(saved, where):
+    """Without what moved there is no such network; and it did move."""
+    kept = {k: v for k, v in saved[where].items() if "running_" in k}
+    old = checkpoint.load(saved["network"])["state_dict"]
+    assert kept and not any(torch.equal(v, old.get(k, old.get(f"model.{k}"))) for k, v in kept.items())
+    torch.save(saved | {where: {k: v for k, v in saved[where].items() if k not in kept}}, "less.pth")
+    fails(
+        UserError, "less.pth (lacks batch-norm statistics|does not fit this model)", "DATA", "--classifier", "less.pth"
+    )
 
 
 def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
@@ -227,20 +281,32 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
     monkeypatch.setattr(robustness, "open_sets", open_sets)
     monkeypatch.setattr(checkpoint, "fingerprint", lambda state: saved["digest"])  # which takes most of the time
     tracebacks = []
-    for name in ("moco", "cmc"):
-        (run,) = (workspace / name).iterdir()
-        saved = checkpoint.load(run / "current.pth")
+    for name in ("moco", "cmc", "released", "published"):
+        (run,) = (workspace / name).resolve().rglob("current.pth")
+        saved = checkpoint.load(run)
         changed = [
             {key: value}
-            for key in ("opt", "classifier", "classes", "network", "digest", "script", "epoch")
+            for key in (
+                "opt",
+                "classifier",
+                "classes",
+                "network",
+                "digest",
+                "script",
+                "epoch",
+                "pretrained_args",
+                *MOVED.values(),
+            )
+            if key in saved
             for value in WRONG
         ]
-        options = ("model", "layer", "view", "input_res", "crop", "bn")
+        options = ("model", "layer", "view", "input_res", "crop", "bn", "protocol", "augmentation", "test_size")
         changed += [
             {"opt": saved["opt"] | {key: value}} for key in options if key in saved["opt"] for value in WRONG[3:7]
         ]
-        weights = saved["classifier"]
-        changed += [{"classifier": weights | {key: value}} for key in weights for value in WRONG[-3:]]
+        for part in {"classifier", *MOVED.values()} & saved.keys():
+            names = list(saved[part])[-8:]
+            changed += [{part: saved[part] | {key: value}} for key in names for value in WRONG[-3:]]
         for change in changed:
             torch.save(saved | change, "bad.pth")
             try:

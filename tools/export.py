@@ -49,7 +49,8 @@ def main(argv=None) -> None:
     state = one_tower(state, args.tower) if args.tower else checkpoint.without_head(state)
     out = Path(args.out or path.parent)
     if out.is_dir():  # a name that no run takes for its own checkpoint
-        out /= "_".join([args.to, *filter(None, [args.tower]), path.name.split(".pth")[0]]) + SUFFIX[args.to]
+        stem = re.split(r"\.pth|\.ckpt", path.name)[0]
+        out /= "_".join([args.to, *filter(None, [args.tower]), stem]) + SUFFIX[args.to]
     line = recipe(state, saved, args.to, str(out))
     try:
         with checkpoint.replacing(out) as file:

@@ -17,8 +17,9 @@ A paper takes part by one line in FAMILIES and a function in its linear evaluati
 None: the checkpoint `saved` is of another script. network: path of the pre-trained network, for files that hold a classifier
 alone. input_res: side of the input in pixels, or None for that of the linear evaluation. logits: images on the device ->
 float32 (N, C). colours: operations after resize and centre crop. facts: input_res, outputs (C), arch, label (None: the
-folder of the network), and of the pre-training epochs, seed, path (pretrained), settings (what two seeds of one experiment
-have in common), digest (of its network where that is another file).
+folder of the network), resize (the shorter side before that crop, where it is not in proportion to 256 for 224), and of the
+pre-training epochs, seed, path (pretrained), settings (what two seeds of one experiment have in common), digest (of its
+network where that is another file).
 """
 
 import contextlib
@@ -45,8 +46,10 @@ from preprocess import demo
 
 FAMILIES = {  # linear evaluation: its files of the last epoch, and of the best on val
     "nonsem_neg/main_lincls.py": ("checkpoint_robust_*.pth.tar", "model_best_*.pth.tar"),
+    "ring/eval_ring.py": ("current.pth", "best.pth"),
     "cmc/LinearProbing.py": ("current.pth", "*_layer[0-9].pth"),
     "moco_insdis/eval_moco_ins.py": ("current.pth", "*_layer[0-9].pth"),
+    "debiased/linear.py": ("current.pth", "model_best.pth"),
 }
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
@@ -112,11 +115,8 @@ def read_classifier(args) -> checkpoint.Saved:
         raise UsageError(f"{path}: nothing to evaluate yet; run nonsem_neg/main_lincls.py --demo first")
     if os.path.isdir(path):
         patterns = tuple(dict.fromkeys(pattern[args.best] for pattern in FAMILIES.values()))
-        below = sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
-        found = checkpoint.newest(path, patterns)
-        found = found or max(
-            filter(None, (checkpoint.newest(f, patterns) for f in below)), key=os.path.getmtime, default=None
-        )
+        depths = [[below + pattern for pattern in patterns] for below in ("", "*/", "*/*/")]
+        found = next(filter(None, (checkpoint.newest(path, depth) for depth in depths)), None)
         if found is None:
             raise UsageError(
                 f"--classifier {path}: no {' or '.join(patterns)} in this folder; run a linear evaluation first"
@@ -160,9 +160,10 @@ def reopen(saved, args, process: processes.Process, precision):
     facts = made[2]
     if args.arch and facts["arch"] != args.arch:
         raise UserError(f"{saved.path} is of --arch {facts['arch']}, not {args.arch}")
-    if saved.get("digest", facts.get("digest")) != facts.get("digest"):
+    if "classifier" in saved and saved.get("digest", facts.get("digest")) != facts.get("digest"):
         raise UserError(f"{saved.path} is a classifier on another network than {network}: give that with --network")
     args.arch, args.input_res = facts["arch"], facts["input_res"]
+    args.resize = facts.pop("resize", options.eval_resize(args.input_res))
     return made
 
 
@@ -236,7 +237,7 @@ def geometry(args, dataset, cropped_before: bool) -> augment.ResizeCenterCrop:
         size = dataset.open(0).size
         if args.precropped == "yes" or (args.precropped == "auto" and size == (224, 224)):
             return augment.ResizeCenterCrop(None if args.input_res == 224 else args.input_res, args.input_res)
-    return augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res)
+    return augment.ResizeCenterCrop(args.resize, args.input_res)
 
 
 class Stopped(Exception):

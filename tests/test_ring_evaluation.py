@@ -136,7 +136,7 @@ def test_the_protocols_differ_as_they_say(workspace, tmp_path):
 
 
 def checkpoint_of(name):
-    return eval_ring.probe.pretrained(name, "--model_path", "train_ring.py")
+    return eval_ring.probe.pretrained(name, "--model_path", "ring/train_ring.py")
 
 
 def test_a_network_that_changes_voids_the_result(workspace):

@@ -164,7 +164,15 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
     torch.save(other, "other.pth")
     fails(UserError, "is a classifier on another network than other.pth",
           "../DATA", "--classifier", classifier, "--network", "other.pth")  # fmt: skip
-    fails(UserError, "is of CMC", "../DATA", "--classifier", classifier, "--network", "../cmc-net/current.pth")
+    fails(
+        UserError,
+        "is of cmc/train_CMC.py: evaluate it with",
+        "../DATA",
+        "--classifier",
+        classifier,
+        "--network",
+        "../cmc-net/current.pth",
+    )
     fails(UserError, "holds no classifier of .*: give a checkpoint of a linear evaluation, not of pre-training",
           "../DATA", "--classifier", "../moco-net/current.pth")  # fmt: skip
     fails(UserError, "is of --arch resnet18, not resnet50",

@@ -185,10 +185,12 @@ def worker(args, process: processes.Process) -> None:
 
 def label(args, saved: checkpoint.Saved) -> str:
     """Of the run in a report: how it was pre-trained, and the protocol of this evaluation where it is the published one."""
-    opt = saved.get("opt")
+    opt = saved.get("opt") or {}
     made = f"{os.path.basename(saved.path)}"
-    if opt:
-        what = f", tau_plus {opt['tau_plus']}" + f", M {opt['M']}" * (opt["M"] > 1) if opt["loss"] == "debiased" else ""
+    if opt.keys() >= {"loss", "tau_plus", "M", "temperature"}:
+        what = (
+            f", tau_plus {opt['tau_plus']}" + f", M {opt['M']}" * (opt["M"] != 1) if opt["loss"] == "debiased" else ""
+        )
         made = f"{opt['loss']}{what}, t {opt['temperature']}"
     return made + ", published protocol" * (args.protocol == "published")
 

@@ -43,5 +43,7 @@ class Released(probe.Classifier):
         return {**super().weights(), "statistics": dict(self.network.named_buffers())}
 
     def load_weights(self, saved: checkpoint.Saved) -> None:
+        checkpoint.load_into(
+            self.network, saved["statistics"], saved.path, tuple(dict(self.network.named_parameters()))
+        )
         super().load_weights(saved)
-        self.network.load_state_dict(saved["statistics"], strict=False)

@@ -216,7 +216,11 @@ _FIELDS = [  # what scripts rely on in a checkpoint: names, in words, test; what
     ("args opt", "flags by name", _all(dict, _is_flag)),
     ("pretrained_args", "flags by name", lambda value: value is None or _all(dict, _is_flag)(value)),
     ("state_dict model model_ema contrast classifier statistics", "tensors by name", _all(dict, torch.is_tensor)),
-    ("queue scaler", "numbers by name", _all(dict, lambda value: _is_number(value) and abs(float(value)) < 2**53)),
+    (
+        "queue scaler neighbours",
+        "numbers by name",
+        _all(dict, lambda value: _is_number(value) and abs(float(value)) < 2**53),
+    ),
     ("classes", "a list of names", _all(list, _is_text)),
     (
         "data",
@@ -337,6 +341,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
                     () if key == "step" else p.shape,
                 )
                 right += [value.shape == size, value.is_floating_point(), bool(value.isfinite().all())]
+                right += [key != "step" or value >= 0]
         fits = all(right)
     if not fits:
         why = "other shapes, kinds or numbers of them"

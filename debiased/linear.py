@@ -191,9 +191,11 @@ def worker(args, process: processes.Process) -> None:
 
 def row_label(opt: dict | None, path: str, protocol: str) -> str:
     """Of the run in a report: how it was pre-trained, and the protocol of this evaluation where it is the published one."""
-    made = f"{os.path.basename(path)}"
-    if opt:
-        what = f", tau_plus {opt['tau_plus']}" + f", M {opt['M']}" * (opt["M"] > 1) if opt["loss"] == "debiased" else ""
+    made, opt = os.path.basename(path), opt or {}
+    if opt.keys() >= {"loss", "tau_plus", "M", "temperature"}:
+        what = (
+            f", tau_plus {opt['tau_plus']}" + f", M {opt['M']}" * (opt["M"] != 1) if opt["loss"] == "debiased" else ""
+        )
         made = f"{opt['loss']}{what}, t {opt['temperature']}"
     return made + ", published protocol" * (protocol == "published")
 

@@ -64,7 +64,7 @@ def described(state: dict[str, Tensor], path: str) -> tuple[str, bool]:
     for model, depth in MODELS.items():
         block, blocks = backbones.BLOCKS[depth]
         if blocks == counts and (block is backbones.Bottleneck) == bottleneck and "f.0.weight" in state:
-            return model, state["f.0.weight"].shape[-1] == 3
+            return model, state["f.0.weight"].shape[-1:] == (3,)
     raise UserError(
         f"{path} holds no network of this method (f.0.weight, f.3.0.conv1.weight, ...): written by another script?"
     )

@@ -125,7 +125,9 @@ def read_network(args) -> checkpoint.Saved:
     saved = probe.pretrained(args.model_path, "--model_path", f"ring/train_ring.py{' --demo' * args.demo}")
     if "classifier" in saved:
         raise UserError(f"{saved.path} is a classifier of this script: give the network to --model_path")
-    opt = saved["opt"] = saved.get("opt") or released.settings(saved, train_ring.SIDES)
+    opt = saved.get("opt") or {}
+    if "method" not in opt:
+        opt = saved["opt"] = released.settings(saved, train_ring.SIDES)
     args.method, args.view = opt["method"], opt.get("view", "Lab")
     args.augmentation = args.augmentation or opt.get("augmentation", "v1")
     args.dataset = args.dataset or opt.get("dataset", "folder")
@@ -198,7 +200,7 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
         job.begin(train_loader, method, val_images=len(both[1]), protocol=args.protocol, **facts)
         if note:
             job.log.say(note)
-        found = (job.saved or {}).get("neighbours") or neighbours()
+        found = {k: float(v) for k, v in (job.saved or {}).get("neighbours", {}).items()} or neighbours()
         method.facts["neighbours"] = found
         job.log.say(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
 
@@ -236,7 +238,7 @@ def worker(args, process: processes.Process) -> None:
     for name, both in opened.items():
         mine = copy.copy(args)  # every run has its own seed, and says its own data
         mine.data, mine.dataset = places[name], name if name in args.transfer else args.dataset
-        mine.transfer = list(args.transfer)  # a checkpoint's flags are plain values
+        del mine.transfer  # of this run no setting: a resume may ask for other data sets
         rows.append(evaluate(mine, process, saved, network, name, both, name not in args.transfer))
         if process.is_main:
             run.write_json(run.Path(args.folder) / f"table{'-nn' * args.nn_only}.json", {"rows": rows})

@@ -119,10 +119,13 @@ class Method:
         state, moco = saved["state_dict"], self.args.method == "moco"
         if ("queue" in state) != moco:
             raise UserError(f"{saved.path} is {'not ' * moco}of MoCo: give the --method that it was trained with")
-        if moco and len(state["queue"]) != self.args.k:
-            raise UserError(f"{saved.path} was made with --k {len(state['queue'])}, this run has {self.args.k}")
-        rows = len(state.get(f"{self.banks[0]}._bank", range(self.n)))
-        if rows != self.n:
+        lengths = {name: value.shape[0] if value.dim() else 0 for name, value in state.items()}
+        if moco and (k := lengths["queue"]) != self.args.k:
+            raise UserError(f"{saved.path} was made with --k {k}, this run has {self.args.k}")
+        if (rows := lengths.get(f"{self.banks[0]}._bank", self.n)) != self.n:
             raise UserError(f"{saved.path} was made with {rows} training pictures, this run has {self.n}")
         checkpoint.load_into(self.system, state, saved.path)
-        self.policy.load_state_dict(saved.get("thresholds", {}))
+        try:
+            self.policy.load_state_dict(dict(saved.get("thresholds", {})))
+        except (LookupError, TypeError, ValueError, OverflowError):
+            saved.refuse("thresholds", saved["thresholds"], "the outer threshold and the values that it follows")

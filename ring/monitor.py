@@ -14,8 +14,9 @@ PARTS = {"anchor": "black", "cut out (inside)": "tab:red", "the ring": "tab:gree
 
 def adopt_published(saved: checkpoint.Saved | None) -> None:
     """A checkpoint that Lightning has written, as a run goes on from it: it holds a list of optimizers."""
-    if saved is not None and "optimizer" not in saved and saved.get("optimizer_states"):
-        saved["optimizer"] = saved["optimizer_states"][0]
+    if saved is not None and "optimizer" not in saved:
+        if type(found := saved.get("optimizer_states")) is list and found:
+            saved["optimizer"] = found[0]
 
 
 def warn(job, method, ranks: tuple[int, int]) -> None:

@@ -27,7 +27,8 @@ def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], 
 
     pictures: the training set, in the order of the rows. stl10: a bank may go on with the unlabelled ones, which come last.
     """
-    found = [v.float() for k, v in saved["state_dict"].items() if k.startswith("memory_bank") and k.endswith("_bank")]
+    banks = ((k, v) for k, v in saved["state_dict"].items() if k.startswith("memory_bank") and k.endswith("_bank"))
+    found = [v.float() for _, v in banks if v.dim() == 2]
     n, rows = len(pictures), len(found[0]) if found else 0
     if not found:
         return [], pictures.targets, "note: no memory bank in this checkpoint: no 1-NN through it"

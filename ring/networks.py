@@ -65,14 +65,14 @@ def of_checkpoint(saved: dict) -> nn.Module:
     """
     state = {k.removeprefix(PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(PREFIX)}
     flags, what = saved.get("opt") or {}, getattr(saved, "path", "the checkpoint")
-    views = colour.default_views(flags["view"]) if flags.get("method") == "cmc" else ()
+    views = colour.default_views(flags.get("view", "Lab")) if flags.get("method") == "cmc" else ()
     first = f"{colour.tower_names(views)[0]}." if views else ""
     for key in (f"{first}features.0.weight", f"{first}l2.weight"):
         if key not in state:
             raise UserError(f"{what} holds no network of ring/train_ring.py: there is no {PREFIX}{key}")
     arch = "resnet50" if f"{first}features.4.0.conv3.weight" in state else "resnet18"
-    conv3x3 = state[f"{first}features.0.weight"].shape[-1] == 3
-    network = build_network(arch, len(state[f"{first}l2.weight"]), conv3x3, views)
+    conv3x3 = state[f"{first}features.0.weight"].shape[-1:] == (3,)
+    network = build_network(arch, max(1, *state[f"{first}l2.weight"].shape[:1], 1), conv3x3, views)
     checkpoint.load_into(network, state, what)
     return network
 

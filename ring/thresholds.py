@@ -34,7 +34,7 @@ class Constant:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        """KeyError, TypeError or ValueError where it is no state of this policy."""
 
 
 @dataclass
@@ -104,7 +104,11 @@ class Adaptive(Constant):
         return {"value": self.value, "history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.value, self.history = state["value"], list(state["history"])
+        if state:  # none: of a run without this policy, which begins here
+            value, history = float(state["value"]), [float(one) for one in state["history"]]
+            if not (self.least <= value <= self.most and all(map(math.isfinite, history))):
+                raise ValueError(value)
+            self.value, self.history = value, history
 
 
 def build(name: str, thres_outer: float, length: int, rate: float | None = None) -> Constant:

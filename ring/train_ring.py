@@ -251,7 +251,11 @@ class MoCo(Method):
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         super().load_state_dict(saved)
-        self.system.pictures.copy_(saved.get("queue_pictures", torch.tensor(-1)))
+        found, own = saved.get("queue_pictures", torch.tensor(-1)), self.system.pictures
+        fits = torch.is_tensor(found) and found.shape in ((), own.shape) and not found.is_floating_point()
+        if not fits or not ((found >= -1) & (found < self.n)).all():
+            saved.refuse("queue_pictures", found, f"a picture's number for each of {len(own)} keys")
+        own.copy_(found)
 
 
 def learning_rate(args, epoch: int) -> float:

@@ -366,6 +366,12 @@ def test_wrong_files(trained, tmp_path):
     saved, _ = evaluate(tmp_path / "done", "--model_path", "run", "--epochs", 1)
     (own,) = (tmp_path / "done").glob("*/current.pth")
     refused("is a classifier of a linear evaluation", own)
+    without = checkpoint.load("run/current.pth") | {"opt": {"seed": 1}}  # of an older version: it has no settings
+    torch.save(without, tmp_path / "without.pth")
+    assert (
+        evaluate(tmp_path / "without", "--model_path", tmp_path / "without.pth", "--epochs", 1)[1]["label"]
+        == "without.pth"
+    )
     torch.save(saved | {"opt": saved["opt"] | {"protocol": "published"}}, own)
     with pytest.raises(UserError, match="is of --protocol published, this run of clean"):
         evaluate(tmp_path / "done", "--model_path", "run", "--resume", "auto")

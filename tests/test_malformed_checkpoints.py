@@ -17,8 +17,11 @@ from conftest import equal, inside
 
 from cmc import LinearProbing, train_CMC
 from common import UserError, checkpoint, loop, run
+from debiased import linear as debiased_linear
+from debiased import main as debiased
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
+from ring import train_ring
 
 SMALL = "--demo --device cpu --epochs 1 --seed 0".split()
 BANK = [*SMALL, "-b", "32", "--nce_k", "40"]
@@ -27,9 +30,13 @@ SCRIPTS = {  # name: (script, flags, what is built once for all cases, flag of t
     "insdis": (train_moco_ins, BANK, ("build_loader", "InsDis"), "--model_path"),
     "moco": (train_moco_ins, ["--moco", *BANK], ("build_loader", "MoCo"), "--model_path"),
     "patch": (moco_non_sem_neg, [*SMALL, "-b", "32", "--moco-k", "64"], ("build_loader", "NonSemantic"), "--ckpt_path"),
+    "ring": (train_ring, [*SMALL, "-b", "32", "--k", "64", "--method", "moco"], ("build_loader", "MoCo"), "--exp-base"),
+    "anneal": (train_ring, [*SMALL, "-b", "32", "--k", "64", "--anneal", "loss"], ("build_loader", "IR"), "--exp-base"),
+    "debiased": (debiased, [*SMALL, "-b", "32"], ("build_loader", "Debiased"), "--model_path"),
     "linear-cmc": (LinearProbing, [*SMALL, "--model_path", "cmc"], ("build_network",), "--save_path"),
     "linear-moco": (eval_moco_ins, [*SMALL, "--model_path", "moco"], ("build_network",), "--save_path"),
     "lincls": (main_lincls, [*SMALL, "--pretrained", "patch"], (), "--ckpt_path"),
+    "linear-debiased": (debiased_linear, [*SMALL, "--model_path", "debiased"], ("LinearNet",), "--save_path"),
 }
 GONE = object()
 NASTY = "no\x1b[31m\n\x00such"
@@ -51,6 +58,9 @@ POSSIBLE = {
     ("optimizer", "state", 0, "momentum_buffer"): {"nothing"},
     **{(key,): {"gone"} for key in "generators steps step global_step data z_updates arch best_epoch digest classes".split()},
     **{(key,): {"gone"} for key in ("pretrained_epoch", "pretrained_step")},
+    ("thresholds",): {"a dict", "a list", "gone"}, ("thresholds", "value"): {"true", "a fraction"},
+    ("thresholds", "history"): {"a list", "a dict", "a row"}, ("queue_pictures",): {"true", "negative", "a number", "gone"},
+    ("optimizer", "state", 0, "step"): {"true", "a fraction", "a number"},
 }  # fmt: skip
 
 
@@ -64,7 +74,9 @@ def folder(module_folder):
 
 
 def last(folder, name):
-    (path,) = [p for pattern in ("current.pth", "checkpoint_[lr]*") for p in (folder / name).rglob(pattern)]
+    (path,) = [
+        p for pattern in ("current.pth", "last.ckpt", "checkpoint_[lr]*") for p in (folder / name).rglob(pattern)
+    ]
     return path
 
 
@@ -72,13 +84,13 @@ def fields(saved) -> list[tuple]:
     """Where a value can be changed: every field, some entries of the large ones."""
     found = [(key,) for key in saved]
     for key, value in saved.items():
-        if key in ("opt", "args", "pretrained_args", "queue", "data", "scaler"):
+        if key in ("opt", "args", "pretrained_args", "queue", "data", "scaler", "thresholds"):
             found += [(key, name) for name in value or ()]
         elif key in ("model", "model_ema", "state_dict", "contrast", "classifier"):
             found += [(key, list(value)[0]), (key, list(value)[-1])]
     found += [("optimizer", "state"), ("optimizer", "param_groups"), ("optimizer", "param_groups", 0)]
     found += [("optimizer", "param_groups", 0, "params"), ("optimizer", "state", 0)]
-    found += [("optimizer", "state", 0, "momentum_buffer")]
+    found += [("optimizer", "state", 0, name) for name in saved["optimizer"]["state"][0]]
     return found + [("generators", 0), *(("generators", 0, name) for name in saved["generators"][0])]
 
 

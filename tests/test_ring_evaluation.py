@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import sys
 import types
 
@@ -177,6 +178,25 @@ def test_a_resume_equals_an_uninterrupted_run(workspace, tmp_path):
         a, b = (checkpoint.load(tmp_path / f / "ir_released" / name / "current.pth") for f in ("whole", "parts"))
         assert a["statistics"] and equal(a["classifier"], b["classifier"]) and equal(a["statistics"], b["statistics"])
         assert all(whole[name][key] == parts[name][key] for key in ("acc1", "acc1_best", "knn_acc1"))
+    fewer = ["--protocol", "released", "--resume", "auto"]  # not all of the data sets of then
+    assert evaluate("ir", tmp_path / "parts", *fewer)["own"]["acc1"] == whole["own"]["acc1"]
+    path = tmp_path / "parts" / "ir_released" / "own" / "current.pth"
+    state, mean = checkpoint.load(path), "features.1.running_mean"
+    for field, value in (("statistics", None), ("neighbours", {"knn_acc1": "high"}), (mean, torch.zeros(3)), (mean, 1)):
+        wrong = {"statistics": state["statistics"] | {mean: value}} if field == mean else {field: value}
+        torch.save(state | wrong, path)
+        with pytest.raises(UserError, match=rf"current.pth.*{re.escape(field)} is "):
+            evaluate("ir", tmp_path / "parts", *fewer)
+
+
+def test_a_checkpoint_without_some_of_its_flags(workspace, tmp_path):
+    """What flags do not tell, tensors do."""
+    state = checkpoint.load("moco/checkpoints/epoch=199-step=38999.ckpt")["state_dict"]
+    state |= {"memory_bank._bank": torch.tensor(0.0)}
+    torch.save({"state_dict": state, "opt": {"seed": 1}}, tmp_path / "a.ckpt")
+    assert (
+        evaluate(tmp_path / "a.ckpt", tmp_path / "out", "--nn-only", "--dataset", "folder")["own"]["method"] == "moco"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- nearest neighbours

@@ -111,7 +111,8 @@ class Job:
                     raise
                 self.remarks.append(f"note: {error}; going on from {paths[1]}")
             paths = paths[1:]
-        for flag in self.same if saved else ():
+        own_seed = ("seed",) if auto and "seed" in self.args.typed else ()  # of a run that is found, not named
+        for flag in (*self.same, *own_seed) if saved else ():
             then, now = saved.get(self.key, {}).get(flag, self), getattr(self.args, flag, None)
             if then is not self and _plain(then) != _plain(now):
                 was, now = (_plain(v) or "the default" for v in (then, now))
@@ -148,7 +149,8 @@ class Job:
             self.log.say(f"nothing to train: {self.saved.path} has {self.done} epochs already")
         else:
             done = self.done if self.by_epoch else self.global_step
-            self.log.rewind(done if self.saved else -1, again=self.step == self.steps)
+            goes_on = self.saved and run.goes_on(self.folder, self.saved.path)
+            self.log.rewind(done if goes_on else -1, again=self.step == self.steps)
         if self.args.resume and not self.saved:
             self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")
         self._held.enter_context(self.stop)

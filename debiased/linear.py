@@ -69,6 +69,7 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/debiased_linear", help="the run gets a folder of its own in here")
+    options.add_name_argument(g, "made of its settings, and the seed where one is typed")
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")
     options.add_hardware_arguments(parser)
@@ -159,9 +160,8 @@ def worker(args, process: processes.Process) -> None:
     name = f"{os.path.basename(folder)}_{file.partition('.')[0]}_{args.protocol}"
     name += f"_bsz_{args.batch_size}_lr_{args.learning_rate}"
     same = ("protocol",)
-    with loop.Job(
-        args, process, os.path.join(args.save_path, name), last="current.pth", same=same, by_epoch=True
-    ) as job:
+    folder = options.run_folder(args, args.save_path, name)
+    with loop.Job(args, process, folder, last="current.pth", same=same, by_epoch=True) as job:
         train_set = options.open_split(args, "train")
         val_set = options.open_split(args, "val", classes=train_set.classes)
         network = build_network(saved, args, len(train_set.classes), process)

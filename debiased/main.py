@@ -247,6 +247,10 @@ def worker(args, process: processes.Process) -> None:
     with loop.Job(args, process, args.model_path, last="current.pth", same=("model", "loss", "feature_dim")) as job:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
+        if args.loss == "unbiased" and (len(loader.dataset.classes) < 2 or (loader.dataset.targets < 0).any()):
+            raise UsageError(
+                "--loss unbiased needs the class of every picture, and two classes or more: give class folders"
+            )
         knn = build_knn(args, process, loader.dataset)
         method = Debiased(args, process)
         threshold, negatives = clamp_threshold(args.temperature), 2 * args.batch_size - 2
@@ -274,9 +278,9 @@ def worker(args, process: processes.Process) -> None:
 
 def keep_published(args) -> None:
     """UsageError where a run would write over model_EPOCH.pth that are not its own: of another run, or downloaded."""
-    own = args.resume and os.path.exists(os.path.join(args.model_path, "config.json"))
+    resume = args.resume if os.path.exists(os.path.join(args.model_path, "config.json")) else ""
     if not args.show_views:
-        run.refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", own, args.overwrite)
+        run.refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", resume, args.overwrite)
 
 
 def main(argv=None) -> None:

@@ -90,6 +90,7 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/ring_linear", help="every data set gets a folder of its own in here")
+    options.add_name_argument(g, "made of its settings, and the seed where one is typed")
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")
     options.add_hardware_arguments(parser)
@@ -218,15 +219,15 @@ def worker(args, process: processes.Process) -> None:
     demo.ensure_for(args, process)
     saved = read_network(args)
     parent = os.path.basename(released.experiment(saved.path))
-    args.folder = os.path.join(args.save_path, f"{parent}_{args.protocol}")
+    args.folder = options.run_folder(args, args.save_path, f"{parent}_{args.protocol}")
     network = networks.frozen(saved, process.device)
     places = {} if args.data is None else {args.dataset if args.dataset in sets.TORCHVISION_SETS else "own": args.data}
     if twice := places.keys() & args.transfer.keys():
         raise UsageError(f"--transfer {min(twice)}: is the name of the data set of the pre-training; use NAME=PATH")
     places |= args.transfer
     for name in places:
-        if not args.nn_only:
-            run.refuse_to_overwrite(os.path.join(args.folder, name), "current.pth", args.resume, args.overwrite)
+        written = "result-nn.json" if args.nn_only else "current.pth"
+        run.refuse_to_overwrite(os.path.join(args.folder, name), written, args.resume, args.overwrite)
     opened = {}
     for name, path in places.items():  # all of them before anything is computed
         if name in args.transfer:

@@ -44,6 +44,8 @@ def val_loader(args, process: processes.Process, train_set, view: augment.Compos
     """The pictures of `evaluate_nearest`; None where --nn-every is 0."""
     if not args.nn_every:
         return None
+    if not train_set.classes:
+        raise UsageError("--nn-every needs labels, and the data has none: give a labelled tree, or omit it")
     pictures = options.open_split(args, "val", classes=train_set.classes)
     how = dict(seed=0, shuffle=False, drop_last=False)
     return options.make_loader(args, process, pictures, (view,), probe.KNN_BATCH, **how)

@@ -118,7 +118,8 @@ def parse_args(argv=None):
     g.add_argument(
         "--exp-base", dest="model_path", default="./runs/ring", help="the run gets a folder of its own in here"
     )
-    g.add_argument("--exp-name", help="of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES")
+    about = "of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES, and the seed where one is typed"
+    g.add_argument("--exp-name", help=about)
     options.add_run_arguments(g)
     about = "epochs between 1-NN evaluations through the bank; default: 1, with class folders and packs 0 (never)"
     g.add_argument("--nn-every", type=cli.count, help=about)
@@ -144,10 +145,11 @@ def parse_args(argv=None):
         args.nn_every = int(args.dataset in sets.TORCHVISION_SETS or args.anneal == "accuracy")
     config.check(args)
     annealed = f"_{args.anneal}" if args.anneal != "constant" else ""
-    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}{annealed}"
+    seed = f"_seed_{args.seed}" if "seed" in args.typed else ""
+    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}{annealed}{seed}"
     args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
     if args.show_ring:
-        args.resume = args.resume or "auto"
+        args.resume, args.overwrite = args.resume or "auto", True  # nothing is written but the picture
     return args
 
 
@@ -166,7 +168,7 @@ def recipe(args) -> augment.Compose:
 def build_loader(args, process: processes.Process):
     split = args.stl_split if args.dataset == "stl10" else "train"
     views = (recipe(args),) * (2 if args.method == "moco" else 1)
-    return options.make_loader(args, process, options.open_split(args, split), views)
+    return options.make_loader(args, process, options.open_split(args, split, unlabelled=True), views)
 
 
 class IR(Method):

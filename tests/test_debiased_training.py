@@ -1,6 +1,7 @@
 """Debiased contrastive learning's scripts: published flags and files, exact resume, both protocols of evaluation, bad input."""
 
 import json
+import os
 import re
 
 import pytest
@@ -190,6 +191,15 @@ def test_without_val_there_is_no_knn_unless_it_is_asked_for(workspace, demo_set,
     assert "note: no k-NN every 25 epochs: TREE: no val/ folder" in capsys.readouterr().out
     with pytest.raises(UsageError, match="no val/ folder"):
         script.main([*flags, "--overwrite", "--knn-every", "1"])
+
+
+def test_the_oracle_needs_a_class_of_every_picture(workspace, demo_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.demo, "ensure_for", lambda *_: None)
+    (tmp_path / "flat").symlink_to(demo_set / "train" / sorted(os.listdir(demo_set / "train"))[0])
+    flags = ["--data_folder", tmp_path / "flat", "--batch_size", 8, "--knn-every", 0, "--model_path", "oracle"]
+    with pytest.raises(UsageError, match="--loss unbiased needs the class of every picture"):
+        train("--loss", "unbiased", *flags)
+    assert not os.path.exists("oracle/metrics.jsonl")
 
 
 def test_unlabelled_pictures_train_but_do_not_vote(workspace):

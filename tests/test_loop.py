@@ -449,6 +449,27 @@ def test_a_new_run_does_not_write_over_another():
     assert train("--overwrite", "--epochs", "1") == 0
 
 
+def test_a_run_from_elsewhere_does_not_mix_with_the_one_in_its_folder():
+    train("--epochs", "1", "--lr", "0.3")
+    train("--epochs", "2", folder="other")
+    before = contents()
+    with pytest.raises(UsageError, match="run already holds last.pth"):
+        train("--resume", "other/last.pth")
+    assert contents() == before
+    assert train("--resume", "other/last.pth", "--overwrite") == 0
+    assert {record["epoch"] for record in records()} == {3}
+    assert train("--resume", "run/../run/last.pth", "--epochs", "4") == 0  # its own
+    assert {record["epoch"] for record in records()} == {3, 4}
+
+
+def test_a_run_that_is_found_goes_on_with_its_own_seed():
+    """Jobs over seeds that share a folder: the second would go on with the first one's run, or find it done."""
+    train("--epochs", "1")
+    with pytest.raises(UserError, match="is of --seed 1, this run of 2: add --seed 1, or start another run"):
+        train("--epochs", "1", "--resume", "auto", "--seed", "2")
+    assert train("--resume", "run/last.pth", "--seed", "2") == 0
+
+
 SCRIPTS = {
     "CMC": (train_CMC, "--views L,ab", ["L: L", "ab: a", "ab: b"]),
     "InsDis": (train_moco_ins, "", ["picture"]),

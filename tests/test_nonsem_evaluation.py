@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import equal, inside, stopped_at
 
-from common import UsageError, UserError, augment, checkpoint, processes, run
+from common import UsageError, UserError, augment, checkpoint, options, processes, run
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
 from tools import report, robustness
@@ -232,6 +232,7 @@ def test_masked_and_full_accuracy_by_hand(workspace, demo_set):
     """A 'network' that always answers class 0 first and class 4 second, and has two outputs too many."""
     answer = torch.tensor([[9.0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 99, 99]])
     args = robustness.parse_args(ROB)
+    args.resize = args.input_res
     classes = checkpoint.load("lin/checkpoint_robust_0000.pth.tar")["classes"]
     folder = workspace / "two"
     folder.mkdir()
@@ -248,7 +249,7 @@ def test_corrupted_pictures_are_not_resized_again(workspace):
     from types import SimpleNamespace
 
     def geometry(side, res, wish="auto"):
-        args = SimpleNamespace(precropped=wish, input_res=res)
+        args = SimpleNamespace(precropped=wish, input_res=res, resize=options.eval_resize(res))
         dataset = SimpleNamespace(open=lambda row: SimpleNamespace(size=(side, side)))
         return robustness.geometry(args, dataset, True)
 

@@ -12,7 +12,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-TINY = "--device cpu --input-res 32 --epochs 1 -j 2 --seed 0"
+NO_SEED = "--device cpu --input-res 32 --epochs 1 -j 2"  # whose run folders have the names of the commands
+TINY = f"{NO_SEED} --seed 0"
 NONSEM = "-a resnet18 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100"
 BANKS = "-b 32 --nce_k 64 --bn-splits 2 --print_freq 100"
 DEBIASED = "--data_folder IMAGENET100 --dataset folder"
@@ -25,7 +26,7 @@ SMALLER = {  # appended, and so stronger than what the line says
     "moco_insdis/eval_moco_ins.py": f"{TINY} --model resnet18 --cache-views 1".split(),
     "cmc/train_CMC.py": f"{TINY} {BANKS} --model resnet18v1".split(),
     "cmc/LinearProbing.py": f"{TINY} --model resnet18v1 --cache-views 1".split(),
-    "ring/train_ring.py": f"{TINY} --dataset folder -b 32 --k 64 --thres-outer .5 --nn-every 0 --no-conv3x3 -p 100".split(),
+    "ring/train_ring.py": f"{NO_SEED} --dataset folder -b 32 --k 64 --thres-outer .5 --nn-every 0 --no-conv3x3".split(),
     "ring/eval_ring.py": "--device cpu --input-res 16 --epochs 1 -j 2".split(),
     "ring/theory.py": "--repeats 5 --pool 256 --pairs 8 --k 4 16".split(),
     "debiased/main.py": f"{DEBIASED} {TINY} -b 32 --model resnet18 --no-small-stem --warmup_epochs 0 --overwrite".split(),

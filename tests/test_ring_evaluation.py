@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import re
 import sys
 import types
 
@@ -81,13 +80,13 @@ def evaluate(network, out, *flags) -> dict:
 def test_a_checkpoint_is_evaluated(workspace, tmp_path, capsys, name, label):
     """Published IR and MoCo, our CMC: linear, k-NN and the bank, with what the checkpoint says of itself."""
     found = evaluate(name, tmp_path, "--cache-views", "1")["own"]
-    assert (tmp_path / f"{name}_standard" / "own" / "current.pth").is_file()
+    assert (tmp_path / f"{name}_standard_seed_0" / "own" / "current.pth").is_file()
     assert found["method"] == name and found["arch"] == "resnet18" and found["linear_epochs"] == 2
     assert found["label"] == label or label is None
     assert {"acc1", "acc1_best", "knn_acc1", "bank_acc1"} <= found.keys() and 0 <= found["bank_acc1"] <= 100
     said = capsys.readouterr().out
     width = 1024 if name == "cmc" else 512
-    saved = checkpoint.load(tmp_path / f"{name}_standard" / "own" / "current.pth")
+    saved = checkpoint.load(tmp_path / f"{name}_standard_seed_0" / "own" / "current.pth")
     assert saved["classifier"]["weight"].shape == (10, width)
     assert "| data set | classes | train | val | linear, last epoch | best | k-NN | 1-NN in the bank |" in said
     assert f"| own | 10 | 160 | 40 | {found['acc1']:.2f} |" in said
@@ -175,17 +174,17 @@ def test_a_resume_equals_an_uninterrupted_run(workspace, tmp_path):
     parts = evaluate("ir", tmp_path / "parts", *flags, "--resume", "auto")
     assert parts.keys() == whole.keys() == {"own", "birds"}
     for name in whole:
-        a, b = (checkpoint.load(tmp_path / f / "ir_released" / name / "current.pth") for f in ("whole", "parts"))
+        a, b = (checkpoint.load(tmp_path / f / "ir_released_seed_0" / name / "current.pth") for f in ("whole", "parts"))
         assert a["statistics"] and equal(a["classifier"], b["classifier"]) and equal(a["statistics"], b["statistics"])
         assert all(whole[name][key] == parts[name][key] for key in ("acc1", "acc1_best", "knn_acc1"))
     fewer = ["--protocol", "released", "--resume", "auto"]  # not all of the data sets of then
     assert evaluate("ir", tmp_path / "parts", *fewer)["own"]["acc1"] == whole["own"]["acc1"]
-    path = tmp_path / "parts" / "ir_released" / "own" / "current.pth"
+    path = tmp_path / "parts" / "ir_released_seed_0" / "own" / "current.pth"
     state, mean = checkpoint.load(path), "features.1.running_mean"
-    for field, value in (("statistics", None), ("neighbours", {"knn_acc1": "high"}), (mean, torch.zeros(3)), (mean, 1)):
-        wrong = {"statistics": state["statistics"] | {mean: value}} if field == mean else {field: value}
-        torch.save(state | wrong, path)
-        with pytest.raises(UserError, match=rf"current.pth.*{re.escape(field)} is "):
+    short = state["statistics"] | {mean: torch.zeros(3)}
+    for key, value in (("statistics", None), ("statistics", short), ("neighbours", {"knn_acc1": "high"})):
+        torch.save(state | {key: value}, path)
+        with pytest.raises(UserError, match=rf"current.pth.*\b{mean if value is short else key} is "):
             evaluate("ir", tmp_path / "parts", *fewer)
 
 
@@ -227,6 +226,13 @@ def test_which_pictures_a_bank_is_of():
     assert nearest.banks(saved, pictures, stl10=False)[0] == []
     assert "has 6 rows, train/ 4 pictures" in nearest.banks(saved, pictures, stl10=False)[2]
     assert "no memory bank" in nearest.banks({"state_dict": {}}, pictures, stl10=False)[2]
+
+
+def test_neighbours_do_not_write_over_a_result(workspace, tmp_path):
+    first = evaluate("ir", tmp_path / "out", "--nn-only")
+    with pytest.raises(UsageError, match="already holds result-nn.json"):
+        evaluate("ir", tmp_path / "out", "--nn-only")
+    assert evaluate("ir", tmp_path / "out", "--nn-only", "--overwrite")["own"]["knn_acc1"] == first["own"]["knn_acc1"]
 
 
 def test_neighbours_only(workspace, tmp_path, capsys):
@@ -376,7 +382,7 @@ def test_transfer_to_several_sets_in_one_table(workspace, tmp_path, capsys):
     flags = ["--transfer", "birds=BIRDS", "DTD", "--transfer-root", str(tmp_path / "tv"), "--cache-views", "1"]
     found = evaluate("ir", tmp_path / "out", *flags)
     assert found.keys() == {"own", "birds", "DTD"}
-    rows = json.loads((tmp_path / "out" / "ir_standard" / "table.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / "ir_standard_seed_0" / "table.json").read_text())["rows"]
     assert [row["data"] for row in rows] == ["own", "birds", "DTD"] and [row["classes"] for row in rows] == [10, 10, 2]
     for row in rows:
         assert row["acc1"] == pytest.approx(found[row["data"]]["acc1"], abs=1e-5)

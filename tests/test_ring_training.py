@@ -1,6 +1,7 @@
 """The pre-training script of conditional negatives: settings files, switches, resume, a picture of the ring, bad input."""
 
 import json
+import os
 import sys
 import types
 
@@ -366,6 +367,18 @@ def test_a_resume_in_the_middle_of_an_annealing_is_bit_exact(whole, workspace, c
     same_run(whole[name][0], resumed)
     if name == "moco":
         assert len(resumed["thresholds"]["history"]) == 10
+
+
+def test_pictures_without_classes(workspace, demo_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.demo, "ensure_for", lambda *_: None)
+    (tmp_path / "flat").symlink_to(demo_set / "train" / sorted(os.listdir(demo_set / "train"))[0])
+    flags = ["--data", str(tmp_path / "flat"), *"--epochs 1 --batch-size 8 --exp-base made --seed 3".split()]
+    script.main([*TINY, *flags])
+    (folder,) = os.listdir("made")
+    assert folder == "pretrain_ir_ring_seed_3_folder"  # jobs over seeds have a folder for each
+    assert "ring_own_class" not in open(f"made/{folder}/metrics.jsonl").read()
+    with pytest.raises(UsageError, match="--nn-every needs labels"):
+        script.main([*TINY, *flags, "--nn-every", "1", "--overwrite"])
 
 
 def test_what_a_run_says(whole):

@@ -99,7 +99,7 @@ def parse_args(argv=None):
     options.check(args)
     args.transfer = transfer.parse(args.transfer, args.transfer_root)
     if args.data is None and not args.transfer:
-        raise UsageError("no data: give --root, the data set of the pre-training, or --transfer, or --demo")
+        raise UsageError("no data: give --root (that of the pre-training), --transfer, or --demo")
     if args.model_path is None:
         raise UsageError("no network: give --model_path CHECKPOINT, written by train_ring.py")
     if args.transfer and args.resume not in ("", "auto"):
@@ -218,8 +218,8 @@ def worker(args, process: processes.Process) -> None:
         raise UsageError("--protocol released: batch-norm statistics are those of the whole batch: one process")
     demo.ensure_for(args, process)
     saved = read_network(args)
-    parent = os.path.basename(released.experiment(saved.path))
-    args.folder = options.run_folder(args, args.save_path, f"{parent}_{args.protocol}")
+    parent = f"{os.path.basename(released.experiment(saved.path))}_{args.protocol}"
+    args.folder = options.run_folder(args, args.save_path, parent)
     network = networks.frozen(saved, process.device)
     places = {} if args.data is None else {args.dataset if args.dataset in sets.TORCHVISION_SETS else "own": args.data}
     if twice := places.keys() & args.transfer.keys():

@@ -170,6 +170,7 @@ def worker(args, process: processes.Process) -> None:
             return embed(network, images, precision, adapts)
 
         facts = dict(classes=train_set.classes, network=saved.path, digest=checkpoint.fingerprint(encoder_state(saved)))
+        facts["script"] = "debiased/linear.py"
         method = Classifier(adapts, network, embedder, network.fc, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)

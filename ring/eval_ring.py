@@ -189,7 +189,10 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
                 network.train(train)
             return embed(network, images, precision)
 
-        kind, made = released.Released if moves else probe.Classifier, dict(classes=both[0].classes, digest=digest)
+        kind, made = (
+            released.Released if moves else probe.Classifier,
+            dict(classes=both[0].classes, digest=digest, script="ring/eval_ring.py"),
+        )
         method = kind(network, embedder, classifier, optimizer, process, **made, network=saved.path)
         how = dict(shuffle=not args.cache_views, drop_last=moves)
         train_loader = options.make_loader(args, process, both[0], (recipe(args, True),), **how)

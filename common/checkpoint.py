@@ -212,7 +212,7 @@ _FIELDS = [  # what scripts rely on in a checkpoint: names, in words, test; what
     ("epoch step steps global_step z_updates pretrained_epoch pretrained_step best_epoch", "a whole number", _is_whole),
     ("acc1 acc5", "a number", _is_number),
     ("best_acc1", "a percentage", lambda value: _is_number(value) and -1 <= float(value) <= 100),
-    ("arch network digest pretrained", "text", _is_text),
+    ("arch network digest pretrained script", "text", _is_text),
     ("args opt", "flags by name", _all(dict, _is_flag)),
     ("pretrained_args", "flags by name", lambda value: value is None or _all(dict, _is_flag)(value)),
     ("state_dict model model_ema contrast classifier statistics", "tensors by name", _all(dict, torch.is_tensor)),

@@ -52,6 +52,7 @@ UNLIKE_FLAGS = ("a number", "a NaN", "a row", "integers")  # and what else is re
 ANY_NUMBER = {"negative", "a fraction", "NaN", "huge", "a number", "a NaN", "gone"}
 POSSIBLE = {
     ("acc1",): ANY_NUMBER, ("acc5",): ANY_NUMBER, ("best_acc1",): {"negative", "a fraction", "a number", "gone"},
+    ("script",): {"text", "gone"},
     ("network",): {"text", "gone"}, ("pretrained",): {"text", "gone"}, ("pretrained_args",): {"nothing", "a dict", "gone"},
     ("queue", "z"): {"negative", "a fraction", "a number"}, ("queue", "pointer"): {"a fraction", "a number"},
     ("queue", "updates"): {"a fraction", "a number"}, ("queue",): {"a dict", "gone"}, ("scaler",): {"a dict", "gone"},

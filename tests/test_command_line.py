@@ -103,8 +103,8 @@ def test_what_only_torch_knows_is_left_to_torch(tmp_path):
 def test_ctrl_c_during_the_imports_is_quiet(script, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     flags = {"preprocess/pack.py": ["a", "b"], "preprocess/make_demo.py": ["a"], "tools/report.py": ["a"]}
-    flags["ring/theory.py"] = ["--out", "a"]
     flags |= {"tools/export.py": ["a", "--to", "timm"], "preprocess/check_images.py": ["a"]}
+    flags["ring/theory.py"] = ["--out", "a"]
     flags["preprocess/imagenet100_subset.py"] = ["--imagenet_path", "a", "--imagenet100_path", "b"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / script), *flags.get(script, ["--demo"] if "demo.py" not in script else [])]

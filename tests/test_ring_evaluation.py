@@ -91,7 +91,7 @@ def test_a_checkpoint_is_evaluated(workspace, tmp_path, capsys, name, label):
     assert "| data set | classes | train | val | linear, last epoch | best | k-NN | 1-NN in the bank |" in said
     assert f"| own | 10 | 160 | 40 | {found['acc1']:.2f} |" in said
     # of IR and MoCo it is in the config.json of their experiment
-    assert saved["opt"]["augmentation"] == "mocov2_32x32"
+    assert saved["opt"]["augmentation"] == "mocov2_32x32" and saved["script"] == "ring/eval_ring.py"
 
 
 def test_features_are_those_of_the_published_network(workspace):

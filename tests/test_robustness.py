@@ -326,3 +326,9 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
             except Exception as error:
                 tracebacks.append(f"{name} {str(change)[:200]}: {type(error).__name__}: {error}")
     assert not tracebacks
+
+
+def test_a_classifier_of_a_script_that_takes_no_part(workspace):
+    torch.save({"script": "of/others.py", "state_dict": {"fc.weight": torch.zeros(3, 4)}}, "other.pth")
+    with pytest.raises(UserError, match="other.pth is of of/others.py: this evaluates those of nonsem_neg/main_lincls"):
+        row("DATA", "--classifier", "other.pth")

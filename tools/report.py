@@ -49,12 +49,13 @@ def results_in(folder: Path) -> list[Path]:
 
 
 def find_results(paths: list[str]) -> list[dict]:
-    """The result.json of every folder named, or of the folders directly below it."""
+    """The result.json of every folder named, or of the folders one or two below it."""
     results = []
     for path in map(Path, paths):
         found = [path] if path.is_file() else results_in(path)
-        if not found and path.is_dir():
-            found = [file for folder in sorted(p for p in path.iterdir() if p.is_dir()) for file in results_in(folder)]
+        for depth in ("*", "*/*") if path.is_dir() else ():
+            below = (folder for folder in sorted(path.glob(depth)) if folder.is_dir())
+            found = found or [file for folder in below for file in results_in(folder)]
         if not found:
             raise UsageError(
                 f"{printable(path)}: no result.json in it; an evaluation script writes one when it is done"

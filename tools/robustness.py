@@ -153,6 +153,8 @@ def reopen(saved, args, process: processes.Process, precision):
         if made:
             break
     else:
+        if own is not None and own not in FAMILIES:
+            raise UserError(f"{saved.path} is of {printable(own)[:80]}: this evaluates those of {', '.join(FAMILIES)}")
         raise UserError(
             f"{saved.path} holds no classifier of {', '.join(FAMILIES)}: give a checkpoint of a linear evaluation, "
             "not of pre-training"

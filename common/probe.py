@@ -131,6 +131,8 @@ def pretrained(path: str, flag: str, first: str, any_resnet: bool = False) -> ch
     elif not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
     saved = checkpoint.Saved(path)
+    if saved.get("step") and saved["step"] == saved.get("steps"):  # of a whole epoch, whose k-NN was still to come
+        saved.update(epoch=saved["epoch"] + 1, step=0)
     if "classifier" in saved:
         raise UserError(f"{path} is a classifier of a linear evaluation: give the network to {flag}, this to --resume")
     writer, evaluation = saved.family or (first, "")

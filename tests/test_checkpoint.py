@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError, backbones, checkpoint
+from common import UserError, backbones, checkpoint, probe
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -198,3 +198,11 @@ def test_load_into_says_what_differs():
             checkpoint.load_into(model, {**good, "0.bias": value}, "file")
     checkpoint.load_into(model, {"0.weight": torch.zeros(3, 2)}, "file", allowed_missing=("0.bias",))
     assert model[0].weight.abs().max() == 0
+
+
+def test_a_network_whose_last_epoch_was_still_to_be_evaluated_is_that_of_the_whole_epoch(tmp_path):
+    state = {"epoch": 7, "steps": 78, "opt": {"moco": True, "epochs": 8}, "model": {}, "contrast": {}}
+    for step, expected in ((78, (8, 0)), (77, (7, 77)), (0, (7, 0))):
+        checkpoint.save(tmp_path / "current.pth", state | {"step": step})
+        far = probe.pretrained(str(tmp_path), "--model_path", "moco_insdis/train_moco_ins.py").how_far()
+        assert (far["backbone_epochs"], far["backbone_step"]) == expected

@@ -24,17 +24,17 @@ early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is im
 from common import UserError, cli
 from common.run import clock
 
-# Lowest and highest of six runs each (seeds 0, 1, 2 with two threads, and with one) on two CPU cores. Other hardware rounds
-# differently, which alone moved the clean accuracy of one seed by 5 points.
+# Lowest and highest of six runs each (seeds 0, 1, 2 with two threads, and with one; corruption: with two alone) on two CPU
+# cores. Other hardware rounds differently, which alone moved the clean accuracy of one seed by 5 points.
 EXPECTED = """\
 This should have given, within a few points (top-1 in percent; 10 is chance, an untrained network has 24 clean):
 
                clean   corruption   sketch   stylized   rendition
-MoCo           48-57        33-38    12-15      39-45       16-19
-MoCo + patch   61-68        38-47     7-13      50-54       15-24
+MoCo           48-57        37-43    12-15      39-45       16-19
+MoCo + patch   61-68        45-50     7-13      50-54       15-24
 
-What it shows: every step of the paper runs. In all six runs patch negatives helped on clean pictures (by 7 to 14 points), on
-corrupted ones (by 4 to 10) and where textures are those of another class (stylized, by 6 to 13).
+What it shows: every step of the paper runs. In all runs patch negatives helped on clean pictures (by 7 to 14 points), on
+corrupted ones (by 7 to 9) and where textures are those of another class (stylized, by 6 to 13).
 What it is too small to show: anything about sketch and rendition, where the sign changes from run to run, and how large
 the gain is: 138 training steps are the beginning of a training. RESULTS.md has longer runs and real pictures."""
 

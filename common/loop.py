@@ -128,8 +128,11 @@ class Job:
         self.global_step = self.done * self.steps
         pictures, digest = loader.dataset, hashlib.sha256("\n".join(loader.dataset.classes).encode()).hexdigest()
         self.data = {"pictures": len(pictures), "classes": len(pictures.classes), "names": digest[:16]}
+        goes_on = self.saved and os.path.realpath(os.path.dirname(self.saved.path)) == os.path.realpath(self.folder)
         if self.saved:
             self._restore()
+            for pattern in () if goes_on or self._shows else self.names:  # a run from elsewhere
+                run.refuse_to_overwrite(self.folder, pattern, "", self.args.overwrite)
         self.finished = self.saved is not None and self.done >= self.args.epochs
         if self._shows:
             return self._show_views()
@@ -149,7 +152,6 @@ class Job:
             self.log.say(f"nothing to train: {self.saved.path} has {self.done} epochs already")
         else:
             done = self.done if self.by_epoch else self.global_step
-            goes_on = self.saved and run.goes_on(self.folder, self.saved.path)
             self.log.rewind(done if goes_on else -1, again=self.step == self.steps)
         if self.args.resume and not self.saved:
             self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")

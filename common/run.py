@@ -66,16 +66,11 @@ def make_folder(folder: str | Path) -> str:
 
 
 def refuse_to_overwrite(folder: str | Path, pattern: str, resume: str, overwrite: bool) -> None:
-    """UsageError where a run would write over the checkpoints of another one: a new run, or one from elsewhere."""
+    """UsageError where a new run would write over the checkpoints of an earlier one."""
     found = sorted(Path(folder).glob(pattern))
-    if found and not overwrite and not goes_on(folder, resume):
+    if found and not resume and not overwrite:
         way_out = "continue it with --resume auto, choose another folder, or pass --overwrite"
         raise UsageError(f"{folder} already holds {found[-1].name}: {way_out}")
-
-
-def goes_on(folder: str | Path, resume: str) -> bool:
-    """Does --resume say that the run in `folder` goes on, by the newest file in there or by one of its files?"""
-    return resume == "auto" or bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder)
 
 
 _held: list[int] = []  # the folders that this process holds

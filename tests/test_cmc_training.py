@@ -198,7 +198,7 @@ def test_a_published_checkpoint_resumes(workspace, capsys):
     torch.save(theirs, "theirs.pth")
     with pytest.raises(UsageError, match="already holds"):
         train("--nce_z", "oneshot")
-    resumed = train("--resume", "theirs.pth", "--nce_z", "oneshot")
+    resumed = train("--resume", "theirs.pth", "--nce_z", "oneshot", "--overwrite")
     assert resumed["epoch"] == 2 and "nce_t=0.1 (was 0.07)" in capsys.readouterr().out
     torch.testing.assert_close(resumed["contrast"]["params"], ours["contrast"]["params"])  # Z stays
 

@@ -205,7 +205,7 @@ def test_a_published_checkpoint_resumes(workspace, capsys, method):
     torch.save(theirs, "theirs.pth")
     with pytest.raises(UsageError, match="already holds"):
         train(*flags)
-    resumed = train(*flags, "--resume", "theirs.pth")
+    resumed = train(*flags, "--resume", "theirs.pth", "--overwrite")
     said = capsys.readouterr().out
     assert resumed["epoch"] == 2 and "nce_t=0.1 (was 0.07)" in said and "lr_decay_epochs=8,10 (was" not in said
     torch.testing.assert_close(resumed["contrast"]["params"], ours["contrast"]["params"])  # Z stays

@@ -127,7 +127,7 @@ def test_the_protocols_differ_as_they_say(workspace, tmp_path):
     moved = {}
     for protocol in eval_ring.PROTOCOLS:
         evaluate("ir", tmp_path, "--protocol", protocol, "--epochs", "1")
-        saved = checkpoint.load(tmp_path / f"ir_{protocol}" / "own" / "current.pth")
+        saved = checkpoint.load(tmp_path / f"ir_{protocol}_seed_0" / "own" / "current.pth")
         moved[protocol] = saved.get("statistics")
     assert moved["standard"] is None
     before = networks.of_checkpoint(checkpoint_of("ir")).state_dict()

@@ -217,6 +217,7 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
     assert half["clean"] == whole["clean"] and half["pending"] == ["corruption", "sketch", "rendition"]
     assert half["missing"] == ["corruption", "sketch", "stylized", "rendition"]
     assert half["sets"]["corruption"]["folders"].keys() == {"snow/3", "frost/3"}
+    assert half["sets"]["corruption"]["folder"] == "C"  # as it was named: a record is no map of a machine
     report.main(["row", "--no-published"])
     assert "(unfinished: corruption, sketch, rendition)" in capsys.readouterr().out
     with monkeypatch.context() as patch:

@@ -56,10 +56,6 @@ CORRUPTIONS = (
     "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-READ = dict(  # what is read here of a classifier
-    opt=dict, args=dict, pretrained_args=dict, classifier=dict, state_dict=dict, classes=list,
-    network=str, digest=str, script=str, arch=str,
-)  # fmt: skip
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition")
 PRESETS = {
     "demo": dict(
@@ -123,11 +119,6 @@ def read_classifier(args) -> checkpoint.Saved:
             )
         path = found
     saved = checkpoint.Saved(path)
-    for key, kind in READ.items():
-        if saved.get(key) is None:
-            saved.pop(key, None)
-        elif not isinstance(saved[key], kind):
-            raise UserError(f"{saved.path}: its {key} is a {type(saved[key]).__name__}, not a {kind.__name__}")
     if args.arch:
         saved.setdefault("arch", args.arch)
     return saved
@@ -172,8 +163,6 @@ def reopen(saved, args, process: processes.Process, precision):
 def class_names(saved, args) -> list[str]:
     """Class folder names in label order: from the checkpoint, else (an authors' file) from the clean set or a list."""
     if "classes" in saved:
-        if not saved["classes"] or not all(isinstance(name, str) for name in saved["classes"]):
-            raise UserError(f"{saved.path}: its classes are not a list of names")
         return saved["classes"]
     if args.data:
         return options.open_split(args, "val").classes
@@ -302,10 +291,17 @@ class Result:
         self.notes, self.sets = dict(before.get("notes", {})), dict(before.get("sets", {}))
         stopped = before.get("pending", [])
         for name, how in wanted.items():  # of a run that was stopped what is done is kept; a whole one is made again
-            if not stopped or {k: v for k, v in self.sets.get(name, {}).items() if k != "folders"} != how:
+            if not stopped or self.looked_at(self.sets.get(name, {})) != self.looked_at(how):
                 self.sets.pop(name, None)
         self.pending = [name for name in wanted if name not in self.sets or name in stopped]
         self.environment = {"command": log.command, **run.environment()}
+
+    @staticmethod
+    def looked_at(how: dict) -> dict:
+        """What must be equal for a set to be the same: its folder however it is spelled, not how far it had come."""
+        return {k: v for k, v in how.items() if k != "folders"} | {
+            "folder": os.path.realpath(str(how.get("folder", "")))
+        }
 
     def everything(self) -> dict:
         missing = [name for name in SETS if name not in self.values]
@@ -382,7 +378,7 @@ def worker(args, process: processes.Process) -> None:
         log.derived(classifier=saved.path, classes=len(classes), precision=str(precision))
 
         how = dict(input_res=args.input_res, precropped=args.precropped, precision=str(precision), dataset=args.dataset)
-        wanted = {n: {"folder": os.path.realpath(w), "pictures": len(d), **how} for n, (w, d, _) in opened.items()}
+        wanted = {n: {"folder": w, "pictures": len(d), **how} for n, (w, d, _) in opened.items()}
         own_label = facts.pop("label") or Path(facts["pretrained"]).resolve().parent.name
         about = dict(table="nonsem_neg/published.json", label=args.label or own_label, evaluated=saved.path)
         about |= dict(digest=digest, data=args.data, precision=str(precision), **facts)

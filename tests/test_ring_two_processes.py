@@ -5,10 +5,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import equal, inside
-from test_two_processes import DEMO, TOLERANCE, digest, distances, float64, scale, some
+from conftest import equal
+from test_two_processes import DEMO, TOLERANCE, digest, distances, float64, one_and_two, scale, some
 
-from common import checkpoint, cli, options, processes, sets
+from common import checkpoint, processes, sets
 from ring import train_ring
 
 STEP = "-b 8 --k 16 --t .5 --lr .01 --bn-splits 2 --thres-outer .6 --thres-inner .25".split()
@@ -80,13 +80,7 @@ def job(args, process) -> None:
 
 @pytest.fixture(scope="module")
 def both(module_folder):
-    """What one process found, what two found, and the folder of the run of two."""
-    parser = cli.Parser()
-    options.add_hardware_arguments(parser)
-    with inside(module_folder):
-        for count in ("1", "2"):
-            processes.launch(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
-        return torch.load("1.pt"), torch.load("2.pt"), module_folder
+    return one_and_two(job, module_folder)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,7 +99,8 @@ def test_a_mistake_is_far_off(both, mistake, case):
 
 def test_a_run_of_two_processes_resumes(both):
     whole, parts = (
-        checkpoint.load(both[2] / f"{where}/pretrain_moco_ring_loss_folder/last.ckpt") for where in ("whole", "parts")
+        checkpoint.load(both[2] / f"{where}/pretrain_moco_ring_loss_seed_0_folder/last.ckpt")
+        for where in ("whole", "parts")
     )
     assert whole.keys() == parts.keys() and len(whole["generators"]) == 2 and parts["epoch"] == 2
     for key in whole.keys() - {"opt", "scaler"}:

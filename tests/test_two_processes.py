@@ -231,15 +231,19 @@ def job(args, process) -> None:
         torch.save(found, f"{process.world_size}.pt")
 
 
-@pytest.fixture(scope="module")
-def both(module_folder):
-    """What one process found, what two found, and the folder of the runs of two."""
+def one_and_two(job, folder):
+    """What `job` found in one process and in two, each of which has saved it as N.pt; and the folder of the runs of two."""
     parser = cli.Parser()
     options.add_hardware_arguments(parser)
-    with inside(module_folder):
+    with inside(folder):
         for count in ("1", "2"):
             processes.launch(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
-        return torch.load("1.pt"), torch.load("2.pt"), module_folder
+        return torch.load("1.pt"), torch.load("2.pt"), folder
+
+
+@pytest.fixture(scope="module")
+def both(module_folder):
+    return one_and_two(job, module_folder)
 
 
 def distances(a: dict, b: dict) -> dict:

@@ -14,11 +14,8 @@ Sides alternate; each repeat is a process of its own, warm before the clock runs
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.network_alone import SCRIPTS, WARM, generate, measure
+from benchmarks.network_alone import SCRIPTS, measure
+from benchmarks.side_by_side import add_arguments, alternate, peak, pictures, seconds
 
 SIDES = ("ours", "lightly", "floor")
 BATCH = 256
@@ -56,28 +54,20 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
     how = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
     loader = torch.utils.data.DataLoader(dataset, BATCH, **how)
     criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
-    done, started = 0, 0.0
-    while True:
-        for views, *_ in loader:
-            z0, z1 = (model(view.to(device)) for view in views)
-            loss = criterion(z0, z1)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            if done in (WARM, WARM + steps):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter() - started
-            if done == WARM + steps:
-                return {"rate": BATCH * steps / started, "loading": loading}
+
+    def step(batch):
+        z0, z1 = (model(view.to(device)) for view in batch[0])
+        loss = criterion(z0, z1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"rate": BATCH * steps / seconds(step, loader, steps, device), "loading": loading}
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="tree with train/CLASS/*, 32-pixel pictures (CIFAR-10 as files)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating")
+    add_arguments(parser)
     parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
     parser.add_argument("--at-least", type=float, default=1.5, help="aim: times lightly")
     parser.add_argument("--floor-at-least", type=float, default=0.92, help="aim: of the network alone")
@@ -86,31 +76,11 @@ def main(argv=None) -> int:
     if args.side:
         how = args.data, args.steps, args.workers
         found = lightly(*how) if args.side == "lightly" else ours(*how, args.side)
-        peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-        print(json.dumps({**found, "peak": peak}))
+        print(json.dumps({**found, "peak": peak()}))
         return 0
 
-    results = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as temporary:
-        tree = args.data or str(generate(Path(temporary)))
-        print(
-            f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"{args.repeats} repeats of {args.steps} steps",
-            flush=True,
-        )
-        for repeat in range(args.repeats):
-            for side, found in results.items():
-                flags = [f"--side={side}", f"--data={tree}", f"--steps={args.steps}", f"--workers={args.workers}"]
-                done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True)
-                found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-                print(f"  repeat {repeat + 1} {side:8} {found[-1]['rate']:7.1f} images/s", flush=True)
-    for side, found in results.items():
-        rates = [f["rate"] for f in found]
-        print(
-            f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
-            f"start {statistics.median(f['loading'] for f in found):.1f} s, "
-            f"peak memory {max(f['peak'] for f in found):.0f} MiB"
-        )
+    with pictures(args) as tree:
+        results = alternate(__file__, SIDES, tree, args)
     missed = 0
     for side, aim in (("lightly", args.at_least), ("floor", args.floor_at_least)):
         ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results[side])]

@@ -15,9 +15,7 @@ import importlib
 import itertools
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-WARM = 3
+from benchmarks.side_by_side import WARM, add_arguments, in_a_process, peak, pictures
+
 SMALL = "--input-res 32 -b 256 --seed 0 --print-freq 1000000 --epochs 1"
 BANK = f"{SMALL} --dataset folder --softmax --nce_k 4096 --nce_t 0.1"
 SCRIPTS = {  # name: (module, the flag of the data, other flags)
@@ -93,27 +92,12 @@ def measure(module: str, flags: list[str], steps: int, fixed: bool) -> dict:
             sys.stdout = standard
     (loader,) = made
     rate = loader.batch_size * steps / loader.seconds
-    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    return {"rate": rate, "views": loader.spent / loader.seconds, "loading": loader.loading, "peak": peak}
-
-
-def generate(folder: Path, count: int = 2560) -> Path:
-    """A tree of 32-pixel JPEGs: blurred noise in ten classes."""
-    from PIL import Image
-
-    pixels = torch.randint(0, 256, (count, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for i, small in enumerate(pixels.numpy()):
-        target = folder / "train" / f"class{i % 10}"
-        target.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(small).resize((32, 32), Image.BICUBIC).save(target / f"{i:05d}.jpg", quality=90)
-    return folder
+    return {"rate": rate, "views": loader.spent / loader.seconds, "loading": loader.loading, "peak": peak()}
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="tree with train/CLASS/*, 32-pixel pictures (CIFAR-10 as files)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating")
+    add_arguments(parser)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--at-least", type=float, default=0.92, help="least ratio of whole to network alone")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -124,30 +108,13 @@ def main(argv=None) -> int:
         print(json.dumps(measure(module, [*flag, args.data, *flags.split()], args.steps, side == "alone")))
         return 0
     missed = []
-    with tempfile.TemporaryDirectory() as temporary:
-        tree = args.data or str(generate(Path(temporary)))
-        print(
-            f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"{args.repeats} repeats of {args.steps} steps",
-            flush=True,
-        )
+    with pictures(args) as tree:
         for name in args.scripts:
             found = {"whole": [], "alone": []}
             for _ in range(args.repeats):
                 for side, results in found.items():
-                    command = [
-                        sys.executable,
-                        __file__,
-                        "--data",
-                        tree,
-                        "--steps",
-                        str(args.steps),
-                        "--one",
-                        name,
-                        side,
-                    ]
-                    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                    results.append(json.loads(out.strip().splitlines()[-1]))
+                    flags = f"--data={tree}", f"--steps={args.steps}", "--one", name, side
+                    results.append(in_a_process(__file__, *flags))
             ratios = [a["rate"] / b["rate"] for a, b in zip(found["whole"], found["alone"])]
             ratio = statistics.median(ratios)
             rates = {side: statistics.median(r["rate"] for r in results) for side, results in found.items()}

@@ -19,11 +19,8 @@ The once-per-run decoding of the pictures into memory is told apart. Ends with 1
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.network_alone import WARM, generate, measure
+from benchmarks.network_alone import measure
+from benchmarks.side_by_side import add_arguments, alternate, peak, pictures, seconds
 
 SIDES = {
     "ours": ["--bn-splits", "1"],
@@ -78,33 +76,26 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
     )
     criterion = NTXentLoss(memory_bank_size=(QUEUE, 128))
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
-    done, started = 0, 0.0
-    while True:
-        for (x_query, x_key), _, _ in loader:
-            m = cosine_schedule(0, 10, 0.996, 1)
-            update_momentum(backbone, backbone_k, m=m)
-            update_momentum(head, head_k, m=m)
-            query = head(backbone(x_query.to(device)).flatten(start_dim=1))
-            with torch.no_grad():
-                key = head_k(backbone_k(x_key.to(device)).flatten(start_dim=1))
-            loss = criterion(query, key)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            if done in (WARM, WARM + steps):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter() - started
-            if done == WARM + steps:
-                return {"rate": BATCH * steps / started, "loading": loading}
+
+    def step(batch):
+        (x_query, x_key), _, _ = batch
+        m = cosine_schedule(0, 10, 0.996, 1)
+        update_momentum(backbone, backbone_k, m=m)
+        update_momentum(head, head_k, m=m)
+        query = head(backbone(x_query.to(device)).flatten(start_dim=1))
+        with torch.no_grad():
+            key = head_k(backbone_k(x_key.to(device)).flatten(start_dim=1))
+        loss = criterion(query, key)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"rate": BATCH * steps / seconds(step, loader, steps, device), "loading": loading}
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=None, help="tree with train/CLASS/*, 32-pixel pictures (CIFAR-10 as files)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each repeat")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating")
+    add_arguments(parser)
     parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
     parser.add_argument("--at-least", type=float, default=1.8, help="aim: times lightly")
     parser.add_argument("--views-at-most", type=float, default=None, help="aim: share of a step; 0.12, on a GPU 0.02")
@@ -116,43 +107,11 @@ def main(argv=None) -> int:
             if args.side == "lightly"
             else ours(args.data, args.steps, args.workers, args.side)
         )
-        peak = sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-        print(json.dumps({**found, "peak": peak}))
+        print(json.dumps({**found, "peak": peak()}))
         return 0
 
-    with tempfile.TemporaryDirectory() as temporary:
-        tree = args.data or str(generate(Path(temporary)))
-        print(
-            f"pictures: {args.data or 'generated, 2560 of 32 x 32'}; {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"{args.repeats} repeats of {args.steps} steps",
-            flush=True,
-        )
-        results = {side: [] for side in SIDES}
-        for repeat in range(args.repeats):
-            for side in results:
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--side",
-                    side,
-                    "--data",
-                    tree,
-                    "--steps",
-                    str(args.steps),
-                    "--workers",
-                    str(args.workers),
-                ]
-                out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                results[side].append(json.loads(out.strip().splitlines()[-1]))
-                print(f"  repeat {repeat + 1} {side:8} {results[side][-1]['rate']:7.1f} images/s", flush=True)
-    for side, found in results.items():
-        rates = [f["rate"] for f in found]
-        print(
-            f"{side:8} {statistics.median(rates):7.1f} images/s ({min(rates):.1f} to {max(rates):.1f}), "
-            f"{found[0].get('precision', 'float32')}, "
-            f"start {statistics.median(f['loading'] for f in found):.1f} s, "
-            f"peak memory {max(f['peak'] for f in found):.0f} MiB"
-        )
+    with pictures(args) as tree:
+        results = alternate(__file__, SIDES, tree, args)
     ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results["lightly"])]
     ratio, views = statistics.median(ratios), statistics.median(f["views"] for f in results["ours"])
     aim = args.views_at_most or (0.02 if torch.cuda.is_available() else 0.12)

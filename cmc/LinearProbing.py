@@ -245,9 +245,8 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     facts = dict(
         arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then, args), layer=args.layer
     )
-    facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts |= before.how_far() | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
+    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
     colours = (colour.Views(colour.chosen_views(args)),)
     return lambda images: classifier(embed(model, images, args, precision)), colours, facts
 

@@ -56,8 +56,11 @@ def add_name_argument(group, default: str = "as published, and the seed where on
 def run_folder(args, parent: str, published: str) -> str:
     """PARENT/NAME as --name says; else the published name, and the seed where one is typed: an array of jobs over seeds
     has a folder for each."""
-    seed = f"_seed_{args.seed}" if "seed" in args.typed else ""
-    return os.path.join(parent, args.name or published + seed)
+    return os.path.join(parent, args.name or published + seed_suffix(args))
+
+
+def seed_suffix(args) -> str:
+    return f"_seed_{args.seed}" if "seed" in args.typed else ""
 
 
 def add_monitor_arguments(group) -> None:

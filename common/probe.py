@@ -263,12 +263,18 @@ def report(job, saved: checkpoint.Saved, label: str | None, **facts) -> None:
     """
     args, scores = job.args, job.method.scores
     label = args.label or label or os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
-    facts |= dict(label=label, arch=args.model, epochs=saved.get("epoch"), data=args.data, split="val")
-    facts |= saved.how_far()
+    facts |= dict(label=label, arch=args.model, data=args.data, split="val") | origin(saved)
     facts |= dict(linear_epochs=job.done, acc1=scores["acc1"], acc5=scores["acc5"], acc1_best=scores["best_acc1"])
-    then = (saved.get("opt") or {}).get("seed")
-    facts |= dict(seed=args.seed if then is None else then, linear_seed=args.seed)
-    job.log.result(**facts, best_epoch=scores["best_epoch"], pretrained=saved.path)
+    facts |= dict(seed=args.seed if facts["seed"] is None else facts["seed"], linear_seed=args.seed)
+    job.log.result(**facts, best_epoch=scores["best_epoch"])
+
+
+def origin(saved: checkpoint.Saved) -> dict:
+    """What a result says of the pre-training whose checkpoint `saved` is."""
+    return (
+        dict(epochs=saved.get("epoch"), seed=(saved.get("opt") or {}).get("seed"), pretrained=saved.path)
+        | saved.how_far()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- k-NN

@@ -25,12 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UsageError, UserError, checkpoint, cli, printable, processes
+from common.checkpoint import fcntl
 from common.processes import Process
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders are not held there
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())  # one process of a job prints; the lock that tqdm makes is one between processes

@@ -260,9 +260,8 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     checkpoint.load_into(classifier, weights, saved.path)
     then, names = before["opt"], "learning_rate batch_size nce_t nce_m alpha crop aug input_res small_stem".split()
     facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then), layer=args.layer)
-    facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts |= before.how_far() | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
+    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
     return lambda images: classifier(embed(model, images, args.layer, precision)), (NORMALIZE,), facts
 
 

@@ -263,8 +263,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     classifier, arch = networks.linear(model, len(weights["weight"]))
     checkpoint.load_into(classifier.to(process.device), weights, saved.path)
     facts = dict(arch=arch, outputs=classifier.out_features, input_res=args.input_res, label=row_label(then))
-    facts |= dict(epochs=before.get("epoch"), seed=then.get("seed"), pretrained=before.path)
-    facts |= before.how_far() | dict(digest=checkpoint.fingerprint(model.state_dict()), protocol=opt["protocol"])
+    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(model.state_dict()), protocol=opt["protocol"])
     facts |= dict(settings={name: then[name] for name in SETTINGS if name in then} | {"protocol": opt["protocol"]})
     if opt["protocol"] == "released":  # on a network whose statistics have moved since
         released.restore(model, saved)

@@ -145,8 +145,7 @@ def parse_args(argv=None):
         args.nn_every = int(args.dataset in sets.TORCHVISION_SETS or args.anneal == "accuracy")
     config.check(args)
     annealed = f"_{args.anneal}" if args.anneal != "constant" else ""
-    seed = f"_seed_{args.seed}" if "seed" in args.typed else ""
-    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}{annealed}{seed}"
+    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
     args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
     if args.show_ring:
         args.resume, args.overwrite = args.resume or "auto", True  # nothing is written but the picture

@@ -21,9 +21,9 @@ from common import early
 early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 from common import cli
-from tools.robustness import CORRUPTIONS, main, open_corruptions, parse_args
+from tools.robustness import main, parse_args
 
-__all__ = ["CORRUPTIONS", "main", "open_corruptions", "parse_args"]
+__all__ = ["main", "parse_args"]
 
 if __name__ == "__main__":
     cli.run(main)

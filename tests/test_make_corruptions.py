@@ -14,8 +14,8 @@ from corrupt_tta import corruptions as package
 from PIL import Image
 
 from common import UsageError, UserError
-from nonsem_neg import eval_robustness
 from preprocess import corruptions, make_corruptions, workers
+from tools import robustness
 
 SCRIPT = "preprocess/make_corruptions.py"
 FEW = ["--corruptions", "gaussian_noise", "impulse_noise", "contrast", "--severities", "1", "5"]
@@ -58,7 +58,7 @@ def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
     out = tmp_path / "C"
     make(tree, out, "--limit", "1", "--severities", "2", size=32)
     names = sorted(p.name for p in out.iterdir())
-    assert names == sorted([*eval_robustness.CORRUPTIONS, "corruptions.json"])
+    assert names == sorted([*robustness.CORRUPTIONS, "corruptions.json"])
     assert set(files(out)) == {f"{c}/2/{p}" for c in corruptions.CORRUPTIONS for p in ("bird/b0.png", "fish/f.png")}
     for path in out.rglob("*.png"):
         with Image.open(path) as picture:
@@ -69,7 +69,7 @@ def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
     class Args:
         corruption, extra_corruptions = out, False
 
-    opened, found, group = eval_robustness.open_corruptions(Args, ["bird", "fish"])
+    opened, found, group = robustness.open_corruptions(Args, ["bird", "fish"])
     assert len(opened) == 30 and len(found) == 15 and group.bincount().tolist() == [2] * 15
     assert "result: 30 of 30 files" in capsys.readouterr().out
 

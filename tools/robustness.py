@@ -43,6 +43,7 @@ import torch
 from common import UsageError, UserError, augment, checkpoint, cli, options, printable, processes, run, sets
 from common.precision import Precision
 from preprocess import demo
+from preprocess.corruptions import CORRUPTIONS
 
 FAMILIES = {  # linear evaluation: its files of the last epoch, and of the best on val
     "nonsem_neg/main_lincls.py": ("checkpoint_robust_*.pth.tar", "model_best_*.pth.tar"),
@@ -51,10 +52,6 @@ FAMILIES = {  # linear evaluation: its files of the last epoch, and of the best 
     "moco_insdis/eval_moco_ins.py": ("current.pth", "*_layer[0-9].pth"),
     "debiased/linear.py": ("current.pth", "model_best.pth"),
 }
-CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost",
-    "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition")
 PRESETS = {

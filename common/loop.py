@@ -19,6 +19,8 @@ The script owns its loops, the job remembers where it is. A method is any object
     optimizer, generators   {name: torch.Generator} whose draws must go on where they stopped
     precision               (optional) whose scaler goes on, too
     pictures(views)         {label: images (N, C, H, W) in [0, 1]} of a batch, for --show-views
+
+A step that is given to `job.keep_scores` (metrics.score_statistics) is in scores/score_EPOCH.npy when its epoch ends.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import UsageError, UserError, checkpoint, cli, options, printable, processes, run, sheet
@@ -64,7 +67,7 @@ class Job:
         self.complete = self.finished = self.stopped = False  # this epoch; this run; by a signal
         self.exit_code, self.shows_steps, self.log = 0, True, None
         self.stop, self._held, self._holds, self.remarks = run.StopSignal(), contextlib.ExitStack(), False, []
-        self._shows = getattr(args, "show_views", None)
+        self._shows, self._scores = getattr(args, "show_views", None), []
         if self.done >= args.epochs:
             raise UsageError(f"--start-epoch {self.done}: with --epochs {args.epochs} nothing is left to train")
         for pattern in () if self._shows else self.names:
@@ -153,6 +156,7 @@ class Job:
         else:
             done = self.done if self.by_epoch else self.global_step
             self.log.rewind(done if goes_on else -1, again=self.step == self.steps)
+            self._drop_scores(self.done + (self.step > 0) if goes_on else 0)
         if self.args.resume and not self.saved:
             self.log.say(f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch")
         self._held.enter_context(self.stop)
@@ -279,6 +283,7 @@ class Job:
             words = [f"{k} {v:.4g}" for k, v in (self.means | self.progress.numbers).items()]
             rate, elapsed = self.progress.epoch_count / self.progress.elapsed, run.clock(self.progress.elapsed)
             self.log.say(f"Epoch {self.epoch}: {', '.join([*words, f'{rate:.0f} images/s', elapsed])}")
+        self._write_scores(started)
         if self.step < len(loader):
             self.save(self.last)
             return
@@ -310,6 +315,40 @@ class Job:
             elapsed = max(self.progress.elapsed, 1e-9)
             shares = dict(view_share=self.source.view_seconds / elapsed, wait_share=self.source.wait_seconds / elapsed)
             self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
+
+    def keep_scores(self, scores: torch.Tensor) -> None:
+        """metrics.score_statistics (B, 5) of the step just taken, of this rank: copied from its device once an epoch."""
+        self._scores.append(scores)
+
+    def _score_file(self, epoch: int) -> Path:
+        return Path(self.folder) / "scores" / f"score_{epoch:03d}.npy"
+
+    def _write_scores(self, started: int) -> None:
+        """scores/score_EPOCH.npy of Zhu et al. (arXiv:2108.02982): (steps, global batch, 5), NaN where a batch was shorter and
+        in steps that another run took without keeping theirs."""
+        if not self._scores:
+            return
+        mine = torch.nn.utils.rnn.pad_sequence(self._scores, batch_first=True, padding_value=float("nan"))
+        ranks, self._scores = processes.gather_objects(mine.cpu()), []
+        if not self.process.is_main:
+            return
+        widest = max(part.shape[1] for part in ranks)
+        pad = [torch.nn.functional.pad(x, (0, 0, 0, widest - x.shape[1]), value=float("nan")) for x in ranks]
+        rows, path = torch.cat(pad, 1).numpy(), self._score_file(self.epoch)
+        if started:
+            before = np.full((started, *rows.shape[1:]), np.nan, rows.dtype)
+            with contextlib.suppress(OSError, ValueError):
+                found = np.load(path, allow_pickle=False)[:started]
+                before[: len(found)] = found
+            rows = np.concatenate((before, rows))
+        with checkpoint.replacing(path) as file:
+            np.save(file, rows)
+
+    def _drop_scores(self, kept: int) -> None:
+        """Scores of epochs that an earlier run in this folder took and this one takes anew."""
+        for path in Path(self.folder).glob("scores/score_[0-9]*.npy") if self.process.is_main else ():
+            if path.stem[6:].isdigit() and int(path.stem[6:]) >= kept + self.first:
+                path.unlink(missing_ok=True)
 
     def due(self, every: int) -> bool:
         """After a whole epoch: is it one of every `every` ones, or the last? 0 is never."""

@@ -1,4 +1,4 @@
-"""Numbers about a model: accuracy, features of a data set, k-NN."""
+"""Numbers about a model: accuracy, scores, features of a data set, k-NN."""
 
 from __future__ import annotations
 
@@ -19,6 +19,26 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
     best = logits.topk(min(max(topk), classes), dim=1).indices  # (N, max k)
     hits = best == target[:, None]
     return [hits[:, :k].sum() * (100.0 / max(n, 1)) for k in topk]
+
+
+@torch.no_grad()
+def score_statistics(positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """What a step's scores look like, one row for each query: (B, 5), float32, on their device.
+
+    positive (B,), negatives (B, K): logits, that is similarities divided by `temperature`. Columns: mean and unbiased variance
+    of the negative similarities; the positive similarity; mean of exp(negative logit); exp(positive logit). The five of Zhu
+    et al., arXiv:2108.02982, as their code saves them (there the first three in float16). With K = 1 the variance is NaN.
+    """
+    positive, negatives = positive.detach().float(), negatives.detach().float()
+    variance, mean = torch.var_mean(negatives, dim=1)
+    columns = (
+        mean * temperature,
+        variance * temperature**2,
+        positive * temperature,
+        negatives.exp().mean(1),
+        positive.exp(),
+    )
+    return torch.stack(columns, 1)
 
 
 @torch.no_grad()

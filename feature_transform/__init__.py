@@ -1,1 +1,1 @@
-"""Feature transformation (Zhu, Zhao, Liu, Sun and Chen, ICCV 2021, arXiv:2108.02982)."""
+"""Improving Contrastive Learning by Visualizing Feature Transformation (Zhu et al., ICCV 2021, arXiv:2108.02982)."""

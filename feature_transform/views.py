@@ -19,3 +19,7 @@ def recipe(args) -> augment.Compose:
 
 def plain_view(args) -> augment.Compose:
     return probe.plain_view(args, NORMALIZE)
+
+
+def pictures(args, seen) -> dict:
+    return dict(zip(("query", "key"), map(NORMALIZE.inverse, seen)))

@@ -77,7 +77,7 @@ def parse_args(argv=None):
     about = "bank: a row for each picture, one view; moco: queue of keys, two views"
     g.add_argument("--mem", choices=["bank", "moco"], default="moco", help=about)
     about = "augmentation: MoCo's (A), MoCo-v2's (B), CMC's (C), InfoMin's (D), CMC-v2's (E)"
-    g.add_argument("--aug", choices=list("ABCDE"), default="A", help=about)
+    g.add_argument("--aug", choices=views.AUGMENTATIONS, default="A", help=about)
     g.add_argument("--head", "--custom_head", choices=networks.HEADS, default="linear", help="projection head")
     g.add_argument("-t", "--nce_t", type=cli.positive, default=0.07, help="temperature")
     about = "negatives per query; for moco the queue length"
@@ -210,7 +210,11 @@ class Method:
             return self.encoder.encode(images)
 
     def pictures(self, seen) -> dict:
-        return views.pictures(self.args, seen)
+        names = ("picture",) if self.args.mem == "bank" else ("query", "key")
+        columns = {}
+        for name, images in zip((*names, "jigsaw"), seen):
+            columns |= views.pictures(self.args, name, images)
+        return columns
 
     def state_dict(self) -> dict:
         model = checkpoint.add_prefix(self.encoder.state_dict(), "module.")

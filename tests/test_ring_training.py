@@ -470,7 +470,10 @@ def test_warnings(workspace, capsys):
         "warning: the queue (--k 160) is as long as the data set (160 images)" in said and "the inner cut is to" in said
     )
     train("--epochs", 1, "--overwrite")
-    assert "--k 64 draws" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--k 64 draws" not in said and "does nothing" not in said
+    train("--epochs", 1, "--overwrite", "--negatives", "all")
+    assert "warning: --thres-outer does nothing with --negatives all" in capsys.readouterr().out
     train("--epochs", 1, "--k", 80, "--overwrite")
     assert "--k 80 draws more negatives than there are candidates (72 at the narrowest)" in capsys.readouterr().out
 

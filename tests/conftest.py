@@ -25,6 +25,12 @@ from common import UsageError, data, processes
 from preprocess import demo
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case", action="store_true", help="all cases where a test draws some by chance (minutes more)"
+    )
+
+
 @pytest.fixture(scope="session")
 def demo_set(tmp_path_factory) -> Path:
     """A small set of the built-in pictures: 160 train, 40 val, 15 corruptions x 1 severity x 10, and so on."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import augment, probe
+from common import augment, probe, sets
+from preprocess.imagenet100_subset import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
@@ -32,6 +33,21 @@ OPERATIONS = {  # of RandAugment; for CMC those that leave the colours alone
     "CMC": ("AutoContrast", "Identity", "Sharpness", *MOVES),
 }
 FILL = (124 / 255, 116 / 255, 104 / 255)  # where a moved picture leaves nothing: ImageNet's mean
+
+
+def choose_classes(args) -> None:
+    """--dataset imagenet100 (the default) on a tree of more than those: args.class_list becomes the project's list of them.
+
+    A tree without all of them is taken as it is. A published command names ImageNet by the number of its classes alone:
+    --n_class beside a --dataset that was not typed. UsageError where there is no such folder.
+    """
+    if args.dataset != "imagenet100" or args.class_list:
+        return
+    listed = set(sets.read_class_list(CLASS_LIST))
+    found = sets.folders_in(sets.split_folder(args.data, "train", bare=True))
+    meant = "dataset" not in args.typed and getattr(args, "n_class", None) == len(found)
+    if listed < set(found) and not meant:
+        args.class_list = str(CLASS_LIST)
 
 
 def last_operations(args) -> tuple:
@@ -55,13 +71,6 @@ def recipe(args) -> augment.Compose:
         return augment.Compose(crop, flip, jitter, blur, RandAugment(args.modal), grey, *last)
     jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)  # E, CMC-v2
     return augment.Compose(crop, flip, jitter, blur, RandAugment(args.modal), *last)
-
-
-def linear_recipe(args) -> augment.Compose:
-    """Of a linear evaluation: crop and flip, and with --aug_linear RA RandAugment."""
-    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0)), augment.RandomHorizontalFlip()
-    more = (RandAugment(args.modal),) if args.aug_linear == "RA" else ()
-    return augment.Compose(crop, flip, *more, *last_operations(args))
 
 
 def plain_view(args) -> augment.Compose:

@@ -37,6 +37,7 @@ def test_golden(name):
     golden.check("embedding", model(x))
     assert golden.names() == {"encoder", "embedding"} and model.dim == golden.values["encoder_shape"][1]
     saved = {"model": checkpoint.add_prefix(model.state_dict(), "module.")}
-    opened, *about = networks.encoders(networks.backbone_state(saved), name)
-    assert about == [arch, False]
+    state = networks.backbone_state(saved)
+    assert networks.described(state, name) == (arch, flags.modal, False)
+    opened = networks.encoders(state, name)
     assert torch.equal(opened.eval().encode(x[:1, :, :64, :64]), model.encode(x[:1, :, :64, :64]))

@@ -94,7 +94,7 @@ class RandAugment:
     bicubic interpolation by chance. params, one column for each of the two: op (-1: not applied), level, sign, bicubic.
 
     torchvision's RandAugment has other operations and one draw a batch; its functions are used where they take a batch.
-    Differences to Pillow's pictures of whole grey levels: at most 2 levels, of bicubic moves up to 16 beside sharp edges
+    Differences to Pillow's pictures of whole grey levels: at most 2 levels, of bicubic moves some 16 beside sharp edges
     (torch's cubic has a = -.75, Pillow's -1). Pictures are (N, 3, S, S) in [0, 1], square.
     """
 
@@ -129,7 +129,10 @@ class RandAugment:
         for name, drawn in groups:
             if not drawn.any():
                 continue
-            rows, own = drawn.nonzero().flatten(), [t[drawn].to(images.device) for t in (level, theta)]
+            rows, own = (
+                drawn.nonzero().flatten(),
+                [t[drawn].to(images.device, non_blocking=True) for t in (level, theta)],
+            )
             rows = rows.to(images.device, non_blocking=True)
             out = images.clone() if out is images else out
             out.index_copy_(0, rows, change(name, images.index_select(0, rows), *own))
@@ -187,7 +190,8 @@ def move(x: Tensor, theta: Tensor, mode: str) -> Tensor:
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     made = F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False).clamp_(0, 1)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return torch.where(inside, made, torch.tensor(FILL, device=x.device).view(3, 1, 1))
+    fill = torch.tensor(FILL).to(x.device, non_blocking=True)
+    return torch.where(inside, made, fill.view(3, 1, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- jigsaw

@@ -243,6 +243,11 @@ _FAMILIES = [  # what is only in one script's pre-trainings, that script, and th
     (r"opt\.negatives$|state_dict\.model\.", "ring/train_ring.py", "ring/eval_ring.py"),
     (r"opt\.tau_plus$|(^|\.)(module\.)?f\.0\.", "debiased/main.py", "debiased/linear.py"),
     (r"opt\.view$|l_to_ab\.", "cmc/train_CMC.py", "cmc/LinearProbing.py"),
+    (
+        r"^model\.(module\.)?(encoder|head)[12]?\.(?!module\.)",
+        "feature_transform/main_contrast.py",
+        "feature_transform/main_linear.py",
+    ),
     (r"opt\.moco$|contrast\.memory$", "moco_insdis/train_moco_ins.py", "moco_insdis/eval_moco_ins.py"),
     (r"encoder_q\.", "nonsem_neg/moco_non_sem_neg.py", "nonsem_neg/main_lincls.py"),
 ]

@@ -160,6 +160,13 @@ def as_published(saved, keys, **opt) -> dict:
     return theirs | {"opt": argparse.Namespace(**opt)}
 
 
+def statistics(positive, negatives, temperature: float) -> torch.Tensor:
+    """metrics.score_statistics from similarities, positive (B,) and negatives (B, K), in double precision."""
+    positive, negatives = positive.detach().double(), negatives.detach().double()
+    exponentials = [(negatives / temperature).exp().mean(1), (positive / temperature).exp()]
+    return torch.stack([negatives.mean(1), negatives.var(1), positive, *exponentials], 1).float()
+
+
 # Inner names of common/ that tests replace, in this one place.
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, checkpoint, memory, processes
+from common import UserError, checkpoint, memory, metrics, processes
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -90,16 +90,20 @@ class MemoryBanks(nn.Module):
     def banks(self) -> list[Tensor]:
         return [getattr(self, f"memory_{name}") for name in self.views]
 
-    def forward(self, feats: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, feats: Sequence[Tensor], rows: Tensor, scores: list | None = None) -> tuple[Tensor, list[Tensor]]:
         """(loss, out) of every view's unit features (B, D) against the same bank rows (B, K+1) of `draw_rows`.
 
         out: for each pair (B, K+1), anchor features against the other view's bank: logits s / T with softmax, else
         exp(s / T) / Z, as published. The positive is the other view of the same picture, the average of what its earlier
         crops gave. loss (V,): for each view the sum over the pairs that it anchors. Their sum is the paper's full-graph
-        objective: over every two views V_i, V_j the loss of V_i as anchor and the loss of V_j as anchor.
+        objective: over every two views V_i, V_j the loss of V_i as anchor and the loss of V_j as anchor. scores: gets
+        metrics.score_statistics (B, 5) of the logits, their mean over the pairs.
         """
         banks = self.banks()
         out = [memory.bank_scores(feats[i], banks[j], rows).div_(self.temperature) for i, j in self.pairs]
+        if scores is not None:
+            each = [metrics.score_statistics(x[:, 0], x[:, 1:], self.temperature) for x in out]
+            scores.append(torch.stack(each).mean(0))
         if self.softmax:
             loss = [softmax_loss(logits) for logits in out]
         else:

@@ -90,7 +90,7 @@ def parse_args(argv=None):
     options.add_name_argument(g)
     g.add_argument("--tb_path", help="TensorBoard events go below here; default: into the run folder")
     options.add_run_arguments(g)
-    options.add_monitor_arguments(g)
+    options.add_monitor_arguments(g, "mean over the pairs of views")
     options.add_hardware_arguments(parser, apex=True, compile=True)
     parser.ignore("TensorBoard gets a point every --print_freq steps", "tb_freq")
     parser.ignore("pre-training uses SGD", "beta1", "beta2")
@@ -160,7 +160,7 @@ class CMC:
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory = MemoryBanks(n, args.feat_dim, self.names, *bank).to(process.device)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # negatives; the same on every rank
-        self.generators = {"draws": draws}
+        self.generators, self.scores = {"draws": draws}, [] if args.save_score else None
 
     def step(self, views, index):
         (images,) = (v.contiguous(memory_format=torch.channels_last) for v in views)
@@ -168,7 +168,7 @@ class CMC:
             feats = self.wrapped(images)
         feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # V times N x D
         rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.generators["draws"], self.exclude_self)
-        losses, out = self.memory(feats, rows)  # of every view; of every pair, N x (1 + K)
+        losses, out = self.memory(feats, rows, self.scores)  # of every view; of every pair, N x (1 + K)
         self.precision.step(losses.sum(), self.optimizer)
         everyone = processes.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
         self.memory.update(everyone, processes.all_gather(index))
@@ -234,6 +234,8 @@ def worker(args, process: processes.Process) -> None:
             for views, _, index in job.batches():
                 losses, out = method.step(views, index)
                 job.track(**method.curves(losses, out), learning_rate=lr)
+                if args.save_score:
+                    job.keep_scores(method.scores.pop())
             if job.due(args.knn_every):
                 probe.evaluate_knn(job, method.encoder, method.embed, knn)
 

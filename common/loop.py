@@ -41,7 +41,7 @@ from common import UsageError, UserError, checkpoint, cli, options, printable, p
 FREE = set(
     "amp_backend ckpt_path compile data_device demo device dist_backend dist_url evaluate folder gpu knn_every knn_k label "
     "model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank resume save_freq save_path "
-    "show_views skip_bad_images start_epoch tb_path workers world_size milestones pretrained".split()
+    "save_score show_views skip_bad_images start_epoch tb_path workers world_size milestones pretrained".split()
 )
 SAME = ("dataset", "class_list", "texture_root")  # flags that make another run of it, besides those that a script names
 
@@ -320,34 +320,33 @@ class Job:
         """metrics.score_statistics (B, 5) of the step just taken, of this rank: copied from its device once an epoch."""
         self._scores.append(scores)
 
-    def _score_file(self, epoch: int) -> Path:
-        return Path(self.folder) / "scores" / f"score_{epoch:03d}.npy"
-
     def _write_scores(self, started: int) -> None:
         """scores/score_EPOCH.npy of Zhu et al. (arXiv:2108.02982): (steps, global batch, 5), NaN where a batch was shorter and
-        in steps that another run took without keeping theirs."""
+        in steps that another run took without keeping theirs. `started`: the first of these steps."""
         if not self._scores:
             return
         mine = torch.nn.utils.rnn.pad_sequence(self._scores, batch_first=True, padding_value=float("nan"))
-        ranks, self._scores = processes.gather_objects(mine.cpu()), []
+        ranks, self._scores = processes.gather_objects(mine.cpu().numpy()), []
         if not self.process.is_main:
             return
-        widest = max(part.shape[1] for part in ranks)
-        pad = [torch.nn.functional.pad(x, (0, 0, 0, widest - x.shape[1]), value=float("nan")) for x in ranks]
-        rows, path = torch.cat(pad, 1).numpy(), self._score_file(self.epoch)
-        if started:
-            before = np.full((started, *rows.shape[1:]), np.nan, rows.dtype)
-            with contextlib.suppress(OSError, ValueError):
-                found = np.load(path, allow_pickle=False)[:started]
-                before[: len(found)] = found
-            rows = np.concatenate((before, rows))
+        path, before = Path(self.folder) / "scores" / f"score_{self.epoch:03d}.npy", np.empty((0, 0, 5))
+        with contextlib.suppress(OSError, EOFError, ValueError):  # it is not there, or not one of ours
+            found = np.load(path, allow_pickle=False)
+            before = found[:started] if found.shape[2:] == (5,) else before
+        width = max(before.shape[1] // len(ranks), *(part.shape[1] for part in ranks))
+        rows = np.full((started + len(mine), len(ranks), width, 5), np.nan, np.float32)
+        for rank, part in enumerate(ranks):
+            rows[started:, rank, : part.shape[1]] = part
+        rows = rows.reshape(len(rows), -1, 5)
+        with contextlib.suppress(ValueError):  # of another number of processes or pictures
+            rows[: len(before)] = before
         with checkpoint.replacing(path) as file:
             np.save(file, rows)
 
     def _drop_scores(self, kept: int) -> None:
         """Scores of epochs that an earlier run in this folder took and this one takes anew."""
         for path in Path(self.folder).glob("scores/score_[0-9]*.npy") if self.process.is_main else ():
-            if path.stem[6:].isdigit() and int(path.stem[6:]) >= kept + self.first:
+            if path.stem[6:].isdecimal() and int(path.stem[6:]) >= kept + self.first:
                 path.unlink(missing_ok=True)
 
     def due(self, every: int) -> bool:

@@ -22,22 +22,23 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
 
 
 @torch.no_grad()
-def score_statistics(positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+def score_statistics(positive: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
     """What a step's scores look like, one row for each query: (B, 5), float32, on their device.
 
     positive (B,), negatives (B, K): logits, that is similarities divided by `temperature`. Columns: mean and unbiased variance
     of the negative similarities; the positive similarity; mean of exp(negative logit); exp(positive logit). The five of Zhu
-    et al., arXiv:2108.02982, as their code saves them (there the first three in float16). With K = 1 the variance is NaN.
+    et al., arXiv:2108.02982, as their code saves them (there the first three in float16). mask (B, K): which of `negatives`
+    are some; None: all. Of a query without any, means are NaN, and the variance with less than two.
     """
     positive, negatives = positive.detach().float(), negatives.detach().float()
-    variance, mean = torch.var_mean(negatives, dim=1)
-    columns = (
-        mean * temperature,
-        variance * temperature**2,
-        positive * temperature,
-        negatives.exp().mean(1),
-        positive.exp(),
-    )
+    if mask is None:
+        variance, mean = torch.var_mean(negatives, dim=1)
+        exponential = negatives.exp().mean(1)
+    else:
+        count = mask.sum(1)
+        mean, exponential = (x.where(mask, 0).sum(1) / count for x in (negatives, negatives.exp()))
+        variance = (negatives - mean[:, None]).square().where(mask, 0).sum(1) / (count - 1).clamp(min=0)
+    columns = (mean * temperature, variance * temperature**2, positive * temperature, exponential, positive.exp())
     return torch.stack(columns, 1)
 
 

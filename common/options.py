@@ -63,15 +63,16 @@ def seed_suffix(args) -> str:
     return f"_seed_{args.seed}" if "seed" in args.typed else ""
 
 
-def add_monitor_arguments(group) -> None:
-    """Looking at a pre-training: k-NN of its features, a sheet of its views, its scores."""
+def add_monitor_arguments(group, negatives: str = "of all its negatives") -> None:
+    """Looking at a pre-training: k-NN of its features, a sheet of its views, its scores. negatives: whose scores these are."""
     group.add_argument("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
     about = "root of a tree or pack for that evaluation, where DATA has no labels or is another set"
     group.add_argument("--knn-data", metavar="DATA", help=about)
     group.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
     group.add_argument("--show-views", metavar="FILE.png", help="draw the first batch as networks see it, and end")
-    about = "write scores/score_EPOCH.npy: statistics of every step's positive and negative scores (plot_scores.py draws them)"
-    group.add_argument("--save_score", action="store_true", help=about)
+    about = f"write scores/score_EPOCH.npy: statistics of each query's positive and negative scores, {negatives}"
+    drawn = "; feature_transform/plot_scores.py draws them"
+    group.add_argument("--save_score", action="store_true", help=about + drawn)
 
 
 def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) -> None:

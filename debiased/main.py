@@ -29,6 +29,7 @@ from common import (
     checkpoint,
     cli,
     loop,
+    metrics,
     options,
     probe,
     processes,
@@ -104,7 +105,7 @@ def parse_args(argv=None):
     about = "run folder: model_EPOCH.pth in the authors' layout, current.pth to go on from, logs"
     g.add_argument("--model_path", default="results", help=about)
     options.add_run_arguments(g, save_freq=25)
-    options.add_monitor_arguments(g)
+    options.add_monitor_arguments(g, "of both views of a picture, the rows 2 b and 2 b + 1 of picture b")
     g.add_argument("--k", dest="knn_k", type=cli.positive_int, default=200, help="--knn-k as published")
     about = "temperature of the votes of the k-NN; default: that of the loss, as published"
     g.add_argument("--knn_t", type=cli.positive, help=about)
@@ -181,6 +182,17 @@ def build_knn(args, process: processes.Process, train_set):
             print(f"note: no k-NN every 25 epochs: {error}", flush=True)
 
 
+@torch.no_grad()
+def pair_statistics(z1, z2, temperature: float, labels=None):
+    """metrics.score_statistics of this process's anchors, the two views of a picture one after the other, from unit rows
+    z1, z2 (B, D) of all processes. Negatives: the 2B - 2 vectors of other pictures, with labels (B,) those of other classes."""
+    z, owner = torch.stack((z1, z2), 1).flatten(0, 1).float(), torch.arange(len(z1), device=z1.device)
+    owner = (owner if labels is None else labels).repeat_interleave(2)
+    mine = torch.arange(len(z), device=z.device).chunk(processes.world_size())[processes.rank()]
+    positive = (z1.float() * z2.float()).sum(1).repeat_interleave(2)[mine] / temperature
+    return metrics.score_statistics(positive, z[mine] @ z.T / temperature, temperature, owner[mine, None] != owner)
+
+
 class Debiased:
     """One network, two views of every picture (more for M > 1). All other pictures of the global batch are negatives."""
 
@@ -207,6 +219,9 @@ class Debiased:
         else:
             tau_plus, extra = args.tau_plus if args.debiased else 0, torch.stack(extra) if extra else None
             loss, parts = debiased_loss(z1, z2, args.temperature, tau_plus, extra)
+        if args.save_score:
+            labels = processes.all_gather(target) if args.loss == "unbiased" else None
+            self.scores = pair_statistics(z1, z2, args.temperature, labels)
         self.precision.step(loss, self.optimizer)
         means = {name: parts[name].float().mean() for name in ("clamped", "negative", "positive")}
         return {"loss": loss.detach(), **means}
@@ -268,6 +283,8 @@ def worker(args, process: processes.Process) -> None:
                 lr = learning_rate(args, epoch - 1 + job.step / len(loader))
                 schedule.set_lr(method.optimizer, lr)
                 job.track(**method.step(views, target), learning_rate=lr)
+                if args.save_score:
+                    job.keep_scores(method.scores)
             if job.due(args.save_freq) and process.is_main:  # the authors' file: the network alone
                 path = os.path.join(args.model_path, f"model_{epoch}.pth")
                 checkpoint.save(path, method.state_dict()["state_dict"])

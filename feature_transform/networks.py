@@ -189,10 +189,10 @@ def described(state: dict[str, Tensor], path: str) -> tuple[str, str, bool]:
     raise UserError(f"{path} holds no network of this family (it has {', '.join(map(str, list(state)[:3]))})")
 
 
-def encoders(state: dict[str, Tensor], path: str) -> tuple[Network, str, bool]:
-    """(network with these weights, arch, small_stem) for `encode`; its head is not of the checkpoint and is not to be used."""
+def encoders(state: dict[str, Tensor], path: str) -> Network:
+    """The network with these parameters, for `encode`: its head is not of the checkpoint and is not to be used."""
     arch, modal, small_stem = described(state, path)
     network = Network(arch, "linear", modal, feat_dim=1, small_stem=small_stem)
     named = state if modal == "CMC" else checkpoint.add_prefix(state, "encoder.")
     checkpoint.load_into(network, named, path, ("head",))
-    return network, arch, small_stem
+    return network

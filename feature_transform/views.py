@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import augment, probe, processes
+from common import augment, probe, processes, sets
+from preprocess.imagenet100_subset import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
@@ -32,6 +33,21 @@ OPERATIONS = {  # of RandAugment; for CMC those that leave the colours alone
     "CMC": ("AutoContrast", "Identity", "Sharpness", *MOVES),
 }
 FILL = (124 / 255, 116 / 255, 104 / 255)  # where a moved picture leaves nothing: ImageNet's mean
+
+
+def choose_classes(args) -> None:
+    """--dataset imagenet100 (the default) on a tree of more than those: args.class_list becomes the project's list of them.
+
+    A tree without all of them is taken as it is. A published command names ImageNet by the number of its classes alone:
+    --n_class beside a --dataset that was not typed. UsageError where there is no such folder.
+    """
+    if args.dataset != "imagenet100" or args.class_list:
+        return
+    listed = set(sets.read_class_list(CLASS_LIST))
+    found = sets.folders_in(sets.split_folder(args.data, "train", bare=True))
+    meant = "dataset" not in args.typed and getattr(args, "n_class", None) == len(found)
+    if listed < set(found) and not meant:
+        args.class_list = str(CLASS_LIST)
 
 
 def last_operations(args) -> tuple:
@@ -57,13 +73,6 @@ def recipe(args) -> augment.Compose:
     return augment.Compose(crop, flip, jitter, blur, RandAugment(args.modal), *last)
 
 
-def linear_recipe(args) -> augment.Compose:
-    """Of a linear evaluation: crop and flip, and with --aug_linear RA RandAugment."""
-    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0)), augment.RandomHorizontalFlip()
-    more = (RandAugment(args.modal),) if args.aug_linear == "RA" else ()
-    return augment.Compose(crop, flip, *more, *last_operations(args))
-
-
 def plain_view(args) -> augment.Compose:
     """Pictures as they are, for k-NN and evaluation."""
     return probe.plain_view(args, *last_operations(args))
@@ -85,7 +94,7 @@ class RandAugment:
     bicubic interpolation by chance. params, one column for each of the two: op (-1: not applied), level, sign, bicubic.
 
     torchvision's RandAugment has other operations and one draw a batch; its functions are used where they take a batch.
-    Differences to Pillow's pictures of whole grey levels: at most 2 levels, of bicubic moves up to 16 beside sharp edges
+    Differences to Pillow's pictures of whole grey levels: at most 2 levels, of bicubic moves some 16 beside sharp edges
     (torch's cubic has a = -.75, Pillow's -1). Pictures are (N, 3, S, S) in [0, 1], square.
     """
 
@@ -120,7 +129,10 @@ class RandAugment:
         for name, drawn in groups:
             if not drawn.any():
                 continue
-            rows, own = drawn.nonzero().flatten(), [t[drawn].to(images.device) for t in (level, theta)]
+            rows, own = (
+                drawn.nonzero().flatten(),
+                [t[drawn].to(images.device, non_blocking=True) for t in (level, theta)],
+            )
             rows = rows.to(images.device, non_blocking=True)
             out = images.clone() if out is images else out
             out.index_copy_(0, rows, change(name, images.index_select(0, rows), *own))
@@ -178,7 +190,8 @@ def move(x: Tensor, theta: Tensor, mode: str) -> Tensor:
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     made = F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False).clamp_(0, 1)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return torch.where(inside, made, torch.tensor(FILL, device=x.device).view(3, 1, 1))
+    fill = torch.tensor(FILL).to(x.device, non_blocking=True)
+    return torch.where(inside, made, fill.view(3, 1, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- jigsaw

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, checkpoint, memory, processes
+from common import UserError, checkpoint, memory, metrics, processes
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -74,13 +74,15 @@ class MemoryBank(nn.Module):
         self.register_buffer("params", torch.tensor([k, temperature, -1.0, momentum]))
         self.register_buffer("memory", random_rows(n, dim))
 
-    def forward(self, feat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feat: Tensor, rows: Tensor, scores: list | None = None) -> tuple[Tensor, Tensor]:
         """(loss, out) of unit features feat (B, D) against the bank rows (B, K+1) of `draw_rows`.
 
         out (B, K+1): logits s / T with softmax, else exp(s / T) / Z, as published. The positive is the picture's own row,
-        the average of what its earlier crops gave.
+        the average of what its earlier crops gave. scores: gets metrics.score_statistics (B, 5) of the logits.
         """
         logits = memory.bank_scores(feat, self.memory, rows).div_(self.temperature)
+        if scores is not None:
+            scores.append(metrics.score_statistics(logits[:, 0], logits[:, 1:], self.temperature))
         if self.softmax:
             return softmax_loss(logits), logits
         raw = logits.exp()
@@ -138,12 +140,14 @@ class KeyQueue(nn.Module):
         self.register_buffer("z", torch.tensor(-1.0), persistent=False)
         self.register_buffer("pointer", torch.tensor(0), persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, out) of unit queries and keys (B, D), row by row a positive pair; out (B, 1+K) as in `MemoryBank`.
+    def forward(self, query: Tensor, key: Tensor, scores: list | None = None) -> tuple[Tensor, Tensor]:
+        """(loss, out) of unit queries and keys (B, D), row by row a positive pair; out (B, 1+K) and scores as in `MemoryBank`.
 
         With nce_z "oneshot" Z is cut down to a whole number, as published: the buffer that keeps it there is an integer.
         """
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.memory.T], 1).div_(self.temperature)
+        if scores is not None:
+            scores.append(metrics.score_statistics(logits[:, 0], logits[:, 1:], self.temperature))
         if self.softmax:
             return softmax_loss(logits), logits
         raw = logits.exp()
@@ -183,3 +187,23 @@ class KeyQueue(nn.Module):
         self.z.fill_(extra["z"] if extra else self.params[0].float())
         self.pointer.fill_(int(extra["pointer"]) if extra else 0)
         self.updates = int(extra["updates"]) if extra else LONG_AGO
+
+
+def warn(args, n: int, job) -> None:
+    """Say what is allowed of a memory for n pictures and known not to work."""
+    if args.moco and args.nce_k >= n:
+        softmax, small = " --softmax," * (not args.softmax), " (--preset small)" * (args.preset != "small")
+        job.warn(
+            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data set ({n} images): a picture's "
+            f"own earlier keys are among its negatives; use fewer,{softmax} a higher --nce_t{small}"
+        )
+    elif args.nce_k >= n:
+        job.warn(
+            f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn again and again, the "
+            "picture itself too (--exclude-self); use fewer"
+        )
+    if args.moco and not args.softmax and args.nce_z == "oneshot":
+        job.warn(
+            "MoCo with NCE and the Z of the first batch does not learn (11.6 % published): a fresh network gives nearly the "
+            "same feature to every picture, and Z stays at that; use --nce_z ema or --softmax"
+        )

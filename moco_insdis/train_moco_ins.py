@@ -41,7 +41,7 @@ from common import (
     schedule,
 )
 from common.precision import Precision
-from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank
+from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank, warn
 from moco_insdis.networks import MODELS, build_network
 from preprocess import demo
 
@@ -170,7 +170,7 @@ class Method:
         self.encoder, self.optimizer = self.precision.prepare(network, torch.optim.SGD(network.parameters(), **sgd))
         if args.compile:
             self.encoder.compile()
-        self.wrapped = processes.parallel(self.encoder, process)
+        self.wrapped, self.scores = processes.parallel(self.encoder, process), [] if args.save_score else None
 
     def curves(self, loss, out) -> dict:
         """The published curves: the loss, and "prob", the mean of column 0, which with InfoNCE is a logit; then the
@@ -206,7 +206,7 @@ class InsDis(Method):
             feat = self.wrapped(images)
         feat = F.normalize(feat.float(), dim=1)  # N x D
         rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.generators["draws"], self.exclude_self)
-        loss, out = self.memory(feat, rows)  # out: N x (1 + K)
+        loss, out = self.memory(feat, rows, self.scores)  # out: N x (1 + K)
         self.precision.step(loss, self.optimizer)
         self.memory.update(processes.all_gather(feat), processes.all_gather(index))
         return loss, out
@@ -241,7 +241,7 @@ class MoCo(Method):
             query = self.wrapped(im_q)
         query = F.normalize(query.float(), dim=1)  # N x D
         key, keys = self.encode_keys(im_k)  # N x D, (N * world) x D
-        loss, out = self.memory(query, key)  # out: N x (1 + K)
+        loss, out = self.memory(query, key, self.scores)  # out: N x (1 + K)
         self.precision.step(loss, self.optimizer)
         self.memory.enqueue(keys)
         self.average(list(self.encoder_ema.parameters()), [p.detach() for p in self.encoder.parameters()], None)
@@ -302,28 +302,10 @@ def worker(args, process: processes.Process) -> None:
                 schedule.set_lr(method.optimizer, lr)
                 loss, out = method.step(views, index)
                 job.track(**method.curves(loss, out), learning_rate=lr)
+                if args.save_score:
+                    job.keep_scores(method.scores.pop())
             if job.due(args.knn_every):
                 probe.evaluate_knn(job, method.encoder, method.embed, knn)
-
-
-def warn(args, n: int, job) -> None:
-    """What is allowed and known not to work."""
-    if args.moco and args.nce_k >= n:
-        softmax, small = " --softmax," * (not args.softmax), " (--preset small)" * (args.preset != "small")
-        job.warn(
-            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data set ({n} images): a picture's "
-            f"own earlier keys are among its negatives; use fewer,{softmax} a higher --nce_t{small}"
-        )
-    elif args.nce_k >= n:
-        job.warn(
-            f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn again and again, the "
-            "picture itself too (--exclude-self); use fewer"
-        )
-    if args.moco and not args.softmax and args.nce_z == "oneshot":
-        job.warn(
-            "MoCo with NCE and the Z of the first batch does not learn (11.6 % published): a fresh network gives nearly the "
-            "same feature to every picture, and Z stays at that; use --nce_z ema or --softmax"
-        )
 
 
 def main(argv=None) -> None:

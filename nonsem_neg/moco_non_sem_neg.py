@@ -120,7 +120,7 @@ def parse_args(argv=None):
     g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
-    options.add_monitor_arguments(g)
+    options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
     options.add_hardware_arguments(parser, compile=True)
     parser.ignore("the side comes from --patch-ratio", "patch-size")
     args = parser.parse_args(argv)
@@ -221,6 +221,9 @@ class NonSemantic:
         loss = F.cross_entropy(logits, labels)
         self.precision.step(loss, self.optimizer)
         self.model.enqueue(keys)
+        if self.args.save_score:
+            queue = logits[:, 1 : 1 + self.args.moco_k]
+            self.scores = metrics.score_statistics(logits[:, 0], queue, self.args.moco_t)
         top1, top5 = metrics.accuracy(logits.detach(), labels, (1, 5))
         return {"loss": loss, "contrast_acc1": top1, "contrast_acc5": top5}
 
@@ -283,6 +286,8 @@ def worker(args, process: processes.Process) -> None:
             schedule.set_lr(method.optimizer, lr)
             for views, _, index in job.batches():
                 job.track(**method.step(views, index), lr=lr)
+                if args.save_score:
+                    job.keep_scores(method.scores)
             if job.due(args.knn_every):
                 probe.evaluate_knn(job, method.model, method.embed, knn)
 

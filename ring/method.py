@@ -75,7 +75,7 @@ class Method:
 
     def start(self, step: int, b: int):
         """(ranks of the ring at this step, positions in it that b anchors are compared with, or None for all of them)."""
-        self.outer, self.seen = self.policy(step), []
+        self.outer, self.seen, self.scores = self.policy(step), [], [] if self.args.save_score else None
         self.ranks = self.rule.ranks(self.outer, self.candidates, self.args.batch_size)
         if self.args.all_ring:
             return self.ranks, None

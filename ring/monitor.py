@@ -22,6 +22,9 @@ def adopt_published(saved: checkpoint.Saved | None) -> None:
 def warn(job, method, ranks: tuple[int, int]) -> None:
     """What is allowed and known to be less than what was meant. ranks: of the narrowest ring."""
     args, left = job.args, ranks[1] - ranks[0]
+    unused = {"all": ("thres_outer", "thres_inner"), "ball": () if args.neighbor_views else ("thres_inner",)}
+    for flag in args.typed.intersection(unused.get(args.negatives, ())):
+        job.warn(f"--{flag.replace('_', '-')} does nothing with --negatives {args.negatives}")
     if args.method == "moco" and args.k >= method.n:
         job.warn(
             f"the queue (--k {args.k}) is as long as the data set ({method.n} images): a picture's own earlier keys are in it"

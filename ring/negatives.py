@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, processes
+from common import UserError, metrics, processes
 
 HALF = 10 << 20  # bytes of scores held at once, and again as much for finding and comparing
 DENSE_FROM = 4  # where a quarter of a bank's rows enters a sum, the product with the whole bank is faster
@@ -144,16 +144,17 @@ def conditional_loss(
     ranks: tuple[int, int],
     draws: Tensor | None = None,
     describe=None,
+    statistics: list | None = None,
 ) -> Tensor:
     """The mean loss of unit queries (B, D) whose candidates are all rows of the bank (n, D), float32.
 
     positive (B,): their inner product with what they belong to; it may carry a gradient. ranks: of `Rule.ranks`. draws (B, k):
     positions among the negatives of `select` to compare with; None: all of them (MoCo). describe: called once with the Ring
-    of the first anchors, at most LOOKED_AT.
+    of the first anchors, at most LOOKED_AT. statistics: gets metrics.score_statistics (B, 5) of those compared with.
     A block of anchors is scored, and a part of it compared and differentiated before the next one, so that of (B, n) scores
     only a few rows exist at a time. The bank has no gradient.
     """
-    (inner, outer), n, results = ranks, len(bank), []
+    (inner, outer), n, results, looked = ranks, len(bank), [], []
     drawn = 0 if draws is None else draws.shape[1]
     scored = max(1, HALF // (4 * n))  # anchors; below, with 16 bytes for each candidate, which is what a top-k copies
     compared = max(1, HALF // (16 * n + 28 * outer + 24 * drawn))
@@ -170,6 +171,8 @@ def conditional_loss(
                 part, part_rows = part.gather(1, draws[block]), part_rows.gather(1, draws[block])
             if rule.kind == "ball" and rule.neighbor_views and not rule.dynamic_inner:  # published: of all candidates
                 near, near_rows = mine.topk(rule.inside(outer, n))
+            if statistics is not None:
+                looked.append(metrics.score_statistics(positive[block] / temperature, part, temperature))
             leaves = [x.detach().requires_grad_() for x in (part, near, positive[block] / temperature)]
             with torch.enable_grad():
                 losses = row_losses(*leaves, rule)
@@ -179,6 +182,8 @@ def conditional_loss(
                 of_query += _weighted_rows(bank, near_rows, of_near)
             results.append((losses.detach(), of_query / temperature, of_positive / temperature))
             del ring, part, part_rows, near, near_rows, leaves, losses, of_part, of_near
+    if statistics is not None:
+        statistics.append(torch.cat(looked))
     return _Known.apply(query, positive, *map(torch.cat, zip(*results))).mean()
 
 

@@ -123,7 +123,7 @@ def parse_args(argv=None):
     options.add_run_arguments(g)
     about = "epochs between 1-NN evaluations through the bank; default: 1, with class folders and packs 0 (never)"
     g.add_argument("--nn-every", type=cli.count, help=about)
-    options.add_monitor_arguments(g)
+    options.add_monitor_arguments(g, "of those compared with; cmc: mean over both views")
     about = "draw what is inside, in and beyond the ring of eight pictures, from a checkpoint (--resume), and end"
     g.add_argument("--show-ring", metavar="FILE.png", help=about)
     options.add_hardware_arguments(parser, compile=True)
@@ -177,7 +177,7 @@ class IR(Method):
         (images,) = (v.contiguous(memory_format=torch.channels_last) for v in views)
         query, bank = self.encode(self.wrapped, images), self.bank()._bank  # N x D, n x D
         positive, (ranks, draws) = (query * bank[index]).sum(1), self.start(step, len(index))
-        how = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels))
+        how = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels), self.scores)
         values = self.finish(negatives.conditional_loss(query, positive, bank, *how))
         self.bank().update(processes.all_gather(query), processes.all_gather(index))
         return values
@@ -195,7 +195,7 @@ class CMC(Method):
     def step(self, views, index, step: int) -> dict:
         (images,) = (v.contiguous(memory_format=torch.channels_last) for v in views)
         feats, (ranks, draws) = self.encode(self.wrapped, images), self.start(step, len(index))
-        how, loss = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels)), 0
+        how, loss = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels), self.scores), 0
         for query, bank in zip(feats.chunk(2, 1), (self.bank(1)._bank, self.bank(0)._bank)):
             positive = (query * bank[index]).sum(1)
             loss = loss + negatives.conditional_loss(query, positive, bank, *how)
@@ -228,7 +228,7 @@ class MoCo(Method):
         query, (ranks, _) = self.encode(self.wrapped, im_q), self.start(step, 0)  # N x D
         key, keys = self.encode_keys(im_k)  # N x D, (N * world) x D
         labels = None if self.labels is None else self.system.labels(self.labels)
-        how = (self.args.t, self.rule, ranks, None, self.describe(index, labels))
+        how = (self.args.t, self.rule, ranks, None, self.describe(index, labels), self.scores)
         values = self.finish(negatives.conditional_loss(query, (query * key).sum(1), self.system.queue, *how))
         index = processes.all_gather(index)
         self.system.enqueue(keys, index)
@@ -291,6 +291,8 @@ def worker(args, process: processes.Process) -> None:
             schedule.set_lr(method.optimizer, lr)
             for views, _, index in job.batches():
                 job.track(**method.step(views, index, job.global_step), learning_rate=lr)
+                if args.save_score:
+                    job.keep_scores(torch.stack(method.scores).mean(0))
             if job.due(args.nn_every):
                 monitor.evaluate_nearest(job, method, nearest)
             if job.due(args.knn_every):

@@ -25,6 +25,12 @@ from common import UsageError, data, processes
 from preprocess import demo
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case", action="store_true", help="all cases where a test draws some by chance (minutes more)"
+    )
+
+
 @pytest.fixture(scope="session")
 def demo_set(tmp_path_factory) -> Path:
     """A small set of the built-in pictures: 160 train, 40 val, 15 corruptions x 1 severity x 10, and so on."""
@@ -152,6 +158,13 @@ def as_published(saved, keys, **opt) -> dict:
     theirs = {k: saved[k] for k in keys if k in saved}
     theirs["optimizer"] = {"state": saved["optimizer"]["state"], "param_groups": groups}
     return theirs | {"opt": argparse.Namespace(**opt)}
+
+
+def statistics(positive, negatives, temperature: float) -> torch.Tensor:
+    """metrics.score_statistics from similarities, positive (B,) and negatives (B, K), in double precision."""
+    positive, negatives = positive.detach().double(), negatives.detach().double()
+    exponentials = [(negatives / temperature).exp().mean(1), (positive / temperature).exp()]
+    return torch.stack([negatives.mean(1), negatives.var(1), positive, *exponentials], 1).float()
 
 
 # Inner names of common/ that tests replace, in this one place.

@@ -18,7 +18,7 @@ from conftest import ROOT, compute_on
 
 from common import data
 
-TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1".split()
+TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1 --save_score".split()
 BANK = [*TRAIN, *"--nce_k 40 --model_path".split()]
 RING = [*TRAIN, *"--k 64 --thres-inner .3 --anneal loss --nn-every 1 --exp-base".split()]
 PATCH = [*TRAIN, *"--moco-k 64 --bn-splits 2 --ckpt_path".split()]

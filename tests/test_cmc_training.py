@@ -1,14 +1,17 @@
 """CMC's pre-training script: names and keys as published, exact resume, one process = two, bad input."""
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_published, equal, run_script, says_no, stopped_at
+import torch.nn.functional as F
+from conftest import ROOT, as_published, equal, run_script, says_no, statistics, stopped_at
 
 from cmc import colour
 from cmc import train_CMC as script
-from common import UsageError, UserError, backbones, checkpoint, processes
+from common import UsageError, UserError, backbones, checkpoint, memory, processes
 
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 24 --model_path run --device cpu --print_freq 2".split()
 NAME = "memory_nce_24_resnet18v1_lr_0.03_decay_0.0001_bsz_32_view_Lab"
@@ -150,7 +153,7 @@ def test_run_folder_and_checkpoint(workspace, capsys):
 
 
 def test_softmax_logs_the_true_probability_and_three_views_their_names(workspace):
-    saved = train("--softmax", "--views", "L,a,b", "--epochs", 1, "--knn-every", 1)
+    saved = train("--softmax", "--views", "L,a,b", "--epochs", 1, "--knn-every", 1, "--save_score")
     folder = workspace / "run" / f"{NAME.replace('nce', 'softmax')}_views_L-a-b"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"L_loss", "L_prob", "a_loss", "b_prob", "positive_prob"} <= records[0].keys()
@@ -159,6 +162,29 @@ def test_softmax_logs_the_true_probability_and_three_views_their_names(workspace
         list(saved["contrast"]) == ["params", "memory_L", "memory_a", "memory_b"] and saved["opt"]["views"] == "L,a,b"
     )
     assert {k.split(".")[2] for k in saved["model"]} == {"L", "a", "b"}
+    found = np.load(folder / "scores" / "score_001.npy")
+    assert found.shape == (5, 32, 5) and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("flags", [["--softmax"], ["--views", "L,a,b"]])
+def test_scores_are_the_mean_over_the_pairs_of_views(flags):
+    args = script.parse_args([*TINY, "--save_score", "--seed", "0", *flags])
+    torch.manual_seed(0)
+    method = script.CMC(args, 40, processes.Process())
+    network, draws = copy.deepcopy(method.encoder), method.generators["draws"].clone_state()
+    banks = [bank.clone() for bank in method.memory.banks()]
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    index = torch.arange(8) * 5
+    method.step([images], index)
+    feats, rows, each = [F.normalize(f, dim=1) for f in network(images)], memory.draw_rows(index, 40, 24, draws), []
+    for i, feat in enumerate(feats):
+        for j, bank in enumerate(banks):
+            if i != j:
+                scores = (feat @ bank.T).gather(1, rows)
+                each.append(statistics(scores[:, 0], scores[:, 1:], args.nce_t))
+    (found,) = method.scores
+    assert len(each) == len(feats) * (len(feats) - 1)
+    torch.testing.assert_close(found, torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_alexnet_and_other_spaces_train(workspace):

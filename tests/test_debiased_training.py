@@ -1,12 +1,14 @@
 """Debiased contrastive learning's scripts: published flags and files, exact resume, both protocols of evaluation, bad input."""
 
+import copy
 import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
-from conftest import equal, inside, run_script, says_no, stopped_at
+from conftest import equal, inside, run_script, says_no, statistics, stopped_at
 
 from common import UsageError, UserError, checkpoint, processes, sets
 from debiased import estimator, linear, networks
@@ -106,7 +108,7 @@ def test_no_data_and_no_cache(capsys):
 
 
 def test_run_folder_and_the_authors_files(workspace, capsys):
-    saved = train("--save_freq", 1, "--knn-every", 2, "--M", 2)
+    saved = train("--save_freq", 1, "--knn-every", 2, "--M", 2, "--save_score")
     folder = workspace / "run"
     assert sorted(p.name for p in folder.glob("*.pth")) == ["current.pth", "model_1.pth", "model_2.pth"]
     theirs = torch.load(folder / "model_2.pth", weights_only=True)  # bare, as DataParallel names it
@@ -119,9 +121,32 @@ def test_run_folder_and_the_authors_files(workspace, capsys):
     assert -1 <= first["positive"] <= 1 and first["clamped"] == 0 and -1 < first["negative"] < 1
     assert any("knn_acc1" in r for r in records())
     derived = json.loads((folder / "config.json").read_text())["derived"]
+    found = np.load(folder / "scores" / "score_002.npy")
+    assert found.shape == (5, 64, 5) and np.isfinite(found).all()
     assert derived["negatives"] == 62 and derived["clamp_threshold"] == pytest.approx(0.1192, abs=1e-4)
     out = capsys.readouterr().out
     assert "GaussianBlur(sigma=(0.1, 2.0), p=0.5)" in out and "warning" not in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--M", "2"], ["--loss", "unbiased"]])
+def test_scores_of_both_views_of_a_picture(flags):
+    args = script.parse_args([*TINY, "--save_score", *flags])
+    torch.manual_seed(0)
+    method = script.Debiased(args, HERE)
+    before = copy.deepcopy(method)
+    views = torch.randn(1 + args.M, 6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 2, 0, 1, 1])
+    method.step(list(views), labels)
+    z, expected = [before.project(view) for view in views[:2]], []
+    owner = labels if args.loss == "unbiased" else torch.arange(6)
+    for picture in range(6):
+        for view in range(2):
+            anchor, others = z[view][picture], torch.cat([z[0], z[1]])[owner.repeat(2) != owner[picture]]
+            positive = anchor @ z[1 - view][picture]
+            expected.append(statistics(positive[None], (others @ anchor)[None], args.temperature))
+    torch.testing.assert_close(method.scores, torch.cat(expected), rtol=1e-4, atol=1e-6)
+    one_class = script.pair_statistics(*z, 0.5, torch.zeros(6))
+    assert one_class[:, [0, 1, 3]].isnan().all() and one_class[:, [2, 4]].isfinite().all()
 
 
 def test_each_loss_has_its_own_first_step(workspace):

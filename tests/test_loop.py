@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import equal
@@ -29,12 +30,12 @@ class Pictures:
 
 
 class Loader:
-    """Batches (views, target, index) of numbers that depend on the epoch and the step."""
+    """Batches (views, target, index) of numbers that depend on the epoch and the step; the last one may be `short`."""
 
     mode, views, bad_images = "host", ["a recipe"], []
 
-    def __init__(self, pictures, batch_size, stop_at=None):
-        self.dataset, self.batch_size, self.stop_at = pictures, batch_size, stop_at
+    def __init__(self, pictures, batch_size, stop_at=None, short=0):
+        self.dataset, self.batch_size, self.stop_at, self.short = pictures, batch_size, stop_at, short
 
     def set_epoch(self, epoch, start=0):
         self.epoch, self.start = epoch, start
@@ -46,7 +47,8 @@ class Loader:
         for step in range(self.start, len(self)):
             if self.stop_at == (self.epoch, step):
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield [torch.full((self.batch_size, 1), self.epoch + step / 10)], None, torch.arange(self.batch_size)
+            rows = self.batch_size - self.short * (step == len(self) - 1)
+            yield [torch.full((rows, 1), self.epoch + step / 10)], None, torch.arange(rows)
 
 
 class Method:
@@ -89,6 +91,10 @@ def parse(*flags):
     return args
 
 
+def scores_of(epoch, step, rows):
+    return 100 * epoch + 10 * step + torch.arange(5 * rows).view(rows, 5) / 100
+
+
 def train(
     *flags,
     pictures=None,
@@ -99,6 +105,7 @@ def train(
     by_epoch=False,
     cut=None,
     tensorboard=False,
+    short=0,
 ):
     """A run; the exit code (0: it came to its end)."""
     args = parse(*flags)
@@ -107,13 +114,15 @@ def train(
     files["tensorboard"] = tensorboard or True
     try:
         with loop.Job(args, processes.Process(), folder, **files) as job:
-            loader = Loader(pictures or Pictures(), args.batch_size, stop_at)
+            loader = Loader(pictures or Pictures(), args.batch_size, stop_at, short)
             method = Method(args)
             job.begin(loader, method)
             for epoch in job.epochs():
                 schedule.set_lr(method.optimizer, args.lr)
                 for views, _, _ in job.batches():
                     job.track(loss=method.step(views), lr=args.lr)
+                    if args.save_score:
+                        job.keep_scores(scores_of(epoch, job.step, len(views[0])))
                     if poison == (epoch, job.step):
                         method.weight.data[0, 0] = float("nan")
                 if job.due(args.knn_every):
@@ -185,6 +194,67 @@ def test_an_evaluation_that_is_cut_short_is_made_again():
         assert all(
             equal(a[key], b[key]) for key in ("weight", "optimizer", "generators", "epoch", "step", "global_step")
         )
+
+
+def scores(folder="run") -> dict:
+    return {int(p.stem[6:]): np.load(p) for p in sorted(Path(folder, "scores").iterdir())}
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_scores_are_written_once_an_epoch(short, monkeypatch):
+    written, replacing = [], checkpoint.replacing
+
+    def watched(path, *mode):
+        written.append(Path(path).name)
+        return replacing(path, *mode)
+
+    monkeypatch.setattr(checkpoint, "replacing", watched)
+    assert train("--save_score", short=short) == 0
+    assert [name for name in written if name.endswith(".npy")] == [f"score_00{epoch}.npy" for epoch in (1, 2, 3)]
+    for epoch, found in scores().items():
+        assert found.shape == (4, 2, 5) and found.dtype == np.float32
+        for step, row in enumerate(found):
+            rows = 2 - short * (step == 3)
+            assert np.array_equal(row[:rows], scores_of(epoch, step, rows)) and np.isnan(row[rows:]).all()
+    train("--overwrite", "--epochs", "1")
+    assert not list(Path("run").rglob("*.npy"))  # of the run that was written over
+
+
+@pytest.mark.parametrize("stop_at", [(1, 0), (2, 2), (2, 3)])
+def test_scores_of_a_stopped_run_are_those_of_a_whole_one(stop_at, capsys):
+    """Where only a short batch was left, too."""
+    train("--save_score", folder="whole", short=1)
+    assert train("--save_score", stop_at=stop_at, short=1) == 143
+    assert max(scores()) == stop_at[0] and scores()[stop_at[0]].shape == (stop_at[1] + 1, 2, 5)
+    np.save("run/scores/score_003.npy", np.zeros((4, 2, 5)))  # as if killed after an epoch and before its checkpoint
+    assert train("--save_score", "--resume", "auto", short=1) == 0
+    whole, parts = scores("whole"), scores()
+    assert whole.keys() == parts.keys()
+    for epoch in whole:
+        assert np.array_equal(whole[epoch], parts[epoch], equal_nan=True), epoch
+
+
+def test_scores_that_were_not_kept_are_nan(capsys):
+    assert train(stop_at=(2, 1)) == 143 and not Path("run/scores").exists()
+    assert train("--resume", "auto", "--save_score") == 0
+    assert "unlike the run that wrote the checkpoint" not in capsys.readouterr().out
+    found = scores()
+    assert sorted(found) == [2, 3] and np.isnan(found[2][:2]).all() and not np.isnan(found[2][2:]).any()
+    assert not np.isnan(found[3]).any()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array", "shape", "objects"])
+def test_scores_that_cannot_be_read_are_made_anew(content):
+    assert train("--save_score", stop_at=(1, 1)) == 143
+    path = Path("run/scores/score_001.npy")
+    if content == "shape":
+        np.save(path, np.zeros(5))
+    elif content == "objects":
+        np.save(path, np.array([[None], [3]], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    assert train("--save_score", "--resume", "auto") == 0
+    assert np.isnan(scores()[1][:2]).all() and np.array_equal(scores()[1][3], scores_of(1, 3, 2))
 
 
 class Killed(BaseException):

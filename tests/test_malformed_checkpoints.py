@@ -1,6 +1,7 @@
 """Files that are not what they seem: every field of every script's checkpoints changed, bytes changed, files cut short.
 
-Nothing but one line that names the file, or a correct load, may come of it.
+Nothing but one line that names the file, or a correct load, may come of it. A field is left out or given another value, one of
+the two by chance; with `python -m pytest --every-case tests/test_malformed_checkpoints.py` (minutes) both.
 """
 
 import copy
@@ -110,16 +111,19 @@ def changed(saved, where, value):
     return made
 
 
-def cases(saved, name):
-    """(where, name of a value): every field is left out, and given another value, drawn by chance but the same one in every
-    run of this test; of the flags that nothing acts upon some."""
+def cases(saved, name, every: bool):
+    """(where, name of a value): every field is left out, or (`every`: and) given another value, drawn by chance but the same
+    in every run of this test; of the flags that nothing acts upon some."""
     draw = random.Random(name)
     for where in fields(saved):
         acted_upon = len(where) != 2 or where[0] not in FLAGS or where[1] in ACTED_UPON
-        if acted_upon or draw.random() < 0.2:
-            yield where, draw.choice(sorted(VALUES))
-        if acted_upon:
-            yield where, "gone"
+        if acted_upon or draw.random() < (0.2 if every else 0.1):
+            yield from either(where, draw, every and acted_upon)
+
+
+def either(where, draw: random.Random, both: bool):
+    found = [(where, draw.choice(sorted(VALUES))), (where, "gone")]
+    return found if both else [draw.choice(found)]
 
 
 def taken(where, value) -> bool:
@@ -142,7 +146,7 @@ def quick(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_field_changed(quick, name, monkeypatch):
+def test_every_field_changed(quick, name, monkeypatch, request):
     script, flags, builds, place = SCRIPTS[name]
     path, built, files, load = last(quick, name), {}, {}, checkpoint.load
     for maker in builds:  # once for all cases
@@ -156,7 +160,7 @@ def test_every_field_changed(quick, name, monkeypatch):
         checkpoint, "load", lambda asked: dict(files[str(asked)]) if str(asked) in files else load(asked)
     )
     saved, wrong = load(path), []
-    for where, value in cases(saved, name):
+    for where, value in cases(saved, name, request.config.getoption("--every-case")):
         files[str(path)] = changed(saved, where, VALUES[value])
         try:
             script.main([*flags, place, name, "--resume", str(path)])
@@ -171,7 +175,7 @@ def test_every_field_changed(quick, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name, network", [("linear-cmc", "cmc"), ("linear-moco", "moco"), ("lincls", "patch")])
-def test_every_field_of_the_network_that_is_evaluated_changed(quick, name, network, monkeypatch):
+def test_every_field_of_the_network_that_is_evaluated_changed(quick, name, network, monkeypatch, request):
     script, flags, _, place = SCRIPTS[name]
     path, load, wrong = last(quick, network), checkpoint.load, []
     saved, draw = load(path), random.Random(name)
@@ -179,8 +183,9 @@ def test_every_field_of_the_network_that_is_evaluated_changed(quick, name, netwo
     names = [k for k in saved[state] if k.endswith(("conv1.weight", ".fc.weight", "fc.2.weight"))]
     wheres = [w for w in fields(saved) if w[0] in FLAGS and w[1:] and w[1] in (*ACTED_UPON, "softmax", "nce_k", "moco")]
     wheres += [(state,), ("epoch",), ("arch",), *((state, name) for name in names[:2] + names[-2:])]
-    for where in wheres:
-        for value in (draw.choice(sorted(VALUES)), "gone") if where[0] in saved else ():
+    for there in wheres:
+        both = request.config.getoption("--every-case")
+        for where, value in either(there, draw, both) if there[0] in saved else ():
             bad = changed(saved, where, VALUES[value])
             monkeypatch.setattr(checkpoint, "load", lambda asked: dict(bad))  # noqa: B023
             try:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import vectors
 
 from common import UsageError
-from common.metrics import accuracy, extract_features, knn
+from common.metrics import accuracy, extract_features, knn, score_statistics
 from common.schedule import cosine, parse_milestones, set_lr, step, warmup
 
 
@@ -35,6 +36,59 @@ def test_accuracy_slow_loop():
 def test_accuracy_with_fewer_classes_than_k_and_without_rows():
     assert accuracy(torch.zeros(3, 2), torch.tensor([0, 1, 1]))[1].item() == 100.0
     assert [a.item() for a in accuracy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))] == [0.0, 0.0]
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def slow_statistics(similarities, temperature):
+    """Five numbers of one query in double precision: the positive comes first."""
+    positive, *negatives = similarities.double().tolist()
+    n, mean = len(negatives), math.fsum(negatives) / max(len(negatives), 1) if negatives else math.nan
+    variance = math.fsum((x - mean) ** 2 for x in negatives) / (n - 1) if n > 1 else math.nan
+    exponential = math.fsum(math.exp(x / temperature) for x in negatives) / n if n else math.nan
+    return [mean, variance, positive, exponential, math.exp(positive / temperature)]
+
+
+@pytest.mark.parametrize("name", vectors.names("ft_base"))
+def test_scores_of_the_published_code(name):
+    v = vectors.read(name)
+    for logits, score in zip(v["logits"], v["score"]):
+        found = score_statistics(logits[:, 0], logits[:, 1:], v["T"])
+        vectors.close(found[:, :3], score[:, :3], rtol=1e-3, atol=1e-3)  # theirs are in float16
+        vectors.close(found[:, 3:], score[:, 3:])
+        slow = torch.tensor([slow_statistics(row * v["T"], v["T"]) for row in logits])
+        torch.testing.assert_close(found, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
+def test_scores_slow_loop(temperature):
+    """Similar negatives (a variance of 1e-8 beside a mean of .9), whose variance is lost where squares are subtracted."""
+    for spread in (0.3, 1e-4):
+        similarities = 0.9 - spread * torch.rand(6, 300, generator=generator())
+        logits = (similarities / temperature).requires_grad_()
+        found = score_statistics(logits[:, 0], logits[:, 1:], temperature)
+        slow = torch.tensor([slow_statistics(row * temperature, temperature) for row in logits])
+        assert found.dtype == torch.float32 and not found.requires_grad
+        torch.testing.assert_close(found, slow, rtol=2e-4, atol=0)
+    half = score_statistics(logits[:, 0].bfloat16(), logits[:, 1:].bfloat16(), temperature)
+    assert half.dtype == torch.float32 and half.isfinite().all()
+
+
+def test_scores_of_some_candidates():
+    logits = 5 * torch.randn(4, 9, generator=generator())
+    logits[:, 1] = 1000  # no negative of any: its exponential, infinity, must not come in
+    mask = torch.rand(4, 8, generator=generator(1)) < 0.6
+    mask[:, 0], mask[2], mask[3] = False, False, torch.arange(8) == 5
+    found = score_statistics(logits[:, 0], logits[:, 1:], 0.2, mask)
+    assert 1 < mask[0].sum() < 7
+    for row, own, keep in zip(found, logits, mask):
+        slow = torch.tensor(slow_statistics(torch.cat((own[:1], own[1:][keep])) * 0.2, 0.2))
+        torch.testing.assert_close(row, slow, rtol=1e-4, atol=1e-6, equal_nan=True)
+    assert found[2].isnan().tolist() == [True, True, False, True, False] and found[3].isnan().sum() == 1
+    every = torch.ones_like(mask)
+    plain, masked = (score_statistics(logits[:, 0], logits[:, 1:] / 99, 0.2, m) for m in (None, every))
+    torch.testing.assert_close(plain, masked)
 
 
 # --- features of a data set -------------------------------------------------------------------------------------------

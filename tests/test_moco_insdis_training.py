@@ -1,12 +1,15 @@
 """The pre-training script of MoCo and InsDis: names and keys as published, exact resume, one process = two, bad input."""
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
-from conftest import as_published, equal, first_loss, inside, run_script, says_no, stopped_at
+import torch.nn.functional as F
+from conftest import as_published, equal, first_loss, inside, run_script, says_no, statistics, stopped_at
 
-from common import UsageError, UserError, checkpoint, processes
+from common import UsageError, UserError, checkpoint, memory, processes
 from moco_insdis import train_moco_ins as script
 
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 40 --model_path run --device cpu --print_freq 2".split()
@@ -136,7 +139,7 @@ def test_insdis_folder_and_checkpoint(workspace, capsys):
 
 
 def test_moco_folder_and_checkpoint(workspace):
-    saved = train("--moco", "--softmax", "--epochs", 1)
+    saved = train("--moco", "--softmax", "--epochs", 1, "--save_score")
     folder = workspace / "run" / f"MoCo0.99_softmax{TAIL}"
     assert sorted(p.name for p in folder.glob("*.pth")) == ["ckpt_epoch_1.pth", "current.pth"]
     assert saved["model"].keys() == saved["model_ema"].keys()
@@ -144,6 +147,34 @@ def test_moco_folder_and_checkpoint(workspace):
     assert saved["contrast"]["memory"].shape == (40, 128) and saved["queue"]["pointer"] == 5 * 32 % 40
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert 0 < records[0]["positive_prob"] < 1 and "z_over_n" not in records[0]
+    found = np.load(folder / "scores" / "score_001.npy")
+    assert found.shape == (5, 32, 5) and np.isfinite(found).all() and np.abs(found[..., [0, 2]]).max() <= 1
+
+
+@pytest.mark.parametrize("flags", ["--moco", "--moco --softmax", "", "--softmax"])
+def test_scores_are_those_of_the_features(flags):
+    args = script.parse_args([*TINY, "--save_score", "--seed", "0", *flags.split()])
+    torch.manual_seed(0)
+    method = (script.MoCo if args.moco else script.InsDis)(args, 160, processes.Process())
+    network, bank, draws = (
+        copy.deepcopy(method.encoder),
+        method.memory.memory.clone(),
+        method.generators["draws"].clone_state(),
+    )
+    images = torch.randn(1 + args.moco, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    index = torch.arange(8) * 7
+    method.step(list(images), index)
+    query = F.normalize(network(images[0]), dim=1)
+    if args.moco:
+        positive, negatives = (
+            (query * method.memory.memory[:8]).sum(1),
+            query @ bank.T,
+        )  # what it has enqueued; before it
+    else:
+        scores = (query @ bank.T).gather(1, memory.draw_rows(index, 160, 40, draws))
+        positive, negatives = scores[:, 0], scores[:, 1:]
+    (found,) = method.scores
+    torch.testing.assert_close(found, statistics(positive, negatives, args.nce_t), rtol=1e-4, atol=1e-6)
 
 
 def test_key_network_follows_the_query_network():

@@ -1,6 +1,7 @@
 """The pre-training script: what a step does, exact resume, one process = two, bad input."""
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -9,10 +10,11 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Net, equal, first_loss, inside, run_script, says_no, stopped_at
+from conftest import ROOT, Net, equal, first_loss, inside, run_script, says_no, statistics, stopped_at
 
 from common import UsageError, UserError, backbones, checkpoint, processes, sets
 from nonsem_neg import moco_non_sem_neg as script
@@ -159,7 +161,7 @@ def test_patch_side_beyond_the_picture():
 def runs(module_folder) -> dict:
     """Checkpoints that several tests compare with: of one epoch, and of two that nothing has interrupted."""
     with inside(module_folder):
-        return {"one": train("--epochs", 1, "--ckpt_path", "one"), "two": train("--ckpt_path", "two")}
+        return {"one": train("--epochs", 1, "--ckpt_path", "one", "--save_score"), "two": train("--ckpt_path", "two")}
 
 
 @pytest.mark.parametrize("step, signum", [(3, signal.SIGTERM), (5, signal.SIGTERM), (7, signal.SIGINT)])
@@ -175,6 +177,20 @@ def test_resume_in_the_middle_is_bit_exact(runs, workspace, capsys, step, signum
         assert equal(runs["two"][key], resumed[key]), key
     steps = [json.loads(line)["step"] for line in (workspace / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_scores_are_of_the_queue_alone(runs, module_folder):
+    args = script.parse_args([*TINY, "--num-nonsem", "2", "--save_score", "--seed", "0"])
+    torch.manual_seed(0)
+    method = script.NonSemantic(args, processes.Process())
+    network, queue = copy.deepcopy(method.model.encoder_q), method.model.queue.clone()
+    views = torch.randn(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    method.step(list(views), torch.arange(32))
+    query = F.normalize(network(views[0]), dim=1)
+    expected = statistics((query * method.model.queue[:, :32].T).sum(1), query @ queue, args.moco_t)
+    torch.testing.assert_close(method.scores, expected, rtol=1e-4, atol=1e-6)
+    found = np.load(module_folder / "one" / "scores" / "score_000.npy")  # epochs count from 0, as published
+    assert found.shape == (5, 32, 5) and np.isfinite(found).all()
 
 
 def test_amp_is_for_the_encoder_alone(runs, module_folder, workspace, capsys):

@@ -1,5 +1,6 @@
 """The pre-training script of conditional negatives: settings files, switches, resume, a picture of the ring, bad input."""
 
+import copy
 import json
 import os
 import sys
@@ -7,7 +8,8 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, as_published, equal, inside, run_script, says_no, stopped_at
+import torch.nn.functional as F
+from conftest import ROOT, as_published, equal, inside, run_script, says_no, statistics, stopped_at
 from PIL import Image
 from vectors import keys, published_keys
 
@@ -249,17 +251,24 @@ def test_the_settings_files_run(name, capsys):
     assert torch.isfinite(a_step(args)[0]["loss"])
 
 
-def a_step(args, steps: int = 1) -> tuple:
-    """(what the last of some steps on random views says, the method)."""
+def made(args):
     torch.manual_seed(0)
     pictures = sets.ArraySet(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), [i % 4 for i in range(40)], list("abcd"))
-    method = {"ir": script.IR, "moco": script.MoCo, "cmc": script.CMC}[args.method](
+    return {"ir": script.IR, "moco": script.MoCo, "cmc": script.CMC}[args.method](
         args, pictures, 5, processes.Process()
     )
+
+
+def random_views(args, step: int) -> list:
+    generator = torch.Generator().manual_seed(step)
+    return list(torch.randn(2 if args.method == "moco" else 1, args.batch_size, 3, 32, 32, generator=generator))
+
+
+def a_step(args, steps: int = 1) -> tuple:
+    """(what the last of some steps on random views says, the method)."""
+    method = made(args)
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        views = torch.randn(2 if args.method == "moco" else 1, args.batch_size, 3, 32, 32, generator=generator)
-        said = method.step(list(views), torch.arange(args.batch_size), step)
+        said = method.step(random_views(args, step), torch.arange(args.batch_size), step)
     return said, method
 
 
@@ -281,6 +290,34 @@ def test_switched_off_it_is_the_plain_method(method):
     assert not equal(ball, after("--negatives ring --thres-inner .3"))
     assert not equal(ball, after("--negatives ball --no-self-negative"))
     assert not equal(ball, after("--negatives ball --thres-inner .3 --neighbor-views"))
+
+
+@pytest.mark.parametrize("flags", ["", "--all-ring", "--negatives all", "--method cmc", "--method moco"])
+def test_scores_are_of_the_negatives_that_enter_the_loss(flags, monkeypatch):
+    """Drawn ones of the ring, or all of it; several blocks of anchors."""
+    args = script.parse_args(
+        [*TINY, *"-b 8 --k 24 --bn-splits 1 --thres-inner .3 --save_score".split(), *flags.split()]
+    )
+    method = made(args)
+    monkeypatch.setattr(negatives, "HALF", 3 * 20 * method.candidates)
+    moco, views, index = args.method == "moco", random_views(args, 0), torch.arange(8)
+    memories = [method.system.queue] if moco else [method.bank(i)._bank for i in reversed(range(len(method.banks)))]
+    network, banks, draws = copy.deepcopy(method.encoder), [m.clone() for m in memories], method.generators["draws"]
+    inner, outer = method.rule.ranks(0.5, method.candidates, 8)
+    drawn = None if moco or args.all_ring else torch.randint(outer - inner, (8, 23), generator=draws.clone_state())
+    method.step(views, index, 0)
+    feats, each = network(views[0]), []
+    for feat, bank in zip(feats if isinstance(feats, tuple) else [feats], banks, strict=True):
+        query = F.normalize(feat, dim=1)
+        scores = query @ bank.T
+        ring = scores if args.negatives == "all" else scores.sort(dim=1, descending=True).values[:, inner:outer]
+        positives = method.system.queue if moco else bank  # the keys that this step has put first; the own rows
+        each.append(
+            statistics((query * positives[:8]).sum(1), ring if drawn is None else ring.gather(1, drawn), args.t)
+        )
+    assert (inner, outer) == ((0, 40) if args.negatives == "all" else (3, 12) if moco else (6, 20))
+    assert [len(s) for s in method.scores] == [8] * len(each)
+    torch.testing.assert_close(torch.stack(method.scores).mean(0), torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_the_published_slip_of_the_ball_is_reachable():
@@ -470,7 +507,10 @@ def test_warnings(workspace, capsys):
         "warning: the queue (--k 160) is as long as the data set (160 images)" in said and "the inner cut is to" in said
     )
     train("--epochs", 1, "--overwrite")
-    assert "--k 64 draws" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--k 64 draws" not in said and "does nothing" not in said
+    train("--epochs", 1, "--overwrite", "--negatives", "all")
+    assert "warning: --thres-outer does nothing with --negatives all" in capsys.readouterr().out
     train("--epochs", 1, "--k", 80, "--overwrite")
     assert "--k 80 draws more negatives than there are candidates (72 at the narrowest)" in capsys.readouterr().out
 

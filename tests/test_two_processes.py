@@ -13,6 +13,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from nonsem_neg import moco_non_sem_neg, negatives
 from nonsem_neg.moco import MoCo
 
 DEMO = "--demo --device cpu --seed 0".split()
-STEP = "-b 8 --nce_k 24 --nce_t .5 --learning_rate .01 --bn-splits 2".split()
+STEP = "-b 8 --nce_k 24 --nce_t .5 --learning_rate .01 --bn-splits 2 --save_score".split()
 CASES = {  # name: (how a step is taken, flags)
     "cmc softmax": ("cmc", ["--softmax", "--view", "YCbCr"]),
     "cmc nce": ("cmc", ["--views", "L,a,b", "--exclude-self"]),
@@ -51,7 +52,7 @@ MISTAKES = {  # planted in two processes: in which cases it is one
     "the others' features have no gradient": ["debiased", "unbiased"],
 }
 TOLERANCE = 2e-4  # relative; measured: 1e-5 of the movement of all weights, 1e-6 of memories. The mistakes: 0.2 to 2
-LONG = "-b 32 --epochs 2 --print_freq 2".split()
+LONG = "-b 32 --epochs 2 --print_freq 2 --save_score".split()
 RUNS = {  # name: (script, flags, the flag that names the folder)
     "cmc": (train_CMC, [*LONG, "--nce_k", "24"], "--model_path"),
     "moco": (train_moco_ins, [*LONG, "--nce_k", "40", "--moco"], "--model_path"),
@@ -77,7 +78,7 @@ class Bank:
 
     def step(self, views, index):
         loss, _ = self.method.step(list(views), index)
-        return loss.detach()
+        return loss.detach(), self.method.scores.pop()
 
     def weights(self) -> dict:
         networks = {"": self.method.encoder, "key ": getattr(self.method, "encoder_ema", None)}
@@ -112,7 +113,7 @@ class Patch:
         loss.backward()
         self.optimizer.step()
         self.model.enqueue(keys)
-        return loss.detach()
+        return loss.detach(), logits.detach()
 
     def weights(self) -> dict:
         return dict(self.model.named_parameters())
@@ -139,14 +140,14 @@ class Pairs:
     """The debiased loss or its oracle on a float64 network; SGD, because Adam would hide the scale of a gradient."""
 
     def __init__(self, kind, flags, process):
-        args = debiased.parse_args([*DEMO, *"-b 8 --feature_dim 16 --bn-splits 2".split(), *flags])
+        args = debiased.parse_args([*DEMO, *"-b 8 --feature_dim 16 --bn-splits 2 --save_score".split(), *flags])
         with float64():
             self.method = debiased.Debiased(args, process)
         self.optimizer = self.method.optimizer = torch.optim.SGD(self.method.model.parameters(), 0.1)
         self.views = 1 + args.M
 
     def step(self, views, index):
-        return self.method.step(list(views), index % 3)["loss"]
+        return self.method.step(list(views), index % 3)["loss"], self.method.scores
 
     def weights(self) -> dict:
         return dict(self.method.model.named_parameters())
@@ -182,7 +183,7 @@ def scale(optimizer, factor: float) -> None:
 
 
 def steps(case: str, process, mistake: str | None = None) -> dict:
-    """Two steps on fixed views of which every rank has its share: losses, how far the weights moved, the memory."""
+    """Two steps on fixed views of which every rank has its share: losses, how far the weights moved, scores, the memory."""
     kind, flags = CASES[case]
     torch.manual_seed(0)
     method = {"patch": Patch, "debiased": Pairs, "ft": Transformed}.get(kind, Bank)(kind, flags, process)
@@ -204,12 +205,14 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
         elif mistake in GATHERED:
             planted = mock.patch.object(processes, "all_gather_with_grad", GATHERED[mistake])
         with planted:
-            losses.append(processes.mean_ranks(method.step(images[:, mine], index[mine])))
+            loss, scores = method.step(images[:, mine], index[mine])
+            losses.append(processes.mean_ranks(loss))
     after, memory = {k: v.detach() for k, v in method.weights().items()}, method.memory()
     moved = torch.cat([some(after[k] - before[k]) for k in after])
     return {
         "losses": torch.stack(losses).double(),
         "moved": moved,
+        "scores": processes.all_gather(scores).double(),
         **{k: v.double() for k, v in memory.items()},
         "ranks": processes.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
     }
@@ -284,7 +287,8 @@ def test_two_processes_take_the_steps_of_one(both, case):
 @pytest.mark.parametrize("mistake, case", [(m, c) for m, cases in MISTAKES.items() for c in cases])
 def test_a_mistake_is_far_off(both, mistake, case):
     one, two, _ = both
-    assert distances(one[case], two[case, mistake])["moved"] > 100 * TOLERANCE
+    moved = ({"moved": side["moved"]} for side in (one[case], two[case, mistake]))
+    assert distances(*moved)["moved"] > 100 * TOLERANCE
 
 
 def test_collectives(both):
@@ -309,6 +313,10 @@ def test_two_processes_resume(both, name):
     assert whole.keys() == parts.keys() and len(whole["generators"]) == 2 and parts["epoch"] == 2
     for key in whole.keys() - {"opt", "args", "scaler"}:
         assert equal(whole[key], parts[key]), key
+    written = [{p.name: np.load(p) for p in both[2].rglob(f"{name}-{w}/**/score_*.npy")} for w in ("whole", "parts")]
+    assert len(written[0]) == 2 * (name != "patch") and written[0].keys() == written[1].keys()
+    for file, scores in written[0].items():
+        assert scores.shape == (5, 32 * (1 + (name == "debiased")), 5) and np.array_equal(scores, written[1][file])
 
 
 def test_torchrun_gives_what_nproc_gives(both):

@@ -120,6 +120,7 @@ def like_torchvision(state: dict, saved: dict, to: str):
         raise UserError(f"this is half an AlexNet with batch-norm: {to} has no network with its layers; {ANYWAY}")
     said = saved.get("arch")
     depths = [f"resnet{depth}" for depth in backbones.BLOCKS]
+    depths += ["resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
     names = [said] if said in torchvision.models.list_models(module=torchvision.models) else depths
     reasons = []
     for name in names:

@@ -51,6 +51,7 @@ FAMILIES = {  # linear evaluation: its files of the last epoch, and of the best 
     "cmc/LinearProbing.py": ("current.pth", "*_layer[0-9].pth"),
     "moco_insdis/eval_moco_ins.py": ("current.pth", "*_layer[0-9].pth"),
     "debiased/linear.py": ("current.pth", "model_best.pth"),
+    "feature_transform/main_linear.py": ("current.pth", "best.pth"),
 }
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition")

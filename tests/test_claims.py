@@ -1,0 +1,130 @@
+"""Claims: what is run, what is kept, what is said of it; and RESULTS.md says what the records say."""
+
+import json
+import statistics
+
+import pytest
+
+from common import UserError
+from common.run import ROOT
+from tools import claims
+
+STEP = """\
+import json, sys
+from pathlib import Path
+name, seed, gain = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+if gain < 0:
+    sys.exit("lost")
+folder = Path("runs") / name
+folder.mkdir(parents=True, exist_ok=True)
+lines = '{"knn_acc1": 1}\\n{"knn_acc1": %d}' % (30 + seed)
+for file, text in (("config.json", "{}"), ("metrics.jsonl", lines), ("large.pth", "")):
+    (folder / file).write_text(text)
+(folder / "result.json").write_text(json.dumps({"commit": "unknown", "acc1": 40 + seed**2 + gain}))
+"""
+CONTENT = {
+    "scales": {
+        "toy": {
+            "about": "nothing", "records": "results/paper", "numbers": ["acc1", "knn_acc1"],
+            "steps": [{"command": "python step.py {name} {seed} {flags}", "folder": "runs/{name}", "suffix": ""}],
+            "runs": {"plain": "0", "better": "2", "worse": "1", "lost": "-1"},
+        }
+    },
+    "claims": [
+        {"name": f"{a}-{b}", "claim": f"{a} beats {b}", "published": "+1", "source": "nowhere", "better": a, "than": b}
+        for a, b in (("better", "plain"), ("plain", "worse"), ("lost", "plain"))
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "step.py").write_text(STEP)
+    (tmp_path / "paper" / "claims.json").write_text(json.dumps(CONTENT))
+    (tmp_path / "RESULTS.md").write_text(
+        "before\n<!-- claims: paper toy claims -->\nold\n<!-- end -->\nbetween\n<!-- claims: paper toy runs -->\n<!-- end -->\n"
+    )
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_claim_from_its_commands_to_the_table(root, capsys):
+    with pytest.raises(
+        UserError, match="3 runs failed: lost, seed 0: exit code 1; runs/claims/paper-toy-lost-s0.log says why"
+    ):
+        claims.main(["--scale", "toy", "--run", "--write"])
+    said = capsys.readouterr().out
+    assert "[1/12] paper toy: better, seed 0 (0:00 gone)" in said and "[12/12]" in said and "left)" in said
+    said = " ".join(said.split())
+    assert "paper: better-plain" in said and "linear +2.00±0.00, k-NN +0.00±0.00 agrees, records of older code" in said
+    assert "does not agree" in said and "not run" in said
+    record = root / "results" / "paper" / "better-s2"
+    assert sorted(path.name for path in record.iterdir()) == ["config.json", "metrics.jsonl", "result.json"]
+    text = (root / "RESULTS.md").read_text()
+    assert (
+        text.startswith("before\n<!-- claims: paper toy claims -->\n| claim")
+        and "old" not in text
+        and "\nbetween\n" in text
+    )
+    assert "| better beats plain" in text and "| `better` | 0, 1, 2 | 43.67±2.08 | 31.00±1.00 |" in " ".join(
+        text.split()
+    )
+    (row,) = [
+        r
+        for r in json.loads((root / "results/ledger.json").read_text())
+        if (r["name"], r["number"]) == ("plain-worse", "acc1")
+    ]
+    assert row["differences"] == [-1.0] * 3 and row["verdict"] == "does not agree"
+    assert claims.written(text) == text
+    claims.main(["better-plain", "--scale", "toy", "--run"])  # which has its records
+    assert "[1/" not in capsys.readouterr().out
+    claims.main(["plain-worse", "--scale", "toy", "--run", "--seeds", "4"])
+    assert "[1/2] paper toy: plain, seed 3" in capsys.readouterr().out
+
+
+def test_what_can_be_said_of_differences():
+    assert claims.verdict([]) == "not run" and claims.verdict([9.0, 9.1]) == "too few seeds (2)"
+    assert claims.verdict([1.0, 1.1, 0.9]) == "agrees" and claims.verdict([-1.0, -1.1, -0.9]) == "does not agree"
+    assert claims.verdict([1.0, -1.0, 0.5]) == "cannot be told"
+    values = [1.0, 2.0, 4.0, 8.0]
+    assert claims.interval(values) == pytest.approx(3.182 * statistics.stdev(values) / 2, rel=1e-3)
+    assert claims.interval(values[:2]) is None and claims.difference(values[:2]) == "+1.50"
+
+
+def test_wrong_names_and_pictures_that_are_not_there(root, tmp_path):
+    with pytest.raises(UserError, match="rings: no paper's folder and no claim; there are paper, better-plain, "):
+        claims.main(["rings"])
+    wanted = {"name": "PART", "per_class": 2}
+    with pytest.raises(UserError, match="PART is not there: give --cifar TREE"):
+        claims.make_pictures(wanted, None)
+    for name in ("train/cat/1.png", "train/cat/2.png", "train/cat/3.png", "test/cat/9.png"):
+        (tmp_path / "CIFAR" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "CIFAR" / name).touch()
+    claims.make_pictures(wanted, str(tmp_path / "CIFAR"))
+    part = tmp_path / "PART"
+    assert (
+        sorted(p.name for p in (part / "train/cat").iterdir()) == ["1.png", "2.png"]
+        and (part / "val/cat/9.png").is_file()
+    )
+
+
+def test_the_tables_of_RESULTS_are_those_of_the_records():
+    text = (ROOT / "RESULTS.md").read_text()
+    assert claims.written(text) == text
+    known = claims.papers()
+    assert {paper for paper, scale, _ in (found[1:4] for found in claims.BLOCK.findall(text))} <= known.keys()
+
+
+def test_every_claim_has_its_runs_and_its_source():
+    for paper, content in claims.papers().items():
+        for scale in content["scales"]:
+            how = claims.setting(paper, content, scale)
+            for run in how.runs:
+                for command, folder in how.commands(run, 0):
+                    assert command.startswith(f"python {paper}/") and "{" not in command and "{" not in str(folder)
+        names = [claim["name"] for claim in content["claims"]]
+        assert len(set(names)) == len(names)
+        for claim in content["claims"]:
+            assert claim["source"] and claim["published"]
+            assert any({claim["better"], claim["than"]} <= scale["runs"].keys() for scale in content["scales"].values())

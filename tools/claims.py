@@ -1,0 +1,337 @@
+"""What the papers claim, run here: listed by `python tools/claims.py`, run with `--run`, into RESULTS.md with `--write`.
+
+A paper's folder has claims.json: settings ("scales") with the commands of a run, the runs that differ in some flags, and
+claims, each of which says which run ought to be better than which other. A run's records (config.json, metrics.jsonl,
+result.json) are kept below results/; what has its records is not run again. A claim is a paired difference over seeds with its
+95 % interval.
+
+    python tools/claims.py                                         # every claim: published, ours, verdict
+    python tools/claims.py ring --run --scale cpu --cifar CIFAR    # of one paper: what is missing, then the list
+    python tools/claims.py --write                                 # RESULTS.md from the records, and results/ledger.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import early
+
+early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+
+from common import UserError, checkpoint, cli, printable
+from common.run import ROOT, clock
+from tools.report import layout
+
+# Student's t, two-sided 95 %, by degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+NAMES = {"acc1": "linear", "acc1_best": "linear, best epoch", "knn_acc1": "k-NN"}
+KEPT = ("config.json", "metrics.jsonl", "result.json")
+BLOCK = re.compile(r"(<!-- claims: (\S+) (\S+) (runs|claims) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass
+class Setting:
+    """Runs of a paper at one scale. steps: [(command, folder it writes, suffix of its records)]; runs: {name: flags}."""
+
+    paper: str
+    scale: str
+    about: str
+    records: Path
+    steps: list[dict]
+    runs: dict[str, str]
+    numbers: list[str]
+    pictures: dict | None
+
+    def record(self, name: str, seed: int, suffix: str = "") -> Path:
+        return self.records / f"{name}-s{seed}{suffix}"
+
+    def done(self, name: str, seed: int) -> bool:
+        return (self.record(name, seed, self.steps[-1]["suffix"]) / "result.json").is_file()
+
+    def seeds(self, name: str) -> list[int]:
+        """Seeds of which there are records."""
+        last = self.steps[-1]["suffix"]
+        found = (re.fullmatch(re.escape(name) + r"-s(\d+)" + last, path.name) for path in self.records.glob("*"))
+        return sorted(int(match[1]) for match in found if match and self.done(name, int(match[1])))
+
+    def number(self, name: str, seed: int, key: str) -> float:
+        """Of the last step's result.json, else the newest of that name in any step's metrics.jsonl."""
+        for step in reversed(self.steps):
+            folder = self.record(name, seed, step["suffix"])
+            result = folder / "result.json"
+            lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
+            for text in ([result.read_text()] if result.is_file() else []) + lines[::-1]:
+                if key in (found := json.loads(text)):
+                    return float(found[key])
+        raise UserError(f"{printable(self.record(name, seed))}: no {key} in its records")
+
+    def commit(self, name: str, seed: int) -> str:
+        return json.loads((self.record(name, seed, self.steps[-1]["suffix"]) / "result.json").read_text())["commit"]
+
+    def commands(self, name: str, seed: int) -> list[tuple[str, Path]]:
+        """(command, folder that it writes) of every step."""
+        names = {"name": f"{name}-s{seed}", "seed": str(seed), "flags": self.runs[name]}
+        if self.pictures:
+            names["data"] = self.pictures["name"]
+        return [(_filled(step["command"], names), ROOT / _filled(step["folder"], names)) for step in self.steps]
+
+
+def _filled(text: str, names: dict[str, str]) -> str:
+    return re.sub(r"{(\w+)}", lambda found: names[found[1]], text)
+
+
+def papers() -> dict[str, dict]:
+    """The content of every claims.json, by the folder's name."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(ROOT.glob("*/claims.json"))}
+
+
+def setting(paper: str, content: dict, scale: str) -> Setting | None:
+    found = content["scales"].get(scale)
+    if found is None:
+        return None
+    keys = ("about", "steps", "runs", "numbers")
+    return Setting(
+        paper, scale, records=ROOT / found["records"], pictures=found.get("pictures"), **{k: found[k] for k in keys}
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def interval(values: list[float]) -> float | None:
+    """Half of the 95 % interval of a mean (Student's t); None for fewer than three values, of which it says nothing."""
+    if len(values) < 3:
+        return None
+    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 2.1
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(differences: list[float]) -> str:
+    """Of `better - than`, one number a seed."""
+    if len(differences) < 3:
+        return f"too few seeds ({len(differences)})" if differences else "not run"
+    mean, half = statistics.mean(differences), interval(differences)
+    if abs(mean) <= half:
+        return "cannot be told"
+    return "agrees" if mean > 0 else "does not agree"
+
+
+def compared(claim: dict, how: Setting) -> dict[str, list[float]]:
+    """For each number: `better - than` of every seed that both have."""
+    better, than = claim["better"], claim["than"]
+    if not {better, than} <= how.runs.keys():
+        return {}
+    both = [seed for seed in how.seeds(better) if seed in how.seeds(than)]
+    return {key: [how.number(better, s, key) - how.number(than, s, key) for s in both] for key in how.numbers}
+
+
+def difference(values: list[float]) -> str:
+    if not values:
+        return "-"
+    half = interval(values)
+    return f"{statistics.mean(values):+.2f}" + ("" if half is None else f"±{half:.2f}")
+
+
+def run_table(how: Setting) -> str:
+    """Mean ± standard deviation of every run that has records, Markdown."""
+    rows = []
+    for name in how.runs:
+        if seeds := how.seeds(name):
+            cells = [[how.number(name, s, key) for s in seeds] for key in how.numbers]
+            spread = [f"±{statistics.stdev(values):.2f}" if len(values) > 1 else "" for values in cells]
+            shown = [f"{statistics.mean(values):.2f}{sd}" for values, sd in zip(cells, spread)]
+            rows.append([f"`{name}`", ", ".join(map(str, seeds)), *shown])
+    return layout(["run", "seeds", *(NAMES.get(key, key) for key in how.numbers)], rows, markdown=True)
+
+
+def claim_table(content: dict, how: Setting) -> str:
+    rows = []
+    for claim in content["claims"]:
+        found = compared(claim, how)
+        if any(found.values()):
+            first = found[how.numbers[0]]
+            pair = f"`{claim['better']}` - `{claim['than']}`"
+            shown = [difference(values) for values in found.values()]
+            rows.append([claim["claim"], claim["published"], pair, str(len(first)), *shown, verdict(first)])
+    numbers = [NAMES.get(key, key) for key in how.numbers]
+    return layout(["claim", "published", "pair", "seeds", *numbers, f"verdict ({numbers[0]})"], rows, markdown=True)
+
+
+def written(text: str) -> str:
+    """RESULTS.md with every block between `<!-- claims: PAPER SCALE runs|claims -->` and `<!-- end -->` made anew."""
+    known = papers()
+
+    def block(found: re.Match) -> str:
+        paper, scale, kind = found[2], found[3], found[4]
+        how = setting(paper, known.get(paper, {"scales": {}}), scale)
+        if how is None:
+            raise UserError(f"RESULTS.md: a table of {paper} at scale {scale}, of which no claims.json knows")
+        return found[1] + (run_table(how) if kind == "runs" else claim_table(known[paper], how)) + "\n" + found[5]
+
+    return BLOCK.sub(block, text)
+
+
+def ledger() -> list[dict]:
+    """Every claim at every scale that has records."""
+    rows = []
+    for paper, content in papers().items():
+        for scale in content["scales"]:
+            how = setting(paper, content, scale)
+            for claim in content["claims"]:
+                for key, values in compared(claim, how).items():
+                    if values:
+                        row = {"paper": paper, "scale": scale, "name": claim["name"], "claim": claim["claim"]}
+                        row |= {"published": claim["published"], "source": claim["source"], "number": key}
+                        row |= {"differences": [round(v, 4) for v in values], "mean": round(statistics.mean(values), 4)}
+                        half = interval(values)
+                        row |= {"interval": half and round(half, 4), "verdict": verdict(values)}
+                        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def missing(content: dict, how: Setting, chosen: list[str], seeds: int) -> list[tuple[str, int]]:
+    """(run, seed) without records, of the claims chosen: seed by seed, so that pairs are complete early."""
+    sides = [side for c in content["claims"] if not chosen or c["name"] in chosen for side in (c["better"], c["than"])]
+    names = [name for name in dict.fromkeys(sides) if name in how.runs]
+    return [(name, seed) for seed in range(seeds) for name in names if not how.done(name, seed)]
+
+
+def make_pictures(wanted: dict, cifar: str | None) -> None:
+    """Links to the first pictures of each class of a CIFAR-10 tree, where a setting asks for a part of it."""
+    folder = ROOT / wanted["name"]
+    if folder.exists():
+        return
+    if cifar is None:
+        raise UserError(
+            f"{wanted['name']} is not there: give --cifar TREE, a CIFAR-10 tree with train/CLASS/* and test/"
+        )
+    source = Path(cifar).resolve()
+    if not (source / "train").is_dir():
+        raise UserError(f"--cifar {printable(cifar)}: no train/ in it")
+    for kind in sorted(path for path in (source / "train").iterdir() if path.is_dir()):
+        (folder / "train" / kind.name).mkdir(parents=True)
+        for picture in sorted(kind.iterdir())[: wanted["per_class"]]:
+            (folder / "train" / kind.name / picture.name).symlink_to(picture)
+    (folder / "val").symlink_to(next(source / split for split in ("val", "test") if (source / split).is_dir()))
+
+
+def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None) -> list[str]:
+    """Run them one after another; what failed. A run that fails leaves the others alone."""
+    failed, began = [], time.perf_counter()
+    for number, (how, name, seed) in enumerate(jobs):
+        spent = time.perf_counter() - began
+        left = f", about {clock(spent / number * (len(jobs) - number))} left" if number else ""
+        print(
+            f"[{number + 1}/{len(jobs)}] {how.paper} {how.scale}: {name}, seed {seed} ({clock(spent)} gone{left})",
+            flush=True,
+        )
+        log = ROOT / "runs" / "claims" / f"{how.paper}-{how.scale}-{name}-s{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for step, (command, folder) in zip(how.steps, how.commands(name, seed)):
+            environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+            arguments = [sys.executable, *shlex.split(command)[1:]]
+            with open(log, "a") as out:
+                print(f"\n$ {command}", file=out, flush=True)
+                code = subprocess.call(arguments, cwd=ROOT, env=environment, stdout=out, stderr=out)
+            if code:
+                failed.append(f"{name}, seed {seed}: exit code {code}; {log.relative_to(ROOT)} says why")
+                print(f"      {failed[-1]}", flush=True)
+                break
+            record = how.record(name, seed, step["suffix"])
+            for file in (folder / kept for kept in KEPT):
+                if file.is_file():
+                    record.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, record / file.name)
+    return failed
+
+
+def stale(how: Setting, commit: str) -> bool:
+    """Has what the run is made of changed since its commit?"""
+    if commit.endswith("-dirty") or commit == "unknown":
+        return True
+    git = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", how.paper, "common"]
+    return subprocess.run(git, capture_output=True).returncode != 0
+
+
+def show(chosen: dict[str, dict], scale: str) -> None:
+    rows = []
+    for paper, content in chosen.items():
+        how = setting(paper, content, scale)
+        for claim in content["claims"]:
+            found = compared(claim, how) if how else {}
+            first = next(iter(found.values()), [])
+            sides = (claim["better"], claim["than"]) if first else ()
+            old = any(stale(how, how.commit(side, seed)) for side in sides for seed in how.seeds(side))
+            numbers = ", ".join(f"{NAMES.get(key, key)} {difference(v)}" for key, v in found.items() if v) or "-"
+            said = verdict(first) if found else f"not set up at scale {scale}"
+            rows.append(
+                [
+                    f"{paper}: {claim['name']}",
+                    claim["published"],
+                    numbers,
+                    said + (", records of older code" if old else ""),
+                ]
+            )
+    print(layout(["claim", "published", f"here ({scale}), 95 % interval", "verdict"], rows, markdown=False))
+
+
+def main(argv=None) -> None:
+    parser = cli.Parser(prog="claims.py", description=__doc__.splitlines()[0])
+    parser.add_argument("which", nargs="*", metavar="PAPER|CLAIM", help="folders or names of claims; default: all")
+    parser.add_argument("--scale", choices=["cpu", "gpu", "toy"], default="cpu", help="size of the runs")
+    parser.add_argument("--run", action="store_true", help="run what has no records")
+    parser.add_argument("--seeds", type=cli.positive_int, default=3, help="0 to this number, exclusive, of each run")
+    parser.add_argument("--cifar", metavar="TREE", help="CIFAR-10 as files, of which smaller trees are linked")
+    parser.add_argument("--threads", type=cli.positive_int, help="OMP_NUM_THREADS of the runs")
+    parser.add_argument("--write", action="store_true", help="write the tables of RESULTS.md and results/ledger.json")
+    args = parser.parse_args(argv)
+    known = papers()
+    names = {claim["name"]: paper for paper, content in known.items() for claim in content["claims"]}
+    if unknown := [name for name in args.which if name not in known.keys() | names.keys()]:
+        raise UserError(
+            f"{printable(unknown[0])}: no paper's folder and no claim; there are {', '.join([*known, *names])}"
+        )
+    papers_chosen = {names.get(name, name) for name in args.which} or known.keys()
+    chosen = {paper: known[paper] for paper in known if paper in papers_chosen}
+    failed = []
+    if args.run:
+        jobs = []
+        for paper, content in chosen.items():
+            if how := setting(paper, content, args.scale):
+                some = [] if paper in args.which else [name for name in args.which if names.get(name) == paper]
+                if found := missing(content, how, some, args.seeds):
+                    jobs += [(how, name, seed) for name, seed in found]
+                    if how.pictures:
+                        make_pictures(how.pictures, args.cifar)
+        failed = run_missing(jobs, args.threads)
+    show(chosen, args.scale)
+    if args.write:
+        path = ROOT / "RESULTS.md"
+        text = written(path.read_text())
+        with checkpoint.replacing(path, "w") as file:
+            file.write(text)
+        with checkpoint.replacing(ROOT / "results" / "ledger.json", "w") as file:
+            json.dump(ledger(), file, indent=1)
+            file.write("\n")
+    if failed:
+        raise UserError(f"{len(failed)} runs failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -133,7 +133,7 @@ class Transformed(Bank):
         self.optimizer, self.views = self.method.optimizer, 1 + (args.mem == "moco") + args.jigsaw
 
     def step(self, views, index):
-        return self.method.step(list(views), index, 1)["loss"]
+        return self.method.step(list(views), index, 1)["loss"], self.method.scores
 
 
 class Pairs:

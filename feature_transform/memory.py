@@ -98,7 +98,7 @@ class KeyQueue(Memory):
 
     def place(self, extra: dict | None, path: str) -> None:
         """The pointer of a checkpoint; None, as in a published file, is 0."""
-        if extra and not (extra.keys() == {"pointer"} and 0 <= extra["pointer"] < self.n):
+        if extra is not None and not (extra.keys() == {"pointer"} and 0 <= extra["pointer"] < self.n):
             raise UserError(f"{path}: queue holds {extra}, expected a pointer below {self.n}")
         self.pointer.fill_(int(extra["pointer"]) if extra else 0)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import augment, probe, sets
+from common import augment, probe, processes, sets
 from preprocess.imagenet100_subset import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
@@ -207,13 +207,15 @@ def jigsaw_recipe(args) -> augment.Compose:
 def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(N, 3, S, S) -> the nine patches of each, (N, 9, 3, s, s), at a random place in their cells of a 3 x 3 grid.
 
+    generator: of the CPU, in the same state on every rank: the places are those of the global batch.
     Cells of 85 pixels give patches of 64, at offsets of 0 to 21; others in proportion (cells of 12 give 9). Any network takes
     them: its pooling is adaptive. Below 64 pixels patches are small for the strides of a ResNet: with --small-stem, a quarter
     of them, more is left of a patch than one place.
     """
     n, cell = len(images), images.shape[-1] // GRID
     size = max(1, round(cell * 64 / 85))
-    offset = torch.randint(cell - size + 1, (2, n, GRID, GRID), generator=generator)
+    everyone = torch.randint(cell - size + 1, (2, n * processes.world_size(), GRID, GRID), generator=generator)
+    offset = everyone.chunk(processes.world_size(), 1)[processes.rank()]
     corner = offset + cell * torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"))[:, None]
     corner = corner.flatten(2).to(images.device, non_blocking=True)  # top and left, (2, N, 9)
     pixel = torch.arange(size, device=images.device)

@@ -37,6 +37,10 @@ SCRIPTS = {  # name: (module, the flag of the data, other flags)
         "nonsem_neg.moco_non_sem_neg", [],
         f"{SMALL} -a resnet18 --moco-k 4096 --moco-t 0.2 --mlp --aug-plus",
     ),
+    "MoCo + FT": (
+        "feature_transform.main_contrast", ["--data_folder"],
+        f"{SMALL} --dataset folder --arch resnet18 --method MoCov2 --nce_k 4096 --preset ft --save_score",
+    ),
     "debiased": (
         "debiased.main", ["--data_folder"],
         f"{SMALL} --dataset folder --model resnet18 --no-small-stem --knn-every 0",

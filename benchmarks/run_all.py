@@ -22,6 +22,7 @@ def main() -> int:
         ["nce_step.py"],
         ["nce_step.py", "--n", "1281167", "--sides", "ours"],
         ["ring_selection.py"],
+        ["feature_transform.py"],
         ["colour_skimage.py"],
         ["debiased_loss.py"],
         ["debiased_lightly.py", *(["--data", args.data] if args.data else [])],

@@ -103,7 +103,8 @@ def coefficients(shape: tuple[int, ...], distribution: str, alpha: float, genera
     """Independent draws in [0, 1], float32, on the generator's device: "uniform", or "beta", that is Beta(alpha, alpha).
 
     A Beta draw is a uniform one that looks up its quantile in a table of 65,536: the largest distance between its distribution
-    function and the true one is 1/131,072 and its mean is exact (torch's own way, two Gamma draws, takes twenty times as long).
+    function and the true one is 1/131,072, as far as float32 can tell numbers near 1 apart, and its mean is exact. (Two Gamma
+    draws, which is torch's way, take some thirty times as long.)
     """
     uniform = torch.rand(shape, generator=generator, device=generator.device)
     if distribution == "uniform":

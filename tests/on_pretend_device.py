@@ -31,6 +31,12 @@ RUNS = {  # name: (script, flags; the last of them names the folder)
     "ring-ir": ("ring.train_ring", ["--neighbor-views", *RING]),
     "ring-cmc": ("ring.train_ring", ["--method", "cmc", "--all-ring", *RING]),
     "ring-moco": ("ring.train_ring", ["--method", "moco", *RING]),
+    "ft-moco": ("feature_transform.main_contrast", ["--dim_mask", "both", "--name", "run", *BANK]),
+    "ft-pirl": (
+        "feature_transform.main_contrast",
+        ["--method", "PIRL", "--dim_mask", "sample", "--name", "run", *BANK],
+    ),
+    "ft-cmc": ("feature_transform.main_contrast", ["--method", "CMCv2", "--name", "run", *BANK]),
     "debiased": ("debiased.main", ["--M", "2", *TRAIN, "--model_path"]),
     "unbiased": ("debiased.main", ["--loss", "unbiased", "--amp", *TRAIN, "--model_path"]),
 }
@@ -51,7 +57,7 @@ EVALUATIONS["robustness"] = "nonsem_neg.eval_robustness", ROBUSTNESS
 COMPARED = ("moco-cached", "patch-cached", "robustness")  # these are made on the CPU, too
 PLANTED = {  # run: what of (views, target, index) is left on the host
     "cmc-nce": "index", "insdis": "index", "moco": "view", "patch": "view", "cmc-fresh": "target", "patch-fresh": "view",
-    "ring-ir": "index", "ring-moco": "view",
+    "ring-ir": "index", "ring-moco": "view", "ft-moco": "view", "ft-pirl": "index",
     "debiased": "view", "unbiased": "target", "debiased-fresh": "view",
 }  # fmt: skip
 

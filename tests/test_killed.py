@@ -18,6 +18,7 @@ RUNS = {  # name: (script, flags, flag of the run's folder, where in a save the 
     "moco": ("moco_insdis.train_moco_ins", ["--moco", *BANK], "--model_path", "after the rename"),
     "patch": ("nonsem_neg.moco_non_sem_neg", [*SMALL, "--moco-k", "64", "--bn-splits", "2"], "--ckpt_path", "half way"),
     "debiased": ("debiased.main", [*SMALL, "--save-freq", "1"], "--model_path", "after the rename"),
+    "ft": ("feature_transform.main_contrast", [*BANK, "--dim_mask", "both"], "--model_path", "before the rename"),
 }
 NOT_THE_RUN = {"opt", "args", "scaler"}  # the folder is among the options
 

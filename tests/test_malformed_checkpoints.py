@@ -20,6 +20,7 @@ from cmc import LinearProbing, train_CMC
 from common import UserError, checkpoint, loop, run
 from debiased import linear as debiased_linear
 from debiased import main as debiased
+from feature_transform import main_contrast
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from ring import train_ring
@@ -34,6 +35,7 @@ SCRIPTS = {  # name: (script, flags, what is built once for all cases, flag of t
     "ring": (train_ring, [*SMALL, "-b", "32", "--k", "64", "--method", "moco"], ("build_loader", "MoCo"), "--exp-base"),
     "anneal": (train_ring, [*SMALL, "-b", "32", "--k", "64", "--anneal", "loss"], ("build_loader", "IR"), "--exp-base"),
     "debiased": (debiased, [*SMALL, "-b", "32"], ("build_loader", "Debiased"), "--model_path"),
+    "ft": (main_contrast, BANK, ("build_loader", "MoCo"), "--model_path"),
     "linear-cmc": (LinearProbing, [*SMALL, "--model_path", "cmc"], ("build_network",), "--save_path"),
     "linear-moco": (eval_moco_ins, [*SMALL, "--model_path", "moco"], ("build_network",), "--save_path"),
     "lincls": (main_lincls, [*SMALL, "--pretrained", "patch"], (), "--ckpt_path"),

@@ -32,6 +32,7 @@ SMALLER = {  # appended, and so stronger than what the line says
     "debiased/main.py": f"{DEBIASED} {TINY} -b 32 --model resnet18 --no-small-stem --warmup_epochs 0 --overwrite".split(),
     "debiased/linear.py": f"{DEBIASED} {TINY}".split(),
     "debiased/estimator.py": "--batches 8 16 --draws 5 --anchors 20 --device cpu -j 2".split(),
+    "feature_transform/main_contrast.py": f"{NO_SEED} {BANKS} --arch resnet18 --overwrite".split(),
     "preprocess/make_demo.py": "--train-per-class 16 --val-per-class 4 --severities 3 --corruption-per-class 1".split(),
     "preprocess/imagenet100_subset.py": "--class_list classes.txt".split(),
     "preprocess/check_images.py": "-j 1".split(),
@@ -46,6 +47,7 @@ READMES = [
     "cmc/README.md",
     "ring/README.md",
     "debiased/README.md",
+    "feature_transform/README.md",
     "preprocess/README.md",
 ]
 
@@ -74,6 +76,11 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
         (workspace / "classes.txt").write_text("\n".join(sorted(p.name for p in (demo_set / "train").iterdir())))
     if readme == "ring/README.md":  # whose settings files are named as from the project's root
         links["ring"] = ROOT / "ring"
+    if readme == "feature_transform/README.md":  # whose class list is of other pictures
+        (workspace / "preprocess").mkdir()
+        (workspace / "preprocess" / "imagenet100.txt").write_text(
+            "\n".join(p.name for p in (demo_set / "train").iterdir())
+        )
     for name, target in links.items():
         (workspace / name).symlink_to(target)
     if readme == "debiased/README.md":  # its line names the file of an epoch that is not reached at this size

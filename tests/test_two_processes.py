@@ -23,6 +23,7 @@ from torch import nn
 from cmc import train_CMC
 from common import batchnorm, checkpoint, cli, options, processes
 from debiased import main as debiased
+from feature_transform import main_contrast
 from moco_insdis import train_moco_ins
 from nonsem_neg import moco_non_sem_neg, negatives
 from nonsem_neg.moco import MoCo
@@ -38,12 +39,16 @@ CASES = {  # name: (how a step is taken, flags)
     "patch": ("patch", []),
     "debiased": ("debiased", ["--M", "2"]),
     "unbiased": ("debiased", ["--loss", "unbiased"]),
+    "ft moco": ("ft", ["--dim_mask", "both"]),
+    "ft cmc": ("ft", ["--method", "CMCv2"]),
+    "ft pirl": ("ft", ["--method", "PIRL", "--dim_mask", "sample"]),
 }
 MISTAKES = {  # planted in two processes: in which cases it is one
     "gradients are summed": ["cmc softmax", "insdis nce", "moco", "patch", "debiased"],
     "the rows of rank 1 are those of rank 0": ["cmc softmax", "insdis nce", "moco", "patch", "debiased"],
     "a rank keeps its own keys": ["moco", "patch"],
     "negatives are those of the rank": ["debiased"],
+    "coefficients are those of the rank": ["ft moco", "ft pirl"],
     "the others' features have no gradient": ["debiased", "unbiased"],
 }
 TOLERANCE = 2e-4  # relative; measured: 1e-5 of the movement of all weights, 1e-6 of memories. The mistakes: 0.2 to 2
@@ -117,6 +122,20 @@ class Patch:
         return {"queue": self.model.queue}
 
 
+class Transformed(Bank):
+    """A method of feature transformation, likewise."""
+
+    def __init__(self, kind, flags, process):
+        args = main_contrast.parse_args([*DEMO, *STEP, *flags])
+        with float64():
+            self.method = (main_contrast.MoCo if args.mem == "moco" else main_contrast.Bank)(args, 40, process)
+        self.method.memory.float()
+        self.optimizer, self.views = self.method.optimizer, 1 + (args.mem == "moco") + args.jigsaw
+
+    def step(self, views, index):
+        return self.method.step(list(views), index, 1)["loss"], self.method.scores
+
+
 class Pairs:
     """The debiased loss or its oracle on a float64 network; SGD, because Adam would hide the scale of a gradient."""
 
@@ -167,11 +186,13 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
     """Two steps on fixed views of which every rank has its share: losses, how far the weights moved, scores, the memory."""
     kind, flags = CASES[case]
     torch.manual_seed(0)
-    method = {"patch": Patch, "debiased": Pairs}.get(kind, Bank)(kind, flags, process)
+    method = {"patch": Patch, "debiased": Pairs, "ft": Transformed}.get(kind, Bank)(kind, flags, process)
     before = {k: v.detach().clone() for k, v in method.weights().items()}
     rank = 0 if mistake == "the rows of rank 1 are those of rank 0" else process.rank
     if mistake == "gradients are summed":
         method.optimizer.register_step_pre_hook(lambda optimizer, *_: scale(optimizer, process.world_size))
+    if mistake == "coefficients are those of the rank":
+        method.method.generators["mixing"].manual_seed(process.rank)
     losses = []
     for step in range(2):
         generator = torch.Generator().manual_seed(step)

@@ -6,6 +6,7 @@ towers each has a body, and the pyramid stands on both.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 
@@ -19,11 +20,31 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cmc import colour
-from common import UserError, augment, checkpoint
+from common import UsageError, UserError, augment, backbones, checkpoint
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 CIFAR = augment.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of debiased/, whatever the pictures
 YDBDR = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))  # of CMC in feature_transform/
+
+
+def read_backbone(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
+    """The checkpoint, and the parameters of its network without a head; of random weights None and those."""
+    path = args.pretrained
+    if path == "none":
+        return None, backbones.build(args.arch, 0).state_dict()
+    if os.path.isdir(path):
+        if not (found := checkpoint.newest_below(path)):
+            raise UsageError(f"--pretrained {path}: no checkpoint of a pre-training in this folder")
+        path = found
+    elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
+        first = "run feature_transform/main_contrast.py --demo first, or say --pretrained none"
+        raise UsageError(f"{path}: no network to start from yet; {first}")
+    saved = checkpoint.Saved(path)
+    if "classifier" in saved:
+        raise UserError(f"{path} is a classifier without its network: give the pre-training to --pretrained")
+    if args.use_ema and "model_ema" not in saved:
+        raise UserError(f"{path} has no model_ema, the key encoder that --mem moco has: omit --use_ema")
+    return saved, checkpoint.backbone({"model": saved["model_ema"]} if args.use_ema else saved)
 
 
 class Trunk(ResNet):

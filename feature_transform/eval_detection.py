@@ -142,29 +142,9 @@ def recipe(args, train: bool) -> voc.View:
     )
 
 
-def read_backbone(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
-    """The checkpoint, and the parameters of its network without a head; of random weights None and those."""
-    path = args.pretrained
-    if path == "none":
-        return None, backbones.build(args.arch, 0).state_dict()
-    if os.path.isdir(path):
-        if not (found := checkpoint.newest_below(path)):
-            raise UsageError(f"--pretrained {path}: no checkpoint of a pre-training in this folder")
-        path = found
-    elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
-        first = "run feature_transform/main_contrast.py --demo first, or say --pretrained none"
-        raise UsageError(f"{path}: no network to start from yet; {first}")
-    saved = checkpoint.Saved(path)
-    if "classifier" in saved:
-        raise UserError(f"{path} is a classifier without its network: give the pre-training to --pretrained")
-    if args.use_ema and "model_ema" not in saved:
-        raise UserError(f"{path} has no model_ema, the key encoder that --mem moco has: omit --use_ema")
-    return saved, checkpoint.backbone({"model": saved["model_ema"]} if args.use_ema else saved)
-
-
 def build_network(args, classes: int, process: processes.Process) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
     """The detector, the checkpoint that its ResNet is from, and what is to be said of that."""
-    saved, state = read_backbone(args)
+    saved, state = detector.read_backbone(args)
     path = args.arch if saved is None else saved.path
     how = dict(norm=args.norm, channels=args.fpn_channels, rois=args.rois)
     network = detector.build(saved, state, path, classes, recipe(args, train=True), **how)
@@ -172,6 +152,10 @@ def build_network(args, classes: int, process: processes.Process) -> tuple[Faste
         if process.device.type != "cuda":
             raise UsageError("--norm sync: PyTorch has that on GPUs only; give --norm plain or frozen, or one process")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if args.norm != "frozen" and args.batch_size == process.world_size and min(args.min_size) <= 32:
+        raise UsageError(
+            f"--min-size {min(args.min_size)}: of one picture that leaves batch-norm one number; give more"
+        )
     facts = dict(arch=backbones.name_of(state) or "ResNet", network="none" if saved is None else path)
     return network.to(process.device), saved, facts | dict(digest=checkpoint.fingerprint(state if saved else {}))
 

@@ -356,7 +356,7 @@ def test_what_is_no_resnet_is_refused(tmp_path):
         torch.save(content, tmp_path / "x.pth")
         args = eval_detection.parse_args(["--data_folder", "x", "--pretrained", str(tmp_path / "x.pth"), *flags])
         with pytest.raises(UserError, match=message):
-            eval_detection.read_backbone(args)
+            detector.read_backbone(args)
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
@@ -468,8 +468,12 @@ def test_two_processes(inside):
     assert "cpu x 2" in done.stdout and done.stdout.count("result: ") == 1
     saved = state("two")
     assert saved["global_step"] == 4 and len(saved["generators"]) == 2
-    with pytest.raises(UsageError, match="--norm sync: PyTorch has that on GPUs only"):
-        eval_detection.build_network(eval_detection.parse_args(RUN), 4, processes.Process(0, 2))
+    for flags, message in (
+        (RUN, "--norm sync: PyTorch has that on GPUs only"),
+        ([*RUN, "--norm", "plain"], "--min-size 32"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            eval_detection.build_network(eval_detection.parse_args(flags), 4, processes.Process(0, 2))
 
 
 def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):

@@ -213,7 +213,7 @@ def detect(job, method: Detector, pictures: voc.Pictures, args, process: process
         with method.precision.autocast():
             outputs = network(images)
         for row, out in zip(places.tolist(), outputs):
-            found[row] = {key: value.float().cpu() for key, value in out.items()}
+            found[row] = {k: v.cpu() if k == "labels" else v.float().cpu() for k, v in out.items()}
         progress.bar.update(1)
     progress.close()
     for part in processes.gather_objects(found):

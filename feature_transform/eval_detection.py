@@ -5,7 +5,7 @@ The evaluation of Improving Contrastive Learning by Visualizing Feature Transfor
 torchvision's detector: ResNet and feature pyramid; it has no R50-C4, which the published AP is of.
 
     python feature_transform/eval_detection.py --demo --pretrained none
-    python feature_transform/eval_detection.py --data_folder VOC2007 VOC2012 --pretrained runs/ft --save_path runs/detection
+    python feature_transform/eval_detection.py --data_folder VOC2007 VOC2012 --pretrained runs/feature_transform
 
 Takes the network of any script of this project, the authors' files and torchvision's own weights.
 """
@@ -42,9 +42,9 @@ SAME = (
 )  # else it is another run
 PRESETS = {
     "demo": dict(
-        data=["data/demo-voc"], classes="data/demo-voc/classes.txt", pretrained="runs/try-ft", save_path="runs/try-detection",
-        arch="resnet18", batch_size=8, iterations=300, checkpoint_every=100, learning_rate=0.02, fpn_channels=64, rois=64,
-        min_size=[96, 112, 128], test_size=128, workers=2, seed=0,
+        data=["data/demo-voc"], classes="data/demo-voc/classes.txt", pretrained="runs/try-feature-transform", arch="resnet18",
+        save_path="runs/try-detection", batch_size=8, iterations=300, checkpoint_every=100, learning_rate=0.02, seed=0,
+        fpn_channels=64, rois=64, min_size=[96, 112, 128], test_size=128, workers=2,
     ),
 }  # fmt: skip
 
@@ -213,7 +213,7 @@ def detect(job, method: Detector, pictures: voc.Pictures, args, process: process
         with method.precision.autocast():
             outputs = network(images)
         for row, out in zip(places.tolist(), outputs):
-            found[row] = {key: value.float().cpu() for key, value in out.items()}
+            found[row] = {k: v.cpu() if k == "labels" else v.float().cpu() for k, v in out.items()}
         progress.bar.update(1)
     progress.close()
     for part in processes.gather_objects(found):

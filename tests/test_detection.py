@@ -222,6 +222,23 @@ def test_difficult_objects_are_ignored_as_in_voc():
         evaluated([[("cat", B, True)]], [[]])
 
 
+def test_the_sheet_shows_what_is_there_and_what_was_found(inside, tmp_path):
+    pictures = voc.Pictures([("data/demo-voc", "test")], demo_voc.CLASSES)
+
+    def orange(score):
+        found = {
+            row: dict(boxes=o.boxes, labels=o.labels, scores=o.labels * 0 + score)
+            for row, o in enumerate(pictures.objects)
+        }
+        voc.draw(tmp_path / "x.png", pictures, found)
+        red, green, blue = torchvision.io.decode_image(str(tmp_path / "x.png"))[:3].int()
+        return int(((red - 255).abs() + (green - 127).abs() + (blue - 14).abs() < 9).sum())
+
+    assert orange(0.4) == 0 and orange(0.9) > 300
+    with pytest.raises(UsageError, match="--show .*x.png/y.png"):
+        voc.draw(tmp_path / "x.png" / "y.png", pictures, {0: dict(boxes=[], labels=[], scores=torch.zeros(0))})
+
+
 # ---------------------------------------------------------------------------------------------------------- networks
 
 

@@ -238,6 +238,8 @@ def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folde
     assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o640}  # alike, and as the umask says
     assert load_file(made[-1]).keys() == newest.keys()
     assert checkpoint.newest("run").name == "checkpoint_0001.pth.tar"  # an export is no checkpoint of the run
+    export.main([".", "--to", "safetensors"])  # the folder of a run folder
+    assert "run/checkpoint_0001.pth.tar -> " in capsys.readouterr().out
     torch.save({"classifier": {}, "network": "runs/cmc/current.pth", "epoch": 1}, "linear.pth")
     (folder / "empty").mkdir()
     for flags, why in (

@@ -69,10 +69,11 @@ def main(argv=None) -> None:
 
 
 def find(path: Path) -> Path:
-    """A checkpoint, or the newest of a run folder: of a pre-training where there is one."""
+    """A checkpoint, or the newest of a run folder, or of the folders in it: of a pre-training where there is one."""
     if not path.is_dir():
         return path
     found = checkpoint.newest(path) or checkpoint.newest(path, ("checkpoint_robust_*.pth.tar", "*[0-9].pth"))
+    found = found or checkpoint.newest_below(path)
     if found is None:
         raise UsageError(f"{printable(path)}: no checkpoint in this folder; give a run folder or a checkpoint file")
     return found

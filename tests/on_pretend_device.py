@@ -21,6 +21,7 @@ from preprocess import demo_voc
 
 TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1 --save_score".split()
 BANK = [*TRAIN, *"--nce_k 40 --model_path".split()]
+FT = ["--no-cosine", "--name", "run", *BANK]  # at the same rate and in one folder, whatever the number of epochs
 RING = [*TRAIN, *"--k 64 --thres-inner .3 --anneal loss --nn-every 1 --exp-base".split()]
 PATCH = [*TRAIN, *"--moco-k 64 --bn-splits 2 --ckpt_path".split()]
 RUNS = {  # name: (script, flags; the last of them names the folder)
@@ -32,12 +33,12 @@ RUNS = {  # name: (script, flags; the last of them names the folder)
     "ring-ir": ("ring.train_ring", ["--neighbor-views", *RING]),
     "ring-cmc": ("ring.train_ring", ["--method", "cmc", "--all-ring", *RING]),
     "ring-moco": ("ring.train_ring", ["--method", "moco", *RING]),
-    "ft-moco": ("feature_transform.main_contrast", ["--dim_mask", "both", "--name", "run", *BANK]),
+    "ft-moco": ("feature_transform.main_contrast", ["--dim_mask", "both", *FT]),
     "ft-pirl": (
         "feature_transform.main_contrast",
-        ["--method", "PIRL", "--dim_mask", "sample", "--name", "run", *BANK],
+        ["--method", "PIRL", "--dim_mask", "sample", *FT],
     ),
-    "ft-cmc": ("feature_transform.main_contrast", ["--method", "CMCv2", "--name", "run", *BANK]),
+    "ft-cmc": ("feature_transform.main_contrast", ["--method", "CMCv2", *FT]),
     "debiased": ("debiased.main", ["--M", "2", *TRAIN, "--model_path"]),
     "unbiased": ("debiased.main", ["--loss", "unbiased", "--amp", *TRAIN, "--model_path"]),
 }

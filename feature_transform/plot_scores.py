@@ -316,7 +316,8 @@ def table(runs: list[Run]) -> str:
         for column in range(3):
             values = one.curves[np.isfinite(one.curves[:, column]), column]
             ends = (values[:20], values[-20:]) if len(values) else ([np.nan], [np.nan])
-            cells.append("  ".join(f"{np.mean(end):.4f}" for end in ends))
+            means = [np.mean(end) for end in ends]
+            cells.append("  ".join(f"{m:.1e}" if 0 < abs(m) < 1e-3 else f"{m:.4f}" for m in means))
         rows.append([*map(str, cells), f"{one.accuracy[0]} {one.accuracy[1]:.2f}" if one.accuracy else "-"])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [[cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in [header, *rows]]

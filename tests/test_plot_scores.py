@@ -433,3 +433,7 @@ def test_as_a_program():
     assert shown.returncode == 0 and "--sweep" in shown.stdout
     found = run_script("feature_transform/plot_scores.py", "run", "--epoch", "1", cwd=Path.cwd())
     assert (found.returncode, found.stdout) == (2, "") and "did you mean --epochs?" in found.stderr
+    printed = [line.split() for line in script.__doc__.splitlines() if line.strip().startswith("python ")]
+    assert len(printed) == 2
+    for _, program, *flags in printed:
+        assert (ROOT / program).samefile(script.__file__) and script.parse_args(flags).runs

@@ -244,7 +244,7 @@ _FAMILIES = [  # what is only in one script's pre-trainings, that script, and th
     (r"opt\.tau_plus$|(^|\.)(module\.)?f\.0\.", "debiased/main.py", "debiased/linear.py"),
     (r"opt\.view$|l_to_ab\.", "cmc/train_CMC.py", "cmc/LinearProbing.py"),
     (
-        r"^model\.(module\.)?(encoder|head)[12]?\.(?!module\.)",
+        r"opt\.mixnorm$|^model\.module\.(encoder|head)",
         "feature_transform/main_contrast.py",
         "feature_transform/main_linear.py",
     ),

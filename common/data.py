@@ -41,7 +41,7 @@ from common.sets import ArraySet, BadPicture, PictureSet
 CPU_BYTES = 4 << 30  # 'auto' keeps up to this much uint8 in main memory; on CUDA up to a third of what is free
 
 
-def _quiet_worker(_: int) -> None:
+def quiet_worker(_: int) -> None:
     """Signals to the whole job reach the workers too, which the main process still needs for the step it finishes: only
     SIGTERM ends a worker, after a minute of grace (else the main process ends it, or its absence)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -291,7 +291,7 @@ class Loader:
                 sampler=self._requests,
                 num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
-                worker_init_fn=_quiet_worker,
+                worker_init_fn=quiet_worker,
                 generator=torch.Generator(),  # it draws a base seed at every epoch: not from the global generator
                 persistent_workers=self.workers > 0,
             )

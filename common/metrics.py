@@ -31,13 +31,14 @@ def score_statistics(positive: Tensor, negatives: Tensor, temperature: float, ma
     are some; None: all. Of a query without any, means are NaN, and the variance with less than two.
     """
     positive, negatives = positive.detach().float(), negatives.detach().float()
-    if mask is None:
-        variance, mean = torch.var_mean(negatives, dim=1)
-        exponential = negatives.exp().mean(1)
-    else:
-        count = mask.sum(1)
-        mean, exponential = (x.where(mask, 0).sum(1) / count for x in (negatives, negatives.exp()))
-        variance = (negatives - mean[:, None]).square().where(mask, 0).sum(1) / (count - 1).clamp(min=0)
+
+    def kept(x: Tensor) -> Tensor:
+        return x if mask is None else x.where(mask, 0)
+
+    count = negatives.new_full((), negatives.shape[1]) if mask is None else mask.sum(1)
+    mean, exponential = (kept(x).sum(1) / count for x in (negatives, negatives.exp()))
+    distance = torch.linalg.vector_norm(kept(negatives - mean[:, None]), dim=1)  # torch.var takes five times as long
+    variance = distance.square() / (count - 1).clamp(min=0)
     columns = (mean * temperature, variance * temperature**2, positive * temperature, exponential, positive.exp())
     return torch.stack(columns, 1)
 

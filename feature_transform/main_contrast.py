@@ -46,7 +46,9 @@ from feature_transform.transform import Rule
 from preprocess import demo
 
 WARM_FROM = 0.01  # learning rate at the first step of a warm-up
-PAPER = dict(mixnorm=True, mixnorm_target="posneg", expolation_mask=True, sep_alpha=True, mask_distribution="beta")
+PAPER = dict(
+    mixnorm=True, mixnorm_target="posneg", expolation_mask=True, sep_alpha=True, mask_distribution="beta", dim_mask="none",
+)  # fmt: skip
 PRESETS = {
     "ft": PAPER,  # the transformation of the published commands, with whatever --method
     "demo": dict(
@@ -95,8 +97,9 @@ def parse_args(argv=None):
     about = "positives: coefficients from 1 to 2, which move a pair apart; else from 0 to 1"
     g.add_argument("--expolation_mask", "--extrapolation_mask", action=cli.OnOff, default=False, help=about)
     g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help="of the coefficients")
-    about = "for which a coefficient is drawn for each number; none: one a step; sample: one for each row"
-    g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], default="none", help=about)
+    about = "for which a coefficient is drawn for each number; none: one a step; sample: one for each row; default, as "
+    about += "published: none for posneg with --sep_alpha and beta, else both"
+    g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], help=about)
     g.add_argument("--beta_alpha", type=cli.positive, default=2.0, help="a of Beta(a, a)")
     g.add_argument("--sep_alpha", action=cli.OnOff, default=False, help="one for positives, one for negatives:")
     g.add_argument("--pos_alpha", type=cli.positive, default=2.0, help="a of the positives")

@@ -169,6 +169,10 @@ def worker(args, process: processes.Process) -> None:
     views.choose_classes(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved.path))))
     folder = options.run_folder(args, args.save_path, name)
+    if len(os.path.basename(folder)) > 240:  # the lock and the events beside it have a little more
+        raise UsageError(
+            f"{saved.path}: with its name the run's folder has one of more than 240 letters: give it a --name"
+        )
     events = os.path.join(args.tb_path, os.path.basename(folder)) if args.tb_path else True
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", tensorboard=events, by_epoch=True)
     with loop.Job(args, process, folder, **files) as job:

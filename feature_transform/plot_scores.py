@@ -148,7 +148,10 @@ def entries(runs: list[Run], dashes=("-",)) -> tuple[list, list]:
 
 def legend_below(figure, width: float, handles: list, labels: list, height: float) -> None:
     """The legend under what is `height` inches high, in as many columns as fit into the width."""
-    columns = max(1, min(len(labels), int(width / (0.063 * max(map(len, labels)) + 0.5))))
+    from matplotlib.textpath import TextPath
+
+    longest = max(TextPath((0, 0), label, size=8).get_extents().width for label in labels) / 72  # inches
+    columns = max(1, min(len(labels), int((width - 0.1) / (longest + 0.55))))
     rows = -(-len(labels) // columns)
     figure.set_size_inches(width, height + 0.18 * rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
@@ -165,7 +168,7 @@ def curves(runs: list[Run], name: str, args):
 
 
 def panel(runs: list[Run], args):
-    """All five statistics; the sixth place is the legend's."""
+    """All five statistics; the sixth place is the legend's, where that is small enough."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, 6.8), layout="constrained")
@@ -174,9 +177,13 @@ def panel(runs: list[Run], args):
         draw_curves(axes, runs, name, args)
     handles, labels = entries(runs)
     last.axis("off")
-    labels = [textwrap.fill(label, 40) for label in labels]
-    size = max(5.5, min(10.5, 230 / (12 + 13 * sum(label.count("\n") + 1 for label in labels)) * 10))
-    last.legend(handles, labels, loc="center left", fontsize=size, frameon=False, labelspacing=0.7)
+    wrapped = [textwrap.fill(label, 38, break_on_hyphens=False) for label in labels]
+    lines = [line for label in wrapped for line in label.split("\n")]
+    size = min(10.5, 200 / (1.3 * len(lines) + 0.7 * len(labels)), 265 / (0.62 * max(map(len, lines)) + 3.5))
+    if size < 7:  # more than it has room for
+        legend_below(figure, 12.6, handles, labels, 6.8)
+    else:
+        last.legend(handles, wrapped, loc="center left", fontsize=size, frameon=False, labelspacing=0.7)
     return figure
 
 
@@ -196,7 +203,8 @@ def histograms(runs: list[Run], epochs: list[int]):
         found = {(e, i): r.queries(e, column) for e in epochs for i, r in enumerate(runs) if e in r.files}
         found = {key: values for key, values in found.items() if len(values)}
         low, high = (end(map(end, found.values()), default=0) for end in (min, max))
-        edges = np.linspace(low, high if high > low else low + 1e-3, BINS + 1)
+        width = max(high - low, 1e-3) / BINS  # and an empty bin at each end
+        edges = low + width * np.arange(-1, BINS + 2)
         for epoch, axes in zip(epochs, grid[:, side]):
             for number in range(len(runs)):
                 if (epoch, number) in found:
@@ -308,7 +316,8 @@ def table(runs: list[Run]) -> str:
         for column in range(3):
             values = one.curves[np.isfinite(one.curves[:, column]), column]
             ends = (values[:20], values[-20:]) if len(values) else ([np.nan], [np.nan])
-            cells.append("  ".join(f"{np.mean(end):.4f}" for end in ends))
+            means = [np.mean(end) for end in ends]
+            cells.append("  ".join(f"{m:.1e}" if 0 < abs(m) < 1e-3 else f"{m:.4f}" for m in means))
         rows.append([*map(str, cells), f"{one.accuracy[0]} {one.accuracy[1]:.2f}" if one.accuracy else "-"])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [[cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in [header, *rows]]

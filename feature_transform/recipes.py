@@ -38,8 +38,15 @@ def fill(args) -> None:
             setattr(args, flag, value)
         elif getattr(args, flag) != value:
             other.append(f"--{flag} {getattr(args, flag)} ({value})")
+    args.dim_mask = args.dim_mask or published_dims(args)
     if other and not int(os.environ.get("RANK", 0)):
         print(f"note: what is typed beats --method {args.method}: {', '.join(other)}", file=sys.stderr)
+
+
+def published_dims(args) -> str:
+    """--dim_mask where it is not given. There it counted in one case only; in all others every number had a coefficient."""
+    counts = args.sep_alpha and args.mixnorm_target == "posneg" and args.mask_distribution == "beta"
+    return "none" if counts else "both"
 
 
 def check(args) -> None:
@@ -88,7 +95,7 @@ def run_name(args) -> str:
         if args.mask_distribution == "beta":
             alphas = f"_pos{args.pos_alpha}_neg{args.neg_alpha}", f"_alpha{args.beta_alpha}"
             name += alphas[not args.sep_alpha]
-        name += f"_dim{args.dim_mask}" * (args.dim_mask != "none")
+        name += f"_dim{args.dim_mask}" * (args.dim_mask != published_dims(args))
         name += f"_norm{args.norm_target}" * (args.postmix_norm and args.norm_target != "pos")
         name += f"_query{args.neg_query}" * (args.neg_query != "transformed")
         name += f"_start{args.mix_start_epoch}" * bool(args.mix_start_epoch)

@@ -58,7 +58,7 @@ class Run:
     @property
     def title(self) -> str:
         """The label and the final accuracy."""
-        return self.label + (f", {self.accuracy[0]} {self.accuracy[1]:.1f} %" if self.accuracy else "")
+        return self.label + (f", {self.accuracy[0]}\u00a0{self.accuracy[1]:.1f}\u00a0%" if self.accuracy else "")
 
     def queries(self, epoch: int, number: int) -> np.ndarray:
         """Of all queries of an epoch the statistic with this number in STATISTICS: (queries,), those that are there."""

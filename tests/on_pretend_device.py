@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, compute_on
 
 from common import data
+from preprocess import demo_voc
 
 TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1 --save_score".split()
 BANK = [*TRAIN, *"--nce_k 40 --model_path".split()]
@@ -55,7 +56,11 @@ EVALUATIONS = {  # name: (script, flags, the last of which names the folder); th
 EVALUATIONS = {name: (script, [*LINEAR, *flags.split()]) for name, (script, flags) in EVALUATIONS.items()}
 ROBUSTNESS = ["--demo", "--classifier", "HERE/patch-cached", "--ckpt_path"]
 EVALUATIONS["robustness"] = "nonsem_neg.eval_robustness", ROBUSTNESS
-COMPARED = ("moco-cached", "patch-cached", "robustness")  # these are made on the CPU, too
+DETECTION = (
+    "--demo --pretrained none -b 2 --iterations 3 --checkpoint_every 2 --min-size 48 --test-size 48 --rois 16 -j 0"
+)
+EVALUATIONS["detection"] = "feature_transform.eval_detection", [*DETECTION.split(), "--save_path"]
+COMPARED = ("moco-cached", "patch-cached", "robustness", "detection")  # these are made on the CPU, too
 PLANTED = {  # run: what of (views, target, index) is left on the host
     "cmc-nce": "index", "insdis": "index", "moco": "view", "patch": "view", "cmc-fresh": "target", "patch-fresh": "view",
     "ring-ir": "index", "ring-moco": "view", "ft-moco": "view", "ft-pirl": "index",
@@ -154,6 +159,7 @@ def check(kind: str, name: str) -> dict:
 
 def main() -> None:
     out = sys.stdout
+    demo_voc.ensure("data/demo-voc", trainval=6, test=3, size=64)
     device = pretend_device.switch_on()  # before the first backward pass, which counts the devices
     with contextlib.redirect_stdout(io.StringIO()):
         for name in (*RUNS, *COMPARED):

@@ -188,6 +188,42 @@ def test_detectron2_names_and_settings(folder, capsys):
         export.main(["run", "--to", "detectron2"])
 
 
+def test_the_key_encoder(folder, capsys):
+    nets = backbones.WidthResNet(18), backbones.WidthResNet(18)
+    states = [
+        checkpoint.add_prefix(net.state_dict(), prefix) for net, prefix in zip(nets, ("module.encoder.", "encoder."))
+    ]
+    torch.save({"model": states[0], "model_ema": states[1], "opt": {}, "epoch": 1}, "current.pth")
+    for network, flags in zip(nets, ([], ["--ema"])):
+        assert same(loaded(capsys, ".", "--to", "torchvision", *flags), checkpoint.without_head(network.state_dict()))
+    bank("other.pth", nets[0])
+    with pytest.raises(UsageError, match="other.pth has no model_ema: omit --ema"):
+        export.main(["other.pth", "--to", "torchvision", "--ema"])
+
+
+def test_detectron2_has_the_names_that_mocos_converter_gives(folder, capsys):
+    """facebookresearch/moco, detection/convert-pretrain-to-detectron2.py; without counters and head, which detectron2 drops."""
+    state = nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnet18")
+    export.main(["run", "--to", "detectron2", "--out", "out.pkl"])
+    with open("out.pkl", "rb") as file:
+        found = pickle.load(file)
+    assert found["matching_heuristics"] is True and found["__author__"]
+    theirs = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        if parts[0].startswith("layer"):
+            parts[0] = f"res{int(parts[0][5:]) + 1}"
+        else:
+            parts.insert(0, "stem")
+        text = ".".join(parts)
+        for number in "123":
+            text = text.replace(f"bn{number}", f"conv{number}.norm")
+        theirs[text.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")] = value
+    theirs = {k: v for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
+    assert found["model"].keys() == theirs.keys()
+    assert all(torch.equal(torch.from_numpy(found["model"][k]), v) for k, v in theirs.items())
+
+
 def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folder, capsys):
     nonsem(folder / "run" / "checkpoint_0000.pth.tar")
     newest = nonsem(folder / "run" / "checkpoint_0001.pth.tar")
@@ -202,6 +238,8 @@ def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folde
     assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o640}  # alike, and as the umask says
     assert load_file(made[-1]).keys() == newest.keys()
     assert checkpoint.newest("run").name == "checkpoint_0001.pth.tar"  # an export is no checkpoint of the run
+    export.main([".", "--to", "safetensors"])  # the folder of a run folder
+    assert "run/checkpoint_0001.pth.tar -> " in capsys.readouterr().out
     torch.save({"classifier": {}, "network": "runs/cmc/current.pth", "epoch": 1}, "linear.pth")
     (folder / "empty").mkdir()
     for flags, why in (

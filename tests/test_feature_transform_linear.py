@@ -150,6 +150,10 @@ def test_wrong_input_is_one_line(workspace, tmp_path):
     torch.save({"model": {"encoder.module.conv1.weight": torch.zeros(1)}, "opt": {"view": "Lab"}}, tmp_path / "cmc.pth")
     refused(UserError, "is of cmc/train_CMC.py: evaluate it with", network=str(tmp_path / "cmc.pth"))
     assert checkpoint.Saved("theirs/ckpt_epoch_200.pth").family[1] == "feature_transform/main_linear.py"
+    long = tmp_path / ("a" * 200)
+    long.mkdir()
+    (long / "current.pth").symlink_to((workspace / "ours" / "current.pth").resolve())
+    refused(UsageError, "more than 240 letters: give it a --name", network=str(long))
     with pytest.raises(UsageError, match="--cosine has no --lr_decay_epochs; omit one of the two"):
         main_linear.parse_args([*SMALL, "--data_folder=DATA", "--ckpt=ours", "--cosine", "--lr_decay_epochs", "1"])
 

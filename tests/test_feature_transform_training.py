@@ -86,9 +86,19 @@ def test_shapes_of_the_coefficients(mask, shapes):
 
 def test_sides_and_parameters_of_the_rule():
     rule = Rule.of(parsed("--mixnorm --mixnorm_target pos --beta_alpha 3"))
-    assert rule == Rule("scalar", None, False, "beta", 3.0, 3.0) and rule.draw(2, 3, 4, generator())[1:] == (None, None)
+    assert rule == Rule("element", None, False, "beta", 3.0, 3.0) and rule.draw(2, 3, 4, generator())[1:] == (
+        None,
+        None,
+    )
     rule = Rule.of(parsed("--mixnorm --sep_alpha --pos_alpha 3 --postmix_norm --norm_target both --neg_query original"))
-    assert rule == Rule(None, "scalar", False, "beta", 3.0, 1.6, ("pos", "neg"), True)
+    assert rule == Rule(None, "element", False, "beta", 3.0, 1.6, ("pos", "neg"), True)
+    shapes = {  # published: where --dim_mask is not given
+        "--sep_alpha": "scalar", "": "element", "--sep_alpha --mask_distribution uniform": "element", "--preset ft": "scalar",
+        "--dim_mask none": "scalar", "--sep_alpha --dim_mask both": "element",
+    }  # fmt: skip
+    for flags, shape in shapes.items():
+        found = Rule.of(parsed(f"--mixnorm --mixnorm_target posneg {flags}"))
+        assert (found.positives, found.negatives) == (shape, shape), flags
     assert Rule.of(parsed()) is None and rule.draw(2, 3, 4, generator()).positive is None
 
 

@@ -12,6 +12,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from preprocess import demo_voc
+
 NO_SEED = "--device cpu --input-res 32 --epochs 1 -j 2"  # whose run folders have the names of the commands
 TINY = f"{NO_SEED} --seed 0"
 NONSEM = "-a resnet18 -b 32 --moco-k 64 --bn-splits 2 --patch-ratio 2 8 -p 100"
@@ -33,6 +35,11 @@ SMALLER = {  # appended, and so stronger than what the line says
     "debiased/linear.py": f"{DEBIASED} {TINY}".split(),
     "debiased/estimator.py": "--batches 8 16 --draws 5 --anchors 20 --device cpu -j 2".split(),
     "feature_transform/main_contrast.py": f"{NO_SEED} {BANKS} --arch resnet18 --overwrite".split(),
+    "feature_transform/main_linear.py": f"{TINY} --cache-views 1".split(),
+    "feature_transform/eval_detection.py": (
+        "--device cpu -j 0 -b 2 --iterations 2 --checkpoint_every 2 --fpn-channels 8 --rois 16 --min-size 48 --test-size 48 "
+        "--classes disc,heart,square,star"
+    ).split(),
     "preprocess/make_demo.py": "--train-per-class 16 --val-per-class 4 --severities 3 --corruption-per-class 1".split(),
     "preprocess/imagenet100_subset.py": "--class_list classes.txt".split(),
     "preprocess/check_images.py": "-j 1".split(),
@@ -48,6 +55,8 @@ READMES = [
     "ring/README.md",
     "debiased/README.md",
     "feature_transform/README.md",
+    "feature_transform/SCORES.md",
+    "feature_transform/DETECTION.md",
     "preprocess/README.md",
 ]
 
@@ -86,6 +95,12 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
     if readme == "debiased/README.md":  # its line names the file of an epoch that is not reached at this size
         (workspace / "results").mkdir()
         (workspace / "results" / "model_400.pth").symlink_to("model_1.pth")
+    if readme.startswith("feature_transform/"):
+        voc = demo_voc.ensure("data/demo-voc", trainval=6, test=3, size=64)
+        for name in ("VOC2007", "VOC2012"):
+            (workspace / name).symlink_to(voc)
+    if readme == "feature_transform/DETECTION.md":
+        run("feature_transform/main_contrast.py", ["--demo"])
     if readme == "README.md":  # its report is printed after `make demo`
         run("nonsem_neg/moco_non_sem_neg.py", ["--demo", "--ckpt_path", "runs/demo/patch"])
         run(
@@ -93,7 +108,7 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
             ["--demo", "--pretrained", "runs/demo/patch", "--ckpt_path", "runs/demo/patch-lincls"],
         )
     found = commands(readme)
-    assert len(found) >= 5
+    assert len(found) >= 3
     for line in found:
         words = shlex.split(line)
         if words[0] == "make":

@@ -31,6 +31,9 @@ def main(argv=None) -> None:
     parser.add_argument("checkpoint", help="pre-training or linear-evaluation checkpoint, or a run folder: its newest")
     parser.add_argument("--to", choices=list(SUFFIX), required=True)
     parser.add_argument("--out", default=None, help="file to write; default: beside the checkpoint, named after --to")
+    parser.add_argument(
+        "--ema", action="store_true", help="the key encoder of a checkpoint with model_ema, not the query"
+    )
     parser.add_argument("--tower", default=None, help="of a checkpoint of several towers, the one to export (l_to_ab)")
     args = parser.parse_args(argv)
     path = find(Path(args.checkpoint))
@@ -39,7 +42,9 @@ def main(argv=None) -> None:
         raise UserError(
             f"{path} is a classifier without its network; export that: {saved.get('network', 'see its opt')}"
         )
-    state = checkpoint.backbone(saved)
+    if args.ema and not isinstance(saved.get("model_ema"), dict):
+        raise UsageError(f"{path} has no model_ema: omit --ema")
+    state = checkpoint.backbone({"model": saved["model_ema"]} if args.ema else saved)
     names = towers(state)
     if args.tower not in names and (args.tower or names):
         choose = f"has the towers {' and '.join(names)}: choose one with" if names else "is one network: omit"
@@ -64,10 +69,11 @@ def main(argv=None) -> None:
 
 
 def find(path: Path) -> Path:
-    """A checkpoint, or the newest of a run folder: of a pre-training where there is one."""
+    """A checkpoint, or the newest of a run folder, or of the folders in it: of a pre-training where there is one."""
     if not path.is_dir():
         return path
     found = checkpoint.newest(path) or checkpoint.newest(path, ("checkpoint_robust_*.pth.tar", "*[0-9].pth"))
+    found = found or checkpoint.newest_below(path)
     if found is None:
         raise UsageError(f"{printable(path)}: no checkpoint in this folder; give a run folder or a checkpoint file")
     return found

@@ -21,7 +21,7 @@ early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is im
 from common import UsageError, cli, printable
 from common.run import ROOT
 
-TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/published.json"))
+TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/published*.json"))
 ACCURACIES = ("acc1", "acc5", "acc1_best")
 EPOCHS = "acc1_best: of the best epoch on the validation set; acc1: of the last epoch"
 

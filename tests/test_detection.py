@@ -1,0 +1,519 @@
+"""Transfer to detection: VOC annotations, AP against numbers worked out by hand, the detector on the networks of all papers, a
+run that is stopped, resumed and made by two processes, bad input."""
+
+import hashlib
+import json
+import os
+import signal
+
+import pytest
+import torch
+import torchvision
+from conftest import equal, run_script, says_no
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FrozenBatchNorm2d
+
+from cmc import colour
+from cmc import networks as cmc_networks
+from common import UsageError, UserError, backbones, checkpoint, processes
+from debiased.networks import Network as DebiasedNetwork
+from feature_transform import detector, eval_detection, voc
+from preprocess import demo_voc
+from ring import networks as ring_networks
+
+VIEW = voc.View(0.5, (48, 64), 64)
+SMALL = "-b 2 --iterations 4 --checkpoint_every 3 --min-size 32 48 --test-size 48 --fpn-channels 8 --rois 16 -j 0 -p 1".split()
+RUN = ["--demo", "--pretrained", "none", "--device", "cpu", "--seed", "0", "--save_path", "runs", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder with data/demo-voc: 6 pictures to train on, 3 to test."""
+    folder = tmp_path_factory.mktemp("voc")
+    demo_voc.ensure(folder / "data" / "demo-voc", trainval=6, test=3, size=64)
+    return folder
+
+
+@pytest.fixture
+def inside(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    return tree
+
+
+def write(root, objects="", size="<size><width>40</width><height>30</height></size>", split="a"):
+    """A tree with one picture of 40 x 30 pixels whose annotation holds `objects`."""
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    pixels = torch.arange(3 * 30 * 40).reshape(3, 30, 40).to(torch.uint8)
+    torchvision.io.write_png(pixels, str(root / "JPEGImages" / "a.png"))
+    (root / "Annotations" / "a.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    (root / "ImageSets" / "Main" / "test.txt").write_text(f"{split}\n")
+    return root
+
+
+def thing(name, *box, difficult=None):
+    corners = "".join(f"<{key}>{v}</{key}>" for key, v in zip(voc.CORNERS, box))
+    flag = "" if difficult is None else f"<difficult>{difficult}</difficult>"
+    part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
+    return f"<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox>{part}</object>"
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
+    objects = thing("cat", 1, 1, 40, 30) + thing("dog", 3, 2, 3, 2, difficult=1) + thing("dog", 0, 0, 41, 30.5)
+    pictures = voc.Pictures([(write(tmp_path, objects), "test"), (tmp_path, "test")], ("cat", "dog"))
+    assert len(pictures) == 2 and pictures.sizes[0] == (40, 30)
+    found = pictures.objects[0]
+    assert found.boxes.tolist() == [[0, 0, 40, 30], [2, 1, 3, 2], [0, 0, 40, 30]]
+    assert found.labels.tolist() == [1, 2, 2] and found.difficult.tolist() == [False, True, False]
+    plain, _ = pictures.decode(0)
+    mirrored, there = pictures.decode(0, flip=True)
+    assert torch.equal(mirrored, plain.flip(2)) and there.boxes.tolist()[1] == [37, 1, 38, 2]
+    assert torch.equal(plain[:, 1:2, 2:3], mirrored[:, 1:2, 37:38])
+    without = write(tmp_path / "no-size", thing("cat", 1, 1, 40, 30), size="")
+    assert voc.Pictures([(without, "test")], ("cat",)).sizes == [(40, 30)]
+    wrong = write(tmp_path / "wrong", size="<size><width>50</width><height>30</height></size>")
+    with pytest.raises(UserError, match="is 40 x 30 pixels, of 50 x 30 in its annotation"):
+        voc.Pictures([(wrong, "test")], ("cat",)).decode(0)
+
+
+@pytest.mark.parametrize("objects, message", [
+    (thing("cow", 1, 1, 9, 9), "object of class 'cow': known are cat, dog; say others with --classes"),
+    (thing("cat", 5, 5, 60, 9), "the box of its cat (xmin 5, ymin 5, xmax 60, ymax 9) is outside the picture of 40 x 30"),
+    (thing("cat", -5, 5, 6, 9), "is outside the picture"),
+    (thing("cat", "nan", 5, 6, 9), "is outside the picture"),
+    (thing("cat", 9, 5, 8, 9), "the box of its cat (xmin 9, ymin 5, xmax 8, ymax 9) has no size"),
+    (thing("cat", 9, 5, 12), "its cat has no bndbox of four numbers"),
+    (thing("cat", 9, 5, 12, "x"), "its cat has no bndbox of four numbers"),
+    ("<object>", "not a whole XML file"),
+])  # fmt: skip
+def test_a_broken_annotation_is_named(tmp_path, objects, message):
+    with pytest.raises(UserError) as caught:
+        voc.Pictures([(write(tmp_path, objects), "test")], ("cat", "dog"))
+    assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml") and message in str(caught.value)
+
+
+def test_a_tree_that_is_none(tmp_path):
+    def no(root, message, split="test"):
+        with pytest.raises(UsageError) as caught:
+            voc.Pictures([(root, split)], ("cat",))
+        assert message in str(caught.value)
+
+    no(tmp_path / "x", "no Annotations/*.xml in it, as Pascal VOC has")
+    whole = write(tmp_path / "VOCdevkit" / "VOC2007", thing("cat", 1, 1, 9, 9))
+    no(tmp_path / "VOCdevkit", f"give the folders in it, such as {whole}")
+    no(whole, "the splits there are test", split="trainval")
+    no(write(tmp_path / "b", split=""), "a split without pictures")
+    no(write(tmp_path / "c", split="000007"), "names 000007, and there is no")
+    (whole / "JPEGImages" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot read the picture .*a.png"):
+        next(voc.decoded(voc.Pictures([(whole, "test")], ("cat",)), [[(0, False)]], 0, torch.device("cpu")))
+
+
+def test_the_demo_set_is_the_same_every_time_and_its_boxes_are_tight(tree, tmp_path):
+    again = demo_voc.ensure(tmp_path / "again", trainval=6, test=3, size=64)
+
+    def digest(root):
+        files = sorted(p for p in root.rglob("*") if p.is_file())
+        return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+
+    assert digest(again) == digest(tree / "data" / "demo-voc") and len(digest(again)) == 9 + 9 + 2 + 1
+    drawn = [demo_voc.draw(0, i, 32) for i in range(12)]
+    assert {name for _, objects in drawn for name, *_ in objects} == set(demo_voc.CLASSES)
+    assert {difficult for _, objects in drawn for *_, difficult in objects} == {True, False}
+    number = next(i for i, (_, objects) in enumerate(drawn) if len(objects) == 1)
+    pixels, [(_, (left, top, right, bottom), _)] = demo_voc.draw(0, number, 64)
+    outside = torch.tensor(pixels).float().mean(2)
+    within = outside[top - 1 : bottom, left - 1 : right].clone()
+    outside[top - 1 : bottom, left - 1 : right] = float("nan")
+    level = outside[~outside.isnan()]  # shapes are lighter than the ground, or darker
+    beyond = (within > level.max()) if within.mean() > level.mean() else (within < level.min())
+    assert beyond[[0, -1]].any(1).all() and beyond[:, [0, -1]].any(0).all()
+    with pytest.raises(UsageError, match="is not a demo data set"):
+        demo_voc.ensure(write(tmp_path / "other"))
+    (again / demo_voc.MARK).rename(again / demo_voc.UNFINISHED)  # as a crash leaves it
+    (again / "JPEGImages" / "000002.jpg").write_bytes(b"")
+    assert digest(demo_voc.ensure(again, trainval=6, test=3, size=64)) == digest(tree / "data" / "demo-voc")
+
+
+def test_steps_of_two_processes_share_the_pictures_of_one(inside):
+    pictures = voc.Pictures([("data/demo-voc", "trainval")], demo_voc.CLASSES)
+
+    def plans(ranks, batch, steps):
+        loaders = [voc.Loader(pictures, VIEW, 100, 4, batch, 0, processes.Process(r, ranks), 0) for r in range(ranks)]
+        return [sorted(pair for loader in loaders for pair in loader.plan(step)) for step in steps]
+
+    one = plans(1, 4, range(12))
+    assert one == plans(2, 2, range(12)) and one[5:] == plans(1, 4, range(5, 12))
+    assert sorted(row for step in one[:3] for row, _ in step) == sorted(2 * [*range(6)])  # two rounds
+    assert {mirrored for step in one for _, mirrored in step} == {True, False}
+    loader = voc.Loader(pictures, VIEW, 10, 4, 4, 0, processes.Process(), 0)
+    loader.set_epoch(3)
+    assert len(loader) == 2 and [rows.tolist() for *_, rows in loader] == [
+        [r for r, _ in loader.plan(s)] for s in (8, 9)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- AP
+
+
+def evaluated(objects, detections, classes=("cat", "dog", "cow")):
+    """average_precision of pictures with `objects` [(class, box, difficult)] and `detections` [(class, box, score)]."""
+    pictures = voc.Pictures((), classes)
+    found = {}
+    for row, (things, seen) in enumerate(zip(objects, detections, strict=True)):
+        pictures.paths.append(str(row))
+        columns = [[classes.index(name) + 1, box, flag] for name, box, flag in things]
+        labels, boxes, flags = zip(*columns) if columns else ((), (), ())
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        pictures.objects.append(voc.Objects(boxes, torch.tensor(labels).long(), torch.tensor(flags).bool()))
+        labels, boxes, scores = zip(*[(classes.index(n) + 1, b, s) for n, b, s in seen]) if seen else ((), (), ())
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        found[row] = dict(labels=torch.tensor(labels).long(), boxes=boxes, scores=torch.tensor(scores))
+    return voc.average_precision(pictures, found)
+
+
+A, B, C = (10, 10, 30, 50), (50, 10, 90, 50), (10, 60, 90, 90)
+
+
+def test_ap_of_a_perfect_and_of_a_shifted_detector():
+    objects = [[("cat", A, False), ("dog", B, False)], [("cat", C, False)]]
+    perfect = [[(n, b, 0.9) for n, b, _ in things] for things in objects]
+    right = evaluated(objects, perfect)
+    assert right == dict(
+        AP=100.0, AP50=100.0, AP75=100.0, AP50_11=100.0, classes={"cat": 100.0, "dog": 100.0}
+    )  # no cow
+    # moved by a fifth of the width: intersection over union is .8 / 1.2 = .667, right at .5, .55, .6 and .65
+    shifted = [
+        [(n, (b[0] + (b[2] - b[0]) / 5, b[1], b[2] + (b[2] - b[0]) / 5, b[3]), s) for n, b, s in p] for p in perfect
+    ]
+    moved = evaluated(objects, shifted)
+    assert moved["AP50"] == 100 and moved["AP75"] == 0 and moved["AP"] == pytest.approx(40)
+    swapped = [[({"cat": "dog", "dog": "cat"}[n], b, s) for n, b, s in p] for p in perfect]
+    assert evaluated(objects, swapped)["AP50"] == 0 == evaluated(objects, [[], []])["AP"]
+
+
+def test_ap_of_a_curve_worked_out_by_hand():
+    objects = [[("cat", A, False), ("cat", B, False)], []]
+    detections = [[("cat", A, 0.9), ("cat", B, 0.7)], [("cat", A, 0.8)]]
+    # precision 1 to recall .5, then 2/3: 51 of 101 recalls and 6 of 11 are at most .5
+    found = evaluated(objects, detections)
+    assert found["AP50"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
+    assert found["AP50_11"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+    twice = evaluated(
+        [objects[0]], [[*detections[0], ("cat", (10, 10, 30, 49), 0.8)]]
+    )  # the second on one object is false
+    assert twice == found
+
+
+def test_difficult_objects_are_ignored_as_in_voc():
+    objects = [[("cat", A, False), ("cat", B, True)], []]
+    only = evaluated(objects, [[("cat", A, 0.5)], []])
+    assert only["AP"] == 100  # the difficult one need not be found
+    twice = [("cat", B, 0.9), ("cat", (50, 10, 90, 49), 0.8), ("cat", A, 0.5)]
+    assert evaluated(objects, [twice, []])["AP50"] == 100  # and any number may lie on it
+    inside = [("cat", (50, 10, 65, 30), 0.9), ("cat", A, 0.5)]  # in it, but hardly overlapping
+    assert evaluated(objects, [inside, []])["AP50"] == pytest.approx(50)
+    with pytest.raises(UserError, match="there is nothing to find"):
+        evaluated([[("cat", B, True)]], [[]])
+
+
+def test_the_sheet_shows_what_is_there_and_what_was_found(inside, tmp_path):
+    pictures = voc.Pictures([("data/demo-voc", "test")], demo_voc.CLASSES)
+
+    def orange(score):
+        found = {
+            row: dict(boxes=o.boxes, labels=o.labels, scores=o.labels * 0 + score)
+            for row, o in enumerate(pictures.objects)
+        }
+        voc.draw(tmp_path / "x.png", pictures, found)
+        red, green, blue = torchvision.io.decode_image(str(tmp_path / "x.png"))[:3].int()
+        return int(((red - 255).abs() + (green - 127).abs() + (blue - 14).abs() < 9).sum())
+
+    assert orange(0.4) == 0 and orange(0.9) > 300
+    with pytest.raises(UsageError, match="--show .*x.png/y.png"):
+        voc.draw(tmp_path / "x.png" / "y.png", pictures, {0: dict(boxes=[], labels=[], scores=torch.zeros(0))})
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+def build(saved, norm="frozen", **how):
+    saved = saved if isinstance(saved, checkpoint.Saved) or saved is None else as_saved(saved)
+    state = how.pop("state", None) or checkpoint.backbone(saved)
+    return detector.build(saved, state, "the file", 2, VIEW, norm=norm, channels=8, rois=16, **how).eval()
+
+
+def as_saved(content):
+    saved = checkpoint.Saved.__new__(checkpoint.Saved)
+    dict.__init__(saved, content)
+    saved.path = "the file"
+    return saved
+
+
+def test_it_is_the_detector_of_torchvision():
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18()
+    ours = build(resnet.state_dict())
+    theirs = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    body = _resnet_fpn_extractor(theirs, 5)
+    body.fpn, body.out_channels = (
+        torchvision.ops.FeaturePyramidNetwork([64, 128, 256, 512], 8, body.fpn.extra_blocks),
+        8,
+    )
+    head = dict(box_head=TwoMLPHead(8 * 49, 32), box_predictor=FastRCNNPredictor(32, 3))
+    model = FasterRCNN(body, min_size=64, max_size=64, **head).eval()
+    model.load_state_dict(ours.state_dict())  # strictly: the same names
+    images = [torch.rand(3, 60, 50), torch.rand(3, 40, 70)]
+    for mine, its in zip(ours(images), model(images)):
+        assert len(its["boxes"]) > 1
+        torch.testing.assert_close(mine, its)
+
+
+def maps_of(network, images):
+    """The four maps of torchvision's or this project's ResNet."""
+    return [backbones.feature(network, images, layer) for layer in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torchvision.models.resnet18(), lambda: torchvision.models.resnext50_32x4d(),
+    lambda: backbones.build("resnet18", small_stem=True), lambda: backbones.WidthResNet(50, 3, 0.5),
+], ids=["resnet18", "resnext50", "small stem", "half as wide"])  # fmt: skip
+def test_the_shapes_tell_what_network_it_is(make):
+    network, images = make().eval(), torch.rand(1, 3, 64, 64)
+    saved = {"arch": "x", "state_dict": checkpoint.add_prefix(network.state_dict(), "module.encoder_q.")}
+    body = build(saved).backbone.body
+    for mine, its, channels in zip(body(images), maps_of(network, images), body.maps, strict=True):
+        torch.testing.assert_close(mine, its)
+        assert mine.shape[1] == channels
+
+
+def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
+    images = torch.rand(1, 3, 32, 32)
+    resnet = torchvision.models.resnet18().eval()
+    key = torchvision.models.resnet18().eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normal = (images - mean[:, None, None]) / std[:, None, None]
+    ours = {"model": checkpoint.add_prefix(resnet.state_dict(), "module.encoder."), "opt": {}}
+    ours["model"] |= {"module.head.0.weight": torch.zeros(2, 2)}
+    ours["model_ema"] = checkpoint.add_prefix(key.state_dict(), "encoder.")
+    network = build(ours)
+    torch.testing.assert_close(network.transform.normalize(images[0]), normal[0])
+    torch.testing.assert_close(network.backbone.body(normal), maps_of(resnet, normal))
+
+    torch.manual_seed(1)
+    debiased, ring = (
+        DebiasedNetwork("resnet18", 16, True).eval(),
+        ring_networks.build_network("resnet18", 16, True).eval(),
+    )
+    network = build({"state_dict": checkpoint.add_prefix(debiased.state_dict(), "module."), "opt": {"tau_plus": 0.1}})
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    torch.testing.assert_close(
+        network.transform.normalize(images[0]),
+        (images[0] - mean[:, None, None]) / std[:, None, None],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert torch.allclose(network.backbone.body(images)[3].mean((2, 3)), debiased.f(images).flatten(1), atol=1e-5)
+    network = build({"state_dict": checkpoint.add_prefix(ring.state_dict(), "model."), "opt": {}})
+    torch.testing.assert_close(network.backbone.body(images), maps_of(ring, images))
+
+
+def test_the_towers_of_cmc_stand_side_by_side():
+    images, views = torch.rand(2, 3, 64, 64), colour.default_views("YCbCr")
+    towers = cmc_networks.build_network("resnet18v1", views, 128, False).eval()
+    model = checkpoint.add_prefix(towers.state_dict(), "encoder.module.")
+    network = build({"model": model, "opt": {"view": "YCbCr", "model": "resnet18v1"}})
+    seen = colour.Views(tuple(views)).apply(images, {})
+    torch.testing.assert_close(network.transform.normalize(images[0]), seen[0])
+    maps = [torch.cat(backbones.feature(towers, seen, layer), 1) for layer in (2, 3, 4, 5)]
+    body = network.backbone
+    for i, expected in enumerate(maps):
+        parts = [body.body[name](part)[i] for name, part in zip(body.names, seen.split(body.in_channels, 1))]
+        torch.testing.assert_close(torch.cat(parts, 1), expected)
+    assert body(seen)["0"].shape == (2, 8, 16, 16) and network(list(images))
+    with pytest.raises(UserError, match="does not say what its towers ab_to_l and l_to_ab look at"):
+        build({"model": model, "opt": {"view": "YCbCr", "views": "Y,Cb,Cr"}})
+
+    published = {
+        f"encoder{i}.{k}": v
+        for i, side in ((1, "l_to_ab"), (2, "ab_to_l"))
+        for k, v in getattr(towers, side).state_dict().items()
+    }
+    network = build({"model": published})
+    ydbdr = colour.ToColour("YDbDr").apply(images[:1], {})[0]
+    mean, std = torch.tensor([0.457, -0.082, -0.052]), torch.tensor([0.5, 1.331, 1.333])
+    torch.testing.assert_close(
+        network.transform.normalize(images[0]), (ydbdr - mean[:, None, None]) / std[:, None, None]
+    )
+    assert network.backbone.in_channels == [1, 2]
+
+
+def test_what_is_no_resnet_is_refused(tmp_path):
+    for state, message in (
+        (torchvision.models.squeezenet1_1().state_dict(), "detection needs a ResNet, and this is another network"),
+        ({"conv1.weight": torch.zeros(2, 3, 7, 7), "fc.weight": torch.zeros(2, 2)}, "detection needs a ResNet"),
+        (backbones.WidthResNet(18, 1).state_dict(), "the file takes 1 channels, 3 are expected"),
+        ({**torchvision.models.resnet18().state_dict(), "layer4.1.bn2.bias": torch.zeros(3)}, "does not fit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(state)
+    alexnet = cmc_networks.build_network("alexnet", colour.default_views("Lab"), 128, False).state_dict()
+    with pytest.raises(UserError, match="detection needs a ResNet"):
+        build({"model": checkpoint.add_prefix(alexnet, "encoder."), "opt": {"view": "Lab"}})
+    for content, flags, message in (
+        ({"epoch": 1, "state_dict": {"x.weight": torch.zeros(2)}}, [], "found no backbone in .*x.pth"),
+        ({"classifier": {"fc.weight": torch.zeros(2)}}, [], "is a classifier without its network"),
+        (torchvision.models.resnet18().state_dict(), ["--use_ema"], "has no model_ema"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        args = eval_detection.parse_args(["--data_folder", "x", "--pretrained", str(tmp_path / "x.pth"), *flags])
+        with pytest.raises(UserError, match=message):
+            detector.read_backbone(args)
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+def state(name):
+    return checkpoint.load(f"runs/{name}/current.pth")
+
+
+def weights(saved):
+    return {key: saved[key] for key in ("model", "optimizer", "generators", "global_step", "epoch")}
+
+
+def stopped(monkeypatch, at: int) -> int:
+    """The exit code of a run that gets a signal with its batch number `at`."""
+    decoded = voc.decoded
+
+    def counted(*how):
+        for number, batch in enumerate(decoded(*how), 1):
+            if number == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(voc, "decoded", counted)
+        with pytest.raises(SystemExit) as left:
+            eval_detection.main([*RUN, "--name", "b"])
+    return left.value.code
+
+
+def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
+    eval_detection.main([*RUN, "--name", "a", "--show", "sheet.png"])
+    said = capsys.readouterr().out
+    assert "View(flip=0.5, min_size=(32, 48)" in said and "result: AP " in said and "sheet.png" in said
+    sheet = torchvision.io.decode_image("sheet.png")
+    assert sheet.shape[0] in (3, 4) and sheet.float().std() > 10
+    result = json.loads((inside / "runs/a/result.json").read_text())
+    assert {"AP", "AP50", "AP75", "AP50_11", "classes", "command", "commit"} <= result.keys()
+    assert result["seed"] == 0 and result["arch"] == "resnet18-FPN" and result["label"] == "random weights"
+    whole = state("a")
+    assert (whole["global_step"], whole["epoch"]) == (4, 2)  # the second part is shorter
+    records = [json.loads(line) for line in (inside / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4] and all(0 < r["loss"] < 20 for r in records)
+    parts = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+    assert records[0]["loss"] == pytest.approx(sum(records[0][part] for part in parts), abs=1e-5)
+
+    assert stopped(monkeypatch, at=2) == 128 + signal.SIGTERM
+    assert state("b")["step"] == 2 and not (inside / "runs/b/result.json").exists()
+    torch.rand(7)  # the run's own draws are restored
+    eval_detection.main([*RUN, "--name", "b", "--resume", "auto"])
+    assert (
+        equal(weights(state("b")), weights(whole))
+        and "resumed runs/b/current.pth: epoch 0, step 2" in capsys.readouterr().out
+    )
+    again = json.loads((inside / "runs/b/result.json").read_text())
+    assert {k: again[k] for k in ("AP", "AP50", "classes")} == {k: result[k] for k in ("AP", "AP50", "classes")}
+
+    (inside / "runs/b/result.json").unlink()  # of a finished run the test is made again
+    eval_detection.main([*RUN, "--name", "b", "--resume", "auto"])
+    assert "nothing to train" in capsys.readouterr().out and (inside / "runs/b/result.json").exists()
+    for flags, message in (
+        (["--classes", "disc,heart,square,star,cow"], "--classes data/demo-voc/classes.txt, this run of disc,heart"),
+        (["--iterations", "8"], "--iterations 4, this run of 8"),
+        (["--norm", "plain"], "--norm sync, this run of plain"),
+    ):
+        with pytest.raises(UserError) as caught:
+            eval_detection.main([*RUN, "--name", "b", "--resume", "auto", *flags])
+        assert message in str(caught.value)
+    torch.save(torchvision.models.resnet18().state_dict(), "other.pth")
+    with pytest.raises(UserError, match="started from another network .none.: give that with --pretrained"):
+        eval_detection.main([*RUN, "--name", "b", "--resume", "auto", "--pretrained", "other.pth"])
+
+
+def test_batch_norm_is_trained_or_frozen(inside):
+    torch.manual_seed(5)
+    resnet = torchvision.models.resnet18().state_dict()
+    torch.save(resnet, "bare.pth")
+    eval_detection.main([*RUN, "--pretrained", "bare.pth", "--norm", "frozen", "--name", "frozen", "--iterations", "1"])
+    model = state("frozen")["model"]
+    for key, value in resnet.items():
+        if ("bn" in key or "downsample.1" in key) and "num_batches" not in key:
+            assert torch.equal(model[f"backbone.body.{key}"], value), key
+    assert not torch.equal(model["backbone.body.conv1.weight"], resnet["conv1.weight"])
+    assert "backbone.fpn.inner_blocks.0.1.weight" not in model
+    saved = state("frozen")
+    assert saved["network"] == "bare.pth" and saved["arch"] == "resnet18"
+    eval_detection.main([*RUN, "--pretrained", "bare.pth", "--amp", "--name", "trained", "--iterations", "1"])
+    model = state("trained")["model"]
+    assert model["backbone.body.bn1.num_batches_tracked"] == 1 and "backbone.fpn.inner_blocks.0.1.weight" in model
+    groups = state("trained")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0] and len(groups[1]["params"]) == 2 * (20 + 8)
+
+
+def test_two_processes(inside):
+    done = run_script(
+        "feature_transform/eval_detection.py",
+        *RUN,
+        "--nproc",
+        2,
+        "--norm",
+        "frozen",
+        "--pretrained",
+        "bare.pth",
+        "--name",
+        "two",
+        cwd=inside,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu x 2" in done.stdout and done.stdout.count("result: ") == 1
+    saved = state("two")
+    assert saved["global_step"] == 4 and len(saved["generators"]) == 2
+    for flags, message in (
+        (RUN, "--norm sync: PyTorch has that on GPUs only"),
+        ([*RUN, "--norm", "plain"], "--min-size 32"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            eval_detection.build_network(eval_detection.parse_args(flags), 4, processes.Process(0, 2))
+
+
+def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):
+    def parse(*flags):
+        return eval_detection.parse_args(["--data_folder", "VOC2007", "VOC2012", "--pretrained", "x", *flags])
+
+    args = parse()
+    assert (args.batch_size, args.learning_rate, args.iterations, args.milestones) == (16, 0.02, 24000, (18000, 22000))
+    assert args.min_size == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and args.test_size == 800
+    rates = [eval_detection.learning_rate(args, i) for i in (0, 50, 100, 17999, 18000, 22000)]
+    assert rates == pytest.approx([2e-5, 2e-5 + 0.5 * (0.02 - 2e-5), 0.02, 0.02, 0.002, 0.0002])
+    args = parse("-b", "4")
+    assert (args.learning_rate, args.iterations, args.milestones) == (0.005, 96000, (72000, 88000))
+    args = parse("-b", "4", "--lr", "0.01", "--iterations", "10", "--steps", "")
+    assert (args.learning_rate, args.iterations, args.milestones) == (0.01, 10, ())
+    for flags, message in (
+        ([], "no data: give --data_folder VOC2007 VOC2012"),
+        (["--data_folder", "x"], "no network: give --pretrained CHECKPOINT, or --pretrained none"),
+        (["--data_folder", "x", "--pretrained", "none", "--norm", "frozen"], "--norm frozen needs a network"),
+        (["--data_folder", "x", "--pretrained", "none", "--norm", "group"], "invalid choice: 'group'"),
+        (["--data_folder", "x", "--pretrained", "none", "--min-size", "0"], "0 must be at least 1"),
+    ):
+        says_no(eval_detection.parse_args, flags, message, capsys)
+    assert voc.class_names("") == list(voc.CLASSES) and len(voc.CLASSES) == 20
+    with pytest.raises(UsageError, match="--classes: a is there twice"):
+        voc.class_names("a, b,a")

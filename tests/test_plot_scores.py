@@ -1,0 +1,439 @@
+"""Figures of scores: what is read from run folders, labels, what the figures show, bad input. The runs are made up."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script, says_no
+from PIL import Image
+
+from common import UsageError, UserError
+from common import run as run_folder
+from feature_transform import plot_scores as script
+from feature_transform import score_files
+
+SHOWN = Namespace(start=1, smooth=1)
+
+
+def keep(
+    folder, epochs=(1, 2, 3), steps=4, batch=6, first=1, command="moco_insdis/train_moco_ins.py", rates=(), knn=None,
+    method=None, draw=0, **options,
+):  # fmt: skip
+    """A run folder with scores of these epochs, as they are numbered: {number: (steps, batch, 5)}."""
+    folder, generator, arrays = Path(folder), np.random.default_rng(draw), {}
+    (folder / "scores").mkdir(parents=True)
+    derived = {"steps_per_epoch": steps} | ({"method": method} if method else {})
+    config = {"command": f"python {command} --x", "options": {"folder": str(folder), **options}, "derived": derived}
+    (folder / "config.json").write_text(json.dumps(config))
+    records = [
+        {"step": steps * i + 1, "epoch": first + i, "learning_rate": rate} for i, rate in enumerate(rates or [1])
+    ]
+    records += [{"step": 9, "epoch": 9, "knn_acc1": knn}] if knn else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "ha')
+    for number in epochs:
+        arrays[number] = generator.uniform(0.01, 1, (steps, batch, 5)).astype(np.float32)
+        np.save(folder / "scores" / f"score_{number:03d}.npy", arrays[number])
+    return arrays
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one(folder="run") -> score_files.Run:
+    (found,) = score_files.read_runs([folder])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_curves_are_means_over_the_batch_in_the_order_of_the_files(first):
+    """1000 comes after 999; a batch that was shorter, a step of which nothing was kept and an epoch without a file."""
+    numbers = [first, first + 1, 999, 1000]
+    arrays = keep("run", numbers, first=first)
+    arrays[first][1, 4:] = np.nan
+    arrays[first + 1][2] = np.nan
+    arrays[999][0, 0, 4] = np.inf
+    for number in numbers:
+        np.save(f"run/scores/score_{number:03d}.npy", arrays[number])
+    Path("run/scores/score_x.npy").touch()
+    found = one()
+    assert list(found.files) == [1, 2, 1000 - first, 1001 - first]
+    assert found.starts == {1: 1, 2: 5, 1000 - first: 4 * (999 - first) + 1, 1001 - first: 4 * (1000 - first) + 1}
+    for number, (epoch, start) in zip(numbers, found.starts.items()):
+        for step in range(4):
+            rows = np.array([row for row in arrays[number][step] if np.isfinite(row[0])], np.float64)
+            values = found.curves[found.iterations == start + step]
+            assert values.shape == (1, 5) or step == 3  # where there is no line across, a point of nothing
+            expected = np.full(5, np.nan)
+            if len(rows):
+                expected = rows.mean(0)[[1, 0, 2, 3, 4]]  # variance, mean, positive, exponentials
+            np.testing.assert_allclose(values[0], np.where(np.isfinite(expected), expected, np.nan))
+        finite = arrays[number][..., 2][np.isfinite(arrays[number][..., 2])]
+        np.testing.assert_array_equal(found.queries(epoch, 2), finite)
+    assert np.isnan(found.curves[found.iterations == 4 * (999 - first)]).all()
+
+
+def test_files_of_the_authors_code():
+    """Their folders have no config.json, their first three columns went through float16."""
+    (Path("MoCov2_baseline") / "scores").mkdir(parents=True)
+    scores = np.random.default_rng(0).random((3, 4, 5)).astype(np.float16).astype(np.float32)
+    np.save("MoCov2_baseline/scores/score_001.npy", scores)
+    found = one("MoCov2_baseline/scores")
+    assert found.title == "MoCov2_baseline" and found.curves.shape == (3, 5) and found.drops == []
+
+
+def test_learning_rate_drops_of_a_schedule_in_steps_alone():
+    keep("steps", rates=(0.3, 0.3, 0.03, 0.03, 0.003), epochs=range(1, 6))
+    keep("late", rates=(0.3, 0.3, 0.03, 0.03, 0.003), epochs=range(0, 5), first=0)
+    keep("cosine", rates=(0.3, 0.28, 0.2, 0.1, 0.01))
+    assert (one("steps").drops, one("late").drops, one("cosine").drops) == ([9, 17], [9, 17], [])
+
+
+def test_final_accuracies():
+    for name in ("below", "beside", "moved", "knn", "none", "two"):
+        keep(f"all/runs/{name}", knn=40.25 if name != "none" else None)
+
+    def result(folder, pretrained, acc1, **more):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        about = json.dumps({"acc1": acc1, "pretrained": pretrained, **more})
+        Path(folder, "result.json").write_text(about)
+
+    result("all/runs/below/linear", "all/runs/below/current.pth", 51.5)
+    result("all/runs/beside-linear", str(Path("all/runs/beside/ckpt_epoch_3.pth").resolve()), 52.5)
+    result("all/runs-linear/x", "elsewhere/moved/current.pth", 53.5)
+    result("all/runs/another", "all/runs/notthere/current.pth", 99.0)
+    result("all/runs/row", "all/runs/none/current.pth", None)
+    Path("all/runs/broken").mkdir()
+    Path("all/runs/broken/result.json").write_text("{")
+    found = {r.folder.name: r.accuracy for r in score_files.read_runs(["all"])}
+    knn = ("k-NN", 40.25)
+    expected = dict(
+        below=("linear", 51.5), beside=("linear", 52.5), moved=("linear", 53.5), knn=knn, two=knn, none=None
+    )
+    assert found == expected
+
+
+LABELS = {
+    "one setting": ([dict(alpha=0.99, lr=0.1, workers=2), dict(alpha=0.5, lr=0.1, workers=4)], ["alpha 0.99", "alpha 0.5"]),
+    "three": (
+        [dict(alpha=0.99, mlp=True, seed=0), dict(alpha=0.5, mlp=False, seed=1)],
+        ["alpha 0.99, mlp, seed 0", "alpha 0.5, no mlp, seed 1"],
+    ),
+    "the fewest that tell": (
+        [dict(a=1, b=i // 2, c=i, d=i % 2, e=i > 2) for i in range(4)],
+        [f"c {i}" for i in range(4)],
+    ),
+    "two of many": (
+        [dict(a=i // 2, b=i % 2, c=i // 2 + 5, d=i % 2 + 7, e=i // 2) for i in range(4)],
+        [f"a {i // 2}, b {i % 2}" for i in range(4)],
+    ),
+    "of one script": (
+        [dict(method="MoCo", moco=True), dict(method="InsDis", moco=False)],
+        ["MoCo", "InsDis"],
+    ),
+    "several scripts": (
+        [
+            dict(method="MoCo", alpha=0.9, lr=1),
+            dict(method="MoCo", alpha=0.5, lr=1),
+            dict(command="debiased/main.py", loss="debiased", lr=2),
+        ],
+        ["moco_insdis MoCo, alpha 0.9", "moco_insdis MoCo, alpha 0.5", "debiased"],
+    ),
+    "nothing differs": ([dict(lr=1), dict(lr=1)], ["moco_insdis (r0)", "moco_insdis (r1)"]),
+    "long": ([dict(view="x" * 60 + "1"), dict(view="x" * 60 + "2")], [f"view {'x' * 17}…{'x' * 21}{i}" for i in (1, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels(case):
+    settings, expected = LABELS[case]
+    for number, options in enumerate(settings):
+        keep(f"r{number}", epochs=[1], **options)
+    found = score_files.read_runs(["."])
+    assert [r.label for r in found] == expected
+    assert max(map(len, expected)) <= score_files.LONGEST
+    assert [r.label for r in score_files.read_runs(["."], list("abcd")[: len(found)])] == list("abcd")[: len(found)]
+
+
+# -------------------------------------------------------------------------------------------------------- what is drawn
+
+
+def test_smoothing_slow_loop():
+    values = np.random.default_rng(0).random(17)
+    values[[0, 5, 6]] = np.nan
+    for width in (1, 2, 3, 8, 40):
+        slow = np.full(17, np.nan)
+        for i in range(17):
+            window = values[max(0, i - (width - 1) // 2) : i + width // 2 + 1]
+            if np.isfinite(values[i]):
+                slow[i] = np.nanmean(window)
+        np.testing.assert_allclose(script.smooth(values, width), slow)
+
+
+@pytest.fixture
+def three(here):
+    """Different lengths and methods; the second has a schedule of its own."""
+    keep("r/a", range(1, 8), alpha=0.999, rates=(1, 1, 1, 1, 0.1, 0.1, 0.1), knn=51.25)
+    keep("r/b", range(1, 5), alpha=0.5, rates=(1, 1, 0.1, 0.1), draw=1)
+    keep("r/c", range(0, 3), command="ring/train_ring.py", first=0, batch=3, alpha=0.99, draw=2)
+    return score_files.read_runs(["r"])
+
+
+def colours(axes) -> list:
+    """Of the runs' lines, in the order in which they are drawn; vertical ones and grey ones apart."""
+    found = [line.get_color() for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xdata()) > 2]
+    return list(dict.fromkeys(found))
+
+
+def test_a_run_has_one_look_everywhere(three):
+    curves, panel = script.curves(three, "neg_mean", SHOWN).axes[0], script.panel(three, SHOWN).axes
+    bars = script.histograms(three, [1, 2]).axes
+    falls = script.waterfall([("1", 0), ("2", 1), ("3", 2)], three, "neg_mean", "alpha", SHOWN).axes[0]
+    expected = list(script.COLOURS[:3])
+    assert len(panel) == 6 and len(bars) == 4
+    for axes in (curves, *panel[:5], *bars):
+        assert colours(axes) == expected
+    assert colours(falls) == expected[::-1]  # those behind come first
+    looks = [script.style(i, 100, 60) for i in range(56)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 56
+    channel = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in script.COLOURS])
+    linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    assert luminance.max() < 0.45 and luminance[0] == 0  # dark enough for white paper
+
+
+def test_curves_show_every_iteration_and_drops(three):
+    axes = script.curves(three, "pos_mean", SHOWN).axes[0]
+    lines = [line for line in axes.lines if line.get_linestyle() == "-"]
+    for line, found in zip(lines, three, strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), found.iterations)
+        np.testing.assert_array_equal(line.get_ydata(), found.curves[:, 2])
+    drops = {line.get_xdata()[0]: line.get_color() for line in axes.lines if line.get_linestyle() == "--"}
+    assert drops == {17: script.COLOURS[0], 9: script.COLOURS[1]}
+    late = script.curves(three, "pos_mean", Namespace(start=10, smooth=5)).axes[0]
+    assert min(line.get_xdata()[0] for line in late.lines if len(line.get_xdata()) > 2) == 10
+    assert [line.get_xdata()[0] for line in late.lines if line.get_linestyle() == "--"] == [17]
+
+
+@pytest.mark.parametrize("count, length", [(1, 4), (3, 20), (9, 46), (20, 46)])
+def test_no_label_lies_on_another(count, length):
+    """Legends beside the axes and within the picture, tick labels and titles apart from each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    keep("r", range(1, 4), rates=(1, 1, 0.1), knn=51.0)
+    (found,) = score_files.read_runs(["r"])
+    runs = [score_files.Run(**vars(found) | {"label": f"{i:02d} {'w' * (length - 3)}"}) for i in range(count)]
+    for figure in (script.curves(runs, "exp_pos", SHOWN), script.panel(runs, SHOWN), script.histograms(runs, [1, 3])):
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        whole = figure.bbox.padded(2)
+        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+        drawn = [axes for axes in figure.axes if axes.axison]
+        boxes = [axes.get_tightbbox(renderer) for axes in drawn] + [legend.get_window_extent() for legend in legends]
+        assert len(legends) == 1
+        for number, box in enumerate(boxes):
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1, box
+            assert not any(box.padded(-1).overlaps(other) for other in boxes[:number])
+        for axes in drawn:
+            labels = [t.get_window_extent(renderer) for t in axes.get_xticklabels() if t.get_text()]
+            inside = [box for box in labels if axes.bbox.x0 - 30 < box.x0 < axes.bbox.x1]
+            assert not any(a.overlaps(b) for a, b in zip(inside, inside[1:]))
+
+
+def test_the_command(three, capsys):
+    script.main("r --out figures --epochs 1,3 --smooth 2 --formats png,pdf --sweep alpha".split())
+    said = capsys.readouterr().out
+    names = [*script.NAMES, "panel", "histograms", *(f"waterfall_{name}" for name in script.NAMES)]
+    assert sorted(p.name for p in Path("figures").iterdir()) == sorted(
+        f"{n}.{e}" for n in names for e in ("png", "pdf")
+    )
+    for name in names:
+        with Image.open(f"figures/{name}.png") as picture:
+            assert picture.width > 700 and len(picture.convert("RGB").getcolors(10**6)) > 100
+        assert Path(f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
+    lines = said.splitlines()
+    assert re.match(r"moco_insdis, alpha 0.999 +7 +28 +0\.\d{4}  0\.\d{4} .* k-NN 51.25$", lines[1])
+    assert len(lines) == 5 and lines[-1].startswith("figures in figures: neg_variance.png, ")
+
+
+def test_the_sweep_is_in_the_order_of_the_values(three):
+    assert script.swept(three, "--alpha") == [("0.5", 1), ("0.99", 2), ("0.999", 0)]
+
+
+def test_where_nothing_was_kept_nothing_is_drawn():
+    arrays = keep("run", [1, 2])
+    arrays[2][:], arrays[1][:, :, [0, 1, 3]] = np.nan, np.nan  # as of an anchor without a negative
+    for number, scores in arrays.items():
+        np.save(f"run/scores/score_{number:03d}.npy", scores)
+    (args, found), drawn = (script.parse_args(["run"]), one()), []
+    for figure in (script.curves([found], "exp_neg", args), script.histograms([found], [1, 2])):
+        figure.draw_without_rendering()
+        drawn.append([axes for axes in figure.axes if any(np.isfinite(x.get_ydata()).any() for x in axes.lines)])
+    assert [len(axes) for axes in drawn] == [0, 1]  # positives in epoch 1
+
+
+def test_tensorboard(three, capsys, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(script, "write", lambda figure, args, name: [name])
+    for _ in range(2):
+        script.main(["r/a", "--tensorboard"])
+    script.main(["r/b", "--tensorboard", "events"])
+    assert "TensorBoard: events/b\n" in capsys.readouterr().out
+    for folder, found in (("r/a", three[0]), ("events/b", three[1])):
+        events = EventAccumulator(folder, size_guidance={"scalars": 0})
+        events.Reload()
+        assert events.Tags()["scalars"] == [f"scores/{name}" for name in script.NAMES]
+        scalars = events.Scalars("scores/neg_mean")  # once, also after a second time
+        assert [s.step for s in scalars] == found.iterations.tolist()
+        np.testing.assert_allclose([s.value for s in scalars], found.curves[:, 1], rtol=1e-6)
+    with run_folder.only_writer("r/a"), pytest.raises(UserError, match="is writing to r/a"):
+        script.main(["r/a", "--tensorboard"])
+
+
+def test_the_notebook(workspace, monkeypatch, capsys):
+    """Its code cells one after the other, the scripts in this process and on so few pictures that an epoch has two steps."""
+    notebook = json.loads((ROOT / "docs/scores.ipynb").read_text())
+    (workspace / "feature_transform").symlink_to(ROOT / "feature_transform")  # how it finds the project's root
+    (workspace / "below").mkdir()
+    (workspace / "four.txt").write_text(
+        "\n".join(sorted(p.name for p in (workspace / "data/demo/train").iterdir())[:4])
+    )
+    monkeypatch.chdir(workspace / "below")
+    display, smaller = (
+        types.ModuleType("IPython.display"),
+        {"train_moco_ins": "-b 32 --nce_k 32 --device cpu -j 2 --class-list four.txt".split()},
+    )
+    shown, started = [], []
+    display.Image, display.display = (lambda filename: Image.open(filename).size), shown.append
+    package = types.ModuleType("IPython")
+    package.version_info = (9, 0)  # matplotlib asks
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+
+    start = subprocess.run
+
+    def in_this_process(command, **how):
+        if command[0] != sys.executable:
+            return start(command, **how)
+        assert (ROOT / command[1]).is_file() and how == {"check": True}
+        name = command[1].removesuffix(".py").replace("/", ".")
+        started.append(name)
+        importlib.import_module(name).main([*command[2:], *smaller.get(name.rpartition(".")[2], [])])
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    names = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec(compile("".join(cell["source"]), f"cell {cell['id']}", "exec"), names)
+    assert started == ["moco_insdis.train_moco_ins"] * 2 + ["feature_transform.plot_scores"]
+    assert len(shown) == 3 and min(width for width, _ in shown) > 700
+    said = capsys.readouterr().out
+    assert re.search(r"^alpha 0\.5 +3 +6 .*k-NN \d+", said, re.M) and re.search(
+        r"^epoch 3: negatives -?0\.\d", said, re.M
+    )
+    assert names["scores"].shape == (2, 32, 5)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(*flags, error=UserError) -> str:
+    with pytest.raises(error) as caught:
+        script.main(list(flags))
+    assert "\n" not in str(caught.value) and not Path("figures").exists()
+    return str(caught.value)
+
+
+def test_runs_without_scores_and_folders_that_are_no_runs():
+    Path("run").mkdir()
+    Path("file").touch()
+    assert refused("run") == "run: not a run folder (no config.json), and no scores/score_EPOCH.npy in or below it"
+    Path("run/config.json").write_text("{}")
+    assert refused("run") == "run: no scores of this run; train it with --save_score"
+    assert refused("nowhere", error=UsageError) == "nowhere: no such folder"
+    assert refused("file", error=UsageError) == "file: not a folder"
+
+
+BROKEN = {
+    "objects": (None, "holds Python objects, which run code when they are read"),
+    "pickle": (b"\x80\x04\x95", "holds Python objects, which run code when they are read"),
+    "empty": (b"", "cut short, or not an array of NumPy"),
+    "text": (b"no array at all", "cut short, or not an array of NumPy"),
+    "cut": (200, "cut short, or not an array of NumPy"),
+    "header": (9, "cut short, or not an array of NumPy"),
+    "shape": (np.zeros((3, 5), np.float32), "(3, 5) of float32, expected (iterations, batch, 5) of floats"),
+    "columns": (np.zeros((3, 2, 4)), "(3, 2, 4) of float64, expected"),
+    "type": (np.zeros((3, 2, 5), "U1"), "expected (iterations, batch, 5) of floats"),
+    "archive": ("npz", "an archive, expected"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_files_that_cannot_be_drawn(case):
+    keep("run")
+    path, (content, message) = Path("run/scores/score_002.npy"), BROKEN[case]
+    if content is None:  # batches of unequal size, as the authors' code saved them with an older NumPy
+        ragged = np.empty(2, object)
+        ragged[:] = [np.zeros((4, 5)), np.zeros((3, 5))]
+        np.save(path, ragged, allow_pickle=True)
+    elif case == "archive":
+        with open(path, "wb") as file:
+            np.savez(file, a=np.zeros(3))
+    elif isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    said = refused("run")
+    assert said.startswith(f"{path}: ") and message in said
+
+
+def test_settings_that_cannot_be_read():
+    keep("run")
+    for content in ("{", "[1]"):
+        Path("run/config.json").write_text(content)
+        assert refused("run").startswith("run/config.json: not the settings of a run")
+
+
+def test_bad_flags(three, capsys):
+    assert "--labels: 2 for 3 runs (a, b, c)" in refused("r", "--labels", "x,y", error=UsageError)
+    assert refused("r", "--sweep", "nce_q", error=UsageError) == (
+        "--sweep nce_q: r/a: its config.json has no such flag; there is folder, alpha"
+    )
+    keep("s/a", alpha=0.5), keep("s/b", alpha=0.5)
+    assert "--sweep alpha: 0.5 in every run" in refused("s", "--sweep", "alpha", error=UsageError)
+    assert "--epochs 9: of no run; there are epochs 1 to 7" in refused("r", "--epochs", "1,9", error=UsageError)
+    assert "--start 99: the runs have 28 iterations" in refused("r", "--start", "99", error=UsageError)
+    for flags, message in (
+        ("--formats gif", "'gif' must be some of png,pdf,svg"),
+        ("--epochs 0,1", "whole numbers from 1"),
+    ):
+        says_no(script.parse_args, ["r", *flags.split()], message, capsys)
+    Path("file").touch()
+    with pytest.raises(UserError, match="cannot write to file"):
+        script.main(["r", "--out", "file"])
+
+
+def test_as_a_program():
+    keep("run", [1])
+    shown = run_script("feature_transform/plot_scores.py", "--help", cwd=Path.cwd())
+    assert shown.returncode == 0 and "--sweep" in shown.stdout
+    found = run_script("feature_transform/plot_scores.py", "run", "--epoch", "1", cwd=Path.cwd())
+    assert (found.returncode, found.stdout) == (2, "") and "did you mean --epochs?" in found.stderr
+    printed = [line.split() for line in script.__doc__.splitlines() if line.strip().startswith("python ")]
+    assert len(printed) == 2
+    for _, program, *flags in printed:
+        assert (ROOT / program).samefile(script.__file__) and script.parse_args(flags).runs

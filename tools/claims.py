@@ -12,6 +12,7 @@ result.json) are kept below results/; what has its records is not run again. A c
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -261,11 +262,12 @@ def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None) -> li
     return failed
 
 
-def stale(how: Setting, commit: str) -> bool:
-    """Has what the run is made of changed since its commit?"""
+@functools.cache
+def stale(paper: str, commit: str) -> bool:
+    """Has what a run of this paper is made of changed since its commit?"""
     if commit.endswith("-dirty") or commit == "unknown":
         return True
-    git = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", how.paper, "common"]
+    git = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", paper, "common"]
     return subprocess.run(git, capture_output=True).returncode != 0
 
 
@@ -277,7 +279,7 @@ def show(chosen: dict[str, dict], scale: str) -> None:
             found = compared(claim, how) if how else {}
             first = next(iter(found.values()), [])
             sides = (claim["better"], claim["than"]) if first else ()
-            old = any(stale(how, how.commit(side, seed)) for side in sides for seed in how.seeds(side))
+            old = any(stale(paper, how.commit(side, seed)) for side in sides for seed in how.seeds(side))
             numbers = ", ".join(f"{NAMES.get(key, key)} {difference(v)}" for key, v in found.items() if v) or "-"
             said = verdict(first) if found else f"not set up at scale {scale}"
             rows.append(

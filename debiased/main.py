@@ -188,7 +188,8 @@ def pair_statistics(z1, z2, temperature: float, labels=None):
     z1, z2 (B, D) of all processes. Negatives: the 2B - 2 vectors of other pictures, with labels (B,) those of other classes."""
     z, owner = torch.stack((z1, z2), 1).flatten(0, 1).float(), torch.arange(len(z1), device=z1.device)
     owner = (owner if labels is None else labels).repeat_interleave(2)
-    mine = torch.arange(len(z), device=z.device).chunk(processes.world_size())[processes.rank()]
+    share = len(z) // processes.world_size()
+    mine = slice(processes.rank() * share, (processes.rank() + 1) * share)
     positive = (z1.float() * z2.float()).sum(1).repeat_interleave(2)[mine] / temperature
     return metrics.score_statistics(positive, z[mine] @ z.T / temperature, temperature, owner[mine, None] != owner)
 

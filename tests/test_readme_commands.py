@@ -24,6 +24,7 @@ SMALLER = {  # appended, and so stronger than what the line says
     "nonsem_neg/main_lincls.py": "-a resnet18 --epochs 1 --cache-views 1 -j 2".split(),
     "nonsem_neg/eval_robustness.py": "-j 2".split(),
     "tools/robustness.py": "-j 2".split(),
+    "tools/evaluate.py": "--views 1 --epochs 2 --device cpu -j 2".split(),
     "moco_insdis/train_moco_ins.py": f"{TINY} {BANKS} --model resnet18".split(),
     "moco_insdis/eval_moco_ins.py": f"{TINY} --model resnet18 --cache-views 1".split(),
     "cmc/train_CMC.py": f"{TINY} {BANKS} --model resnet18v1".split(),

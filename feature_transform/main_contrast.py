@@ -308,11 +308,12 @@ def learning_rate(args, epoch: int, part: float) -> float:
 
 
 def worker(args, process: processes.Process) -> None:
+    demo.ensure_for(args, process)
+    views.choose_classes(args)
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("arch", "modal", "mem", "head"))
     events = os.path.join(args.tb_path, os.path.basename(args.folder)) if args.tb_path else True
     with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
         groups = batchnorm.splits_here(args, process) * process.world_size
-        demo.ensure_for(args, process)
         loader = build_loader(args, process)
         n = len(loader.dataset)
         knn = probe.knn_loaders(args, process, loader.dataset, views.plain_view(args))

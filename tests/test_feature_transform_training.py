@@ -11,7 +11,7 @@ from conftest import as_published, equal, inside, says_no, stopped_at
 
 from common import UserError, checkpoint, metrics, processes
 from feature_transform import main_contrast as script
-from feature_transform import recipes, transform
+from feature_transform import recipes, transform, views
 from feature_transform.memory import KeyQueue, MemoryBank
 from feature_transform.transform import LEVELS, NOTHING, Draws, Rule
 from moco_insdis import contrast as plain
@@ -216,6 +216,15 @@ def test_the_published_command_and_run_names(capsys):
     for flags, name in others.items():
         assert recipes.run_name(parsed(flags)) == name
     assert parsed("--method MoCo --seed 3").folder.endswith("_lr0.03_seed_3")
+
+
+def test_the_classes_of_imagenet100_in_a_tree_of_more_are_chosen(demo_set, tmp_path, monkeypatch):
+    (tmp_path / "list").write_text("\n".join(sorted(path.name for path in (demo_set / "train").iterdir())[:2]))
+    monkeypatch.setattr(views, "CLASS_LIST", tmp_path / "list")
+    monkeypatch.setattr(script.loop, "Job", lambda args, *rest, **how: pytest.fail(f"of {args.class_list}"))
+    for flags, found in (("", tmp_path / "list"), ("--dataset imagenet", None), ("--imagenet100path other", "other")):
+        with pytest.raises(pytest.fail.Exception, match=f"^of {found}$"):
+            script.worker(parsed(f"--data_folder {demo_set} {flags}"), processes.Process())
 
 
 def test_what_is_typed_beats_a_method_and_is_said_once(capsys):

@@ -446,5 +446,14 @@ def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier.", "head.", "heads."))}
 
 
+def towers(state: dict[str, Tensor]) -> list[str]:
+    """The names of the networks in what `backbone` returned, sorted; of a single one none."""
+    return sorted({k.partition(".")[0] for k in state if re.match(r"\w+\.(conv1|conv_block_1)\.", k)})
+
+
+def one_tower(state: dict[str, Tensor], tower: str) -> dict[str, Tensor]:
+    return without_head({k.removeprefix(f"{tower}."): v for k, v in state.items() if k.startswith(f"{tower}.")})
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -128,12 +128,18 @@ def open_pretraining(args) -> sets.PictureSet:
     return open_split(args, "train+unlabeled" if args.dataset == "stl10" else "train", unlabelled=True)
 
 
+def reading(args) -> int:
+    """Workers of one process: --workers are of the node, at most one a core is started."""
+    return -(-min(args.workers, processes.cores()) // processes.here)
+
+
 def make_loader(args, process: processes.Process, pictures, views, batch_size: int | None = None, **how) -> data.Loader:
     """A loader that reads as the flags say; batch_size: pictures per process. `how`: what else data.Loader takes."""
-    workers = -(-min(args.workers, processes.cores()) // processes.here)  # of this node, at most one a core
     batch_size = batch_size or args.batch_size // process.world_size
-    how = dict(seed=getattr(args, "seed", 0), rank=process.rank, world_size=process.world_size, workers=workers) | how
-    how |= dict(device=process.device, data_device=args.data_device, skip_bad=args.skip_bad_images)
+    how = dict(seed=getattr(args, "seed", 0), rank=process.rank, world_size=process.world_size) | how
+    how |= dict(
+        workers=reading(args), device=process.device, data_device=args.data_device, skip_bad=args.skip_bad_images
+    )
     return data.Loader(pictures, views, batch_size, **how)
 
 

@@ -58,7 +58,17 @@ class CachedViews:
     UserError where the features would need more than CACHE_BYTES.
     """
 
-    def __init__(self, embed: Embed, loader: Loader, views: int, seed: int, print_freq: int, show: bool, until=iter):
+    def __init__(
+        self,
+        embed: Embed,
+        loader: Loader,
+        views: int,
+        seed: int,
+        print_freq: int,
+        show: bool,
+        until=iter,
+        flag="--cache-views",
+    ):
         kept = []
         for view in range(views):
             loader.set_epoch(view)
@@ -68,7 +78,7 @@ class CachedViews:
                 needed = 4 * feat[0].numel() * len(feat) * len(loader) * views
                 if needed > CACHE_BYTES:
                     raise UserError(
-                        f"--cache-views {views}: features of {feat[0].numel()} numbers need {needed >> 30} GB of memory; "
+                        f"{flag} {views}: features of {feat[0].numel()} numbers need {needed >> 30} GB of memory; "
                         "omit the flag, or choose a layer with fewer"
                     )
                 feats.append(feat)

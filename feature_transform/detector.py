@@ -133,6 +133,19 @@ def colours(saved, towers: list[str], path: str) -> tuple[tuple, dict[str, int]]
     raise UserError(f"{path}: it does not say what its towers {' and '.join(towers)} look at")
 
 
+def open_trunks(saved, state: dict[str, Tensor], path: str) -> tuple[tuple, dict[str, Trunk]]:
+    """(operations of `colours`, {tower: its ResNet}), "" for a single one. Raises UserError, naming `path`, where there is no
+    ResNet, or not one on the colours of a picture."""
+    operations, takes = colours(saved, checkpoint.towers(state), path)
+    trunks = {}
+    for name, count in takes.items():
+        trunks[name] = Trunk(checkpoint.one_tower(state, name) if name else checkpoint.without_head(state), path)
+        if trunks[name].in_channels != count:
+            of = f"{name} of {path}" if name else path
+            raise UserError(f"{of} takes {trunks[name].in_channels} channels, {count} are expected")
+    return operations, trunks
+
+
 def freeze(module: nn.Module) -> None:
     """Every batch-norm below becomes torchvision's frozen one, with the same numbers."""
     for name, child in module.named_children():
@@ -153,15 +166,7 @@ def build(
     channels: of the pyramid. rois: of each picture that train the box head. Raises UserError, naming `path`, where it is no
     ResNet, or not one on the colours of a picture.
     """
-    towers = sorted({k.partition(".")[0] for k in state if re.match(r"\w+\.(conv1|conv_block_1)\.", k)})
-    operations, takes = colours(saved, towers, path)
-    trunks = {}
-    for name, count in takes.items():
-        inside = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}." if name else "")}
-        trunks[name] = Trunk(checkpoint.without_head(inside), path)
-        if trunks[name].in_channels != count:
-            of = f"{name} of {path}" if name else path
-            raise UserError(f"{of} takes {trunks[name].in_channels} channels, {count} are expected")
+    operations, trunks = open_trunks(saved, state, path)
     body = Pyramid(trunks, channels, None if norm == "frozen" else nn.BatchNorm2d)
     if norm == "frozen":
         freeze(body)

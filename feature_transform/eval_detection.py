@@ -208,7 +208,7 @@ def detect(job, method: Detector, pictures: voc.Pictures, args, process: process
     size = max(1, args.batch_size // process.world_size)
     plans = [[(row, False) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
     progress, found = run.Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main), {}
-    batches = voc.decoded(pictures, plans, workers(args), process.device)
+    batches = voc.decoded(pictures, plans, options.reading(args), process.device)
     for images, _, places in job.until_stopped(batches, "the test, which is made again"):
         with method.precision.autocast():
             outputs = network(images)
@@ -219,10 +219,6 @@ def detect(job, method: Detector, pictures: voc.Pictures, args, process: process
     for part in processes.gather_objects(found):
         found |= part
     return found
-
-
-def workers(args) -> int:
-    return -(-min(args.workers, processes.cores()) // processes.here)
 
 
 def worker(args, process: processes.Process) -> None:
@@ -237,7 +233,7 @@ def worker(args, process: processes.Process) -> None:
         network, saved, facts = build_network(args, len(names), process)
         method = Detector(args, network, process, script="feature_transform/eval_detection.py", classes=names, **facts)
         share = args.batch_size // process.world_size
-        how = (args.iterations, args.checkpoint_every, share, args.seed, process, workers(args))
+        how = (args.iterations, args.checkpoint_every, share, args.seed, process, options.reading(args))
         loader = voc.Loader(train_set, recipe(args, train=True), *how)
         objects = sum(len(o.labels) for o in train_set.objects)
         job.begin(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cmc import colour, networks
 from common import UsageError, UserError, backbones, checkpoint
 from tools import evaluate
 
@@ -19,6 +20,7 @@ def blobs(n, classes=3, dim=8, spread=0.1, seed=0):
 
 def test_classifiers_of_all_rates_are_those_trained_one_by_one(monkeypatch):
     features, targets = blobs(60, spread=0.8)
+    features = features.double()  # so that the order of sums does not show
     rows, rates = torch.arange(50), evaluate.RATES
 
     def train():
@@ -30,7 +32,7 @@ def test_classifiers_of_all_rates_are_those_trained_one_by_one(monkeypatch):
         alone, alone_bias = train()
         torch.testing.assert_close(alone[0], weight[number])
         torch.testing.assert_close(alone_bias[0], bias[number])
-    linear = torch.nn.Linear(8, 3)  # the last of them once more, by autograd and torch's SGD
+    linear = torch.nn.Linear(8, 3).double()  # the last of them once more, by autograd and torch's SGD
     torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
     sgd, generator = torch.optim.SGD(linear.parameters(), lr=1, momentum=0.9), torch.Generator().manual_seed(1)
     for step, some in enumerate(s for _ in range(4) for s in rows[torch.randperm(50, generator=generator)].split(16)):
@@ -75,6 +77,17 @@ def test_a_network_of_every_width_and_stem(tmp_path):
             x = torch.randn(2, 3, 32, 32)
             torch.testing.assert_close(found(x), net.eval()(x), rtol=1e-4, atol=1e-4)
             net.train()
+
+
+def test_both_towers_of_cmc(tmp_path):
+    net = networks.build_network("resnet18v1", colour.default_views("Lab"), 128, False).eval()
+    torch.save(
+        {"model": checkpoint.add_prefix(net.state_dict(), "encoder."), "opt": {"view": "Lab"}}, tmp_path / "cmc.pth"
+    )
+    found, (views,), facts = evaluate.open_backbone(str(tmp_path / "cmc.pth"), torch.device("cpu"))
+    x = views.apply(torch.rand(2, 3, 32, 32), {})
+    torch.testing.assert_close(found(x), torch.cat(backbones.feature(net, x, 6), 1).detach(), rtol=1e-4, atol=1e-4)
+    assert facts["towers"] == 2 and facts["arch"] == "resnet18x0.5"
 
 
 def test_a_run_of_the_script(demo_set, tmp_path, monkeypatch, capsys):

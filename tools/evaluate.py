@@ -24,12 +24,12 @@ from common import early
 early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmc import colour
 from common import (
     UsageError,
     UserError,
@@ -40,18 +40,19 @@ from common import (
     metrics,
     options,
     printable,
+    probe,
     processes,
     run,
+    schedule,
 )
 from common.precision import Precision
-from common.probe import embed_images
+from feature_transform import detector
 from preprocess import demo
 from tools import export
 from tools.report import layout
 
 RATES = tuple(10 ** (-2 + i / 3) for i in range(12))  # .01 to 46, for features of mean square length 1
 SHARES = (1.0, 0.1, 0.01)  # of the labels
-CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # what debiased/main.py normalises with
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", input_res=32, workers=2, views=2, epochs=30, out="runs/try-evaluation"
@@ -91,93 +92,53 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-class Towers(nn.Module):
-    """The backbones of a checkpoint; a picture's feature is that of all of them side by side: (N, D)."""
+class Backbone(nn.Module):
+    """The ResNets of a checkpoint, each on its channels; a picture's feature is that of all of them side by side: (N, D)."""
 
-    def __init__(self, nets: list[nn.Module], channels: list[int]):
+    def __init__(self, trunks: list[detector.Trunk]):
         super().__init__()
-        self.nets, self.channels = nn.ModuleList(nets), channels
+        self.trunks, self.channels = nn.ModuleList(trunks), [trunk.in_channels for trunk in trunks]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([net(part) for net, part in zip(self.nets, x.split(self.channels, 1))], 1)
+        parts = zip(self.trunks, x.split(self.channels, 1))
+        return torch.cat([trunk(part)[-1].mean((2, 3)) for trunk, part in parts], 1)
 
 
-def resnet(state: dict, saved: dict, path: str) -> tuple[str, nn.Module]:
-    """(name, network) for the parameters of one tower, of whatever width and first convolution."""
-    first = state.get("conv1.weight")
-    if first is None or first.dim() != 4:
-        own = getattr(saved, "family", None)
-        way_out = f"evaluate it with {own[1]}" if own else "this evaluates ResNets"
-        raise UserError(f"{path} holds no ResNet (it has {printable(', '.join(list(state)[:3]))}): {way_out}")
-    said, known = saved.get("arch"), backbones.name_of(state)
-    if isinstance(said, str) and first.shape[1] == 3 and not said.endswith(("x2", "x4")) and said != known:
-        model = backbones.build(said, 0, small_stem=first.shape[-1] == 3)
-        name = said
-    else:
-        blocks = {key.split(".")[1] for key in state if key.startswith("layer3.")}
-        third = "layer1.0.conv3.weight" in state
-        kinds = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101, (True, 36): 152}
-        if (third, len(blocks)) not in kinds:
-            raise UserError(f"{path} holds a ResNet of unknown depth ({len(blocks)} blocks in its third stage)")
-        width = state["layer1.0.conv1.weight"].shape[0] / 64
-        depth = kinds[third, len(blocks)]
-        model = backbones.WidthResNet(depth, first.shape[1], width, 0, small_stem=first.shape[-1] == 3)
-        name = f"resnet{depth}" + (f"x{width:g}" if width != 1 else "")
-    checkpoint.load_into(model, state, path)
-    return name, model
+def name_of(trunk: detector.Trunk) -> str:
+    """resnet50, and how many times as wide as that its stages are where they are not."""
+    stages = [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+    kind = type(trunk.layer1[0]), list(map(len, stages))
+    depth = next((depth for depth, known in backbones.BLOCKS.items() if known == kind), "")
+    return f"resnet{depth}" + (f"x{trunk.planes / 64:g}" if trunk.planes != 64 else "")
 
 
 def open_backbone(path: str, device: torch.device):
-    """(network, colour operations, facts) of a checkpoint: images (N, 3, S, S) in [0, 1], through those, to features (N, D)."""
-    file = export.find(export.Path(path))
+    """(network, operations, facts) of a checkpoint: images (N, 3, S, S) in [0, 1], through those, to features (N, D)."""
+    file = export.find(Path(path))
     saved = checkpoint.Saved(file)
     if "classifier" in saved:
         raise UserError(f"{file} is a classifier without its network; give the network")
-    state, flags = checkpoint.backbone(saved), saved.get("opt") or saved.get("args") or {}
-    names = export.towers(state)
-    if names:
-        made = [resnet(export.one_tower(state, name), saved, str(file)) for name in names]
-        space = flags.get("view") or ("YDbDr" if any(n.startswith("encoder") for n in names) else "Lab")
-        views = colour.parse_views(flags["views"], space) if flags.get("views") else colour.default_views(space)
-        order = [key for key in colour.tower_names(views) if key in names]
-        made = [made[names.index(key)] for key in order] if len(order) == len(names) else made
-        colours = colour.Views(views)
-        channels = [len(view.channels) for view in views]
-    else:
-        made, channels = [resnet(checkpoint.without_head(state), saved, str(file))], [3]
-        debiased = saved.family is not None and saved.family[0].startswith("debiased")
-        colours = augment.Normalize(*(CIFAR if debiased else (augment.IMAGENET_MEAN, augment.IMAGENET_STD)))
-    if [net.conv1.in_channels for _, net in made] != channels:
-        raise UserError(f"{file}: its towers take other channels than the colour space {flags.get('view')} has")
-    network = Towers([net for _, net in made], channels).requires_grad_(False).eval()
-    facts = {
-        "arch": made[0][0],
-        "towers": len(made),
-        "pretrained": str(file),
-        "colours": repr(colours),
-        **saved.how_far(),
-    }
-    return network.to(device, memory_format=torch.channels_last), colours, facts
+    state = checkpoint.backbone(saved)
+    if not any(f"{tower}conv1.weight" in state for tower in ("", *(f"{t}." for t in checkpoint.towers(state)))):
+        way_out = f"evaluate it with {saved.family[1]}" if saved.family else "this evaluates ResNets"
+        raise UserError(f"{file} holds no ResNet (it has {printable(', '.join(list(state)[:3]))}): {way_out}")
+    operations, trunks = detector.open_trunks(saved, state, str(file))
+    trunks = list(trunks.values())
+    network = Backbone(trunks).requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    facts = dict(arch=saved.get("arch") or name_of(trunks[0]), towers=len(trunks), pretrained=str(file))
+    return network, operations, facts | dict(colours=repr(operations)) | saved.how_far()
 
 
 # ------------------------------------------------------------------------------------------------------------ features
 
 
 def embed_split(args, process, pictures, view, embed, views: int, what: str) -> tuple[Tensor, Tensor]:
-    """Features (views, n, D) and targets (n,) of all pictures, in order, with a progress line."""
+    """Features (views, n, D) and targets (n,) of all pictures, in order."""
+    print(f"{what}:", flush=True)
     how = dict(seed=args.seed, shuffle=False, drop_last=False)
-    loader, kept = options.make_loader(args, process, pictures, (view,), args.batch_size, **how), []
-    for number in range(views):
-        loader.set_epoch(number)
-        progress = run.Progress(f"Embedding {what}, view {number + 1} of {views}: ", len(loader), 10)
-        feats, targets = [], []
-        for (images,), target, _ in loader:
-            feats.append(embed_images(embed, images))
-            targets.append(target)
-            progress.update(len(target))
-        progress.close()
-        kept.append(torch.cat(feats))
-    return torch.stack(kept), torch.cat(targets)
+    loader = options.make_loader(args, process, pictures, (view,), args.batch_size, **how)
+    kept = probe.CachedViews(embed, loader, views, args.seed, 10, show=True, flag="--views")
+    return kept.features, kept.targets
 
 
 def keep_back(targets: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -213,8 +174,8 @@ def train_linear(
     no weight decay. All rates see the same batches, and one product of (B, D) with (D, R C) serves them all.
     """
     views, _, dim = features.shape
-    rates = torch.tensor(RATES, device=features.device)[:, None, None]
-    weight, bias = (torch.zeros(len(RATES), size, classes, device=features.device) for size in (dim, 1))
+    rates = features.new_tensor(RATES)[:, None, None]
+    weight, bias = (features.new_zeros(len(RATES), size, classes) for size in (dim, 1))
     speed = torch.zeros_like(weight), torch.zeros_like(bias)
     steps, done = epochs * -(-len(rows) // batch), 0
     for epoch in range(epochs):
@@ -226,7 +187,7 @@ def train_linear(
             error[torch.arange(len(x), device=y.device), :, y] -= 1
             error /= len(x)
             gradient = (x.T @ error.view(len(x), -1)).view(dim, len(RATES), classes).transpose(0, 1)
-            lr = rates * (0.5 * (1 + torch.cos(torch.tensor(torch.pi * done / steps))))
+            lr = rates * schedule.cosine(1.0, done, steps)
             for value, momentum, grad in ((weight, speed[0], gradient), (bias, speed[1], error.sum(0)[:, None])):
                 momentum.mul_(0.9).add_(grad)
                 value.sub_(lr * momentum)
@@ -276,12 +237,10 @@ def scores(first: Tensor, second: Tensor, generator: torch.Generator) -> tuple[T
 
 
 def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure  # half a second to import: not at start
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    axes = figure.subplots()
     bins = torch.linspace(float(min(positive.min(), negative.min())), 1, 61).tolist()
     for values, label, how in (
         (negative, "two pictures", dict(color="0.55", histtype="stepfilled", alpha=0.6)),
@@ -294,7 +253,6 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
     axes.legend(frameon=False)
     with checkpoint.replacing(path) as file:
         figure.savefig(file, dpi=150, format="png")
-    pyplot.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -302,24 +260,21 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
 
 def evaluate(args, process) -> tuple[dict, tuple[Tensor, Tensor]]:
     """Everything that result.json says, and the two sets of cosines."""
-    network, colours, facts = open_backbone(args.checkpoint, process.device)
+    network, operations, facts = open_backbone(args.checkpoint, process.device)
     precision = Precision(args.amp, process.device)
     train_set = options.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")
     val_set = options.open_split(args, "val", classes=train_set.classes)
 
-    @torch.no_grad()
     def embed(images):
         with precision.autocast():
             return network(images)
 
-    plain = augment.Compose(augment.ResizeCenterCrop(options.eval_resize(args.input_res), args.input_res), colours)
+    plain = probe.plain_view(args, *operations)
     crop, flip = augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip()
-    began = time.perf_counter()
-    seen, targets = embed_split(
-        args, process, train_set, augment.Compose(crop, flip, colours), embed, args.views, "train"
-    )
+    augmented, began = augment.Compose(crop, flip, *operations), time.perf_counter()
+    seen, targets = embed_split(args, process, train_set, augmented, embed, args.views, "train")
     (bank,), _ = embed_split(args, process, train_set, plain, embed, 1, "train as it is")
     (val,), val_targets = embed_split(args, process, val_set, plain, embed, 1, "val")
     embedded = time.perf_counter() - began

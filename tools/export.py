@@ -45,13 +45,13 @@ def main(argv=None) -> None:
     if args.ema and not isinstance(saved.get("model_ema"), dict):
         raise UsageError(f"{path} has no model_ema: omit --ema")
     state = checkpoint.backbone({"model": saved["model_ema"]} if args.ema else saved)
-    names = towers(state)
+    names = checkpoint.towers(state)
     if args.tower not in names and (args.tower or names):
         choose = f"has the towers {' and '.join(names)}: choose one with" if names else "is one network: omit"
         if names and not args.tower:  # say first whether there is anything to choose
-            recipe(one_tower(state, names[0]), saved, args.to, "")
+            recipe(checkpoint.one_tower(state, names[0]), saved, args.to, "")
         raise UsageError(f"this checkpoint {choose} --tower")
-    state = one_tower(state, args.tower) if args.tower else checkpoint.without_head(state)
+    state = checkpoint.one_tower(state, args.tower) if args.tower else checkpoint.without_head(state)
     out = Path(args.out or path.parent)
     if out.is_dir():  # a name that no run takes for its own checkpoint
         stem = re.split(r"\.pth|\.ckpt", path.name)[0]
@@ -77,16 +77,6 @@ def find(path: Path) -> Path:
     if found is None:
         raise UsageError(f"{printable(path)}: no checkpoint in this folder; give a run folder or a checkpoint file")
     return found
-
-
-def towers(state: dict) -> list[str]:
-    return sorted({k.partition(".")[0] for k in state if re.match(r"\w+\.(conv1|conv_block_1)\.", k)})
-
-
-def one_tower(state: dict, tower: str) -> dict:
-    return checkpoint.without_head(
-        {k.removeprefix(f"{tower}."): v for k, v in state.items() if k.startswith(f"{tower}.")}
-    )
 
 
 def recipe(state: dict, saved: dict, to: str, out: str) -> str:

@@ -35,11 +35,11 @@ class BatchShuffle:
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch-norm that normalises `splits` contiguous parts of the batch apart, as that many GPUs would.
 
-    Running statistics are those of the first part only: with one process per GPU it is rank 0 that writes the
-    checkpoint. In evaluation mode, and with one split, this is nn.BatchNorm2d.
+    Running statistics are those of the first part only: with one process per GPU it is rank 0 that writes the checkpoint; with
+    running = "mean" they are the mean over the parts. In evaluation mode, and with one split, this is nn.BatchNorm2d.
     """
 
-    splits = 1
+    splits, running = 1, "first"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
@@ -47,15 +47,28 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if x.shape[0] % self.splits:
             raise UserError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal batch-norm groups")
         first, *others = x.chunk(self.splits)
+        if self.running == "mean" and self.track_running_stats:
+            return self._averaged(x.chunk(self.splits))
         how = (None, None, self.weight, self.bias, True, 0.0, self.eps)
         return torch.cat([super().forward(first), *(nn.functional.batch_norm(part, *how) for part in others)])
 
+    def _averaged(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """As `forward`. Every part starts from the statistics of before; kept is the mean of what they come to."""
+        kept = torch.stack([self.running_mean, self.running_var]).repeat(self.splits, 1, 1)  # splits x 2 x C
+        how = (self.weight, self.bias, True, self.momentum, self.eps)
+        out = [nn.functional.batch_norm(x, mean, var, *how) for x, (mean, var) in zip(parts, kept)]
+        mean, var = kept.mean(0)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        self.num_batches_tracked.add_(1)
+        return torch.cat(out)
 
-def split(module: nn.Module, splits: int) -> nn.Module:
+
+def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
     """Turn every BatchNorm2d of `module` into a SplitBatchNorm2d, in place; parameters and their names stay."""
     for child in module.modules():
         if splits > 1 and type(child) is nn.BatchNorm2d:
-            child.__class__, child.splits = SplitBatchNorm2d, splits
+            child.__class__, child.splits, child.running = SplitBatchNorm2d, splits, running
     return module
 
 

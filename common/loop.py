@@ -41,7 +41,7 @@ from common import UsageError, UserError, checkpoint, cli, options, printable, p
 FREE = set(
     "amp_backend ckpt_path compile data_device demo device dist_backend dist_url evaluate folder gpu knn_every knn_k label "
     "model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank resume save_freq save_path "
-    "save_score show_views skip_bad_images start_epoch tb_path workers world_size milestones pretrained".split()
+    "save_score show_views skip_bad_images start_epoch stop_after tb_path workers world_size milestones pretrained".split()
 )
 SAME = ("dataset", "class_list", "texture_root")  # flags that make another run of it, besides those that a script names
 
@@ -255,13 +255,15 @@ class Job:
             self.save(self.last)
             if self.stop.asked() and self.done < self.args.epochs:
                 return self._stop(f"after epoch {self.epoch}")
+            if self.done >= (getattr(self.args, "stop_after", None) or self.done + 1) and self.done < self.args.epochs:
+                return self._stop(f"after epoch {self.epoch}", f"--stop-after {self.args.stop_after}")
         self.log.say_replaced(self.source)
         name = self.numbered.format(self.done - 1 + self.first) if self.numbered else self.last
         self.log.say(f"done: {self.done} epochs; {os.path.join(self.folder, name)}")
 
-    def _stop(self, where: str) -> None:
+    def _stop(self, where: str, by: str = "a signal") -> None:
         self.log.say_replaced(self.source)
-        self.log.say(f"stopped by a signal {where}; continue with --resume auto")
+        self.log.say(f"stopped by {by} {where}; continue with --resume auto")
         number = max(processes.gather_objects(self.stop.received))
         self.stopped, self.exit_code = True, 128 + number if number else 0
 

@@ -43,6 +43,8 @@ def add_run_arguments(group, save_freq: int | None = 10) -> None:
     group.add_argument("-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines")
     if save_freq:
         group.add_argument("--save-freq", type=cli.positive_int, default=save_freq, help="epochs per kept checkpoint")
+    about = "end after so many epochs of the schedule; --resume auto goes on"
+    group.add_argument("--stop-after", type=cli.positive_int, metavar="EPOCHS", help=about)
     group.add_argument("--resume", default="", metavar="PATH|auto", help="checkpoint to continue; auto: the newest")
     group.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds checkpoints")
     group.add_argument("--seed", type=cli.seed, help="seed of everything random; drawn and recorded if not given")

@@ -23,7 +23,7 @@ from cmc import colour
 from common import UsageError, UserError, augment, backbones, checkpoint
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-CIFAR = augment.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of debiased/, whatever the pictures
+CIFAR = augment.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of debiased/ and of --preset moco-cifar
 YDBDR = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))  # of CMC in feature_transform/
 
 
@@ -119,8 +119,9 @@ class Transform(GeneralizedRCNNTransform):
 def colours(saved, towers: list[str], path: str) -> tuple[tuple, dict[str, int]]:
     """From RGB in [0, 1] to what the network was trained on: operations, and {tower: its channels} in their order."""
     if not towers:
-        ours = saved.family if saved is not None else None
-        return (CIFAR if ours and ours[0] == "debiased/main.py" else IMAGENET,), {"": 3}
+        ours = saved is not None and saved.family and saved.family[0] == "debiased/main.py"
+        notebook = saved is not None and (saved.get("args") or {}).get("aug") == "cifar"  # of nonsem_neg/
+        return (CIFAR if ours or notebook else IMAGENET,), {"": 3}
     if towers == ["encoder1", "encoder2"]:
         return (colour.ToColour("YDbDr"), YDBDR), {"encoder1": 1, "encoder2": 2}
     flags = saved.get("opt") or {}

@@ -36,11 +36,11 @@ from common import (
     schedule,
 )
 from common.precision import Precision
+from nonsem_neg.views import normalize, plain_view
 from preprocess import demo
 
 FILES = "checkpoint_robust_*.pth.tar"  # of this script
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
-NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 PRESETS = {
     "demo": dict(
         data="data/demo", pretrained="runs/try", ckpt_path="runs/try-lincls", workers=2, epochs=20, schedule=[12, 16],
@@ -147,11 +147,17 @@ def build_network(saved, arch: str, num_classes: int, process: processes.Process
     return model.eval().to(process.device, memory_format=torch.channels_last)
 
 
-def recipe(args, train: bool) -> augment.Compose:
+def pretraining(saved: checkpoint.Saved) -> dict:
+    """The flags of the pre-training, from its own checkpoint or from that of a classifier on it; {} where none are kept."""
+    return saved.get("pretrained_args" if "best_acc1" in saved else "args") or {}
+
+
+def recipe(args, saved: checkpoint.Saved, train: bool) -> augment.Compose:
     """Of the training pictures random crop and flip, nothing else; of those of val/ the centre."""
+    flags = pretraining(saved)
     if not train:
-        return probe.plain_view(args, NORMALIZE)
-    return augment.Compose(augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip(), NORMALIZE)
+        return plain_view(args, flags)
+    return augment.Compose(augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip(), normalize(flags))
 
 
 def embed(model, images, precision):
@@ -188,16 +194,14 @@ def worker(args, process: processes.Process) -> None:
         facts = dict(
             script="nonsem_neg/main_lincls.py", arch=args.arch, classes=train_set.classes, pretrained_epoch=epochs
         )
-        facts |= dict(pretrained=saved.get("pretrained", saved.path), pretrained_args=saved.get("args"))
+        facts |= dict(pretrained=saved.get("pretrained", saved.path), pretrained_args=pretraining(saved) or None)
         facts["pretrained_step"] = saved.how_far()["backbone_step"]
-        if job.saved:
-            facts["pretrained_args"] = saved.get("pretrained_args", saved.get("args"))
 
         def embedder(images):
             return embed(network, images, precision)
 
         method = Head(network, embedder, network.fc, optimizer, process, **facts)
-        views = recipe(args, train=True), recipe(args, train=False)
+        views = recipe(args, saved, train=True), recipe(args, saved, train=False)
         train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
         # the published file names carry the number of the pre-training checkpoint: checkpoint_0199 -> checkpoint_robust_0199
         number = f"{max(0, epochs - 1):04d}.pth.tar"
@@ -227,7 +231,7 @@ def evaluate(args, process: processes.Process) -> None:
     network = build_network(saved, args.arch, len(val_set.classes), process)
     log = run.Run(args.ckpt_path, args, process, suffix="-evaluate")
     how = dict(seed=0, shuffle=False, drop_last=False)
-    loader = options.make_loader(args, process, val_set, (recipe(args, train=False),), **how)
+    loader = options.make_loader(args, process, val_set, (recipe(args, saved, train=False),), **how)
     batches = probe.FreshViews(lambda images: embed(network, images, precision), loader)
     top1, top5, _ = probe.validate(network.fc, batches)
     log.say_replaced(loader)
@@ -242,14 +246,14 @@ def reopen(saved, network, input_res, process: processes.Process, precision):
     weight = checkpoint.backbone(saved).get("fc.weight")
     if weight is None or weight.ndim != 2:
         return None
-    arch, own, flags = saved.get("arch", "resnet50"), saved.get("args") or {}, saved.get("pretrained_args") or {}
+    arch, own, flags = saved.get("arch", "resnet50"), saved.get("args") or {}, pretraining(saved)
     model = build_network(saved, arch, len(weight), process)
     names = ("lr", "batch_size", "moco_m", "moco_t", "input_res", "mlp", "aug_plus", "cos", "patch_ratio", "small_stem")
     facts = dict(arch=arch, outputs=len(weight), input_res=input_res or own.get("input_res", 224))
     facts |= dict(label=row_label(saved, flags), seed=flags.get("seed"), pretrained=saved.get("pretrained"))
     facts |= dict(epochs=saved.get("pretrained_epoch"), settings={name: flags[name] for name in names if name in flags})
     facts |= saved.how_far()
-    return lambda images: model.fc(embed(model, images, precision).float()), (NORMALIZE,), facts
+    return lambda images: model.fc(embed(model, images, precision).float()), (normalize(flags),), facts
 
 
 def row_label(saved, flags: dict) -> str:

@@ -40,6 +40,7 @@ class MoCo(nn.Module):
     make_encoder(num_classes): a network whose `fc` is its last layer, called twice. dim D: feature size. queue_size K:
     keys kept. momentum m of the key encoder, temperature T, alpha: weight of a non-semantic similarity inside the
     exponent. mlp: the two-layer head of MoCo-v2. bn_splits: batch-norm groups per process, shuffled for keys.
+    bn_running: whose batch-norm statistics are kept, see batchnorm.SplitBatchNorm2d. symmetric: see `forward`.
     nonsem_bn "train": non-semantic images are normalised by their own batch statistics and enter the key encoder's
     running statistics, as published; "eval": they are normalised by those running statistics and leave no trace.
     """
@@ -55,12 +56,14 @@ class MoCo(nn.Module):
         alpha: float = 1.0,
         bn_splits: int = 1,
         nonsem_bn: str = "train",
+        bn_running: str = "first",
+        symmetric: bool = False,
     ):
         super().__init__()
         self.momentum, self.temperature, self.alpha, self.nonsem_bn = momentum, temperature, alpha, nonsem_bn
-        self.queue_size = queue_size
-        self.encoder_q = batchnorm.split(make_encoder(dim), bn_splits)
-        self.encoder_k = batchnorm.split(make_encoder(dim), bn_splits)
+        self.queue_size, self.symmetric = queue_size, symmetric
+        self.encoder_q = batchnorm.split(make_encoder(dim), bn_splits, bn_running)
+        self.encoder_k = batchnorm.split(make_encoder(dim), bn_splits, bn_running)
         if mlp:
             for encoder in (self.encoder_q, self.encoder_k):
                 width = encoder.fc.in_features
@@ -72,16 +75,27 @@ class MoCo(nn.Module):
         self.autocast = contextlib.nullcontext  # the script sets its precision here; features leave it as float32
 
     def forward(
-        self, im_q: Tensor, im_k: Tensor, im_t: Tensor | None, generator: torch.Generator
+        self, im_q: Tensor, im_k: Tensor, im_t: Tensor | None | tuple, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """One step up to the loss. im_q, im_k (N, 3, S, S): two views. im_t (N, M, 3, S, S) or None: negatives.
 
         generator: draws the batch shuffles; in the same state on every rank. Returns (logits (N, 1 + K + M), keys): `keys`
         (N * world size, D) are those of all ranks, to be given to `enqueue` after the backward pass.
+
+        Symmetric: the same once more with im_q and im_k exchanged, and both against the same queue; im_t is a pair, negatives
+        of im_q and of im_k. Of logits and keys there are twice as many rows.
         """
+        if not self.symmetric:
+            return self.one_way(im_q, im_k, im_t, generator)
+        there = self.one_way(im_q, im_k, im_t[0], generator)
+        back = self.one_way(im_k, im_q, im_t[1], generator, update=False)
+        return torch.cat([there[0], back[0]]), torch.cat([back[1], there[1]])  # keys of the first view first
+
+    def one_way(self, im_q, im_k, im_t, generator, update: bool = True) -> tuple[Tensor, Tensor]:
         query = self.encode(self.encoder_q, im_q)  # N x D
         with torch.no_grad():
-            self.update_key_encoder()
+            if update:
+                self.update_key_encoder()
             key, keys = self.encode_shuffled(im_k, generator)  # N x D, (N * world) x D
             nonsem = None
             if im_t is not None:

@@ -27,7 +27,6 @@ from torch import nn
 from common import (
     UsageError,
     UserError,
-    augment,
     backbones,
     batchnorm,
     checkpoint,
@@ -46,6 +45,7 @@ from common.precision import Precision
 from nonsem_neg import textures
 from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import check_patch_range, patch_negatives
+from nonsem_neg.views import normalize, plain_view, recipe
 from preprocess import demo
 
 PAPER = dict(
@@ -58,6 +58,12 @@ PRESETS = {
     "table1": dict(PAPER, lr=0.03, batch_size=128, moco_m=0.999, moco_k=16384),
     # the commands since December 2021: the recipe of Robinson et al. (IFM); last three rows
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
+    # the CIFAR-10 notebook of MoCo's authors: facebookresearch/moco, branch colab-notebook at f736491
+    "moco-cifar": dict(
+        dataset="cifar10", input_res=32, aug="cifar", arch="resnet18", small_stem=True, robust="none", moco_k=4096,
+        moco_m=0.99, moco_t=0.1, bn_splits=8, bn_running="mean", epochs=200, batch_size=512, lr=0.06, weight_decay=5e-4,
+        cos=True, cos_from=1, knn_every=1, knn_on="output", knn_t=0.1, save_freq=50, ckpt_path="ckpts/moco-cifar",
+    ),
     "demo": dict(
         PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=3, batch_size=64, lr=0.03, moco_k=1024,
         moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/try", seed=0,
@@ -87,6 +93,10 @@ def parse_args(argv=None):
     g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer projection head (MoCo-v2)")
     about = "batch-norm groups over all processes, as on that many GPUs; keys are shuffled over them"
     g.add_argument("--bn-splits", type=cli.positive_int, default=8, help=about)
+    about = "running statistics of batch-norm: of the first group, as rank 0 keeps them, or the mean over the groups"
+    g.add_argument("--bn-running", choices=["first", "mean"], default="first", help=about)
+    about = "add the loss with query and key exchanged; the keys of both views enter the queue"
+    g.add_argument("--symmetric", action="store_true", help=about)
 
     g = parser.add_argument_group("method: non-semantic negatives")
     about = "kind of non-semantic negative; none: plain MoCo"
@@ -111,16 +121,22 @@ def parse_args(argv=None):
     g.add_argument("--lr", "--learning-rate", type=cli.positive, default=0.03, help="not scaled with the batch")
     g.add_argument("--schedule", type=int, nargs="*", default=[120, 160], help="epochs of a 10x drop (without --cos)")
     g.add_argument("--cos", action=cli.OnOff, default=False, help="cosine schedule, per epoch, without warm-up")
+    g.add_argument("--cos-from", type=cli.count, default=0, help="the cosine's number of the first epoch: 0, or 1")
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     decay = dict(type=cli.not_negative, default=1e-4, dest="weight_decay", help="weight decay")
     g.add_argument("--wd", "--weight-decay", **decay)
     g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation (with blur) instead of v1")
+    about = "v1, v2 (as --aug-plus), or that of the authors' CIFAR-10 notebook, with CIFAR-10's normalisation"
+    g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=about)
 
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
+    g.add_argument("--knn-t", type=cli.positive, default=0.07, help="temperature of its votes")
+    about = "what it compares: the pooled feature, or the output of the head"
+    g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=about)
     options.add_hardware_arguments(parser, compile=True)
     parser.ignore("the side comes from --patch-ratio", "patch-size")
     args = parser.parse_args(argv)
@@ -136,6 +152,7 @@ def parse_args(argv=None):
         args.patch_ratio = [max(1, round(side * args.input_res / 224)) for side in (16, 72 if args.demo else 56)]
     if args.demo and args.robust == "texture" and not args.texture_root and "-texture" not in args.data:
         args.texture_root = args.data + "-texture"
+    args.aug = args.aug or ("v2" if args.aug_plus else "v1")
     if args.robust == "none":
         args.num_nonsem = 0
     if args.robust == "texture" and args.num_nonsem > 1:
@@ -149,23 +166,10 @@ def parse_args(argv=None):
             check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)
         except ValueError as error:
             raise UsageError(f"--patch-ratio with --input-res {args.input_res}: {error}") from None
-    if args.moco_k % args.batch_size:
-        raise UsageError(f"--moco-k {args.moco_k} must be a multiple of the global batch {args.batch_size}")
+    keys, why = args.batch_size << args.symmetric, "twice " * args.symmetric + "the global batch"
+    if args.moco_k % keys:
+        raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {why} {args.batch_size}")
     return args
-
-
-NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-
-
-def recipe(args) -> augment.Compose:
-    """The augmentation of one view. Negatives are made from it afterwards and so share all of it."""
-    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0)), augment.RandomHorizontalFlip()
-    if args.aug_plus:  # MoCo-v2
-        jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
-        blur = augment.GaussianBlur((0.1, 2.0), p=0.5)
-        return augment.Compose(crop, jitter, augment.RandomGrayscale(0.2), blur, flip, NORMALIZE)
-    jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.4)
-    return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, NORMALIZE)
 
 
 def build_loader(args, process: processes.Process) -> data.Loader:
@@ -194,7 +198,8 @@ def build_network(args, process: processes.Process) -> MoCo:
         return network
 
     settings = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.alpha)
-    model = MoCo(encoder, *settings, bn_splits=batchnorm.splits_here(args, process), nonsem_bn=args.nonsem_bn)
+    groups = dict(bn_splits=batchnorm.splits_here(args, process), bn_running=args.bn_running)
+    model = MoCo(encoder, *settings, nonsem_bn=args.nonsem_bn, symmetric=args.symmetric, **groups)
     return model.to(process.device, memory_format=torch.channels_last)
 
 
@@ -216,9 +221,11 @@ class NonSemantic:
     def step(self, views, index):
         im_q, im_k, *texture = (v.contiguous(memory_format=torch.channels_last) for v in views)
         im_t = texture[0].unsqueeze(1) if texture else self.patches(im_q)
+        if self.args.symmetric:
+            im_t = im_t, im_t if texture else self.patches(im_k)
         logits, keys = self.wrapped(im_q, im_k, im_t, self.generators["generator"])  # N x (1 + K + M), (N * world) x D
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels) * (len(logits) // len(im_q))  # symmetric: the sum of both, as published
         self.precision.step(loss, self.optimizer)
         self.model.enqueue(keys)
         if self.args.save_score:
@@ -236,16 +243,17 @@ class NonSemantic:
         return patch_negatives(im_q, self.args.num_nonsem, self.args.patch_ratio, self.generators["generator"], **how)
 
     def embed(self, images):
-        """The pooled feature of the query encoder: (N, D)."""
+        """What k-NN compares, of the query encoder: (N, D)."""
         with self.precision.autocast():
-            return backbones.feature(self.model.encoder_q, images, 6)
+            encoder, layer = self.model.encoder_q, 6 if self.args.knn_on == "feature" else 7
+            return backbones.feature(encoder, images, layer)
 
     def pictures(self, views) -> dict:
         im_q, im_k, *texture = views
         negatives = [texture[0].unsqueeze(1)] if texture else [self.patches(im_q)] * bool(self.args.num_nonsem)
         columns = [im_q, im_k, *(m for n in negatives for m in n.unbind(1))]
         names = ["query", "key", *(f"negative {i + 1}" for i in range(len(columns) - 2))]
-        return dict(zip(names, map(NORMALIZE.inverse, columns)))
+        return dict(zip(names, map(normalize(vars(self.args)).inverse, columns)))
 
     def state_dict(self) -> dict:
         return {"arch": self.args.arch, "state_dict": checkpoint.add_prefix(self.model.state_dict(), "module.")}
@@ -261,7 +269,7 @@ class NonSemantic:
 def learning_rate(args, epoch: int) -> float:
     """Epochs count from 0."""
     if args.cos:
-        return schedule.cosine(args.lr, epoch, args.epochs)
+        return schedule.cosine(args.lr, epoch + args.cos_from, args.epochs)
     return schedule.step(args.lr, epoch, args.schedule)
 
 
@@ -271,7 +279,7 @@ def worker(args, process: processes.Process) -> None:
         groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
-        knn = probe.knn_loaders(args, process, loader.dataset, probe.plain_view(args, NORMALIZE))
+        knn = probe.knn_loaders(args, process, loader.dataset, plain_view(args, vars(args)))
         method = NonSemantic(args, process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
         job.begin(loader, method, contrast_ways=1 + args.moco_k + args.num_nonsem, bn_groups=groups, **sides)
@@ -289,7 +297,7 @@ def worker(args, process: processes.Process) -> None:
                 if args.save_score:
                     job.keep_scores(method.scores)
             if job.due(args.knn_every):
-                probe.evaluate_knn(job, method.model, method.embed, knn)
+                probe.evaluate_knn(job, method.model, method.embed, knn, args.knn_t)
 
 
 def main(argv=None) -> None:

@@ -1,12 +1,15 @@
 """Claims: what is run, what is kept, what is said of it; and RESULTS.md says what the records say."""
 
+import importlib
 import json
+import shlex
 import statistics
 
 import pytest
 
 from common import UserError
 from common.run import ROOT
+from preprocess import demo
 from tools import claims
 
 STEP = """\
@@ -60,7 +63,12 @@ def test_a_claim_from_its_commands_to_the_table(root, capsys):
     assert "paper: better-plain" in said and "linear +2.00±0.00, k-NN +0.00±0.00 agrees, records of older code" in said
     assert "does not agree" in said and "not run" in said
     record = root / "results" / "paper" / "better-s2"
-    assert sorted(path.name for path in record.iterdir()) == ["config.json", "metrics.jsonl", "result.json"]
+    assert sorted(path.name for path in record.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "took.json",
+    ]
     text = (root / "RESULTS.md").read_text()
     assert (
         text.startswith("before\n<!-- claims: paper toy claims -->\n| claim")
@@ -81,6 +89,44 @@ def test_a_claim_from_its_commands_to_the_table(root, capsys):
     assert "[1/" not in capsys.readouterr().out
     claims.main(["plain-worse", "--scale", "toy", "--run", "--seeds", "4"])
     assert "[1/2] paper toy: plain, seed 3" in capsys.readouterr().out
+
+
+def test_a_run_of_another_paper_a_number_of_its_own_and_what_failed(root, capsys):
+    other = json.loads(json.dumps(CONTENT))
+    other["scales"]["toy"]["records"] = "results/other"
+    other["claims"] = [
+        dict(CONTENT["claims"][0], name="across", better="better", than="paper/plain", number="knn_acc1"),
+        dict(CONTENT["claims"][0], name="nowhere", better="better", than="paper/none"),
+        dict(CONTENT["claims"][0], name="unknown", number="acc5"),
+    ]
+    (root / "other").mkdir()
+    (root / "other" / "claims.json").write_text(json.dumps(other))
+    claims.main(["across", "--scale", "toy", "--run"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "[6/6] paper toy: plain, seed 2" in said
+    assert "linear +2.00±0.00, k-NN +0.00±0.00 cannot be told (k-NN), records of older code" in said
+    assert "other: nowhere +1 - not set up at scale toy" in said and "other: unknown +1 - not set up" in said
+    took = json.loads((root / "results/other/better-s1/took.json").read_text())
+    assert took["commands"] == ["python step.py better-s1 1 2"] and took["seconds"] > 0
+
+    with pytest.raises(UserError, match="1 runs failed"):
+        claims.main(["lost-plain", "--scale", "toy", "--run", "--seeds", "1", "--write"])
+    assert "not run; failed: `lost` seed 0" in " ".join(capsys.readouterr().out.split())
+    failed = json.loads((root / "results/paper/lost-s0/failed.json").read_text())
+    assert (failed["said"], failed["exit_code"]) == ("lost", 1) and failed["torch"]
+    assert "| `lost` - `plain` | 0 | - | - | not run; failed: `lost` seed 0 |" in " ".join(
+        (root / "RESULTS.md").read_text().split()
+    )
+    rows = {(r["name"], r["number"]): r for r in json.loads((root / "results/ledger.json").read_text())}
+    assert rows["lost-plain", "acc1"]["failed"] == ["lost, seed 0"] and rows["lost-plain", "acc1"]["mean"] is None
+    plain = rows["across", "acc1"]["runs"]["paper/plain"]
+    assert [run["seed"] for run in plain] == [0, 1, 2] and plain[0]["commit"] == "unknown" and plain[0]["seconds"] > 0
+
+    content = json.loads(json.dumps(CONTENT))
+    content["scales"]["toy"]["runs"]["lost"] = "3"
+    (root / "paper" / "claims.json").write_text(json.dumps(content))
+    claims.main(["lost-plain", "--scale", "toy", "--run"])  # it comes through this time
+    assert not (root / "results/paper/lost-s0/failed.json").exists() and "failed" not in capsys.readouterr().out
 
 
 def test_what_can_be_said_of_differences():
@@ -122,9 +168,60 @@ def test_every_claim_has_its_runs_and_its_source():
             how = claims.setting(paper, content, scale)
             for run in how.runs:
                 for command, folder in how.commands(run, 0):
-                    assert command.startswith((f"python {paper}/", "python tools/evaluate.py ")) and "{" not in command and "{" not in str(folder)
+                    assert (
+                        command.startswith((f"python {paper}/", "python tools/evaluate.py "))
+                        and "{" not in command
+                        and "{" not in str(folder)
+                    )
         names = [claim["name"] for claim in content["claims"]]
         assert len(set(names)) == len(names)
         for claim in content["claims"]:
             assert claim["source"] and claim["published"]
             assert any({claim["better"], claim["than"]} <= scale["runs"].keys() for scale in content["scales"].values())
+
+
+def called(command: str):
+    """(module, its arguments) of `python FOLDER/SCRIPT.py ...`."""
+    _, script, *flags = shlex.split(command)
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")), flags
+
+
+@pytest.mark.parametrize("paper", sorted(claims.papers()))
+def test_the_commands_of_every_run_are_accepted_and_those_for_a_gpu_work(paper, workspace):
+    content = claims.papers()[paper]
+    for scale in content["scales"]:
+        how = claims.setting(paper, content, scale)
+        for run in how.runs:
+            for command, _ in how.commands(run, 0):
+                module, flags = called(command)
+                if hasattr(module, "parse_args"):
+                    module.parse_args(flags)
+    for split in ("train", "val"):
+        claims.link(workspace / "data/demo" / split, workspace / claims.TOY / split, 4)
+    how = claims.setting(paper, content, "gpu")
+    commands = how.commands(next(iter(how.runs)), 0, toy=True)
+    for command, _ in commands:
+        module, flags = called(command)
+        module.main(flags)
+    result = json.loads((workspace / commands[-1][1].relative_to(ROOT) / "result.json").read_text())
+    assert set(how.numbers) <= result.keys() and "toy-" in str(commands[-1][1])
+
+
+def test_toy_runs_leave_no_records(root, monkeypatch, capsys):
+    content = json.loads(json.dumps(CONTENT))
+    content["scales"]["toy"]["steps"][0]["toy"] = ""
+    (root / "paper" / "claims.json").write_text(json.dumps(content))
+    made = []
+    monkeypatch.setattr(demo, "read", lambda folder: None)
+    monkeypatch.setattr(
+        demo,
+        "ensure",
+        lambda folder: (
+            made.append(folder) or [(folder / split / "cat").mkdir(parents=True) for split in ("train", "val")]
+        ),
+    )
+    claims.main(["--scale", "toy", "--run", "--toy"])
+    said = capsys.readouterr().out
+    assert "[1/1] paper toy: plain, seed 0" in said and "paper: better-plain" in said and "not run" in said
+    assert made == [root / "data/demo"] and (root / claims.TOY / "val/cat").is_dir()
+    assert not (root / "results").exists() and (root / "runs/toy-plain-s0/result.json").is_file()

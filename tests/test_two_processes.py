@@ -37,6 +37,7 @@ CASES = {  # name: (how a step is taken, flags)
     "insdis nce": ("insdis", []),
     "moco": ("moco", ["--moco"]),
     "patch": ("patch", []),
+    "patch symmetric": ("patch", ["--symmetric"]),
     "debiased": ("debiased", ["--M", "2"]),
     "unbiased": ("debiased", ["--loss", "unbiased"]),
     "ft moco": ("ft", ["--dim_mask", "both"]),
@@ -94,9 +95,9 @@ class Patch:
     views = 2
 
     def __init__(self, kind, flags, process):
-        splits = 2 // process.world_size
+        how = dict(bn_splits=2 // process.world_size, symmetric="--symmetric" in flags)
         with float64():
-            self.model = MoCo(Net, 8, queue_size=16, momentum=0.5, temperature=0.5, alpha=2.0, bn_splits=splits)
+            self.model = MoCo(Net, 8, queue_size=16, momentum=0.5, temperature=0.5, alpha=2.0, **how)
         self.model.queue = self.model.queue.float()
         self.wrapped, self.process = self.model, process
         if process.world_size > 1:
@@ -107,13 +108,15 @@ class Patch:
     def step(self, views, index):
         ranks = dict(rank=self.process.rank, world_size=self.process.world_size)
         made = negatives.patch_negatives(views[0], 2, (4, 9), self.generator, **ranks)
+        if self.model.symmetric:
+            made = made, negatives.patch_negatives(views[1], 2, (4, 9), self.generator, **ranks)
         logits, keys = self.wrapped(*views, made, self.generator)
         loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.model.enqueue(keys)
-        return loss.detach(), logits.detach()
+        return loss.detach(), logits.detach()[: len(views[0])]  # in the order of the pictures
 
     def weights(self) -> dict:
         return dict(self.model.named_parameters())

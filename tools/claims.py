@@ -7,6 +7,7 @@ result.json) are kept below results/; what has its records is not run again. A c
 
     python tools/claims.py                                         # every claim: published, ours, verdict
     python tools/claims.py ring --run --scale cpu --cifar CIFAR    # of one paper: what is missing, then the list
+    python tools/claims.py --run --scale gpu --toy                 # one run of each paper's GPU setting, a few steps of it
     python tools/claims.py --write                                 # RESULTS.md from the records, and results/ledger.json
 """
 
@@ -33,19 +34,25 @@ from common import early
 early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
 
 from common import UserError, checkpoint, cli, printable
-from common.run import ROOT, clock
+from common.run import ROOT, clock, environment
+from preprocess import demo
 from tools.report import layout
 
 # Student's t, two-sided 95 %, by degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 NAMES = {"acc1": "linear", "acc1_best": "linear, best epoch", "knn_acc1": "k-NN"}
 KEPT = ("config.json", "metrics.jsonl", "result.json")
+TOY = "runs/claims/toy-pictures"
+FAILED = "failed.json"  # instead of the records of a run that did not come through
 BLOCK = re.compile(r"(<!-- claims: (\S+) (\S+) (runs|claims) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass
 class Setting:
-    """Runs of a paper at one scale. steps: [(command, folder it writes, suffix of its records)]; runs: {name: flags}."""
+    """Runs of a paper at one scale. steps: a command, the folder it writes, the suffix of its records; runs: {name: flags}.
+
+    toy: flags after those of a step, with which it ends after a few batches.
+    """
 
     paper: str
     scale: str
@@ -61,6 +68,13 @@ class Setting:
 
     def done(self, name: str, seed: int) -> bool:
         return (self.record(name, seed, self.steps[-1]["suffix"]) / "result.json").is_file()
+
+    def failed(self, name: str) -> list[int]:
+        """Seeds of which a command failed, and that have not come through since."""
+        found = (
+            re.fullmatch(re.escape(name) + r"-s(\d+)", path.parent.name) for path in self.records.glob(f"*/{FAILED}")
+        )
+        return sorted(int(match[1]) for match in found if match and not self.done(name, int(match[1])))
 
     def seeds(self, name: str) -> list[int]:
         """Seeds of which there are records."""
@@ -79,15 +93,23 @@ class Setting:
                     return float(found[key])
         raise UserError(f"{printable(self.record(name, seed))}: no {key} in its records")
 
-    def commit(self, name: str, seed: int) -> str:
-        return json.loads((self.record(name, seed, self.steps[-1]["suffix"]) / "result.json").read_text())["commit"]
+    def facts(self, name: str, seed: int) -> dict:
+        """Commit, hardware and, where it was noted, the time of a run."""
+        folder = self.record(name, seed, self.steps[-1]["suffix"])
+        said = json.loads((folder / "result.json").read_text())
+        took = json.loads((folder / "took.json").read_text()) if (folder / "took.json").is_file() else {}
+        return {"seed": seed, "commit": said["commit"], "device": said.get("device"), "seconds": took.get("seconds")}
 
-    def commands(self, name: str, seed: int) -> list[tuple[str, Path]]:
+    def commands(self, name: str, seed: int, toy: bool = False) -> list[tuple[str, Path]]:
         """(command, folder that it writes) of every step."""
-        names = {"name": f"{name}-s{seed}", "seed": str(seed), "flags": self.runs[name]}
+        names = {"name": f"{'toy-' * toy}{name}-s{seed}", "seed": str(seed), "flags": self.runs[name]}
         if self.pictures:
-            names["data"] = self.pictures["name"]
-        return [(_filled(step["command"], names), ROOT / _filled(step["folder"], names)) for step in self.steps]
+            names["data"] = TOY if toy else self.pictures["name"]
+        more = [" " + step["toy"] if toy else "" for step in self.steps]
+        return [
+            (_filled(step["command"] + extra, names), ROOT / _filled(step["folder"], names))
+            for step, extra in zip(self.steps, more)
+        ]
 
 
 def _filled(text: str, names: dict[str, str]) -> str:
@@ -97,6 +119,10 @@ def _filled(text: str, names: dict[str, str]) -> str:
 def papers() -> dict[str, dict]:
     """The content of every claims.json, by the folder's name."""
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(ROOT.glob("*/claims.json"))}
+
+
+def scales() -> list[str]:
+    return sorted({scale for content in papers().values() for scale in content["scales"]})
 
 
 def setting(paper: str, content: dict, scale: str) -> Setting | None:
@@ -130,13 +156,37 @@ def verdict(differences: list[float]) -> str:
     return "agrees" if mean > 0 else "does not agree"
 
 
+def sides(claim: dict, how: Setting) -> list[tuple[Setting, str]]:
+    """What a claim compares, each a setting and its run: RUN of the same paper, or PAPER/RUN; [] where one is not set up."""
+    found = []
+    if claim.get("number", how.numbers[0]) not in how.numbers:
+        return []
+    for name in (claim["better"], claim["than"]):
+        paper, _, run = name.rpartition("/")
+        other = setting(paper, papers()[paper], how.scale) if paper else how
+        if other is None or run not in other.runs:
+            return []
+        found.append((other, run))
+    return found
+
+
 def compared(claim: dict, how: Setting) -> dict[str, list[float]]:
     """For each number: `better - than` of every seed that both have."""
-    better, than = claim["better"], claim["than"]
-    if not {better, than} <= how.runs.keys():
+    if not (pair := sides(claim, how)):
         return {}
-    both = [seed for seed in how.seeds(better) if seed in how.seeds(than)]
-    return {key: [how.number(better, s, key) - how.number(than, s, key) for s in both] for key in how.numbers}
+    (a, better), (b, than) = pair
+    both = [seed for seed in a.seeds(better) if seed in b.seeds(than)]
+    return {key: [a.number(better, s, key) - b.number(than, s, key) for s in both] for key in how.numbers}
+
+
+def concluded(claim: dict, how: Setting) -> str:
+    """The verdict by the number that the claim is about (the setting's first, unless it says), and which runs failed."""
+    found, first = compared(claim, how), claim.get("number", how.numbers[0])
+    if not found:
+        return f"not set up at scale {how.scale}"
+    about = f" ({NAMES.get(first, first)})" if first != how.numbers[0] else ""
+    lost = [f"`{run}` seed {seed}" for side, run in sides(claim, how) for seed in side.failed(run)]
+    return verdict(found[first]) + about + (f"; failed: {', '.join(lost)}" if lost else "")
 
 
 def difference(values: list[float]) -> str:
@@ -162,11 +212,11 @@ def claim_table(content: dict, how: Setting) -> str:
     rows = []
     for claim in content["claims"]:
         found = compared(claim, how)
-        if any(found.values()):
-            first = found[how.numbers[0]]
+        if any(found.values()) or any(side.failed(run) for side, run in sides(claim, how)):
             pair = f"`{claim['better']}` - `{claim['than']}`"
             shown = [difference(values) for values in found.values()]
-            rows.append([claim["claim"], claim["published"], pair, str(len(first)), *shown, verdict(first)])
+            count = str(len(found[how.numbers[0]]))
+            rows.append([claim["claim"], claim["published"], pair, count, *shown, concluded(claim, how)])
     numbers = [NAMES.get(key, key) for key in how.numbers]
     return layout(["claim", "published", "pair", "seeds", *numbers, f"verdict ({numbers[0]})"], rows, markdown=True)
 
@@ -192,25 +242,32 @@ def ledger() -> list[dict]:
         for scale in content["scales"]:
             how = setting(paper, content, scale)
             for claim in content["claims"]:
+                pair = sides(claim, how)
+                lost = [f"{run}, seed {seed}" for side, run in pair for seed in side.failed(run)]
+                runs = {
+                    name: [side.facts(run, seed) for seed in side.seeds(run)]
+                    for name, (side, run) in zip((claim["better"], claim["than"]), pair)
+                }
                 for key, values in compared(claim, how).items():
-                    if values:
-                        row = {"paper": paper, "scale": scale, "name": claim["name"], "claim": claim["claim"]}
-                        row |= {"published": claim["published"], "source": claim["source"], "number": key}
-                        row |= {"differences": [round(v, 4) for v in values], "mean": round(statistics.mean(values), 4)}
-                        half = interval(values)
-                        row |= {"interval": half and round(half, 4), "verdict": verdict(values)}
-                        rows.append(row)
+                    if not values and not lost:
+                        continue
+                    row = {"paper": paper, "scale": scale, "name": claim["name"], "claim": claim["claim"]}
+                    row |= {"published": claim["published"], "source": claim["source"], "number": key}
+                    row |= {"differences": [round(v, 4) for v in values]}
+                    row |= {"mean": round(statistics.mean(values), 4) if values else None}
+                    half = interval(values)
+                    row |= {"interval": half and round(half, 4), "verdict": verdict(values), "failed": lost}
+                    rows.append(row | {"runs": runs})
     return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def missing(content: dict, how: Setting, chosen: list[str], seeds: int) -> list[tuple[str, int]]:
-    """(run, seed) without records, of the claims chosen: seed by seed, so that pairs are complete early."""
-    sides = [side for c in content["claims"] if not chosen or c["name"] in chosen for side in (c["better"], c["than"])]
-    names = [name for name in dict.fromkeys(sides) if name in how.runs]
-    return [(name, seed) for seed in range(seeds) for name in names if not how.done(name, seed)]
+def missing(claims: list[tuple[dict, Setting]], seeds: int) -> list[tuple[Setting, str, int]]:
+    """(setting, run, seed) without records, of the claims given: seed by seed, so that pairs are complete early."""
+    runs = {(how.paper, run): (how, run) for claim, own in claims for how, run in sides(claim, own)}
+    return [(how, run, seed) for seed in range(seeds) for how, run in runs.values() if not how.done(run, seed)]
 
 
 def make_pictures(wanted: dict, cifar: str | None) -> None:
@@ -225,15 +282,28 @@ def make_pictures(wanted: dict, cifar: str | None) -> None:
     source = Path(cifar).resolve()
     if not (source / "train").is_dir():
         raise UserError(f"--cifar {printable(cifar)}: no train/ in it")
-    for kind in sorted(path for path in (source / "train").iterdir() if path.is_dir()):
-        (folder / "train" / kind.name).mkdir(parents=True)
-        for picture in sorted(kind.iterdir())[: wanted["per_class"]]:
-            (folder / "train" / kind.name / picture.name).symlink_to(picture)
+    link(source / "train", folder / "train", wanted["per_class"])
     (folder / "val").symlink_to(next(source / split for split in ("val", "test") if (source / split).is_dir()))
 
 
-def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None) -> list[str]:
-    """Run them one after another; what failed. A run that fails leaves the others alone."""
+def make_toy_pictures() -> None:
+    """A few of the built-in pictures, which are made where they are missing."""
+    if demo.read(ROOT / "data/demo") is None:
+        demo.ensure(ROOT / "data/demo")
+    for split in ("train", "val"):
+        if not (ROOT / TOY / split).exists():
+            link(ROOT / "data/demo" / split, ROOT / TOY / split, 4)
+
+
+def link(source: Path, folder: Path, per_class: int) -> None:
+    for kind in sorted(path for path in source.iterdir() if path.is_dir()):
+        (folder / kind.name).mkdir(parents=True)
+        for picture in sorted(kind.iterdir())[:per_class]:
+            (folder / kind.name / picture.name).symlink_to(picture)
+
+
+def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: bool = False) -> list[str]:
+    """Run them one after another; what failed. A run that fails leaves the others alone. toy: nothing is kept."""
     failed, began = [], time.perf_counter()
     for number, (how, name, seed) in enumerate(jobs):
         spent = time.perf_counter() - began
@@ -244,21 +314,34 @@ def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None) -> li
         )
         log = ROOT / "runs" / "claims" / f"{how.paper}-{how.scale}-{name}-s{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        for step, (command, folder) in zip(how.steps, how.commands(name, seed)):
-            environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        first, last = (how.record(name, seed, how.steps[n]["suffix"]) for n in (0, -1))
+        (first / FAILED).unlink(missing_ok=True)
+        started, commands = time.perf_counter(), how.commands(name, seed, toy)
+        for _, folder in commands if toy else ():
+            shutil.rmtree(folder, ignore_errors=True)
+        for step, (command, folder) in zip(how.steps, commands):
+            variables = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
             arguments = [sys.executable, *shlex.split(command)[1:]]
             with open(log, "a") as out:
                 print(f"\n$ {command}", file=out, flush=True)
-                code = subprocess.call(arguments, cwd=ROOT, env=environment, stdout=out, stderr=out)
+                code = subprocess.call(arguments, cwd=ROOT, env=variables, stdout=out, stderr=out)
             if code:
                 failed.append(f"{name}, seed {seed}: exit code {code}; {log.relative_to(ROOT)} says why")
                 print(f"      {failed[-1]}", flush=True)
+                if not toy:
+                    first.mkdir(parents=True, exist_ok=True)
+                    said = {"command": command, "exit_code": code, "said": log.read_text().rstrip().splitlines()[-1]}
+                    (first / FAILED).write_text(json.dumps(said | environment(), indent=1) + "\n")
                 break
             record = how.record(name, seed, step["suffix"])
-            for file in (folder / kept for kept in KEPT):
+            for file in (folder / kept for kept in KEPT if not toy):
                 if file.is_file():
                     record.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, record / file.name)
+        else:
+            if not toy:
+                took = {"seconds": round(time.perf_counter() - started, 1), "commands": [c for c, _ in commands]}
+                (last / "took.json").write_text(json.dumps(took | {"threads": threads}, indent=1) + "\n")
     return failed
 
 
@@ -278,10 +361,12 @@ def show(chosen: dict[str, dict], scale: str) -> None:
         for claim in content["claims"]:
             found = compared(claim, how) if how else {}
             first = next(iter(found.values()), [])
-            sides = (claim["better"], claim["than"]) if first else ()
-            old = any(stale(paper, how.commit(side, seed)) for side in sides for seed in how.seeds(side))
+            pair = sides(claim, how) if first else ()
+            old = any(
+                stale(side.paper, side.facts(run, seed)["commit"]) for side, run in pair for seed in side.seeds(run)
+            )
             numbers = ", ".join(f"{NAMES.get(key, key)} {difference(v)}" for key, v in found.items() if v) or "-"
-            said = verdict(first) if found else f"not set up at scale {scale}"
+            said = concluded(claim, how) if how else f"not set up at scale {scale}"
             rows.append(
                 [
                     f"{paper}: {claim['name']}",
@@ -296,7 +381,9 @@ def show(chosen: dict[str, dict], scale: str) -> None:
 def main(argv=None) -> None:
     parser = cli.Parser(prog="claims.py", description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", metavar="PAPER|CLAIM", help="folders or names of claims; default: all")
-    parser.add_argument("--scale", choices=["cpu", "gpu", "toy"], default="cpu", help="size of the runs")
+    parser.add_argument("--scale", choices=scales(), default="cpu", help="size of the runs")
+    about = "with --run: a few steps of the first run of each paper, on a few pictures, to see that it works; nothing is kept"
+    parser.add_argument("--toy", action="store_true", help=about)
     parser.add_argument("--run", action="store_true", help="run what has no records")
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help="0 to this number, exclusive, of each run")
     parser.add_argument("--cifar", metavar="TREE", help="CIFAR-10 as files, of which smaller trees are linked")
@@ -313,15 +400,19 @@ def main(argv=None) -> None:
     chosen = {paper: known[paper] for paper in known if paper in papers_chosen}
     failed = []
     if args.run:
-        jobs = []
+        claims = []
         for paper, content in chosen.items():
+            some = set() if paper in args.which else {name for name in args.which if names.get(name) == paper}
             if how := setting(paper, content, args.scale):
-                some = [] if paper in args.which else [name for name in args.which if names.get(name) == paper]
-                if found := missing(content, how, some, args.seeds):
-                    jobs += [(how, name, seed) for name, seed in found]
-                    if how.pictures:
-                        make_pictures(how.pictures, args.cifar)
-        failed = run_missing(jobs, args.threads)
+                claims += [(claim, how) for claim in content["claims"] if not some or claim["name"] in some]
+        jobs = missing(claims, args.seeds)
+        if args.toy:
+            jobs = list({how.paper: (how, next(iter(how.runs)), 0) for how, *_ in jobs}.values())
+            make_toy_pictures()
+        for how, *_ in jobs if not args.toy else ():
+            if how.pictures:
+                make_pictures(how.pictures, args.cifar)
+        failed = run_missing(jobs, args.threads, args.toy)
     show(chosen, args.scale)
     if args.write:
         path = ROOT / "RESULTS.md"

@@ -1,0 +1,135 @@
+"""The CIFAR-10 notebook of MoCo's authors as a preset, and what came with it: symmetric loss, averaged batch-norm statistics,
+a run that ends before its schedule does."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import Net, equal
+from torch import nn
+from torch.nn import functional as F
+
+from common import UsageError, augment, batchnorm, checkpoint, processes
+from feature_transform import detector
+from nonsem_neg import main_lincls, views
+from nonsem_neg import moco_non_sem_neg as script
+from nonsem_neg.moco import MoCo
+
+PRESET = "--preset moco-cifar --dataset folder".split()
+TINY = "--input-res 8 -b 32 --moco-k 64 --bn-splits 2 -j 0 --seed 1 -p 2".split()
+pytestmark = pytest.mark.usefixtures("slim")
+
+
+def test_the_preset_is_the_notebook():
+    args = script.parse_args(["CIFAR", "--preset", "moco-cifar"])
+    assert (args.dataset, args.arch, args.small_stem, args.input_res, args.mlp) == (
+        "cifar10",
+        "resnet18",
+        True,
+        32,
+        False,
+    )
+    assert (args.batch_size, args.lr, args.momentum, args.weight_decay, args.epochs) == (512, 0.06, 0.9, 5e-4, 200)
+    assert (args.moco_k, args.moco_m, args.moco_t, args.bn_splits, args.bn_running) == (4096, 0.99, 0.1, 8, "mean")
+    assert (args.robust, args.num_nonsem, args.symmetric) == ("none", 0, False)
+    assert (args.knn_every, args.knn_k, args.knn_t, args.knn_on) == (1, 200, 0.1, "output")
+    rates = [script.learning_rate(args, epoch) for epoch in (0, 99, 199)]
+    assert rates == pytest.approx([0.03 * (1 + math.cos(math.pi / 200)), 0.03, 0], abs=1e-12)
+    plain = script.parse_args(["CIFAR", "--cos"])
+    assert script.learning_rate(plain, 0) == plain.lr and (plain.aug, plain.knn_on) == ("v1", "feature")
+    assert script.parse_args(["CIFAR", "--aug-plus"]).aug == "v2"
+
+    recipe = script.recipe(args)
+    crop, (flip, jitter, grey, normal) = recipe.geometry, recipe.ops
+    assert crop.scale == (0.08, 1.0) and isinstance(flip, augment.RandomHorizontalFlip)
+    assert (jitter.p, grey.p, normal) == (0.8, 0.2, views.CIFAR)
+    assert normal.mean == (0.4914, 0.4822, 0.4465) and normal.std == (0.2023, 0.1994, 0.2010)
+    picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    (seen,) = views.plain_view(args, vars(args))(picture, torch.Generator())
+    torch.testing.assert_close(views.CIFAR.inverse(seen[None])[0], picture[0] / 255, atol=1e-6, rtol=0)
+
+
+def test_keys_of_a_symmetric_step_fit_the_queue(capsys):
+    with pytest.raises(UsageError, match="--moco-k 64 must be a multiple of twice the global batch 64"):
+        script.parse_args(["DATA", "--moco-k", "64", "-b", "64", "--symmetric", "--input-res", "64"])
+
+
+def test_symmetric_is_both_directions_against_one_queue():
+    def model(symmetric):
+        torch.manual_seed(0)
+        made = MoCo(Net, dim=8, queue_size=32, momentum=0.5, temperature=0.2, alpha=2.0, symmetric=symmetric)
+        with torch.no_grad():  # so that an update of the key encoder changes it
+            made.encoder_q.conv.weight.add_(0.1)
+        return made
+
+    one, two, t, u = torch.randn(2 + 2 * 2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(5)).split([1, 1, 2, 2])
+    one, two, t, u = one[0], two[0], t.transpose(0, 1), u.transpose(0, 1)  # two views, two negatives of each
+    both, plain = model(True), model(False)
+    logits, keys = both(one, two, (t, u), torch.Generator().manual_seed(1))
+    there, keys_two = plain(one, two, t, torch.Generator().manual_seed(1))
+    plain.momentum = 1.0  # the key encoder moves once a step
+    back, keys_one = plain(two, one, u, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(logits, torch.cat([there, back]))
+    torch.testing.assert_close(keys, torch.cat([keys_one, keys_two]))
+    assert equal(dict(both.encoder_k.named_parameters()), dict(plain.encoder_k.named_parameters()))
+    before = both.queue.clone()
+    both.enqueue(keys)
+    assert torch.equal(both.queue[:, :8], keys.T) and torch.equal(both.queue[:, 8:], before[:, 8:])
+    assert both.queue_ptr.item() == 8
+
+
+@pytest.mark.parametrize("flags", [[], ["--robust", "patch", "--patch-ratio", "2", "4"]])
+def test_a_symmetric_step_of_the_script_is_the_sum_of_both_losses(flags):
+    args = script.parse_args(["DATA", *PRESET, *TINY, "--symmetric", *flags])
+    method = script.NonSemantic(args, processes.Process())
+    seen = []
+    method.wrapped = lambda *given: seen.append(method.model(*given)) or seen[-1]
+    out = method.step(torch.randn(2, 32, 3, 8, 8), None)
+    (logits, keys), labels = seen[0], torch.zeros(32, dtype=torch.long)
+    assert logits.shape == (64, 1 + 64 + bool(flags)) and keys.shape == (64, 128)
+    torch.testing.assert_close(out["loss"], F.cross_entropy(logits[:32], labels) + F.cross_entropy(logits[32:], labels))
+
+
+def test_averaged_statistics_are_the_mean_over_the_groups():
+    x = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    plain, first, mean = (nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)) for _ in range(3))
+    batchnorm.split(first, 2)
+    batchnorm.split(mean, 2, "mean")
+    torch.testing.assert_close(mean(x), first(x))
+    stats = []
+    for part in x.chunk(2):
+        torch.manual_seed(0)
+        alone = nn.BatchNorm2d(4, momentum=0.3)
+        alone(part)
+        stats.append(torch.stack([alone.running_mean, alone.running_var]))
+    expected = sum(stats) / 2
+    torch.testing.assert_close(torch.stack([mean[0].running_mean, mean[0].running_var]), expected)
+    torch.testing.assert_close(torch.stack([first[0].running_mean, first[0].running_var]), stats[0])
+    assert mean[0].num_batches_tracked == 1 and mean.state_dict().keys() == plain.state_dict().keys()
+    mean.eval()
+    torch.testing.assert_close(mean(x[:1]), F.batch_norm(x[:1], *expected))
+
+
+def test_a_run_that_stops_early_goes_on_exactly_and_evaluations_see_its_colours(workspace, capsys):
+    flags = ["data/demo", *PRESET, *TINY, "--epochs", "2", "--symmetric"]
+    script.main([*flags, "--ckpt_path", "whole"])
+    script.main([*flags, "--ckpt_path", "parts", "--stop-after", "1"])
+    assert "stopped by --stop-after 1 after epoch 0; continue with --resume auto" in capsys.readouterr().out
+    records = [json.loads(line) for line in (workspace / "parts/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["epoch"] == 0 and records[-1]["knn_acc1"] > 0
+    script.main([*flags, "--ckpt_path", "parts", "--resume", "auto", "--stop-after", "2"])
+    said = capsys.readouterr().out
+    assert "done: 2 epochs" in said and "unlike the run" not in said
+    whole, parts = (checkpoint.load(workspace / run / "checkpoint_last.pth.tar") for run in ("whole", "parts"))
+    assert equal(whole["state_dict"], parts["state_dict"]) and equal(whole["optimizer"], parts["optimizer"])
+
+    saved = checkpoint.Saved(str(workspace / "parts/checkpoint_last.pth.tar"))
+    args = main_lincls.parse_args(["data/demo", "--pretrained", "parts", "--input-res", "8"])
+    assert main_lincls.recipe(args, saved, train=True).ops[-1] is views.CIFAR
+    assert main_lincls.recipe(args, saved, train=False).ops[-1] is views.CIFAR
+    state = checkpoint.backbone(saved)
+    assert detector.open_trunks(saved, state, "parts")[0][0].mean == views.CIFAR.mean
+    del saved["args"]
+    assert main_lincls.recipe(args, saved, train=True).ops[-1] is views.IMAGENET
+    assert detector.open_trunks(saved, state, "parts")[0][0].mean == views.IMAGENET.mean

@@ -16,6 +16,7 @@ import pretend_device
 import torch
 from conftest import ROOT, compute_on
 
+from benchmarks import gpu_throughput
 from common import data
 from preprocess import demo_voc
 
@@ -66,10 +67,15 @@ PLANTED = {  # run: what of (views, target, index) is left on the host
     "ring-ir": "index", "ring-moco": "view", "ft-moco": "view", "ft-pirl": "index",
     "debiased": "view", "unbiased": "target", "debiased-fresh": "view",
 }  # fmt: skip
+BENCHMARK = "--arch resnet18 --size 32 --batch 8 --bn-splits 2 --moco-k 64 --pictures 16 --steps 1 --repeats 1"
+FILES = "--data data/demo --workers 0"
 
 
 def names() -> list[str]:
-    return [*(f"train {n}" for n in RUNS), *(f"evaluate {n}" for n in EVALUATIONS), *(f"planted {n}" for n in PLANTED)]
+    scripts = [
+        f"{kind} {n}" for kind, all in (("train", RUNS), ("evaluate", EVALUATIONS), ("planted", PLANTED)) for n in all
+    ]
+    return [*scripts, "benchmark throughput"]
 
 
 def start(name: str, side: str, *more: str) -> None:
@@ -144,12 +150,19 @@ def planted(name: str) -> dict:
     return {}
 
 
+def benchmark(name: str) -> dict:
+    gpu_throughput.WARM = 1
+    args = gpu_throughput.parse_args(f"{BENCHMARK} {FILES}".split())
+    return {"numbers": gpu_throughput.measure(args, torch.device(pretend_device.NAME, 0))}
+
+
 def check(kind: str, name: str) -> dict:
     began, said = time.perf_counter(), io.StringIO()
     answer = {"check": f"{kind} {name}", "error": None}
     try:
         with contextlib.redirect_stdout(said):
-            answer |= {"train": train, "evaluate": evaluate, "planted": planted}[kind](name)
+            does = {"train": train, "evaluate": evaluate, "planted": planted, "benchmark": benchmark}
+            answer |= does[kind](name)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.parent == ROOT]
         ours = [f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in ours if "tests/" not in f.filename]

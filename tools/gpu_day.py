@@ -6,7 +6,7 @@ A step that fails is recorded as such, and the others go on.
 
     python tools/gpu_day.py --list                       # the steps, their commands, and which have their record
     python tools/gpu_day.py --cifar CIFAR                # all of them; CIFAR: CIFAR-10 as files, train/CLASS/* and val/
-    python tools/gpu_day.py throughput --again throughput
+    python tools/gpu_day.py throughput decode --again throughput
     python tools/gpu_day.py --toy                        # every step at toy size, on whatever device there is
 """
 
@@ -86,7 +86,7 @@ class Step:
     paper: str = ""
 
     def line(self, toy: bool) -> str:
-        return f"{self.command} {self.toy if toy else self.full}"
+        return f"{self.command} {self.toy if toy else self.full}".strip()
 
 
 @dataclass
@@ -238,6 +238,8 @@ class Ended:
 class Caller:
     """Runs commands one at a time in process groups of their own; a signal to this process is passed on as SIGTERM."""
 
+    every = 60  # seconds between lines in a pipe; on a terminal it is one, and one line
+
     def __init__(self, limit: float, grace: float):
         self.limit, self.grace, self.received = limit, grace, 0
 
@@ -257,7 +259,7 @@ class Caller:
 
     def run(self, command: str, log: Path) -> Ended:
         """Its output goes to `log`; the last line of it is shown on a terminal, and every minute in a pipe."""
-        began, shown, asked = time.monotonic(), 0.0, None
+        began, shown, asked = (now := time.monotonic()), now, None
         with open(log, "ab") as out:
             out.write(f"\n$ {command}\n".encode())
             out.flush()
@@ -274,7 +276,7 @@ class Caller:
                 _signal(process.pid, signal.SIGTERM)
             if asked and now - asked > self.grace:
                 _signal(process.pid, signal.SIGKILL)
-            if now - shown > (1 if sys.stdout.isatty() else 60):
+            if now - shown > (1 if sys.stdout.isatty() else self.every):
                 shown = now
                 self._show(now - began, log)
             time.sleep(0.05)
@@ -287,7 +289,7 @@ class Caller:
         line = f"      {clock(seconds)} of at most {clock(self.limit)}  {last_line(log.read_text(errors='replace'))}"
         if sys.stdout.isatty():
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-        elif seconds > 1:
+        else:
             print(line[:160], flush=True)
 
 
@@ -317,10 +319,8 @@ def _alive(group: int) -> bool:
 class Day:
     """The steps with their records below `records` and their runs and logs below `runs`."""
 
-    def __init__(
-        self, records: Path, runs: Path, toy: bool, cifar: str | None, limit: float = LIMIT, grace: float = GRACE
-    ):
-        self.records, self.runs, self.toy, self.limit, self.grace = records, runs, toy, limit, grace
+    def __init__(self, records: Path, runs: Path, toy: bool, cifar: str | None, limit: float):
+        self.records, self.runs, self.toy, self.limit = records, runs, toy, limit
         self.cifar = Path(cifar).resolve() if cifar else None
         if self.cifar and not (self.cifar / "train").is_dir():
             raise UserError(f"--cifar {printable(cifar)}: no train/ in it")
@@ -407,7 +407,7 @@ class Day:
 
     def go(self, steps: list[Step], again: list[str]) -> list[str]:
         """Run what has no record; what failed or was cut short, one line each."""
-        with Caller(self.limit, self.grace) as caller:
+        with Caller(self.limit, GRACE) as caller:
             return self._go(caller, steps, again)
 
     def _go(self, caller: Caller, steps: list[Step], again: list[str]) -> list[str]:
@@ -488,7 +488,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--list", action="store_true", help="say what there is to do, and end")
     parser.add_argument(
-        "--again", action="append", default=[], metavar="STEP", help="run it anew though it has a record"
+        "--again", nargs="+", default=[], metavar="STEP", help="run these anew though they have records"
     )
     parser.add_argument("--cifar", metavar="TREE", help="CIFAR-10 as files: train/CLASS/* and val/ or test/")
     parser.add_argument("--toy", action="store_true", help="every step at toy size on whatever device there is")

@@ -15,6 +15,8 @@ from pathlib import Path
 import pretend_device
 import torch
 from conftest import ROOT, compute_on
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import gpu_throughput
 from common import data
@@ -153,7 +155,34 @@ def planted(name: str) -> dict:
 def benchmark(name: str) -> dict:
     gpu_throughput.WARM = 1
     args = gpu_throughput.parse_args(f"{BENCHMARK} {FILES}".split())
-    return {"numbers": gpu_throughput.measure(args, torch.device(pretend_device.NAME, 0))}
+    device = torch.device(pretend_device.NAME, 0)
+    side = gpu_throughput.Pretraining(args, "patch", device, gpu_throughput.generated(16, 36, device))
+    side.step()
+    with Waits() as waits:
+        side.step()
+    return {"numbers": gpu_throughput.measure(args, device), "waits": waits.found}
+
+
+class Waits(TorchDispatchMode):
+    """Where a GPU would be waited for: its values read, or a copy to it that is not told to be non_blocking."""
+
+    READS = "_local_scalar_dense", "nonzero", "masked_select", "equal"
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.overloadpacket.__name__, kwargs or {}
+        there = any(isinstance(x, pretend_device.DeviceTensor) for x in tree_leaves((args, kwargs)))
+        to = kwargs.get("device") if name == "_to_copy" else None
+        crosses = to is not None and (torch.device(to).type == pretend_device.NAME) != there
+        if there and (name in self.READS or crosses) or crosses and not kwargs.get("non_blocking"):
+            frames = [f for f in traceback.extract_stack() if Path(f.filename).parent.parent == ROOT]
+            self.found.append(
+                f"{name} at {[f'{Path(f.filename).name}:{f.lineno}' for f in frames if 'tests' not in f.filename][-1]}"
+            )
+        return operation(*args, **kwargs)
 
 
 def check(kind: str, name: str) -> dict:

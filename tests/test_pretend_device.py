@@ -56,3 +56,4 @@ def test_the_step_that_is_timed_on_a_gpu(answers):
     answer = answers["benchmark throughput"]
     assert answer["error"] is None
     assert answer["numbers"]["MoCo, files, pictures/s"] > 0 < answer["numbers"]["moco_of_supervised"]
+    assert answer["waits"] == []  # a step is given to a GPU without waiting for it

@@ -174,8 +174,10 @@ def test_numbers_of_other_programs(tmp_path):
     said = "=== 9 passed, 3 skipped, 40 deselected, 1 error in 8.21s ==="
     found = gpu_day.Found(tmp_path, said, 1, toy=False)
     assert gpu_day.tests(found) == {"passed": 9, "failed": 0, "error": 1, "skipped": 3}
-    found.said = "one thread\nresult: ratio 3.25 (this / that; wanted: 3)\n"
-    assert gpu_day.decoding(found) == {"ratio": 3.25, "missed": 1}
+    found.said = (
+        "on the device / this loader: ratio 2.50, median of pairs\n\nresult: ratio 3.25 (this / that; wanted: 3)\n"
+    )
+    assert gpu_day.decoding(found) == {"loader / published": 3.25, "device / loader": 2.5}
     found.said = "error: no card"
     assert gpu_day.decoding(found) == gpu_day.tests(found) == {}
     lines = [{"epoch": e, "epoch_loss": 7 + e} for e in range(20)] + [

@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench gpu clean help
 
 help:
 	@echo "make demo    pre-train, evaluate and print the robustness table on built-in pictures (two to five minutes on two CPU cores)"
 	@echo "make test    run the tests (some twelve minutes on two cores; no network, no GPU)"
 	@echo "make lint    the formatter and the linter, as a change has to pass them"
 	@echo "make bench   measure speed on this machine, side by side with the usual alternatives"
+	@echo "make gpu     what waits for a GPU, in steps of ten minutes with records; make gpu ARGS='--cifar TREE', ARGS=--list, ARGS=--toy"
 	@echo "make clean   remove .venv, the demo's pictures and its runs"
 
 demo: .venv/run.stamp
@@ -26,6 +27,9 @@ lint: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/run_all.py
+
+gpu: .venv/dev.stamp
+	$(BIN)/python tools/gpu_day.py $(ARGS)
 
 .venv/run.stamp: requirements.txt
 	@echo "setting up .venv: a few GB of PyTorch, one to four minutes"

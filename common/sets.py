@@ -139,7 +139,7 @@ class ArraySet(PictureSet):
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """uint8 (len(rows), 3, H, W), a copy, on the device of `images`."""
-        rows = torch.from_numpy(self._places[rows.numpy()]).to(self.images.device)
+        rows = torch.from_numpy(self._places[rows.numpy()]).to(self.images.device, non_blocking=True)
         if self.file is None:
             return self.images.index_select(0, rows)
         return self.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)  # in the order of the file

@@ -15,7 +15,10 @@ from pathlib import Path
 import pretend_device
 import torch
 from conftest import ROOT, compute_on
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from benchmarks import gpu_throughput
 from common import data
 from preprocess import demo_voc
 
@@ -66,10 +69,15 @@ PLANTED = {  # run: what of (views, target, index) is left on the host
     "ring-ir": "index", "ring-moco": "view", "ft-moco": "view", "ft-pirl": "index",
     "debiased": "view", "unbiased": "target", "debiased-fresh": "view",
 }  # fmt: skip
+BENCHMARK = "--arch resnet18 --size 32 --batch 8 --bn-splits 2 --moco-k 64 --pictures 16 --steps 1 --repeats 1"
+FILES = "--data data/demo --workers 0"
 
 
 def names() -> list[str]:
-    return [*(f"train {n}" for n in RUNS), *(f"evaluate {n}" for n in EVALUATIONS), *(f"planted {n}" for n in PLANTED)]
+    scripts = [
+        f"{kind} {n}" for kind, all in (("train", RUNS), ("evaluate", EVALUATIONS), ("planted", PLANTED)) for n in all
+    ]
+    return [*scripts, "benchmark throughput"]
 
 
 def start(name: str, side: str, *more: str) -> None:
@@ -144,12 +152,46 @@ def planted(name: str) -> dict:
     return {}
 
 
+def benchmark(name: str) -> dict:
+    gpu_throughput.WARM = 1
+    args = gpu_throughput.parse_args(f"{BENCHMARK} {FILES}".split())
+    device = torch.device(pretend_device.NAME, 0)
+    side = gpu_throughput.Pretraining(args, "patch", device, gpu_throughput.generated(16, 36, device))
+    side.step()
+    with Waits() as waits:
+        side.step()
+    return {"numbers": gpu_throughput.measure(args, device), "waits": waits.found}
+
+
+class Waits(TorchDispatchMode):
+    """Where a GPU would be waited for: its values read, or a copy to it that is not told to be non_blocking."""
+
+    READS = "_local_scalar_dense", "nonzero", "masked_select", "equal"
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.overloadpacket.__name__, kwargs or {}
+        there = any(isinstance(x, pretend_device.DeviceTensor) for x in tree_leaves((args, kwargs)))
+        to = kwargs.get("device") if name == "_to_copy" else None
+        crosses = to is not None and (torch.device(to).type == pretend_device.NAME) != there
+        if there and (name in self.READS or crosses) or crosses and not kwargs.get("non_blocking"):
+            frames = [f for f in traceback.extract_stack() if Path(f.filename).parent.parent == ROOT]
+            self.found.append(
+                f"{name} at {[f'{Path(f.filename).name}:{f.lineno}' for f in frames if 'tests' not in f.filename][-1]}"
+            )
+        return operation(*args, **kwargs)
+
+
 def check(kind: str, name: str) -> dict:
     began, said = time.perf_counter(), io.StringIO()
     answer = {"check": f"{kind} {name}", "error": None}
     try:
         with contextlib.redirect_stdout(said):
-            answer |= {"train": train, "evaluate": evaluate, "planted": planted}[kind](name)
+            does = {"train": train, "evaluate": evaluate, "planted": planted, "benchmark": benchmark}
+            answer |= does[kind](name)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.parent == ROOT]
         ours = [f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in ours if "tests/" not in f.filename]

@@ -105,6 +105,7 @@ def test_ctrl_c_during_the_imports_is_quiet(script, tmp_path):
     flags = {"preprocess/pack.py": ["a", "b"], "preprocess/make_demo.py": ["a"], "tools/report.py": ["a"]}
     flags |= {"tools/export.py": ["a", "--to", "timm"], "preprocess/check_images.py": ["a"]}
     flags |= {"tools/claims.py": [], "tools/evaluate.py": ["a", "b"], "feature_transform/plot_scores.py": ["a"]}
+    flags |= {"tools/gpu_day.py": []}
     flags["ring/theory.py"] = ["--out", "a"]
     flags["preprocess/imagenet100_subset.py"] = ["--imagenet_path", "a", "--imagenet100_path", "b"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -50,3 +50,10 @@ def test_evaluations(answers, name):
 @pytest.mark.parametrize("name", on_pretend_device.PLANTED)
 def test_what_is_left_on_the_host_is_found(answers, name):
     assert pretend_device.MIXED in answers[f"planted {name}"]["error"]
+
+
+def test_the_step_that_is_timed_on_a_gpu(answers):
+    answer = answers["benchmark throughput"]
+    assert answer["error"] is None
+    assert answer["numbers"]["MoCo, files, pictures/s"] > 0 < answer["numbers"]["moco_of_supervised"]
+    assert answer["waits"] == []  # a step is given to a GPU without waiting for it

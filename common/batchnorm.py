@@ -46,11 +46,26 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if x.shape[0] % self.splits:
             raise UserError(f"a batch of {x.shape[0]} cannot be split into {self.splits} equal batch-norm groups")
-        first, *others = x.chunk(self.splits)
-        if self.running == "mean" and self.track_running_stats:
+        if torch.compiler.is_compiling():
+            return self._at_once(x)
+        if self.running == "mean":
             return self._averaged(x.chunk(self.splits))
+        first, *others = x.chunk(self.splits)
         how = (None, None, self.weight, self.bias, True, 0.0, self.eps)
         return torch.cat([super().forward(first), *(nn.functional.batch_norm(part, *how) for part in others)])
+
+    def _at_once(self, x: Tensor) -> Tensor:
+        """As `forward`, in operations that a compiler fuses: no loop over the parts, so a fifth of the launches."""
+        parts = x.unflatten(0, (self.splits, -1)).float()  # S x n x C x H x W
+        var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0, keepdim=True)
+        with torch.no_grad():
+            n = parts[0].numel() // parts.shape[2]
+            seen = [mean.detach().flatten(1), var.detach().flatten(1) * (n / (n - 1))]  # S x C each
+            for kept, new in zip((self.running_mean, self.running_var), seen):
+                kept.lerp_(new.mean(0) if self.running == "mean" else new[0], self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = (var + self.eps).rsqrt() * self.weight.view(-1, 1, 1)
+        return ((parts - mean) * scale + self.bias.view(-1, 1, 1)).to(x.dtype).flatten(0, 1)
 
     def _averaged(self, parts: tuple[Tensor, ...]) -> Tensor:
         """As `forward`. Every part starts from the statistics of before; kept is the mean of what they come to."""

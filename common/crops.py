@@ -121,6 +121,8 @@ class HostCrops(torch.utils.data.Dataset):
         n = len(self.source)
         if len(self.bad) == n:
             raise UserError(f"{self.source.name}: no readable picture in it")
+        if not self.bad:
+            return rows.tolist()
         return [next(r % n for r in range(row, row + n) if r % n not in self.bad) for row in rows.tolist()]
 
     def _draw(self, epoch: int, step: int, index: Tensor) -> list[Tensor]:

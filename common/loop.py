@@ -40,7 +40,7 @@ from common import UsageError, UserError, checkpoint, cli, options, printable, p
 # Flags that may differ when a run goes on without a word: where and how it computes, reports and is resumed.
 FREE = set(
     "amp_backend ckpt_path compile data_device demo device dist_backend dist_url evaluate folder gpu knn_every knn_k label "
-    "model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank resume save_freq save_path "
+    "last_every model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank resume save_freq save_path "
     "save_score show_views skip_bad_images start_epoch stop_after tb_path workers world_size milestones pretrained".split()
 )
 SAME = ("dataset", "class_list", "texture_root")  # flags that make another run of it, besides those that a script names
@@ -252,11 +252,13 @@ class Job:
                 return self._stop(f"in epoch {self.epoch} at step {self.step}")
             if not self._knn_due():
                 self._save_numbered()
-            self.save(self.last)
-            if self.stop.asked() and self.done < self.args.epochs:
+            asked, enough = self.stop.asked(), getattr(self.args, "stop_after", None) or self.args.epochs
+            if asked or self.done >= enough or self.due(getattr(self.args, "last_every", 1)):
+                self.save(self.last)
+            if asked and self.done < self.args.epochs:
                 return self._stop(f"after epoch {self.epoch}")
-            if self.done >= (getattr(self.args, "stop_after", None) or self.done + 1) and self.done < self.args.epochs:
-                return self._stop(f"after epoch {self.epoch}", f"--stop-after {self.args.stop_after}")
+            if enough <= self.done < self.args.epochs:
+                return self._stop(f"after epoch {self.epoch}", f"--stop-after {enough}")
         self.log.say_replaced(self.source)
         name = self.numbered.format(self.done - 1 + self.first) if self.numbered else self.last
         self.log.say(f"done: {self.done} epochs; {os.path.join(self.folder, name)}")

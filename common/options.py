@@ -43,6 +43,8 @@ def add_run_arguments(group, save_freq: int | None = 10) -> None:
     group.add_argument("-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines")
     if save_freq:
         group.add_argument("--save-freq", type=cli.positive_int, default=save_freq, help="epochs per kept checkpoint")
+    about = "epochs between saves of the newest state, for epochs of seconds; stopped runs save as ever"
+    group.add_argument("--last-every", type=cli.positive_int, default=1, help=about)
     about = "end after so many epochs of the schedule; --resume auto goes on"
     group.add_argument("--stop-after", type=cli.positive_int, metavar="EPOCHS", help=about)
     group.add_argument("--resume", default="", metavar="PATH|auto", help="checkpoint to continue; auto: the newest")

@@ -91,24 +91,26 @@ def test_a_symmetric_step_of_the_script_is_the_sum_of_both_losses(flags):
     torch.testing.assert_close(out["loss"], F.cross_entropy(logits[:32], labels) + F.cross_entropy(logits[32:], labels))
 
 
-def test_averaged_statistics_are_the_mean_over_the_groups():
-    x = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    plain, first, mean = (nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)) for _ in range(3))
-    batchnorm.split(first, 2)
-    batchnorm.split(mean, 2, "mean")
-    torch.testing.assert_close(mean(x), first(x))
-    stats = []
-    for part in x.chunk(2):
-        torch.manual_seed(0)
-        alone = nn.BatchNorm2d(4, momentum=0.3)
-        alone(part)
-        stats.append(torch.stack([alone.running_mean, alone.running_var]))
-    expected = sum(stats) / 2
-    torch.testing.assert_close(torch.stack([mean[0].running_mean, mean[0].running_var]), expected)
-    torch.testing.assert_close(torch.stack([first[0].running_mean, first[0].running_var]), stats[0])
-    assert mean[0].num_batches_tracked == 1 and mean.state_dict().keys() == plain.state_dict().keys()
-    mean.eval()
-    torch.testing.assert_close(mean(x[:1]), F.batch_norm(x[:1], *expected))
+@pytest.mark.parametrize("running", ["first", "mean"])
+def test_statistics_of_groups_step_by_step_and_as_a_compiler_is_given_them(running):
+    x = torch.randn(2, 8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    norms = [batchnorm.split(nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), 2, running)[0] for _ in range(2)]
+    expected, alone = torch.stack([torch.zeros(4), torch.ones(4)]), nn.BatchNorm2d(4, momentum=0.3)
+    for images in x:
+        groups = []
+        for part in images.chunk(2):
+            alone.running_mean.copy_(expected[0]), alone.running_var.copy_(expected[1])
+            groups.append((alone(part), torch.stack([alone.running_mean, alone.running_var])))
+        kept = [stats for _, stats in groups]
+        expected = sum(kept) / 2 if running == "mean" else kept[0]
+        for norm, forward in zip(norms, (norms[0], norms[1]._at_once)):
+            torch.testing.assert_close(forward(images), torch.cat([out for out, _ in groups]), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.stack([norm.running_mean, norm.running_var]), expected)
+    assert all(
+        norm.num_batches_tracked == 2 and norm.state_dict().keys() == alone.state_dict().keys() for norm in norms
+    )
+    norms[0].eval()
+    torch.testing.assert_close(norms[0](x[0, :1]), F.batch_norm(x[0, :1], *expected))
 
 
 def test_a_run_that_stops_early_goes_on_exactly_and_evaluations_see_its_colours(workspace, capsys):

@@ -143,10 +143,11 @@ def settled(paper: str) -> Callable[[Found], dict[str, float]]:
 
     def read(found: Found) -> dict[str, float]:
         content = claims.papers()[paper]
-        how = claims.setting(paper, content, "toy" if found.toy else "gpu")
-        said = [claims.verdict(next(iter(claims.compared(claim, how).values()), [])) for claim in content["claims"]]
-        numbers = {"runs missing": len(claims.missing(content, how, [], 3))}
-        return numbers | {verdict: said.count(verdict) for verdict in ("agrees", "does not agree", "cannot be told")}
+        how = claims.setting(paper, content, "gpu")
+        said = [claims.concluded(claim, how) for claim in content["claims"]]
+        numbers = {"runs missing": len(claims.missing([(claim, how) for claim in content["claims"]], 3))}
+        verdicts = ("agrees", "does not agree", "cannot be told")
+        return numbers | {verdict: sum(s.startswith(verdict) for s in said) for verdict in verdicts}
 
     return read
 
@@ -162,7 +163,7 @@ YARDSTICK = (
     "--ckpt_path {out} --resume auto"
 )
 YARDSTICK_TOY = "-b 8 --moco-k 64 --bn-splits 2 --epochs 2 --knn-k 5 -j 1"
-CLAIMS = "python tools/claims.py {paper} --run --seeds 3 --cifar {cifar} --scale"
+CLAIMS = "python tools/claims.py {paper} --run --scale gpu --seeds 3 --cifar {cifar}"
 # The MoCo authors' CIFAR-10 notebook: facebookresearch/moco, branch colab-notebook at f736491
 CURVE = {
     "k-NN 1": 31.98, "k-NN 2": 33.52, "k-NN 3": 34.71, "k-NN 4": 36.98, "k-NN 5": 37.95, "k-NN 10": 48.03,
@@ -209,13 +210,14 @@ STEPS = (
     ),
     Step(
         "cifar200", "all 200 of them, fast (published: 85 to 112 minutes)", 9, YARDSTICK,
-        full="--data-device device --knn-every 20 --save-freq 200 --amp --compile", toy=f"{YARDSTICK_TOY} --amp",
+        full="--data-device device --knn-every 20 --save-freq 200 --last-every 20 --amp --compile",
+        toy=f"{YARDSTICK_TOY} --amp",
         aims=(Aim("seconds", most=480), Aim("k-NN", least=82)), read=yardstick(200), goes_on=True, kept=RECORDS,
         published=CURVE | {"k-NN": CURVE["k-NN 200"], "seconds": 60 * 85},
     ),
     *(
         Step(
-            f"claims-{paper}", f"claims: {about}", 10, CLAIMS.replace("{paper}", paper), full="gpu", toy="toy",
+            f"claims-{paper}", f"claims: {about}", 10, CLAIMS.replace("{paper}", paper), full="", toy="--toy",
             aims=(Aim("runs missing", most=0), Aim("agrees"), Aim("does not agree"), Aim("cannot be told")),
             read=settled(paper), goes_on=True, paper=paper,
         )
@@ -334,9 +336,8 @@ class Day:
 
     def cannot(self, step: Step) -> str | None:
         """Why a step cannot be run here."""
-        scale = "toy" if self.toy else "gpu"
-        if step.paper and scale not in claims.papers().get(step.paper, {"scales": {}})["scales"]:
-            return f"{step.paper} has no claims at scale {scale}"
+        if step.paper and "gpu" not in claims.papers().get(step.paper, {"scales": {}})["scales"]:
+            return f"{step.paper} has no claims at scale gpu"
         if "{cifar}" in step.command and not self.toy and self.cifar is None:
             return "needs --cifar TREE, CIFAR-10 as files with train/CLASS/* and val/ or test/"
         return None

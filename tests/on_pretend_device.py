@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pretend_device
 import torch
-from conftest import ROOT, compute_on
+from conftest import ROOT, compute_on, slim_networks
 
 from common import data
 from preprocess import demo_voc
@@ -170,4 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with slim_networks():
+        main()

@@ -13,6 +13,8 @@ from cmc import colour
 from cmc import train_CMC as script
 from common import UsageError, UserError, backbones, checkpoint, memory, processes
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 24 --model_path run --device cpu --print_freq 2".split()
 NAME = "memory_nce_24_resnet18v1_lr_0.03_decay_0.0001_bsz_32_view_Lab"
 PUBLISHED = ("opt", "model", "contrast", "optimizer", "epoch")

@@ -14,6 +14,8 @@ from common import UsageError, UserError, checkpoint, processes, sets
 from debiased import estimator, linear, networks
 from debiased import main as script
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 TINY = "--demo --epochs 2 --batch_size 32 --feature_dim 16 --model_path run --device cpu --print_freq 2".split()
 HERE = processes.Process()
 

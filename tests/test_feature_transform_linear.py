@@ -13,6 +13,8 @@ from feature_transform import main_linear, networks, views
 from preprocess.imagenet100_subset import CLASS_LIST
 from tools import export, report, robustness
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 SMALL = "--device cpu --input-res 32 --epochs 2 --batch_size 64 --lr 1 -j 0 --seed 0 --dataset folder".split()
 CACHED = ["--cache-views", "1"]
 

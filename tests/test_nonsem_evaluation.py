@@ -13,6 +13,8 @@ from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
 from tools import report, robustness
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 PRE = "--demo --epochs 1 --batch-size 32 --moco-k 64 --bn-splits 2 --ckpt_path pre --device cpu".split()
 LIN = ["--demo", "--pretrained", "pre", "--ckpt_path", "lin", "--epochs", "2", "--batch-size", "64", "--lr", "0.1"]
 ROB = ["--demo", "--classifier", "lin", "--ckpt_path", "rob"]

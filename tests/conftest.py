@@ -77,6 +77,10 @@ def inside(folder: Path):
         yield
 
 
+SLIM = 4  # times fewer channels
+MAKE_LAYER, MAKE_RESNET = ResNet._make_layer, ResNet.__init__
+
+
 @contextlib.contextmanager
 def slim_networks():
     """Residual networks that are built in the block have a quarter of the channels in their stages, and all else as ever.
@@ -84,14 +88,13 @@ def slim_networks():
     For tests that look at runs and not at networks: eleven million weights that are drawn, stepped, written and read back
     would take most of their time.
     """
-    make, init = ResNet._make_layer, ResNet.__init__
 
     def narrow(self, block, planes, *rest, **how):
         given = type(self).__name__ == "Trunk"  # detection's, whose widths are those of a checkpoint
-        return make(self, block, planes if given else planes // 4, *rest, **how)
+        return MAKE_LAYER(self, block, planes if given else planes // SLIM, *rest, **how)
 
     def fitting(self, *rest, **how):
-        init(self, *rest, **how)
+        MAKE_RESNET(self, *rest, **how)
         self.fc = nn.Linear(self.inplanes, self.fc.out_features)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,6 +108,13 @@ def slim():
     """`slim_networks` for a whole file, with its fixtures: pytestmark = pytest.mark.usefixtures("slim")."""
     with slim_networks():
         yield
+
+
+@pytest.fixture
+def full_width(monkeypatch):
+    """In a file with slim networks: those of this test are not."""
+    monkeypatch.setattr(ResNet, "_make_layer", MAKE_LAYER)
+    monkeypatch.setattr(ResNet, "__init__", MAKE_RESNET)
 
 
 def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env) -> subprocess.CompletedProcess:

@@ -108,7 +108,7 @@ def test_refused_values(flags, capsys):
 
 
 @pytest.mark.parametrize("model", ["resnet18v1", "alexnet"])
-def test_keys_of_the_network_are_the_published_ones(model):
+def test_keys_of_the_network_are_the_published_ones(model, full_width):
     args = script.parse_args(["--data_folder", "x", "--model", model, "--view", "HSV"])
     with torch.device("meta"):
         network = script.build_network(model, colour.chosen_views(args), args.feat_dim, False)

@@ -458,7 +458,7 @@ def lightning(saved: dict, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ir", "moco"])
-def test_a_published_checkpoint_resumes(workspace, capsys, method):
+def test_a_published_checkpoint_resumes(workspace, full_width, capsys, method):
     flags = [*METHODS[method], "--conv3x3"] if method == "ir" else METHODS[method]
     ours = train(*flags, "--epochs", 1)
     if method == "ir":

@@ -251,7 +251,8 @@ def job(args, process) -> None:
     for name, (script, flags, folder) in RUNS.items() if process.world_size == 2 else ():
         for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
             start = [*DEMO, *flags, folder, f"{name}-{where}", *more]
-            with slim_networks() if name != "patch" else contextlib.nullcontext():  # torchrun is to give what that gives
+            width = contextlib.nullcontext() if name == "patch" else slim_networks()  # torchrun repeats that run
+            with width:
                 script.worker(script.parse_args(start), process)
     if process.is_main:
         torch.save(found, f"{process.world_size}.pt")

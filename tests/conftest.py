@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import nn
+from torchvision.models.resnet import ResNet
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -74,6 +75,46 @@ def inside(folder: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield
+
+
+SLIM = 4  # times fewer channels
+MAKE_LAYER, MAKE_RESNET = ResNet._make_layer, ResNet.__init__
+
+
+@contextlib.contextmanager
+def slim_networks():
+    """Residual networks that are built in the block have a quarter of the channels in their stages, and all else as ever.
+
+    For tests that look at runs and not at networks: eleven million weights that are drawn, stepped, written and read back
+    would take most of their time.
+    """
+
+    def narrow(self, block, planes, *rest, **how):
+        given = type(self).__name__ == "Trunk"  # detection's, whose widths are those of a checkpoint
+        return MAKE_LAYER(self, block, planes if given else planes // SLIM, *rest, **how)
+
+    def fitting(self, *rest, **how):
+        MAKE_RESNET(self, *rest, **how)
+        self.fc = nn.Linear(self.inplanes, self.fc.out_features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResNet, "_make_layer", narrow)
+        patch.setattr(ResNet, "__init__", fitting)
+        yield
+
+
+@pytest.fixture(scope="module")
+def slim():
+    """`slim_networks` for a whole file, with its fixtures: pytestmark = pytest.mark.usefixtures("slim")."""
+    with slim_networks():
+        yield
+
+
+@pytest.fixture
+def full_width(monkeypatch):
+    """In a file with slim networks: those of this test are not."""
+    monkeypatch.setattr(ResNet, "_make_layer", MAKE_LAYER)
+    monkeypatch.setattr(ResNet, "__init__", MAKE_RESNET)
 
 
 def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env) -> subprocess.CompletedProcess:

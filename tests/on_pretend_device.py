@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pretend_device
 import torch
-from conftest import ROOT, compute_on
+from conftest import ROOT, compute_on, slim_networks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -212,4 +212,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with slim_networks():
+        main()

@@ -13,6 +13,8 @@ from cmc import colour
 from cmc import train_CMC as script
 from common import UsageError, UserError, backbones, checkpoint, memory, processes
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 24 --model_path run --device cpu --print_freq 2".split()
 NAME = "memory_nce_24_resnet18v1_lr_0.03_decay_0.0001_bsz_32_view_Lab"
 PUBLISHED = ("opt", "model", "contrast", "optimizer", "epoch")
@@ -106,7 +108,7 @@ def test_refused_values(flags, capsys):
 
 
 @pytest.mark.parametrize("model", ["resnet18v1", "alexnet"])
-def test_keys_of_the_network_are_the_published_ones(model):
+def test_keys_of_the_network_are_the_published_ones(model, full_width):
     args = script.parse_args(["--data_folder", "x", "--model", model, "--view", "HSV"])
     with torch.device("meta"):
         network = script.build_network(model, colour.chosen_views(args), args.feat_dim, False)

@@ -8,11 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import equal, inside, run_script, says_no, statistics, stopped_at
+from conftest import SLIM, equal, inside, run_script, says_no, statistics, stopped_at
 
 from common import UsageError, UserError, checkpoint, processes, sets
 from debiased import estimator, linear, networks
 from debiased import main as script
+
+pytestmark = pytest.mark.usefixtures("slim")
 
 TINY = "--demo --epochs 2 --batch_size 32 --feature_dim 16 --model_path run --device cpu --print_freq 2".split()
 HERE = processes.Process()
@@ -341,7 +343,7 @@ def test_both_protocols_on_both_layouts(trained, tmp_path, protocol):
         assert result["protocol"] == protocol and result["epochs"] == epoch and result["arch"] == "resnet18"
         assert result["label"] == label + ", published protocol" * (protocol == "published")
         assert result["linear_epochs"] == 2 and {"acc1", "acc1_best", "best_epoch"} <= result.keys()
-        assert saved["state_dict"]["fc.weight"].shape == (10, 512)
+        assert saved["state_dict"]["fc.weight"].shape == (10, 512 // SLIM)
         (config,) = out.glob("*/config.json")
         assert json.loads(config.read_text())["derived"]["protocol"] == protocol
 

@@ -16,6 +16,8 @@ from feature_transform.memory import KeyQueue, MemoryBank
 from feature_transform.transform import LEVELS, NOTHING, Draws, Rule
 from moco_insdis import contrast as plain
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 DEMO = "--demo --device cpu --model_path run".split()
 TINY = [*DEMO, *"--epochs 2 --batch_size 32 --nce_k 40 --name tiny --print_freq 2".split()]
 EXTRA = "--mixnorm_target posneg --dim_mask both --neg_query original --postmix_norm --norm_target both".split()

@@ -25,6 +25,8 @@ from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from ring import train_ring
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 SMALL = "--demo --device cpu --epochs 1 --seed 0".split()
 BANK = [*SMALL, "-b", "32", "--nce_k", "40"]
 SCRIPTS = {  # name: (script, flags, what is built once for all cases, flag of the folder)

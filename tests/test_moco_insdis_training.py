@@ -12,6 +12,8 @@ from conftest import as_published, equal, first_loss, inside, run_script, says_n
 from common import UsageError, UserError, checkpoint, memory, processes
 from moco_insdis import train_moco_ins as script
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 TINY = "--demo --epochs 2 --batch_size 32 --nce_k 40 --model_path run --device cpu --print_freq 2".split()
 PUBLISHED = ("opt", "model", "contrast", "optimizer", "epoch")
 TAIL = "_40_resnet18_lr_0.03_decay_0.0001_bsz_32_crop_0.2_aug_CJ"

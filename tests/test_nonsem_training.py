@@ -21,6 +21,8 @@ from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 SMALL = ["-a", "resnet18", "--input-res", "32", "--mlp", "--aug-plus", "--seed", "0", "--moco-t", "0.2"]
 SIZES = "--epochs 2 --batch-size 32 --moco-k 64 --bn-splits 2 --ckpt_path run --device cpu".split()
 TINY = ["--demo", *SIZES]

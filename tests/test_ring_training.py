@@ -17,6 +17,8 @@ from common import UsageError, UserError, checkpoint, processes, sets
 from ring import negatives
 from ring import train_ring as script
 
+pytestmark = pytest.mark.usefixtures("slim")
+
 TINY = "--demo --epochs 2 -b 32 --k 64 --exp-base run --device cpu --print-freq 2 --thres-outer .5".split()
 METHODS = {method: ["--method", method] for method in ("ir", "moco", "cmc")}
 CONFIGS = sorted(path.name for path in (ROOT / "ring/configs").glob("*.json"))
@@ -456,7 +458,7 @@ def lightning(saved: dict, path: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ir", "moco"])
-def test_a_published_checkpoint_resumes(workspace, capsys, method):
+def test_a_published_checkpoint_resumes(workspace, full_width, capsys, method):
     flags = [*METHODS[method], "--conv3x3"] if method == "ir" else METHODS[method]
     ours = train(*flags, "--epochs", 1)
     if method == "ir":

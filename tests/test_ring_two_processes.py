@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import equal
+from conftest import equal, slim_networks
 from test_two_processes import DEMO, TOLERANCE, digest, distances, float64, one_and_two, scale, some
 
 from common import checkpoint, processes, sets
@@ -68,12 +68,13 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
 
 
 def job(args, process) -> None:
-    found = {case: steps(case, process) for case in CASES}
-    if process.world_size == 2:
-        for mistake, cases in MISTAKES.items():
-            found |= {(case, mistake): steps(case, process, mistake) for case in cases}
-        for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
-            train_ring.worker(train_ring.parse_args([*DEMO, *LONG, where, *more]), process)
+    with slim_networks():
+        found = {case: steps(case, process) for case in CASES}
+        if process.world_size == 2:
+            for mistake, cases in MISTAKES.items():
+                found |= {(case, mistake): steps(case, process, mistake) for case in cases}
+            for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
+                train_ring.worker(train_ring.parse_args([*DEMO, *LONG, where, *more]), process)
     if process.is_main:
         torch.save(found, f"{process.world_size}.pt")
 

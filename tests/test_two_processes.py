@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, equal, inside, run_script
+from conftest import Net, equal, inside, run_script, slim_networks
 from torch import nn
 
 from cmc import train_CMC
@@ -246,13 +246,16 @@ def collectives(process) -> dict:
 
 
 def job(args, process) -> None:
-    found = {case: steps(case, process) for case in CASES} | {"collectives": collectives(process)}
-    if process.world_size == 2:
-        for mistake, cases in MISTAKES.items():
-            found |= {(case, mistake): steps(case, process, mistake) for case in cases}
-        for name, (script, flags, folder) in RUNS.items():
-            for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
-                start = [*DEMO, *flags, folder, f"{name}-{where}", *more]
+    with slim_networks():
+        found = {case: steps(case, process) for case in CASES} | {"collectives": collectives(process)}
+        if process.world_size == 2:
+            for mistake, cases in MISTAKES.items():
+                found |= {(case, mistake): steps(case, process, mistake) for case in cases}
+    for name, (script, flags, folder) in RUNS.items() if process.world_size == 2 else ():
+        for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
+            start = [*DEMO, *flags, folder, f"{name}-{where}", *more]
+            width = contextlib.nullcontext() if name == "patch" else slim_networks()  # torchrun repeats that run
+            with width:
                 script.worker(script.parse_args(start), process)
     if process.is_main:
         torch.save(found, f"{process.world_size}.pt")

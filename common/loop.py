@@ -148,6 +148,8 @@ class Job:
         known |= dict(batch_per_process=loader.batch_size, data_device=loader.mode)
         if hasattr(method, "precision"):
             known["precision"] = str(method.precision)
+            if method.precision.note:
+                self.log.say(f"note: {method.precision.note}")
         self.log.derived(**known | facts)
         for remark in self.remarks:
             self.log.say(remark)

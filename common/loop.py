@@ -39,9 +39,9 @@ from common import UsageError, UserError, checkpoint, cli, options, printable, p
 
 # Flags that may differ when a run goes on without a word: where and how it computes, reports and is resumed.
 FREE = set(
-    "amp_backend ckpt_path compile data_device demo device dist_backend dist_url evaluate folder gpu knn_every knn_k label "
-    "model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank resume save_freq save_path "
-    "save_score show_views skip_bad_images start_epoch tb_path workers world_size milestones pretrained".split()
+    "amp_backend ckpt_path compile data_device decode demo device dist_backend dist_url evaluate folder gpu knn_every knn_k "
+    "label model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank resume save_freq "
+    "save_path save_score show_views skip_bad_images start_epoch tb_path workers world_size milestones pretrained".split()
 )
 SAME = ("dataset", "class_list", "texture_root")  # flags that make another run of it, besides those that a script names
 

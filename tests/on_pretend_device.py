@@ -15,8 +15,9 @@ from pathlib import Path
 import pretend_device
 import torch
 from conftest import ROOT, compute_on
+from PIL import Image
 
-from common import data
+from common import augment, crops, data, sets
 from preprocess import demo_voc
 
 TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1 --save_score".split()
@@ -69,7 +70,8 @@ PLANTED = {  # run: what of (views, target, index) is left on the host
 
 
 def names() -> list[str]:
-    return [*(f"train {n}" for n in RUNS), *(f"evaluate {n}" for n in EVALUATIONS), *(f"planted {n}" for n in PLANTED)]
+    runs = [*(f"train {n}" for n in RUNS), *(f"evaluate {n}" for n in EVALUATIONS), *(f"planted {n}" for n in PLANTED)]
+    return [*runs, "decode jpegs"]
 
 
 def start(name: str, side: str, *more: str) -> None:
@@ -144,12 +146,33 @@ def planted(name: str) -> dict:
     return {}
 
 
+def decode(name: str) -> dict:
+    """Views of files that are decoded and cut on the device, beside those of the CPU; a decoder of the CPU stands in."""
+    for i, suffix in enumerate(("jpg", "png", "jpg", "jpg")):
+        path = Path(name, "a", f"{i}.{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40 + 9 * i, 50), 60).convert("RGB").save(path)
+    pictures, crop = sets.open_tree(name), augment.Compose(augment.RandomResizedCrop(16))
+    sides = {}
+    for device in (torch.device("npu", 0), torch.device("cpu")):
+
+        def decoder(files, device=device):
+            return [crops.decode_jpeg(file, crops.ImageReadMode.RGB).to(device) for file in files]
+
+        how = dict(device=device, seed=0, workers=0, data_device="host", decoder=decoder)
+        batches = list(data.Loader(pictures, (crop, crop), 4, partner=pictures, **how))
+        sides[device.type] = [view for views, *_ in batches for view in views]
+    there, here = sides.values()
+    equal = [torch.equal(view.cpu(), other) for view, other in zip(there, here, strict=True)]
+    return {"equal": equal, "devices": sorted({view.device.type for view in there})}
+
+
 def check(kind: str, name: str) -> dict:
     began, said = time.perf_counter(), io.StringIO()
     answer = {"check": f"{kind} {name}", "error": None}
     try:
         with contextlib.redirect_stdout(said):
-            answer |= {"train": train, "evaluate": evaluate, "planted": planted}[kind](name)
+            answer |= {"train": train, "evaluate": evaluate, "planted": planted, "decode": decode}[kind](name)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.parent == ROOT]
         ours = [f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}" for f in ours if "tests/" not in f.filename]

@@ -1039,6 +1039,28 @@ def test_where_nothing_is_decoded_on_the_device_one_line_says_so(equal, monkeypa
             crops.nvjpeg(torch.device("cuda", 7))
 
 
+@needs_decoder
+@pytest.mark.parametrize("script", [train_CMC, train_moco_ins, moco_non_sem_neg], ids=lambda script: script.__name__)
+def test_scripts_decode_on_the_device_where_they_are_told_to(script, mixed, monkeypatch):
+    data = (
+        ["--data", str(Path(mixed.root).parent)]
+        if script is moco_non_sem_neg
+        else ["--data_folder", str(Path(mixed.root).parent)]
+    )
+    flags = [*data, "--dataset", "folder", "-b", "4", "-j", "0", "--input-res", "16", "--seed", "0"]
+    process, decoder = processes.Process(device=torch.device("cpu")), StandIn()
+    args = script.parse_args([*flags, "--decode", "cuda"])
+    with pytest.raises(UsageError, match="--decode cuda needs a CUDA device"):
+        script.build_loader(args, process)
+    monkeypatch.setattr(crops, "nvjpeg", lambda device: decoder)
+    found, expected = (epoch_of(script.build_loader(a, process)) for a in (args, script.parse_args(flags)))
+    assert decoder.calls == [4, 4, 4]
+    for (views, _, index), (others, _, index_) in zip(found, expected, strict=True):
+        assert torch.equal(index, index_) and all(
+            (a - b).abs().mean() < 0.1 for a, b in zip(views, others, strict=True)
+        )
+
+
 def test_pictures_are_padded_in_groups_of_like_size():
     sizes = [(375, 500), (500, 375), (333, 500), (500, 333), (375, 500), (2000, 3000)] * 20
     groups = crops.alike(sizes)

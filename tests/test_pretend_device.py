@@ -50,3 +50,8 @@ def test_evaluations(answers, name):
 @pytest.mark.parametrize("name", on_pretend_device.PLANTED)
 def test_what_is_left_on_the_host_is_found(answers, name):
     assert pretend_device.MIXED in answers[f"planted {name}"]["error"]
+
+
+def test_pictures_are_decoded_and_cut_on_the_device(answers):
+    answer = answers["decode jpegs"]
+    assert answer["error"] is None and answer["devices"] == ["npu"] and answer["equal"] == [True] * 3  # bit for bit

@@ -1040,14 +1040,11 @@ def test_where_nothing_is_decoded_on_the_device_one_line_says_so(equal, monkeypa
 
 
 @needs_decoder
-@pytest.mark.parametrize("script", [train_CMC, train_moco_ins, moco_non_sem_neg], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [train_moco_ins, moco_non_sem_neg], ids=["moco_insdis", "nonsem_neg"])
 def test_scripts_decode_on_the_device_where_they_are_told_to(script, mixed, monkeypatch):
-    data = (
-        ["--data", str(Path(mixed.root).parent)]
-        if script is moco_non_sem_neg
-        else ["--data_folder", str(Path(mixed.root).parent)]
-    )
-    flags = [*data, "--dataset", "folder", "-b", "4", "-j", "0", "--input-res", "16", "--seed", "0"]
+    root = str(Path(mixed.root).parent)
+    flags = [*([root] if script is moco_non_sem_neg else ["--data_folder", root]), "--dataset", "folder", "-b", "4"]
+    flags += ["-j", "0", "--input-res", "16", "--seed", "0"]
     process, decoder = processes.Process(device=torch.device("cpu")), StandIn()
     args = script.parse_args([*flags, "--decode", "cuda"])
     with pytest.raises(UsageError, match="--decode cuda needs a CUDA device"):

@@ -1002,6 +1002,9 @@ def test_what_the_device_does_not_decode_falls_back(tmp_path):
     for row in (4, 5):
         with pytest.raises(UserError, match=f"{row}.jpg: not a picture or truncated"):
             epoch_of(loader(opened.select([row]), (CROP,), 1, decoder=StandIn(), **how))
+    with pytest.raises(UserError, match="4.jpg: not a picture or truncated"):  # also where the device would fill it up
+        filled = [torch.zeros(3, 30, 40, dtype=torch.uint8)]
+        epoch_of(loader(opened.select([4]), (CROP,), 1, decoder=lambda files: filled, **how))
     here = loader(opened, (CROP,), 7, decoder=StandIn(), skip_bad=True, **how)
     there = loader(opened, (CROP,), 7, skip_bad=True, **how)
     assert_close(epoch_of(here), epoch_of(there), 0.5 / 255, 2 / 255)

@@ -1,6 +1,7 @@
 """Pictures per second from JPEG files on the host: one Pillow pipeline per view, or decode once and cut the crops.
 
     python benchmarks/decode_jpeg.py --data /data/imagenet-100     # or without --data: generated pictures
+    python benchmarks/decode_jpeg.py --data /data/imagenet-100 --device cuda
 
 published style  what the published training code of the patch negatives does, in torchvision and numpy: each worker
                  decodes a picture, makes two MoCo v2 views of it with PIL (crop, jitter, grey, blur, flip), normalises
@@ -8,6 +9,9 @@ published style  what the published training code of the patch negatives does, i
 this loader      common.data in host mode: each worker decodes a picture once and cuts two crops as uint8; the main
                  process receives them. Floats, colours, blur and negatives are not in this number: with a GPU they are
                  made there, batched; see benchmarks/augment_kornia.py.
+on the device    with --device: what `--decode cuda` does. A worker reads the files, the main process has a batch of them
+                 decoded (by nvJPEG, on `cpu` by a stand-in, one after the other) and cuts the crops there, as floats.
+                 Both sides of this loader then end with crops on that device.
 
 Both sides get the same pictures, the same number of workers and the same batch size; workers are started and warm
 before the clock runs. Sides alternate, each repeat in a process of its own so that its memory can be told. Before
@@ -33,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch.nn.functional import interpolate
 from torchvision import io, transforms
 
+from common import crops
 from common.augment import IMAGENET_MEAN, IMAGENET_STD, Compose, RandomResizedCrop
 from common.data import Loader
 from common.sets import FolderSet, open_tree
@@ -107,32 +112,81 @@ def published_style(pictures: FolderSet, workers: int, batch_size: int):
 # ---------------------------------------------------------------------------------------------------------- this loader
 
 
-def this_loader(pictures: FolderSet, workers: int, batch_size: int) -> Loader:
+def this_loader(pictures: FolderSet, workers: int, batch_size: int, device: str, decoder=None) -> Loader:
     crop = Compose(RandomResizedCrop(SIZE, (0.2, 1.0)))
-    return Loader(
-        pictures, (crop, crop), batch_size, device="cpu", seed=0, workers=workers, data_device="host", progress=False
-    )
+    how = dict(seed=0, workers=workers, data_device="host", progress=False, decoder=decoder)
+    return Loader(pictures, (crop, crop), batch_size, device=device, **how)
 
 
-SIDES = {"published style": published_style, "this loader": this_loader}
+def decoder_on(device: str) -> crops.Decoder:
+    """nvJPEG, or what stands in for it."""
+    if torch.device(device).type == "cuda":
+        return crops.nvjpeg(torch.device(device))
+    return lambda files: [io.decode_jpeg(file, io.ImageReadMode.RGB) for file in files]
 
 
-def run_side(side: str, pictures: FolderSet, workers: int, batch_size: int, answer) -> None:
+def on_the_device(pictures: FolderSet, workers: int, batch_size: int, device: str) -> Loader:
+    return this_loader(pictures, workers, batch_size, device, decoder_on(device))
+
+
+OURS = {"this loader": this_loader, "on the device": on_the_device}
+
+
+def run_side(side: str, pictures: FolderSet, workers: int, batch_size: int, device: str, answer) -> None:
     """One repeat, in a process of its own: puts (pictures/s, peak memory in MiB) on `answer`."""
     torch.set_num_threads(1)
-    loader = SIDES[side](pictures, workers, batch_size)
-    ours = side == "this loader"
-    for _ in loader.batches() if ours else loader:
-        pass  # start the workers, fill the caches
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torchvision.io")
+    ours = side in OURS
+    loader = (
+        OURS[side](pictures, workers, batch_size, device) if ours else published_style(pictures, workers, batch_size)
+    )
+
+    def received(batches) -> int:
+        count = 0
+        for batch in batches:
+            views = [crop.to(device, non_blocking=True) for crop in batch[1]] if ours else batch
+            count += len(views[0])
+        wait_for(device)
+        return count
+
+    received(loader.batches() if ours else loader)  # start the workers, fill the caches
     started = time.perf_counter()
-    received = sum(len(batch[1][0] if ours else batch[0]) for batch in (loader.batches() if ours else loader))
-    rate = received / (time.perf_counter() - started)
-    if isinstance(loader, Loader):
+    rate = received(loader.batches() if ours else loader) / (time.perf_counter() - started)
+    if ours:
         loader.close()
     del loader  # ends the workers: the memory of children is known once they have ended
     unit = 2**20 if sys.platform == "darwin" else 2**10
     own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     answer.put((rate, own + workers * worker))
+
+
+def wait_for(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def on_device_alone(pictures: FolderSet, batch_size: int, device: str, answer) -> None:
+    """Puts {what: pictures per second} of batches whose files are read already on `answer`."""
+    decoder, geometry = decoder_on(device), RandomResizedCrop(SIZE, (0.2, 1.0))
+    both = crops.EncodedCrops(
+        pictures, None, (geometry, geometry), 0, 0, False, decoder=decoder, device=torch.device(device)
+    )
+    requests = [(0, step, rows.numpy()) for step, rows in enumerate(torch.arange(len(pictures)).split(batch_size))]
+    files = [[io.read_file(pictures.path(row)) for row in rows] for _, _, rows in requests]
+    items = [both[request] for request in requests]
+    ways = {
+        f"batches of {batch_size}, decode": lambda: [decoder(batch) for batch in files],
+        f"batches of {batch_size}, decode and cut": lambda: [both.finished(*pair) for pair in zip(requests, items)],
+    }
+    rates = {name: [] for name in ways}
+    for repeat in range(4):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            wait_for(device)
+            if repeat:
+                rates[name].append(len(pictures) / (time.perf_counter() - started))
+    answer.put(rates)
 
 
 # ------------------------------------------------------------------------------------------------------------- decoders
@@ -208,6 +262,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):7.1f}  ({min(values):.1f} to {max(values):.1f})"
 
 
+def ratio_of(rates: dict[str, list[float]], new: str, old: str) -> float:
+    return statistics.median(a / b for a, b in zip(rates[new], rates[old]))
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -220,6 +278,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures per batch (default 16)")
     parser.add_argument("--pictures", type=int, default=384, help="pictures per pass; a smaller set is repeated")
+    parser.add_argument(
+        "--device", metavar="cuda|cpu", help="measure decoding there as well; cpu: its code, not its speed"
+    )
     parser.add_argument("--at-least", type=float, default=3.0, help="exit with 1 if the ratio is lower (default 3)")
     return parser.parse_args(argv)
 
@@ -232,30 +293,46 @@ def measure(args: argparse.Namespace, tree: Path, what: str) -> int:
     print(f"{what}: {files} files, median {kilobytes:.0f} kB; Pillow {Image.__version__}, torch {torch.__version__}")
     print(f"\none thread, decode once, cut two crops at {SIZE}            pictures/s, median (range)")
     torch.set_num_threads(1)
-    for name, rates in decoders(pictures.select(range(files))).items():
+    for name, rates in decoders(pictures.select(range(min(files, len(pictures))))).items():
         print(f"  {name:<38}{spread(rates):>40}")
 
-    context = multiprocessing.get_context()
-    rates, memory = {side: [] for side in SIDES}, {side: [] for side in SIDES}
+    context = multiprocessing.get_context("spawn" if args.device else None)  # CUDA does not live through a fork
+    how = (args.batch_size, args.device or "cpu")
+
+    def in_a_process(target, *inputs):
+        answer = context.SimpleQueue()
+        process = context.Process(target=target, args=(*inputs, answer))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{inputs[0]}: ended with status {process.exitcode}")
+        return answer.get()
+
+    if args.device:
+        print(f"\non {args.device}, files read before")
+        for name, found in in_a_process(
+            on_device_alone, pictures.select(range(min(files, len(pictures), 512))), *how
+        ).items():
+            print(f"  {name:<38}{spread(found):>40}")
+    sides = ["published style", *(OURS if args.device else ["this loader"])]
+    rates, memory = {side: [] for side in sides}, {side: [] for side in sides}
     for _ in range(args.repeats):
-        for side in SIDES:
-            answer = context.SimpleQueue()
-            process = context.Process(target=run_side, args=(side, pictures, args.workers, args.batch_size, answer))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"{side}: ended with status {process.exitcode}")
-            rate, mebibytes = answer.get()
+        for side in sides:
+            rate, mebibytes = in_a_process(run_side, side, pictures, args.workers, *how)
             rates[side].append(rate)
             memory[side].append(mebibytes)
     print(
         f"\n{args.workers} workers, batch {args.batch_size}, {args.repeats} repeats, alternating"
         "       pictures/s, median (range)    peak memory, MiB"
     )
-    for side in SIDES:
+    for side in sides:
         print(f"  {side:<38}{spread(rates[side]):>40}{max(memory[side]):>20.0f}")
     print("peak memory: the process plus its workers, each at its own peak; pages they share are counted repeatedly")
-    ratio = statistics.median(new / old for old, new in zip(*rates.values()))
+    ratio = ratio_of(rates, "this loader", "published style")
+    if args.device:
+        print(
+            f"on the device / this loader: ratio {ratio_of(rates, 'on the device', 'this loader'):.2f}, median of pairs"
+        )
     print(f"\nresult: ratio {ratio:.2f} (this loader / published style, median of pairs; wanted: {args.at_least:g})")
     return 0 if ratio >= args.at_least else 1
 

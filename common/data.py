@@ -11,7 +11,8 @@ Two ways to feed a step, chosen by `data_device`:
 
 - device: equal-sized pictures live on the device as one uint8 tensor; a step gathers rows, no workers.
 - host:   a worker makes a whole batch: it samples all crop boxes, reads and decodes each file once, and cuts the crops of
-          every view from it as uint8. Colour, blur and the rest run on the device.
+          every view from it as uint8. Colour, blur and the rest run on the device. With a `decoder` (nvJPEG) it reads the
+          files only; they are decoded and cut on the device, too.
 
 Every draw is a function of (seed, epoch, step, rank), so the views depend neither on the number of workers nor on the
 way of feeding (host crops are rounded to uint8, device crops are not), and an epoch can be entered in the middle.
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from common import UsageError, UserError, processes
 from common.augment import Compose
-from common.crops import COLOURS, ORDER, DeviceCrops, HostCrops, decoded, step_generator
+from common.crops import COLOURS, ORDER, Decoder, DeviceCrops, EncodedCrops, HostCrops, decoded, step_generator
 from common.sets import ArraySet, BadPicture, PictureSet
 
 CPU_BYTES = 4 << 30  # 'auto' keeps up to this much uint8 in main memory; on CUDA up to a third of what is free
@@ -154,6 +155,7 @@ class Loader:
                 With neither (evaluation) rank r takes rows r, r+W, r+2W, ...: every row once; ranks may differ by a step.
     workers     host mode: worker processes of this process (0: in this process); device mode: decoding threads.
     data_device auto, host or device.
+    decoder     host mode: decodes whole batches of JPEGs onto `device` (crops.nvjpeg); None: the workers decode.
     partner     a set of equal length, row by row the twin of `dataset` (texture images): one more view follows, the
                 twin under exactly the parameters of view 0, the crop box scaled to the twin's size.
     skip_bad    an unreadable picture is replaced by the next readable row of the set (index and target are the
@@ -178,6 +180,7 @@ class Loader:
         drop_last: bool = True,
         workers: int = 2,
         data_device: str = "auto",
+        decoder: Decoder | None = None,
         partner: PictureSet | None = None,
         skip_bad: bool = False,
         progress: bool | None = None,
@@ -201,10 +204,15 @@ class Loader:
         self.bad_images: list[str] = []
         self.wait_seconds = self.view_seconds = 0.0
         self._workers, self._requests = None, []  # the sampler of the workers: the steps of the epoch about to start
-        self._crops = self._crops_from(data_device)
+        self._crops = self._crops_from(data_device, decoder)
         self.mode = "device" if isinstance(self._crops, DeviceCrops) else "host"
+        if decoder is not None and not isinstance(self._crops, EncodedCrops) and self.progress:
+            why = (
+                f"{dataset.name} is held on {self.device}" if self.mode == "device" else f"{dataset.name} has no files"
+            )
+            print(f"note: --decode cuda changes nothing: {why}, so no step decodes anything", flush=True)
 
-    def _crops_from(self, data_device: str) -> HostCrops:
+    def _crops_from(self, data_device: str, decoder: Decoder | None) -> HostCrops:
         options = [view.geometry for view in self.views], self.seed, self.rank, self.skip_bad
         sources = [self.dataset] + [self.partner] * (self.partner is not None)
         if data_device == "device" or (data_device == "auto" and _fits(sources, self.device)):
@@ -220,6 +228,8 @@ class Loader:
                 held, bad = zip(*parts)
                 self.bad_images += [error.path for part in bad for error in part.values()]
                 return DeviceCrops(held[0], held[1] if len(held) > 1 else None, *options, bad=set().union(*bad))
+        if decoder is not None and not all(isinstance(source, ArraySet) for source in sources):
+            return EncodedCrops(self.dataset, self.partner, *options, decoder=decoder, device=self.device)
         return HostCrops(self.dataset, self.partner, *options)
 
     def __repr__(self) -> str:
@@ -254,7 +264,8 @@ class Loader:
         for step, crops, target, index in self.batches():
             started = time.perf_counter()
             if self.mode == "host":
-                crops = [crop.to(self.device, non_blocking=True).to(torch.float32).div_(255) for crop in crops]
+                crops = [crop.to(self.device, non_blocking=True) for crop in crops]
+                crops = [crop if crop.is_floating_point() else crop.to(torch.float32).div_(255) for crop in crops]
             target, index = (t.to(self.device, non_blocking=True) for t in (target, index))
             generator = step_generator(self.seed, epoch, step, self.rank, COLOURS)
             recipes = [(view, view.sample(len(index), generator)) for view in self.views]
@@ -266,21 +277,24 @@ class Loader:
     def batches(self) -> Iterator[tuple[int, list[Tensor], Tensor, Tensor]]:
         """The geometry alone: (step, crops (B, 3, S, S) of every view, target, index), what views are made of.
 
-        Host mode: uint8 on the host, as the workers hand them over. Device mode: float in [0, 1] on the device.
+        Host mode: uint8 on the host, as the workers hand them over. Device mode, or with a decoder: float in [0, 1] on the
+        device.
         """
         requests, started = self._steps(), time.perf_counter()
         batches = self._from_workers(requests) if self.mode == "host" else map(self._crops.__getitem__, requests)
-        for _, step, _ in requests:
+        for request in requests:
             batch = next(batches)
             if isinstance(batch, UserError):
                 raise batch
-            crops, target, index, bad = batch
-            self.bad_images += [path for path in bad if path not in self.bad_images]  # workers find them separately
             if self.mode == "host":
                 self.wait_seconds += time.perf_counter() - started
-            else:
-                self.view_seconds += time.perf_counter() - started
-            yield step, crops, target, index
+                started = time.perf_counter()
+            if isinstance(self._crops, EncodedCrops):
+                batch = self._crops.finished(request, batch)
+            crops, target, index, bad = batch
+            self.bad_images += [path for path in bad if path not in self.bad_images]  # workers find them separately
+            self.view_seconds += time.perf_counter() - started
+            yield request[1], crops, target, index
             started = time.perf_counter()
 
     def _from_workers(self, requests) -> Iterator:

@@ -39,9 +39,9 @@ from common import UsageError, UserError, checkpoint, cli, options, printable, p
 
 # Flags that may differ when a run goes on without a word: where and how it computes, reports and is resumed.
 FREE = set(
-    "amp_backend ckpt_path compile data_device demo device dist_backend dist_url evaluate folder gpu knn_every knn_k "
-    "label last_every model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq rank "
-    "resume save_freq save_path save_score show_views skip_bad_images start_epoch stop_after tb_path workers "
+    "amp_backend ckpt_path compile data_device decode demo device dist_backend dist_url evaluate folder gpu knn_every "
+    "knn_k label last_every model_path multiprocessing_distributed name nproc opt_level overwrite preset print_freq "
+    "rank resume save_freq save_path save_score show_views skip_bad_images start_epoch stop_after tb_path workers "
     "world_size milestones pretrained".split()
 )
 SAME = ("dataset", "class_list", "texture_root")  # flags that make another run of it, besides those that a script names
@@ -149,6 +149,8 @@ class Job:
         known |= dict(batch_per_process=loader.batch_size, data_device=loader.mode)
         if hasattr(method, "precision"):
             known["precision"] = str(method.precision)
+            if method.precision.note:
+                self.log.say(f"note: {method.precision.note}")
         self.log.derived(**known | facts)
         for remark in self.remarks:
             self.log.say(remark)

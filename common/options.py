@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from common import UsageError, cli, data, processes, sets
+from common import UsageError, cli, crops, data, processes, sets
 
 
 def add_data_arguments(
@@ -21,6 +21,8 @@ def add_data_arguments(
     group.add_argument("--input-res", type=cli.positive_int, default=224, help="side of the network's input, pixels")
     about = "device: all pictures in memory as uint8 (one size only); host: workers decode them; auto: device where they fit"
     group.add_argument("--data-device", choices=["auto", "host", "device"], default="auto", help=about)
+    about = "cuda: JPEGs that workers would decode at every step are decoded on the GPU, by nvJPEG, and cut there"
+    group.add_argument("--decode", choices=["cpu", "cuda"], default="cpu", help=about)
     group.add_argument("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
     about = "processes per node that read pictures; at most one per core is started"
     group.add_argument("-j", "--workers", "--num-workers", type=cli.count, default=workers, help=about)
@@ -141,8 +143,13 @@ def make_loader(args, process: processes.Process, pictures, views, batch_size: i
     """A loader that reads as the flags say; batch_size: pictures per process. `how`: what else data.Loader takes."""
     batch_size = batch_size or args.batch_size // process.world_size
     how = dict(seed=getattr(args, "seed", 0), rank=process.rank, world_size=process.world_size) | how
+    decoder = crops.nvjpeg(process.device) if args.decode == "cuda" else None
     how |= dict(
-        workers=reading(args), device=process.device, data_device=args.data_device, skip_bad=args.skip_bad_images
+        workers=reading(args),
+        decoder=decoder,
+        device=process.device,
+        data_device=args.data_device,
+        skip_bad=args.skip_bad_images,
     )
     return data.Loader(pictures, views, batch_size, **how)
 

@@ -16,7 +16,7 @@ if something would break training:
 and 0 otherwise, whatever else is told: pictures that train and val share (by content), one picture in two classes,
 duplicates, JPEGs damaged inside, tiny pictures, classes with few or many, files that the loader ignores, and how
 many pictures are grey, CMYK, palette, transparent, 16-bit (with their values), turned by EXIF, animated, or not what
-their name says.
+their name says; and of ImageNet classes, which of the lists called ImageNet-100 they are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -103,6 +104,11 @@ MODES = {
 JPEG_SIGNATURE, PNG_SIGNATURE, PNG_BIT_DEPTH = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", 24  # the last: its place
 EXIF_ORIENTATION = 0x0112
 CHUNK = 32  # pictures per job
+WORDNET_ID, NAMED = re.compile(r"n\d{8}"), 3  # the latter: how many classes a line names
+# The list of CMC, MoCo / InsDis and the papers after them. Read and found the same, in another order or not: solo-learn,
+# solo/data/dataset_subset/imagenet100_classes.txt at 9187ea3; ssnl/moco_align_uniform, scripts/imagenet100_classes.txt at
+# 7698785; danielchyeh/ImageNet-100-Pytorch, IN100.txt at 5ae5a42.
+CMC = "CMC", "also of solo-learn and of moco_align_uniform"
 
 PRESETS = {"demo": dict(tree="data/demo", workers=2)}
 
@@ -379,6 +385,50 @@ def compare_classes(splits: list[Split]) -> None:
         ]
 
 
+@functools.cache
+def imagenet100_lists() -> dict[str, frozenset[str]]:
+    """{name: its WordNet ids} of the lists called ImageNet-100; the first is CMC's."""
+    here = Path(__file__).parent
+    lists, name = {CMC[0]: (here / "imagenet100.txt").read_text().split()}, ""
+    for line in (here / "imagenet100_lists.txt").read_text().splitlines():
+        if line.startswith("["):
+            name = line[1 : line.index("]")]
+        elif line and not line.startswith("#"):
+            lists.setdefault(name, []).extend(line.split())
+    return {name: frozenset(ids) for name, ids in lists.items()}
+
+
+def which_imagenet100(split: Split) -> dict | None:
+    """Which list of 100 ImageNet classes these are, and how they differ; None unless they are 2 to 999 WordNet ids.
+
+    list: its name, or None; compared_with: CMC's, or another one that they nearly are; in_both, extra, missing: of that.
+    """
+    classes, lists = {name for name, pictures in split.classes.items() if pictures}, imagenet100_lists()
+    if not (2 <= len(classes) <= 999 and all(map(WORDNET_ID.fullmatch, classes))):
+        return None
+    nearest = max(lists, key=lambda name: len(classes & lists[name]))
+    same = classes == lists[nearest]
+    close = 2 * len(classes & lists[nearest]) > len(classes | lists[nearest])
+    other = nearest if close and not same else CMC[0]
+    found = dict(list=nearest if same else None, compared_with=other, in_both=len(classes & lists[other]))
+    return found | dict(extra=sorted(classes - lists[other]), missing=sorted(lists[other] - classes))
+
+
+def in_words(found: dict) -> str:
+    """What `which_imagenet100` found, in one line."""
+    if found["list"] == CMC[0]:
+        return f"ImageNet-100: the list of {CMC[0]} ({CMC[1]}), as in the papers here"
+    what = f"the list of {found['list']}" if found["list"] else "no known list"
+    if not found["list"] and found["compared_with"] != CMC[0]:
+        what += f", nearest is that of {found['compared_with']}"
+    parts = [f"{found['in_both']} classes are in both"]
+    for word in ("extra", "missing"):
+        if names := found[word]:
+            more = f", ... ({len(names)} in all)" if len(names) > NAMED else ""
+            parts.append(f"{word} {', '.join(names[:NAMED])}{more}")
+    return f"ImageNet-100: {what}; beside that of {found['compared_with']}: {'; '.join(parts)}"
+
+
 class Pictures:
     """All pictures of the splits in one row of arrays: what `examine` saw of each. A million take about 100 MB."""
 
@@ -533,6 +583,9 @@ def main(argv=None) -> None:
 
     numbers = [summary(split, pictures, i) for i, split in enumerate(splits)]
     print_report(splits, numbers, args.examples)
+    imagenet100 = which_imagenet100(splits[0])
+    if imagenet100:
+        print(f"\n{in_words(imagenet100)}")
     errors = sum(KINDS[kind][0] == ERROR for split in splits for kind, _, _ in split.findings)
     if args.json:
         found = [
@@ -548,6 +601,7 @@ def main(argv=None) -> None:
                 "pictures": pictures.total,
                 "seconds": round(seconds, 2),
                 "errors": errors,
+                "imagenet100": imagenet100,
                 "splits": {split.name: n for split, n in zip(splits, numbers)},
                 "counts": dict(Counter(f["kind"] for f in found)),
                 "findings": found,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from unittest import mock
@@ -205,6 +206,7 @@ def test_what_it_passes_the_loader_reads_and_what_it_refuses_the_loader_refuses(
 def test_a_sound_tree_passes(tree, capsys):
     code, out, report = check(tree, capsys)
     assert code == 0 and "result: nothing breaks training; 10 pictures opened" in out
+    assert report["imagenet100"] is None and "ImageNet-100" not in out
     assert report["errors"] == 0 and report["findings"] == [] and report["checked"] == report["pictures"] == 10
     train = report["splits"]["train"]
     assert train["per_class"] == {"bird": 3, "fish": 3} and train["per_class_min_median_max"] == [3, 3, 3]
@@ -369,6 +371,46 @@ def test_processes_find_the_same_and_names_of_all_kinds_are_told(tree, tmp_path,
     assert code == 1 and "val/bird/überaus.JPEG: empty file" in out and "new\\nline" in out
     assert sorted(map(str, report["findings"])) == sorted(map(str, alone["findings"]))
     assert report["splits"] == alone["splits"] and report["counts"]["unreadable"] >= 4
+
+
+def test_which_imagenet100(tmp_path, capsys):
+    lists = check_images.imagenet100_lists()
+    assert list(lists)[0] == "CMC" and len(lists) == 8 and {len(ids) for ids in lists.values()} == {100}
+    assert len(set(lists.values())) == 8  # no two are the same list
+    assert len(lists["PODNet"] & lists["Kaggle"]) == 69 and not lists["PODNet"] & lists["iCaRL"]
+
+    def said(classes, pictures=("x.jpg",)):
+        split = check_images.Split("train", tmp_path, dict.fromkeys(classes, pictures))
+        return check_images.which_imagenet100(split)
+
+    for name, ids in lists.items():
+        found = said(ids)
+        assert found["list"] == name and found["compared_with"] == "CMC" and found["in_both"] == len(ids & lists["CMC"])
+    assert "the list of CMC (also of solo-learn" in check_images.in_words(said(lists["CMC"]))
+    line = check_images.in_words(said(lists["Kaggle"]))
+    assert re.fullmatch(
+        r"ImageNet-100: the list of Kaggle; beside that of CMC: 8 classes are in both; "
+        r"extra n01440764, n01443537, n01484850, ... \(92 in all\); missing n\d{8}, n\d{8}, n\d{8}, ... \(92 in all\)",
+        line,
+    )
+    first, *rest = sorted(lists["SCAN"])
+    found = said({"n00000001", *rest})
+    assert found["list"] is None and (found["extra"], found["missing"]) == (["n00000001"], [first])
+    assert (
+        "no known list, nearest is that of SCAN; beside that of SCAN: 99 classes are in both"
+        in check_images.in_words(found)
+    )
+    found = said({"n00000001", "n00000002", first})
+    assert (found["list"], found["compared_with"], len(found["missing"])) == (None, "CMC", 100 - found["in_both"])
+    for nothing in ({first}, {first, "dog"}, [f"n{i:08d}" for i in range(1000)], {""}):
+        assert said(nothing) is None
+    assert said(lists["CMC"], pictures=()) is None  # folders without pictures are no classes
+
+    for name in sorted(lists["CMC"])[:2]:
+        save(tmp_path / "set" / name / "a.png", seed=int(name[1:]))
+    _, out, report = check(tmp_path / "set", capsys)
+    assert "ImageNet-100: no known list; beside that of CMC: 2 classes are in both; missing n" in out
+    assert report["imagenet100"]["in_both"] == 2 and len(report["imagenet100"]["missing"]) == 98
 
 
 def test_rate_in_plain_lines(capsys, monkeypatch):

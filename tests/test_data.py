@@ -920,3 +920,165 @@ def test_jpegs_decode_to_the_pixels_of_pillow_with_and_without_torchvision_io(tm
             assert np.array_equal(crops.decoded(opened, row, opened.open(row)).permute(1, 2, 0).numpy(), expected)
         with pytest.raises(UserError, match="3.jpg: not a picture or truncated"):
             crops.decoded(opened, 3, opened.open(3))
+
+
+# ------------------------------------------------------------------------------------------------- decoding on the device
+
+
+class StandIn:
+    """nvJPEG as the loader sees it, on the CPU: a list of files in, pictures out, or one error for all of them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, files):
+        self.calls.append(len(files))
+        return [crops.decode_jpeg(file, crops.ImageReadMode.RGB) for file in files]
+
+
+needs_decoder = pytest.mark.skipif(crops.decode_jpeg is None, reason="this torchvision has no JPEG decoder")
+
+
+def assert_close(found, expected, mean, largest):
+    assert len(found) == len(expected)
+    for (views, target, index), (others, target_, index_) in zip(found, expected):
+        assert torch.equal(index, index_) and torch.equal(target, target_) and len(views) == len(others)
+        for view, other in zip(views, others):
+            assert view.shape == other.shape and view.dtype == torch.float32
+            assert (view - other).abs().max() < largest and (view - other).abs().mean() < mean
+
+
+@needs_decoder
+def test_decoded_on_the_device_the_views_are_those_of_the_workers(mixed):
+    wide = Compose(ResizeCenterCrop(None, 36))  # wider than most: padded with zeros
+    how = dict(batch_size=5, drop_last=False, partner=mixed)
+    expected = epoch_of(loader(mixed, (CROP, EVAL, wide), **how), epoch=2)
+    decoder = StandIn()
+    alone = epoch_of(loader(mixed, (CROP, EVAL, wide), decoder=decoder, **how), epoch=2)
+    assert decoder.calls == [5, 5] * 2 + [2, 2]  # of a step, all files of the set at once, then of its partner
+    assert_close(alone, expected, 0.5 / 255, 2 / 255)  # the workers' crops are rounded to grey levels
+    assert (expected[0][0][2] == 0).all(1).any() and torch.equal(expected[0][0][2] == 0, alone[0][0][2] == 0)
+    workers = loader(mixed, (CROP, EVAL, wide), decoder=StandIn(), workers=2, **how)
+    assert_same(epoch_of(workers, epoch=2), alone)  # bit for bit, in the same order
+    assert_same(epoch_of(workers, epoch=2, start_step=1), alone[1:])  # entered in the middle
+    assert "host" == workers.mode and workers.wait_seconds > 0 and workers.view_seconds > 0
+    jittered = epoch_of(loader(mixed, (FULL,), decoder=decoder))
+    assert_close(jittered, epoch_of(loader(mixed, (FULL,))), 1 / 255, 1)  # the draws of all operations are the same
+
+
+@needs_decoder
+def test_what_the_device_does_not_decode_falls_back(tmp_path):
+    folder = tmp_path / "train" / "a"
+    for i, name in enumerate(("0.jpg", "1.png", "2.jpg", "3.jpg", "4.jpg", "5.jpg", "6.jpg")):
+        save(folder / name, i)
+    picture(2).convert("CMYK").save(folder / "2.jpg")
+    picture(3).convert("L").save(folder / "3.jpg", progressive=True)
+    whole = (folder / "0.jpg").read_bytes()
+    opened = open_tree(tmp_path / "train")
+
+    class Picky(StandIn):
+        """Does not take greyscale."""
+
+        def __call__(self, files):
+            if any(file.numel() == (folder / "3.jpg").stat().st_size for file in files):
+                raise RuntimeError("nvJPEG: not supported")
+            return super().__call__(files)
+
+    how = dict(shuffle=False, drop_last=False, data_device="host")
+    decoder = Picky()
+    assert_close(
+        epoch_of(loader(opened, (CROP,), 7, decoder=decoder, **how)),
+        epoch_of(loader(opened, (CROP,), 7, **how)),
+        0.5 / 255,
+        2 / 255,
+    )
+    assert decoder.calls == [1] * 4  # one by one; the PNG and CMYK ones never, the grey one by the CPU
+
+    (folder / "4.jpg").write_bytes(whole[:-40])  # cut off behind its header: the worker finds it
+    scan = whole.rindex(b"\xff\xda")
+    (folder / "5.jpg").write_bytes(
+        whole[: scan + 6] + b"\x33" + whole[scan + 7 :]
+    )  # by Huffman tables that are not there
+    for row in (4, 5):
+        with pytest.raises(UserError, match=f"{row}.jpg: not a picture or truncated"):
+            epoch_of(loader(opened.select([row]), (CROP,), 1, decoder=StandIn(), **how))
+    with pytest.raises(UserError, match="4.jpg: not a picture or truncated"):  # also where the device would fill it up
+        filled = [torch.zeros(3, 30, 40, dtype=torch.uint8)]
+        epoch_of(loader(opened.select([4]), (CROP,), 1, decoder=lambda files: filled, **how))
+    here = loader(opened, (CROP,), 7, decoder=StandIn(), skip_bad=True, **how)
+    there = loader(opened, (CROP,), 7, skip_bad=True, **how)
+    assert_close(epoch_of(here), epoch_of(there), 0.5 / 255, 2 / 255)
+    assert here.bad_images == there.bad_images == [str(folder / "4.jpg"), str(folder / "5.jpg")]
+
+
+def test_where_nothing_is_decoded_on_the_device_one_line_says_so(equal, monkeypatch, capsys):
+    decoder = StandIn()
+    on_device = loader(equal, data_device="device", decoder=decoder, progress=True)
+    assert "note: --decode cuda changes nothing: " in capsys.readouterr().out and on_device.mode == "device"
+    array = ArraySet(torch.zeros(4, 3, 20, 20, dtype=torch.uint8), [0] * 4, ["a"])
+    packed = loader(array, data_device="host", decoder=decoder, progress=True)
+    assert "pictures has no files, so no step decodes anything\n" in capsys.readouterr().out
+    assert len(epoch_of(packed)) == 1 and not decoder.calls
+
+    with pytest.raises(
+        UsageError, match="^--decode cuda needs a CUDA device, and this run computes on cpu: leave it out$"
+    ):
+        crops.nvjpeg(torch.device("cpu"))
+
+    def without_nvjpeg(*_):
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nmore")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for broken, reason in (
+        (without_nvjpeg, r"decode_jpegs_cuda: .* nvJPEG support"),
+        (None, "it has no decoder any more"),
+    ):
+        monkeypatch.setattr(crops, "decode_jpeg", broken)
+        with pytest.raises(
+            UserError, match=rf"torchvision does not decode JPEGs on cuda:7 \({reason}\): leave it out$"
+        ):
+            crops.nvjpeg(torch.device("cuda", 7))
+
+
+@needs_decoder
+@pytest.mark.parametrize("script", [train_moco_ins, moco_non_sem_neg], ids=["moco_insdis", "nonsem_neg"])
+def test_scripts_decode_on_the_device_where_they_are_told_to(script, mixed, monkeypatch):
+    root = str(Path(mixed.root).parent)
+    flags = [*([root] if script is moco_non_sem_neg else ["--data_folder", root]), "--dataset", "folder", "-b", "4"]
+    flags += ["-j", "0", "--input-res", "16", "--seed", "0"]
+    process, decoder = processes.Process(device=torch.device("cpu")), StandIn()
+    args = script.parse_args([*flags, "--decode", "cuda"])
+    with pytest.raises(UsageError, match="--decode cuda needs a CUDA device"):
+        script.build_loader(args, process)
+    monkeypatch.setattr(crops, "nvjpeg", lambda device: decoder)
+    found, expected = (epoch_of(script.build_loader(a, process)) for a in (args, script.parse_args(flags)))
+    assert decoder.calls == [4, 4, 4]
+    for (views, _, index), (others, _, index_) in zip(found, expected, strict=True):
+        assert torch.equal(index, index_) and all(
+            (a - b).abs().mean() < 0.1 for a, b in zip(views, others, strict=True)
+        )
+
+
+def test_pictures_are_padded_in_groups_of_like_size():
+    sizes = [(375, 500), (500, 375), (333, 500), (500, 333), (375, 500), (2000, 3000)] * 20
+    groups = crops.alike(sizes)
+    assert sorted(sum(groups, [])) == list(range(120)) and len(groups) < 20
+    for rows in groups:
+        padded = len(rows) * max(sizes[r][0] for r in rows) * max(sizes[r][1] for r in rows)
+        assert len(rows) == 1 or padded <= crops.PADDED_PIXELS
+        assert padded <= crops.PADDING * sum(sizes[r][0] * sizes[r][1] for r in rows)
+    assert crops.alike([(9, 9)] * 3) == [[0, 1, 2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nvjpeg_makes_nearly_the_views_of_the_workers(mixed):
+    """Nearly: it enlarges the colour planes without interpolation."""
+    how = dict(partner=mixed, drop_last=False, batch_size=5)
+    decoder = crops.nvjpeg(torch.device("cuda", torch.cuda.current_device()))
+    found = epoch_of(loader(mixed, (CROP, EVAL), device="cuda", decoder=decoder, workers=2, **how))
+    assert all(view.is_cuda for views, *_ in found for view in views)
+    found = [([view.cpu() for view in views], target.cpu(), index.cpu()) for views, target, index in found]
+    assert_close(found, epoch_of(loader(mixed, (CROP, EVAL), **how)), 4 / 255, 1)

@@ -15,7 +15,7 @@ from conftest import equal
 from PIL import Image
 
 from cmc import train_CMC
-from common import UsageError, UserError, checkpoint, cli, loop, options, processes, run, schedule
+from common import UsageError, UserError, checkpoint, cli, loop, options, precision, processes, run, schedule
 from debiased import main as debiased
 from moco_insdis import train_moco_ins
 from nonsem_neg import moco_non_sem_neg
@@ -583,3 +583,10 @@ def test_show_views(name, workspace, capsys, monkeypatch):
         with pytest.raises(UsageError, match="--show-views views.png/x.png: ") as refused:
             script.main(["--demo", "--device", "cpu", *flags.split(), "--show-views", "views.png/x.png"])
         assert "\n" not in str(refused.value)
+
+
+def test_a_run_says_which_precision_is_faster_here(monkeypatch, capsys):
+    monkeypatch.setattr(precision, "has_amx", lambda: True)
+    monkeypatch.setattr(Method, "precision", precision.Precision(False, torch.device("cpu")), raising=False)
+    assert train() == 0
+    assert capsys.readouterr().out.count("note: --amp is faster on this CPU (AMX)") == 1

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, run_script
 
 from common import UserError, cli, probe, processes, run
+from common import precision as precisions
 from common.precision import Precision
 
 
@@ -55,6 +56,26 @@ def test_one_step_of_torch_precision_is_a_plain_step():
     model.weight.grad = torch.full_like(model.weight, 9.0)  # an old gradient must not count
     precision.step(model(x).sum(), optimizer)
     torch.testing.assert_close(model.weight, expected)
+
+
+@pytest.mark.parametrize("machine, amx, avx512, expected", [
+    ("x86_64", True, True, True), ("AMD64", False, False, False), ("x86_64", False, True, None), ("arm64", True, True, None),
+    ("x86_64", None, False, None),
+])  # fmt: skip
+def test_the_faster_precision_is_named(monkeypatch, machine, amx, avx512, expected):
+    monkeypatch.setattr(precisions.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    if amx is None:  # another PyTorch
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert precisions.has_amx() is expected
+    notes = [Precision(amp, torch.device("cpu")).note for amp in (False, True)]
+    if expected is None:
+        assert notes == ["", ""]
+    elif expected:
+        assert notes[0].startswith("--amp is faster on this CPU (AMX)") and not notes[1]
+    else:
+        assert not notes[0] and notes[1].startswith("--amp is slower than float32 on this CPU (no AMX)")
 
 
 def test_tensorboard_events_can_lie_elsewhere(tmp_path):

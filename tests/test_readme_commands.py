@@ -62,8 +62,8 @@ READMES = [
     "preprocess/README.md",
 ]
 
-SLIM_IN = {"moco_insdis/README.md", "cmc/README.md", "debiased/README.md", "feature_transform/SCORES.md"}  # elsewhere a
-# command looks at widths: of ring's and of transformed features' networks, of the files of other libraries
+# Elsewhere an evaluation tells networks by their widths, or a command trains in processes of its own, which are not slim.
+SLIM_IN = {"moco_insdis/README.md", "cmc/README.md", "debiased/README.md", "feature_transform/SCORES.md"}
 
 
 def module_of(script: str):

@@ -5,15 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import SLIM, inside
+from conftest import inside
 from vectors import close
 
 from common import UsageError, UserError, checkpoint
 from feature_transform import main_linear, networks, views
 from preprocess.imagenet100_subset import CLASS_LIST
 from tools import export, report, robustness
-
-pytestmark = pytest.mark.usefixtures("slim")
 
 SMALL = "--device cpu --input-res 32 --epochs 2 --batch_size 64 --lr 1 -j 0 --seed 0 --dataset folder".split()
 CACHED = ["--cache-views", "1"]
@@ -68,7 +66,7 @@ def test_ours_in_one_go_and_resumed(workspace, tmp_path, capsys):
     assert {p.name for p in done.glob("*.pth")} == {"best.pth", "current.pth", "ckpt_epoch_2.pth"}
     last, best = checkpoint.load(done / "current.pth"), checkpoint.load(done / "best.pth")
     shapes = {k: tuple(v.shape) for k, v in last["classifier"].items()}
-    assert shapes == {"module.weight": (10, 512 // SLIM), "module.bias": (10,)}
+    assert shapes == {"module.weight": (10, 512), "module.bias": (10,)}
     assert result["acc1"] == pytest.approx(last["acc1"]) and result["acc1_best"] == pytest.approx(best["best_acc1"])
     assert (result["epochs"], result["linear_epochs"], result["seed"], result["arch"]) == (200, 2, 7, "resnet18")
     said = capsys.readouterr().out
@@ -132,7 +130,7 @@ def test_both_towers_are_looked_at(workspace):
     network = main_linear.build_network(state, saved.path, main_linear.processes.Process())
     x = torch.rand(2, 3, 32, 32)
     feat = network.encode(x)
-    assert network.dim == feat.shape[1] == 512 // SLIM
+    assert network.dim == feat.shape[1] == 512
     for half, name, channels in ((feat[:, :256], "encoder1", x[:, :1]), (feat[:, 256:], "encoder2", x[:, 1:])):
         close(half, getattr(network, name)(channels))
 

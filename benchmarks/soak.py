@@ -8,8 +8,8 @@ run uses: pictures read by a worker, k-NN now and then, numbered checkpoints (th
 --save_score. Half way it is stopped by SIGTERM, as a scheduler does, and goes on with --resume auto. Every few seconds /proc
 says what the process holds, and the run folder what it has written.
 
-memory       resident, of the main process: slope under 20 MiB an hour, by a straight line over the second half of what each
-             of the two processes ran (the median of the slopes between all pairs of samples: a spike does not move it)
+memory       resident: slope under 20 MiB an hour, by a straight line over the second half of what each of the two processes
+             ran (the median of the slopes between all pairs of samples: a spike does not move it); of its workers, too
 descriptors  open files: that line's slope is 0, and the last quarter's median is that of the quarter before; threads, too
 step         seconds a step as metrics.jsonl tells them: the median of every later quarter within 5 % of the first one's.
              Where it is not, but the processor time of a step is, the machine had other work: it cannot be told.
@@ -197,14 +197,15 @@ def judge(samples: list[dict], records: list[dict], short: bool) -> dict:
     """
     halves = [part[len(part) // 2 :] for part in split(samples)]
     figures, aims = {"steps": records[-1]["step"] if records else 0, "samples": len(samples)}, {}
-    for what in ("memory", "descriptors", "threads"):
+    for what in ("memory", "workers", "descriptors", "threads"):
         slopes = [60 * slope(*columns(half, "minute", what)) for half in halves]
         figures[what] = {"first": samples[0][what], "last": samples[-1][what], "slopes_per_hour": slopes}
     for what in ("descriptors", "threads"):
         rises = [np.median(columns(b, what)[0]) - np.median(columns(a, what)[0]) for a, b in map(two, halves)]
         figures[what]["rises"] = list(map(float, rises))
         aims[what] = not any(rises) and not any(figures[what]["slopes_per_hour"])
-    aims["memory"] = max(figures["memory"]["slopes_per_hour"]) < AIMS["memory"]
+    for what in ("memory", "workers"):
+        aims[what] = max(figures[what]["slopes_per_hour"]) < AIMS["memory"]
 
     quarters = [quarter for part in split(samples) for quarter in two(part)]
     times, ends = step_times(records), [quarter[-1]["step"] for quarter in quarters]
@@ -253,6 +254,7 @@ def say(found: dict) -> None:
 
     for what, unit, aim in (
         ("memory", " MiB", "under 20"),
+        ("workers", " MiB", "under 20"),
         ("descriptors", "", "0"),
         ("threads", "", "0"),
     ):

@@ -55,7 +55,8 @@ def main(argv=None) -> None:
         seed = ["--seed", str(args.seed)]
         epochs = ["--epochs", str(args.epochs)] if args.epochs else []
         start = ["--overwrite"] if args.fresh else ["--resume", "auto"]
-        sets = [f"--{name}={args.data}/{name}" for name in ("corruption", "sketch", "stylized", "rendition")]
+        names = ("corruption", "sketch", "stylized", "rendition", "cue-conflict")
+        sets = [f"--{name}={args.data}/{name}" for name in names]
         step("moco_non_sem_neg.py", "--demo", args.data, "--robust", kind, *epochs, *seed, *start, "--ckpt_path", run)
         if args.fresh or not done(lin, run):
             step("main_lincls.py", "--demo", args.data, "--pretrained", run, *seed, "--ckpt_path", lin, "--overwrite")

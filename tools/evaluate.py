@@ -220,7 +220,7 @@ def uniformity(features: Tensor, most: int = 8192, chunk: int = 1024) -> float:
     z = F.normalize(features[:most].float(), dim=1)
     total = z.new_zeros((), dtype=torch.float64)
     for part in z.split(chunk):
-        total += (-2 * (2 - 2 * part @ z.T)).exp().double().sum()
+        total += (part @ z.T).sub_(1).mul_(4).exp_().sum(dtype=torch.float64)
     n = len(z)
     return float(((total - n) / (n * (n - 1))).log())  # without each with itself
 
@@ -261,14 +261,18 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def evaluate(args, process) -> tuple[dict, tuple[Tensor, Tensor]]:
-    """Everything that result.json says, and the two sets of cosines."""
-    network, operations, facts = open_backbone(args.checkpoint, process.device)
-    precision = Precision(args.amp, process.device)
+def open_inputs(args, process) -> tuple:
+    """What `evaluate` takes: the backbone, what was found of it, and both splits. Looked at before anything is written."""
+    backbone = open_backbone(args.checkpoint, process.device)
     train_set = options.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")
-    val_set = options.open_split(args, "val", classes=train_set.classes)
+    return *backbone, train_set, options.open_split(args, "val", classes=train_set.classes)
+
+
+def evaluate(args, process, network, operations, facts, train_set, val_set) -> tuple[dict, tuple[Tensor, Tensor]]:
+    """Everything that result.json says, and the two sets of cosines."""
+    precision = Precision(args.amp, process.device)
 
     def embed(images):
         with precision.autocast():
@@ -355,9 +359,10 @@ def worker(args, process: processes.Process) -> None:
     if process.world_size > 1:
         raise UsageError("this runs in one process: omit --multiprocessing-distributed and --nproc")
     demo.ensure_for(args, process)
+    opened = open_inputs(args, process)
     log = run.Run(args.out, args, process, tensorboard=False)
     try:
-        result, (positive, negative) = evaluate(args, process)
+        result, (positive, negative) = evaluate(args, process, *opened)
         result["label"] = args.label or os.path.basename(os.path.dirname(result["pretrained"]))
         print(f"\n{result['label']}: {result['arch']}, {result['pretrained']}\n\n{table(result)}\n")
         if result["acc1"] < result["knn_acc1"] - 0.5:

@@ -3,7 +3,7 @@
     python preprocess/make_demo.py data/demo
     python preprocess/make_demo.py data/demo --sheet docs/demo_pictures.png
 
-7,000 files, 30 MB, about twenty seconds of processor time shared by the cores. Run again it finds the set complete and only
+7,000 files, 28 MB, about twenty seconds of processor time shared by the cores. Run again it finds the set complete and only
 prints its table; after an interruption it starts over. preprocess/demo.py describes the sets. --texture adds the tree
 OUT-texture: a quick stand-in for texture synthesis, enough to try training with texture negatives.
 """

@@ -27,6 +27,7 @@ def main() -> int:
         ["debiased_loss.py"],
         ["debiased_lightly.py", *(["--data", args.data] if args.data else [])],
         ["check_images.py", *(["--data", args.photos] if args.photos else [])],
+        ["evaluate.py"],
         ["pack.py", *(["--data", args.photos] if args.photos else [])],
         ["corruptions.py", *(["--data", args.photos] if args.photos else [])],
         ["textures.py", *(["--data", args.photos] if args.photos else [])],

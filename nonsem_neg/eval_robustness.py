@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The robustness row of a classifier: clean, corrupted, sketch, stylized and rendition accuracy (Table 1 of the paper).
+"""The robustness row of a classifier: clean, corrupted, sketch, stylized, rendition accuracy; shape bias.
 
-Ge et al. (NeurIPS 2021, arXiv:2110.14189) released no evaluation code; each set follows the protocol of its own authors
-(docs in nonsem_neg/README.md). Every set is optional; pictures are mapped to classes by folder name (WordNet id):
+Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189), who released no evaluation code; each set follows the protocol of its
+own authors (docs in nonsem_neg/README.md). Every set is optional; pictures are mapped to classes by folder name (WordNet id):
 
     python nonsem_neg/eval_robustness.py IMAGENET100 --classifier ckpts/patch-lin/checkpoint_robust_0199.pth.tar \\
-        --corruption IMAGENET-C --sketch IMAGENET-SKETCH --stylized STYLIZED --rendition IMAGENET-R
+        --corruption IMAGENET-C --sketch IMAGENET-SKETCH --stylized STYLIZED --rendition IMAGENET-R --cue-conflict CUE-CONFLICT
     python nonsem_neg/eval_robustness.py --demo
 
 The evaluation is no paper's own: it is tools/robustness.py, which takes classifiers of the other papers, too.

@@ -6,6 +6,8 @@
     OUT/sketch/<shape>/                             the val pictures as outlines, black on white, drawn by hand
     OUT/stylized/<shape>/                           the val pictures with both textures of another class (in the name)
     OUT/rendition/<shape>/                          the val pictures as flat cartoons without texture
+    OUT/cue-conflict/<shape>/                       the val shapes in the textures of every other class in turn, named
+                                                    SHAPE-TEXTURE as the set of Geirhos et al. is: disc7-star7.png
     OUT-texture/train/<shape>/                      on request: for each train picture its texture without the shape
 
 `OUT/demo.json` is written last; a folder that has it is complete. Every picture depends on the seed and its own place
@@ -40,13 +42,15 @@ DEFAULTS = {
     "seed": 0,
     "size": 64,  # side of the pictures in pixels
     "train_per_class": 300,
-    "val_per_class": 50,  # of sketch, stylized and rendition, too
+    "val_per_class": 50,  # of sketch, stylized, rendition and cue-conflict, too
     "severities": (3,),  # of the corruptions, out of 1 to 5; (): no corrupted pictures
     "corruption_per_class": 10,  # that many of each class's val pictures are corrupted
     "texture": False,  # also make the tree OUT-texture
 }
-SETS = ("train", "val", "corruption", "sketch", "stylized", "rendition")
-_STREAMS = {"train": 0, "val": 1, "sketch": 2, "stylized": 3, "texture": 5}
+CUES = "cue-conflict"
+SHIFTED = ("sketch", "stylized", "rendition", CUES)  # one picture each of every val picture
+SETS = ("train", "val", "corruption", *SHIFTED)
+_STREAMS = {"train": 0, "val": 1, "sketch": 2, "stylized": 3, "texture": 5, CUES: 6}
 _MARK, _UNFINISHED = "demo.json", "demo.json.partial"
 
 
@@ -57,17 +61,22 @@ def _rng(seed, stream, *key):
 def spec(seed, split, shape, index):
     """What is drawn in picture `index` of class number `shape` in a set: a `demo_shapes.Spec`. Draws no picture."""
     drawn = demo_shapes.draw(_rng(seed, "train" if split == "train" else "val", shape, index), shape)
-    return demo_shapes.restyle(drawn, _rng(seed, "stylized", shape, index)) if split == "stylized" else drawn
+    if split == CUES:  # the textures take turns, so that all of them are there equally often
+        others = demo_shapes.others(shape)
+        return demo_shapes.restyle(drawn, _rng(seed, split, shape, index), others[(shape + index) % len(others)])
+    return demo_shapes.restyle(drawn, _rng(seed, split, shape, index)) if split == "stylized" else drawn
 
 
 def file_name(drawn, split, index):
-    """`disc_0007.png`; in the stylized set `disc_0007-star.png`: a disc in the textures of the star."""
+    """`disc_0007.png`; in the textures of the star `disc_0007-star.png` in stylized, `disc7-star7.png` in cue-conflict."""
+    if split == CUES:
+        return f"{CLASSES[drawn.shape]}{index}-{CLASSES[drawn.texture_class]}{index}.png"
     style = f"-{CLASSES[drawn.texture_class]}" if split == "stylized" else ""
     return f"{CLASSES[drawn.shape]}_{index:04d}{style}.png"
 
 
 def render(seed, split, shape, index, size):
-    """Picture `index` of class number `shape` in train, val, sketch, stylized or rendition: (size, size, 3) uint8."""
+    """Picture `index` of class number `shape` in train, val or a set of SHIFTED: (size, size, 3) uint8."""
     drawn = spec(seed, split, shape, index)
     if split == "sketch":
         return demo_shapes.render_sketch(drawn, size, _rng(seed, "sketch", shape, index))
@@ -104,8 +113,8 @@ def _do(job, out, twin, settings):
             for severity in settings["severities"]:
                 path = out / "corruption" / corruption / str(severity) / name / file
                 written.append((kind, _write(path, corrupt(clean, corruption, severity, (seed, shape, index)))))
-    elif kind == "val":
-        for split in ("val", "sketch", "stylized", "rendition"):
+    elif kind in ("val", CUES):
+        for split in ("val", *SHIFTED) if kind == "val" else (CUES,):
             path = out / split / name / file_name(spec(seed, split, shape, index), split, index)
             written.append((split, _write(path, render(seed, split, shape, index, size))))
     else:
@@ -200,7 +209,34 @@ def ensure(out, *, workers=None, progress=True, **settings):
 
     if not is_complete():
         _make(out, settings, workers, progress, is_complete)
+    add_cues(out)
     return out
+
+
+def add_cues(out):
+    """Add OUT/cue-conflict to a complete set of a version that had none; everything else of it stays as it is."""
+    out = Path(out)
+    if (content := read(out)) is None or CUES in content["counts"]:
+        return
+    try:
+        with only_writer(out, wait=True):
+            content = read(out)
+            if content is None or CUES in content["counts"]:
+                return
+            shutil.rmtree(out / CUES, ignore_errors=True)  # of an interruption
+            for name in CLASSES:
+                (out / CUES / name).mkdir(parents=True)
+            settings = content["settings"]
+            jobs = [(CUES, shape, i) for shape in range(len(CLASSES)) for i in range(settings["val_per_class"])]
+            sizes = [size for _, size in _do_all(jobs, out=out, twin=None, settings=settings)]
+            content["counts"][CUES], content["bytes"][CUES] = len(sizes), sum(sizes)
+            with replacing(out / _MARK, "w") as file:
+                file.write(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        where = error.filename or out
+        raise UserError(
+            f"{where}: {error.strerror or error}; the set {CUES} is missing and could not be added"
+        ) from None
 
 
 def _make(out, settings, workers, progress, is_complete):
@@ -229,7 +265,7 @@ def _make_locked(out, twin, folders, settings, workers, progress):
         for name in SETS:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
-    trees = [out / name for name in ("train", "val", "sketch", "stylized", "rendition")]
+    trees = [out / name for name in ("train", "val", *SHIFTED)]
     trees += [out / "corruption" / name / str(level) for name in CORRUPTIONS for level in settings["severities"]]
     trees += [twin / "train"] if settings["texture"] else []
     for tree in trees:
@@ -248,7 +284,7 @@ def _make_locked(out, twin, folders, settings, workers, progress):
         for i in range(0, len(jobs[kind]), length)
     ]
     files = len(jobs["corruption"]) * len(CORRUPTIONS) * len(settings["severities"])
-    files += 4 * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
+    files += (1 + len(SHIFTED)) * len(jobs["val"]) + len(jobs["train"]) * (2 if settings["texture"] else 1)
     if workers is None:
         workers = min(16, default_workers(files, 500))
     if progress:
@@ -289,10 +325,15 @@ def _make_locked(out, twin, folders, settings, workers, progress):
     return content
 
 
-def ensure_for(args, process: processes.Process, texture: bool = False) -> None:
-    """With --demo: make the built-in pictures at DATA unless a whole set of them, of whatever size, is there."""
+def ensure_for(args, process: processes.Process, texture: bool = False, cues: bool = False) -> None:
+    """With --demo: make the built-in pictures at DATA unless a whole set of them, of whatever size, is there.
+
+    cues: cue-conflict, too, which an older set lacks.
+    """
     if args.demo and process.is_main:
         content = read(args.data)
         if content is None or (texture and not content["settings"]["texture"]):
             ensure(args.data, texture=texture)
+        if cues:
+            add_cues(args.data)
     processes.barrier()

@@ -175,7 +175,7 @@ class Spec:
     colours: np.ndarray
     fg: TextureSpec
     bg: TextureSpec
-    texture_class: int  # class whose textures were meant; the class itself except in the stylized set
+    texture_class: int  # class whose textures were meant; the class itself except in the stylized and cue-conflict sets
 
 
 def _draw_texture(kind, rng):
@@ -212,11 +212,15 @@ def draw(rng, shape):
     return Spec(shape, centre, radius, angle, _draw_colours(rng), fg, bg, shape)
 
 
-def restyle(spec, rng):
-    """The same shape in the same place and colours with both textures of another class, neither of them its own."""
-    own = {SHAPE_TEXTURE[spec.shape], GROUND_TEXTURE[spec.shape]}
-    others = [c for c in range(10) if not own & {SHAPE_TEXTURE[c], GROUND_TEXTURE[c]}]
-    other = int(rng.choice(others))
+def others(shape):
+    """Classes that share neither of their textures with class `shape`."""
+    own = {SHAPE_TEXTURE[shape], GROUND_TEXTURE[shape]}
+    return [c for c in range(10) if not own & {SHAPE_TEXTURE[c], GROUND_TEXTURE[c]}]
+
+
+def restyle(spec, rng, other=None):
+    """The same shape in the same place and colours with both textures of class `other`; default: drawn from `others`."""
+    other = int(rng.choice(others(spec.shape))) if other is None else other
     fg, bg = _draw_texture(SHAPE_TEXTURE[other], rng), _draw_texture(GROUND_TEXTURE[other], rng)
     return replace(spec, fg=fg, bg=bg, texture_class=other)
 
@@ -268,7 +272,7 @@ def _to_uint8(picture):
 
 
 def render_textured(spec, size):
-    """The picture as in train, val and stylized."""
+    """The picture as in train, val, stylized and cue-conflict."""
     fg, bg = _pattern(spec.fg, size)[..., None], _pattern(spec.bg, size)[..., None]
     colours = spec.colours.astype(np.float32)
     shape = colours[0] + (colours[1] - colours[0]) * fg

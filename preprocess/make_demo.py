@@ -1,9 +1,9 @@
-"""Make the demo data set: ten textured shapes and five shifted test sets, drawn by the program itself.
+"""Make the demo data set: ten textured shapes and six shifted test sets, drawn by the program itself.
 
     python preprocess/make_demo.py data/demo
     python preprocess/make_demo.py data/demo --sheet docs/demo_pictures.png
 
-6,500 files, 27 MB, about twenty seconds of processor time shared by the cores. Run again it finds the set complete and only
+7,000 files, 28 MB, about twenty seconds of processor time shared by the cores. Run again it finds the set complete and only
 prints its table; after an interruption it starts over. preprocess/demo.py describes the sets. --texture adds the tree
 OUT-texture: a quick stand-in for texture synthesis, enough to try training with texture negatives.
 """
@@ -32,7 +32,7 @@ def parse_args(argv=None):
     parser.add_argument("out", metavar="OUT", help="folder to make: new, empty, or an earlier demo data set")
     add, levels = parser.add_argument, " ".join(map(str, demo.DEFAULTS["severities"]))
     add("--train-per-class", type=int, metavar="N", help="train pictures of each of the 10 classes")
-    add("--val-per-class", type=int, metavar="N", help="of val, sketch, stylized and rendition")
+    add("--val-per-class", type=int, metavar="N", help="of val, sketch, stylized, rendition and cue-conflict")
     add("--corruption-per-class", type=int, metavar="N", help="val pictures per class to corrupt")
     add("--severities", type=int, nargs="*", metavar="1-5", help=f"of the corruptions; default {levels}; empty: none")
     add("--size", type=int, metavar="PIXELS", help="side of the pictures in pixels")
@@ -64,7 +64,7 @@ def _examples(out, content):
         files = [sorted((cell / demo.CLASSES[i % columns]).iterdir())[0] for i, cell in enumerate(cells)]
         for i in range(0, len(files), columns):
             yield f"corruption\nseverity {level}", files[i : i + columns]
-    for name in ("sketch", "stylized", "rendition"):
+    for name in demo.SHIFTED:
         yield name, [sorted((out / name / shape).iterdir())[0] for shape in demo.CLASSES]
     twin = Path(f"{os.path.abspath(out)}-texture")
     if content["settings"]["texture"]:

@@ -1,9 +1,11 @@
 """The built-in data set: what is in it, that it is the same every time, and what it says about the class."""
 
+import argparse
 import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from common import UsageError, UserError
+from common import UsageError, UserError, processes
 from preprocess import demo, demo_shapes, make_demo
+from tools import shape_bias
 
 SCRIPT = "preprocess/make_demo.py"
 SMALL = {"size": 48, "train_per_class": 6, "val_per_class": 2, "corruption_per_class": 1, "severities": (2, 4)}
@@ -36,12 +39,12 @@ def small(tmp_path_factory):
 
 def test_counts_and_layout(small):
     out, counts = small
-    shifted = {"sketch": 20, "stylized": 20, "rendition": 20}
+    shifted = dict.fromkeys(demo.SHIFTED, 20)
     assert counts == {"train": 60, "val": 20, "corruption": 15 * 2 * 10, **shifted, "texture": 60}
     assert {name: len(list((out / name).rglob("*.png"))) for name in demo.SETS} == {
         name: counts[name] for name in demo.SETS
     }
-    for name in ("train", "val", "sketch", "stylized", "rendition", "corruption/fog/4"):
+    for name in ("train", "val", *demo.SHIFTED, "corruption/fog/4"):
         assert sorted(p.name for p in (out / name).iterdir()) == list(demo.CLASSES)
     assert sorted(p.name for p in (out / "corruption").iterdir()) == sorted(demo.CORRUPTIONS)
     assert sorted(p.name for p in (out / "corruption" / "snow").iterdir()) == ["2", "4"]
@@ -59,7 +62,7 @@ def test_counts_and_layout(small):
 
 def test_every_picture_is_different(small):
     out, counts = small
-    for name in ("train", "val", "sketch", "stylized", "rendition"):
+    for name in ("train", "val", *demo.SHIFTED):
         assert len(set(files(out / name).values())) == counts[name]
     assert not set(files(out / "train").values()) & set(files(out / "val").values())
 
@@ -111,6 +114,20 @@ def test_stylized_pictures_have_the_shape_of_val_and_the_textures_of_another_cla
     for i, path in enumerate(sorted((out / "stylized" / "disc").iterdir())):
         styled = demo.spec(0, "stylized", demo.CLASSES.index("disc"), i)
         assert path.name == f"disc_{i:04d}-{demo.CLASSES[styled.texture_class]}.png"
+
+
+def test_cue_conflict_has_every_shape_in_the_textures_of_all_other_classes_in_turn(small):
+    out, _ = small
+    for c in range(10):
+        other = [demo.spec(0, demo.CUES, c, i) for i in range(14)]
+        assert all(s.fg.kind == demo_shapes.SHAPE_TEXTURE[s.texture_class] for s in other)
+        assert sorted(s.texture_class for s in other) == sorted(2 * demo_shapes.others(c))
+        assert [s.centre for s in other] == [demo.spec(0, "val", c, i).centre for i in range(14)]
+    cues = shape_bias.CueConflict(str(out / demo.CUES), demo.CLASSES)
+    assert len(cues.dataset) == 20 and cues.categories == list(demo.CLASSES)
+    for path, shape, texture in zip(cues.dataset.paths, cues.dataset.targets, cues.textures):
+        drawn = demo.spec(0, demo.CUES, shape := int(shape), int(re.search(r"(\d+)-", path)[1]))
+        assert drawn.texture_class == texture and Path(path).parent.name == demo.CLASSES[shape]
 
 
 def test_sketch_is_black_on_white_and_rendition_is_flat():
@@ -199,6 +216,29 @@ def test_complete_set_is_reused_and_interrupted_one_redone(tmp_path):
     assert files(out) == made and demo.read(out)["counts"]["train"] == 20
 
 
+def test_a_set_of_an_older_version_gets_what_it_lacks_and_keeps_the_rest(tmp_path):
+    out = tmp_path / "demo"
+    demo.make(out, **TINY, workers=1, progress=False)
+    made, content = files(out), demo.read(out)
+
+    def older():
+        shutil.rmtree(out / demo.CUES)
+        old = {**content, **{k: {n: v for n, v in content[k].items() if n != demo.CUES} for k in ("counts", "bytes")}}
+        (out / "demo.json").write_text(json.dumps(old))
+
+    older()
+    (out / demo.CUES / "disc").mkdir(parents=True)  # as an interruption leaves it
+    (out / demo.CUES / "disc" / "left_over.png").touch()
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    demo.ensure(out, **TINY, progress=False)
+    assert files(out) == made and demo.read(out) == content
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p.exists() and demo.CUES not in str(p))
+    older()
+    for demo_flag, cues, there in ((False, True, False), (True, False, False), (True, True, True)):
+        demo.ensure_for(argparse.Namespace(demo=demo_flag, data=str(out)), processes.Process(), cues=cues)
+        assert (out / demo.CUES).is_dir() == there
+
+
 def test_other_settings_are_refused_by_ensure_and_replaced_by_make(tmp_path):
     out = tmp_path / "demo"
     demo.make(out, **TINY, workers=1, progress=False)
@@ -249,13 +289,13 @@ def test_command_line_from_elsewhere(tmp_path, capsys):
     flags = [*TINY_FLAGS, "--severities"]
     done = run_script(SCRIPT, "demo", *flags, "--texture", "--sheet", "s/sheet.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("demo data: making 80 files in demo")
-    assert re.search(r"^train +20 ", done.stdout, re.M) and "result: 80 files" in done.stdout
+    assert done.stderr.startswith("demo data: making 90 files in demo")
+    assert re.search(r"^train +20 ", done.stdout, re.M) and "result: 90 files" in done.stdout
     with Image.open(tmp_path / "s" / "sheet.png") as sheet:
         assert sheet.width > 320 and sheet.height > 7 * 32
     make_demo.main([str(tmp_path / "demo"), *flags])  # found complete, with its twins
     again = capsys.readouterr()
-    assert again.err == "" and "result: 80 files" in again.out
+    assert again.err == "" and "result: 90 files" in again.out
 
 
 def test_two_processes_that_want_the_same_set_make_it_once(tmp_path):
@@ -263,8 +303,8 @@ def test_two_processes_that_want_the_same_set_make_it_once(tmp_path):
     both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
-    assert sum("making 60 files" in text for text in errors) == 1
-    assert len(files(tmp_path / "demo")) == 60
+    assert sum("making 70 files" in text for text in errors) == 1
+    assert len(files(tmp_path / "demo")) == 70
 
 
 def test_command_line_errors(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_classifiers_of_all_rates_are_those_trained_one_by_one(monkeypatch):
         return evaluate.train_linear(features[None], targets, rows, 3, 4, 16, torch.Generator().manual_seed(1))
 
     weight, bias = train()
-    for number in (0, 5, 9):
+    for number in (0, 5, 11):
         monkeypatch.setattr(evaluate, "RATES", rates[number : number + 1])
         alone, alone_bias = train()
         torch.testing.assert_close(alone[0], weight[number])
@@ -36,7 +36,7 @@ def test_classifiers_of_all_rates_are_those_trained_one_by_one(monkeypatch):
     torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
     sgd, generator = torch.optim.SGD(linear.parameters(), lr=1, momentum=0.9), torch.Generator().manual_seed(1)
     for step, some in enumerate(s for _ in range(4) for s in rows[torch.randperm(50, generator=generator)].split(16)):
-        sgd.param_groups[0]["lr"] = rates[9] * 0.5 * (1 + math.cos(math.pi * step / 16))
+        sgd.param_groups[0]["lr"] = rates[11] * 0.5 * (1 + math.cos(math.pi * step / 16))
         sgd.zero_grad()
         F.cross_entropy(linear(features[some]), targets[some]).backward()
         sgd.step()
@@ -109,9 +109,14 @@ def test_a_run_of_the_script(demo_set, tmp_path, monkeypatch, capsys):
 
 def test_bad_input(demo_set, tmp_path):
     def fails(error, match, *arguments):
-        with pytest.raises(error, match=match):
+        with pytest.raises(error, match=match) as told:
             evaluate.main([*map(str, arguments), "--device", "cpu", "--out", str(tmp_path / "out")])
+        assert str(told.value).isprintable() and files == {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
 
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "result.json"):  # of an earlier evaluation
+        (tmp_path / "out" / name).write_text("{}")
+    files = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
     fails(UsageError, "no data: give DATA", "x.pth")
     torch.save({"state_dict": {"fc.weight": torch.ones(2, 2)}}, tmp_path / "a.pth")
     fails(UserError, "found no backbone in .*a.pth", tmp_path / "a.pth", demo_set)
@@ -123,4 +128,4 @@ def test_bad_input(demo_set, tmp_path):
     (tmp_path / "half" / "train").mkdir(parents=True)
     (tmp_path / "half" / "train" / "cat").symlink_to(next(p for p in (demo_set / "train").iterdir()))
     (tmp_path / "half" / "train" / "dog").symlink_to(sorted((demo_set / "train").iterdir())[1])
-    fails(UsageError, "val", tmp_path / "d.pth", tmp_path / "half")
+    fails(UsageError, "half: .*val", tmp_path / "d.pth", tmp_path / "half")

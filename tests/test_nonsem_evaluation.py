@@ -202,6 +202,9 @@ def test_robustness_row(workspace, capsys):
     eval_robustness.main(ROB)
     result = json.loads((workspace / "rob/result.json").read_text())
     assert {"clean", "corruption", "sketch", "stylized", "rendition"} <= result.keys() and not result["missing"]
+    shape, texture = result["cue_shape"], result["cue_texture"]
+    assert result["shape_bias"] == pytest.approx(100 * shape / (shape + texture)) and 0 < shape + texture < 100
+    assert f"shape bias {result['shape_bias']:.2f} %" in capsys.readouterr().out
     assert result["label"] == "MoCo + patch (K 64, alpha 2)"
     linear = json.loads((workspace / "lin/result.json").read_text())
     assert result["clean"] == pytest.approx(linear["acc1"])
@@ -226,7 +229,7 @@ def test_subsets_are_mapped_by_folder_name_and_masked(workspace, demo_set):
     eval_robustness.main(args)
     result = json.loads((workspace / "sub/result.json").read_text())
     assert result["rendition_masked"] >= result["rendition"]
-    assert result["missing"] == ["clean", "corruption", "sketch", "stylized"]
+    assert result["missing"] == ["clean", "corruption", "sketch", "stylized", "cue_conflict"]
     assert "2 of 10 classes" in result["notes"]["rendition"]
 
 

@@ -83,7 +83,7 @@ def test_commands(readme, workspace, demo_set, monkeypatch):
     links["IMAGENET100-texture"] = demo_set.parent / "demo-texture"
     for name, part in (("C", "corruption"), ("SKETCH", "sketch"), ("R", "rendition")):
         links[f"IMAGENET-{name}"] = demo_set / part
-    links["STYLIZED"] = demo_set / "stylized"
+    links["STYLIZED"], links["CUE-CONFLICT"] = demo_set / "stylized", demo_set / "cue-conflict"
     if readme == "preprocess/README.md":  # these are made by its commands
         for name in ("IMAGENET100", "IMAGENET100-texture"):
             del links[name]

@@ -32,7 +32,7 @@ LINEAR = {  # name: (script, network, more flags)
 }
 MOVED = {"released": "statistics", "published": "state_dict"}  # what holds statistics that moved
 KEYS = ("opt", "epoch", "classifier", "best_acc1", "optimizer")  # of the authors' files
-SETS = ["--corruption=C", "--sketch=DATA/sketch", "--rendition=DATA/rendition"]
+SETS = ["--corruption=C", "--sketch=DATA/sketch", "--rendition=DATA/rendition", "--cue-conflict=DATA/cue-conflict"]
 
 
 def pretrained(folder, network, **opt):
@@ -186,7 +186,8 @@ def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch
     for flag, path, why in (
         ("sketch", "nowhere", "nowhere: no such folder"), ("rendition", "DATA", "none of the 10 class folders"),
         ("stylized", "some", "class folder without any picture: heart"),
-        ("corruption", "DATA/sketch", "not the ImageNet-C layout"),
+        ("corruption", "DATA/sketch", "not the ImageNet-C layout"), ("cue-conflict", "nowhere", "nowhere: no such folder"),
+        ("cue-conflict", "DATA/val", "40 of 40 pictures do not tell shape and texture"),
     ):  # fmt: skip
         fails(UsageError, why, "DATA", "--classifier", "moco", *SETS, f"--{flag}={path}")
     assert not (workspace / "row").exists()
@@ -214,12 +215,12 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
         with pytest.raises(UserError, match="a picture is broken"):
             row(*flags)
     half = json.loads((workspace / "row/result.json").read_text())
-    assert half["clean"] == whole["clean"] and half["pending"] == ["corruption", "sketch", "rendition"]
-    assert half["missing"] == ["corruption", "sketch", "stylized", "rendition"]
+    assert half["clean"] == whole["clean"] and half["pending"] == ["corruption", "sketch", "rendition", "cue_conflict"]
+    assert half["missing"] == ["corruption", "sketch", "stylized", "rendition", "cue_conflict"]
     assert half["sets"]["corruption"]["folders"].keys() == {"snow/3", "frost/3"}
     assert half["sets"]["corruption"]["folder"] == "C"  # as it was named: a record is no map of a machine
     report.main(["row", "--no-published"])
-    assert "(unfinished: corruption, sketch, rendition)" in capsys.readouterr().out
+    assert "(unfinished: corruption, sketch, rendition, cue_conflict)" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         labels = looked_at(patch)
         found = row(*flags)

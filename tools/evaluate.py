@@ -53,6 +53,7 @@ from tools.report import layout
 
 RATES = tuple(10 ** (-2 + i / 3) for i in range(12))  # .01 to 46, for features of mean square length 1
 SHARES = (1.0, 0.1, 0.01)  # of the labels
+KNN_ELEMENTS = 2**25  # similarities at once: 128 MiB
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", input_res=32, workers=2, views=2, epochs=30, out="runs/try-evaluation"
@@ -174,25 +175,27 @@ def train_linear(
     no weight decay. All rates see the same batches, and one product of (B, D) with (D, R C) serves them all.
     """
     views, _, dim = features.shape
-    rates = features.new_tensor(RATES)[:, None, None]
-    weight, bias = (features.new_zeros(len(RATES), size, classes) for size in (dim, 1))
-    speed = torch.zeros_like(weight), torch.zeros_like(bias)
+    columns = len(RATES) * classes  # rate after rate
+    rates = features.new_tensor(RATES).repeat_interleave(classes)
+    weight, bias, speed, bias_speed = (features.new_zeros(*size, columns) for size in ((dim,), (), (dim,), ()))
+    one_hot = torch.eye(classes, dtype=features.dtype, device=features.device)
     steps, done = epochs * -(-len(rows) // batch), 0
     for epoch in range(epochs):
         order = rows[torch.randperm(len(rows), generator=generator)]
         for some in order.split(batch):
-            x, y = features[epoch % views, some], targets[some]
-            logits = (x @ weight.permute(1, 0, 2).reshape(dim, -1)).view(len(x), len(RATES), classes) + bias[:, 0]
-            error = logits.softmax(2)
-            error[torch.arange(len(x), device=y.device), :, y] -= 1
-            error /= len(x)
-            gradient = (x.T @ error.view(len(x), -1)).view(dim, len(RATES), classes).transpose(0, 1)
+            x, y = features[epoch % views].index_select(0, some), targets[some]
+            error = torch.addmm(bias, x, weight).view(len(x), -1, classes)
+            # A softmax: torch's takes five times as long for a few classes, and products with numbers below 1e-38 longer still.
+            error.sub_(error.amax(2, keepdim=True)).clamp_(min=-60).exp_()
+            error.div_(error.sum(2, keepdim=True)).sub_(one_hot[y][:, None])
+            error = error.view(len(x), columns)
             lr = rates * schedule.cosine(1.0, done, steps)
-            for value, momentum, grad in ((weight, speed[0], gradient), (bias, speed[1], error.sum(0)[:, None])):
-                momentum.mul_(0.9).add_(grad)
-                value.sub_(lr * momentum)
+            speed.addmm_(x.T, error, beta=0.9, alpha=1 / len(x))
+            bias_speed.mul_(0.9).add_(error.sum(0), alpha=1 / len(x))
+            weight.addcmul_(speed, lr, value=-1)
+            bias.addcmul_(bias_speed, lr, value=-1)
             done += 1
-    return weight, bias
+    return weight.view(dim, -1, classes).transpose(0, 1), bias.view(-1, 1, classes)
 
 
 def accuracies(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> list[float]:
@@ -217,7 +220,7 @@ def uniformity(features: Tensor, most: int = 8192, chunk: int = 1024) -> float:
     z = F.normalize(features[:most].float(), dim=1)
     total = z.new_zeros((), dtype=torch.float64)
     for part in z.split(chunk):
-        total += (-2 * (2 - 2 * part @ z.T)).exp().double().sum()
+        total += (part @ z.T).sub_(1).mul_(4).exp_().sum(dtype=torch.float64)
     n = len(z)
     return float(((total - n) / (n * (n - 1))).log())  # without each with itself
 
@@ -258,14 +261,18 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def evaluate(args, process) -> tuple[dict, tuple[Tensor, Tensor]]:
-    """Everything that result.json says, and the two sets of cosines."""
-    network, operations, facts = open_backbone(args.checkpoint, process.device)
-    precision = Precision(args.amp, process.device)
+def open_inputs(args, process) -> tuple:
+    """What `evaluate` takes: the backbone, what was found of it, and both splits. Looked at before anything is written."""
+    backbone = open_backbone(args.checkpoint, process.device)
     train_set = options.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")
-    val_set = options.open_split(args, "val", classes=train_set.classes)
+    return *backbone, train_set, options.open_split(args, "val", classes=train_set.classes)
+
+
+def evaluate(args, process, network, operations, facts, train_set, val_set) -> tuple[dict, tuple[Tensor, Tensor]]:
+    """Everything that result.json says, and the two sets of cosines."""
+    precision = Precision(args.amp, process.device)
 
     def embed(images):
         with precision.autocast():
@@ -279,10 +286,22 @@ def evaluate(args, process) -> tuple[dict, tuple[Tensor, Tensor]]:
     (val,), val_targets = embed_split(args, process, val_set, plain, embed, 1, "val")
     embedded = time.perf_counter() - began
 
-    began, classes, generator = time.perf_counter(), len(train_set.classes), torch.Generator().manual_seed(args.seed)
-    result = dict(facts, data=args.data, pictures=len(train_set), classes=classes, views=args.views, seed=args.seed)
-    found = metrics.knn(bank, targets, val, val_targets, classes, args.knn_k, chunk_elements=2**25)
+    classes = len(train_set.classes)
+    found, cosines = judge(args, seen, targets, bank, val, val_targets, classes)
+    about = dict(data=args.data, pictures=len(train_set), classes=classes, views=args.views, seed=args.seed)
+    times = dict(embedding_seconds=embedded, other_seconds=sum(found["seconds"].values()))
+    return facts | about | found | times, cosines
+
+
+def judge(args, seen, targets, bank, val, val_targets, classes: int) -> tuple[dict, tuple[Tensor, Tensor]]:
+    """All numbers of features, and the two sets of cosines. `seconds` says what took how long.
+
+    seen (V, n, D): augmented views of the training pictures, bank (n, D) the same as they are; val (m, D).
+    """
+    result, generator, clock = {}, torch.Generator().manual_seed(args.seed), Clock()
+    found = metrics.knn(bank, targets, val, val_targets, classes, args.knn_k, chunk_elements=KNN_ELEMENTS)
     result |= dict(zip(("knn_acc1", "knn_acc5"), map(float, found)), knn_k=args.knn_k)
+    clock("k-NN")
     scale = seen.square().sum(2).mean().rsqrt()  # so that a rate means the same for every network
     seen, val_scaled, bank_scaled = seen * scale, val * scale, bank * scale
     train_rows, kept = keep_back(targets.cpu(), 0.1, generator)
@@ -298,11 +317,24 @@ def evaluate(args, process) -> tuple[dict, tuple[Tensor, Tensor]]:
             "labels": len(rows), "epochs": epochs, "rate": RATES[best], "kept_back": kept_acc, "val": val_acc,
         }  # fmt: skip
         result[f"linear_{share:.0%}".replace("%", "")] = val_acc[best]
+        clock(f"linear, {share:.0%}")
     result |= {"acc1": result["linear_100"], "linear": linear, "rates": list(RATES)}
     first, second = (seen[0], seen[1]) if args.views > 1 else (seen[0], bank_scaled)
     result |= {"alignment": alignment(first, second), "uniformity": uniformity(val), "rankme": rankme(bank)}
-    result |= {"dimensions": bank.shape[1], "embedding_seconds": embedded, "other_seconds": time.perf_counter() - began}
-    return result, scores(first, second, generator)
+    cosines = scores(first, second, generator)
+    clock("geometry")
+    return result | {"dimensions": bank.shape[1], "seconds": clock.seconds}, cosines
+
+
+class Clock:
+    """Seconds since it was last looked at, by name."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def __call__(self, what: str) -> None:
+        now = time.perf_counter()
+        self.seconds[what], self.last = now - self.last, now
 
 
 def table(result: dict) -> str:
@@ -327,9 +359,10 @@ def worker(args, process: processes.Process) -> None:
     if process.world_size > 1:
         raise UsageError("this runs in one process: omit --multiprocessing-distributed and --nproc")
     demo.ensure_for(args, process)
+    opened = open_inputs(args, process)
     log = run.Run(args.out, args, process, tensorboard=False)
     try:
-        result, (positive, negative) = evaluate(args, process)
+        result, (positive, negative) = evaluate(args, process, *opened)
         result["label"] = args.label or os.path.basename(os.path.dirname(result["pretrained"]))
         print(f"\n{result['label']}: {result['arch']}, {result['pretrained']}\n\n{table(result)}\n")
         if result["acc1"] < result["knn_acc1"] - 0.5:

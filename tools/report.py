@@ -23,6 +23,7 @@ from common.run import ROOT
 
 TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/published*.json"))
 ACCURACIES = ("acc1", "acc5", "acc1_best")
+HEADINGS = {"shape_bias": "shape bias"}  # columns of a table that are not called by their name
 EPOCHS = "acc1_best: of the best epoch on the validation set; acc1: of the last epoch"
 
 
@@ -90,7 +91,7 @@ def read(file: Path) -> dict:
     check("pending", "a list", lambda v: v is None or isinstance(v, list))
     columns = ACCURACIES
     if result.get("table"):
-        columns = [*published_table(result["table"])["columns"], *ACCURACIES]
+        columns = [*published_table(result["table"])["columns"], *HEADINGS, *ACCURACIES]
     for column in columns:
         for field in (column, f"{column}_masked"):
             check(field, "a number from 0 to 100", lambda v: _is_number(v) and 0 <= v <= 100)
@@ -122,7 +123,7 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
             continue
         published = published_table(table)
         columns, there = list(published["columns"]), {field for m in members for field in m}
-        columns += [c for c in ("acc1_best", "acc1") if c in there and c not in columns]
+        columns += [c for c in (*HEADINGS, "acc1_best", "acc1") if c in there and c not in columns]
         columns += sorted(k for k in there if k.endswith("_masked") and k.removesuffix("_masked") in columns)
         by_row: dict[tuple, list[dict]] = {}
         for member in members:
@@ -137,14 +138,15 @@ def tables(results: list[dict], with_published: bool) -> list[tuple[str, list[st
             ]
             for (label, arch, epochs, data, _), same in by_row.items()
         ]
+        headings = [HEADINGS.get(c, c) for c in columns]
         if with_published:  # its own table: other data, other sizes
             theirs = [
                 [row["label"], published["data"], str(published["epochs"]), *(interval(row.get(c)) for c in columns)]
                 for row in published["rows"]
             ]
-            made.append((published["title"], ["published", "data", "epochs", *columns], theirs))
+            made.append((published["title"], ["published", "data", "epochs", *headings], theirs))
         which = f" ({EPOCHS})" if "acc1_best" in columns else ""
-        made.append((f"Accuracy in percent of the runs here{which}", ["run", "data", "epochs", *columns], rows))
+        made.append((f"Accuracy in percent of the runs here{which}", ["run", "data", "epochs", *headings], rows))
     return made
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""The robustness row of a classifier of any paper: clean, corrupted, sketch, stylized and rendition accuracy.
+"""The robustness row of a classifier of any paper: clean, corrupted, sketch, stylized, rendition accuracy, and shape bias.
 
-Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189), whose nonsem_neg/eval_robustness.py this is; the protocol of each set
+Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189), whose nonsem_neg/eval_robustness.py this is, and the share of shape
+decisions of Geirhos et al. (arXiv:1811.12231); the protocol of each set
 is in nonsem_neg/README.md. Every set is optional; pictures are mapped to classes by folder name (WordNet id):
 
     python tools/robustness.py IMAGENET100 --classifier runs/cmc-linear --ckpt_path runs/cmc-row --corruption IMAGENET-C
@@ -44,6 +45,7 @@ from common import UsageError, UserError, augment, checkpoint, cli, options, pri
 from common.precision import Precision
 from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
+from tools import shape_bias
 
 FAMILIES = {  # linear evaluation: its files of the last epoch, and of the best on val
     "nonsem_neg/main_lincls.py": ("checkpoint_robust_*.pth.tar", "model_best_*.pth.tar"),
@@ -54,11 +56,16 @@ FAMILIES = {  # linear evaluation: its files of the last epoch, and of the best 
     "feature_transform/main_linear.py": ("current.pth", "best.pth"),
 }
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-SETS = ("clean", "corruption", "sketch", "stylized", "rendition")
+SETS = ("clean", "corruption", "sketch", "stylized", "rendition", "cue_conflict")
+COLUMNS = {
+    name: (name, f"{name}_masked", f"{name}_extra") for name in SETS
+}  # in result.json; the first is in the table
+COLUMNS["cue_conflict"] = ("shape_bias", "cue_shape", "cue_texture")
 PRESETS = {
     "demo": dict(
         data="data/demo", classifier="runs/try-lincls", corruption="data/demo/corruption", sketch="data/demo/sketch",
-        stylized="data/demo/stylized", rendition="data/demo/rendition", ckpt_path="runs/try-robustness", workers=2,
+        stylized="data/demo/stylized", rendition="data/demo/rendition", cue_conflict="data/demo/cue-conflict",
+        ckpt_path="runs/try-robustness", workers=2,
     ),
 }  # fmt: skip
 
@@ -72,10 +79,12 @@ def parse_args(argv=None):
     g.add_argument("--sketch", metavar="DIR", help="ImageNet-Sketch: CLASS/*")
     g.add_argument("--stylized", metavar="DIR", help="Stylized-ImageNet validation pictures: CLASS/*")
     g.add_argument("--rendition", metavar="DIR", help="ImageNet-R: CLASS/*")
+    about = "pictures named SHAPE1-TEXTURE1: the share of answers that name the shape (tools/shape_bias.py)"
+    g.add_argument("--cue-conflict", metavar="DIR", help=about)
     g.add_argument("--extra-corruptions", action="store_true", help="also " + ", ".join(EXTRA_CORRUPTIONS))
     about = (
-        "were the corrupted and stylized pictures resized and centre-cropped before (as ImageNet-C is)? then they are not "
-        "resized again; auto: yes if they are 224 x 224"
+        "were the corrupted, stylized and cue-conflict pictures resized and centre-cropped before (as ImageNet-C is)? then "
+        "they are not resized again; auto: yes if they are 224 x 224"
     )
     g.add_argument("--precropped", choices=["auto", "yes", "no"], default="auto", help=about)
     options.add_data_arguments(g)
@@ -98,8 +107,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.classifier:
         raise UsageError("no classifier: give --classifier CHECKPOINT of a linear evaluation, or --demo")
-    if not any((args.data, args.corruption, args.sketch, args.stylized, args.rendition)):
-        raise UsageError("nothing to evaluate on: give DATA (clean), --corruption, --sketch, --stylized or --rendition")
+    if not any((args.data, *(getattr(args, name) for name in SETS[1:]))):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SETS[1:])
+        raise UsageError(f"nothing to evaluate on: give DATA (clean) or some of {flags}")
     return args
 
 
@@ -205,7 +215,7 @@ def open_corruptions(args, classes) -> tuple[sets.FolderSet, list[tuple[str, int
 
 
 def open_sets(args, classes: list[str]) -> dict:
-    """{name: (where, set, what else `open_corruptions` returned)} of all sets given, so that a wrong path is found at once."""
+    """{name: (where, set, what else its evaluation needs)} of all sets given, so that a wrong path is found at once."""
     opened = {}
     for name in SETS:
         if not (where := args.data if name == "clean" else getattr(args, name)):
@@ -215,6 +225,9 @@ def open_sets(args, classes: list[str]) -> dict:
             if not any(c in CORRUPTIONS for c, _ in folders):
                 raise UsageError(f"{where}: none of the 15 corruptions of the published number is in it")
             opened[name] = where, dataset, (folders, group)
+        elif name == "cue_conflict":
+            cues = shape_bias.CueConflict(where, classes)
+            opened[name] = where, cues.dataset, cues
         else:
             opened[name] = where, open_clean(args, classes) if name == "clean" else open_by_class(where, classes), None
     return opened
@@ -234,20 +247,16 @@ class Stopped(Exception):
 
 
 @torch.no_grad()
-def score(logits, colours, dataset, args, process, stop, label, log, cropped_before=False):
-    """For every picture, 1 where the argmax is its class: over all classes, and over those that the set has (masked).
+def answers(judge, logits, colours, dataset, args, process, stop, label, log, cropped_before=False):
+    """Rows of the pictures looked at, in order, and what judge(logits (B, C), target (B,)) -> tensors (B,) says of each.
 
-    Two float tensors (len(dataset),) on the CPU. Raises Stopped where `stop` was asked for, UserError where the classifier
-    has fewer outputs than there are classes.
+    Tensors (len(dataset),) on the CPU. Raises Stopped where `stop` was asked for.
     """
     view = augment.Compose(geometry(args, dataset, cropped_before), *colours)
     batch = max(1, args.batch_size // process.world_size)
     loader = options.make_loader(args, process, dataset, (view,), batch, seed=0, shuffle=False, drop_last=False)
-    absent = torch.ones(len(dataset.classes), dtype=torch.bool)
-    absent[dataset.targets.unique()] = False
-    absent = absent.to(process.device)
     progress = run.Progress(f"{label}: ", len(loader), 25, enabled=log.main and len(loader) > 25)
-    rows, right, right_masked = [], [], []
+    parts = []
     steps, batches = max(processes.gather_objects(len(loader))), iter(loader)  # ranks may have one more than others
     try:
         for _ in range(steps):
@@ -256,19 +265,32 @@ def score(logits, colours, dataset, args, process, stop, label, log, cropped_bef
             if (found := next(batches, None)) is None:
                 continue
             (images,), target, index = found
-            # published heads have 1000 outputs whatever the number of classes
-            scores = logits(images.contiguous(memory_format=torch.channels_last))[:, : len(absent)]
-            rows.append(index)
-            right.append(scores.argmax(1) == target)
-            right_masked.append(scores.masked_fill(absent, -torch.inf).argmax(1) == target)
+            scores = logits(images.contiguous(memory_format=torch.channels_last))
+            parts.append((index, *judge(scores, target)))
             progress.update(len(target))
     finally:
         progress.close()
         loader.close()
     log.say_replaced(loader)
-    rows, right, right_masked = (processes.gather_ragged(torch.cat(x).float()) for x in (rows, right, right_masked))
+    rows, *judged = (processes.gather_ragged(torch.cat(x).float()) for x in zip(*parts))
     order = rows.double().argsort()  # ranks hold interleaved shares
-    return right[order].cpu(), right_masked[order].cpu()
+    return [x[order].cpu() for x in (rows, *judged)]
+
+
+def score(logits, colours, dataset, args, process, stop, label, log, cropped_before=False):
+    """For every picture, 1 where the argmax is its class: over all classes, and over those that the set has (masked).
+
+    Two float tensors (len(dataset),) on the CPU. Raises what `answers` does.
+    """
+    absent = torch.ones(len(dataset.classes), dtype=torch.bool)
+    absent[dataset.targets.unique()] = False
+    absent = absent.to(process.device)
+
+    def judge(scores, target):
+        scores = scores[:, : len(absent)]  # published heads have 1000 outputs whatever the number of classes
+        return scores.argmax(1) == target, scores.masked_fill(absent, -torch.inf).argmax(1) == target
+
+    return answers(judge, logits, colours, dataset, args, process, stop, label, log, cropped_before)[1:]
 
 
 def percent(x: torch.Tensor) -> float:
@@ -284,7 +306,7 @@ class Result:
 
     def __init__(self, log: run.Run, path: Path, about: dict, before: dict, wanted: dict[str, dict]):
         self.log, self.path, self.about, self.wanted = log, path, about, wanted
-        columns = {k for name in SETS for k in (name, f"{name}_masked", f"{name}_extra")}
+        columns = {column for name in SETS for column in COLUMNS[name]}
         self.values = {k: v for k, v in before.items() if k in columns and isinstance(v, float)}
         self.notes, self.sets = dict(before.get("notes", {})), dict(before.get("sets", {}))
         stopped = before.get("pending", [])
@@ -301,11 +323,22 @@ class Result:
             "folder": os.path.realpath(str(how.get("folder", "")))
         }
 
+    def missing(self) -> list[str]:
+        """Sets of which nothing is known."""
+        return [name for name in SETS if not self.values.keys() & set(COLUMNS[name])]
+
+    def told(self, name: str) -> str:
+        """The number of a set that has one, in words."""
+        if name != "cue_conflict":
+            return f"{self.values[name]:.2f} %"
+        share, shape, texture = map(self.values.get, COLUMNS[name])
+        share = "no answer names shape or texture" if share is None else f"shape bias {share:.2f} %"
+        return f"{share} (shape {shape:.2f} %, texture {texture:.2f} %)"
+
     def everything(self) -> dict:
-        missing = [name for name in SETS if name not in self.values]
         return {
             **self.about,
-            "missing": missing,
+            "missing": self.missing(),
             "pending": self.pending,
             "notes": self.notes,
             "sets": self.sets,
@@ -316,8 +349,7 @@ class Result:
         """What was found so far of a set; values: all of it."""
         self.sets[name] = self.wanted[name] | more
         if values is not None:
-            drop = (name, f"{name}_masked", f"{name}_extra")
-            self.values = {k: v for k, v in self.values.items() if k not in drop} | values
+            self.values = {k: v for k, v in self.values.items() if k not in COLUMNS[name]} | values
             self.notes = {k: v for k, v in self.notes.items() if k != name} | ({name: note} if note else {})
             self.pending = [p for p in self.pending if p != name]
         if self.log.main:
@@ -354,7 +386,8 @@ def earlier(path: Path, saved, digest: str, args) -> dict:
 
 
 def worker(args, process: processes.Process) -> None:
-    demo.ensure_for(args, process)
+    own_cues = Path(args.data or "") / demo.CUES == Path(args.cue_conflict or "")
+    demo.ensure_for(args, process, cues=own_cues)
     with run.StopSignal() as stop, contextlib.ExitStack() as held:
         saved, precision = read_classifier(args), Precision(args.amp, process.device)
         logits, colours, facts = reopen(saved, args, process, precision)
@@ -389,14 +422,18 @@ def worker(args, process: processes.Process) -> None:
         try:
             for name in SETS:
                 if name not in opened:
-                    kept = f"{result.values[name]:.2f} % from before" if name in result.values else "left out"
+                    kept = f"{result.told(name)} from before" if name not in result.missing() else "left out"
                     log.say(f"{name}: not given, {kept}")
                     continue
-                _, dataset, corrupted = opened[name]
+                _, dataset, more = opened[name]
                 if name not in result.pending:
-                    log.say(f"{name}: {result.values[name]:.2f} %, kept from the evaluation that was stopped")
+                    log.say(f"{name}: {result.told(name)}, kept from the evaluation that was stopped")
                 elif name == "corruption":
-                    corruption_row(look_at, dataset, *corrupted, result, log)
+                    corruption_row(look_at, dataset, *more, result, log)
+                elif name == "cue_conflict":
+                    how = logits, colours, dataset, args, process, stop, name, log, True
+                    result.keep(name, more.values(*answers(more.judge, *how)), more.note)
+                    log.say(f"{name}: {result.told(name)} of {more.note}")
                 else:
                     right, masked = look_at(dataset, name, name == "stylized")
                     values, present, note = {name: percent(right)}, len(dataset.targets.unique()), ""

@@ -162,6 +162,19 @@ def test_the_tables_of_RESULTS_are_those_of_the_records():
     assert {paper for paper, scale, _ in (found[1:4] for found in claims.BLOCK.findall(text))} <= known.keys()
 
 
+def test_a_curve_beside_the_published_one(root):
+    (root / "curve.json").write_text('{"epochs": [1, 2, 5], "knn_acc1": [30, 40, 50], "epoch_loss": [3, 2, 1]}')
+    content = json.loads((root / "paper/claims.json").read_text()) | {"curves": {"long": "curve.json"}}
+    (root / "paper/claims.json").write_text(json.dumps(content))
+    (root / "results/paper/long").mkdir(parents=True)
+    lines = [{"epoch": 0, "epoch_loss": 3.25}, {"epoch": 0, "knn_acc1": 31}, {"epoch": 1, "epoch_loss": 2.5}]
+    (root / "results/paper/long/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = claims.written("<!-- claims: paper long curve -->\n<!-- end -->\n").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made[1:-1]]
+    assert rows[0] == ["epoch", "1", "2", "5"] and rows[2] == ["k-NN, published", "30.00", "40.00", "50.00"]
+    assert rows[3] == ["k-NN, here", "31.00", "", ""] and rows[5] == ["loss, here", "3.250", "2.500", ""]
+
+
 def test_every_claim_has_its_runs_and_its_source():
     for paper, content in claims.papers().items():
         for scale in content["scales"]:

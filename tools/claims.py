@@ -44,7 +44,7 @@ NAMES = {"acc1": "linear", "acc1_best": "linear, best epoch", "knn_acc1": "k-NN"
 KEPT = ("config.json", "metrics.jsonl", "result.json")
 TOY = "runs/claims/toy-pictures"
 FAILED = "failed.json"  # instead of the records of a run that did not come through
-BLOCK = re.compile(r"(<!-- claims: (\S+) (\S+) (runs|claims) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- claims: (\S+) (\S+) (runs|claims|curve) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass
@@ -221,12 +221,29 @@ def claim_table(content: dict, how: Setting) -> str:
     return layout(["claim", "published", "pair", "seeds", *numbers, f"verdict ({numbers[0]})"], rows, markdown=True)
 
 
+def curve_table(published: Path, records: Path) -> str:
+    """A published training curve, and that of the run whose metrics.jsonl is in `records`, as far as it has come."""
+    theirs, ours = json.loads(published.read_text()), {}
+    for line in map(json.loads, (records / "metrics.jsonl").read_text().splitlines()):
+        ours.setdefault(line["epoch"] + 1, {}).update(line)
+    rows = []
+    for key, name, digits in (("knn_acc1", "k-NN", 2), ("epoch_loss", "loss", 3)):
+        found = [ours.get(epoch, {}).get(key) for epoch in theirs["epochs"]]
+        rows.append([f"{name}, published", *(f"{value:.{digits}f}" for value in theirs[key])])
+        rows.append([f"{name}, here", *("" if value is None else f"{value:.{digits}f}" for value in found)])
+    return layout(["epoch", *map(str, theirs["epochs"])], rows, markdown=True)
+
+
 def written(text: str) -> str:
-    """RESULTS.md with every block between `<!-- claims: PAPER SCALE runs|claims -->` and `<!-- end -->` made anew."""
+    """RESULTS.md with every block between `<!-- claims: PAPER SCALE runs|claims -->` and `<!-- end -->` made anew, and those
+    of `<!-- claims: PAPER RUN curve -->`: results/PAPER/RUN beside the curve that "curves" in its claims.json names."""
     known = papers()
 
     def block(found: re.Match) -> str:
         paper, scale, kind = found[2], found[3], found[4]
+        if kind == "curve":
+            published = known[paper]["curves"][scale]
+            return found[1] + curve_table(ROOT / published, ROOT / "results" / paper / scale) + "\n" + found[5]
         how = setting(paper, known.get(paper, {"scales": {}}), scale)
         if how is None:
             raise UserError(f"RESULTS.md: a table of {paper} at scale {scale}, of which no claims.json knows")

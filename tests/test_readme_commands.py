@@ -134,7 +134,7 @@ def run_line(line: str) -> None:
         if {"cifar10", "stl10"} & set(words):  # a download: only what is typed is checked, the run is on a folder
             module_of(words[1]).parse_args(words[2:])
             at = words.index("--dataset")
-            words[at - 1 : at + 2] = ["IMAGENET100"]
+            words[at - 1 : at + 2] = ["IMAGENET100", "--dataset", "folder"]
         run(words[1], words[2:])
 
 

@@ -182,6 +182,25 @@ def test_a_stopped_run_goes_on_bit_for_bit(stop_at, capsys):
     assert len({r["step"] for r in records()}) == len(records())
 
 
+def test_the_newest_state_is_saved_as_often_as_asked_and_where_a_run_stops(monkeypatch, capsys):
+    saves, save = [], checkpoint.save
+
+    def counted(path, state):
+        saves.append((path.name, state["epoch"], state["step"]))
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+    flags = ["--epochs", "5", "--save-freq", "100", "--last-every", "2"]
+    assert train(*flags, folder="whole") == 0
+    assert saves == [("last.pth", 2, 0), ("last.pth", 4, 0), ("epoch_5.pth", 5, 0), ("last.pth", 5, 0)]
+    saves.clear()
+    assert train(*flags, stop_at=(1, 3)) == 143 and train(*flags, "--resume", "auto", "--stop-after", "3") == 0
+    assert saves == [("last.pth", 1, 0), ("last.pth", 2, 0), ("last.pth", 3, 0)]
+    assert "stopped by --stop-after 3 after epoch 3; continue with --resume auto" in capsys.readouterr().out
+    assert train(*flags, "--resume", "auto") == 0
+    assert equal(last()["weight"], last("whole")["weight"])
+
+
 def test_an_evaluation_that_is_cut_short_is_made_again():
     train("--knn-every", "2", folder="whole")
     with pytest.raises(UserError, match="killed while it evaluates"):

@@ -54,7 +54,9 @@ class Precision:
         """What to say at the start of a run on a CPU where the other choice of --amp is the faster one, or nothing."""
         amx = has_amx() if self.device_type == "cpu" else None
         if self.enabled and amx is False:
-            return "--amp gains nothing on this CPU (no AMX) and may cost: 419 for 468 images/s seen, ResNet-18 at 32 px"
+            return (
+                "--amp gains nothing on this CPU (no AMX) and may cost: 419 for 468 images/s seen, ResNet-18 at 32 px"
+            )
         if not self.enabled and amx and self.apex is None:
             return "--amp can be faster on this CPU (AMX): ResNet-18 at 32 pixels 2.7 times with the 3x3 stem, as fast without"
         return ""

@@ -104,6 +104,10 @@ def test_a_run_of_the_script(demo_set, tmp_path, monkeypatch, capsys):
     )
     assert len(result["linear"]["1%"]["val"]) == len(evaluate.RATES) and result["pretrained"] == "net.pth"
     assert ("lies below k-NN" in said) == (result["acc1"] < result["knn_acc1"] - 0.5)
+    ends = [
+        name for name, found in result["linear"].items() if found["rate"] in (evaluate.RATES[0], evaluate.RATES[-1])
+    ]
+    assert ("the best rate is an end of those tried" in said) == bool(ends) and all(name in said for name in ends)
     assert (tmp_path / "runs/try-evaluation/scores.png").stat().st_size > 5000
 
 

@@ -368,9 +368,10 @@ def worker(args, process: processes.Process) -> None:
         if result["acc1"] < result["knn_acc1"] - 0.5:
             both = f"the linear evaluation ({result['acc1']:.2f}) lies below k-NN ({result['knn_acc1']:.2f})"
             log.say(f"warning: {both}: a probe that is not tuned; try more --epochs or --views")
-        if ends := [name for name, found in result["linear"].items() if found["rate"] in (RATES[0], RATES[-1])]:
+        ends = [name for name, found in result["linear"].items() if found["rate"] in (RATES[0], RATES[-1])]
+        if ends:
             log.say(
-                f"note: with {', '.join(ends)} of the labels the best rate is an end of those tried: a better one may lie beyond"
+                f"note: with {', '.join(ends)} of the labels the best rate is an end of those tried: a better may lie beyond"
             )
         draw_scores(os.path.join(args.out, "scores.png"), positive, negative, result["label"])
         log.result(**result)

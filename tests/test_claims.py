@@ -182,9 +182,7 @@ def test_every_claim_has_its_runs_and_its_source():
             for run in how.runs:
                 for command, folder in how.commands(run, 0):
                     assert (
-                        command.startswith(
-                            (f"python {paper}/", "python tools/evaluate.py ", "python preprocess/make_demo.py ")
-                        )
+                        command.startswith((f"python {paper}/", "python tools/evaluate.py ", "python preprocess/make_"))
                         and "{" not in command
                         and "{" not in str(folder)
                     )
@@ -192,7 +190,7 @@ def test_every_claim_has_its_runs_and_its_source():
         assert len(set(names)) == len(names)
         for claim in content["claims"]:
             assert claim["source"] and claim["published"]
-            assert any({claim["better"], claim["than"]} <= scale["runs"].keys() for scale in content["scales"].values())
+            assert any(claims.sides(claim, claims.setting(paper, content, scale)) for scale in content["scales"])
 
 
 def called(command: str):
@@ -218,8 +216,9 @@ def test_the_commands_of_every_run_are_accepted_and_those_for_a_gpu_work(paper, 
     for command, _ in commands:
         module, flags = called(command)
         module.main(flags)
-    result = json.loads((workspace / commands[-1][1].relative_to(ROOT) / "result.json").read_text())
-    assert set(how.numbers) <= result.keys() and "toy-" in str(commands[-1][1])
+    written = [workspace / folder.relative_to(ROOT) / "result.json" for _, folder in commands]
+    found = [json.loads(path.read_text()).keys() for path in written if path.is_file()]
+    assert set(how.numbers) <= set().union(*found) and written[-1].is_file() and "toy-" in str(written[-1])
 
 
 def test_toy_runs_leave_no_records(root, monkeypatch, capsys):

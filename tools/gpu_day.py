@@ -172,7 +172,7 @@ CURVE = {
 }
 RECORDS = ("config.json", "metrics.jsonl")
 SETTLES = {  # papers by what a GPU settles: first what a CPU could not tell at all
-    "nonsem_neg": "patch negatives on real pictures, clean and shifted",
+    "nonsem_neg": "patch negatives on real pictures, clean and corrupted",
     "ring": "rings, which the CPU's runs are too short for",
     "debiased": "the debiased loss at larger batches",
     "feature_transform": "transformed features at longer budgets",

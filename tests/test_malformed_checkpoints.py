@@ -132,7 +132,8 @@ def taken(where, value) -> bool:
     """May a changed value be passed over? Where it is a possible one, and where an older file has none."""
     if where[0] in FLAGS:
         return len(where) == 2 and value not in UNLIKE_FLAGS or value in ("gone", "a dict", "a dict of text")
-    return value in POSSIBLE.get(where[:2], POSSIBLE.get(where[:1], set()) if len(where) == 1 else set())
+    listed = POSSIBLE.get(where[:2], POSSIBLE.get(where, set()))
+    return value in POSSIBLE.get(where, listed)
 
 
 @pytest.fixture

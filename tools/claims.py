@@ -357,7 +357,7 @@ def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: 
                     shutil.copyfile(file, record / file.name)
         else:
             if not toy:
-                took = {"seconds": round(time.perf_counter() - started, 1), "commands": [c for c, _ in commands]}
+                took = {"seconds": round(time.perf_counter() - started, 3), "commands": [c for c, _ in commands]}
                 (last / "took.json").write_text(json.dumps(took | {"threads": threads}, indent=1) + "\n")
     return failed
 

@@ -1,5 +1,6 @@
 """Claims: what is run, what is kept, what is said of it; and RESULTS.md says what the records say."""
 
+import hashlib
 import importlib
 import json
 import shlex
@@ -68,7 +69,9 @@ def test_a_claim_from_its_commands_to_the_table(root, capsys):
         "metrics.jsonl",
         "result.json",
         "took.json",
+        "weights.sha256",
     ]
+    assert (record / "weights.sha256").read_text() == f"{hashlib.sha256(b'').hexdigest()}  large.pth\n"
     text = (root / "RESULTS.md").read_text()
     assert (
         text.startswith("before\n<!-- claims: paper toy claims -->\n| claim")

@@ -14,6 +14,7 @@ result.json) are kept below results/; what has its records is not run again. A c
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -319,6 +320,15 @@ def link(source: Path, folder: Path, per_class: int) -> None:
             (folder / kind.name / picture.name).symlink_to(picture)
 
 
+def name_weights(folder: Path, record: Path) -> None:
+    """The sha256 of a run's newest checkpoint, as `sha256sum` writes it: weights themselves are not kept with the records."""
+    found = [path for ending in ("*.pth", "*.pth.tar", "*.ckpt", "*.pt") for path in folder.glob(ending)]
+    if found:
+        newest = max(found, key=lambda path: (path.stat().st_mtime, path.name))
+        digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+        (record / "weights.sha256").write_text(f"{digest}  {newest.name}\n")
+
+
 def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: bool = False) -> list[str]:
     """Run them one after another; what failed. A run that fails leaves the others alone. toy: nothing is kept."""
     failed, began = [], time.perf_counter()
@@ -355,6 +365,8 @@ def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: 
                 if file.is_file():
                     record.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, record / file.name)
+            if record.is_dir() and not toy:
+                name_weights(folder, record)
         else:
             if not toy:
                 took = {"seconds": round(time.perf_counter() - started, 3), "commands": [c for c, _ in commands]}

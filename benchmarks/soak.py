@@ -1,6 +1,6 @@
 """The longest run, by simulation: hours of tiny steps of a train script, watched from outside. Only records may grow.
 
-    python benchmarks/soak.py --minutes 120                       # 100,000 steps and more
+    python benchmarks/soak.py --minutes 120                       # tens of thousands of steps
     python benchmarks/soak.py --minutes 3 --out runs/soak-try     # to see it work; slopes of minutes are not judged
 
 nonsem_neg/moco_non_sem_neg.py with patch negatives, its smallest network and 32-pixel pictures, and everything on that a long

@@ -28,6 +28,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter as TorchvisionJitter
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's float images (ITU-R 601)
 CONTRAST, SATURATION, HUE = 1, 2, 3  # the numbers of ColorJitter's operations, as in torchvision; brightness is 0
 

@@ -255,8 +255,8 @@ class Job:
                 return self._stop(f"in epoch {self.epoch} at step {self.step}")
             if not self._knn_due():
                 self._save_numbered()
-            asked, enough = self.stop.asked(), getattr(self.args, "stop_after", None) or self.args.epochs
-            if asked or self.done >= enough or self.due(getattr(self.args, "last_every", 1)):
+            asked, enough = self.stop.asked(), self.args.stop_after or self.args.epochs
+            if asked or self.done >= enough or self.due(self.args.last_every):
                 self.save(self.last)
             if asked and self.done < self.args.epochs:
                 return self._stop(f"after epoch {self.epoch}")

@@ -149,7 +149,7 @@ def refuse_spaced_equals(argv) -> None:
             raise UsageError(f"{before} = {after}: the equals sign stands alone; write {before} {after}")
 
 
-NORMALIZE = augment.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # CIFAR-10's, whatever the pictures
+NORMALIZE = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)  # CIFAR-10's, whatever the pictures
 
 
 def recipe(args) -> augment.Compose:

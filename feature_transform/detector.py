@@ -23,7 +23,7 @@ from cmc import colour
 from common import UsageError, UserError, augment, backbones, checkpoint
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-CIFAR = augment.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # of debiased/ and of --preset moco-cifar
+CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)  # of debiased/ and of --preset moco-cifar
 YDBDR = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))  # of CMC in feature_transform/
 
 

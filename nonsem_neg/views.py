@@ -5,7 +5,7 @@ from __future__ import annotations
 from common import augment, probe
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-CIFAR = augment.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
 
 
 def normalize(flags: dict) -> augment.Normalize:

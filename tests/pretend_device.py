@@ -15,6 +15,7 @@ Needs a PyTorch in which Python can register a device: `missing()` says what thi
 from __future__ import annotations
 
 import torch
+from torch import library
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -126,13 +127,13 @@ def switch_on() -> torch.device:
             return [torch.bfloat16, torch.float16]
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
-    kernels = torch.library.Library("aten", "IMPL")
+    kernels = library.Library("aten", "IMPL")
     kernels.impl("empty.memory_format", _empty, "PrivateUse1")
     kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
     kernels.impl("_copy_from", _copy_from, "PrivateUse1")
     kernels.impl("_local_scalar_dense", lambda x: _host(x).item(), "PrivateUse1")
-    autocast = torch.library.Library("_", "IMPL")
-    autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    autocast = library.Library("_", "IMPL")
+    autocast.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     _kept.extend([kernels, autocast])
     torch.Generator = Generator
     torch.save = lambda value, file, *rest, **how: host_save(tree_map(_host, value), file, *rest, **how)

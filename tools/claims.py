@@ -180,14 +180,19 @@ def compared(claim: dict, how: Setting) -> dict[str, list[float]]:
     return {key: [a.number(better, s, key) - b.number(than, s, key) for s in both] for key in how.numbers}
 
 
+def lost(claim: dict, how: Setting) -> list[tuple[str, int]]:
+    """(run, seed) of what a claim compares where a command failed."""
+    return [(run, seed) for side, run in sides(claim, how) for seed in side.failed(run)]
+
+
 def concluded(claim: dict, how: Setting) -> str:
     """The verdict by the number that the claim is about (the setting's first, unless it says), and which runs failed."""
     found, first = compared(claim, how), claim.get("number", how.numbers[0])
     if not found:
         return f"not set up at scale {how.scale}"
     about = f" ({NAMES.get(first, first)})" if first != how.numbers[0] else ""
-    lost = [f"`{run}` seed {seed}" for side, run in sides(claim, how) for seed in side.failed(run)]
-    return verdict(found[first]) + about + (f"; failed: {', '.join(lost)}" if lost else "")
+    failed = [f"`{run}` seed {seed}" for run, seed in lost(claim, how)]
+    return verdict(found[first]) + about + (f"; failed: {', '.join(failed)}" if failed else "")
 
 
 def difference(values: list[float]) -> str:
@@ -213,7 +218,7 @@ def claim_table(content: dict, how: Setting) -> str:
     rows = []
     for claim in content["claims"]:
         found = compared(claim, how)
-        if any(found.values()) or any(side.failed(run) for side, run in sides(claim, how)):
+        if any(found.values()) or lost(claim, how):
             pair = f"`{claim['better']}` - `{claim['than']}`"
             shown = [difference(values) for values in found.values()]
             count = str(len(found[how.numbers[0]]))
@@ -261,20 +266,20 @@ def ledger() -> list[dict]:
             how = setting(paper, content, scale)
             for claim in content["claims"]:
                 pair = sides(claim, how)
-                lost = [f"{run}, seed {seed}" for side, run in pair for seed in side.failed(run)]
+                failed = [f"{run}, seed {seed}" for run, seed in lost(claim, how)]
                 runs = {
                     name: [side.facts(run, seed) for seed in side.seeds(run)]
                     for name, (side, run) in zip((claim["better"], claim["than"]), pair)
                 }
                 for key, values in compared(claim, how).items():
-                    if not values and not lost:
+                    if not values and not failed:
                         continue
                     row = {"paper": paper, "scale": scale, "name": claim["name"], "claim": claim["claim"]}
                     row |= {"published": claim["published"], "source": claim["source"], "number": key}
                     row |= {"differences": [round(v, 4) for v in values]}
                     row |= {"mean": round(statistics.mean(values), 4) if values else None}
                     half = interval(values)
-                    row |= {"interval": half and round(half, 4), "verdict": verdict(values), "failed": lost}
+                    row |= {"interval": half and round(half, 4), "verdict": verdict(values), "failed": failed}
                     rows.append(row | {"runs": runs})
     return rows
 
@@ -342,7 +347,8 @@ def run_missing(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: 
         log = ROOT / "runs" / "claims" / f"{how.paper}-{how.scale}-{name}-s{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         first, last = (how.record(name, seed, how.steps[n]["suffix"]) for n in (0, -1))
-        (first / FAILED).unlink(missing_ok=True)
+        if not toy:
+            (first / FAILED).unlink(missing_ok=True)
         started, commands = time.perf_counter(), how.commands(name, seed, toy)
         for _, folder in commands if toy else ():
             shutil.rmtree(folder, ignore_errors=True)

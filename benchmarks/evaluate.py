@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.side_by_side import generate, in_a_process
-from common import augment, backbones, metrics, processes
-from common.probe import plain_view
+from common import augment, backbones, launch, metrics
+from common.options import plain_view
 from tools import evaluate
 
 TRAIN, VAL, DIM, CLASSES, PARTS = 50_000, 10_000, 512, 10, 20
@@ -68,7 +68,7 @@ def in_parts(folder: str) -> tuple[float, dict]:
     """The same from a share of the pictures and from random features."""
     tree = generate(Path(folder) / "pictures", TRAIN // PARTS)
     flags = [network(folder), str(tree), "--input-res", "32", "--device", "cpu"]
-    args, process = evaluate.parse_args(flags), processes.Process()
+    args, process = evaluate.parse_args(flags), launch.Process()
     backbone, operations, _ = evaluate.open_backbone(args.checkpoint, process.device)
     pictures = evaluate.options.open_split(args, "train")
     crop, flip = augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip()

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.side_by_side import WARM, peak
-from common import processes
+from common import launch
 from feature_transform import main_contrast
 from feature_transform.memory import KeyQueue
 from feature_transform.transform import Draws, Rule
@@ -104,7 +104,7 @@ def main(argv=None) -> int:
     parser.add_argument("--scores-at-most", type=float, default=0.02, help="aim: share of a plain step")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process = processes.Process(device=device)
+    process = launch.Process(device=device)
     methods = {side: make(side, args, process) for side in dict.fromkeys(["plain", *args.sides])}
     views = list(torch.randn(2, args.batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device))
     clock = time.perf_counter if args.clock == "wall" else time.process_time

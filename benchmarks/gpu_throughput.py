@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn.functional import cross_entropy, interpolate
 
-from common import backbones, options, processes
+from common import backbones, launch, options
 from common.precision import Precision
 from common.sets import ArraySet
 from nonsem_neg import moco_non_sem_neg as script
@@ -87,7 +87,7 @@ class Pretraining:
     def __init__(self, args, kind: str, device: torch.device, pictures: ArraySet | None = None):
         where = [str(args.data), "--data-device", "host"] if pictures is None else ["-", "--data-device", "device"]
         self.args = script.parse_args(flags(args, kind, "--bn-splits", str(args.bn_splits), *where))
-        process, opened = processes.Process(device=device), options.open_pretraining
+        process, opened = launch.Process(device=device), options.open_pretraining
         self.ready = 2 * options.reading(self.args) if pictures is None else 0  # batches that workers make ahead
         calls = WARM + args.repeats * (args.steps + self.ready)
 
@@ -208,7 +208,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse_args(argv)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {processes.cores()} cores"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU, {launch.cores()} cores"
     print(
         f"{args.arch}, {args.size} pixels, batch {args.batch}, {args.precision}{', compiled' * args.compile}, on {card}; "
         f"torch {torch.__version__}, {args.repeats} x {args.steps} steps",

@@ -75,7 +75,7 @@ def loss_of(side: str, args) -> dict:
 
 def step_of(side: str, args) -> dict:
     """Seconds of a step of IR: with the ring, or with a loss that looks at no bank."""
-    from common import processes, sets
+    from common import launch, sets
     from ring import negatives, train_ring
 
     small = f"--root x --dataset folder --augmentation mocov2_32x32 --conv3x3 -b {args.batch} --seed 0 --device cpu"
@@ -84,7 +84,7 @@ def step_of(side: str, args) -> dict:
         torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8), [i % 10 for i in range(50_000)], list("abcdefghij")
     )
     torch.manual_seed(0)
-    method = train_ring.IR(flags, pictures, 195, processes.Process())
+    method = train_ring.IR(flags, pictures, 195, launch.Process())
     if side == "fixed":
 
         def fixed(query, positive, bank, temperature, rule, ranks, draws, describe):

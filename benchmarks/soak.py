@@ -36,7 +36,8 @@ import numpy as np
 
 from benchmarks.side_by_side import generate
 from common import UsageError, UserError, cli
-from common.run import environment, write_json
+from runner.folder import environment
+from common.files import write_json
 
 SHOWN = 10  # steps between records
 SCRIPT = "nonsem_neg/moco_non_sem_neg.py"

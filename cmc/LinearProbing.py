@@ -14,9 +14,8 @@ from collections import OrderedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,8 @@ from torch import nn
 
 from cmc import colour, networks
 from cmc.networks import MODELS
-from common import UsageError, UserError, augment, backbones, checkpoint, cli, loop, options, probe, processes, schedule
+from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
+from runner import checkpoint, layouts, linear, loop
 from common.precision import Precision
 from preprocess import demo
 
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     about = "not scaled with the batch; published results: AlexNet .1, resnet50v1 and v2 30, v3 50"
     published = dict(epochs=60, batch_size=256, learning_rate=0.1, lr_decay_epochs="30,40,50", lr_decay_rate=0.2)
     options.add_sgd_arguments(g, about, **published, weight_decay=0.0)
-    probe.add_arguments(g)
+    linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/cmc_linear", help="the run gets a folder of its own in here")
@@ -97,7 +97,7 @@ def run_name(args, parent: str) -> str:
 
 def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
-    saved = probe.pretrained(args.model_path, "--model_path", f"cmc/train_CMC.py{' --demo' * args.demo}")
+    saved = linear.pretrained(args.model_path, "--model_path", f"cmc/train_CMC.py{' --demo' * args.demo}")
     path, opt = saved.path, saved.setdefault("opt", {})
     for key, default in (("model", "alexnet"), ("view", "Lab")):
         then = opt.get(key, getattr(args, key) or default)
@@ -120,9 +120,9 @@ def read_backbone(args) -> checkpoint.Saved:
     return saved
 
 
-def build_network(saved, args, process: processes.Process) -> nn.Module:
+def build_network(saved, args, process: launch.Process) -> nn.Module:
     """The networks of all views, frozen and in eval mode."""
-    state = checkpoint.backbone(saved)
+    state = layouts.backbone(saved)
     heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
     first = (".conv1.weight", ".conv_block_1.0.weight")
     stems = [v for k, v in state.items() if k.endswith(first) and ".layer" not in k]
@@ -149,7 +149,7 @@ class LinearClassifier(nn.Module):
         return self.classifier(feat)
 
 
-def build_classifier(network, args, classes: int, process: processes.Process) -> nn.Module:
+def build_classifier(network, args, classes: int, process: launch.Process) -> nn.Module:
     shapes = backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), args.layer)
     features = pool([torch.zeros(1, *shape) for shape in shapes], args.layer, args.model).shape[1]
     return LinearClassifier(features, classes, args.model).to(process.device)
@@ -173,7 +173,7 @@ def embed(network, images, args, precision):
 def recipe(args, train: bool) -> augment.Compose:
     """Of the training pictures crop and flip, of those of val/ the centre; then the channels of all views."""
     if not train:
-        return probe.plain_view(args, colour.Views(colour.chosen_views(args)))
+        return options.plain_view(args, colour.Views(colour.chosen_views(args)))
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop_low, 1.0))
     return augment.Compose(crop, augment.RandomHorizontalFlip(), colour.Views(colour.chosen_views(args)))
 
@@ -183,7 +183,7 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
     saved = read_backbone(args)
     name = run_name(args, os.path.basename(os.path.dirname(os.path.abspath(saved.path))))
@@ -198,23 +198,23 @@ def worker(args, process: processes.Process) -> None:
         sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay)
         optimizer = torch.optim.SGD(classifier.parameters(), **sgd)
         facts = dict(script="cmc/LinearProbing.py", classes=train_set.classes, network=saved.path)
-        facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(saved)))
+        facts |= dict(digest=checkpoint.fingerprint(layouts.backbone(saved)))
         precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
 
         def embedder(images):
             return embed(network, images, args, precision)
 
-        method = probe.Classifier(network, embedder, classifier, optimizer, process, **facts)
+        method = linear.Classifier(network, embedder, classifier, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
-        train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
+        train_loader, val_loader = linear.loaders(args, process, train_set, val_set, *views)
         facts = dict(val_images=len(val_set), model=args.model, view=args.view, layer=args.layer)
         facts |= dict(features=classifier.classifier[-1].in_features, network=saved.path, crop_low=args.crop_low)
         facts |= dict(pretrained_epochs=saved.get("epoch"))
         job.begin(train_loader, method, **facts, precision=str(precision))
         best = f"{args.model}_layer{args.layer}.pth"
-        whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), best)
+        whole = linear.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), best)
         if whole:
-            probe.report(job, saved, row_label(saved["opt"], args), table="cmc/published.json", layer=args.layer)
+            linear.report(job, saved, row_label(saved["opt"], args), table="cmc/published.json", layer=args.layer)
 
 
 def row_label(opt: dict, args) -> str | None:
@@ -225,7 +225,7 @@ def row_label(opt: dict, args) -> str | None:
     return f"CMC {opt.get('views') or args.view}, {loss}, K {opt.get('nce_k')}"
 
 
-def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+def reopen(saved, network: str, input_res: int | None, process: launch.Process, precision):
     """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     opt = saved.get("opt") or {}
     if "classifier" not in saved or "view" not in opt:
@@ -246,13 +246,13 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
         arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then, args), layer=args.layer
     )
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
+    facts |= linear.origin(before) | dict(digest=checkpoint.fingerprint(layouts.backbone(before)))
     colours = (colour.Views(colour.chosen_views(args)),)
     return lambda images: classifier(embed(model, images, args, precision)), colours, facts
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

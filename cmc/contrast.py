@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, checkpoint, memory, metrics, processes
+from common import UserError, launch, memory, metrics
+from runner import checkpoint
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -47,7 +48,7 @@ def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, updates: int) ->
     while the memory is noise. `updates`: batches so far; the decay is (1 + updates) / (10 + updates), at most .99, as
     moco_insdis/contrast.py explains.
     """
-    fresh = n * processes.mean_ranks(torch.stack([r.detach().mean() for r in raw]))
+    fresh = n * launch.mean_ranks(torch.stack([r.detach().mean() for r in raw]))
     decay = min(DECAY, (1 + updates) / (10 + updates))
     later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
     return torch.where(z < 0, fresh, later)

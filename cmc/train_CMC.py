@@ -14,9 +14,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +23,8 @@ import torch.nn.functional as F
 from cmc import colour
 from cmc.contrast import LONG_AGO, MemoryBanks
 from cmc.networks import MODELS, build_network
-from common import (
-    UsageError,
-    augment,
-    backbones,
-    batchnorm,
-    checkpoint,
-    cli,
-    loop,
-    memory,
-    options,
-    probe,
-    processes,
-    schedule,
-)
+from common import UsageError, augment, backbones, batchnorm, cli, launch, memory, options, schedule
+from runner import checkpoint, knn, layouts, loop
 from common.precision import Precision
 from preprocess import demo
 
@@ -137,7 +124,7 @@ def recipe(args) -> augment.Compose:
     return augment.Compose(crop, augment.RandomHorizontalFlip(), colour.Views(colour.chosen_views(args)))
 
 
-def build_loader(args, process: processes.Process):
+def build_loader(args, process: launch.Process):
     return options.make_loader(args, process, options.open_pretraining(args), (recipe(args),))
 
 
@@ -145,7 +132,7 @@ class CMC:
     """A network and a memory bank for every view. A step compares each view's feature with bank rows of the other views of
     this picture and of drawn ones, then writes it to its own bank."""
 
-    def __init__(self, args, n: int, process: processes.Process):
+    def __init__(self, args, n: int, process: launch.Process):
         self.views, self.alexnet = colour.chosen_views(args), args.model == "alexnet"
         self.names, self.softmax, self.exclude_self = colour.bank_names(self.views), args.softmax, args.exclude_self
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem)
@@ -156,7 +143,7 @@ class CMC:
         self.encoder, self.optimizer = self.precision.prepare(network, torch.optim.SGD(network.parameters(), **sgd))
         if args.compile:
             self.encoder.compile()
-        self.wrapped = processes.parallel(self.encoder, process)
+        self.wrapped = launch.parallel(self.encoder, process)
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory = MemoryBanks(n, args.feat_dim, self.names, *bank).to(process.device)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # negatives; the same on every rank
@@ -170,8 +157,8 @@ class CMC:
         rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.generators["draws"], self.exclude_self)
         losses, out = self.memory(feats, rows, self.scores)  # of every view; of every pair, N x (1 + K)
         self.precision.step(losses.sum(), self.optimizer)
-        everyone = processes.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
-        self.memory.update(everyone, processes.all_gather(index))
+        everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
+        self.memory.update(everyone, launch.all_gather(index))
         return losses.detach(), [o.detach() for o in out]
 
     def curves(self, losses, out) -> dict:
@@ -194,12 +181,12 @@ class CMC:
         return colour.Views(self.views).pictures(views[0])
 
     def state_dict(self) -> dict:
-        model = checkpoint.add_prefix(self.encoder.state_dict(), PREFIX)
+        model = layouts.add_prefix(self.encoder.state_dict(), PREFIX)
         return {"model": model, "contrast": self.memory.state_dict(), "z_updates": self.memory.updates}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         self.memory.load(saved["contrast"], saved.get("z_updates", LONG_AGO), saved.path)
-        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), saved.path)
+        checkpoint.load_into(self.encoder, layouts.strip_prefix(saved["model"], PREFIX), saved.path)
 
 
 PREFIX = "encoder.module."  # of the networks' parameter names in the published files
@@ -210,7 +197,7 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("model", "view", "views"))
     events = os.path.join(args.tb_path, os.path.basename(args.folder)) if args.tb_path else True
     with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
@@ -218,7 +205,7 @@ def worker(args, process: processes.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         n, views = len(loader.dataset), colour.chosen_views(args)
-        knn = probe.knn_loaders(args, process, loader.dataset, probe.plain_view(args, colour.Views(views)))
+        knn = knn.loaders(args, process, loader.dataset, options.plain_view(args, colour.Views(views)))
         method = CMC(args, n, process)
         names = ", ".join(view.name for view in views)
         loss = "InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}"
@@ -237,11 +224,11 @@ def worker(args, process: processes.Process) -> None:
                 if args.save_score:
                     job.keep_scores(method.scores.pop())
             if job.due(args.knn_every):
-                probe.evaluate_knn(job, method.encoder, method.embed, knn)
+                knn.evaluate(job, method.encoder, method.embed, knn)
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What the papers share and no paper claims: start-up, data, augmentation, backbones, checkpoints, run folders.
-
-Nothing in here knows the name of a method. Scripts call these modules; these modules never call a script.
-"""
+"""What a script reads, and no paper's idea: start-up, data, augmentation, networks, memories."""
 
 import os
+import sys
 
 
 class UserError(Exception):
-    """Something the user can put right. Scripts print it as one line, without a traceback, and exit with `code`."""
+    """Something the user can put right. Scripts print it as one line and exit with `code`."""
 
     code = 1
 
@@ -22,6 +20,18 @@ class UsageError(UserError):
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path or text as one line that any terminal takes: a byte that is not UTF-8 and a control character become escapes."""
+    """Return a path or text as one line that any terminal takes.
+
+    Bytes that are not UTF-8 and control characters become escapes.
+    """
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    escaped = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    return "".join(escaped)
+
+
+def _leave_quietly(kind, error, trace, otherwise=sys.excepthook) -> None:
+    """End with 130 and no traceback where Ctrl-C is pressed while torch is being imported."""
+    os._exit(130) if issubclass(kind, KeyboardInterrupt) else otherwise(kind, error, trace)
+
+
+sys.excepthook = _leave_quietly

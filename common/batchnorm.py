@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from common import UsageError, UserError, processes
+from common import UsageError, UserError, launch
 
 
 class BatchShuffle:
@@ -16,20 +18,34 @@ class BatchShuffle:
     """
 
     def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
-        order = torch.randperm(rows * processes.world_size(), generator=generator)
+        order = torch.randperm(rows * launch.world_size(), generator=generator)
         self.order, self.inverse = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
 
     def spread(self, x: Tensor) -> Tensor:
         """(rows, ...) of this rank -> (rows, ...): this rank's slice of the permuted global batch."""
-        return processes.all_gather(x)[self.own(self.order)]
+        return launch.all_gather(x)[self.own(self.order)]
 
     def collect(self, x: Tensor) -> Tensor:
         """What each rank made of its slice -> (rows * world_size, ...) in the original order, the same on all ranks."""
-        return processes.all_gather(x)[self.inverse]
+        return launch.all_gather(x)[self.inverse]
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's rows of what `collect` returned."""
-        return x.chunk(processes.world_size())[processes.rank()]
+        return x.chunk(launch.world_size())[launch.rank()]
+
+
+@torch.no_grad()
+def encode_shuffled(
+    encode: Callable[[Tensor], Tensor], images: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Encode images (B, ...) of this rank with batch statistics taken over a shuffled batch.
+
+    generator: as in `BatchShuffle`. Returns (features of this rank's images (B, D), those of all
+    ranks (B * world_size, D)), both in the original order.
+    """
+    shuffle = BatchShuffle(len(images), generator, images.device)
+    everyone = shuffle.collect(encode(shuffle.spread(images)))
+    return shuffle.own(everyone), everyone
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -87,7 +103,7 @@ def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
     return module
 
 
-def splits_here(args, process: processes.Process) -> int:
+def splits_here(args, process: launch.Process) -> int:
     """Groups of this process, of --bn-splits over all. UsageError where the batch does not divide or is too small."""
     rows, splits = args.batch_size // process.world_size, max(1, args.bn_splits // process.world_size)
     if rows // splits < 2:

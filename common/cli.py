@@ -1,4 +1,4 @@
-"""The command line: a parser with presets, number types, and errors as one line."""
+"""The command line: a parser with presets, number types, flags that stay as parsed, one-line errors."""
 
 from __future__ import annotations
 
@@ -10,113 +10,184 @@ import os
 import sys
 import time
 
-from common import early, processes
+from common import launch
 
 OnOff = argparse.BooleanOptionalAction
+META = ("typed", "compared")  # what a namespace says besides the flags
+HARDWARE = ("run", "hardware")  # groups of flags that do not change what is learned
+
+
+class Flags(argparse.Namespace):
+    """The flags of a script. Nothing assigns to them after parsing; `replace` makes others.
+
+    typed: names of the flags that were given on the command line. compared: names of those whose
+    change is worth a note when a run goes on (all but the groups "run" and "hardware").
+    """
+
+    def __setattr__(self, name: str, value) -> None:
+        raise AttributeError(f"args.{name} is settled when the flags are parsed: use cli.replace")
+
+
+def freeze(args: argparse.Namespace) -> Flags:
+    """Return the flags so that nothing can be assigned to them."""
+    frozen = Flags()
+    vars(frozen).update(vars(args))
+    return frozen
+
+
+def replace(args: argparse.Namespace, **values) -> Flags:
+    """Return other flags, with these values in place of those of `args`."""
+    other = freeze(args)
+    vars(other).update(values)
+    return other
+
+
+def flags(args: argparse.Namespace) -> dict:
+    """Return the flags as a plain dict, for config.json and checkpoints."""
+    return {name: value for name, value in vars(args).items() if name not in META}
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with what every script here promises.
 
-    - each long flag is taken with dashes and with underscores;
-    - a wrong flag or value is one line on stderr and exit code 2;
-    - `presets` ({name: {flag: value}}) are defaults only: whatever is typed on the command line wins. The flag `--demo`
-      selects the preset "demo", `--preset NAME` another one; the demo wins over that where both set a flag.
+    - Each long flag is taken with dashes and with underscores.
+    - A wrong flag or value is one line on stderr and exit code 2.
+    - `presets` ({name: {flag: value}}) are defaults: what is typed on the command line wins. The
+      flag `--demo` selects the preset "demo" and `--preset NAME` another one; where both set a
+      flag, the demo wins.
 
-    What it returns also says `typed`: the names of the flags that were given.
+    What it returns also has the two attributes of `Flags`.
     """
 
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
-        formatter = functools.partial(_HelpFormatter, max_help_position=30, width=110)
+        formatter = functools.partial(_HelpFormatter, max_help_position=30, width=100)
         super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
         self.presets = presets or {}
-        self._ignored: dict[str, tuple[str, str]] = {}  # by name in the namespace: flag, reason
-        if named := [name for name in self.presets if name != "demo"]:
-            self.add_argument("--preset", choices=named, help="set the flags of a recipe; what is typed wins")
+        self._ignored: dict[str, tuple[str, str]] = {}  # name in the namespace: (flag, reason)
+        named = [name for name in self.presets if name != "demo"]
+        if named:
+            self.add_argument(
+                "--preset", choices=named, help="set the flags of a recipe; what is typed wins"
+            )
         if "demo" in self.presets:
-            self.add_argument("--demo", action="store_true", help="built-in data and a small setting; minutes on a CPU")
+            self.add_argument(
+                "--demo",
+                action="store_true",
+                help="built-in data and a small setting; minutes on a CPU",
+            )
 
-    def ignore(self, reason: str, *flags: str) -> None:
-        """Published flags that did nothing there and do nothing here: taken, so that a published command runs as printed,
-        and left out of what `parse_args` returns; one note names those that were typed."""
-        for flag in flags:
-            hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-            action = self.add_argument(f"--{flag}", nargs="?", const=True, **hidden)
-            self._ignored[action.dest] = f"--{flag}", reason
+    def ignore(self, reason: str, *names: str) -> None:
+        """Accept published flags that had no effect there and have none here.
+
+        They are left out of what `parse_args` returns; one note names those that were typed.
+        """
+        for name in names:
+            action = self.add_argument(
+                f"--{name}",
+                nargs="?",
+                const=True,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+            self._ignored[action.dest] = (f"--{name}", reason)
 
     def parse_args(self, args=None, namespace=None):
-        argv = [self._spelling(a) for a in (sys.argv[1:] if args is None else list(args))]
+        argv = [self._spelling(token) for token in (sys.argv[1:] if args is None else args)]
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
-        first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # refuses nothing: that is the other's
-        first_look.add_argument("--preset", nargs="?")
-        first_look.add_argument("--demo", nargs="?", const=True)
-        found, _ = first_look.parse_known_args(argv)
-        for name in (found.preset, "demo" if found.demo else None):
-            self.set_defaults(**self.presets.get(name, {}))
         try:
+            for name in self._chosen_presets(argv):
+                self.set_defaults(**self.presets.get(name, {}))
             parsed = super().parse_args(argv, namespace)
         finally:
             self.set_defaults(**defaults)
-        unset = object()
-        typed = super().parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
-        parsed.typed = {name for name, value in vars(typed).items() if value is not unset}
+        parsed.typed = self._typed(argv, defaults)
+        parsed.compared = self._compared()
         self._forget_ignored(parsed)
         return parsed
 
-    def _forget_ignored(self, parsed) -> None:
-        flags: dict[str, list[str]] = {}
+    @staticmethod
+    def _chosen_presets(argv: list[str]) -> list[str | None]:
+        """Return the presets that the command line names, the winning one last."""
+        first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first_look.add_argument("--preset", nargs="?")
+        first_look.add_argument("--demo", nargs="?", const=True)
+        found, _ = first_look.parse_known_args(argv)
+        return [found.preset, "demo" if found.demo else None]
+
+    def _typed(self, argv: list[str], defaults: dict) -> set[str]:
+        """Return the names of the flags that are given on the command line."""
+        unset = object()
+        start = argparse.Namespace(**dict.fromkeys(defaults, unset))
+        return {name for name, v in vars(super().parse_args(argv, start)).items() if v is not unset}
+
+    def _compared(self) -> frozenset[str]:
+        method = [g for g in self._action_groups if g.title not in HARDWARE]
+        return frozenset(
+            action.dest
+            for group in method
+            for action in group._group_actions
+            if action.dest not in ("help", "preset", "demo")
+        )
+
+    def _forget_ignored(self, parsed: argparse.Namespace) -> None:
+        by_reason: dict[str, list[str]] = {}
         for name in [name for name in self._ignored if name in parsed.typed]:
             delattr(parsed, name)
             parsed.typed.remove(name)
             flag, reason = self._ignored[name]
-            flags.setdefault(reason, []).append(flag)
-        if flags and not int(os.environ.get("RANK", 0)):
-            named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in flags.items())
+            by_reason.setdefault(reason, []).append(flag)
+        if by_reason and not int(os.environ.get("RANK", 0)):
+            named = "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
             print(f"note: without effect, as in the published code: {named}", file=sys.stderr)
 
     def _spelling(self, token: str) -> str:
+        """Return a flag as it was declared, where it was typed with - for _ or the reverse."""
         flag, equals, value = token.partition("=")
-        if flag.startswith("--") and flag not in self._option_string_actions:
-            for other in (flag[2:].replace("_", "-"), flag[2:].replace("-", "_")):
-                if f"--{other}" in self._option_string_actions:
-                    return f"--{other}{equals}{value}"
+        known = self._option_string_actions
+        if not flag.startswith("--") or flag in known:
+            return token
+        for other in (flag[2:].replace("_", "-"), flag[2:].replace("-", "_")):
+            if f"--{other}" in known:
+                return f"--{other}{equals}{value}"
         return token
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             flag = message.split()[2].partition("=")[0]
-            close = difflib.get_close_matches(flag, [o for o in self._option_string_actions if o.startswith("--")], 1)
-            message += f"; did you mean {close[0]}?" if close else ""
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            close = difflib.get_close_matches(flag, known, 1)
+            if close:
+                message += f"; did you mean {close[0]}?"
         self.exit(2, f"error: {message} (--help lists every flag)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        plain = any(action.default is value for value in (None, False, True)) or not str(action.default)
-        return action.help if plain or "default" in (action.help or "") else super()._get_help_string(action)
-
-
-def flags(args) -> dict:
-    """The flags as a plain dict, for config.json and checkpoints."""
-    return {k: v for k, v in vars(args).items() if k != "typed"}
+        is_plain = any(action.default is value for value in (None, False, True))
+        is_plain = is_plain or not str(action.default)
+        if is_plain or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder, not a path."""
+    """Parse the name of one folder, not a path, for argparse."""
     if text in ("", ".", "..") or os.path.basename(text) != text:
         raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder, without {os.sep}")
     return text
 
 
 def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf):
-    """An argparse type: an int or a finite float, at least `least`, at most `most` and greater than `above`."""
+    """Return an argparse type: an int or a finite float within these bounds."""
     bounds = {"above": above, "at least": least, "at most": most}
-    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+    words = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
+    wanted = " and ".join(words) or "finite"
 
     def parse(text: str):
         value = kind(text)
-        if not (-math.inf < value < math.inf and above < value and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text} must be {wanted or 'finite'}")
+        is_finite = -math.inf < value < math.inf
+        if not (is_finite and above < value and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
@@ -133,8 +204,7 @@ share = number(float, above=0, most=1)
 
 
 def run(main) -> None:
-    """Run `main()` as a program: an error that the user can put right becomes one line on stderr and its exit code."""
-    early.over()
+    """Run `main()` as a program: an error that the user can put right becomes one line on stderr."""
     try:
         main()
     except KeyboardInterrupt:
@@ -144,10 +214,11 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        told = processes.in_one_line(error)
+        told = launch.in_one_line(error)
         if told is None:
             raise
+        message, code = told
         if int(os.environ.get("RANK", 0)):  # let rank 0 say what all ranks have to say
             time.sleep(2)
-        print(f"error: {told[0]}", file=sys.stderr, flush=True)
-        sys.exit(told[1])
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)

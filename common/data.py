@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UsageError, UserError, processes
+from common import UsageError, UserError, launch
 from common.augment import Compose
 from common.crops import COLOURS, ORDER, Decoder, DeviceCrops, EncodedCrops, HostCrops, decoded, step_generator
 from common.sets import ArraySet, BadPicture, PictureSet
@@ -216,7 +216,7 @@ class Loader:
         options = [view.geometry for view in self.views], self.seed, self.rank, self.skip_bad
         sources = [self.dataset] + [self.partner] * (self.partner is not None)
         if data_device == "device" or (data_device == "auto" and _fits(sources, self.device)):
-            threads = min(max(1, self.workers), processes.cores())
+            threads = min(max(1, self.workers), launch.cores())
             try:
                 parts = [_hold(s, self.device, threads, self.skip_bad, self.progress) for s in sources]
             except _SizesDiffer as error:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import processes
+from common import launch
 
 CHUNK_BYTES, CHUNK_ROWS = 32 << 20, 32  # of scores against the whole bank held at once: so much, but this many queries
 GATHER_FROM = 256  # bank rows per drawn row above which fetching the drawn rows beats scoring the whole bank
@@ -48,10 +48,23 @@ def draw_rows(
     batch, so that one and several processes see the same negatives). As published, the own row may be drawn as a negative,
     with chance 1 - (1 - 1/n)^K per picture (12 % for n = 126,689 and K = 16,384); exclude_self draws from the others.
     """
-    b, world = len(index), processes.world_size()
+    b, world = len(index), launch.world_size()
     drawn = torch.randint(n - exclude_self, (b * world, k + 1), generator=generator, device=index.device)
-    drawn = drawn[processes.rank() * b : (processes.rank() + 1) * b]
+    drawn = drawn[launch.rank() * b : (launch.rank() + 1) * b]
     if exclude_self:
         drawn += drawn >= index[:, None]
     drawn[:, 0] = index
     return drawn
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, dim: int = 0) -> None:
+    """Write keys (B, D) over the oldest entries of a queue and move its pointer on, in place.
+
+    queue: (K, D), or (D, K) with dim=1. pointer: an integer tensor of one element, the entry to be
+    written next. B need not divide K.
+    """
+    length = queue.shape[dim]
+    places = (pointer + torch.arange(len(keys), device=keys.device)) % length
+    queue.index_copy_(dim, places, keys if dim == 0 else keys.T)
+    pointer.add_(len(keys)).remainder_(length)

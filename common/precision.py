@@ -49,6 +49,12 @@ class Precision:
                 raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")
             self.apex = apex
 
+    @classmethod
+    def of(cls, args, device: torch.device) -> Precision:
+        """Return what the flags of common.options say."""
+        backend = getattr(args, "amp_backend", "torch")
+        return cls(args.amp, device, backend, getattr(args, "opt_level", "O2"))
+
     @property
     def note(self) -> str:
         """What to say at the start of a run on a CPU where the other choice of --amp is the faster one, or nothing."""

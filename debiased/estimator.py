@@ -18,13 +18,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, checkpoint, cli, options, probe, processes, run
+from common import UsageError, UserError, cli, files, launch, options
+from runner import checkpoint, layouts, linear
+from runner.progress import Progress
+from runner.folder import environment
 from debiased import main as pretraining
 from debiased.loss import clamp_threshold, log_debiased
 from debiased.networks import Network, described
@@ -68,10 +70,10 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def embed(args, saved: checkpoint.Saved, pictures, process: processes.Process) -> torch.Tensor:
+def embed(args, saved: checkpoint.Saved, pictures, process: launch.Process) -> torch.Tensor:
     """Unit projections (n, views, D) of augmented views of all pictures, by the network in evaluation mode."""
     state = saved.get("state_dict", saved)
-    state = checkpoint.strip_prefix({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+    state = layouts.strip_prefix({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
     model, small_stem = described(state, saved.path)
     if "g.3.weight" not in state:
         raise UserError(f"{saved.path} has no projection head g: give a pre-training checkpoint")
@@ -80,7 +82,7 @@ def embed(args, saved: checkpoint.Saved, pictures, process: processes.Process) -
     network.eval().to(process.device, memory_format=torch.channels_last)
     how = dict(batch_size=256, shuffle=False, drop_last=False)
     loader = options.make_loader(args, process, pictures, (pretraining.recipe(args),) * args.views, **how)
-    progress = run.Progress("Embedding: ", len(loader), 10, enabled=process.is_main)
+    progress = Progress("Embedding: ", len(loader), 10, enabled=process.is_main)
     rows = []
     for views, _, index in loader:
         rows.append(torch.stack([network(v.contiguous(memory_format=torch.channels_last))[1].cpu() for v in views], 1))
@@ -166,15 +168,15 @@ def figure(found: list[dict], share: float, temperature: float, path: str) -> No
         if key == "bias":
             axis.axhline(0, color="black", linewidth=0.8)
             axis.legend(fontsize=8, title=KINDS["view"], title_fontsize=8)
-    with checkpoint.replacing(path) as file:
+    with files.replacing(path) as file:
         fig.savefig(file, format="png", dpi=110)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
         raise UsageError("the estimates are made by one process: omit --nproc")
     demo.ensure_for(args, process)
-    saved = probe.pretrained(args.model_path, "--model_path", f"debiased/main.py{' --demo' * args.demo}")
+    saved = linear.pretrained(args.model_path, "--model_path", f"debiased/main.py{' --demo' * args.demo}")
     opt = saved.get("opt") or {}
     args.input_res = args.input_res or opt.get("input_res", 32)
     temperature = args.temperature or opt.get("temperature", 0.5)
@@ -186,11 +188,11 @@ def worker(args, process: processes.Process) -> None:
     share = (counts / counts.sum()).square().sum().item()  # chance that two pictures are of one class
     try:
         figure(found, share, temperature, args.out)
-        about = run.environment() | dict(
+        about = environment() | dict(
             options=cli.flags(args), network=saved.path, pretrained_epochs=saved.get("epoch")
         )
         about |= dict(pictures=len(pictures), share=round(share, 5), temperature=temperature)
-        run.write_json(run.Path(args.out).with_suffix(".json"), about | {"estimates": found})
+        files.write_json(run.Path(args.out).with_suffix(".json"), about | {"estimates": found})
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror or error}") from None
     print(f"{'positives':10}{'batch':>6}{'tau_plus':>9}{'bias':>9}{'sd':>8}{'bound':>8}")
@@ -200,7 +202,7 @@ def worker(args, process: processes.Process) -> None:
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, augment, checkpoint, cli, loop, options, probe, processes
+from common import UsageError, UserError, augment, cli, launch, options
+from runner import checkpoint, layouts, linear, loop
 from common.precision import Precision
 from debiased import main as pretraining
 from debiased.main import NORMALIZE
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     about = "of Adam; constant, not scaled with the batch"
     g.add_argument("--learning_rate", "--lr", type=cli.positive, default=1e-3, help=about)
     g.add_argument("--weight_decay", type=cli.not_negative, default=1e-6, help="weight decay")
-    probe.add_arguments(g)
+    linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/debiased_linear", help="the run gets a folder of its own in here")
@@ -86,7 +86,7 @@ def parse_args(argv=None):
 
 def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, the authors' bare state dict or ours, and what it says about its network."""
-    saved = probe.pretrained(args.model_path, "--model_path", f"debiased/main.py{' --demo' * args.demo}")
+    saved = linear.pretrained(args.model_path, "--model_path", f"debiased/main.py{' --demo' * args.demo}")
     if "best_acc1" in saved:
         raise UserError(
             f"{saved.path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
@@ -104,11 +104,11 @@ def read_backbone(args) -> checkpoint.Saved:
 def encoder_state(saved: checkpoint.Saved) -> dict:
     """The parameters of f, as `f.0.weight` and so on; the head g is not used."""
     state = saved.get("state_dict", saved)
-    state = checkpoint.strip_prefix({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
+    state = layouts.strip_prefix({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
     return {k: v for k, v in state.items() if k.startswith("f.")}
 
 
-def build_network(saved: checkpoint.Saved, args, classes: int, process: processes.Process) -> LinearNet:
+def build_network(saved: checkpoint.Saved, args, classes: int, process: launch.Process) -> LinearNet:
     """f from the checkpoint, frozen, in eval mode; a fresh classifier with torch's own initialisation."""
     state = encoder_state(saved)
     args.model, small_stem = described(state, saved.path)
@@ -125,7 +125,7 @@ def recipe(args, train: bool) -> augment.Compose:
     return augment.Compose(augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip(), NORMALIZE)
 
 
-class Classifier(probe.Classifier):
+class Classifier(linear.Classifier):
     """The published layout, f and fc in one state dict. With the published protocol only f's parameters are frozen."""
 
     def __init__(self, adapts: bool, network: LinearNet, /, *rest, **facts):
@@ -147,13 +147,13 @@ def embed(network: LinearNet, images, precision: Precision, adapts: bool):
     """Features that are not normalised. adapts: f is in train mode exactly while the classifier is."""
     adapting = adapts and network.fc.training
     if network.f.training and not adapting:  # the first pictures of an evaluation: with the statistics of rank 0
-        processes.broadcast_buffers(network)
+        launch.broadcast_buffers(network)
     network.f.train(adapting)
     with precision.autocast():
         return network.f(images)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
     saved = read_backbone(args)
     folder, file = os.path.split(os.path.abspath(saved.path))
@@ -177,16 +177,16 @@ def worker(args, process: processes.Process) -> None:
         facts |= {f"pretrained_{key}": saved[key] for key in ("epoch", "step") if key in saved}
         method = Classifier(adapts, network, embedder, network.fc, optimizer, process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
-        train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
+        train_loader, val_loader = linear.loaders(args, process, train_set, val_set, *views)
         facts = dict(protocol=args.protocol, train_size=args.input_res, test_size=args.test_size)
         known = dict(
             val_images=len(val_set), model=args.model, network=saved.path, pretrained_epochs=saved.get("epoch")
         )
         job.begin(train_loader, method, **facts, **known, precision=str(precision))
-        whole = probe.train(job, method, val_loader, lambda epoch, part: args.learning_rate, "model_best.pth")
+        whole = linear.train(job, method, val_loader, lambda epoch, part: args.learning_rate, "model_best.pth")
         if whole:
             made = row_label(saved.get("opt"), saved.path, args.protocol)
-            probe.report(job, saved, made, table="debiased/published.json", **facts)
+            linear.report(job, saved, made, table="debiased/published.json", **facts)
 
 
 def row_label(opt: dict | None, path: str, protocol: str) -> str:
@@ -200,7 +200,7 @@ def row_label(opt: dict | None, path: str, protocol: str) -> str:
     return made + ", published protocol" * (protocol == "published")
 
 
-def reopen(saved, network, input_res: int | None, process: processes.Process, precision):
+def reopen(saved, network, input_res: int | None, process: launch.Process, precision):
     """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there).
 
     The file holds the whole network, with the statistics that it was tested with, whatever the protocol.
@@ -223,7 +223,7 @@ def reopen(saved, network, input_res: int | None, process: processes.Process, pr
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

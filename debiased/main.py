@@ -16,26 +16,14 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 
-from common import (
-    UsageError,
-    augment,
-    batchnorm,
-    checkpoint,
-    cli,
-    loop,
-    metrics,
-    options,
-    probe,
-    processes,
-    run,
-    schedule,
-)
+from common import UsageError, augment, batchnorm, cli, launch, metrics, options, schedule
+from runner import checkpoint, knn, layouts, loop
+from runner.folder import refuse_to_overwrite
 from common.precision import Precision
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 from debiased.networks import MODELS, Network
@@ -164,16 +152,16 @@ def whole_view(args) -> augment.Compose:
     return augment.Compose(augment.ResizeCenterCrop(args.test_size, args.test_size), NORMALIZE)
 
 
-def build_loader(args, process: processes.Process):
+def build_loader(args, process: launch.Process):
     return options.make_loader(args, process, options.open_pretraining(args), (recipe(args),) * (1 + args.M))
 
 
-def build_knn(args, process: processes.Process, train_set):
+def build_knn(args, process: launch.Process, train_set):
     """Loaders of the k-NN, whose bank is the labelled pictures; None where there is no val/ and it was not asked for."""
     labelled = (train_set.targets >= 0).nonzero().flatten()
     bank = train_set if len(labelled) == len(train_set) else train_set.select(labelled)
     try:
-        return probe.knn_loaders(args, process, bank, whole_view(args))
+        return knn.loaders(args, process, bank, whole_view(args))
     except UsageError as error:
         if "knn_every" in args.typed:
             raise
@@ -188,8 +176,8 @@ def pair_statistics(z1, z2, temperature: float, labels=None):
     z1, z2 (B, D) of all processes. Negatives: the 2B - 2 vectors of other pictures, with labels (B,) those of other classes."""
     z, owner = torch.stack((z1, z2), 1).flatten(0, 1).float(), torch.arange(len(z1), device=z1.device)
     owner = (owner if labels is None else labels).repeat_interleave(2)
-    share = len(z) // processes.world_size()
-    mine = slice(processes.rank() * share, (processes.rank() + 1) * share)
+    share = len(z) // launch.world_size()
+    mine = slice(launch.rank() * share, (launch.rank() + 1) * share)
     positive = (z1.float() * z2.float()).sum(1).repeat_interleave(2)[mine] / temperature
     return metrics.score_statistics(positive, z[mine] @ z.T / temperature, temperature, owner[mine, None] != owner)
 
@@ -199,7 +187,7 @@ class Debiased:
 
     generators: dict = {}  # nothing is drawn but the views
 
-    def __init__(self, args, process: processes.Process):
+    def __init__(self, args, process: launch.Process):
         self.args, self.precision = args, Precision(args.amp, process.device)
         model = Network(args.model, args.feature_dim, args.small_stem)
         self.model = model.to(process.device, memory_format=torch.channels_last).train()
@@ -208,20 +196,20 @@ class Debiased:
         self.groups = batchnorm.splits_here(args, process)
         if args.compile:
             self.model.compile()
-        self.wrapped = processes.parallel(self.model, process)
+        self.wrapped = launch.parallel(self.model, process)
 
     def step(self, views, target):
         args = self.args
         projections = [self.project(view) for view in views]
-        projections = processes.all_gather_with_grad(torch.stack(projections, 1))  # N x (1 + M) x D, of all processes
+        projections = launch.all_gather_with_grad(torch.stack(projections, 1))  # N x (1 + M) x D, of all processes
         z1, z2, *extra = projections.unbind(1)
         if args.loss == "unbiased":
-            loss, parts = unbiased_loss(z1, z2, processes.all_gather(target), args.temperature)
+            loss, parts = unbiased_loss(z1, z2, launch.all_gather(target), args.temperature)
         else:
             tau_plus, extra = args.tau_plus if args.debiased else 0, torch.stack(extra) if extra else None
             loss, parts = debiased_loss(z1, z2, args.temperature, tau_plus, extra)
         if args.save_score:
-            labels = processes.all_gather(target) if args.loss == "unbiased" else None
+            labels = launch.all_gather(target) if args.loss == "unbiased" else None
             self.scores = pair_statistics(z1, z2, args.temperature, labels)
         self.precision.step(loss, self.optimizer)
         means = {name: parts[name].float().mean() for name in ("clamped", "negative", "positive")}
@@ -243,10 +231,10 @@ class Debiased:
         return dict(zip(names, map(NORMALIZE.inverse, views)))
 
     def state_dict(self) -> dict:
-        return {"state_dict": checkpoint.add_prefix(self.model.state_dict(), "module.")}
+        return {"state_dict": layouts.add_prefix(self.model.state_dict(), "module.")}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        checkpoint.load_into(self.model, checkpoint.strip_prefix(saved["state_dict"]), saved.path)
+        checkpoint.load_into(self.model, layouts.strip_prefix(saved["state_dict"]), saved.path)
 
 
 def learning_rate(args, done: float) -> float:
@@ -258,7 +246,7 @@ def learning_rate(args, done: float) -> float:
     return args.learning_rate
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     keep_published(args)
     with loop.Job(args, process, args.model_path, last="current.pth", same=("model", "loss", "feature_dim")) as job:
         demo.ensure_for(args, process)
@@ -291,18 +279,18 @@ def worker(args, process: processes.Process) -> None:
                 checkpoint.save(path, method.state_dict()["state_dict"])
             if job.due(args.knn_every):
                 temperature = args.knn_t or args.temperature
-                probe.evaluate_knn(job, method.model, method.embed, knn, temperature)
+                knn.evaluate(job, method.model, method.embed, knn, temperature)
 
 
 def keep_published(args) -> None:
     """UsageError where a run would write over model_EPOCH.pth that are not its own: of another run, or downloaded."""
     resume = args.resume if os.path.exists(os.path.join(args.model_path, "config.json")) else ""
     if not args.show_views:
-        run.refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", resume, args.overwrite)
+        refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", resume, args.overwrite)
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cmc import colour
-from common import UsageError, UserError, augment, backbones, checkpoint
+from common import UsageError, UserError, augment, backbones
+from runner import checkpoint, layouts
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)  # of debiased/ and of --preset moco-cifar
@@ -33,7 +34,7 @@ def read_backbone(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
     if path == "none":
         return None, backbones.build(args.arch, 0).state_dict()
     if os.path.isdir(path):
-        if not (found := checkpoint.newest_below(path)):
+        if not (found := layouts.newest_below(path)):
             raise UsageError(f"--pretrained {path}: no checkpoint of a pre-training in this folder")
         path = found
     elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
@@ -44,7 +45,7 @@ def read_backbone(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
         raise UserError(f"{path} is a classifier without its network: give the pre-training to --pretrained")
     if args.use_ema and "model_ema" not in saved:
         raise UserError(f"{path} has no model_ema, the key encoder that --mem moco has: omit --use_ema")
-    return saved, checkpoint.backbone({"model": saved["model_ema"]} if args.use_ema else saved)
+    return saved, layouts.backbone({"model": saved["model_ema"]} if args.use_ema else saved)
 
 
 class Trunk(ResNet):
@@ -137,10 +138,10 @@ def colours(saved, towers: list[str], path: str) -> tuple[tuple, dict[str, int]]
 def open_trunks(saved, state: dict[str, Tensor], path: str) -> tuple[tuple, dict[str, Trunk]]:
     """(operations of `colours`, {tower: its ResNet}), "" for a single one. Raises UserError, naming `path`, where there is no
     ResNet, or not one on the colours of a picture."""
-    operations, takes = colours(saved, checkpoint.towers(state), path)
+    operations, takes = colours(saved, layouts.towers(state), path)
     trunks = {}
     for name, count in takes.items():
-        trunks[name] = Trunk(checkpoint.one_tower(state, name) if name else checkpoint.without_head(state), path)
+        trunks[name] = Trunk(layouts.one_tower(state, name) if name else layouts.without_head(state), path)
         if trunks[name].in_channels != count:
             of = f"{name} of {path}" if name else path
             raise UserError(f"{of} takes {trunks[name].in_channels} channels, {count} are expected")

@@ -15,15 +15,16 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
-from common import UsageError, UserError, backbones, checkpoint, cli, loop, options, probe, processes, run, schedule
+from common import UsageError, UserError, backbones, cli, launch, options, schedule
+from runner import checkpoint, linear, loop
+from runner.progress import Progress
 from common.precision import Precision
 from feature_transform import detector, voc
 from preprocess import demo_voc
@@ -142,7 +143,7 @@ def recipe(args, train: bool) -> voc.View:
     )
 
 
-def build_network(args, classes: int, process: processes.Process) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
+def build_network(args, classes: int, process: launch.Process) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
     """The detector, the checkpoint that its ResNet is from, and what is to be said of that."""
     saved, state = detector.read_backbone(args)
     path = args.arch if saved is None else saved.path
@@ -163,8 +164,8 @@ def build_network(args, classes: int, process: processes.Process) -> tuple[Faste
 class Detector:
     """Faster R-CNN, its four losses and SGD. facts: what its checkpoints say besides."""
 
-    def __init__(self, args, network: FasterRCNN, process: processes.Process, /, **facts):
-        self.network, self.wrapped, self.facts = network, processes.parallel(network, process), facts
+    def __init__(self, args, network: FasterRCNN, process: launch.Process, /, **facts):
+        self.network, self.wrapped, self.facts = network, launch.parallel(network, process), facts
         self.precision = Precision(args.amp, process.device)
         layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         norms = {id(p) for layer in layers for p in layer.parameters()}  # without weight decay, as in detectron2
@@ -200,14 +201,14 @@ def learning_rate(args, iteration: int) -> float:
 
 
 @torch.no_grad()
-def detect(job, method: Detector, pictures: voc.Pictures, args, process: processes.Process) -> dict[int, dict]:
+def detect(job, method: Detector, pictures: voc.Pictures, args, process: launch.Process) -> dict[int, dict]:
     """{row: boxes, labels and scores, on the CPU} of all `pictures`, on every rank."""
     network, rows = method.network.eval(), range(process.rank, len(pictures), process.world_size)
-    processes.broadcast_buffers(network)
+    launch.broadcast_buffers(network)
     network.transform.min_size = recipe(args, train=False).min_size
     size = max(1, args.batch_size // process.world_size)
     plans = [[(row, False) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
-    progress, found = run.Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main), {}
+    progress, found = Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main), {}
     batches = voc.decoded(pictures, plans, options.reading(args), process.device)
     for images, _, places in job.until_stopped(batches, "the test, which is made again"):
         with method.precision.autocast():
@@ -216,15 +217,15 @@ def detect(job, method: Detector, pictures: voc.Pictures, args, process: process
             found[row] = {k: v.cpu() if k == "labels" else v.float().cpu() for k, v in out.items()}
         progress.bar.update(1)
     progress.close()
-    for part in processes.gather_objects(found):
+    for part in launch.gather_objects(found):
         found |= part
     return found
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     if args.demo and "data" not in args.typed and process.is_main:
         demo_voc.ensure(args.data[0])
-    processes.barrier()
+    launch.barrier()
     folder = options.run_folder(args, args.save_path, run_name(args))
     with loop.Job(args, process, folder, last="current.pth", same=SAME) as job:
         names = voc.class_names(args.classes)
@@ -260,7 +261,7 @@ def report(job, method: Detector, saved, values: dict) -> None:
     args, classes, network = job.args, values.pop("classes"), method.facts["network"]
     width = max(map(len, classes))
     job.log.say("AP50 of each class\n" + "\n".join(f"  {name:<{width}}  {ap:6.2f}" for name, ap in classes.items()))
-    facts = probe.origin(saved) if saved else dict(epochs=None, seed=None, pretrained=network)
+    facts = linear.origin(saved) if saved else dict(epochs=None, seed=None, pretrained=network)
     where = os.path.basename(os.path.dirname(os.path.abspath(network))) if saved else "random weights"
     facts |= dict(seed=args.seed if facts["seed"] is None else facts["seed"], detection_seed=args.seed)
     facts |= dict(arch=f"{method.facts['arch']}-FPN", label=args.label or where, data=" + ".join(args.data))
@@ -269,7 +270,7 @@ def report(job, method: Detector, saved, values: dict) -> None:
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

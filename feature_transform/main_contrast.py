@@ -17,28 +17,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import (
-    UsageError,
-    UserError,
-    batchnorm,
-    checkpoint,
-    cli,
-    loop,
-    memory,
-    metrics,
-    options,
-    probe,
-    processes,
-    schedule,
-)
+from common import UsageError, UserError, batchnorm, cli, launch, memory, metrics, options, schedule
+from runner import checkpoint, knn, layouts, loop
 from common.precision import Precision
 from feature_transform import networks, recipes, views
 from feature_transform.memory import KeyQueue, MemoryBank
@@ -146,7 +133,7 @@ def parse_args(argv=None):
     return args
 
 
-def build_loader(args, process: processes.Process):
+def build_loader(args, process: launch.Process):
     """The augmentations are written out in views.py."""
     view, jigsaw = views.recipe(args), [views.jigsaw_recipe(args)] if args.jigsaw else []
     seen = (*(view,) * (2 if args.mem == "moco" else 1), *jigsaw)
@@ -156,7 +143,7 @@ def build_loader(args, process: processes.Process):
 class Method:
     """What bank and queue have in common: a network, its optimizer, the rule of the transformation, the loss."""
 
-    def __init__(self, args, n: int, process: processes.Process):
+    def __init__(self, args, n: int, process: launch.Process):
         self.args, self.process = args, process
         network = batchnorm.split(networks.build_network(args), batchnorm.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
@@ -165,7 +152,7 @@ class Method:
         self.encoder, self.optimizer = self.precision.prepare(network, torch.optim.SGD(network.parameters(), **sgd))
         if args.compile:
             self.encoder.compile()
-        self.wrapped = processes.parallel(self.encoder, process)
+        self.wrapped = launch.parallel(self.encoder, process)
         self.rule, self.modalities = Rule.of(args), len(networks.MODALS[args.modal])
         self.memory = self.build_memory(n).to(process.device)
         mixing = torch.Generator(process.device).manual_seed(args.seed)  # coefficients and permutations
@@ -220,7 +207,7 @@ class Method:
         return columns
 
     def state_dict(self) -> dict:
-        model = checkpoint.add_prefix(self.encoder.state_dict(), "module.")
+        model = layouts.add_prefix(self.encoder.state_dict(), "module.")
         return {"model": model, "contrast": self.memory.state_dict()}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
@@ -228,7 +215,7 @@ class Method:
             other = "bank" if self.args.mem == "moco" else "moco"
             raise UserError(f"{saved.path} is of --mem {other}, this run of {self.args.mem}: add --mem {other}")
         self.memory.load(saved["contrast"], saved.path, self.length)
-        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"]), saved.path, flag="--arch")
+        checkpoint.load_into(self.encoder, layouts.strip_prefix(saved["model"]), saved.path, flag="--arch")
 
 
 class Bank(Method):
@@ -245,7 +232,7 @@ class Bank(Method):
         queries = self.queries(images, squares)
         rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.generators["draws"])  # N x (1 + K)
         values = self.finish(self.memory(queries, rows, *self.transformation(epoch, len(index))))
-        self.memory.update(processes.all_gather(queries[0]), processes.all_gather(index))
+        self.memory.update(launch.all_gather(queries[0]), launch.all_gather(index))
         return values
 
 
@@ -254,7 +241,7 @@ class MoCo(Method):
 
     length = "--nce_k {}"
 
-    def __init__(self, args, n: int, process: processes.Process):
+    def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, n, process)
         self.encoder_ema = copy.deepcopy(self.encoder).requires_grad_(False)
         if args.compile:
@@ -288,7 +275,7 @@ class MoCo(Method):
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         super().load_state_dict(saved)
         self.memory.place(saved.get("queue"), saved.path)
-        checkpoint.load_into(self.encoder_ema, checkpoint.strip_prefix(saved["model_ema"]), saved.path, flag="--arch")
+        checkpoint.load_into(self.encoder_ema, layouts.strip_prefix(saved["model_ema"]), saved.path, flag="--arch")
 
 
 def learning_rate(args, epoch: int, part: float) -> float:
@@ -307,7 +294,7 @@ def learning_rate(args, epoch: int, part: float) -> float:
     return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
     views.choose_classes(args)
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("arch", "modal", "mem", "head"))
@@ -316,7 +303,7 @@ def worker(args, process: processes.Process) -> None:
         groups = batchnorm.splits_here(args, process) * process.world_size
         loader = build_loader(args, process)
         n = len(loader.dataset)
-        knn = probe.knn_loaders(args, process, loader.dataset, views.plain_view(args))
+        knn = knn.loaders(args, process, loader.dataset, views.plain_view(args))
         method = (MoCo if args.mem == "moco" else Bank)(args, n, process)
         job.begin(loader, method, contrast_ways=1 + args.nce_k, bn_groups=groups, transformation=str(method.rule))
         if args.nce_k >= n:
@@ -335,11 +322,11 @@ def worker(args, process: processes.Process) -> None:
                 if args.save_score:
                     job.keep_scores(method.scores)
             if job.due(args.knn_every):
-                probe.evaluate_knn(job, method.encoder, method.embed, knn)
+                knn.evaluate(job, method.encoder, method.embed, knn)
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 from torch import nn
 
-from common import UsageError, UserError, augment, checkpoint, cli, loop, options, probe, processes, schedule
+from common import UsageError, UserError, augment, cli, launch, options, schedule
+from runner import checkpoint, layouts, linear, loop
 from common.precision import Precision
 from feature_transform import networks, views
 from preprocess import demo
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     options.add_sgd_arguments(g, about, epochs=60, learning_rate=30, batch_size=256, weight_decay=0.0)
     g.add_argument("--cosine", action=cli.OnOff, default=False, help="cosine down to rate^3 of the learning rate")
     g.set_defaults(lr_decay_epochs=None)
-    probe.add_arguments(g)
+    linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     about = "the run gets a folder of its own in here"
@@ -105,7 +105,7 @@ def run_name(args, parent: str) -> str:
 
 def read_backbone(args) -> tuple[checkpoint.Saved, dict]:
     """The pre-training checkpoint, and the parameters of the encoder in it. Flags that were typed must agree with it."""
-    saved = probe.pretrained(args.ckpt, "--ckpt", f"feature_transform/main_contrast.py{' --demo' * args.demo}")
+    saved = linear.pretrained(args.ckpt, "--ckpt", f"feature_transform/main_contrast.py{' --demo' * args.demo}")
     state, opt = networks.backbone_state(saved, args.use_ema), saved.get("opt") or {}
     found = networks.described(state, saved.path)
     for flag, value in zip(("arch", "modal"), found):
@@ -118,7 +118,7 @@ def read_backbone(args) -> tuple[checkpoint.Saved, dict]:
     return saved, state
 
 
-def build_network(state: dict, path: str, process: processes.Process) -> nn.Module:
+def build_network(state: dict, path: str, process: launch.Process) -> nn.Module:
     """The encoder of the checkpoint, or both towers, frozen and in eval mode."""
     network = networks.encoders(state, path)
     return network.requires_grad_(False).eval().to(process.device, memory_format=torch.channels_last)
@@ -144,14 +144,14 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
 
-class Classifier(probe.Classifier):
+class Classifier(linear.Classifier):
     """The published names: those of one linear layer behind data parallelism."""
 
     def weights(self) -> dict:
-        return {"classifier": checkpoint.add_prefix(self.classifier.state_dict(), "module.")}
+        return {"classifier": layouts.add_prefix(self.classifier.state_dict(), "module.")}
 
     def load_weights(self, saved: checkpoint.Saved) -> None:
-        checkpoint.load_into(self.classifier, checkpoint.strip_prefix(saved["classifier"]), saved.path)
+        checkpoint.load_into(self.classifier, layouts.strip_prefix(saved["classifier"]), saved.path)
 
 
 def warn(args, job) -> None:
@@ -163,7 +163,7 @@ def warn(args, job) -> None:
         )
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
     saved, state = read_backbone(args)
     views.choose_classes(args)
@@ -196,15 +196,15 @@ def worker(args, process: processes.Process) -> None:
         facts |= dict(digest=checkpoint.fingerprint(state))
         method = Classifier(network, embedder, classifier, optimizer, process, **facts)
         both = recipe(args, train=True), recipe(args, train=False)
-        train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *both)
+        train_loader, val_loader = linear.loaders(args, process, train_set, val_set, *both)
         facts = dict(val_images=len(val_set), model=args.model, modal=args.modal, features=network.dim, classes=count)
         facts |= dict(network=saved.path, pretrained_epochs=saved.get("epoch"), precision=str(precision))
         job.begin(train_loader, method, **facts, **{"class_list": args.class_list} if args.class_list else {})
         warn(args, job)
-        whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), "best.pth")
+        whole = linear.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch), "best.pth")
         if whole:
             facts = dict(aug_linear=args.aug_linear, modal=args.modal)
-            probe.report(
+            linear.report(
                 job, saved, row_label(saved.get("opt"), args), table="feature_transform/published.json", **facts
             )
 
@@ -218,9 +218,9 @@ def row_label(opt: dict | None, args) -> str | None:
     return made + ", key encoder" * args.use_ema
 
 
-def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+def reopen(saved, network: str, input_res: int | None, process: launch.Process, precision):
     """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
-    opt, weights = saved.get("opt"), checkpoint.strip_prefix(saved.get("classifier") or {})
+    opt, weights = saved.get("opt"), layouts.strip_prefix(saved.get("classifier") or {})
     if (
         weights.keys() != {"weight", "bias"} or opt is not None and "aug_linear" not in opt
     ):  # published files have no flags
@@ -235,13 +235,13 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     facts = dict(
         arch=args.model, outputs=classifier.out_features, input_res=args.input_res, label=row_label(then, args)
     )
-    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(state))
+    facts |= linear.origin(before) | dict(digest=checkpoint.fingerprint(state))
     facts |= dict(settings={name: then[name] for name in SETTINGS if name in then} | {"use_ema": args.use_ema})
     return lambda images: classifier(embed(model, images, precision)), views.last_operations(args), facts
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

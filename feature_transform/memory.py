@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, checkpoint
+from common import UserError
+from runner import checkpoint
 from common.memory import bank_scores
 from feature_transform import transform
 from feature_transform.transform import NOTHING, Draws, Rule

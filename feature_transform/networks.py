@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from common import UserError, backbones, checkpoint
+from common import UserError, backbones
+from runner import checkpoint, layouts
 
 PATCHES = 9  # of a jigsaw
 BACKBONES = {  # name: (depth, groups of the 3x3 convolutions, their width per group)
@@ -160,13 +161,13 @@ def backbone_state(saved: checkpoint.Saved, ema: bool = False) -> dict[str, Tens
     """The parameters of the encoder in a checkpoint, ours or the authors': torchvision's names, with CMC after `encoder1.`
     and `encoder2.`. ema: of the key encoder. UserError where there is none."""
     if not ema:
-        return checkpoint.backbone(saved)
+        return layouts.backbone(saved)
     if "model_ema" not in saved:
         raise UserError(
             f"{saved.path} has no model_ema, a key encoder that follows the trained one, which only --mem moco has: "
             "omit --use_ema"
         )
-    return checkpoint.backbone({"model": saved["model_ema"]})
+    return layouts.backbone({"model": saved["model_ema"]})
 
 
 def described(state: dict[str, Tensor], path: str) -> tuple[str, str, bool]:
@@ -193,6 +194,6 @@ def encoders(state: dict[str, Tensor], path: str) -> Network:
     """The network with these parameters, for `encode`: its head is not of the checkpoint and is not to be used."""
     arch, modal, small_stem = described(state, path)
     network = Network(arch, "linear", modal, feat_dim=1, small_stem=small_stem)
-    named = state if modal == "CMC" else checkpoint.add_prefix(state, "encoder.")
+    named = state if modal == "CMC" else layouts.add_prefix(state, "encoder.")
     checkpoint.load_into(network, named, path, ("head",))
     return network

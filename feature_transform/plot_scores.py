@@ -16,16 +16,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from common import UsageError, UserError, checkpoint, cli, printable, run
+from common import UsageError, UserError, cli, files, printable
 from feature_transform.score_files import STATISTICS, Run, read_runs
 
 FORMATS = ("png", "pdf", "svg")
@@ -332,7 +331,7 @@ def write_events(one: Run, folder: str | None) -> str:
     if folder is None and isinstance(path := one.options.get("tb_path"), str):
         there = os.path.join(path, one.folder.resolve().name)
         events = there if os.path.isdir(there) else events
-    with run.only_writer(events):
+    with files.only_writer(events):
         for old in Path(events).glob("events.out.tfevents.*.scores"):
             old.unlink()
         with SummaryWriter(events, filename_suffix=".scores") as writer:
@@ -347,7 +346,7 @@ def write(figure, args, name: str) -> list[str]:
     written = []
     for kind in args.formats:
         path = os.path.join(args.out, f"{name}.{kind}")
-        with checkpoint.replacing(path) as file:
+        with files.replacing(path) as file:
             figure.savefig(file, format=kind, dpi=150)
         written.append(os.path.basename(path))
     return written
@@ -360,7 +359,7 @@ def main(argv=None) -> None:
     epochs, last = chosen_epochs(runs, args.epochs), max(int(r.iterations[-1]) for r in runs)
     if args.start > last:
         raise UsageError(f"--start {args.start}: the runs have {last} iterations")
-    run.make_folder(args.out)
+    files.make_folder(args.out)
     print(table(runs))
     import matplotlib
 

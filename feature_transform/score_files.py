@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UsageError, UserError, printable
-from common.loop import FREE
+from runner.loop import FREE
 
 STATISTICS = {  # name: (column, what it is)
     "neg_variance": (1, "variance of the negative similarities"),

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import processes
+from common import launch
 
 LEVELS, KNOTS = 2**16, 2**17  # quantiles of a Beta distribution that are told apart; points of its density
 SHAPES = ("scalar", "sample", "element")  # one coefficient for all rows, for each row, for each number
@@ -82,10 +82,10 @@ class Rule:
         """
         positive = negative = order = None
         if self.positives:
-            shape = _shape(self.positives, b * processes.world_size(), dim)
+            shape = _shape(self.positives, b * launch.world_size(), dim)
             positive = coefficients(shape, self.distribution, self.pos_alpha, generator)
             if positive.dim():
-                positive = positive.chunk(processes.world_size())[processes.rank()]
+                positive = positive.chunk(launch.world_size())[launch.rank()]
             positive = positive + 1 if self.extrapolate else positive
         if self.negatives:
             negative = coefficients(

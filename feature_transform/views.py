@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import augment, probe, processes, sets
+from common import augment, launch, options, sets
 from preprocess.imagenet100_subset import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
@@ -75,7 +75,7 @@ def recipe(args) -> augment.Compose:
 
 def plain_view(args) -> augment.Compose:
     """Pictures as they are, for k-NN and evaluation."""
-    return probe.plain_view(args, *last_operations(args))
+    return options.plain_view(args, *last_operations(args))
 
 
 def pictures(args, name: str, images: Tensor) -> dict[str, Tensor]:
@@ -214,8 +214,8 @@ def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     n, cell = len(images), images.shape[-1] // GRID
     size = max(1, round(cell * 64 / 85))
-    everyone = torch.randint(cell - size + 1, (2, n * processes.world_size(), GRID, GRID), generator=generator)
-    offset = everyone.chunk(processes.world_size(), 1)[processes.rank()]
+    everyone = torch.randint(cell - size + 1, (2, n * launch.world_size(), GRID, GRID), generator=generator)
+    offset = everyone.chunk(launch.world_size(), 1)[launch.rank()]
     corner = offset + cell * torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"))[:, None]
     corner = corner.flatten(2).to(images.device, non_blocking=True)  # top and left, (2, N, 9)
     pixel = torch.arange(size, device=images.device)

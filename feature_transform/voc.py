@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou
 
-from common import UsageError, UserError, checkpoint, printable, sets
+from common import UsageError, UserError, files, printable, sets
 from common.data import quiet_worker
 
 CLASSES = (
@@ -355,7 +355,7 @@ def draw(path: str, pictures: Pictures, found: dict[int, dict[str, Tensor]], lea
             label = dict(boxstyle="square,pad=0.15", fc="tab:orange", ec="none")
             axis.text(left, top, name, fontsize=7, va="bottom", bbox=label, clip_on=True)
     try:
-        with checkpoint.replacing(path) as file:
+        with files.replacing(path) as file:
             figure.savefig(file, format="png", dpi=100)
     except OSError as error:
         raise UsageError(f"--show {path}: {error.strerror or error}") from None

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, checkpoint, memory, metrics, processes
+from common import UserError, launch, memory, metrics
+from runner import checkpoint
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -48,7 +49,7 @@ def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
     MoCo's first twenty steps the true Z grows several hundredfold (RESULTS.md); a Z that lags behind makes the negatives'
     gradients as many times too large, and a network with batch-norm whose weights have blown up hardly moves afterwards.
     """
-    fresh = n * processes.mean_ranks(raw.detach().mean())
+    fresh = n * launch.mean_ranks(raw.detach().mean())
     decay = min(DECAY, (1 + updates) / (10 + updates))
     later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
     return torch.where(z < 0, fresh, later)

@@ -14,15 +14,15 @@ from collections import OrderedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, checkpoint, cli, loop, options, probe, processes, schedule
+from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
+from runner import checkpoint, layouts, linear, loop
 from common.precision import Precision
 from moco_insdis.networks import MODELS
 from moco_insdis.train_moco_ins import NORMALIZE, WARM_EPOCHS, WARM_FROM
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     g.add_argument("--adam", action="store_true", help="Adam instead of SGD")
     g.add_argument("--beta1", type=cli.fraction, default=0.5, help="of Adam")
     g.add_argument("--beta2", type=cli.fraction, default=0.999, help="of Adam")
-    probe.add_arguments(g)
+    linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/moco_insdis_linear", help="the run gets a folder of its own in here")
@@ -113,7 +113,7 @@ def run_name(args, parent: str) -> str:
 
 def read_backbone(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its network. Flags that were typed must agree with it."""
-    saved = probe.pretrained(args.model_path, "--model_path", f"moco_insdis/train_moco_ins.py{' --demo' * args.demo}")
+    saved = linear.pretrained(args.model_path, "--model_path", f"moco_insdis/train_moco_ins.py{' --demo' * args.demo}")
     path, opt = saved.path, saved.setdefault("opt", {})
     model = opt.get("model", args.model or "resnet50")
     if args.model and args.model != model:
@@ -126,9 +126,9 @@ def read_backbone(args) -> checkpoint.Saved:
     return saved
 
 
-def build_network(saved, args, process: processes.Process) -> nn.Module:
+def build_network(saved, args, process: launch.Process) -> nn.Module:
     """The (query) network of the checkpoint, frozen and in eval mode; the key network of MoCo is not used."""
-    state = checkpoint.backbone(saved)
+    state = layouts.backbone(saved)
     stem, head = (state.get(name, torch.empty(0)) for name in ("conv1.weight", "fc.weight"))
     if stem.dim() != 4 or head.dim() != 2 or len(head) > 2**16:
         raise UserError(f"{saved.path} holds no network of this family (it has {', '.join(list(state)[:3])})")
@@ -174,7 +174,7 @@ def embed(network, images, layer, precision):
 
 def recipe(args, train: bool) -> augment.Compose:
     if not train:
-        return probe.plain_view(args, NORMALIZE)
+        return options.plain_view(args, NORMALIZE)
     crop, flip = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0)), augment.RandomHorizontalFlip()
     if args.aug == "NULL":
         return augment.Compose(crop, flip, NORMALIZE)
@@ -200,7 +200,7 @@ def build_optimizer(args, classifier: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(classifier.parameters(), momentum=args.momentum, **settings)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     if args.syncBN and process.world_size > 1 and process.device.type == "cpu":
         raise UsageError("--syncBN: PyTorch synchronises batch-norm between GPUs only; omit it on CPUs")
     demo.ensure_for(args, process)
@@ -218,22 +218,22 @@ def worker(args, process: processes.Process) -> None:
             classifier = nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
         classifier = classifier.to(process.device)
         facts = dict(script="moco_insdis/eval_moco_ins.py", classes=train_set.classes, network=saved.path)
-        facts |= dict(digest=checkpoint.fingerprint(checkpoint.backbone(saved)))
+        facts |= dict(digest=checkpoint.fingerprint(layouts.backbone(saved)))
         precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
 
         def embedder(images):
             return embed(network, images, args.layer, precision)
 
-        method = probe.Classifier(network, embedder, classifier, build_optimizer(args, classifier), process, **facts)
+        method = linear.Classifier(network, embedder, classifier, build_optimizer(args, classifier), process, **facts)
         views = recipe(args, train=True), recipe(args, train=False)
-        train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
+        train_loader, val_loader = linear.loaders(args, process, train_set, val_set, *views)
         facts = dict(val_images=len(val_set), model=args.model, layer=f"{args.layer} {tuple(shape)}", crop=args.crop)
         facts |= dict(network=saved.path, pretrained_epochs=saved.get("epoch"), precision=str(precision))
         job.begin(train_loader, method, **facts)
         best = f"{args.model}_layer{args.layer}.pth"
-        whole = probe.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch, part), best)
+        whole = linear.train(job, method, val_loader, lambda epoch, part: learning_rate(args, epoch, part), best)
         if whole:
-            probe.report(job, saved, row_label(saved["opt"]), table="moco_insdis/published.json", layer=args.layer)
+            linear.report(job, saved, row_label(saved["opt"]), table="moco_insdis/published.json", layer=args.layer)
 
 
 def row_label(opt: dict) -> str | None:
@@ -244,7 +244,7 @@ def row_label(opt: dict) -> str | None:
     return f"{'MoCo' if opt.get('moco') else 'InsDis'}, {loss}, K {opt.get('nce_k')}"
 
 
-def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+def reopen(saved, network: str, input_res: int | None, process: launch.Process, precision):
     """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     opt = saved.get("opt") or {}
     if "classifier" not in saved or "view" in opt or "crop" not in opt:
@@ -261,12 +261,12 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     then, names = before["opt"], "learning_rate batch_size nce_t nce_m alpha crop aug input_res small_stem".split()
     facts = dict(arch=args.model, outputs=outputs, input_res=args.input_res, label=row_label(then), layer=args.layer)
     facts |= dict(settings={name: then[name] for name in names if name in then} | {"layer": args.layer})
-    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(checkpoint.backbone(before)))
+    facts |= linear.origin(before) | dict(digest=checkpoint.fingerprint(layouts.backbone(before)))
     return lambda images: classifier(embed(model, images, args.layer, precision)), (NORMALIZE,), facts
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

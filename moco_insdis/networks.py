@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common import backbones, batchnorm, processes
+from common import backbones, batchnorm, launch
 
 MODELS = {  # name: (depth, width)
     "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
@@ -13,7 +13,7 @@ MODELS = {  # name: (depth, width)
 }  # fmt: skip
 
 
-def build_network(args, process: processes.Process) -> nn.Module:
+def build_network(args, process: launch.Process) -> nn.Module:
     depth, width = MODELS[args.model]
     network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
     batchnorm.split(network, batchnorm.splits_here(args, process))

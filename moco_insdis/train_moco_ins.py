@@ -17,29 +17,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import (
-    UsageError,
-    UserError,
-    augment,
-    backbones,
-    batchnorm,
-    checkpoint,
-    cli,
-    loop,
-    memory,
-    options,
-    probe,
-    processes,
-    schedule,
-)
+from common import UsageError, UserError, augment, backbones, batchnorm, cli, launch, memory, options, schedule
+from runner import checkpoint, knn, layouts, loop
 from common.precision import Precision
 from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank, warn
 from moco_insdis.networks import MODELS, build_network
@@ -155,7 +141,7 @@ def recipe(args) -> augment.Compose:
     return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, NORMALIZE)
 
 
-def build_loader(args, process: processes.Process):
+def build_loader(args, process: launch.Process):
     views = (recipe(args),) * (2 if args.moco else 1)
     return options.make_loader(args, process, options.open_pretraining(args), views)
 
@@ -163,14 +149,14 @@ def build_loader(args, process: processes.Process):
 class Method:
     """What both methods have: a network, its optimizer, the curves they draw."""
 
-    def __init__(self, args, process: processes.Process):
+    def __init__(self, args, process: launch.Process):
         network = build_network(args, process)
         sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
         self.precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
         self.encoder, self.optimizer = self.precision.prepare(network, torch.optim.SGD(network.parameters(), **sgd))
         if args.compile:
             self.encoder.compile()
-        self.wrapped, self.scores = processes.parallel(self.encoder, process), [] if args.save_score else None
+        self.wrapped, self.scores = launch.parallel(self.encoder, process), [] if args.save_score else None
 
     def curves(self, loss, out) -> dict:
         """The published curves: the loss, and "prob", the mean of column 0, which with InfoNCE is a logit; then the
@@ -193,7 +179,7 @@ class Method:
 class InsDis(Method):
     """One network and a memory bank. A step compares each picture's feature with bank rows, then writes it to its own."""
 
-    def __init__(self, args, n: int, process: processes.Process):
+    def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, process)
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory, self.exclude_self = MemoryBank(n, args.feat_dim, *bank).to(process.device), args.exclude_self
@@ -208,11 +194,11 @@ class InsDis(Method):
         rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.generators["draws"], self.exclude_self)
         loss, out = self.memory(feat, rows, self.scores)  # out: N x (1 + K)
         self.precision.step(loss, self.optimizer)
-        self.memory.update(processes.all_gather(feat), processes.all_gather(index))
+        self.memory.update(launch.all_gather(feat), launch.all_gather(index))
         return loss, out
 
     def state_dict(self) -> dict:
-        model = checkpoint.add_prefix(self.encoder.state_dict(), PREFIX)
+        model = layouts.add_prefix(self.encoder.state_dict(), PREFIX)
         return {"model": model, "contrast": self.memory.state_dict(), "z_updates": self.memory.updates}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
@@ -220,13 +206,13 @@ class InsDis(Method):
         if "model_ema" in saved:
             raise UserError(f"{saved.path} is of MoCo: add --moco")
         self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
-        checkpoint.load_into(self.encoder, checkpoint.strip_prefix(saved["model"], PREFIX), saved.path, flag="--model")
+        checkpoint.load_into(self.encoder, layouts.strip_prefix(saved["model"], PREFIX), saved.path, flag="--model")
 
 
 class MoCo(Method):
     """Query network, key network and a queue. The key network follows the query network after every step."""
 
-    def __init__(self, args, n: int, process: processes.Process):
+    def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, process)
         self.encoder_ema = copy.deepcopy(self.encoder).requires_grad_(False)
         if args.compile:
@@ -257,8 +243,8 @@ class MoCo(Method):
         return shuffle.own(everyone), everyone
 
     def state_dict(self) -> dict:
-        model = checkpoint.add_prefix(self.encoder.state_dict(), PREFIX)
-        ema = checkpoint.add_prefix(self.encoder_ema.state_dict(), PREFIX)
+        model = layouts.add_prefix(self.encoder.state_dict(), PREFIX)
+        ema = layouts.add_prefix(self.encoder_ema.state_dict(), PREFIX)
         memory = {"contrast": self.memory.state_dict(), "queue": self.memory.extra_state()}
         return {"model": model, "model_ema": ema, **memory}
 
@@ -266,7 +252,7 @@ class MoCo(Method):
         if "model_ema" not in saved and "memory" in saved["contrast"]:
             raise UserError(f"{saved.path} is of InsDis: omit --moco")
         for network, key in ((self.encoder, "model"), (self.encoder_ema, "model_ema")):
-            checkpoint.load_into(network, checkpoint.strip_prefix(saved[key], PREFIX), saved.path, flag="--model")
+            checkpoint.load_into(network, layouts.strip_prefix(saved[key], PREFIX), saved.path, flag="--model")
         self.memory.load(saved["contrast"], saved.get("queue"), saved.path)
 
 
@@ -281,7 +267,7 @@ def learning_rate(args, epoch: int, part: float) -> float:
     return lr
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("model",))
     events = os.path.join(args.tb_path, os.path.basename(args.folder)) if args.tb_path else True
     with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
@@ -291,7 +277,7 @@ def worker(args, process: processes.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         n = len(loader.dataset)
-        knn = probe.knn_loaders(args, process, loader.dataset, probe.plain_view(args, NORMALIZE))
+        knn = knn.loaders(args, process, loader.dataset, options.plain_view(args, NORMALIZE))
         method = (MoCo if args.moco else InsDis)(args, n, process)
         facts = dict(method=type(method).__name__, loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}")
         job.begin(loader, method, **facts, crop=args.crop, bn_groups=groups)
@@ -305,11 +291,11 @@ def worker(args, process: processes.Process) -> None:
                 if args.save_score:
                     job.keep_scores(method.scores.pop())
             if job.due(args.knn_every):
-                probe.evaluate_knn(job, method.encoder, method.embed, knn)
+                knn.evaluate(job, method.encoder, method.embed, knn)
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 from common import UserError, cli
-from common.run import clock
+from runner.progress import clock
 
 # Lowest and highest of six runs each (seeds 0, 1, 2 with two threads, and with one; corruption: with two alone) on two CPU
 # cores. Other hardware rounds differently, which alone moved the clean accuracy of one seed by 5 points. Shape bias: of seed 0

@@ -14,27 +14,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 from torch import nn
 
-from common import (
-    UsageError,
-    UserError,
-    augment,
-    backbones,
-    checkpoint,
-    cli,
-    loop,
-    options,
-    probe,
-    processes,
-    run,
-    schedule,
-)
+from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
+from runner import checkpoint, layouts, linear, loop
+from runner.folder import Run
 from common.precision import Precision
 from nonsem_neg.views import normalize, plain_view
 from preprocess import demo
@@ -69,7 +57,7 @@ def parse_args(argv=None):
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     decay = dict(type=cli.not_negative, default=0.0, dest="weight_decay", help="weight decay")
     g.add_argument("--wd", "--weight-decay", **decay)
-    probe.add_arguments(g)
+    linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     g.add_argument("--ckpt_path", default="./ckpts/lincls", help="run folder: checkpoints, logs, result.json")
@@ -103,7 +91,7 @@ def read_backbone(args, resumed: checkpoint.Saved | None) -> checkpoint.Saved:
     if resumed is not None and "pretrained" in args.typed:
         check_backbone(resumed, args.pretrained)
     first = f"nonsem_neg/moco_non_sem_neg.py{' --demo' * (args.demo and 'pretrained' not in args.typed)}"
-    saved = resumed or probe.pretrained(args.pretrained, "--pretrained", first, any_resnet=True)
+    saved = resumed or linear.pretrained(args.pretrained, "--pretrained", first, any_resnet=True)
     arch = saved.get("arch", args.arch or "resnet50")
     if args.arch and args.arch != arch:
         raise UserError(f"{saved.path} is of --arch {arch}, not {args.arch}: give -a {arch}, or omit it")
@@ -115,10 +103,10 @@ def read_backbone(args, resumed: checkpoint.Saved | None) -> checkpoint.Saved:
 
 def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
     """UserError where a classifier is to be continued on another backbone than the one that --pretrained names."""
-    path = checkpoint.newest(path) or path if os.path.isdir(path) else path
+    path = layouts.newest(path) or path if os.path.isdir(path) else path
     if not os.path.isfile(path) or "best_acc1" in (named := checkpoint.load(path)):
         return
-    own, other = (checkpoint.without_head(checkpoint.backbone(saved)) for saved in (resumed, named))
+    own, other = (layouts.without_head(layouts.backbone(saved)) for saved in (resumed, named))
     if checkpoint.fingerprint(own) != checkpoint.fingerprint(other):
         raise UserError(
             f"{resumed.path} is a classifier on another backbone ({resumed.get('pretrained')} as it was then), not on {path}: "
@@ -126,9 +114,9 @@ def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
         )
 
 
-def build_network(saved, arch: str, num_classes: int, process: processes.Process) -> nn.Module:
+def build_network(saved, arch: str, num_classes: int, process: launch.Process) -> nn.Module:
     """The backbone with a fresh (or, of a classifier that goes on, its own) linear layer; all else frozen, in eval mode."""
-    state, resumed = checkpoint.backbone(saved), "best_acc1" in saved
+    state, resumed = layouts.backbone(saved), "best_acc1" in saved
     small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1:] == (3,)
     if resumed:  # published heads have 1000 outputs whatever the number of classes
         outputs = (*state.get("fc.weight", torch.empty(0)).shape, 0)[0]
@@ -137,7 +125,7 @@ def build_network(saved, arch: str, num_classes: int, process: processes.Process
     if resumed:
         checkpoint.load_into(model, state, saved.path, flag="-a")
     else:
-        checkpoint.load_into(model, checkpoint.without_head(state), saved.path, ("fc.",), flag="-a")
+        checkpoint.load_into(model, layouts.without_head(state), saved.path, ("fc.",), flag="-a")
         nn.init.normal_(model.fc.weight, std=0.01)
         nn.init.zeros_(model.fc.bias)
     model.requires_grad_(False)
@@ -165,21 +153,21 @@ def embed(model, images, precision):
         return backbones.feature(model, images, POOLED)
 
 
-class Head(probe.Classifier):
+class Head(linear.Classifier):
     """The last layer of a whole network, which is what the published files keep."""
 
     def weights(self) -> dict:
-        return {"state_dict": checkpoint.add_prefix(self.network.state_dict(), "module.")}
+        return {"state_dict": layouts.add_prefix(self.network.state_dict(), "module.")}
 
     def load_weights(self, saved: checkpoint.Saved) -> None:
         """Nothing: the network was built from `saved`."""
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
     if args.evaluate:
         return evaluate(args, process)
-    shared = checkpoint.newest(args.ckpt_path) is not None  # as published, with a pre-training, whose records stay
+    shared = layouts.newest(args.ckpt_path) is not None  # as published, with a pre-training, whose records stay
     files = dict(names=(FILES,), key="args", first=0, suffix="-lincls" * shared, by_epoch=True)
     with loop.Job(args, process, args.ckpt_path, **files) as job:
         saved = read_backbone(args, job.saved)
@@ -202,13 +190,13 @@ def worker(args, process: processes.Process) -> None:
 
         method = Head(network, embedder, network.fc, optimizer, process, **facts)
         views = recipe(args, saved, train=True), recipe(args, saved, train=False)
-        train_loader, val_loader = probe.loaders(args, process, train_set, val_set, *views)
+        train_loader, val_loader = linear.loaders(args, process, train_set, val_set, *views)
         # the published file names carry the number of the pre-training checkpoint: checkpoint_0199 -> checkpoint_robust_0199
         number = f"{max(0, epochs - 1):04d}.pth.tar"
         job.last, best = f"checkpoint_robust_{number}", f"model_best_{number}"
         known = dict(backbone=saved.path, pretrained_epochs=epochs, precision=str(precision))
         job.begin(train_loader, method, val_images=len(val_set), lr=args.lr, **known)
-        whole = probe.train(job, method, val_loader, lambda e, part: schedule.step(args.lr, e, args.schedule), best)
+        whole = linear.train(job, method, val_loader, lambda e, part: schedule.step(args.lr, e, args.schedule), best)
         if whole:
             found = method.scores
             at_best = dict(acc1_best=found["best_acc1"], best_epoch=found["best_epoch"] - 1)
@@ -219,9 +207,9 @@ def worker(args, process: processes.Process) -> None:
             job.log.result(**known, **saved.how_far())
 
 
-def evaluate(args, process: processes.Process) -> None:
+def evaluate(args, process: launch.Process) -> None:
     """-e: the accuracy of a trained classifier on val/."""
-    path = checkpoint.newest(args.ckpt_path, (FILES,)) if args.resume == "auto" else args.resume
+    path = layouts.newest(args.ckpt_path, (FILES,)) if args.resume == "auto" else args.resume
     saved = read_backbone(args, checkpoint.Saved(path) if path else None)
     precision = Precision(args.amp, process.device)
     classes = (
@@ -229,21 +217,21 @@ def evaluate(args, process: processes.Process) -> None:
     )  # a published file does not name its own
     val_set = options.open_split(args, "val", classes=classes)
     network = build_network(saved, args.arch, len(val_set.classes), process)
-    log = run.Run(args.ckpt_path, args, process, suffix="-evaluate")
+    log = Run(args.ckpt_path, args, process, suffix="-evaluate")
     how = dict(seed=0, shuffle=False, drop_last=False)
     loader = options.make_loader(args, process, val_set, (recipe(args, saved, train=False),), **how)
-    batches = probe.FreshViews(lambda images: embed(network, images, precision), loader)
-    top1, top5, _ = probe.validate(network.fc, batches)
+    batches = linear.FreshViews(lambda images: embed(network, images, precision), loader)
+    top1, top5, _ = linear.validate(network.fc, batches)
     log.say_replaced(loader)
     log.result(evaluated=saved.path, data=args.data, split="val", acc1=top1, acc5=top5)
     log.close()
 
 
-def reopen(saved, network, input_res, process: processes.Process, precision):
+def reopen(saved, network, input_res, process: launch.Process, precision):
     """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     if "best_acc1" not in saved or not isinstance(saved.get("state_dict"), dict):
         return None
-    weight = checkpoint.backbone(saved).get("fc.weight")
+    weight = layouts.backbone(saved).get("fc.weight")
     if weight is None or weight.ndim != 2:
         return None
     arch, own, flags = saved.get("arch", "resnet50"), saved.get("args") or {}, pretraining(saved)
@@ -268,7 +256,7 @@ def row_label(saved, flags: dict) -> str:
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

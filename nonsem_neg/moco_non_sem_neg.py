@@ -16,31 +16,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (
-    UsageError,
-    UserError,
-    backbones,
-    batchnorm,
-    checkpoint,
-    cli,
-    data,
-    loop,
-    metrics,
-    options,
-    probe,
-    processes,
-    run,
-    schedule,
-    sets,
-)
+from common import UsageError, UserError, backbones, batchnorm, cli, data, files, launch, metrics, options, schedule, sets
+from runner import checkpoint, knn, layouts, loop
 from common.precision import Precision
 from nonsem_neg import textures
 from nonsem_neg.moco import MoCo
@@ -172,7 +156,7 @@ def parse_args(argv=None):
     return args
 
 
-def build_loader(args, process: processes.Process) -> data.Loader:
+def build_loader(args, process: launch.Process) -> data.Loader:
     view, twins = recipe(args), None
     if args.robust == "texture" and args.num_nonsem:
         train_set, twins = open_texture_pairs(args)
@@ -185,12 +169,12 @@ def open_texture_pairs(args):
     """(originals, textures), row by row the same picture; what has no partner is listed in the run folder."""
     texture_set = sets.open_set(args.texture_root, "train", class_list=args.class_list)
     listing = None
-    if processes.rank() == 0 and not args.show_views:
-        listing = os.path.join(run.make_folder(args.ckpt_path), "unmatched.txt")
+    if launch.rank() == 0 and not args.show_views:
+        listing = os.path.join(files.make_folder(args.ckpt_path), "unmatched.txt")
     return textures.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
 
 
-def build_network(args, process: processes.Process) -> MoCo:
+def build_network(args, process: launch.Process) -> MoCo:
     def encoder(dim: int) -> nn.Module:
         network = backbones.build(args.arch, dim, small_stem=args.small_stem)
         if not isinstance(getattr(network, "fc", None), nn.Linear):
@@ -206,14 +190,14 @@ def build_network(args, process: processes.Process) -> MoCo:
 class NonSemantic:
     """MoCo whose queries have negatives of their own besides the queue: textures without the object."""
 
-    def __init__(self, args, process: processes.Process):
+    def __init__(self, args, process: launch.Process):
         self.args, self.process, self.precision = args, process, Precision(args.amp, process.device)
         self.model = build_network(args, process).train()
         self.model.autocast = self.precision.autocast
         if args.compile:
             self.model.encoder_q.compile()
             self.model.encoder_k.compile()
-        self.wrapped = processes.parallel(self.model, process)
+        self.wrapped = launch.parallel(self.model, process)
         sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
         self.optimizer = torch.optim.SGD(self.model.parameters(), **sgd)
         self.generators = {"generator": torch.Generator().manual_seed(args.seed)}  # patches and batch shuffles
@@ -256,14 +240,14 @@ class NonSemantic:
         return dict(zip(names, map(normalize(vars(self.args)).inverse, columns)))
 
     def state_dict(self) -> dict:
-        return {"arch": self.args.arch, "state_dict": checkpoint.add_prefix(self.model.state_dict(), "module.")}
+        return {"arch": self.args.arch, "state_dict": layouts.add_prefix(self.model.state_dict(), "module.")}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         if saved.get("arch", self.args.arch) != self.args.arch:
             raise UserError(
                 f"{saved.path} is of --arch {saved['arch']}, this run of {self.args.arch}: add -a {saved['arch']}"
             )
-        checkpoint.load_into(self.model, checkpoint.strip_prefix(saved["state_dict"]), saved.path, flag="-a")
+        checkpoint.load_into(self.model, layouts.strip_prefix(saved["state_dict"]), saved.path, flag="-a")
 
 
 def learning_rate(args, epoch: int) -> float:
@@ -273,13 +257,13 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.lr, epoch, args.schedule)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     files = dict(last="checkpoint_last.pth.tar", numbered="checkpoint_{:04d}.pth.tar", key="args", first=0)
     with loop.Job(args, process, args.ckpt_path, **files, same=("arch",)) as job:
         groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
-        knn = probe.knn_loaders(args, process, loader.dataset, plain_view(args, vars(args)))
+        knn = knn.loaders(args, process, loader.dataset, plain_view(args, vars(args)))
         method = NonSemantic(args, process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
         job.begin(loader, method, contrast_ways=1 + args.moco_k + args.num_nonsem, bn_groups=groups, **sides)
@@ -297,11 +281,11 @@ def worker(args, process: processes.Process) -> None:
                 if args.save_score:
                     job.keep_scores(method.scores)
             if job.due(args.knn_every):
-                probe.evaluate_knn(job, method.model, method.embed, knn, args.knn_t)
+                knn.evaluate(job, method.model, method.embed, knn, args.knn_t)
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import augment, probe
+from common import augment, options
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
@@ -29,4 +29,4 @@ def plain_view(args, flags: dict) -> augment.Compose:
     """Pictures as they are, at --input-res, for a network trained with `flags`. Those of the notebook lose no margin."""
     if flags.get("aug") == "cifar":
         return augment.Compose(augment.ResizeCenterCrop(args.input_res, args.input_res), CIFAR)
-    return probe.plain_view(args, IMAGENET)
+    return options.plain_view(args, IMAGENET)

@@ -30,9 +30,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import tempfile
 import warnings
@@ -48,7 +47,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from common import UsageError, UserError, cli, crops, printable, processes, run, sets
+from common import UsageError, UserError, cli, crops, files, launch, printable, sets
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 
@@ -543,7 +542,7 @@ def print_report(splits: list[Split], numbers: list[dict], examples: int) -> Non
 
 def write_report(path: str, content: dict) -> None:
     try:
-        run.write_json(Path(path), content)
+        files.write_json(Path(path), content)
     except OSError as error:
         raise UserError(f"--json {path}: {error.strerror}") from None
 
@@ -552,7 +551,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.demo:
         args.data = args.tree
-        demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
+        demo.ensure_for(args, launch.Process(device=torch.device("cpu")))
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: no such folder to write it in")
     folders = find_splits(args.tree)

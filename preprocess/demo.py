@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import UsageError, UserError, processes
-from common.checkpoint import replacing
-from common.run import only_writer
+from common import UsageError, UserError, launch
+from common.files import replacing
+from common.files import only_writer
 from preprocess import demo_shapes
 from preprocess.corruptions import CORRUPTIONS, corrupt
 from preprocess.demo_shapes import CLASSES
@@ -325,7 +325,7 @@ def _make_locked(out, twin, folders, settings, workers, progress):
     return content
 
 
-def ensure_for(args, process: processes.Process, texture: bool = False, cues: bool = False) -> None:
+def ensure_for(args, process: launch.Process, texture: bool = False, cues: bool = False) -> None:
     """With --demo: make the built-in pictures at DATA unless a whole set of them, of whatever size, is there.
 
     cues: cue-conflict, too, which an older set lacks.
@@ -336,4 +336,4 @@ def ensure_for(args, process: processes.Process, texture: bool = False, cues: bo
             ensure(args.data, texture=texture)
         if cues:
             add_cues(args.data)
-    processes.barrier()
+    launch.barrier()

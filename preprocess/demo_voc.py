@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, UserError
-from common.checkpoint import replacing
-from common.run import only_writer
+from common.files import replacing
+from common.files import only_writer
 from preprocess import demo_shapes
 
 CLASSES = ("disc", "heart", "square", "star")

@@ -33,12 +33,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
-from common import UsageError, UserError, cli, printable, processes, sets
-from common.run import only_writer
+from common import UsageError, UserError, cli, launch, printable, sets
+from common.files import only_writer
 from common.sets import FolderSet
 from preprocess.pack import SIDE, PackFiles, check_output, command_line, pack_splits, reason_of
 from preprocess.workers import Rate, again
@@ -391,7 +390,7 @@ def main(argv=None) -> None:
                 sources = {split.name: split.pictures for split in splits}
                 command = command_line("imagenet100_subset.py", argv)
                 try:
-                    pack_splits(sources, out, args.pack, args.workers or processes.cores(), args.force, command)
+                    pack_splits(sources, out, args.pack, args.workers or launch.cores(), args.force, command)
                 finally:
                     packed = [split for split in splits if PackFiles(out, split.name).listing.exists()]
                     report(packed, {split.name: count_pack(split, out) for split in packed}, out, default_list, ".npy")

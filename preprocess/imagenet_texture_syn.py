@@ -36,9 +36,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import json
 import multiprocessing
@@ -58,7 +57,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UsageError, UserError, cli, crops, printable, processes, run, sets
+from common import UsageError, UserError, cli, crops, launch, printable, sets
+from runner.progress import clock
 from common.sets import SPLIT_NAMES
 from preprocess import demo, texture_mrs, texture_quilt, workers
 
@@ -544,7 +544,7 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
     seconds = max(bar.seconds, 1e-6)
     print(
         f"result: {len(jobs) - len(todo) + made} of {len(jobs)} textures in {out}; {made} made now, in "
-        f"{run.clock(seconds)}" + (f", {made / seconds:.2f}/s" if made else "")
+        f"{clock(seconds)}" + (f", {made / seconds:.2f}/s" if made else "")
     )
     if failures:
         name, reason = sorted(failures.items())[0]
@@ -654,7 +654,7 @@ def main(argv=None) -> None:
         find_binary()
     if args.demo:
         args.data = args.imagenet_path
-        demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
+        demo.ensure_for(args, launch.Process(device=torch.device("cpu")))
     splits = open_splits(args)
     if args.imagenet_t_path:
         check_out(Path(args.imagenet_t_path), Path(args.imagenet_path), splits)

@@ -27,9 +27,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import json
 import time
@@ -45,7 +44,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, crops, options, printable, processes, run, sets
+from common import UsageError, UserError, cli, crops, launch, options, printable, sets
+from runner.progress import clock
 from common.sets import SPLIT_NAMES
 from preprocess import demo, workers
 from preprocess.corruptions import CORRUPTIONS, corrupt
@@ -272,7 +272,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.demo:
         args.data = args.tree
-        demo.ensure_for(args, processes.Process(device=torch.device("cpu")))
+        demo.ensure_for(args, launch.Process(device=torch.device("cpu")))
     tree, out = Path(args.tree), Path(args.out)
     if not tree.is_dir():
         raise UsageError(f"{tree}: {'is a file, not a folder' if tree.exists() else 'no such folder'}")
@@ -325,7 +325,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     listing = workers.list_failures(out, "failed", args.shard, failures)
     print(
         f"result: {wanted - missing + made} of {wanted} files in {out}, {len(args.corruptions)} corruptions x "
-        f"{len(args.severities)} severities; {made} made now, {size / 1e6:.1f} MB, in {run.clock(bar.seconds)}"
+        f"{len(args.severities)} severities; {made} made now, {size / 1e6:.1f} MB, in {clock(bar.seconds)}"
         + (f" ({seconds / len(jobs):.2f} s of processor time per picture)" if jobs else "")
     )
     if failures:

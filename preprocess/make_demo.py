@@ -14,14 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 from PIL import Image, ImageDraw
 
 from common import UserError, cli
-from common.checkpoint import replacing
+from common.files import replacing
 from preprocess import demo
 
 LABEL_WIDTH = 76  # pixels left of the contact sheet's rows

@@ -41,18 +41,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from common import UsageError, UserError, cli, printable, processes, run, sets
+from common import UsageError, UserError, cli, launch, printable, sets
+from runner.progress import clock
 from common.augment import ResizeCenterCrop
 from common.crops import decoded
-from common.run import only_writer
+from common.files import only_writer
 from common.sets import PACK_FORMAT, PACK_VERSION, BadPicture, FolderSet
 from preprocess.workers import Rate, again, lies_in, split_folders, start_worker
 
@@ -256,7 +256,7 @@ def pack_split(
     seconds = time.monotonic() - began
     print(
         f"{split}: {state['count']:,} pictures, {len(source.classes)} classes, {size_text(state['count'], side)} in "
-        f"{printable(files.pixels)}; {run.clock(seconds)}, {(len(source) - start) / seconds:.0f} pictures/s",
+        f"{printable(files.pixels)}; {clock(seconds)}, {(len(source) - start) / seconds:.0f} pictures/s",
         flush=True,
     )
     return state["failed"]
@@ -379,7 +379,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="what to pack (default: both)"
     )
     parser.add_argument("--class-list", default=None, metavar="FILE", help="pack these class folders only, one a line")
-    parser.add_argument("--workers", type=cli.positive_int, default=processes.cores(), help="processes that decode")
+    parser.add_argument("--workers", type=cli.positive_int, default=launch.cores(), help="processes that decode")
     parser.add_argument("--force", action="store_true", help="replace a pack, finished or not")
     return parser.parse_args(argv)
 

@@ -24,7 +24,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UsageError, UserError, processes, run
+from common import UsageError, UserError, launch
+from runner.progress import clock
 from common.sets import SPLIT_NAMES, few
 
 STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
@@ -38,7 +39,7 @@ class Interrupted(UserError):
 
 def default_workers(jobs: int, jobs_per_start: int) -> int:
     """One process per core, fewer for little work: starting a process costs as much as `jobs_per_start` jobs."""
-    return max(1, min(processes.cores(), 1 + jobs // jobs_per_start))
+    return max(1, min(launch.cores(), 1 + jobs // jobs_per_start))
 
 
 def _end_with_parent() -> None:
@@ -112,7 +113,7 @@ class Rate:
             self.bar.update(n)
         elif elapsed >= self.next_line or (self.done == self.total and 1.0 < self.next_line < float("inf")):
             rate = (self.done - self.first) / max(elapsed, 1e-6)
-            left = run.clock((self.total - self.done) / max(rate, 1e-6))
+            left = clock((self.total - self.done) / max(rate, 1e-6))
             what = f"{self.unit}, {rate:.{0 if rate >= 10 else 1}f}/s, {left} left, {elapsed:.0f} s"
             print(f"{self.label}: {self.done}/{self.total} {what}", file=sys.stderr, flush=True)
             self.next_line = elapsed + 5

@@ -15,28 +15,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 from torch import nn
 
-from common import (
-    UsageError,
-    UserError,
-    augment,
-    backbones,
-    checkpoint,
-    cli,
-    loop,
-    options,
-    probe,
-    processes,
-    run,
-    schedule,
-    sets,
-)
+from common import UsageError, UserError, augment, backbones, cli, files, launch, options, schedule, sets
+from runner import checkpoint, linear, loop
+from runner.folder import Run, refuse_to_overwrite
 from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
@@ -86,7 +73,7 @@ def parse_args(argv=None):
     about = "not scaled with the batch; default .5, released .01"
     options.add_sgd_arguments(g, about, epochs=100, batch_size=256, learning_rate=None, weight_decay=None)
     g.set_defaults(lr_decay_epochs=None)
-    probe.add_arguments(g)
+    linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     g.add_argument("--save_path", default="./runs/ring_linear", help="every data set gets a folder of its own in here")
@@ -123,7 +110,7 @@ def parse_args(argv=None):
 
 def read_network(args) -> checkpoint.Saved:
     """The pre-training checkpoint, and what it says about its views; typed flags win."""
-    saved = probe.pretrained(args.model_path, "--model_path", f"ring/train_ring.py{' --demo' * args.demo}")
+    saved = linear.pretrained(args.model_path, "--model_path", f"ring/train_ring.py{' --demo' * args.demo}")
     if "classifier" in saved:
         raise UserError(f"{saved.path} is a classifier of this script: give the network to --model_path")
     opt = saved.get("opt") or {}
@@ -174,7 +161,7 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
         return nearest.neighbours(args, process, by_layer, recipe(args, False), both, banks, labels)
 
     if args.nn_only:
-        log = run.Run(folder, args, process, suffix="-nn", tensorboard=False)
+        log = Run(folder, args, process, suffix="-nn", tensorboard=False)
         if note:
             log.say(note)
         row |= neighbours()
@@ -192,7 +179,7 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
                 network.train(train)
             return embed(network, images, precision)
 
-        kind, made = released.Released if moves else probe.Classifier, dict(classes=both[0].classes, digest=digest)
+        kind, made = released.Released if moves else linear.Classifier, dict(classes=both[0].classes, digest=digest)
         made |= dict(script="ring/eval_ring.py", network=saved.path)
         method = kind(network, embedder, classifier, optimizer, process, **made)
         how = dict(shuffle=not args.cache_views, drop_last=moves)
@@ -208,12 +195,12 @@ def evaluate(args, process, saved, network, name: str, both, own: bool) -> dict:
         def rate(epoch: int, part: float) -> float:
             return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
 
-        if probe.train(job, method, val_loader, rate, "best.pth"):
-            probe.report(job, saved, row_label(saved["opt"]), **found, method=args.method, protocol=args.protocol)
+        if linear.train(job, method, val_loader, rate, "best.pth"):
+            linear.report(job, saved, row_label(saved["opt"]), **found, method=args.method, protocol=args.protocol)
         return row | found | {"acc1": method.scores["acc1"], "acc1_best": method.scores["best_acc1"]}
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     if args.protocol == "released" and process.world_size > 1:
         raise UsageError("--protocol released: batch-norm statistics are those of the whole batch: one process")
     demo.ensure_for(args, process)
@@ -227,7 +214,7 @@ def worker(args, process: processes.Process) -> None:
     places |= args.transfer
     for name in places:
         written = "result-nn.json" if args.nn_only else "current.pth"
-        run.refuse_to_overwrite(os.path.join(args.folder, name), written, args.resume, args.overwrite)
+        refuse_to_overwrite(os.path.join(args.folder, name), written, args.resume, args.overwrite)
     opened = {}
     for name, path in places.items():  # all of them before anything is computed
         if name in args.transfer:
@@ -242,7 +229,7 @@ def worker(args, process: processes.Process) -> None:
         del mine.transfer  # of this run no setting: a resume may ask for other data sets
         rows.append(evaluate(mine, process, saved, network, name, both, name not in args.transfer))
         if process.is_main:
-            run.write_json(run.Path(args.folder) / f"table{'-nn' * args.nn_only}.json", {"rows": rows})
+            files.write_json(run.Path(args.folder) / f"table{'-nn' * args.nn_only}.json", {"rows": rows})
     if process.is_main:
         print(transfer.table(rows))
 
@@ -251,7 +238,7 @@ def row_label(opt: dict) -> str | None:
     return f"{opt['method'].upper()} {opt['negatives']}" if "negatives" in opt else None
 
 
-def reopen(saved, network: str, input_res: int | None, process: processes.Process, precision):
+def reopen(saved, network: str, input_res: int | None, process: launch.Process, precision):
     """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there)."""
     opt = saved.get("opt") or {}
     if "classifier" not in saved or "protocol" not in opt:
@@ -263,7 +250,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
     classifier, arch = networks.linear(model, len(weights["weight"]))
     checkpoint.load_into(classifier.to(process.device), weights, saved.path)
     facts = dict(arch=arch, outputs=classifier.out_features, input_res=args.input_res, label=row_label(then))
-    facts |= probe.origin(before) | dict(digest=checkpoint.fingerprint(model.state_dict()), protocol=opt["protocol"])
+    facts |= linear.origin(before) | dict(digest=checkpoint.fingerprint(model.state_dict()), protocol=opt["protocol"])
     facts |= dict(settings={name: then[name] for name in SETTINGS if name in then} | {"protocol": opt["protocol"]})
     if opt["protocol"] == "released":  # on a network whose statistics have moved since
         released.restore(model, saved)
@@ -273,7 +260,7 @@ def reopen(saved, network: str, input_res: int | None, process: processes.Proces
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmc import colour
-from common import UserError, augment, backbones, batchnorm, checkpoint, options, processes, sets
+from common import UserError, augment, backbones, batchnorm, launch, options, sets
+from runner import checkpoint
 from common.precision import Precision
 from ring import negatives, thresholds
 from ring.memories import MemoryBank
@@ -38,7 +39,7 @@ class Method:
 
     banks = ("memory_bank",)
 
-    def __init__(self, args, pictures: sets.PictureSet, steps: int, process: processes.Process):
+    def __init__(self, args, pictures: sets.PictureSet, steps: int, process: launch.Process):
         self.args, self.n, self.precision = args, len(pictures), Precision(args.amp, process.device)
         self.views = colour.default_views(args.view) if args.method == "cmc" else []
         network = build_network(args.resnet_version, args.out_dim, args.conv3x3, self.views)
@@ -47,7 +48,7 @@ class Method:
         self.candidates = args.k if args.method == "moco" else self.n
         if args.compile:
             self.encoder.compile()
-        self.wrapped = processes.parallel(self.encoder, process)
+        self.wrapped = launch.parallel(self.encoder, process)
         sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
         self.optimizer = torch.optim.SGD(self.encoder.parameters(), **sgd)
         length = args.max_anneal_epoch * steps
@@ -93,7 +94,7 @@ class Method:
         """Take the step; what there is to say about it."""
         self.precision.step(loss, self.optimizer)
         if self.args.anneal == "loss":
-            self.policy.record(float(processes.mean_ranks(loss)))  # the only policy that waits for the device
+            self.policy.record(float(launch.mean_ranks(loss)))  # the only policy that waits for the device
         seen = {key: sum(one[key] for one in self.seen) / len(self.seen) for key in self.seen[0]}
         inner, outer = self.ranks
         shares = {"all": (1.0, 0.0), "ball": (self.outer, 0.0), "ring": (self.outer, self.rule.thres_inner)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common import UsageError, augment, checkpoint, metrics, options, probe, processes
+from common import UsageError, augment, files, launch, metrics, options
+from runner import checkpoint, knn
 from ring.method import last_operation
 
 ANCHORS, OF_EACH = 8, 3  # pictures whose ring is drawn; shown of each part of their neighbourhood
@@ -43,7 +44,7 @@ def warn(job, method, ranks: tuple[int, int]) -> None:
 # ----------------------------------------------------------------------------------------------------------- 1-NN
 
 
-def val_loader(args, process: processes.Process, train_set, view: augment.Compose):
+def val_loader(args, process: launch.Process, train_set, view: augment.Compose):
     """The pictures of `evaluate_nearest`; None where --nn-every is 0."""
     if not args.nn_every:
         return None
@@ -51,7 +52,7 @@ def val_loader(args, process: processes.Process, train_set, view: augment.Compos
         raise UsageError("--nn-every needs labels, and the data has none: give a labelled tree, or omit it")
     pictures = options.open_split(args, "val", classes=train_set.classes)
     how = dict(seed=0, shuffle=False, drop_last=False)
-    return options.make_loader(args, process, pictures, (view,), probe.KNN_BATCH, **how)
+    return options.make_loader(args, process, pictures, (view,), knn.BATCH, **how)
 
 
 def bank_accuracy(banks: list[Tensor], bank_targets: Tensor, feats: Tensor, targets: Tensor, classes: int) -> Tensor:
@@ -67,10 +68,10 @@ def bank_accuracy(banks: list[Tensor], bank_targets: Tensor, feats: Tensor, targ
 def evaluate_nearest(job, method, loader) -> None:
     """1-NN of the projections of val/ through the bank, as published: printed, logged, and told to the outer threshold."""
     pictures = job.source.dataset
-    processes.broadcast_buffers(method.encoder)
+    launch.broadcast_buffers(method.encoder)
     method.encoder.eval()
-    found = metrics.extract_features(lambda x: probe.embed_images(method.project, x), loader)
-    feats, targets = map(processes.gather_ragged, found)
+    found = metrics.extract_features(lambda x: knn.embed_images(method.project, x), loader)
+    feats, targets = map(launch.gather_ragged, found)
     method.encoder.train()
     banks = [method.bank(i)._bank for i in range(len(method.banks))]
     accuracy = float(bank_accuracy(banks, pictures.targets.to(feats.device), feats, targets, len(pictures.classes)))
@@ -129,7 +130,7 @@ def _ranks(inner: int, outer: int, n: int) -> dict[str, list[int]]:
 
 def _views(job, pictures, rows: Tensor, view: augment.Compose) -> list[Tensor]:
     """One batch: these rows of the set under `view`."""
-    alone = processes.Process(device=job.process.device)
+    alone = launch.Process(device=job.process.device)
     how = dict(seed=0, shuffle=False, drop_last=False, workers=0)
     loader = options.make_loader(job.args, alone, pictures.select(rows), (view,), len(rows), **how)
     return next(iter(loader))[0]
@@ -155,7 +156,7 @@ def _draw(path: str, images: Tensor, parts: list[str], texts, same: Tensor, name
             if row == 0 and (column == 0 or part != ("anchor", *parts)[column - 1]):
                 axis.set_title(part, fontsize=9, color=PARTS[part], loc="left")
     try:
-        with checkpoint.replacing(path) as file:
+        with files.replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)
     except OSError as error:
         raise UsageError(f"--show-ring {path}: {error.strerror or error}") from None

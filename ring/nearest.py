@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import metrics, options, probe, processes, sets
+from common import launch, metrics, options, sets
+from runner import knn
 from ring import monitor
 
 POOLED, PROJECTION = 6, 7  # layers of `backbones.feature`
@@ -45,11 +46,11 @@ def neighbours(args, process, embed, view, both, banks: list[Tensor], labels: Te
     are classified, seen through `view`.
     """
     how = dict(seed=0, shuffle=False, drop_last=False)
-    loaders = [options.make_loader(args, process, pictures, (view,), probe.KNN_BATCH, **how) for pictures in both]
+    loaders = [options.make_loader(args, process, pictures, (view,), knn.BATCH, **how) for pictures in both]
 
     def features(loader, layer: int) -> list[Tensor]:
-        seen = metrics.extract_features(lambda x: probe.embed_images(lambda y: embed(y, layer), x), loader)
-        return [processes.gather_ragged(part) for part in seen]
+        seen = metrics.extract_features(lambda x: knn.embed_images(lambda y: embed(y, layer), x), loader)
+        return [launch.gather_ragged(part) for part in seen]
 
     (rows, of_rows), (feats, targets) = (features(loader, POOLED) for loader in loaders)
     top1, _ = metrics.knn(rows, of_rows, feats, targets, len(both[0].classes), k=args.knn_k)

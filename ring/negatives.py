@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import UserError, metrics, processes
+from common import UserError, launch, metrics
 
 HALF = 10 << 20  # bytes of scores held at once, and again as much for finding and comparing
 DENSE_FROM = 4  # where a quarter of a bank's rows enters a sum, the product with the whole bank is faster
@@ -202,9 +202,9 @@ def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator) -> 
 
     generator: on the device, in the same state on every rank: the draws are those of the global batch.
     """
-    everyone = (b * processes.world_size(), k)
+    everyone = (b * launch.world_size(), k)
     drawn = torch.randint(ranks[1] - ranks[0], everyone, generator=generator, device=generator.device)
-    return drawn.chunk(processes.world_size())[processes.rank()]
+    return drawn.chunk(launch.world_size())[launch.rank()]
 
 
 def description(

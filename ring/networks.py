@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmc import colour
-from common import UserError, backbones, checkpoint
+from common import UserError, backbones
+from runner import checkpoint
 
 RESNETS = ("resnet18", "resnet50")  # the published ones
 PREFIX = "model."  # of the network's parameter names in a checkpoint's state_dict

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 
-from common import UserError, checkpoint, probe
+from common import UserError
+from runner import checkpoint, linear
 
 
 def settings(saved: checkpoint.Saved, augmentations) -> dict:
@@ -29,7 +30,7 @@ def experiment(path: str) -> str:
     return os.path.dirname(folder) if os.path.basename(folder) == "checkpoints" else folder
 
 
-class Released(probe.Classifier):
+class Released(linear.Classifier):
     """The released linear evaluation: the network's parameters rest, its batch-norm statistics follow the training views.
 
     Lightning puts the whole module into training mode, the frozen network with it, and into evaluation mode to validate.

@@ -16,9 +16,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import shlex
 
@@ -26,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import UsageError, checkpoint, cli, run
+from common import UsageError, cli, files
+from runner.progress import Progress
+from runner.folder import environment
 from ring import negatives
 
 RESAMPLES, LEVEL = 1000, (2.5, 97.5)  # of the bootstrap over repeats; percentiles of its interval
@@ -119,7 +120,7 @@ def simulate(args) -> dict[str, np.ndarray]:
     generator, rings = torch.Generator().manual_seed(args.seed), settings(args)
     bias, whole, given = torch.zeros(3, len(rings), len(args.k), args.repeats).double()
     above = torch.zeros(len(rings)).double()
-    progress = run.Progress("Repeats: ", args.repeats, args.print_freq)
+    progress = Progress("Repeats: ", args.repeats, args.print_freq)
     for repeat in range(args.repeats):
         x, y = draw_pairs(args.pairs, args.dim, args.rho, generator)
         positive = critic(x, y, args.rho).diagonal()
@@ -282,18 +283,18 @@ def chosen(args) -> list[tuple[float, float]]:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    run.make_folder(args.out)
+    files.make_folder(args.out)
     known = mutual_information(args.dim, args.rho)
     print(f"mutual information of the pair: {known:.4f} nats ({args.dim} coordinates, correlation {args.rho:g})")
     rows = compare(args, simulate(args))
     command = shlex.join(["python", "ring/theory.py", *(sys.argv[1:] if argv is None else argv)])
     text = table(args, rows)
     about = f"Mutual information {known:.4f} nats; {args.repeats} repeats of {args.pairs} pairs; 95 % intervals."
-    with checkpoint.replacing(os.path.join(args.out, "theory.md"), "w") as file:
+    with files.replacing(os.path.join(args.out, "theory.md"), "w") as file:
         file.write(f"{about}\n\n{text}\n\nMade by `{command}`.\n")
     draw(args, rows, os.path.join(args.out, "theory.png"))
-    facts = dict(command=command, **run.environment(), options=cli.flags(args), mutual_information=known, rows=rows)
-    run.write_json(os.path.join(args.out, "theory.json"), facts)
+    facts = dict(command=command, **environment(), options=cli.flags(args), mutual_information=known, rows=rows)
+    files.write_json(os.path.join(args.out, "theory.json"), facts)
     print(text)
     print(f"result: mutual information {known:.3f}; {tally(rows)} ({args.out}/theory.png, theory.md, theory.json)")
 

@@ -15,9 +15,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +24,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cmc import colour
-from common import (
-    UsageError,
-    augment,
-    backbones,
-    batchnorm,
-    checkpoint,
-    cli,
-    loop,
-    options,
-    probe,
-    processes,
-    schedule,
-    sets,
-)
+from common import UsageError, augment, backbones, batchnorm, cli, launch, options, schedule, sets
+from runner import checkpoint, knn, loop
 from preprocess import demo
 from ring import config, monitor, negatives, thresholds
 from ring.memories import KeyQueue, MemoryBank
@@ -164,7 +151,7 @@ def recipe(args) -> augment.Compose:
     return augment.Compose(crop, jitter, augment.RandomGrayscale(0.2), blur, flip, last_operation(args))
 
 
-def build_loader(args, process: processes.Process):
+def build_loader(args, process: launch.Process):
     split = args.stl_split if args.dataset == "stl10" else "train"
     views = (recipe(args),) * (2 if args.method == "moco" else 1)
     return options.make_loader(args, process, options.open_split(args, split, unlabelled=True), views)
@@ -179,7 +166,7 @@ class IR(Method):
         positive, (ranks, draws) = (query * bank[index]).sum(1), self.start(step, len(index))
         how = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels), self.scores)
         values = self.finish(negatives.conditional_loss(query, positive, bank, *how))
-        self.bank().update(processes.all_gather(query), processes.all_gather(index))
+        self.bank().update(launch.all_gather(query), launch.all_gather(index))
         return values
 
 
@@ -199,8 +186,8 @@ class CMC(Method):
         for query, bank in zip(feats.chunk(2, 1), (self.bank(1)._bank, self.bank(0)._bank)):
             positive = (query * bank[index]).sum(1)
             loss = loss + negatives.conditional_loss(query, positive, bank, *how)
-        values, index = self.finish(loss), processes.all_gather(index)
-        for number, feat in enumerate(processes.all_gather(feats).chunk(2, 1)):
+        values, index = self.finish(loss), launch.all_gather(index)
+        for number, feat in enumerate(launch.all_gather(feats).chunk(2, 1)):
             self.bank(number).update(feat, index)
         return values
 
@@ -230,9 +217,9 @@ class MoCo(Method):
         labels = None if self.labels is None else self.system.labels(self.labels)
         how = (self.args.t, self.rule, ranks, None, self.describe(index, labels), self.scores)
         values = self.finish(negatives.conditional_loss(query, (query * key).sum(1), self.system.queue, *how))
-        index = processes.all_gather(index)
+        index = launch.all_gather(index)
         self.system.enqueue(keys, index)
-        self.bank().update(processes.all_gather(query), index)
+        self.bank().update(launch.all_gather(query), index)
         return values
 
     @torch.no_grad()
@@ -242,7 +229,7 @@ class MoCo(Method):
         follow(list(self.system.model_k.parameters()), [p.detach() for p in self.encoder.parameters()], None)
         if not self.args.shuffle_bn:
             key = self.encode(self.system.model_k, images)
-            return key, processes.all_gather(key)
+            return key, launch.all_gather(key)
         shuffle = batchnorm.BatchShuffle(len(images), self.generators["draws"], images.device)
         everyone = shuffle.collect(self.encode(self.system.model_k, shuffle.spread(images)))
         return shuffle.own(everyone), everyone
@@ -265,13 +252,13 @@ def learning_rate(args, epoch: int) -> float:
     return schedule.step(args.learning_rate, epoch, drops if args.scheduler == "MoCoLRScheduler" else [])
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     files = dict(last="last.ckpt", numbered="epoch={}.ckpt", first=0)
     with loop.Job(args, process, args.folder, **files, same=("method", "resnet_version", "view")) as job:
         groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
-        knn = probe.knn_loaders(args, process, loader.dataset, plain_view(args))
+        knn = knn.loaders(args, process, loader.dataset, plain_view(args))
         nearest = monitor.val_loader(args, process, loader.dataset, plain_view(args))
         method = {"ir": IR, "cmc": CMC, "moco": MoCo}[args.method](args, loader.dataset, len(loader), process)
         monitor.adopt_published(job.saved)
@@ -296,11 +283,11 @@ def worker(args, process: processes.Process) -> None:
             if job.due(args.nn_every):
                 monitor.evaluate_nearest(job, method, nearest)
             if job.due(args.knn_every):
-                probe.evaluate_knn(job, method.encoder, method.embed, knn)
+                knn.evaluate(job, method.encoder, method.embed, knn)
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torchvision import datasets as tv_datasets
 
-from common import UsageError, UserError, processes, sets
+from common import UsageError, UserError, launch, sets
 
 # name: (splits that are trained on, splits that are tested on), as arguments of torchvision's class
 SETS = {
@@ -66,9 +66,9 @@ def open_both(name: str, path: str) -> tuple[sets.PictureSet, sets.PictureSet]:
     if name not in SETS:
         train = sets.open_set(path, "train")
         return train, sets.open_set(path, "val", classes=train.classes)
-    if processes.rank() == 0:
+    if launch.rank() == 0:
         _open(name, path)
-    processes.barrier()
+    launch.barrier()
     return _open(name, path)
 
 

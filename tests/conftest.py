@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; tests send Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from common import UsageError, data, processes
+from common import UsageError, data, launch
 from preprocess import demo
 
 
@@ -213,4 +213,4 @@ def statistics(positive, negatives, temperature: float) -> torch.Tensor:
 
 def compute_on(device: torch.device) -> None:
     """Every script started in this process from now on computes on `device`, whatever --device says."""
-    processes._device = lambda args, local_rank: device
+    launch._device = lambda args, local_rank: device

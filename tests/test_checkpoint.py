@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError, backbones, checkpoint, probe
+from common import UserError, backbones, files
+from runner import checkpoint, layouts, linear
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -89,9 +90,9 @@ def test_a_network_of_an_old_pytorch_has_no_batchnorm_counters():
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
     path = tmp_path / "a.txt"
-    with checkpoint.replacing(path, "w") as one:
+    with files.replacing(path, "w") as one:
         one.write("one ")
-        with checkpoint.replacing(path, "w") as other:
+        with files.replacing(path, "w") as other:
             other.write("other ")
         assert path.read_text() == "other "
         one.write("one")
@@ -102,9 +103,9 @@ def test_what_writers_left_is_swept_and_what_is_being_written_stays(tmp_path):
     for name in (".a.pth.partial", ".a.pth.0123abcd.partial"):
         (tmp_path / name).write_text("half")
     (tmp_path / ".circle.partial").symlink_to(".circle.partial")
-    with checkpoint.replacing(tmp_path / "a.pth", "w") as file:
+    with files.replacing(tmp_path / "a.pth", "w") as file:
         file.write("whole")
-        checkpoint.sweep(tmp_path)
+        files.sweep(tmp_path)
         assert len(list(tmp_path.glob(".a.pth.*partial"))) == 1
     assert (tmp_path / "a.pth").read_text() == "whole" and not list(tmp_path.glob(".a*"))
 
@@ -116,16 +117,16 @@ def test_links_that_lead_nowhere_are_passed_over(tmp_path):
         (folder / "current.pth").symlink_to("current.pth")
         (folder / "circle").symlink_to("circle")
     assert (
-        checkpoint.newest(tmp_path / "run").name == checkpoint.newest_below(tmp_path).name == "checkpoint_0009.pth.tar"
+        layouts.newest(tmp_path / "run").name == layouts.newest_below(tmp_path).name == "checkpoint_0009.pth.tar"
     )
 
 
 def test_newest(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert layouts.newest(tmp_path) is None
     for name in ("checkpoint_0009.pth.tar", "checkpoint_last.pth.tar"):
         checkpoint.save(tmp_path / name, {})
     (tmp_path / ".checkpoint_0010.pth.tar.partial").write_text("")
-    assert checkpoint.newest(tmp_path).name == "checkpoint_last.pth.tar"
+    assert layouts.newest(tmp_path).name == "checkpoint_last.pth.tar"
 
 
 def state_of(keys_file: str, keep=lambda key: True) -> dict:
@@ -152,16 +153,16 @@ def test_every_published_layout(name, module):
     state = state_of(name)
     if not module:
         state = {key.replace("module.", ""): value for key, value in state.items()}
-    found = checkpoint.backbone({where: state, "epoch": 3} if where else state)
+    found = layouts.backbone({where: state, "epoch": 3} if where else state)
     assert set(present) <= found.keys() and not set(absent) & found.keys()
     assert not any("module." in key for key in found)
 
 
 def test_a_torchvision_file_and_a_stranger():
-    found = checkpoint.backbone({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
-    assert checkpoint.without_head(found).keys() == {"conv1.weight"}
+    found = layouts.backbone({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
+    assert layouts.without_head(found).keys() == {"conv1.weight"}
     with pytest.raises(UserError, match="found no backbone.*word_embedding"):
-        checkpoint.backbone({"word_embedding": torch.zeros(1)})
+        layouts.backbone({"word_embedding": torch.zeros(1)})
 
 
 def test_another_architecture_is_named_with_its_flag():
@@ -204,5 +205,5 @@ def test_a_network_whose_last_epoch_was_still_to_be_evaluated_is_that_of_the_who
     state = {"epoch": 7, "steps": 78, "opt": {"moco": True, "epochs": 8}, "model": {}, "contrast": {}}
     for step, expected in ((78, (8, 0)), (77, (7, 77)), (0, (7, 0))):
         checkpoint.save(tmp_path / "current.pth", state | {"step": step})
-        far = probe.pretrained(str(tmp_path), "--model_path", "moco_insdis/train_moco_ins.py").how_far()
+        far = linear.pretrained(str(tmp_path), "--model_path", "moco_insdis/train_moco_ins.py").how_far()
         assert (far["backbone_epochs"], far["backbone_step"]) == expected

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from common import UserError
-from common.run import ROOT
+from common.files import ROOT
 from preprocess import demo
 from tools import claims
 

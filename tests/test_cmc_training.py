@@ -11,7 +11,8 @@ from conftest import ROOT, as_published, equal, run_script, says_no, statistics,
 
 from cmc import colour
 from cmc import train_CMC as script
-from common import UsageError, UserError, backbones, checkpoint, memory, processes
+from common import UsageError, UserError, backbones, launch, memory
+from runner import checkpoint, layouts
 
 pytestmark = pytest.mark.usefixtures("slim")
 
@@ -112,7 +113,7 @@ def test_keys_of_the_network_are_the_published_ones(model, full_width):
     args = script.parse_args(["--data_folder", "x", "--model", model, "--view", "HSV"])
     with torch.device("meta"):
         network = script.build_network(model, colour.chosen_views(args), args.feat_dim, False)
-    state = checkpoint.add_prefix(network.state_dict(), script.PREFIX)
+    state = layouts.add_prefix(network.state_dict(), script.PREFIX)
     found = [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in state.items()]
     assert found == json.loads((ROOT / f"tests/golden/cmc_backbone_{model}_keys.json").read_text())
 
@@ -172,7 +173,7 @@ def test_softmax_logs_the_true_probability_and_three_views_their_names(workspace
 def test_scores_are_the_mean_over_the_pairs_of_views(flags):
     args = script.parse_args([*TINY, "--save_score", "--seed", "0", *flags])
     torch.manual_seed(0)
-    method = script.CMC(args, 40, processes.Process())
+    method = script.CMC(args, 40, launch.Process())
     network, draws = copy.deepcopy(method.encoder), method.generators["draws"].clone_state()
     banks = [bank.clone() for bank in method.memory.banks()]
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -258,7 +259,7 @@ def test_bad_checkpoints_and_settings(workspace, capsys):
     fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, "--resume", path, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, "--resume", path, error=UsageError)
     with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
-        script.worker(script.parse_args(TINY), processes.Process(world_size=3))
+        script.worker(script.parse_args(TINY), launch.Process(world_size=3))
     assert (workspace / path).read_bytes() == before
     capsys.readouterr()
     train("--epochs", 1, "--nce_k", 200)
@@ -280,7 +281,7 @@ def test_a_step_on_cuda_equals_one_on_the_cpu():
     for device in ("cpu", "cuda"):
         args = script.parse_args([*TINY, "--seed", "0"])
         torch.manual_seed(0)
-        method = script.CMC(args, 40, processes.Process(device=torch.device(device)))
+        method = script.CMC(args, 40, launch.Process(device=torch.device(device)))
         rows = torch.randint(40, (8, 25), generator=torch.Generator().manual_seed(1)).to(device)
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(device)
         feats = [torch.nn.functional.normalize(f, dim=1) for f in method.encoder(images)]

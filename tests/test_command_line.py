@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, run_script
 
 from cmc import LinearProbing, train_CMC
-from common import cli, options, processes, run
+from common import cli, launch, options
+from runner.folder import Run
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 
@@ -73,9 +74,8 @@ ANSWERS = """
 import sys
 sys.path.insert(0, {root!r})
 
-from common import early
 
-early.answer(__name__)
+import common  # isort: split
 
 import torch
 
@@ -168,7 +168,7 @@ def test_what_was_typed_is_marked(tmp_path, capsys):
         ["--demo", "--momentum", "0.9"]
     )  # one that differs from its default, one typed that does not
     args.k = 7.0  # what a script works out itself
-    run.Run(tmp_path, args, processes.Process(), tensorboard=False).close()
+    Run(tmp_path, args, launch.Process(), tensorboard=False).close()
     said = capsys.readouterr().out
     assert " *demo=True  k=7.0  lr=0.5  *momentum=0.9\n" in said and "(* given on the command line)" in said
 
@@ -181,7 +181,7 @@ def test_on_several_gpus_one_process_says_how_to_use_all(monkeypatch, capsys):
 
     def said(gpus, *flags):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        processes.launch(None, parser.parse_args(flags))
+        launch.start(None, parser.parse_args(flags))
         return capsys.readouterr().out
 
     assert said(4) == (

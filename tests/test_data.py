@@ -22,7 +22,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
 from cmc import LinearProbing, train_CMC
-from common import UsageError, UserError, crops, data, processes, sets
+from common import UsageError, UserError, crops, data, launch, sets
 from common.augment import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop, ResizeCenterCrop
 from common.crops import scale_boxes
 from common.data import Loader
@@ -864,7 +864,7 @@ def test_a_killed_worker_is_one_line(mixed, monkeypatch):
     monkeypatch.setattr(the_loader, "_from_workers", lambda requests: killed())
     with pytest.raises(RuntimeError) as error:
         epoch_of(the_loader)
-    line, code = processes.in_one_line(error.value)  # what cli.run prints
+    line, code = launch.in_one_line(error.value)  # what cli.run prints
     assert re.search("is killed by signal: Killed.* With little memory or /dev/shm, use fewer --workers", line)
     assert "\n" not in line and code == 1
 
@@ -1048,7 +1048,7 @@ def test_scripts_decode_on_the_device_where_they_are_told_to(script, mixed, monk
     root = str(Path(mixed.root).parent)
     flags = [*([root] if script is moco_non_sem_neg else ["--data_folder", root]), "--dataset", "folder", "-b", "4"]
     flags += ["-j", "0", "--input-res", "16", "--seed", "0"]
-    process, decoder = processes.Process(device=torch.device("cpu")), StandIn()
+    process, decoder = launch.Process(device=torch.device("cpu")), StandIn()
     args = script.parse_args([*flags, "--decode", "cuda"])
     with pytest.raises(UsageError, match="--decode cuda needs a CUDA device"):
         script.build_loader(args, process)

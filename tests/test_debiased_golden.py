@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from vectors import close, keys, names, published_keys, read
 
-from common import augment, checkpoint
+from common import augment
+from runner import layouts
 from debiased import main, networks
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 
@@ -50,7 +51,7 @@ def test_a_state_dict_says_which_network_it_is_of(model, small_stem):
     with torch.device("meta"):
         network = networks.Network(model, 32, small_stem)
         state = network.state_dict()
-        trunk = checkpoint.backbone({"state_dict": checkpoint.add_prefix(state, "module.")})
+        trunk = layouts.backbone({"state_dict": layouts.add_prefix(state, "module.")})
         assert network.eval()(torch.zeros(2, 3, 64, 64))[1].shape == (2, 32)
     assert networks.described(state, "a file") == (model, small_stem)
     assert "layer4.1.conv1.weight" in trunk and not any(k.startswith(("g.", "fc.")) for k in trunk)

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import SLIM, equal, inside, run_script, says_no, statistics, stopped_at
 
-from common import UsageError, UserError, checkpoint, processes, sets
+from common import UsageError, UserError, launch, sets
+from runner import checkpoint, layouts
 from debiased import estimator, linear, networks
 from debiased import main as script
 
 pytestmark = pytest.mark.usefixtures("slim")
 
 TINY = "--demo --epochs 2 --batch_size 32 --feature_dim 16 --model_path run --device cpu --print_freq 2".split()
-HERE = processes.Process()
+HERE = launch.Process()
 
 
 def train(*flags) -> dict:
@@ -270,7 +271,7 @@ def test_bad_checkpoints_and_settings(workspace):
     fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, *resume, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, *resume, error=UsageError)
     with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
-        script.worker(script.parse_args([*TINY, "--overwrite"]), processes.Process(world_size=3))
+        script.worker(script.parse_args([*TINY, "--overwrite"]), launch.Process(world_size=3))
     assert path.read_bytes() == before
 
 
@@ -305,7 +306,7 @@ def pretrained(module_folder):
         train("--epochs", 1, "--seed", 0, "--tau_plus", 0.05)
         theirs = networks.Network("resnet18", 64).state_dict()
         (module_folder / "results").mkdir()
-        torch.save(checkpoint.add_prefix(theirs, "module."), "results/model_400.pth")
+        torch.save(layouts.add_prefix(theirs, "module."), "results/model_400.pth")
     return module_folder
 
 
@@ -452,5 +453,5 @@ def test_the_figure(trained, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=words):
             if "--nproc" in more:
-                estimator.worker(estimator.parse_args([*flags, *more]), processes.Process(world_size=2))
+                estimator.worker(estimator.parse_args([*flags, *more]), launch.Process(world_size=2))
             estimator.main([*flags, *more])

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from common import UsageError, UserError, processes
+from common import UsageError, UserError, launch
 from preprocess import demo, demo_shapes, make_demo
 from tools import shape_bias
 
@@ -235,7 +235,7 @@ def test_a_set_of_an_older_version_gets_what_it_lacks_and_keeps_the_rest(tmp_pat
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p.exists() and demo.CUES not in str(p))
     older()
     for demo_flag, cues, there in ((False, True, False), (True, False, False), (True, True, True)):
-        demo.ensure_for(argparse.Namespace(demo=demo_flag, data=str(out)), processes.Process(), cues=cues)
+        demo.ensure_for(argparse.Namespace(demo=demo_flag, data=str(out)), launch.Process(), cues=cues)
         assert (out / demo.CUES).is_dir() == there
 
 

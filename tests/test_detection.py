@@ -17,7 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cmc import colour
 from cmc import networks as cmc_networks
-from common import UsageError, UserError, backbones, checkpoint, processes
+from common import UsageError, UserError, backbones, launch
+from runner import checkpoint, layouts
 from debiased.networks import Network as DebiasedNetwork
 from feature_transform import detector, eval_detection, voc
 from preprocess import demo_voc
@@ -144,14 +145,14 @@ def test_steps_of_two_processes_share_the_pictures_of_one(inside):
     pictures = voc.Pictures([("data/demo-voc", "trainval")], demo_voc.CLASSES)
 
     def plans(ranks, batch, steps):
-        loaders = [voc.Loader(pictures, VIEW, 100, 4, batch, 0, processes.Process(r, ranks), 0) for r in range(ranks)]
+        loaders = [voc.Loader(pictures, VIEW, 100, 4, batch, 0, launch.Process(r, ranks), 0) for r in range(ranks)]
         return [sorted(pair for loader in loaders for pair in loader.plan(step)) for step in steps]
 
     one = plans(1, 4, range(12))
     assert one == plans(2, 2, range(12)) and one[5:] == plans(1, 4, range(5, 12))
     assert sorted(row for step in one[:3] for row, _ in step) == sorted(2 * [*range(6)])  # two rounds
     assert {mirrored for step in one for _, mirrored in step} == {True, False}
-    loader = voc.Loader(pictures, VIEW, 10, 4, 4, 0, processes.Process(), 0)
+    loader = voc.Loader(pictures, VIEW, 10, 4, 4, 0, launch.Process(), 0)
     loader.set_epoch(3)
     assert len(loader) == 2 and [rows.tolist() for *_, rows in loader] == [
         [r for r, _ in loader.plan(s)] for s in (8, 9)
@@ -244,7 +245,7 @@ def test_the_sheet_shows_what_is_there_and_what_was_found(inside, tmp_path):
 
 def build(saved, norm="frozen", **how):
     saved = saved if isinstance(saved, checkpoint.Saved) or saved is None else as_saved(saved)
-    state = how.pop("state", None) or checkpoint.backbone(saved)
+    state = how.pop("state", None) or layouts.backbone(saved)
     return detector.build(saved, state, "the file", 2, VIEW, norm=norm, channels=8, rois=16, **how).eval()
 
 
@@ -285,7 +286,7 @@ def maps_of(network, images):
 ], ids=["resnet18", "resnext50", "small stem", "half as wide"])  # fmt: skip
 def test_the_shapes_tell_what_network_it_is(make):
     network, images = make().eval(), torch.rand(1, 3, 64, 64)
-    saved = {"arch": "x", "state_dict": checkpoint.add_prefix(network.state_dict(), "module.encoder_q.")}
+    saved = {"arch": "x", "state_dict": layouts.add_prefix(network.state_dict(), "module.encoder_q.")}
     body = build(saved).backbone.body
     for mine, its, channels in zip(body(images), maps_of(network, images), body.maps, strict=True):
         torch.testing.assert_close(mine, its)
@@ -298,9 +299,9 @@ def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
     key = torchvision.models.resnet18().eval()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = (images - mean[:, None, None]) / std[:, None, None]
-    ours = {"model": checkpoint.add_prefix(resnet.state_dict(), "module.encoder."), "opt": {}}
+    ours = {"model": layouts.add_prefix(resnet.state_dict(), "module.encoder."), "opt": {}}
     ours["model"] |= {"module.head.0.weight": torch.zeros(2, 2)}
-    ours["model_ema"] = checkpoint.add_prefix(key.state_dict(), "encoder.")
+    ours["model_ema"] = layouts.add_prefix(key.state_dict(), "encoder.")
     network = build(ours)
     torch.testing.assert_close(network.transform.normalize(images[0]), normal[0])
     torch.testing.assert_close(network.backbone.body(normal), maps_of(resnet, normal))
@@ -310,7 +311,7 @@ def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
         DebiasedNetwork("resnet18", 16, True).eval(),
         ring_networks.build_network("resnet18", 16, True).eval(),
     )
-    network = build({"state_dict": checkpoint.add_prefix(debiased.state_dict(), "module."), "opt": {"tau_plus": 0.1}})
+    network = build({"state_dict": layouts.add_prefix(debiased.state_dict(), "module."), "opt": {"tau_plus": 0.1}})
     mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
     torch.testing.assert_close(
         network.transform.normalize(images[0]),
@@ -319,14 +320,14 @@ def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
         atol=1e-5,
     )
     assert torch.allclose(network.backbone.body(images)[3].mean((2, 3)), debiased.f(images).flatten(1), atol=1e-5)
-    network = build({"state_dict": checkpoint.add_prefix(ring.state_dict(), "model."), "opt": {}})
+    network = build({"state_dict": layouts.add_prefix(ring.state_dict(), "model."), "opt": {}})
     torch.testing.assert_close(network.backbone.body(images), maps_of(ring, images))
 
 
 def test_the_towers_of_cmc_stand_side_by_side():
     images, views = torch.rand(2, 3, 64, 64), colour.default_views("YCbCr")
     towers = cmc_networks.build_network("resnet18v1", views, 128, False).eval()
-    model = checkpoint.add_prefix(towers.state_dict(), "encoder.module.")
+    model = layouts.add_prefix(towers.state_dict(), "encoder.module.")
     network = build({"model": model, "opt": {"view": "YCbCr", "model": "resnet18v1"}})
     seen = colour.Views(tuple(views)).apply(images, {})
     torch.testing.assert_close(network.transform.normalize(images[0]), seen[0])
@@ -364,7 +365,7 @@ def test_what_is_no_resnet_is_refused(tmp_path):
             build(state)
     alexnet = cmc_networks.build_network("alexnet", colour.default_views("Lab"), 128, False).state_dict()
     with pytest.raises(UserError, match="detection needs a ResNet"):
-        build({"model": checkpoint.add_prefix(alexnet, "encoder."), "opt": {"view": "Lab"}})
+        build({"model": layouts.add_prefix(alexnet, "encoder."), "opt": {"view": "Lab"}})
     for content, flags, message in (
         ({"epoch": 1, "state_dict": {"x.weight": torch.zeros(2)}}, [], "found no backbone in .*x.pth"),
         ({"classifier": {"fc.weight": torch.zeros(2)}}, [], "is a classifier without its network"),
@@ -490,7 +491,7 @@ def test_two_processes(inside):
         ([*RUN, "--norm", "plain"], "--min-size 32"),
     ):
         with pytest.raises(UsageError, match=message):
-            eval_detection.build_network(eval_detection.parse_args(flags), 4, processes.Process(0, 2))
+            eval_detection.build_network(eval_detection.parse_args(flags), 4, launch.Process(0, 2))
 
 
 def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from cmc import colour, networks
-from common import UsageError, UserError, backbones, checkpoint
+from common import UsageError, UserError, backbones
+from runner import layouts
 from tools import evaluate
 
 
@@ -71,7 +72,7 @@ def test_a_network_of_every_width_and_stem(tmp_path):
     for number, how in enumerate((dict(depth=18), dict(depth=50, width=0.5), dict(depth=18, small_stem=True, width=2))):
         net = backbones.WidthResNet(dim=0, **how)
         for prefix, key in (("", "state_dict"), ("module.encoder_q.", "state_dict")):
-            torch.save({key: checkpoint.add_prefix(net.state_dict(), prefix)}, tmp_path / f"{number}.pth")
+            torch.save({key: layouts.add_prefix(net.state_dict(), prefix)}, tmp_path / f"{number}.pth")
             found, _, facts = evaluate.open_backbone(str(tmp_path / f"{number}.pth"), torch.device("cpu"))
             assert facts["arch"].startswith(f"resnet{how['depth']}")
             x = torch.randn(2, 3, 32, 32)
@@ -82,7 +83,7 @@ def test_a_network_of_every_width_and_stem(tmp_path):
 def test_both_towers_of_cmc(tmp_path):
     net = networks.build_network("resnet18v1", colour.default_views("Lab"), 128, False).eval()
     torch.save(
-        {"model": checkpoint.add_prefix(net.state_dict(), "encoder."), "opt": {"view": "Lab"}}, tmp_path / "cmc.pth"
+        {"model": layouts.add_prefix(net.state_dict(), "encoder."), "opt": {"view": "Lab"}}, tmp_path / "cmc.pth"
     )
     found, (views,), facts = evaluate.open_backbone(str(tmp_path / "cmc.pth"), torch.device("cpu"))
     x = views.apply(torch.rand(2, 3, 32, 32), {})

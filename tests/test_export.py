@@ -11,7 +11,8 @@ from conftest import run_script
 from safetensors.torch import load_file
 
 from cmc import colour, networks
-from common import UsageError, UserError, backbones, checkpoint
+from common import UsageError, UserError, backbones
+from runner import layouts
 from debiased.networks import Network as DebiasedNetwork
 from ring import networks as ring_networks
 from tools import export
@@ -28,14 +29,14 @@ def nonsem(path, arch="resnet18", small_stem=False):
     """A pre-training of nonsem_neg; what of it is exported."""
     path.parent.mkdir(exist_ok=True)
     model = backbones.build(arch, small_stem=small_stem)
-    state = checkpoint.add_prefix(model.state_dict(), "module.encoder_q.")
+    state = layouts.add_prefix(model.state_dict(), "module.encoder_q.")
     torch.save({"epoch": 1, "arch": arch, "state_dict": state, "args": {}}, path)
-    return checkpoint.without_head(model.state_dict())
+    return layouts.without_head(model.state_dict())
 
 
 def bank(path, network, **opt):
     """A pre-training of CMC, MoCo or InsDis."""
-    model = checkpoint.add_prefix(network.state_dict(), "encoder.module.")
+    model = layouts.add_prefix(network.state_dict(), "encoder.module.")
     torch.save({"opt": opt, "model": model, "epoch": 1, "contrast": {}}, path)
 
 
@@ -81,7 +82,7 @@ def test_timm_loads_it_strictly(folder, capsys, arch, small_stem):
 def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
     network = backbones.WidthResNet(50, 3, 1, 128)
     bank("current.pth", network, model="resnet50")
-    state = checkpoint.without_head(network.state_dict())
+    state = layouts.without_head(network.state_dict())
     assert same(loaded(capsys, ".", "--to", "torchvision"), state)
     assert (folder / "torchvision_current.pth").exists()
     old = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if "num_batches" not in k}
@@ -94,7 +95,7 @@ def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
 
 def ring(path, network):
     """A pre-training of ring: the memories and the key network stay behind."""
-    state = checkpoint.add_prefix(network.state_dict(), "model.")
+    state = layouts.add_prefix(network.state_dict(), "model.")
     state |= {"memory_bank._bank": torch.zeros(4, 16), "model_k.features.0.weight": torch.zeros(3)}
     torch.save({"opt": {}, "epoch": 1, "state_dict": state}, path)
 
@@ -111,8 +112,8 @@ def test_the_numbered_layers_of_ring_and_debiased(folder, capsys, small_stem):
     model = loaded(capsys, ".", "--to", "torchvision")
     assert torch.equal(model.eval()(x), backbones.feature(nets[0], x, 6)) and (folder / "torchvision_last.pth").exists()
     state = nets[1].state_dict()
-    torch.save({"opt": {}, "epoch": 1, "state_dict": checkpoint.add_prefix(state, "module.")}, "current.pth")
-    torch.save(checkpoint.add_prefix(state, "module."), "model_400.pth")
+    torch.save({"opt": {}, "epoch": 1, "state_dict": layouts.add_prefix(state, "module.")}, "current.pth")
+    torch.save(layouts.add_prefix(state, "module."), "model_400.pth")
     classifier = state | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
     torch.save({"opt": {}, "epoch": 1, "state_dict": classifier, "best_acc1": 9.0}, "linear.pth")
     for path in (".", "model_400.pth", "linear.pth"):
@@ -156,7 +157,7 @@ def test_towers_are_refused_with_the_reason_or_loaded_one_by_one(folder, capsys)
     with pytest.raises(UserError, match="detectron2 cannot load this network: .* on RGB"):
         export.main(["resnet18v2.pth", "--to", "detectron2", "--tower", "l_to_ab"])
     for tower, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
-        state = checkpoint.without_head(getattr(network, tower).state_dict())
+        state = layouts.without_head(getattr(network, tower).state_dict())
         model = loaded(capsys, "resnet18v2.pth", "--to", "torchvision", "--tower", tower)
         assert same(model, state) and model(torch.rand(2, channels, 32, 32)).shape == (2, 512)
         found = loaded(capsys, "resnet18v1.pth", "--to", "safetensors", "--tower", tower)
@@ -168,7 +169,7 @@ def test_timm_loads_a_tower(folder, capsys):
     network = networks.build_network("resnet18v2", colour.default_views("Lab"), 128, False)
     bank("towers.pth", network)
     model = loaded(capsys, "towers.pth", "--to", "timm", "--tower", "l_to_ab")
-    assert same(model, checkpoint.without_head(network.l_to_ab.state_dict()))
+    assert same(model, layouts.without_head(network.l_to_ab.state_dict()))
 
 
 def test_detectron2_names_and_settings(folder, capsys):
@@ -191,11 +192,11 @@ def test_detectron2_names_and_settings(folder, capsys):
 def test_the_key_encoder(folder, capsys):
     nets = backbones.WidthResNet(18), backbones.WidthResNet(18)
     states = [
-        checkpoint.add_prefix(net.state_dict(), prefix) for net, prefix in zip(nets, ("module.encoder.", "encoder."))
+        layouts.add_prefix(net.state_dict(), prefix) for net, prefix in zip(nets, ("module.encoder.", "encoder."))
     ]
     torch.save({"model": states[0], "model_ema": states[1], "opt": {}, "epoch": 1}, "current.pth")
     for network, flags in zip(nets, ([], ["--ema"])):
-        assert same(loaded(capsys, ".", "--to", "torchvision", *flags), checkpoint.without_head(network.state_dict()))
+        assert same(loaded(capsys, ".", "--to", "torchvision", *flags), layouts.without_head(network.state_dict()))
     bank("other.pth", nets[0])
     with pytest.raises(UsageError, match="other.pth has no model_ema: omit --ema"):
         export.main(["other.pth", "--to", "torchvision", "--ema"])
@@ -237,7 +238,7 @@ def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folde
     made = [folder / "run" / f"{to}_checkpoint_0001{suffix}" for to, suffix in export.SUFFIX.items()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o640}  # alike, and as the umask says
     assert load_file(made[-1]).keys() == newest.keys()
-    assert checkpoint.newest("run").name == "checkpoint_0001.pth.tar"  # an export is no checkpoint of the run
+    assert layouts.newest("run").name == "checkpoint_0001.pth.tar"  # an export is no checkpoint of the run
     export.main([".", "--to", "safetensors"])  # the folder of a run folder
     assert "run/checkpoint_0001.pth.tar -> " in capsys.readouterr().out
     torch.save({"classifier": {}, "network": "runs/cmc/current.pth", "epoch": 1}, "linear.pth")

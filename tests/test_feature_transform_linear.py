@@ -8,7 +8,8 @@ import torch
 from conftest import inside
 from vectors import close
 
-from common import UsageError, UserError, checkpoint
+from common import UsageError, UserError
+from runner import checkpoint, layouts
 from feature_transform import main_linear, networks, views
 from preprocess.imagenet100_subset import CLASS_LIST
 from tools import export, report, robustness
@@ -20,7 +21,7 @@ CACHED = ["--cache-views", "1"]
 def published(path, arch="resnet18", modal="RGB", ema=True, **opt):
     """A checkpoint of main_contrast.py, with the authors' names."""
     made = [networks.Network(arch, "mlp", modal, feat_dim=8) for _ in range(1 + ema)]
-    saved = {"model": checkpoint.add_prefix(made[0].state_dict(), "module."), "optimizer": {}, "epoch": 200}
+    saved = {"model": layouts.add_prefix(made[0].state_dict(), "module."), "optimizer": {}, "epoch": 200}
     saved["contrast"] = {"memory": torch.zeros(4, 8)}
     saved |= {"model_ema": made[1].state_dict()} if ema else {}
     saved |= {"opt": argparse.Namespace(**opt)} if opt else {}
@@ -90,7 +91,7 @@ def test_the_key_encoder_is_another_network(workspace, tmp_path):
         args = main_linear.parse_args([*SMALL, "--data_folder=DATA", "--ckpt=ours", *flags])
         saved, state = main_linear.read_backbone(args)
         found[args.use_ema] = main_linear.build_network(state, saved.path, process).encode(x)
-        named = saved["model_ema"] if args.use_ema else checkpoint.strip_prefix(saved["model"])
+        named = saved["model_ema"] if args.use_ema else layouts.strip_prefix(saved["model"])
         whole = networks.Network("resnet18", "mlp", feat_dim=8).eval()
         whole.load_state_dict(named)
         close(whole.encode(x), found[args.use_ema])

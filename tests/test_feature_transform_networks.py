@@ -13,7 +13,8 @@ from test_augment import pictures
 from test_backbones import Golden, filled
 from vectors import close, names, read
 
-from common import UserError, augment, checkpoint, cli
+from common import UserError, augment, cli
+from runner import layouts
 from feature_transform import networks, views
 
 STORED = names("ft_backbone_*")  # ft_backbone_MODAL_ARCH_HEAD
@@ -42,7 +43,7 @@ def test_golden(name):
     golden.check("encoder", model.encode(x))
     golden.check("embedding", model(x))
     assert golden.names() == {"encoder", "embedding"} and model.dim == golden.values["encoder_shape"][1]
-    saved = {"model": checkpoint.add_prefix(model.state_dict(), "module.")}
+    saved = {"model": layouts.add_prefix(model.state_dict(), "module.")}
     state = networks.backbone_state(saved)
     assert networks.described(state, name) == (arch, flags.modal, False)
     opened = networks.encoders(state, name)

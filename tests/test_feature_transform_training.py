@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import as_published, equal, inside, says_no, stopped_at
 
-from common import UserError, checkpoint, metrics, processes
+from common import UserError, launch, metrics
+from runner import checkpoint
 from feature_transform import main_contrast as script
 from feature_transform import recipes, transform, views
 from feature_transform.memory import KeyQueue, MemoryBank
@@ -226,7 +227,7 @@ def test_the_classes_of_imagenet100_in_a_tree_of_more_are_chosen(demo_set, tmp_p
     monkeypatch.setattr(script.loop, "Job", lambda args, *rest, **how: pytest.fail(f"of {args.class_list}"))
     for flags, found in (("", tmp_path / "list"), ("--dataset imagenet", None), ("--imagenet100path other", "other")):
         with pytest.raises(pytest.fail.Exception, match=f"^of {found}$"):
-            script.worker(parsed(f"--data_folder {demo_set} {flags}"), processes.Process())
+            script.worker(parsed(f"--data_folder {demo_set} {flags}"), launch.Process())
 
 
 def test_what_is_typed_beats_a_method_and_is_said_once(capsys):
@@ -304,8 +305,8 @@ def made(*flags):
     """(method, loader) as the script makes them, in the folder of the pictures."""
     args = script.parse_args([*DEMO, *"-b 8 --nce_k 24 --bn-splits 2 --feat_dim 16".split(), *flags])
     torch.manual_seed(args.seed)
-    loader = script.build_loader(args, processes.Process())
-    method = (script.MoCo if args.mem == "moco" else script.Bank)(args, len(loader.dataset), processes.Process())
+    loader = script.build_loader(args, launch.Process())
+    method = (script.MoCo if args.mem == "moco" else script.Bank)(args, len(loader.dataset), launch.Process())
     return method, loader
 
 

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, equal, stopped_at
 
 from cmc import LinearProbing, colour, train_CMC
-from common import UsageError, UserError, backbones, checkpoint, processes
+from common import UsageError, UserError, backbones, launch
+from runner import checkpoint, layouts
 from moco_insdis import eval_moco_ins
 from tools import report
 
@@ -24,7 +25,7 @@ SMALL = (
 
 def published(path, network, **opt):
     """A checkpoint as the authors' scripts write them."""
-    model = checkpoint.add_prefix(network.state_dict(), "encoder.module.")
+    model = layouts.add_prefix(network.state_dict(), "encoder.module.")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"opt": argparse.Namespace(**opt), "model": model, "contrast": {}, "epoch": 240, "optimizer": {}}, path)
 
@@ -220,7 +221,7 @@ def test_two_processes_equal_one(workspace, tmp_path, demo_set):
     for count in (1, 2):
         args = eval_moco_ins.parse_args([*SMALL, "--data_folder", "x", "--model_path", "y", "--nproc", str(count)])
         args.out = str(tmp_path)
-        processes.launch(two_ranks, args)
+        launch.start(two_ranks, args)
     for one in (tmp_path / "1").glob("*/current.pth"):
         two = tmp_path / "2" / one.parent.name / "current.pth"
         a, b = checkpoint.load(one), checkpoint.load(two)

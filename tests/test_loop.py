@@ -15,7 +15,8 @@ from conftest import equal
 from PIL import Image
 
 from cmc import train_CMC
-from common import UsageError, UserError, checkpoint, cli, loop, options, precision, processes, run, schedule
+from common import UsageError, UserError, cli, files, launch, options, precision, schedule
+from runner import checkpoint, loop
 from debiased import main as debiased
 from moco_insdis import train_moco_ins
 from nonsem_neg import moco_non_sem_neg
@@ -113,7 +114,7 @@ def train(
     files = dict(last="last.pth", numbered="epoch_{}.pth", same=("model",), by_epoch=by_epoch)
     files["tensorboard"] = tensorboard or True
     try:
-        with loop.Job(args, processes.Process(), folder, **files) as job:
+        with loop.Job(args, launch.Process(), folder, **files) as job:
             loader = Loader(pictures or Pictures(), args.batch_size, stop_at, short)
             method = Method(args)
             job.begin(loader, method)
@@ -221,7 +222,7 @@ def scores(folder="run") -> dict:
 
 @pytest.mark.parametrize("short", [0, 1])
 def test_scores_are_written_once_an_epoch(short, monkeypatch):
-    written, replacing = [], checkpoint.replacing
+    written, replacing = [], files.replacing
 
     def watched(path, *mode):
         written.append(Path(path).name)
@@ -495,7 +496,7 @@ def test_an_optimizer_of_other_parameters_is_refused(buffer):
 def test_a_folder_belongs_to_one_run_at_a_time():
     train("--epochs", "1")
     with (
-        run.only_writer("run"),
+        files.only_writer("run"),
         pytest.raises(UserError, match=rf"another process \({os.getpid()} on .*\) is writing to run"),
     ):
         train("--resume", "auto")
@@ -505,13 +506,13 @@ def test_a_folder_belongs_to_one_run_at_a_time():
 def test_a_worker_does_not_keep_the_folder_of_a_run_that_is_gone():
     """A forked loader process lives on for some seconds after its parent was killed."""
     ends, waits = os.pipe()
-    with run.only_writer("run"):
+    with files.only_writer("run"):
         child = os.fork()
         if child == 0:
             os.close(waits)
             os.read(ends, 1)  # until the other end is closed
-            os._exit(len(run._held))  # none: a SIGKILL of the parent alone frees the folder
-    with run.only_writer("run"):  # the child is still there
+            os._exit(len(files._held))  # none: a SIGKILL of the parent alone frees the folder
+    with files.only_writer("run"):  # the child is still there
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.close(waits)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -574,13 +575,13 @@ def test_show_views(name, workspace, capsys, monkeypatch):
     script, flags, labels = SCRIPTS[name]
     monkeypatch.chdir(workspace)
     drawn = {}
-    write = loop.sheet.write
+    write = loop.views.write
 
     def watched(path, columns, names):
         drawn.update(columns)
         write(path, columns, names)
 
-    monkeypatch.setattr(loop.sheet, "write", watched)
+    monkeypatch.setattr(loop.views, "write", watched)
     script.main(["--demo", "--device", "cpu", "-b", "16", *flags.split(), "--show-views", "views.png"])
     assert "the first batch as the networks see it: views.png" in capsys.readouterr().out
     assert list(drawn) == labels

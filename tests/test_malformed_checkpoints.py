@@ -17,7 +17,9 @@ import torch
 from conftest import equal, inside
 
 from cmc import LinearProbing, train_CMC
-from common import UserError, checkpoint, loop, run
+from common import UserError
+from runner import checkpoint, loop
+from runner.folder import environment
 from debiased import linear as debiased_linear
 from debiased import main as debiased
 from feature_transform import main_contrast
@@ -139,7 +141,7 @@ def taken(where, value) -> bool:
 @pytest.fixture
 def quick(folder, monkeypatch):
     """In the folder of the runs; what loads has nothing else to do, and networks are built without their first numbers."""
-    known = run.environment()
+    known = environment()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(run, "environment", lambda: known)
     monkeypatch.setattr(loop.Job, "epochs", lambda job: iter(()))

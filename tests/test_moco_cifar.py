@@ -10,7 +10,8 @@ from conftest import Net, equal
 from torch import nn
 from torch.nn import functional as F
 
-from common import UsageError, augment, batchnorm, checkpoint, processes
+from common import UsageError, augment, batchnorm, launch
+from runner import checkpoint, layouts
 from feature_transform import detector
 from nonsem_neg import main_lincls, views
 from nonsem_neg import moco_non_sem_neg as script
@@ -81,7 +82,7 @@ def test_symmetric_is_both_directions_against_one_queue():
 @pytest.mark.parametrize("flags", [[], ["--robust", "patch", "--patch-ratio", "2", "4"]])
 def test_a_symmetric_step_of_the_script_is_the_sum_of_both_losses(flags):
     args = script.parse_args(["DATA", *PRESET, *TINY, "--symmetric", *flags])
-    method = script.NonSemantic(args, processes.Process())
+    method = script.NonSemantic(args, launch.Process())
     seen = []
     method.wrapped = lambda *given: seen.append(method.model(*given)) or seen[-1]
     out = method.step(torch.randn(2, 32, 3, 8, 8), None)
@@ -129,7 +130,7 @@ def test_a_run_that_stops_early_goes_on_exactly_and_evaluations_see_its_colours(
     args = main_lincls.parse_args(["data/demo", "--pretrained", "parts", "--input-res", "8"])
     assert main_lincls.recipe(args, saved, train=True).ops[-1] is views.CIFAR
     assert main_lincls.recipe(args, saved, train=False).ops[-1] is views.CIFAR
-    state = checkpoint.backbone(saved)
+    state = layouts.backbone(saved)
     assert detector.open_trunks(saved, state, "parts")[0][0].mean == views.CIFAR.mean
     del saved["args"]
     assert main_lincls.recipe(args, saved, train=True).ops[-1] is views.IMAGENET

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import as_published, equal, first_loss, inside, run_script, says_no, statistics, stopped_at
 
-from common import UsageError, UserError, checkpoint, memory, processes
+from common import UsageError, UserError, launch, memory
+from runner import checkpoint
 from moco_insdis import train_moco_ins as script
 
 pytestmark = pytest.mark.usefixtures("slim")
@@ -157,7 +158,7 @@ def test_moco_folder_and_checkpoint(workspace):
 def test_scores_are_those_of_the_features(flags):
     args = script.parse_args([*TINY, "--save_score", "--seed", "0", *flags.split()])
     torch.manual_seed(0)
-    method = (script.MoCo if args.moco else script.InsDis)(args, 160, processes.Process())
+    method = (script.MoCo if args.moco else script.InsDis)(args, 160, launch.Process())
     network, bank, draws = (
         copy.deepcopy(method.encoder),
         method.memory.memory.clone(),
@@ -182,7 +183,7 @@ def test_scores_are_those_of_the_features(flags):
 def test_key_network_follows_the_query_network():
     args = script.parse_args([*TINY, "--moco", "--seed", "0"])
     torch.manual_seed(0)
-    method = script.MoCo(args, 160, processes.Process())
+    method = script.MoCo(args, 160, launch.Process())
     before = {k: v.clone() for k, v in method.encoder_ema.named_parameters()}
     assert equal(before, {k: v.detach() for k, v in method.encoder.named_parameters()})  # at the start a copy
     images = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -309,7 +310,7 @@ def test_bad_checkpoints_and_settings(workspace):
     fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, "--resume", path, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, "--resume", path, error=UsageError)
     with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
-        script.worker(script.parse_args(TINY), processes.Process(world_size=3))
+        script.worker(script.parse_args(TINY), launch.Process(world_size=3))
     assert (workspace / path).read_bytes() == before
 
 

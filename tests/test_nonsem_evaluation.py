@@ -8,7 +8,10 @@ import pytest
 import torch
 from conftest import SLIM, equal, inside, stopped_at
 
-from common import UsageError, UserError, augment, checkpoint, options, processes, run
+from common import UsageError, UserError, augment, files, launch, options
+from runner import checkpoint, layouts
+from runner.folder import Run
+from runner.signals import StopSignal
 from nonsem_neg import eval_robustness, main_lincls
 from nonsem_neg import moco_non_sem_neg as pretraining
 from tools import report, robustness
@@ -36,13 +39,13 @@ def workspace(pretrained, monkeypatch):
 
 
 def test_only_the_classifier_is_trained(workspace):
-    before = checkpoint.backbone(checkpoint.load("pre/checkpoint_0000.pth.tar"))
+    before = layouts.backbone(checkpoint.load("pre/checkpoint_0000.pth.tar"))
     saved = checkpoint.load(
         "lin/checkpoint_robust_0000.pth.tar"
     )  # named after the pre-training checkpoint, as published
     assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= saved.keys()
-    after = checkpoint.strip_prefix(saved["state_dict"])
-    for name, value in checkpoint.without_head(before).items():
+    after = layouts.strip_prefix(saved["state_dict"])
+    for name, value in layouts.without_head(before).items():
         assert torch.equal(after[name], value), name
     assert after["fc.weight"].shape == (10, 512 // SLIM) and after["fc.weight"].abs().max() > 0.05
     result = json.loads((workspace / "lin/result.json").read_text())
@@ -70,7 +73,7 @@ def test_resume_equals_an_uninterrupted_run_and_evaluate_repeats_its_number(work
     whole, parts = (checkpoint.load(f"{f}/checkpoint_robust_0000.pth.tar") for f in ("whole", "parts"))
     assert all(torch.equal(v, parts["state_dict"][k]) for k, v in whole["state_dict"].items())
     assert whole["best_acc1"] == parts["best_acc1"] and whole["acc1"] == parts["acc1"]
-    with run.only_writer("parts"):  # a look at a classifier does not wait for a training
+    with files.only_writer("parts"):  # a look at a classifier does not wait for a training
         main_lincls.main(["data/demo", "--resume", "auto", "--evaluate", "--ckpt_path", "parts"])
     evaluated = json.loads((workspace / "parts/result-evaluate.json").read_text())
     assert evaluated["acc1"] == pytest.approx(parts["acc1"])
@@ -244,8 +247,8 @@ def test_masked_and_full_accuracy_by_hand(workspace, demo_set):
     for name in (classes[4], classes[7]):
         (folder / name).symlink_to(demo_set / "val" / name)
     dataset, colours = robustness.open_by_class(str(folder), classes), (augment.Normalize(*[(0.5,) * 3] * 2),)
-    log = run.Run(workspace / "by-hand", args, processes.Process(), tensorboard=False)
-    how = args, processes.Process(), run.StopSignal(), "x", log
+    log = Run(workspace / "by-hand", args, launch.Process(), tensorboard=False)
+    how = args, launch.Process(), StopSignal(), "x", log
     right, masked = robustness.score(lambda images: answer.expand(len(images), -1), colours, dataset, *how)
     assert right.sum() == 0 and masked.tolist() == (dataset.targets == 4).float().tolist()
 

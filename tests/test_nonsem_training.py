@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, Net, equal, first_loss, inside, run_script, says_no, statistics, stopped_at
 
-from common import UsageError, UserError, backbones, checkpoint, processes, sets
+from common import UsageError, UserError, backbones, launch, sets
+from runner import checkpoint
 from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
@@ -184,7 +185,7 @@ def test_resume_in_the_middle_is_bit_exact(runs, workspace, capsys, step, signum
 def test_scores_are_of_the_queue_alone(runs, module_folder):
     args = script.parse_args([*TINY, "--num-nonsem", "2", "--save_score", "--seed", "0"])
     torch.manual_seed(0)
-    method = script.NonSemantic(args, processes.Process())
+    method = script.NonSemantic(args, launch.Process())
     network, queue = copy.deepcopy(method.model.encoder_q), method.model.queue.clone()
     views = torch.randn(2, 32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     method.step(list(views), torch.arange(32))
@@ -234,7 +235,7 @@ def test_texture_negatives_are_paired_with_the_query_view(workspace, monkeypatch
     assert all(a.replace("demo/", "demo-texture/") == b for a, b in zip(originals.paths, textures.paths))
     same = sets.open_set("data/demo", "train")  # a twin that is the picture itself must give the query view itself
     monkeypatch.setattr(script, "open_texture_pairs", lambda args: (same, same))
-    (q, k, t), _, _ = next(iter(script.build_loader(args, processes.Process())))
+    (q, k, t), _, _ = next(iter(script.build_loader(args, launch.Process())))
     assert torch.equal(q, t) and not torch.equal(k, t)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from vectors import published_keys
 
 from cmc import colour
-from common import UsageError, UserError, backbones, checkpoint, data, sets
+from common import UsageError, UserError, backbones, data, sets
+from runner import checkpoint, layouts
 from ring import eval_ring, nearest, networks, released, transfer
 
 SMALL = "--device cpu --input-res 16 --epochs 2 --batch-size 64 -j 2 --seed 0 --dataset folder --root DATA".split()
@@ -55,7 +56,7 @@ def folder(demo_set, tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     network = networks.build_network("resnet18", 128, True, colour.default_views("Lab"))
-    state = checkpoint.add_prefix(network.state_dict(), "model.")
+    state = layouts.add_prefix(network.state_dict(), "model.")
     for bank in ("memory_bank_l", "memory_bank_ab"):
         state[f"{bank}._bank"] = torch.nn.functional.normalize(torch.randn(160, 128), dim=1)
     opt = dict(method="cmc", view="Lab", negatives="ring", augmentation="mocov2_32x32", dataset="folder", input_res=32)
@@ -103,7 +104,7 @@ def test_features_are_those_of_the_published_network(workspace):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     precision = eval_ring.Precision(False, torch.device("cpu"))
     reference = backbones.build("resnet18", 0, small_stem=True).eval()
-    checkpoint.load_into(reference, checkpoint.without_head(checkpoint.backbone(saved)), "reference")
+    checkpoint.load_into(reference, layouts.without_head(layouts.backbone(saved)), "reference")
     torch.testing.assert_close(eval_ring.embed(network, images, precision), reference(images))
     towers = networks.build_network("resnet18", 128, True, colour.default_views("Lab")).eval()
     both = eval_ring.embed(towers, images, precision)

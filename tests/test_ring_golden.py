@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from test_backbones import Golden, filled
 from vectors import close, keys, names, published_keys, read
 
-from common import UserError, checkpoint
+from common import UserError
+from runner import layouts
 from ring import memories, negatives, networks, thresholds
 
 BLOCKS = [10**9, 4000, 0]  # HALF: all anchors at once; some scored, fewer compared; one after the other
@@ -135,7 +136,7 @@ def test_network_values_and_names(conv3x3):
     x = golden.input()
     golden.check("h", networks.backbones.feature(network, x, 6))
     golden.check("z", network(x))
-    again = networks.of_checkpoint({"state_dict": checkpoint.add_prefix(network.state_dict(), "model.")})
+    again = networks.of_checkpoint({"state_dict": layouts.add_prefix(network.state_dict(), "model.")})
     assert torch.equal(again.eval()(x), network(x))
     with pytest.raises(UserError, match="holds no network of ring/train_ring.py"):
         networks.of_checkpoint({"state_dict": {"encoder.weight": torch.zeros(1)}})

@@ -13,7 +13,8 @@ from conftest import ROOT, as_published, equal, inside, run_script, says_no, sta
 from PIL import Image
 from vectors import keys, published_keys
 
-from common import UsageError, UserError, checkpoint, processes, sets
+from common import UsageError, UserError, launch, sets
+from runner import checkpoint
 from ring import negatives
 from ring import train_ring as script
 
@@ -257,7 +258,7 @@ def made(args):
     torch.manual_seed(0)
     pictures = sets.ArraySet(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), [i % 4 for i in range(40)], list("abcd"))
     return {"ir": script.IR, "moco": script.MoCo, "cmc": script.CMC}[args.method](
-        args, pictures, 5, processes.Process()
+        args, pictures, 5, launch.Process()
     )
 
 
@@ -340,7 +341,7 @@ def test_a_step_of_moco_as_published():
     args = script.parse_args([*TINY, *METHODS["moco"], "-b", "8", "--k", "24", "--bn-splits", "2", "--m", ".9"])
     torch.manual_seed(0)
     pictures = sets.ArraySet(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), [0] * 40, ["a"])
-    method = script.MoCo(args, pictures, 5, processes.Process())
+    method = script.MoCo(args, pictures, 5, launch.Process())
     start = {k: v.clone() for k, v in method.system.state_dict().items()}
     index = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5])
     with torch.no_grad():

@@ -8,7 +8,8 @@ import torch
 from conftest import equal, slim_networks
 from test_two_processes import DEMO, TOLERANCE, digest, distances, float64, one_and_two, scale, some
 
-from common import checkpoint, processes, sets
+from common import launch, sets
+from runner import checkpoint
 from ring import train_ring
 
 STEP = "-b 8 --k 16 --t .5 --lr .01 --bn-splits 2 --thres-outer .6 --thres-inner .25".split()
@@ -54,7 +55,7 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
         unshuffled = mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
         with unshuffled if mistake == "a rank keeps its own keys" else contextlib.nullcontext():
             said = method.step(list(images[:, mine]), index[mine], step)
-        losses.append(processes.mean_ranks(said["loss"]))
+        losses.append(launch.mean_ranks(said["loss"]))
     after = {k: v.detach() for k, v in method.system.named_parameters()}
     memory = dict(method.system.named_buffers())
     memory = {k: v for k, v in memory.items() if "bn" not in k and ".features." not in k and "downsample" not in k}
@@ -63,7 +64,7 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
         "threshold": torch.tensor(method.policy(1)).double(),
         "moved": torch.cat([some(after[k] - before[k]) for k in after]),
         **{k: v.double() for k, v in memory.items()},
-        "ranks": processes.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
+        "ranks": launch.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
     }
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from cmc import LinearProbing, colour, train_CMC
-from common import UsageError, UserError, backbones, checkpoint
+from common import UsageError, UserError, backbones
+from runner import checkpoint, layouts
 from debiased import linear as debiased_linear
 from debiased.networks import Network as DebiasedNetwork
 from moco_insdis import eval_moco_ins
@@ -38,7 +39,7 @@ SETS = ["--corruption=C", "--sketch=DATA/sketch", "--rendition=DATA/rendition", 
 def pretrained(folder, network, **opt):
     folder.mkdir()
     opt |= dict(softmax=True, nce_k=4096, input_res=32, seed=3, learning_rate=0.03)
-    model = checkpoint.add_prefix(network.state_dict(), "encoder.module.")
+    model = layouts.add_prefix(network.state_dict(), "encoder.module.")
     torch.save({"opt": opt, "model": model, "contrast": {}, "epoch": 240, "optimizer": {}}, folder / "current.pth")
 
 
@@ -50,7 +51,7 @@ def pretrained_whole(folder, pictures, network, prefix, **opt):
         norm.momentum = None
     with torch.no_grad():  # near the statistics of the pictures, not at them
         network.train()(pictures)
-    state = checkpoint.add_prefix(network.state_dict(), prefix)
+    state = layouts.add_prefix(network.state_dict(), prefix)
     torch.save({"opt": opt, "epoch": 240, "state_dict": state}, folder / "current.pth")
 
 

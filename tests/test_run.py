@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from common import UserError, cli, probe, processes, run
+from common import UserError, cli, launch
+from runner import linear
+from runner.folder import Run
 from common import precision as precisions
 from common.precision import Precision
 
@@ -80,7 +82,7 @@ def test_the_faster_precision_is_named(monkeypatch, machine, amx, avx512, expect
 
 def test_tensorboard_events_can_lie_elsewhere(tmp_path):
     args = cli.Parser().parse_args([])
-    log = run.Run(tmp_path / "run", args, processes.Process(), tensorboard=str(tmp_path / "events"))
+    log = Run(tmp_path / "run", args, launch.Process(), tensorboard=str(tmp_path / "events"))
     log.log(1, loss=2.0)
     log.close()
     assert list((tmp_path / "events").glob("events.out.*")) and not list((tmp_path / "run").glob("events.out.*"))
@@ -106,21 +108,23 @@ JOB = """
 import errno, os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-from common import cli, options, processes
+from common import cli, launch, options
+from runner import linear
+from runner.folder import Run
 
 def worker(args, process):
-    processes.barrier()
+    launch.barrier()
     if process.rank == 0 and args.full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/current.pth")
     if process.rank == 1 and not args.full:
         os.kill(os.getpid(), signal.SIGKILL)
-    processes.all_gather(torch.zeros(1))
+    launch.all_gather(torch.zeros(1))
 
 def main():
     parser = cli.Parser()
     options.add_hardware_arguments(parser)
     parser.add_argument("--full", action="store_true")
-    processes.launch(worker, parser.parse_args())
+    launch.start(worker, parser.parse_args())
 
 if __name__ == "__main__":
     cli.run(main)
@@ -158,7 +162,7 @@ class Pictures:
 
 
 def test_cached_views_take_turns_and_keep_their_targets():
-    cache = probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 0, 100, False)
+    cache = linear.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 0, 100, False)
     assert len(cache) == 2
     for epoch in range(4):
         cache.set_epoch(epoch)
@@ -176,14 +180,14 @@ def test_cached_views_take_turns_and_keep_their_targets():
 def test_a_cache_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(probe, "CACHE_BYTES", 4 * 6 * 2 - 1)
     with pytest.raises(UserError, match="--cache-views 2"):
-        probe.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 0, 100, False)
-    probe.CachedViews(lambda x: x.flatten(1), Pictures(), 1, 0, 100, False)
+        linear.CachedViews(lambda x: x.flatten(1), Pictures(), 2, 0, 100, False)
+    linear.CachedViews(lambda x: x.flatten(1), Pictures(), 1, 0, 100, False)
 
 
 def test_validation_by_hand():
     scores = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 0, 3]])
     batches = [(scores[:2], torch.tensor([0, 2])), (scores[2:], torch.tensor([2]))]
-    top1, top5, loss = probe.validate(lambda x: x, batches)
+    top1, top5, loss = linear.validate(lambda x: x, batches)
     assert top1 == pytest.approx(200 / 3) and top5 == 100
     expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 2, 2])).item()
     assert loss == pytest.approx(expected, rel=1e-6)

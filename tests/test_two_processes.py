@@ -21,7 +21,8 @@ from conftest import Net, equal, inside, run_script, slim_networks
 from torch import nn
 
 from cmc import train_CMC
-from common import batchnorm, checkpoint, cli, options, processes
+from common import batchnorm, cli, launch, options
+from runner import checkpoint
 from debiased import main as debiased
 from feature_transform import main_contrast
 from moco_insdis import train_moco_ins
@@ -161,8 +162,8 @@ class Pairs:
 
 def without_others(x):
     """What `all_gather_with_grad` returns, with a gradient for this rank's own rows alone."""
-    rows = list(processes.all_gather(x).chunk(processes.world_size()))
-    rows[processes.rank()] = x
+    rows = list(launch.all_gather(x).chunk(launch.world_size()))
+    rows[launch.rank()] = x
     return torch.cat(rows)
 
 
@@ -209,15 +210,15 @@ def steps(case: str, process, mistake: str | None = None) -> dict:
             planted = mock.patch.object(processes, "all_gather_with_grad", GATHERED[mistake])
         with planted:
             loss, scores = method.step(images[:, mine], index[mine])
-            losses.append(processes.mean_ranks(loss))
+            losses.append(launch.mean_ranks(loss))
     after, memory = {k: v.detach() for k, v in method.weights().items()}, method.memory()
     moved = torch.cat([some(after[k] - before[k]) for k in after])
     return {
         "losses": torch.stack(losses).double(),
         "moved": moved,
-        "scores": processes.all_gather(scores).double(),
+        "scores": launch.all_gather(scores).double(),
         **{k: v.double() for k, v in memory.items()},
-        "ranks": processes.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
+        "ranks": launch.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
     }
 
 
@@ -235,13 +236,13 @@ def collectives(process) -> dict:
     shuffle = batchnorm.BatchShuffle(3, torch.Generator().manual_seed(1))
     spread = shuffle.spread(x)
     z = x.clone().requires_grad_()
-    (processes.all_gather_with_grad(z) ** 2).sum().backward()
+    (launch.all_gather_with_grad(z) ** 2).sum().backward()
     assert torch.equal(shuffle.own(shuffle.collect(spread)), x)
     return {
-        "shuffled": processes.all_gather(spread),
+        "shuffled": launch.all_gather(spread),
         "grad": z.grad,
-        "ragged": processes.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
-        "any": processes.any_rank(process.rank == 1),
+        "ragged": launch.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
+        "any": launch.any_rank(process.rank == 1),
     }
 
 
@@ -267,7 +268,7 @@ def one_and_two(job, folder):
     options.add_hardware_arguments(parser)
     with inside(folder):
         for count in ("1", "2"):
-            processes.launch(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
+            launch.start(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
         return torch.load("1.pt"), torch.load("2.pt"), folder
 
 

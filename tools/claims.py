@@ -30,12 +30,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
-from common import UserError, checkpoint, cli, printable
-from common.run import ROOT, clock, environment
+from common import UserError, cli, files, printable
+from common.files import ROOT
+from runner.progress import clock
+from runner.folder import environment
 from preprocess import demo
 from tools.report import layout
 
@@ -452,9 +453,9 @@ def main(argv=None) -> None:
     if args.write:
         path = ROOT / "RESULTS.md"
         text = written(path.read_text())
-        with checkpoint.replacing(path, "w") as file:
+        with files.replacing(path, "w") as file:
             file.write(text)
-        with checkpoint.replacing(ROOT / "results" / "ledger.json", "w") as file:
+        with files.replacing(ROOT / "results" / "ledger.json", "w") as file:
             json.dump(ledger(), file, indent=1)
             file.write("\n")
     if failed:

@@ -19,9 +19,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import time
 from pathlib import Path
@@ -30,21 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (
-    UsageError,
-    UserError,
-    augment,
-    backbones,
-    checkpoint,
-    cli,
-    metrics,
-    options,
-    printable,
-    probe,
-    processes,
-    run,
-    schedule,
-)
+from common import UsageError, UserError, augment, backbones, cli, files, launch, metrics, options, printable, schedule
+from runner import checkpoint, layouts, linear
+from runner.folder import Run
 from common.precision import Precision
 from feature_transform import detector
 from preprocess import demo
@@ -119,8 +106,8 @@ def open_backbone(path: str, device: torch.device):
     saved = checkpoint.Saved(file)
     if "classifier" in saved:
         raise UserError(f"{file} is a classifier without its network; give the network")
-    state = checkpoint.backbone(saved)
-    if not any(f"{tower}conv1.weight" in state for tower in ("", *(f"{t}." for t in checkpoint.towers(state)))):
+    state = layouts.backbone(saved)
+    if not any(f"{tower}conv1.weight" in state for tower in ("", *(f"{t}." for t in layouts.towers(state)))):
         way_out = f"evaluate it with {saved.family[1]}" if saved.family else "this evaluates ResNets"
         raise UserError(f"{file} holds no ResNet (it has {printable(', '.join(list(state)[:3]))}): {way_out}")
     operations, trunks = detector.open_trunks(saved, state, str(file))
@@ -138,7 +125,7 @@ def embed_split(args, process, pictures, view, embed, views: int, what: str) -> 
     print(f"{what}:", flush=True)
     how = dict(seed=args.seed, shuffle=False, drop_last=False)
     loader = options.make_loader(args, process, pictures, (view,), args.batch_size, **how)
-    kept = probe.CachedViews(embed, loader, views, args.seed, 10, show=True, flag="--views")
+    kept = linear.CachedViews(embed, loader, views, args.seed, 10, show=True, flag="--views")
     return kept.features, kept.targets
 
 
@@ -254,7 +241,7 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
         )
     axes.set(xlabel="cosine of their features", ylabel="density", title=title)
     axes.legend(frameon=False)
-    with checkpoint.replacing(path) as file:
+    with files.replacing(path) as file:
         figure.savefig(file, dpi=150, format="png")
 
 
@@ -278,7 +265,7 @@ def evaluate(args, process, network, operations, facts, train_set, val_set) -> t
         with precision.autocast():
             return network(images)
 
-    plain = probe.plain_view(args, *operations)
+    plain = options.plain_view(args, *operations)
     crop, flip = augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip()
     augmented, began = augment.Compose(crop, flip, *operations), time.perf_counter()
     seen, targets = embed_split(args, process, train_set, augmented, embed, args.views, "train")
@@ -355,12 +342,12 @@ def table(result: dict) -> str:
     return layout(["", "value", ""], rows, markdown=False)
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
         raise UsageError("this runs in one process: omit --multiprocessing-distributed and --nproc")
     demo.ensure_for(args, process)
     opened = open_inputs(args, process)
-    log = run.Run(args.out, args, process, tensorboard=False)
+    log = Run(args.out, args, process, tensorboard=False)
     try:
         result, (positive, negative) = evaluate(args, process, *opened)
         result["label"] = args.label or os.path.basename(os.path.dirname(result["pretrained"]))
@@ -380,7 +367,7 @@ def worker(args, process: processes.Process) -> None:
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 import torchvision
 
-from common import UsageError, UserError, backbones, checkpoint, cli, printable
+from common import UsageError, UserError, backbones, cli, files, printable
+from runner import checkpoint, layouts
 
 SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "safetensors": ".safetensors"}
 ANYWAY = "--to safetensors takes the tensors as they are"
@@ -44,21 +44,21 @@ def main(argv=None) -> None:
         )
     if args.ema and not isinstance(saved.get("model_ema"), dict):
         raise UsageError(f"{path} has no model_ema: omit --ema")
-    state = checkpoint.backbone({"model": saved["model_ema"]} if args.ema else saved)
-    names = checkpoint.towers(state)
+    state = layouts.backbone({"model": saved["model_ema"]} if args.ema else saved)
+    names = layouts.towers(state)
     if args.tower not in names and (args.tower or names):
         choose = f"has the towers {' and '.join(names)}: choose one with" if names else "is one network: omit"
         if names and not args.tower:  # say first whether there is anything to choose
-            recipe(checkpoint.one_tower(state, names[0]), saved, args.to, "")
+            recipe(layouts.one_tower(state, names[0]), saved, args.to, "")
         raise UsageError(f"this checkpoint {choose} --tower")
-    state = checkpoint.one_tower(state, args.tower) if args.tower else checkpoint.without_head(state)
+    state = layouts.one_tower(state, args.tower) if args.tower else layouts.without_head(state)
     out = Path(args.out or path.parent)
     if out.is_dir():  # a name that no run takes for its own checkpoint
         stem = re.split(r"\.pth|\.ckpt", path.name)[0]
         out /= "_".join([args.to, *filter(None, [args.tower]), stem]) + SUFFIX[args.to]
     line = recipe(state, saved, args.to, str(out))
     try:
-        with checkpoint.replacing(out) as file:
+        with files.replacing(out) as file:
             write(state, file, args.to)
     except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
         raise UserError(
@@ -72,8 +72,8 @@ def find(path: Path) -> Path:
     """A checkpoint, or the newest of a run folder, or of the folders in it: of a pre-training where there is one."""
     if not path.is_dir():
         return path
-    found = checkpoint.newest(path) or checkpoint.newest(path, ("checkpoint_robust_*.pth.tar", "*[0-9].pth"))
-    found = found or checkpoint.newest_below(path)
+    found = layouts.newest(path) or layouts.newest(path, ("checkpoint_robust_*.pth.tar", "*[0-9].pth"))
+    found = found or layouts.newest_below(path)
     if found is None:
         raise UsageError(f"{printable(path)}: no checkpoint in this folder; give a run folder or a checkpoint file")
     return found

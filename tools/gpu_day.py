@@ -29,14 +29,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 import torch
 
 from common import UsageError, UserError, cli, printable
-from common.run import ROOT, clock, environment, only_writer, write_json
+from common.files import ROOT, only_writer, write_json
+from runner.progress import clock
+from runner.folder import environment
 from preprocess import demo
 from tools import claims
 from tools.report import layout

@@ -14,12 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 from common import UsageError, cli, printable
-from common.run import ROOT
+from common.files import ROOT
 
 TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/published*.json"))
 ACCURACIES = ("acc1", "acc5", "acc1_best")

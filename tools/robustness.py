@@ -33,15 +33,18 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import early
 
-early.answer(__name__)  # a mistyped flag, --help and Ctrl-C, before torch is imported
+import common  # isort: split
 
 from pathlib import Path
 
 import torch
 
-from common import UsageError, UserError, augment, checkpoint, cli, options, printable, processes, run, sets
+from common import UsageError, UserError, augment, cli, files, launch, options, printable, sets
+from runner import checkpoint, layouts
+from runner.progress import Progress
+from runner.folder import Run, environment
+from runner.signals import StopSignal
 from common.precision import Precision
 from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
@@ -120,7 +123,7 @@ def read_classifier(args) -> checkpoint.Saved:
     if os.path.isdir(path):
         patterns = tuple(dict.fromkeys(pattern[args.best] for pattern in FAMILIES.values()))
         depths = [[below + pattern for pattern in patterns] for below in ("", "*/", "*/*/")]
-        found = next(filter(None, (checkpoint.newest(path, depth) for depth in depths)), None)
+        found = next(filter(None, (layouts.newest(path, depth) for depth in depths)), None)
         if found is None:
             raise UsageError(
                 f"--classifier {path}: no {' or '.join(patterns)} in this folder; run a linear evaluation first"
@@ -132,7 +135,7 @@ def read_classifier(args) -> checkpoint.Saved:
     return saved
 
 
-def reopen(saved, args, process: processes.Process, precision):
+def reopen(saved, args, process: launch.Process, precision):
     """(logits, colours, facts) of a classifier of whatever paper: see the top of this module."""
     own = saved.get("script")  # published files do not say
     network = args.network or saved.get("network") or str(saved.get("opt", {}).get("model_path", ""))
@@ -255,9 +258,9 @@ def answers(judge, logits, colours, dataset, args, process, stop, label, log, cr
     view = augment.Compose(geometry(args, dataset, cropped_before), *colours)
     batch = max(1, args.batch_size // process.world_size)
     loader = options.make_loader(args, process, dataset, (view,), batch, seed=0, shuffle=False, drop_last=False)
-    progress = run.Progress(f"{label}: ", len(loader), 25, enabled=log.main and len(loader) > 25)
+    progress = Progress(f"{label}: ", len(loader), 25, enabled=log.main and len(loader) > 25)
     parts = []
-    steps, batches = max(processes.gather_objects(len(loader))), iter(loader)  # ranks may have one more than others
+    steps, batches = max(launch.gather_objects(len(loader))), iter(loader)  # ranks may have one more than others
     try:
         for _ in range(steps):
             if stop.asked():
@@ -272,7 +275,7 @@ def answers(judge, logits, colours, dataset, args, process, stop, label, log, cr
         progress.close()
         loader.close()
     log.say_replaced(loader)
-    rows, *judged = (processes.gather_ragged(torch.cat(x).float()) for x in zip(*parts))
+    rows, *judged = (launch.gather_ragged(torch.cat(x).float()) for x in zip(*parts))
     order = rows.double().argsort()  # ranks hold interleaved shares
     return [x[order].cpu() for x in (rows, *judged)]
 
@@ -304,7 +307,7 @@ class Result:
     each folder. pending: sets that were asked for and are not done.
     """
 
-    def __init__(self, log: run.Run, path: Path, about: dict, before: dict, wanted: dict[str, dict]):
+    def __init__(self, log: Run, path: Path, about: dict, before: dict, wanted: dict[str, dict]):
         self.log, self.path, self.about, self.wanted = log, path, about, wanted
         columns = {column for name in SETS for column in COLUMNS[name]}
         self.values = {k: v for k, v in before.items() if k in columns and isinstance(v, float)}
@@ -314,7 +317,7 @@ class Result:
             if not stopped or self.looked_at(self.sets.get(name, {})) != self.looked_at(how):
                 self.sets.pop(name, None)
         self.pending = [name for name in wanted if name not in self.sets or name in stopped]
-        self.environment = {"command": log.command, **run.environment()}
+        self.environment = {"command": log.command, **environment()}
 
     @staticmethod
     def looked_at(how: dict) -> dict:
@@ -353,7 +356,7 @@ class Result:
             self.notes = {k: v for k, v in self.notes.items() if k != name} | ({name: note} if note else {})
             self.pending = [p for p in self.pending if p != name]
         if self.log.main:
-            run.write_json(self.path, self.environment | self.everything())
+            files.write_json(self.path, self.environment | self.everything())
 
     def stopped(self, name: str) -> str:
         folders = len(self.sets.get(name, {}).get("folders", {}))
@@ -385,10 +388,10 @@ def earlier(path: Path, saved, digest: str, args) -> dict:
     return {}
 
 
-def worker(args, process: processes.Process) -> None:
+def worker(args, process: launch.Process) -> None:
     own_cues = Path(args.data or "") / demo.CUES == Path(args.cue_conflict or "")
     demo.ensure_for(args, process, cues=own_cues)
-    with run.StopSignal() as stop, contextlib.ExitStack() as held:
+    with StopSignal() as stop, contextlib.ExitStack() as held:
         saved, precision = read_classifier(args), Precision(args.amp, process.device)
         logits, colours, facts = reopen(saved, args, process, precision)
         classes = class_names(saved, args)
@@ -400,11 +403,11 @@ def worker(args, process: processes.Process) -> None:
         shared = any(folder.glob("*.pth*"))  # with a training, whose records stay as they are
         suffix = "-robustness" * shared
         if process.is_main and not shared:
-            held.enter_context(run.only_writer(folder))
+            held.enter_context(files.only_writer(folder))
         weights = {k: v for k, v in (saved.get("classifier") or saved["state_dict"]).items() if torch.is_tensor(v)}
         digest = checkpoint.fingerprint(weights) + facts.pop("digest", "")
-        before = processes.agree(earlier(path := folder / f"result{suffix}.json", saved, digest, args))
-        log = run.Run(folder, args, process, tensorboard=False, suffix=suffix)
+        before = launch.agree(earlier(path := folder / f"result{suffix}.json", saved, digest, args))
+        log = Run(folder, args, process, tensorboard=False, suffix=suffix)
         held.callback(log.close)
         log.derived(classifier=saved.path, classes=len(classes), precision=str(precision))
 
@@ -445,11 +448,11 @@ def worker(args, process: processes.Process) -> None:
                     log.say(f"{name}: {values[name]:.2f} % of {len(dataset)} pictures{also}{f' ({note})' * bool(note)}")
         except Stopped:
             log.say(result.stopped(name))
-            raise SystemExit(128 + max(processes.gather_objects(stop.received))) from None
+            raise SystemExit(128 + max(launch.gather_objects(stop.received))) from None
         log.result(**result.everything())
 
 
-def corruption_row(look_at, dataset, folders, group, result: Result, log: run.Run) -> None:
+def corruption_row(look_at, dataset, folders, group, result: Result, log: Run) -> None:
     """One corruption after the other, all severities of it at once; the mean over the folders, as published."""
     done = dict(result.sets.get("corruption", {}).get("folders", {}))
     names = [f"{corruption}/{severity}" for corruption, severity in folders]
@@ -481,7 +484,7 @@ def corruption_row(look_at, dataset, folders, group, result: Result, log: run.Ru
 
 def write_csv(path: Path, folders, accuracies) -> None:
     """One line per corruption and severity, then the mean of each corruption."""
-    with checkpoint.replacing(path, "w", newline="") as file:
+    with files.replacing(path, "w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["corruption", "severity", "acc1"])
         for (name, severity), accuracy in zip(folders, accuracies):
@@ -492,7 +495,7 @@ def write_csv(path: Path, folders, accuracies) -> None:
 
 
 def main(argv=None) -> None:
-    processes.launch(worker, parse_args(argv))
+    launch.start(worker, parse_args(argv))
 
 
 if __name__ == "__main__":

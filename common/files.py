@@ -1,0 +1,108 @@
+"""The only writer of the project: files that appear whole or not at all, JSON, folders with one owner."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common import UserError, printable
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ".lock"  # the lock file of a folder that one process writes to
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, mode: str = "wb", **options) -> Iterator:
+    """Open a file that takes the place of `path` when the block is done.
+
+    It is written beside `path`, synced to disk and then renamed, so `path` is always the old file
+    or the whole new one: after an error in the block, a full disk or a crash, and where two
+    processes write it at once. Missing folders are made. options: passed on to `open`.
+    Raises OSError, which names `path`.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, mode.replace("w", "x"), **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):  # the system does not name the file when a disk is full
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a crash of the machine, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove the partial files that killed writers left in `folder`, which the caller must hold."""
+    for partial in Path(folder).glob(".*.partial"):
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """Replace a small JSON file in one step."""
+    with replacing(path, "w") as file:
+        file.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def make_folder(folder: str | Path) -> str:
+    """Make a folder and its parents. Raises UserError where that is not possible."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror.lower()
+        raise UserError(f"cannot write to {printable(folder)}: {reason}") from None
+    return str(folder)
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | Path, wait: bool = False) -> Iterator[None]:
+    """Make `folder` and hold it for this process; the lock ends with the process, however it ends.
+
+    wait: wait until another process lets the folder go. Raises UserError where one holds it.
+    """
+    make_folder(folder)
+    lock = FileLock(Path(folder) / LOCK, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process{_owner(folder)} is writing to {printable(folder)}: "
+            "wait for it to end, or choose another folder"
+        ) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot write to {printable(folder)}: {reason}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(folder: str | Path) -> str:
+    """Return " (PID on HOST)" as the newest config.json of the folder records it, or nothing."""
+    try:
+        newest = max(Path(folder).glob("config*.json"), key=os.path.getmtime)
+        return f" ({json.loads(newest.read_text())['process']})"
+    except (OSError, ValueError, KeyError):
+        return ""

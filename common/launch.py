@@ -1,0 +1,386 @@
+"""Start one or several processes of a script, and let them talk to each other.
+
+A script calls `start(worker, args)` once; `worker(args, process)` then runs in every process.
+Without any flag that is this very process on the best device. The other ways in:
+
+    torchrun --nproc-per-node 8 script.py ...      torchrun's environment; `srun torchrun` on Slurm
+    script.py --multiprocessing-distributed --world-size 1 --rank 0    one process per GPU of this node
+    script.py --nproc 2 --device cpu               that many processes here (CPU: gloo)
+    script.py --world-size 4 --rank 2 --dist-url tcp://host:port       this process is rank 2 of 4
+
+With one process every collective below is the identity, so no script needs a second code path.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+
+from common import UsageError, UserError, printable
+
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+REPEAT = 2.0  # seconds in which a second signal is the first one arriving again by another way
+LOST = (
+    "another process of this job has ended (its own message says why); continue with --resume auto"
+)
+here = 1  # processes of this job on this node
+_control = None  # a gloo group for flags on the host: NCCL only moves device memory
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a job: `rank` of `world_size`, `local_rank` on its node, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(worker, args) -> None:
+    """Run `worker(args, process)` in every process that the flags or the environment ask for.
+
+    Returns when all are done. An error that the user can put right is printed once, as one line,
+    and ends the job with its exit code.
+    """
+    env = os.environ
+    if env.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}:
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        process = (int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, "env://")
+        _join(worker, args, *process, gpu=args.gpu)
+    elif args.multiprocessing_distributed or (args.nproc or 1) > 1:
+        _spawn(worker, args)
+    elif args.world_size > 1:
+        if args.rank < 0 or not args.dist_url:
+            raise UsageError(
+                f"--world-size {args.world_size} needs --rank and --dist-url tcp://HOST:PORT as well"
+            )
+        local_rank = args.rank % max(1, torch.cuda.device_count())
+        process = (args.rank, args.world_size, local_rank, args.dist_url)
+        _join(worker, args, *process, gpu=args.gpu)
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UsageError(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks that do not know each other: start "
+            "one task per node with `srun torchrun ...` (docs/hardware.md has the sbatch file)"
+        )
+    else:
+        _note_idle_gpus(args)
+        _join(worker, args, 0, 1, args.gpu or 0, None, gpu=args.gpu)
+
+
+def _note_idle_gpus(args) -> None:
+    """Say how to use all GPUs: some published scripts put one process on all of them."""
+    if args.device == "cpu" or args.gpu is not None:
+        return
+    gpus = torch.cuda.device_count()
+    if gpus > 1:
+        print(
+            f"note: one process uses one GPU, of the {gpus} that are visible; "
+            "--multiprocessing-distributed --world-size 1 --rank 0 uses all",
+            flush=True,
+        )
+
+
+def _spawn(worker, args) -> None:
+    """Start one process per GPU of this node, or --nproc of them, under torch's supervision."""
+    nodes = max(args.world_size, 1)
+    node = max(args.rank, 0)
+    nproc = args.nproc
+    if not nproc and args.device != "cpu":
+        nproc = torch.cuda.device_count()
+    nproc = nproc or 1
+    if node >= nodes:
+        raise UsageError(
+            f"--rank {args.rank}: with --world-size {nodes} nodes it is 0 to {nodes - 1}"
+        )
+    if nodes > 1 and args.rank < 0:
+        raise UsageError(
+            f"--world-size {nodes} nodes need --rank 0 to {nodes - 1}, a different one on each"
+        )
+    if nodes > 1 and not args.dist_url:
+        raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
+    if args.gpu is not None:  # as published: each process has a GPU of its own
+        print(f"note: --gpu {args.gpu} is for a single process; ignored", flush=True)
+    url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{_free_port()}"
+    _supervise(nproc, (worker, args, node * nproc, nodes * nproc, url))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _supervise(nproc: int, arguments: tuple) -> None:
+    """Run `_child(i, *arguments)` in nproc processes; pass signals on, end all where one fails."""
+    passed_on = []
+
+    def pass_on(number, frame):  # the first asks for a checkpoint, a later one means: now
+        passed_on.append(time.monotonic())
+        for child in children.processes:
+            if not child.is_alive():
+                continue
+            if passed_on[-1] - passed_on[0] > REPEAT:
+                child.kill()
+            else:
+                os.kill(child.pid, number)
+
+    children = torch.multiprocessing.spawn(_child, arguments, nproc, join=False)
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        while not children.join(grace_period=10):  # ends the others where one fails
+            pass
+    except torch.multiprocessing.ProcessExitedException as ended:
+        if ended.signal_name is None:
+            sys.exit(ended.exit_code)  # it has said why
+        if passed_on:
+            sys.exit(128 + getattr(signal, ended.signal_name))
+        hint = ""
+        if ended.signal_name == "SIGKILL":
+            hint = " (by the system, when memory runs out)"
+        raise UserError(f"a process of this job was ended by {ended.signal_name}{hint}") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _child(i: int, worker, args, first_rank: int, world_size: int, url: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch sends it if the parent dies
+    try:
+        _join(worker, args, first_rank + i, world_size, i, url, gpu=None)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        told = in_one_line(error)
+        if told is None:
+            raise
+        message, code = told
+        is_lost = message == LOST
+        if first_rank + i or is_lost:  # most mistakes are everybody's: rank 0 says it first
+            time.sleep(2)
+        if not is_lost or here < world_size:  # a peer on this node has said why itself
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+
+def in_one_line(error: Exception) -> tuple[str, int] | None:
+    """Return (message, exit code) of an error that the user or the machine has caused.
+
+    None: an error of the program, which deserves its traceback.
+    """
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, UserError):
+        return str(error), error.code
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{first.split('. ')[0]}: lower --batch-size, or use --amp", 1
+    if isinstance(error, RuntimeError) and first.startswith("DataLoader worker"):
+        return f"{first} With little memory or /dev/shm, use fewer --workers", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}; a checkpoint that was written before is whole", 1
+    refused = (errno.EACCES, errno.EPERM, errno.EROFS)
+    if isinstance(error, OSError) and error.filename and error.errno in refused:
+        return f"{printable(error.filename)}: {error.strerror.lower()}", 1
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        return LOST, 1  # errors of gloo and NCCL
+    return None
+
+
+def _join(
+    worker, args, rank: int, world_size: int, local_rank: int, url: str | None, gpu: int | None
+) -> None:
+    """Run `worker` as this rank. url: where the ranks meet; None for a job of one process."""
+    device = _device(args.device, gpu, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if url is None:
+        worker(args, Process(device=device))
+        return
+    _meet(args, device, rank, world_size, url)
+    try:
+        worker(args, Process(rank, world_size, local_rank, device))
+    except SystemExit:  # all ranks have agreed to stop
+        _leave()
+        raise
+    _leave()  # not after an error: it could wait for ranks that never answer
+
+
+def _meet(args, device: torch.device, rank: int, world_size: int, url: str) -> None:
+    """Open the process group, and the gloo group for the hosts."""
+    global _control, here
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cpu" and args.dist_backend == "nccl" and rank == 0:
+        print("note: --dist-backend nccl needs GPUs; using gloo", flush=True)
+    try:
+        dist.init_process_group(backend, url, timedelta(minutes=30), world_size, rank)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"processes cannot meet at --dist-url {url}: {reason}") from None
+    # torch 2.15 renames a flag of DistributedDataParallel that 2.6 only knows by its old name.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    _control = dist.new_group(backend="gloo")
+    here = gather_objects(socket.gethostname()).count(socket.gethostname())
+    if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+
+
+def _leave() -> None:
+    global _control
+    dist.destroy_process_group()
+    _control = None
+
+
+def _device(device: str, gpu: int | None, local_rank: int) -> torch.device:
+    """Return the device of a process: --device, --gpu, and its number on the node."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        if gpu is not None:
+            raise UsageError(
+                f"--gpu {gpu}: no CUDA device is usable here; omit the flag to run on the CPU"
+            )
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda: no CUDA device is usable here (torch.cuda.is_available() is False)"
+        )
+    index = local_rank if gpu is None else gpu
+    if not 0 <= index < torch.cuda.device_count():
+        raise UsageError(
+            f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} here; "
+            "lower --nproc"
+        )
+    return torch.device("cuda", index)
+
+
+def parallel(network: nn.Module, process: Process) -> nn.Module:
+    """Return `network` with its gradients averaged over all processes.
+
+    Batch-norm statistics stay each process's own.
+    """
+    if process.world_size == 1:
+        return network
+    devices = [process.device] if process.device.type == "cuda" else None
+    wrapper = nn.parallel.DistributedDataParallel
+    return wrapper(network, device_ids=devices, broadcast_buffers=False)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use, as a scheduler or `taskset` set it."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """Return this rank's part of the rows of the global batch: (n * world_size, ...) -> (n, ...)."""
+    return x.chunk(world_size())[rank()]
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Gather the rows of every rank, in rank order: (n, ...) -> (n * world_size, ...).
+
+    n is the same on every rank, and no gradient flows.
+    """
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().contiguous()
+    out = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(out, x)
+    return torch.cat(out)
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """Gather as `all_gather` does; a rank's rows receive the sum of the gradients of all ranks.
+
+    DistributedDataParallel averages over ranks afterwards, so a loss that is a mean over the
+    gathered rows and is computed on every rank has exactly the gradient of the one-process loss.
+    """
+    if world_size() == 1:
+        return x
+    return torch.cat(torch.distributed.nn.functional.all_gather(x))
+
+
+def gather_ragged(x: Tensor) -> Tensor:
+    """Gather as `all_gather` does, where ranks have different numbers of rows (evaluations)."""
+    if world_size() == 1:
+        return x.detach()
+    rows = all_gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
+    padded = x.detach().new_zeros((max(rows), *x.shape[1:]))
+    padded[: x.shape[0]] = x.detach()
+    parts = all_gather(padded).split(max(rows))
+    return torch.cat([part[:n] for part, n in zip(parts, rows)])
+
+
+def sum_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise sum over ranks, the same on all of them; `x` itself stays as it is."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def mean_ranks(x: Tensor) -> Tensor:
+    """Return the elementwise mean over ranks."""
+    return sum_ranks(x) / world_size()
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, before an evaluation that all ranks share."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` is True on any rank. It travels between hosts and waits for no GPU."""
+    if world_size() == 1:
+        return flag
+    vote = torch.tensor([int(flag)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=_control)
+    return bool(vote)
+
+
+def agree(value):
+    """Return the value that rank 0 passed in, on every rank (any picklable object)."""
+    return gather_objects(value)[0]
+
+
+def gather_objects(value) -> list:
+    """Return the values of all ranks, in rank order, on every rank (any picklable object)."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier(group=_control)

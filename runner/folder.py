@@ -1,0 +1,288 @@
+"""The folder of a run: config.json, metrics.jsonl, TensorBoard events and result.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from tqdm import tqdm
+
+from common import UsageError, UserError, cli, files, launch, printable
+
+
+def environment() -> dict:
+    """Return versions, commit and hardware, which are recorded with every run.
+
+    commit ends in `-dirty` where tracked files differ, and is `unknown` without git.
+    """
+    has_cuda = torch.cuda.is_available()
+    return {
+        "commit": _commit() or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda if has_cuda else None,
+        "device": torch.cuda.get_device_name() if has_cuda else _processor(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(files.ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def refuse_to_overwrite(
+    folder: str | Path, pattern: str, resume: str = "", overwrite: bool = False
+) -> None:
+    """Raise UsageError where a new run would write over the checkpoints of an earlier one."""
+    earlier = sorted(Path(folder).glob(pattern))
+    if earlier and not resume and not overwrite:
+        raise UsageError(
+            f"{folder} already holds {earlier[-1].name}: continue it with --resume auto, "
+            "choose another folder, or pass --overwrite"
+        )
+
+
+class RunFolder:
+    """The records of one run. Rank 0 alone writes and prints; on other ranks every call is silent.
+
+    folder: created with its parents. options: the flags to record, a dict. typed: names of those
+    that were given on the command line.
+    suffix: added to config.json, metrics.jsonl and result.json where a second kind of run shares
+    the folder; events then go into a folder of that name.
+    tensorboard: False for no events, True for events in the folder, or the folder to write them to.
+    keep: leave an existing config.json as it is, for a run that has nothing left to do.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        args,
+        process: launch.Process,
+        tensorboard: bool | str = True,
+        suffix: str = "",
+        keep: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.main = process.is_main
+        self.command = shlex.join(["python", _from_root(sys.argv[0]), *sys.argv[1:]])
+        self._config_path = self.folder / f"config{suffix}.json"
+        self._metrics_path = self.folder / f"metrics{suffix}.jsonl"
+        self._result_path = self.folder / f"result{suffix}.json"
+        self._events = tensorboard
+        if tensorboard is True:
+            self._events = str(self.folder / suffix.lstrip("-"))
+        self._writer = None
+        self._metrics = None
+        if not self.main:
+            return
+        files.make_folder(self.folder)
+        if isinstance(tensorboard, str):
+            _check_events_folder(tensorboard)
+        self._keep = keep and self._config_path.exists()
+        self.config = {
+            "command": self.command,
+            **environment(),
+            "world_size": process.world_size,
+            "started": datetime.now().isoformat(timespec="seconds"),
+            "options": cli.flags(args),
+            "process": f"{os.getpid()} on {socket.gethostname()}",
+        }
+        self._write_config(self.config)
+        self._echo(process, getattr(args, "typed", ()))
+
+    def _write_config(self, config: dict) -> None:
+        if self._keep:
+            return
+        try:
+            files.write_json(self._config_path, config)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run folder {self.folder}: {error.strerror}"
+            ) from None
+
+    def _echo(self, process: launch.Process, typed) -> None:
+        """Print what this run is: command, code, machine, options and folder."""
+        config = self.config
+        names = ("Python", "torch", "torchvision", "CUDA")
+        versions = [f"{name} {config[name.lower()] or '-'}" for name in names]
+        kind = process.device.type
+        threads = "" if kind == "cuda" else f" ({torch.get_num_threads()} threads)"
+        self.say(f"command  {self.command}")
+        self.say(f"code     {', '.join([config['commit'], *versions])}")
+        self.say(f"machine  {config['device']}; {kind} x {process.world_size}{threads}")
+        options = sorted(config["options"].items())
+        words = [f"*{key}={value}" if key in typed else f"{key}={value}" for key, value in options]
+        self.say(_wrap("options", words))
+        self.say("         (* given on the command line)")
+        self.say(f"folder   {self.folder}")
+
+    def say(self, text: str) -> None:
+        """Print a line, once per job."""
+        if self.main:
+            lines = [printable(line) for line in text.split("\n")]
+            tqdm.write("\n".join(lines), file=sys.stdout)
+            sys.stdout.flush()
+
+    def derived(self, **values) -> None:
+        """Print and record values that follow from the options and the data."""
+        if self.main:
+            self._write_config(self.config | {"derived": values})
+            self.say(_wrap("derived", [f"{key}={value}" for key, value in values.items()]))
+
+    def rewind(self, step: int, drop_evaluation: bool = False) -> None:
+        """Drop what was logged after global step `step`, as a resumed run logs it again.
+
+        A negative step drops everything, an old result.json too. drop_evaluation: also drop the
+        k-NN evaluation that was logged at `step` itself.
+        """
+        if not self.main:
+            return
+        if step < 0:
+            self._result_path.unlink(missing_ok=True)
+        if not self._metrics_path.exists():
+            return
+        try:
+            lines = self._metrics_path.read_text(errors="replace").splitlines()
+        except OSError as error:
+            reason = error.strerror.lower()
+            raise UserError(f"cannot read {self._metrics_path}: {reason}") from None
+        with files.replacing(self._metrics_path, "w") as file:
+            for line in lines:
+                with contextlib.suppress(ValueError, AttributeError, TypeError):  # a half line
+                    record = json.loads(line)
+                    last = step - 1 if drop_evaluation and "knn_acc1" in record else step
+                    if record.get("step", 0) <= last:
+                        file.write(line + "\n")
+
+    def log(self, step: int, **values) -> None:
+        """Append a JSON object to metrics.jsonl, and each number to the TensorBoard events.
+
+        step counts from 0 over the whole run.
+        """
+        if not self.main:
+            return
+        record = {"step": step, **{key: _plain(value) for key, value in values.items()}}
+        try:
+            if self._metrics is None:
+                self._metrics = open(self._metrics_path, "a", buffering=1)
+            self._metrics.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._metrics_path}: {error.strerror}; "
+                "checkpoints so far are whole"
+            ) from None
+        if self._events:
+            self._log_events(step, record)
+
+    def _log_events(self, step: int, record: dict) -> None:
+        """Write TensorBoard scalars; where that fails, warn once and continue without them."""
+        try:
+            if self._writer is None:
+                self._writer = _event_writer(self._events, step)
+            for key, value in record.items():
+                if key not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(key, value, step)
+        except Exception as error:
+            self._without_events(error)
+
+    def _without_events(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error
+        self.say(f"warning: no more TensorBoard events in {self._events}: {reason}")
+        self._events = False
+        self._writer = None
+
+    def result(self, **values) -> None:
+        """Write result.json and print the final line: what was evaluated, on what, the numbers."""
+        if not self.main:
+            return
+        values = {key: _plain(value) for key, value in values.items()}
+        content = {"command": self.command, **environment(), **values}
+        files.write_json(self._result_path, content)
+        numbers = [f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float)]
+        self.say(f"result: {', '.join(numbers)} ({self._result_path})")
+
+    def say_replaced(self, *loaders) -> None:
+        """Say how many pictures --skip-bad-images has replaced. Every rank must call this."""
+        mine = {path for loader in loaders for path in loader.bad_images}
+        paths = sorted(set().union(*launch.gather_objects(mine)))
+        if paths:
+            first = printable(paths[0])
+            self.say(f"replaced {len(paths)} unreadable pictures, the first {first}")
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except Exception as error:
+                self._without_events(error)
+
+
+def _check_events_folder(folder: str) -> None:
+    """Raise UsageError where the folder of --tb_path cannot be written to, before any training."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--tb_path: cannot write to {folder}: {error.strerror.lower()}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--tb_path: cannot write to {folder}: permission denied")
+
+
+def _event_writer(folder: str, step: int):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second: not at start
+    return SummaryWriter(folder, purge_step=step)
+
+
+def _from_root(script: str) -> str:
+    """Return a script of this project as it is called from the project's root."""
+    path = Path(script).resolve()
+    if path.is_relative_to(files.ROOT):
+        return str(path.relative_to(files.ROOT))
+    return script
+
+
+def _plain(value):
+    """Return tensors as numbers or lists, and floats rounded to six digits."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, float) and math.isfinite(value):
+        return round(value, 6)
+    return value
+
+
+def _wrap(label: str, words: list[str], width: int = 110) -> str:
+    """Return `label` and the words in lines of at most `width` columns, indented below it."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += f"  {word}" if lines[-1] else word
+    return f"{label:<9}" + "\n         ".join(lines)

@@ -1,0 +1,73 @@
+"""k-NN of a network's features while it is being trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common import UsageError, augment, cli, data, launch, metrics, options, sets
+
+BATCH = 256  # pictures per process
+Embed = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def embed_images(embed: Embed, images: Tensor) -> Tensor:
+    """Return the features of images (N, 3, S, S) in float32."""
+    return embed(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+def loaders(
+    args, process: launch.Process, train_set: sets.PictureSet, view: augment.Compose
+) -> tuple[data.Loader, data.Loader] | None:
+    """Return loaders of the bank (train_set, or train/ of --knn-data) and of the queries (val/).
+
+    None where --knn-every is 0. Raises UsageError where there are no labels.
+    """
+    if not args.knn_every:
+        return None
+    if args.knn_data:
+        is_pack = os.path.exists(os.path.join(args.knn_data, "train.json"))
+        dataset = "packed" if is_pack else "folder"
+        args = cli.replace(args, data=args.knn_data, dataset=dataset, class_list=None)
+        train_set = options.open_split(args, "train")
+    elif not train_set.classes:
+        raise UsageError(
+            "--knn-every needs labels, and DATA has none: give a labelled tree with --knn-data, "
+            "or omit it"
+        )
+    val_set = options.open_split(args, "val", classes=train_set.classes)
+    bank = options.evaluation_loader(args, process, train_set, view, BATCH)
+    return bank, options.evaluation_loader(args, process, val_set, view, BATCH)
+
+
+def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[Tensor, Tensor]:
+    """Return features (N, D) and targets (N,) of all ranks, the network in evaluation mode.
+
+    Its batch-norm statistics are those of rank 0. embed: default, that of the method.
+    """
+    embed = embed or method.embed
+    launch.broadcast_buffers(method.network)
+    method.network.eval()
+    found = metrics.extract_features(lambda images: embed_images(embed, images), loader)
+    method.network.train()
+    return tuple(map(launch.gather_ragged, found))
+
+
+def evaluate(
+    job, method, both: tuple[data.Loader, data.Loader], temperature: float = 0.07
+) -> None:
+    """Let the training pictures vote on those of val/; print and log the accuracy of this epoch.
+
+    both: what `loaders` returned.
+    """
+    bank, bank_targets = features(method, both[0])
+    queries, targets = features(method, both[1])
+    classes, k = len(both[0].dataset.classes), job.args.knn_k
+    accuracy = metrics.knn(bank, bank_targets, queries, targets, classes, k, temperature)
+    top1, top5 = map(float, accuracy)
+    job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
+    job.log.log(job.global_step, epoch=job.epoch, knn_acc1=top1, knn_acc5=top5)

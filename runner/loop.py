@@ -1,0 +1,445 @@
+"""A run from start to finish: the script owns its loops, the job remembers where it is.
+
+    files = loop.Files(__file__, last="current.pth", numbered="ckpt_epoch_{}.pth")
+    with loop.Job(args, process, folder, files) as job:  # reads what --resume names
+        args = job.args  # with the seed of the run
+        loader = build_loader(args, process)
+        method = CMC(args, len(loader.dataset), process)
+        job.begin(loader, method)  # restores; then opens the run folder
+        for epoch in job.epochs():  # from where the last run stopped
+            for batch in job.batches(learning_rate):  # saves at the end, or where a signal asks
+                job.track(**method.step(batch))
+            if job.due(args.knn_every):
+                knn.evaluate(job, method, neighbours)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common import UsageError, UserError, cli, data, files, launch, options, schedule
+from runner import checkpoint, resume, views
+from runner.folder import RunFolder, refuse_to_overwrite
+from runner.progress import Progress, clock
+from runner.resume import Files, Position
+from runner.scores import Scores
+from runner.signals import StopSignal
+
+__all__ = ["At", "Batch", "Files", "Job", "Method"]
+
+
+@dataclass(frozen=True)
+class At:
+    """What time it is: complete epochs (from 0), the part of this one that is done, steps in all."""
+
+    epoch: int
+    part: float
+    global_step: int
+
+
+class Batch(NamedTuple):
+    """What a step gets. views: a list of images (B, 3, S, S) on the device, or features (B, D).
+
+    target (B,): class numbers, -1 for none. index (B,): row numbers of the pictures in their set.
+    """
+
+    views: list[Tensor] | Tensor
+    target: Tensor
+    index: Tensor
+    at: At
+
+
+class Method(Protocol):
+    """What a script's method says of itself. Other than `step` and the two states, all is read."""
+
+    optimizer: torch.optim.Optimizer
+    generators: dict[str, torch.Generator]  # whose draws must go on exactly after a resume
+    network: nn.Module  # what k-NN evaluates, in training mode between evaluations
+    precision: Any  # common.precision.Precision; a linear evaluation has none
+
+    def step(self, batch: Batch) -> dict:
+        """Take one optimizer step and return the values to log.
+
+        0-dim tensors are means over the batch, plain numbers are shown as they are, and `scores`
+        (B, 5), of common.metrics.score_statistics, are kept for --save_score.
+        """
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the features (N, D) that k-NN compares, of images (N, 3, S, S)."""
+
+    def pictures(self, views: list[Tensor]) -> dict[str, Tensor]:
+        """Return {label: images (N, C, H, W) in [0, 1]} of a batch, for --show-views."""
+
+    def state_dict(self) -> dict:
+        """Return the authors' keys and values, and what they lack for an exact resume."""
+
+    def load_state_dict(self, saved: checkpoint.Saved) -> None:
+        """Put that back, from a file of ours or the authors'. Raises UserError if it does not fit."""
+
+
+class Job:
+    """One run in `folder`.
+
+    Constructing it reads the checkpoint that --resume names and settles the seed; `args` is then
+    the flags with that seed, and `saved` the checkpoint, or None. `log` is the run folder's records.
+    """
+
+    def __init__(self, args, process: launch.Process, folder: str, files: Files):
+        options.check_batch(args, process)
+        self.process = process
+        self.folder = folder
+        self.files = files
+        self.at_work = Position(done=getattr(args, "start_epoch", 0))
+        self.complete = False  # whether all steps of the current epoch are taken
+        self.finished = False  # whether nothing is left to train
+        self.stopped = False  # whether a signal, or --stop-after, has ended the run
+        self.exit_code = 0
+        self.log: RunFolder | None = None
+        self.stop = StopSignal()
+        self.scores = Scores(folder, files.first, process)
+        self.shows_steps = True
+        self._sheet = getattr(args, "show_views", None)
+        self._context = contextlib.ExitStack()
+        self._holds_folder = False
+        if self.done >= args.epochs:
+            raise UsageError(
+                f"--start-epoch {self.done}: with --epochs {args.epochs} nothing is left to train"
+            )
+        self._refuse_to_overwrite(args, args.resume)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._context.close)
+            if os.path.isdir(folder):  # say that another run is in it before the work of starting
+                self._hold_folder()
+            self.saved, self.remarks = resume.find(args, folder, files)
+            with self.saved.within() if self.saved else contextlib.nullcontext():
+                self.args = resume.settle_seed(args, self.saved, files)
+            on_error.pop_all()
+
+    @property
+    def done(self) -> int:
+        """Complete epochs."""
+        return self.at_work.done
+
+    @property
+    def step(self) -> int:
+        """Steps of the current epoch that are taken."""
+        return self.at_work.step
+
+    @property
+    def global_step(self) -> int:
+        """Steps of the whole run that are taken."""
+        return self.at_work.global_step
+
+    @property
+    def at(self) -> At:
+        """What time it is, for a method and a schedule."""
+        return At(self.done, self.step / len(self.loader), self.global_step)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.log is not None:
+            self.log.close()
+        self._context.close()
+        if self.exit_code and kind is None:
+            raise SystemExit(self.exit_code)
+
+    def _refuse_to_overwrite(self, args, resumed: str) -> None:
+        if not self._sheet:
+            for pattern in self.files.patterns:
+                refuse_to_overwrite(self.folder, pattern, resumed, args.overwrite)
+
+    def _hold_folder(self) -> None:
+        """Make the run folder this run's alone."""
+        if self.process.is_main and not self._holds_folder and not self._sheet:
+            self._context.enter_context(files.only_writer(self.folder))
+            self._holds_folder = True
+            files.sweep(self.folder)
+
+    # ------------------------------------------------------------------------------------ start
+
+    def begin(self, loader: data.Loader, method: Method, /, **derived) -> None:
+        """Restore `method` where a run goes on, then open the run folder and say what this run is.
+
+        derived: values that follow from the flags and the data, to be printed and recorded.
+        """
+        self.loader: Iterable = loader
+        self.source = loader  # counts replaced pictures and the time of views and workers
+        self.method = method
+        self.steps = len(loader)
+        self.at_work.global_step = self.done * self.steps
+        pictures = loader.dataset
+        digest = hashlib.sha256("\n".join(pictures.classes).encode()).hexdigest()
+        self.data = {
+            "pictures": len(pictures),
+            "classes": len(pictures.classes),
+            "names": digest[:16],
+        }
+        continues_here = False
+        if self.saved:
+            there = os.path.realpath(os.path.dirname(self.saved.path))
+            continues_here = there == os.path.realpath(self.folder)
+            with self.saved.within():
+                self._restore()
+            if not continues_here:
+                self._refuse_to_overwrite(self.args, resumed="")
+        self.finished = self.saved is not None and self.done >= self.args.epochs
+        if self._sheet:
+            self._write_sheet()
+            return
+        self._hold_folder()
+        self._open_folder(derived)
+        self._rewind(continues_here)
+        self._context.enter_context(self.stop)
+        if self.args.resume == "auto" and self.files.last and self.saved:
+            if Path(self.saved.path).name != self.files.last:
+                self.epoch = self.done - 1 + self.files.first
+                self.save(self.files.last)  # the newest state was not written then
+
+    def _restore(self) -> None:
+        saved = self.saved
+        resume.check_pictures(saved, self.data)
+        self.at_work = resume.position(saved, self.steps)
+        self.method.load_state_dict(saved)
+        checkpoint.load_optimizer(self.method.optimizer, saved)
+        resume.restore_scaler(saved, self.method)
+        self.remarks += resume.differing_flags(saved, self.args, self.files)
+        self.remarks += resume.restore_draws(saved, self.method.generators, self.process)
+        self.remarks.append(f"resumed {saved.path}: epoch {self.done}, step {self.step}")
+        is_pending = saved.get("pending") is True and self.done and not self.step
+        if self.args.resume == "auto" and is_pending:  # the evaluation of this epoch was cut short
+            self.at_work.done -= 1
+            self.at_work.step = self.steps
+
+    def _open_folder(self, derived: dict) -> None:
+        loader, pictures = self.source, self.source.dataset
+        self.log = RunFolder(
+            self.folder,
+            self.args,
+            self.process,
+            tensorboard=self.files.events,
+            suffix=self.files.suffix,
+            keep=self.finished,
+        )
+        view = repr(loader.views[0]).replace("\n", "\n         ")
+        self.log.say(f"view     {view}")
+        for note in pictures.notes:
+            self.log.say(f"note: {note}")
+        known = {
+            "images": len(pictures),
+            "classes": len(pictures.classes),
+            "steps_per_epoch": self.steps,
+            "batch_per_process": loader.batch_size,
+            "data_device": loader.mode,
+        }
+        if hasattr(self.method, "precision"):
+            known["precision"] = str(self.method.precision)
+        self.log.derived(**known | derived)
+        for remark in self.remarks:
+            self.log.say(remark)
+
+    def _rewind(self, continues_here: bool) -> None:
+        """Drop the records of what this run takes anew."""
+        if self.finished:
+            path = self.saved.path
+            self.log.say(f"nothing to train: {path} has {self.done} epochs already")
+        else:
+            last = self.done if self.files.by_epoch else self.global_step
+            at_evaluation = self.step == self.steps
+            self.log.rewind(last if continues_here else -1, drop_evaluation=at_evaluation)
+            kept = self.done + 1 if self.step else self.done
+            self.scores.drop_from(kept if continues_here else 0)
+        if self.args.resume and not self.saved:
+            self.log.say(
+                f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch"
+            )
+
+    def _write_sheet(self) -> None:
+        """--show-views: draw the first batch as the networks see it, instead of training."""
+        self.finished = True
+        self.source.set_epoch(self.files.first)
+        seen, _, index = next(iter(self.source))
+        columns = self.method.pictures(seen)
+        if self.process.is_main:
+            names = [self.source.dataset.path(row) for row in index.tolist()]
+            views.write(self._sheet, columns, names)
+            print(f"the first batch as the networks see it: {self._sheet}")
+
+    def warn(self, text: str) -> None:
+        """Print a warning, where the run folder is open."""
+        if self.log is not None:
+            self.log.say(f"warning: {text}")
+
+    # ---------------------------------------------------------------------------------- the loops
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the numbers of the epochs that are left, counted from `files.first`.
+
+        An epoch is saved when the script is done with it.
+        """
+        if self.finished:
+            return
+        last_epoch = self.args.stop_after or self.args.epochs
+        while self.done < self.args.epochs:
+            self.epoch = self.done + self.files.first
+            self.complete = False
+            yield self.epoch
+            if not self.complete:
+                return self._end(f"a signal in epoch {self.epoch} at step {self.step}")
+            if not self._knn_is_due():
+                self._save_numbered()
+            is_asked = self.stop.asked()
+            is_last = self.done >= last_epoch
+            if is_asked or is_last or self.due(self.args.last_every):
+                self.save(self.files.last)
+            if is_asked and self.done < self.args.epochs:
+                return self._end(f"a signal after epoch {self.epoch}")
+            if is_last and self.done < self.args.epochs:
+                return self._end(f"--stop-after {last_epoch} after epoch {self.epoch}")
+        self.log.say_replaced(self.source)
+        name = self.files.last
+        if self.files.numbered:
+            name = self.files.numbered.format(self.done - 1 + self.files.first)
+        self.log.say(f"done: {self.done} epochs; {os.path.join(self.folder, name)}")
+
+    def _end(self, cause: str) -> None:
+        self.log.say_replaced(self.source)
+        self.log.say(f"stopped by {cause}; continue with --resume auto")
+        self.stopped = True
+        self.exit_code = self.stop.exit_code
+
+    def batches(self, learning_rate: Callable[[Any, At], float]) -> Iterator[Batch]:
+        """Yield the batches of this epoch that are left; fewer where a signal asks to stop.
+
+        learning_rate(args, at): set before every step, and logged.
+        """
+        loader, started = self.loader, self.step
+        loader.set_epoch(self.epoch, started)
+        self.source.view_seconds = self.source.wait_seconds = 0.0
+        self.progress = Progress(
+            f"Epoch: [{self.epoch}]",
+            len(loader),
+            self.args.print_freq,
+            started,
+            enabled=self.log.main and self.shows_steps,
+        )
+        for seen, target, index in loader:
+            at = self.at
+            self._rate = learning_rate(self.args, at)
+            schedule.set_lr(self.method.optimizer, self._rate)
+            self._rows = len(target)
+            yield Batch(seen, target, index, at)
+            self.at_work.step += 1
+            self.at_work.global_step += 1
+            if self.stop.asked():
+                break
+        self.means = self.progress.close()
+        if self.shows_steps and self.step > started:
+            self._say_epoch()
+        self.scores.write(self.epoch, started)
+        if self.step < len(loader):
+            self.save(self.files.last)
+            return
+        self.at_work.done += 1
+        self.at_work.step = 0
+        self.complete = True
+        if self._knn_is_due():  # an evaluation that is cut short is made again
+            self._save_numbered(pending=True)
+            before = Position(self.done - 1, len(loader), self.global_step)
+            self.save(self.files.last, position=before)
+
+    def track(self, scores: Tensor | None = None, **values: Tensor | float) -> None:
+        """Log the values of a step, as `Method.step` returns them, every --print-freq steps."""
+        if scores is not None:
+            self.scores.keep(scores)
+        shown = self.progress.update(self._rows, **values, learning_rate=self._rate)
+        if shown and not self.files.by_epoch:
+            elapsed = max(self.progress.elapsed, 1e-9)
+            shares = {
+                "view_share": self.source.view_seconds / elapsed,
+                "wait_share": self.source.wait_seconds / elapsed,
+            }
+            self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
+
+    def until_stopped(self, batches: Iterable, lost: str) -> Iterator:
+        """Yield from `batches`; where a signal asks to stop, end the program and say what is lost."""
+        for batch in batches:
+            yield batch
+            if self.stop.received:
+                self.log.say(
+                    f"stopped by a signal: {lost}; checkpoints so far are whole, "
+                    "continue with --resume auto"
+                )
+                raise SystemExit(128 + self.stop.received)
+
+    def due(self, every: int) -> bool:
+        """Return whether an epoch is complete that is an `every`-th one or the last; 0: never."""
+        if not every or not self.complete:
+            return False
+        return self.done % every == 0 or self.done == self.args.epochs
+
+    def _knn_is_due(self) -> bool:
+        return self.due(getattr(self.args, "knn_every", 0))
+
+    def _say_epoch(self) -> None:
+        values = self.means | self.progress.numbers
+        words = [f"{name} {value:.4g}" for name, value in values.items()]
+        words.append(f"{self.progress.rows / self.progress.elapsed:.0f} images/s")
+        words.append(clock(self.progress.elapsed))
+        self.log.say(f"Epoch {self.epoch}: {', '.join(words)}")
+
+    # --------------------------------------------------------------------------------- saving
+
+    def _save_numbered(self, pending: bool = False) -> None:
+        if self.files.numbered and self.due(self.args.save_freq):
+            self.save(self.files.numbered.format(self.epoch), pending=pending)
+
+    def save(self, name: str, position: Position | None = None, pending: bool = False) -> None:
+        """Write the state to the run folder: the authors' keys and what an exact resume needs.
+
+        position: default, where the run is. pending: the last epoch is still to be evaluated.
+        Every rank must call this. Raises UserError where a weight is not finite.
+        """
+        self._check_weights()
+        method, position = self.method, position or self.at_work
+        draws = {key: generator.get_state() for key, generator in method.generators.items()}
+        draws = launch.gather_objects({**draws, "torch": torch.get_rng_state()})
+        if self.process.is_main:
+            state = {
+                self.files.flags: cli.flags(self.args),
+                "script": self.files.script,
+                "epoch": position.done,
+                "step": position.step,
+                "steps": self.steps,
+                "global_step": position.global_step,
+                "data": self.data,
+                "generators": draws,
+                "optimizer": method.optimizer.state_dict(),
+                **method.state_dict(),
+            }
+            if pending:
+                state["pending"] = True
+            if hasattr(method, "precision"):
+                state["scaler"] = method.precision.scaler.state_dict()
+            checkpoint.save(Path(self.folder) / name, state)
+        launch.barrier()
+
+    def _check_weights(self) -> None:
+        params = [p for group in self.method.optimizer.param_groups for p in group["params"]]
+        weights = [param.detach() for param in params if param.requires_grad]
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            raise UserError(
+                f"the weights are not finite in epoch {self.epoch}, after {self.global_step} steps "
+                "in all; the last checkpoint is from before it. Lower the learning rate, raise the "
+                "temperature, or try without --amp"
+            )

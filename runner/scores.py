@@ -1,0 +1,72 @@
+"""Scores of positives and negatives of every step of an epoch, for --save_score."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import files, launch
+
+COLUMNS = 5  # of common.metrics.score_statistics
+
+
+class Scores:
+    """Write scores/score_EPOCH.npy: (steps, global batch, 5), as Zhu et al. (arXiv:2108.02982) do.
+
+    Rows are NaN where a batch was shorter, and in steps whose scores an earlier run did not keep.
+    first: number of the first epoch.
+    """
+
+    def __init__(self, folder: str | Path, first: int, process: launch.Process):
+        self.folder = Path(folder) / "scores"
+        self.first = first
+        self.process = process
+        self.steps: list[Tensor] = []  # (B, 5) of this rank, on the device
+
+    def keep(self, statistics: Tensor) -> None:
+        """Keep common.metrics.score_statistics (B, 5) of the step just taken, on its device."""
+        self.steps.append(statistics)
+
+    def write(self, epoch: int, started: int) -> None:
+        """Write what was kept of this epoch, whose first `started` steps an earlier run has taken."""
+        if not self.steps:
+            return
+        pad = torch.nn.utils.rnn.pad_sequence
+        mine = pad(self.steps, batch_first=True, padding_value=float("nan"))
+        ranks = launch.gather_objects(mine.cpu().numpy())
+        self.steps = []
+        if not self.process.is_main:
+            return
+        path = self.folder / f"score_{epoch:03d}.npy"
+        earlier = _read(path)[:started]
+        width = max(earlier.shape[1] // len(ranks), *(part.shape[1] for part in ranks))
+        rows = np.full((started + len(mine), len(ranks), width, COLUMNS), np.nan, np.float32)
+        for rank, part in enumerate(ranks):
+            rows[started:, rank, : part.shape[1]] = part
+        rows = rows.reshape(len(rows), -1, COLUMNS)
+        with contextlib.suppress(ValueError):  # of another number of processes or pictures
+            rows[: len(earlier)] = earlier
+        with files.replacing(path) as file:
+            np.save(file, rows)
+
+    def drop_from(self, done: int) -> None:
+        """Remove the scores of epochs after `done` complete ones, which this run takes anew."""
+        if not self.process.is_main:
+            return
+        for path in self.folder.glob("score_[0-9]*.npy"):
+            number = path.stem.removeprefix("score_")
+            if number.isdecimal() and int(number) >= done + self.first:
+                path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> np.ndarray:
+    """Return the scores in `path`; no rows where there is no such file, or not one of ours."""
+    with contextlib.suppress(OSError, EOFError, ValueError):
+        scores = np.load(path, allow_pickle=False)
+        if scores.shape[2:] == (COLUMNS,):
+            return scores
+    return np.empty((0, 0, COLUMNS))

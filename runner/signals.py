@@ -1,0 +1,55 @@
+"""The signals that ask a run to save and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from common import launch
+
+
+class StopSignal:
+    """Turn SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 into a request to save at the next step.
+
+        with StopSignal() as stop:
+            ...
+            if stop.asked():  # the same answer on every rank
+
+    A further signal more than launch.REPEAT seconds later has its usual effect. A sooner one is the
+    same request again: a scheduler signals the whole process group, and its leader passes it on.
+    """
+
+    def __init__(self):
+        self.received = 0  # number of the first signal; 0: none yet
+        self.when = 0.0
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
+        for number, handler in self.previous.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received = number
+            self.when = now
+        elif now - self.when > launch.REPEAT:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+
+    def asked(self) -> bool:
+        """Return whether any rank has received a signal. Every rank must call this."""
+        return launch.any_rank(bool(self.received))
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the number of the signal, the same on every rank; 0 where there was none."""
+        number = max(launch.gather_objects(self.received))
+        return 128 + number if number else 0

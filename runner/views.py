@@ -1,0 +1,41 @@
+"""--show-views: a sheet of the first batch as the networks see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from common import UsageError, files, printable
+
+ROWS = 8  # pictures of a sheet
+INCHES = 1.2  # side of a picture
+
+
+def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = ()) -> None:
+    """Write the first rows of several batches side by side, a labelled column each, as PNG.
+
+    columns: label -> (N, C, H, W) in [0, 1] with C 1 (grey) or 3. names: paths of the rows, whose
+    last two parts are shown. Raises UsageError where `path` cannot be written.
+    """
+    from matplotlib.figure import Figure  # takes half a second: not at start
+
+    rows = min(ROWS, *(len(images) for images in columns.values()))
+    size = (INCHES * (len(columns) + 1), INCHES * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (label, images) in enumerate(columns.items()):
+        axes[0, column].set_title(label, fontsize=8)
+        pixels = images[:rows].detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        for row, image in enumerate(pixels):
+            axes[row, column].imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes[row, column].set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], names):
+        label = "/\n".join(Path(printable(name)).parts[-2:])
+        axis.set_ylabel(label, fontsize=6, rotation=0, ha="right", va="center")
+    try:
+        with files.replacing(path) as file:
+            figure.savefig(file, format="png", dpi=110)
+    except OSError as error:
+        raise UsageError(f"--show-views {path}: {error.strerror or error}") from None

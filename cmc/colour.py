@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import UsageError
+from common import UsageError, UserError
 from common.augment import Params
 
 CHANNELS = {
@@ -428,3 +428,18 @@ class Views:
         """What apply returned, as grey pictures (N, 1, H, W) in [0, 1] of every channel: -1 is black, 1 is white."""
         names = [f"{view.name}: {CHANNELS[view.space][c]}" for view in self.views for c in view.channels]
         return {name: (channel + 1) / 2 for name, channel in zip(names, images.split(1, dim=1))}
+
+
+def of_checkpoint(saved, towers: Sequence[str]) -> tuple[tuple, dict[str, int]]:
+    """Return what takes RGB to the input of a checkpoint's towers; see `runner.layouts.colours`."""
+    flags = saved.get("opt") or {}
+    space = space_name(str(flags.get("view") or "Lab"))
+    if space in CHANNELS:
+        views = parse_views(str(flags.get("views") or SPLITS[space]), space)
+        names = tower_names(views)
+        if sorted(names) == list(towers):
+            widths = {name: len(view.channels) for name, view in zip(names, views)}
+            return (Views(tuple(views)),), widths
+    raise UserError(
+        f"{saved.path}: it does not say what its towers {' and '.join(towers)} look at"
+    )

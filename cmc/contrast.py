@@ -36,7 +36,9 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
     """
     noise = (estimate.shape[1] - 1) / n  # K times p_n
     from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
-    from_noise = ((estimate[:, 1:] + EPS) / noise).log1p().sum()  # of log (1 + small): a plain log would round it away
+    from_noise = (
+        ((estimate[:, 1:] + EPS) / noise).log1p().sum()
+    )  # of log (1 + small): a plain log would round it away
     return (from_noise - from_data) / len(estimate)
 
 
@@ -84,37 +86,47 @@ class MemoryBanks(nn.Module):
         self.n, self.k, self.temperature, self.momentum = n, k, temperature, momentum
         self.views, self.softmax, self.nce_z, self.updates = tuple(views), softmax, nce_z, 0
         self.pairs = [(i, j) for i in range(len(views)) for j in range(len(views)) if i != j]
-        self.register_buffer("params", torch.tensor([k, temperature, *[-1.0] * len(self.pairs), momentum]))
+        self.register_buffer(
+            "params", torch.tensor([k, temperature, *[-1.0] * len(self.pairs), momentum])
+        )
         for name in views:
             self.register_buffer(f"memory_{name}", random_rows(n, dim))
 
     def banks(self) -> list[Tensor]:
         return [getattr(self, f"memory_{name}") for name in self.views]
 
-    def forward(self, feats: Sequence[Tensor], rows: Tensor, scores: list | None = None) -> tuple[Tensor, list[Tensor]]:
-        """(loss, out) of every view's unit features (B, D) against the same bank rows (B, K+1) of `draw_rows`.
+    def logits(self, feats: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+        """Return s / T (B, K+1) of every pair, the positive in column 0.
 
-        out: for each pair (B, K+1), anchor features against the other view's bank: logits s / T with softmax, else
-        exp(s / T) / Z, as published. The positive is the other view of the same picture, the average of what its earlier
-        crops gave. loss (V,): for each view the sum over the pairs that it anchors. Their sum is the paper's full-graph
-        objective: over every two views V_i, V_j the loss of V_i as anchor and the loss of V_j as anchor. scores: gets
-        metrics.score_statistics (B, 5) of the logits, their mean over the pairs.
+        feats: unit features (B, D) of every view. rows (B, K+1): of `common.memory.draw_rows`, the
+        same for all pairs. The positive is the other view of the same picture: the average of what
+        its earlier crops gave.
         """
         banks = self.banks()
-        out = [memory.bank_scores(feats[i], banks[j], rows).div_(self.temperature) for i, j in self.pairs]
-        if scores is not None:
-            each = [metrics.score_statistics(x[:, 0], x[:, 1:], self.temperature) for x in out]
-            scores.append(torch.stack(each).mean(0))
+        scores = [memory.bank_scores(feats[i], banks[j], rows) for i, j in self.pairs]
+        return [score.div_(self.temperature) for score in scores]
+
+    def losses(self, logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return (loss (V,), out) for the logits of every pair.
+
+        The loss of a view is the sum over the pairs that it anchors, in nats; the sum over views is
+        the paper's full-graph objective. out: the logits with softmax, else exp(s / T) / Z.
+        """
         if self.softmax:
-            loss = [softmax_loss(logits) for logits in out]
+            out = logits
+            loss = [softmax_loss(pair) for pair in logits]
         else:
-            raw = [logits.exp() for logits in out]
+            raw = [pair.exp() for pair in logits]
             z = next_z(self.normaliser, raw, self.n, self.nce_z, self.updates)
             self.normaliser.copy_(z)
             self.updates += 1
-            out = [r / one for r, one in zip(raw, z)]
+            out = [pair / own for pair, own in zip(raw, z)]
             loss = [nce_loss(estimate, self.n) for estimate in out]
         return torch.stack(loss).view(len(self.views), -1).sum(1), out
+
+    def forward(self, feats: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the `losses` of the `logits` of these features."""
+        return self.losses(self.logits(feats, rows))
 
     @property
     def normaliser(self) -> Tensor:
@@ -147,4 +159,7 @@ class MemoryBanks(nn.Module):
 
 def made_with(contrast: dict, bank: str) -> tuple[float, int]:
     """K and the number of rows of a checkpoint's memory; NaN and 0 where it does not say."""
-    return (*contrast.get("params", torch.empty(0)).flatten().tolist(), math.nan)[0], (*contrast[bank].shape, 0)[0]
+    return (*contrast.get("params", torch.empty(0)).flatten().tolist(), math.nan)[0], (
+        *contrast[bank].shape,
+        0,
+    )[0]

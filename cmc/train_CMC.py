@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Contrastive Multiview Coding: pre-training.
 
-Yonglong Tian, Dilip Krishnan, Phillip Isola. ECCV 2020, arXiv:1906.05849. Lightness is contrasted with colour (--view), or
-any number of views with each other (--views). A minute on a laptop, and a run like those published:
+Yonglong Tian, Dilip Krishnan, Phillip Isola. ECCV 2020, arXiv:1906.05849. Lightness is contrasted
+with colour (--view), or any number of views with each other (--views). A minute on a laptop, and a
+run like those published:
 
     python cmc/train_CMC.py --demo --epochs 1
     python cmc/train_CMC.py --data_folder IMAGENET100 --dataset imagenet100 --model resnet50v1 \\
@@ -15,27 +16,39 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-import common  # isort: split
-
 import torch
 import torch.nn.functional as F
 
 from cmc import colour
 from cmc.contrast import LONG_AGO, MemoryBanks
 from cmc.networks import MODELS, build_network
-from common import UsageError, augment, backbones, batchnorm, cli, launch, memory, options, schedule
-from runner import checkpoint, knn, layouts, loop
+from common import (
+    UsageError,
+    augment,
+    backbones,
+    batchnorm,
+    cli,
+    launch,
+    memory,
+    metrics,
+    options,
+    schedule,
+)
 from common.precision import Precision
 from preprocess import demo
+from runner import checkpoint, knn, layouts, loop, resume
 
+PREFIX = "encoder.module."  # of the networks' parameter names in the published files
 PRESETS = {
-    # 50,000 small pictures (CIFAR): the published settings compare with a third of the data set at every step
+    # 50,000 small pictures (CIFAR): the published settings compare with a third of them every step
     "small": dict(
-        model="resnet18v1", dataset="folder", input_res=32, small_stem=True, softmax=True, nce_k=4096, nce_t=0.1
+        model="resnet18v1", dataset="folder", input_res=32, small_stem=True, softmax=True,
+        nce_k=4096, nce_t=0.1,
     ),
     "demo": dict(
-        data="data/demo", dataset="folder", model="resnet18v1", input_res=32, epochs=12, batch_size=64, learning_rate=0.03,
-        lr_decay_epochs="8,10", nce_k=512, nce_t=0.1, workers=2, save_freq=100, model_path="runs/try-cmc", seed=0,
+        data="data/demo", dataset="folder", model="resnet18v1", input_res=32, epochs=12,
+        batch_size=64, learning_rate=0.03, lr_decay_epochs="8,10", nce_k=512, nce_t=0.1, workers=2,
+        save_freq=100, model_path="runs/try-cmc", seed=0,
     ),
 }  # fmt: skip
 
@@ -43,85 +56,112 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    g.add_argument("--data_folder", dest="data", help="data set root with train/CLASS/*, or pictures alone")
-    options.add_data_arguments(g, trees=("imagenet", "imagenet100", "folder"), default="imagenet", workers=18)
-    about = "least share of the picture that a crop covers; default .2, with --dataset imagenet and a ResNet .08"
+    about = "data set root with train/CLASS/*, or pictures alone"
+    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    trees = ("imagenet", "imagenet100", "folder")
+    options.add_data_arguments(g, trees, default="imagenet", workers=18)
+    about = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
     g.add_argument("--crop_low", type=cli.share, help=about)
 
     g = parser.add_argument_group("model")
     about = "network of each view; v1, v2, v3: stages of half, once, twice the width"
-    g.add_argument("--model", choices=list(MODELS), default="alexnet", help=about)
-    g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, no max-pool: for small pictures")
+    g.add_argument("--model", "--arch", choices=list(MODELS), default="alexnet", help=about)
+    g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
-    about = "colour space; its lightness is one view, the other two channels the other"
-    g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help=about)
-    about = "views made of other channels, or more than two: every pair is contrasted; such as L,a,b or L,ab,YCbCr:CbCr"
+    about = "colour space; its lightness is one view, the other two channels are the other"
+    g.add_argument(
+        "--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help=about
+    )
+    about = "views of other channels, every pair contrasted, such as L,a,b or L,ab,YCbCr:CbCr"
     g.add_argument("--views", metavar="VIEW,VIEW,...", help=about)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument("--nce_k", type=cli.positive_int, default=16384, help="negatives per anchor")
-    g.add_argument("--nce_t", type=cli.positive, help="temperature; default .07, with --dataset stl10 .1")
+    g.add_argument("--nce_t", type=cli.positive, help="temperature; default .07, on stl10 .1")
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="momentum of a memory row")
-    about = (
-        "NCE: Z follows a moving average (its decay rises to .99), or stays that of the first batch, as first published"
-    )
+    about = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=about)
-    g.add_argument("--exclude-self", action="store_true", help="never draw a picture as its own negative")
+    about = "never draw a picture as its own negative"
+    g.add_argument("--exclude-self", action="store_true", help=about)
     about = "batch-norm groups over all processes, as on that many GPUs"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=about)
 
     options.add_sgd_arguments(parser.add_argument_group("optimisation"))
     g = parser.add_argument_group("run")
-    g.add_argument("--model_path", default="./runs/cmc", help="the run gets a folder of its own in here")
+    about = "the run gets a folder of its own in here"
+    g.add_argument("--model_path", default="./runs/cmc", help=about)
     options.add_name_argument(g)
-    g.add_argument("--tb_path", help="TensorBoard events go below here; default: into the run folder")
-    options.add_run_arguments(g)
+    options.add_run_arguments(g, tb_path=True)
     options.add_monitor_arguments(g, "mean over the pairs of views")
     options.add_hardware_arguments(parser, apex=True, compile=True)
     parser.ignore("TensorBoard gets a point every --print_freq steps", "tb_freq")
     parser.ignore("pre-training uses SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
-
     options.check(args)
+    settle(args)
+    return cli.freeze(args)
+
+
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
     if args.data is None:
-        raise UsageError("no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures")
+        raise UsageError(options.NO_DATA)
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
     if args.views is not None:  # in one spelling; None where they are the default ones
         views = colour.parse_views(args.views, args.view)
-        args.views = None if views == colour.default_views(args.view) else ",".join(view.name for view in views)
+        args.views = ",".join(view.name for view in views)
+        if views == colour.default_views(args.view):
+            args.views = None
     if args.crop_low is None:  # published: .08 for a ResNet on ImageNet whatever was typed
-        args.crop_low = 0.08 if args.dataset == "imagenet" and args.model != "alexnet" else 0.2
+        is_imagenet_resnet = args.dataset == "imagenet" and args.model != "alexnet"
+        args.crop_low = 0.08 if is_imagenet_resnet else 0.2
     if args.nce_t is None:
         args.nce_t = 0.1 if args.dataset == "stl10" else 0.07
     if args.model == "alexnet":
-        if args.bn_splits > 1:
-            raise UsageError(f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split")
-        with torch.device("meta"):  # no numbers, only shapes: says if the pictures are too small
-            network = build_network(args.model, colour.chosen_views(args), args.feat_dim, args.small_stem)
-        backbones.feature_shape(network, (sum(network.channels), args.input_res, args.input_res), layer=1)
+        check_alexnet(args)
     if "nce_z" in args.typed and "softmax" not in args.typed:
         args.softmax = False  # whatever the preset says
     if args.softmax and "nce_z" in args.typed:
         raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two")
     args.folder = options.run_folder(args, args.model_path, run_name(args))
-    return args
+
+
+def check_alexnet(args) -> None:
+    """Raise UsageError where AlexNet cannot have these batch-norm groups or this input."""
+    if args.bn_splits > 1:
+        raise UsageError(
+            f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split"
+        )
+    with torch.device("meta"):  # no numbers, only shapes: raises where the pictures are too small
+        views = colour.chosen_views(args)
+        network = build_network(args.model, views, args.feat_dim, args.small_stem)
+    shape = (sum(network.channels), args.input_res, args.input_res)
+    backbones.feature_shape(network, shape, layer=1)
 
 
 def run_name(args) -> str:
-    """The published name of the run folder. What it leaves out (temperature, data set, ...) is in config.json."""
-    loss = "softmax" if args.softmax else "nce" if args.nce_z == "ema" else "nce_oneshot"
-    views = f"_views_{'-'.join(colour.view_keys(colour.chosen_views(args)))}" if args.views else ""
-    return (
-        f"memory_{loss}_{args.nce_k}_{args.model}_lr_{args.learning_rate}_decay_{args.weight_decay}_bsz_{args.batch_size}"
-        f"{f'_amp_{args.opt_level}' * args.amp}_view_{args.view}{views}"
+    """Return the published name of the run folder; what it leaves out is in config.json."""
+    loss = "softmax"
+    if not args.softmax:
+        loss = "nce" if args.nce_z == "ema" else "nce_oneshot"
+    name = (
+        f"memory_{loss}_{args.nce_k}_{args.model}_lr_{args.learning_rate}"
+        f"_decay_{args.weight_decay}_bsz_{args.batch_size}"
     )
+    if args.amp:
+        name += f"_amp_{args.opt_level}"
+    name += f"_view_{args.view}"
+    if args.views:
+        name += f"_views_{'-'.join(colour.view_keys(colour.chosen_views(args)))}"
+    return name
 
 
 def recipe(args) -> augment.Compose:
-    """The augmentation: crop and flip; then the channels of all views. There is no jitter, greyscale or blur."""
+    """Return the view: crop and flip, then the channels of all views; no jitter, grey or blur."""
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop_low, 1.0))
-    return augment.Compose(crop, augment.RandomHorizontalFlip(), colour.Views(colour.chosen_views(args)))
+    flip = augment.RandomHorizontalFlip()
+    return augment.Compose(crop, flip, colour.Views(colour.chosen_views(args)))
 
 
 def build_loader(args, process: launch.Process):
@@ -129,102 +169,142 @@ def build_loader(args, process: launch.Process):
 
 
 class CMC:
-    """A network and a memory bank for every view. A step compares each view's feature with bank rows of the other views of
-    this picture and of drawn ones, then writes it to its own bank."""
+    """A network and a memory bank for every view.
+
+    A step compares each view's feature with bank rows of the other views, of this picture and of
+    drawn ones, and then writes it to its own bank.
+    """
 
     def __init__(self, args, n: int, process: launch.Process):
-        self.views, self.alexnet = colour.chosen_views(args), args.model == "alexnet"
-        self.names, self.softmax, self.exclude_self = colour.bank_names(self.views), args.softmax, args.exclude_self
+        self.args = args
+        self.views = colour.chosen_views(args)
+        self.names = colour.bank_names(self.views)
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem)
         batchnorm.split(network, batchnorm.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
-        sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-        self.precision = Precision(args.amp, process.device, args.amp_backend, args.opt_level)
-        self.encoder, self.optimizer = self.precision.prepare(network, torch.optim.SGD(network.parameters(), **sgd))
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=args.learning_rate,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        self.precision = Precision.of(args, process.device)
+        self.network, self.optimizer = self.precision.prepare(network, optimizer)
         if args.compile:
-            self.encoder.compile()
-        self.wrapped = launch.parallel(self.encoder, process)
+            self.network.compile()
+        self.wrapped = launch.parallel(self.network, process)
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory = MemoryBanks(n, args.feat_dim, self.names, *bank).to(process.device)
-        draws = torch.Generator(process.device).manual_seed(args.seed)  # negatives; the same on every rank
-        self.generators, self.scores = {"draws": draws}, [] if args.save_score else None
+        draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
+        self.generators = {"draws": draws}
 
-    def step(self, views, index):
-        (images,) = (v.contiguous(memory_format=torch.channels_last) for v in views)
+    def step(self, batch: loop.Batch) -> dict:
+        images = batch.views[0].contiguous(memory_format=torch.channels_last)
         with self.precision.autocast():
             feats = self.wrapped(images)
         feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # V times N x D
-        rows = memory.draw_rows(index, self.memory.n, self.memory.k, self.generators["draws"], self.exclude_self)
-        losses, out = self.memory(feats, rows, self.scores)  # of every view; of every pair, N x (1 + K)
+        rows = memory.draw_rows(
+            batch.index,
+            self.memory.n,
+            self.memory.k,
+            self.generators["draws"],
+            self.args.exclude_self,
+        )
+        logits = self.memory.logits(feats, rows)  # of every pair, N x (1 + K)
+        losses, out = self.memory.losses(logits)  # of every view
         self.precision.step(losses.sum(), self.optimizer)
         everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
-        self.memory.update(everyone, launch.all_gather(index))
-        return losses.detach(), [o.detach() for o in out]
+        self.memory.update(everyone, launch.all_gather(batch.index))
+        values = self.curves(losses.detach(), [pair.detach() for pair in out])
+        if self.args.save_score:
+            values["scores"] = self.statistics(logits)
+        return values
 
     def curves(self, losses, out) -> dict:
-        """The published curves of each view: its loss, and "prob", the mean of column 0, which with InfoNCE is a logit; then
-        the probability of the positive itself (InfoNCE), or Z over the number of pictures (NCE), over all pairs of views."""
-        probs = torch.stack([o[:, 0].mean() for o in out]).view(len(self.names), -1).mean(1)
+        """Return the published curves, of each view: its loss, and the mean of column 0 as "prob".
+
+        With InfoNCE that is a logit, and the probability of the positive comes beside it; with NCE
+        it is Z over the number of pictures, over all pairs of views.
+        """
+        probs = torch.stack([pair[:, 0].mean() for pair in out]).view(len(self.names), -1).mean(1)
         curves = {"loss": losses.sum()}
         for name, loss, prob in zip(self.names, losses, probs):
             curves |= {f"{name}_loss": loss, f"{name}_prob": prob}
-        if not self.softmax:
-            return curves | {"z_over_n": self.memory.normaliser.mean() / self.memory.n}
-        return curves | {"positive_prob": torch.stack([(o[:, 0] - o.logsumexp(1)).exp().mean() for o in out]).mean()}
+        if self.args.softmax:
+            positives = [(pair[:, 0] - pair.logsumexp(1)).exp().mean() for pair in out]
+            return curves | {"positive_prob": torch.stack(positives).mean()}
+        return curves | {"z_over_n": self.memory.normaliser.mean() / self.memory.n}
+
+    def statistics(self, logits):
+        """Return the score statistics (N, 5) of a step, their mean over the pairs of views."""
+        t = self.memory.temperature
+        pairs = [metrics.score_statistics(pair[:, 0], pair[:, 1:], t) for pair in logits]
+        return torch.stack(pairs).mean(0)
 
     def embed(self, images):
-        """What enters the heads, of all views side by side: (N, D)."""
+        """Return what enters the heads, of all views side by side: (N, D)."""
+        layer = 7 if self.args.model == "alexnet" else 6
         with self.precision.autocast():
-            return torch.cat(backbones.feature(self.encoder, images, 7 if self.alexnet else 6), 1)
+            return torch.cat(backbones.feature(self.network, images, layer), 1)
 
     def pictures(self, views) -> dict:
         return colour.Views(self.views).pictures(views[0])
 
     def state_dict(self) -> dict:
-        model = layouts.add_prefix(self.encoder.state_dict(), PREFIX)
-        return {"model": model, "contrast": self.memory.state_dict(), "z_updates": self.memory.updates}
+        return {
+            "model": layouts.add_prefix(self.network.state_dict(), PREFIX),
+            "contrast": self.memory.state_dict(),
+            "z_updates": self.memory.updates,
+        }
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         self.memory.load(saved["contrast"], saved.get("z_updates", LONG_AGO), saved.path)
-        checkpoint.load_into(self.encoder, layouts.strip_prefix(saved["model"], PREFIX), saved.path)
+        model = layouts.strip_prefix(saved["model"], PREFIX)
+        checkpoint.load_into(self.network, model, saved.path)
 
 
-PREFIX = "encoder.module."  # of the networks' parameter names in the published files
-
-
-def learning_rate(args, epoch: int) -> float:
-    """Epochs count from 1; the first one after 120 complete ones is the first to drop."""
-    return schedule.step(args.learning_rate, epoch, args.milestones, args.lr_decay_rate, inclusive=False)
+def learning_rate(args, at: loop.At) -> float:
+    """Return the rate, which drops when 120, 160, 200 epochs are complete."""
+    return schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
 
 
 def worker(args, process: launch.Process) -> None:
-    files = dict(last="current.pth", numbered="ckpt_epoch_{}.pth", same=("model", "view", "views"))
-    events = os.path.join(args.tb_path, os.path.basename(args.folder)) if args.tb_path else True
-    with loop.Job(args, process, args.folder, **files, tensorboard=events) as job:
-        groups = batchnorm.splits_here(args, process) * process.world_size
+    files = loop.Files(
+        __file__,
+        last="current.pth",
+        numbered="ckpt_epoch_{}.pth",
+        same=(*resume.PICTURES, "model", "view", "views"),
+        events=options.events(args, args.folder),
+    )
+    with loop.Job(args, process, args.folder, files) as job:
+        args = job.args
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
-        n, views = len(loader.dataset), colour.chosen_views(args)
-        knn = knn.loaders(args, process, loader.dataset, options.plain_view(args, colour.Views(views)))
-        method = CMC(args, n, process)
-        names = ", ".join(view.name for view in views)
-        loss = "InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}"
-        job.begin(loader, method, views=names, loss=loss, crop_low=args.crop_low, nce_t=args.nce_t, bn_groups=groups)
-        if args.nce_k >= n:
+        pictures = loader.dataset
+        plain = options.plain_view(args, colour.Views(colour.chosen_views(args)))
+        neighbours = knn.loaders(args, process, pictures, plain)
+        method = CMC(args, len(pictures), process)
+        job.begin(
+            loader,
+            method,
+            views=", ".join(view.name for view in method.views),
+            loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}",
+            crop_low=args.crop_low,
+            nce_t=args.nce_t,
+            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+        )
+        if args.nce_k >= len(pictures):
             job.warn(
-                f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn again and again, the "
-                "picture itself too (--exclude-self); use fewer (--preset small)"
+                f"--nce_k {args.nce_k} draws more negatives than there are images "
+                f"({len(pictures)}): each is drawn again and again, the picture itself too "
+                "(--exclude-self); use fewer (--preset small)"
             )
-        for epoch in job.epochs():
-            lr = learning_rate(args, epoch)
-            schedule.set_lr(method.optimizer, lr)
-            for views, _, index in job.batches():
-                losses, out = method.step(views, index)
-                job.track(**method.curves(losses, out), learning_rate=lr)
-                if args.save_score:
-                    job.keep_scores(method.scores.pop())
+        for _ in job.epochs():
+            for batch in job.batches(learning_rate):
+                job.track(**method.step(batch))
             if job.due(args.knn_every):
-                knn.evaluate(job, method.encoder, method.embed, knn)
+                knn.evaluate(job, method, neighbours)
 
 
 def main(argv=None) -> None:

@@ -1,9 +1,9 @@
-"""Image networks without a method: torchvision's by name, residual networks of any width, two towers.
+"""Image networks without a method: torchvision's by name, residual networks of any width, towers.
 
 One numbering of layers serves linear evaluation and k-NN alike:
 
-* residual networks (torchvision's and `WidthResNet`): 1 after the stem and its pooling, 2-5 the four stages,
-  6 the pooled vector, 7 the output of `fc`;
+* residual networks (torchvision's and `WidthResNet`): 1 after the stem and its pooling, 2-5 the
+  four stages, 6 the pooled vector, 7 the output of `fc`;
 * a network with a method `stages`: the layers are what it returns;
 * any other torchvision network whose last layer is `fc`: 6 the vector that enters it, 7 the output.
 
@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from common import UsageError
+from common import UsageError, UserError
 
 BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512.03385
     18: (BasicBlock, [2, 2, 2, 2]),
@@ -33,53 +33,54 @@ BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512
 
 
 def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
-    """The torchvision classification network `arch` (constructor name in lower case) with random weights.
+    """Return the torchvision network `arch` (constructor name in lower case), weights drawn.
 
-    small_stem: see `use_small_stem` (residual networks only).
-    num_classes: outputs of the last layer; None keeps torchvision's 1000, 0 leaves `fc` out (output = pooled vector).
-    Raises UsageError for an unknown name, or an option this architecture does not have.
+    num_classes: outputs of the last layer; None: torchvision's 1000; 0: `fc` is left out, and the
+    output is the pooled vector. small_stem: see `use_small_stem` (residual networks only).
+    Raises UsageError for an unknown name, or an option that this architecture does not have.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
-        close = difflib.get_close_matches(arch.lower(), names, n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "use a torchvision constructor such as resnet50"
+        hint = "use a torchvision constructor such as resnet50"
+        if close := difflib.get_close_matches(arch.lower(), names, n=4, cutoff=0.5):
+            hint = f"did you mean {', '.join(close)}?"
         raise UsageError(f"unknown architecture '{arch}': {hint}")
-    options = {"num_classes": num_classes} if num_classes else {}
-    if arch in ("googlenet", "inception_v3"):  # their extra training outputs would change the type of the output
-        options |= {"aux_logits": False, "init_weights": True}
+    options = {}
+    if num_classes:
+        options["num_classes"] = num_classes
+    if arch in ("googlenet", "inception_v3"):  # in training they would return extra outputs too
+        options.update(aux_logits=False, init_weights=True)
     model = torchvision.models.get_model(arch, weights=None, **options)
     if small_stem:
         if not isinstance(model, ResNet):
-            raise UsageError(f"the small-image stem needs a residual network such as resnet18, not '{arch}'")
+            raise UsageError(
+                f"the small-image stem needs a residual network such as resnet18, not '{arch}'"
+            )
         use_small_stem(model)
     if num_classes == 0:
         if not hasattr(model, "fc"):
-            raise UsageError(f"architecture '{arch}' has no last layer `fc` to leave out: use one such as resnet50")
+            raise UsageError(
+                f"architecture '{arch}' has no last layer `fc` to leave out: use resnet50 or alike"
+            )
         model.fc = nn.Identity()
     return model
 
 
-def name_of(state: dict[str, Tensor]) -> str | None:
-    """The torchvision name of the residual network whose parameters `state` holds, whatever stands before their names."""
-    blocks = {m.groups() for k in state if (m := re.search(r"layer(\d)\.(\d+)\.conv(3?)", k))}
-    counts = [len({block for stage, block, _ in blocks if stage == str(n)}) for n in range(1, 5)]
-    kind = Bottleneck if any(third for *_, third in blocks) else BasicBlock
-    plain = any(k.endswith("layer1.0.conv1.weight") and v.shape[:1] == (64,) for k, v in state.items())
-    return next((f"resnet{depth}" for depth, known in BLOCKS.items() if plain and known == (kind, counts)), None)
-
-
 def use_small_stem(model: ResNet) -> None:
-    """Change a residual network in place: 3x3 stride-1 first convolution, no max-pooling, for small pictures.
+    """Give a residual network the stem for small pictures: 3x3, stride 1, no max-pooling; in place.
 
-    The new convolution keeps nn.Conv2d's own uniform initialisation, as published small-image code leaves it.
+    The new convolution keeps nn.Conv2d's own uniform initialisation, as published code leaves it.
     """
     old = model.conv1
-    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
 
 
 def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
-    """The network cut at its numbered layers: layer n is the first n functions, one after the other; None: unknown."""
+    """Cut a network at its numbered layers: layer n is the first n functions, one after the other.
+
+    Returns None for a network that cannot be cut.
+    """
     if isinstance(model, ResNet):
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         pooling = nn.Sequential(model.avgpool, nn.Flatten())
@@ -88,10 +89,11 @@ def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
 
 
 def feature(model: nn.Module, x: Tensor, layer: int | None = None):
-    """Output of `model` for images x (N, C, H, W) at a layer (see the top of this module); None is the last one.
+    """Return the output of `model` for images x (N, C, H, W) at a layer; None: at the last one.
 
-    (N, C', H', W') up to the last stage, (N, D) after it. For `TwoTowers`: a tuple, every tower's features.
-    Gradients and train/eval mode are as the caller set them. Raises UsageError for a layer the model does not have.
+    It is (N, C', H', W') up to the last stage and (N, D) after it, and for `TwoTowers` a tuple of
+    every tower's. Gradients and train/eval mode are as the caller set them. Layers are numbered as
+    at the top of this module. Raises UsageError for a layer that the model does not have.
     """
     if isinstance(model, TwoTowers):
         return model(x, layer)
@@ -102,7 +104,9 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
             x = part(x)
         return x
     if layer not in (6, 7, None) or not hasattr(model, "fc"):
-        raise UsageError(f"{type(model).__name__}: only layers 6 (what enters `fc`) and 7 (output) can be read")
+        raise UsageError(
+            f"{type(model).__name__}: only layers 6 (what enters `fc`) and 7 (output) can be read"
+        )
     entered = []
     with model.fc.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
         output = model(x)
@@ -111,58 +115,157 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
 
 @torch.no_grad()
 def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: int | None = None):
-    """Shape of `feature` for one image (C, H, W), without the batch axis; one for each tower of `TwoTowers`.
+    """Return the shape of `feature` of one image (C, H, W), or those of every tower of `TwoTowers`.
 
-    Runs one black image in evaluation mode and leaves modes and batch-norm statistics as they were.
+    Runs one black image in evaluation mode; modes and batch-norm statistics stay as they were.
     """
     training = [module for module in model.modules() if module.training]
+    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     model.eval()
     try:
-        out = feature(model, torch.zeros(1, *image_shape, device=next(model.parameters()).device), layer)
+        out = feature(model, image, layer)
     finally:
         for module in training:
             module.training = True
-    return tuple(tuple(o.shape[1:]) for o in out) if isinstance(out, tuple) else tuple(out.shape[1:])
+    if isinstance(out, tuple):
+        return tuple(tuple(part.shape[1:]) for part in out)
+    return tuple(out.shape[1:])
 
 
 class WidthResNet(ResNet):
-    """torchvision's residual network with all stages scaled by `width`; the stem keeps 64 channels at every width.
+    """torchvision's residual network with all stages scaled by `width`, and a stem of 64 channels.
 
     depth: 18, 34, 50, 101 or 152. in_channels: of the input. width: 0.5, 1, 2, 4, ...
-    dim: length of the output, fc is Linear(512 * width * expansion -> dim); 0 leaves fc out.
-    Convolutions are drawn from N(0, 2 / (k * k * out_channels)), batch-norm starts at 1 and 0. The pooling is adaptive:
-    at 224 pixels that is the fixed 7x7 average, and other sizes work too.
-    Parameter names are torchvision's, so with width 1 and 3 channels its state dict fits torchvision's own network.
+    dim: length of the output; fc is Linear(512 * width * expansion -> dim), and 0 leaves it out.
+    Convolutions are drawn from N(0, 2 / (k * k * out_channels)), batch-norm starts at 1 and 0. The
+    pooling is adaptive: at 224 pixels that is the fixed 7x7 average, and other sizes work too.
+    Parameter names are torchvision's: with width 1 and 3 channels its own network takes them.
+    Raises UsageError for a depth or a width that there is none of.
     """
 
     def __init__(
-        self, depth: int = 50, in_channels: int = 3, width: float = 1, dim: int = 128, *, small_stem: bool = False
+        self,
+        depth: int = 50,
+        in_channels: int = 3,
+        width: float = 1,
+        dim: int = 128,
+        *,
+        small_stem: bool = False,
     ):
         if depth not in BLOCKS:
             raise UsageError(f"depth {depth}: residual networks come in {', '.join(map(str, BLOCKS))}")
         if width <= 0 or 64 * width != int(64 * width):
             raise UsageError(f"width {width}: 64 times the width must be a whole number of channels")
         self.width = width  # before super().__init__, which calls _make_layer
-        block, counts = BLOCKS[depth]
-        super().__init__(block, counts, num_classes=1)
+        super().__init__(*BLOCKS[depth], num_classes=1)
         if in_channels != 3:
-            self.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         if small_stem:
             use_small_stem(self)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        fc = nn.Linear(self.inplanes, dim or 1)  # inplanes: after the last stage; drawn also where it is left out
+        fc = nn.Linear(self.inplanes, dim or 1)  # drawn also where it is left out
         self.fc = fc if dim else nn.Identity()
 
     def _make_layer(self, block, planes, *args, **kwargs):
         return super()._make_layer(block, int(planes * self.width), *args, **kwargs)
 
 
-class TwoTowers(nn.Module):
-    """Two networks or more that share nothing, each looking at its own channels of one input.
+class Trunk(ResNet):
+    """torchvision's ResNet of the shapes of `state`, whose forward returns the maps of its stages.
 
-    make_tower: called as make_tower(in_channels) once per tower. channels: how many each tower takes, in input order.
-    names: of the two submodules, and so the prefixes of their keys in the state dict.
-    forward(x, layer): x (N, sum(channels), H, W) -> the towers' features at that layer; None: their outputs.
+    state: parameters of a ResNet under torchvision's names. Their shapes tell depth, widths,
+    groups, input channels, and whether the stem is the one for small pictures (3x3, no pooling).
+    The weights are drawn: loading `state` is the caller's.
+    path: names the file in the UserError that is raised where `state` is of no ResNet.
+
+    in_channels: of the input. planes: 64 times the width. maps: channels of the four stages.
+    forward: images (N, C, H, W) -> the list of the maps of the four stages.
+    """
+
+    def __init__(self, state: dict[str, Tensor], path: str):
+        kernels = {name: tuple(value.shape) for name, value in state.items() if value.dim() == 4}
+        counts, _ = _blocks(kernels)
+        stem = kernels.get("conv1.weight")
+        second = kernels.get("layer1.0.conv2.weight")
+        if not stem or not second or not all(counts) or not all((*stem, *second)):
+            names = ", ".join(name[:60] for name in list(state)[:3])
+            raise UserError(
+                f"{path}: a ResNet is needed, and this is another network (it has {names})"
+            )
+        self.stem = stem
+        self.in_channels = stem[1]
+        self.planes = second[0]
+        block, options = BasicBlock, {}
+        if third := kernels.get("layer1.0.conv3.weight"):
+            block = Bottleneck
+            self.planes = third[0] // Bottleneck.expansion
+            groups = second[0] // second[1]
+            width_per_group = second[0] * 64 // (self.planes * groups)
+            options = {"groups": groups, "width_per_group": width_per_group}
+        self.maps = [self.planes * block.expansion * 2**stage for stage in range(4)]
+        super().__init__(block, counts, num_classes=1, **options)
+        self.fc = nn.Identity()
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:  # the first stage: torchvision has just built its own stem
+            self.inplanes, channels, side, _ = self.stem
+            stride = 1 if side == 3 else 2
+            self.conv1 = nn.Conv2d(
+                channels, self.inplanes, side, stride, padding=side // 2, bias=False
+            )
+            self.bn1 = nn.BatchNorm2d(self.inplanes)
+            if side == 3:
+                self.maxpool = nn.Identity()
+        return super()._make_layer(block, planes * self.planes // 64, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    @property
+    def arch(self) -> str:
+        """The name of the network, such as resnet50, or resnet18x0.5 where it is half as wide."""
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
+        name = f"resnet{_depth(type(self.layer1[0]), list(map(len, layers)))}"
+        return name if self.planes == 64 else f"{name}x{self.planes / 64:g}"
+
+
+def name_of(state: dict[str, Tensor]) -> str | None:
+    """Return torchvision's name of the residual network with the parameters `state`, or None.
+
+    Anything may stand before the names of the parameters.
+    """
+    first = [value for name, value in state.items() if name.endswith("layer1.0.conv1.weight")]
+    counts, is_deep = _blocks(state)
+    depth = _depth(Bottleneck if is_deep else BasicBlock, counts)
+    is_plain = any(value.shape[:1] == (64,) for value in first)
+    return f"resnet{depth}" if depth and is_plain else None
+
+
+def _blocks(names) -> tuple[list[int], bool]:
+    """Return the number of blocks of each stage, and whether they are bottlenecks."""
+    matches = [re.search(r"layer([1-4])\.(\d+)\.conv([123])\.", name) for name in names]
+    parts = {match.groups() for match in matches if match}
+    blocks = {(stage, number) for stage, number, _ in parts}
+    counts = [sum(block[0] == str(stage) for block in blocks) for stage in range(1, 5)]
+    return counts, any(convolution == "3" for *_, convolution in parts)
+
+
+def _depth(block: type, counts: list[int]) -> int | str:
+    """Return the depth of the network of these blocks, or "" where BLOCKS has none such."""
+    return next((depth for depth, value in BLOCKS.items() if value == (block, counts)), "")
+
+
+class TwoTowers(nn.Module):
+    """Two networks or more that share nothing, each on its own channels of one input.
+
+    make_tower(in_channels): builds one tower. channels: how many each tower takes, in their order.
+    names: of the submodules, and so the prefixes of their keys in the state dict.
+    forward(x, layer): images (N, sum(channels), H, W) -> each tower's `feature` at that layer.
     """
 
     def __init__(
@@ -172,7 +275,8 @@ class TwoTowers(nn.Module):
         names: Sequence[str] = ("first", "second"),
     ):
         super().__init__()
-        self.channels, self.names = tuple(channels), tuple(names)
+        self.channels = tuple(channels)
+        self.names = tuple(names)
         for name, count in zip(self.names, self.channels, strict=True):
             self.add_module(name, make_tower(count))
 

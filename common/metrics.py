@@ -1,4 +1,4 @@
-"""Numbers about a model: accuracy, scores, features of a data set, k-NN."""
+"""Numbers that say how good a model is: accuracy, scores, features of a data set, k-NN."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> list[Tensor]:
-    """Percent of rows whose target is among the k highest logits, one 0-dim tensor on their device for each k.
+    """Return the percentage of rows whose target is among the k highest logits, for each k.
 
-    logits (N, C), target (N,) class numbers. A k above C counts as C, so top-5 of four classes is 100. N = 0 gives 0.
+    logits (N, C), target (N,) class numbers -> one 0-dim tensor on their device for each k. A k
+    above C counts as C, so top-5 of four classes is 100. N = 0 gives 0.
     Never waits for the device: read the result only when it is printed.
     """
     n, classes = logits.shape
@@ -22,32 +23,42 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
 
 
 @torch.no_grad()
-def score_statistics(positive: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """What a step's scores look like, one row for each query: (B, 5), float32, on their device.
+def score_statistics(
+    positive: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return five statistics of every query's scores: (B, 5), float32, on their device.
 
-    positive (B,), negatives (B, K): logits, that is similarities divided by `temperature`. Columns: mean and unbiased variance
-    of the negative similarities; the positive similarity; mean of exp(negative logit); exp(positive logit). The five of Zhu
-    et al., arXiv:2108.02982, as their code saves them (there the first three in float16). mask (B, K): which of `negatives`
-    are some; None: all. Of a query without any, means are NaN, and the variance with less than two.
+    positive (B,), negatives (B, K): logits, that is similarities divided by `temperature`.
+    mask (B, K): True where a column is a negative of that row; None: everywhere.
+    Columns: mean and unbiased variance of the negative similarities; the positive similarity; mean
+    of exp(negative logit); exp(positive logit). They are the five of Zhu et al., arXiv:2108.02982,
+    as their code saves them (there the first three in float16).
+    Means of a query without negatives are NaN, as is the variance of fewer than two.
     """
-    positive, negatives = positive.detach().float(), negatives.detach().float()
+    positive = positive.detach().float()
+    negatives = negatives.detach().float()
+    count = negatives.new_full((), negatives.shape[1]) if mask is None else mask.sum(1)
 
-    def kept(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return x if mask is None else x.where(mask, 0)
 
-    count = negatives.new_full((), negatives.shape[1]) if mask is None else mask.sum(1)
-    mean, exponential = (kept(x).sum(1) / count for x in (negatives, negatives.exp()))
-    distance = torch.linalg.vector_norm(kept(negatives - mean[:, None]), dim=1)  # torch.var takes five times as long
+    mean = masked(negatives).sum(1) / count
+    exponential = masked(negatives.exp()).sum(1) / count
+    # torch.var takes five times as long.
+    distance = torch.linalg.vector_norm(masked(negatives - mean[:, None]), dim=1)
     variance = distance.square() / (count - 1).clamp(min=0)
-    columns = (mean * temperature, variance * temperature**2, positive * temperature, exponential, positive.exp())
-    return torch.stack(columns, 1)
+    similarities = (mean * temperature, variance * temperature**2, positive * temperature)
+    return torch.stack((*similarities, exponential, positive.exp()), 1)
 
 
 @torch.no_grad()
-def extract_features(model_fn: Callable[[Tensor], Tensor], loader: Iterable) -> tuple[Tensor, Tensor]:
-    """Features (N, D) in float32 and targets (N,) of the first view of a whole loader, in its order, left on the device.
+def extract_features(
+    model_fn: Callable[[Tensor], Tensor], loader: Iterable
+) -> tuple[Tensor, Tensor]:
+    """Return features (N, D) in float32 and targets (N,) of the first view of a whole loader.
 
-    model_fn maps a batch of images to (B, D) rows; mode, layer and normalisation are its business. ValueError if empty.
+    Rows are in the order of the loader and stay on the device. model_fn maps a batch of images to
+    (B, D) rows; it sees to mode, layer and normalisation. Raises ValueError if the loader is empty.
     """
     features, targets = [], []
     for views, target, _ in loader:
@@ -67,32 +78,36 @@ def knn(
     num_classes: int,
     k: int = 200,
     temperature: float = 0.07,
-    *,
     chunk_elements: int = 2**26,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted k-nearest-neighbour accuracy of Wu et al., arXiv:1805.01978, Sec. 3.4: (top-1, top-5) in percent.
+    """Classify by the k nearest neighbours; return top-1 and top-5 accuracy in percent.
 
-    bank_features (M, D) with bank_targets (M,) vote, features (N, D) with targets (N,) are classified. Rows need not be
-    unit vectors, similarity is the cosine. Each of the k nearest bank rows adds exp(similarity / temperature) to its
-    class; equal scores rank the lower class number first. Rows labelled -1 (unlabelled pictures) are left out on both
-    sides. A k above the number of labelled bank rows means all of them.
+    bank_features (M, D) with bank_targets (M,) vote, features (N, D) with targets (N,) are
+    classified: each of the k nearest bank rows adds exp(cosine / temperature) to the score of its
+    class (Wu et al., arXiv:1805.01978, section 3.4). Equal scores rank the lower class number
+    first. Rows labelled -1 (unlabelled pictures) are left out on both sides. A k above the number
+    of labelled bank rows means all of them.
 
-    Works on the bank's device, a chunk of queries at a time: about 4 * chunk_elements bytes of similarities (256 MiB).
-    Returns 0-dim tensors; top-5 of fewer than five classes is 100. Raises ValueError if no labelled row is left.
+    Works on the bank's device, on a chunk of queries at a time: about 4 * chunk_elements bytes of
+    cosines (256 MiB). Returns 0-dim tensors; top-5 of fewer than five classes is 100.
+    Raises ValueError if no labelled row is left.
     """
     device = bank_features.device
     bank, bank_targets = _labelled(bank_features, bank_targets, "bank")
     features, targets = _labelled(features, targets, "query")
-    bank, k = bank.float(), min(k, len(bank))
-    bank_scale = 1 / bank.norm(dim=1).clamp_min(1e-12)  # (M,), instead of a normalised copy of the bank
+    bank = bank.float()
+    k = min(k, len(bank))
+    bank_scale = 1 / bank.norm(dim=1).clamp_min(1e-12)  # (M,), instead of a normalised copy
+    rows = max(1, chunk_elements // len(bank))
     hits = torch.zeros(2, device=device)
-    for rows, labels in zip(*(x.split(max(1, chunk_elements // len(bank))) for x in (features, targets))):
+    for queries, labels in zip(features.split(rows), targets.split(rows)):
         labels = labels.to(device)
-        cosines = (F.normalize(rows.to(device).float(), dim=1) @ bank.T).mul_(bank_scale)  # (n, M)
-        similarity, neighbours = cosines.topk(k, dim=1)  # (n, k) each
-        # Relative to the nearest neighbour: a common factor per row, without which small temperatures overflow.
-        weights = torch.exp((similarity - similarity[:, :1]) / temperature)
-        votes = torch.zeros(len(rows), num_classes, device=device)
+        queries = F.normalize(queries.to(device).float(), dim=1)
+        cosines = (queries @ bank.T).mul_(bank_scale)  # (n, M)
+        nearest, neighbours = cosines.topk(k, dim=1)  # (n, k) each
+        # Without a common factor per row, exp would overflow at small temperatures.
+        weights = torch.exp((nearest - nearest[:, :1]) / temperature)
+        votes = torch.zeros(len(queries), num_classes, device=device)
         votes.scatter_add_(1, bank_targets[neighbours], weights)
         ranked = votes.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None]
         hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
@@ -100,9 +115,10 @@ def knn(
     return top1, top5
 
 
-def _labelled(features: Tensor, targets: Tensor, what: str) -> tuple[Tensor, Tensor]:
+def _labelled(features: Tensor, targets: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Return the rows that have a label. side: names them where there are none."""
     targets = targets.to(features.device)
     keep = targets >= 0
     if not keep.any():
-        raise ValueError(f"k-NN needs labelled {what} rows, all {len(targets)} are unlabelled")
+        raise ValueError(f"k-NN needs labelled {side} rows, all {len(targets)} are unlabelled")
     return (features, targets) if keep.all() else (features[keep], targets[keep])

@@ -7,6 +7,8 @@ import os
 from common import UsageError, augment, cli, data, launch, sets
 
 TREES = ("folder", "imagenet", "imagenet100")
+SMALL_STEM = "3x3 first convolution, no max-pool: for small pictures"
+NO_DATA = "no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures"
 
 
 def add_data_arguments(
@@ -54,9 +56,7 @@ def add_sgd_arguments(group, about_lr: str = "not scaled with the batch", **defa
         default=128,
         help="global, over all processes",
     )
-    group.add_argument(
-        "--learning_rate", "--lr", type=cli.positive, default=0.03, help=about_lr
-    )
+    group.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.03, help=about_lr)
     group.add_argument(
         "--lr_decay_epochs",
         default="120,160,200",
@@ -66,17 +66,20 @@ def add_sgd_arguments(group, about_lr: str = "not scaled with the batch", **defa
         "--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop"
     )
     group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    group.add_argument(
-        "--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay"
-    )
+    group.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay")
     group.set_defaults(**defaults)
 
 
-def add_run_arguments(group, save_freq: int | None = 10) -> None:
+def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) -> None:
     """Add progress, checkpoints, resume and seed.
 
-    save_freq: the published default; None: there are no numbered checkpoints.
+    save_freq: the published default; None: there are no numbered checkpoints. tb_path: whether
+    events may go to another folder, as some published scripts have it.
     """
+    if tb_path:
+        group.add_argument(
+            "--tb_path", help="TensorBoard events go below here; default: into the run folder"
+        )
     group.add_argument(
         "-p",
         "--print-freq",
@@ -120,6 +123,33 @@ def add_run_arguments(group, save_freq: int | None = 10) -> None:
         type=cli.seed,
         help="seed of everything random; drawn and recorded if not given",
     )
+
+
+def add_linear_sgd_arguments(group, about_lr: str, **defaults) -> None:
+    """Add batch, SGD and a schedule of steps of a linear evaluation, with CMC's published values."""
+    published = {
+        "epochs": 60,
+        "batch_size": 256,
+        "learning_rate": 0.1,
+        "lr_decay_epochs": "30,40,50",
+        "lr_decay_rate": 0.2,
+        "weight_decay": 0.0,
+    }
+    add_sgd_arguments(group, about_lr, **published | defaults)
+
+
+def add_linear_run_arguments(parser, save_path: str, save_freq: int | None = 5) -> None:
+    """Add the folder of a linear evaluation, progress, resume and seed. save_path: the default."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--save_path",
+        "--out",
+        default=save_path,
+        help="the run gets a folder of its own in here",
+    )
+    add_name_argument(group)
+    add_run_arguments(group, save_freq, tb_path=True)
+    group.add_argument("--label", help="name of the run in a report; default: made of its settings")
 
 
 def add_name_argument(

@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
+import time
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import UserError
+from common import UserError, launch
 
-
-def has_amx() -> bool | None:
-    """Whether this CPU has Intel's matrix unit for bfloat16; None where that says nothing (other architectures; bfloat16 in
-    AVX-512 alone, which nobody measured) or PyTorch cannot tell."""
-    with contextlib.suppress(Exception):  # private, or of newer versions
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            if torch.cpu._is_amx_tile_supported():
-                return True
-            return None if torch.cpu._is_avx512_bf16_supported() else False
-    return None
+PICTURES = 16  # in a batch that is timed, or two in each batch-norm group where that is more
+REPEATS = 3  # timed passes each way, after one that is not timed; the fastest counts
 
 
 class Precision:
-    """Mixed precision by torch.autocast: bfloat16 where the hardware has it, else (on CUDA) float16 with a scaler.
+    """Mixed precision by torch.autocast: bfloat16, or float16 with a scaler on GPUs without it.
 
-    Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does nothing unless float16.
-    Off by default, as published. What it costs or gains on a CPU hangs on AMX, its matrix unit for bfloat16: `note` says so.
+    Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does
+    nothing unless float16.
 
-    backend "apex": NVIDIA apex does it at `opt_level`; UserError where no apex is installed that still has `amp`.
+    amp: False, as published; True; or "auto", which is True but on a CPU, where `choose` settles it
+    and until then it is False. remark: one line about that choice for the log, "" without one.
+    backend "apex": NVIDIA apex does it at `opt_level`. Raises UserError where it is not installed.
     """
 
-    def __init__(self, amp: bool, device: torch.device, backend: str = "torch", opt_level: str = "O2"):
+    def __init__(
+        self,
+        amp: bool | str,
+        device: torch.device,
+        backend: str = "torch",
+        opt_level: str = "O2",
+    ):
+        self.apex = _import_apex() if amp and backend == "apex" else None
+        self.opt_level = opt_level
+        self.device_type = device.type
+        self.is_open = amp == "auto" and device.type == "cpu" and self.apex is None
+        self.enabled = bool(amp) and backend == "torch" and not self.is_open
+        self.remark = ""
         half = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        self.device_type, self.enabled = device.type, amp and backend == "torch"
         self.dtype = torch.float16 if half else torch.bfloat16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and half)
-        self.apex, self.opt_level = None, opt_level
-        if amp and backend == "apex":
-            try:
-                from apex import amp as apex
-            except ImportError:
-                raise UserError(
-                    "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in 2025, and the "
-                    "apex of the package index is another project); omit the flag to use torch's own autocast"
-                ) from None
-            if not hasattr(apex, "scale_loss"):
-                raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")
-            self.apex = apex
 
     @classmethod
     def of(cls, args, device: torch.device) -> Precision:
@@ -55,20 +48,60 @@ class Precision:
         backend = getattr(args, "amp_backend", "torch")
         return cls(args.amp, device, backend, getattr(args, "opt_level", "O2"))
 
-    @property
-    def note(self) -> str:
-        """What to say at the start of a run on a CPU where the other choice of --amp is the faster one, or nothing."""
-        amx = has_amx() if self.device_type == "cpu" else None
-        if self.enabled and amx is False:
-            return (
-                "--amp gains nothing on this CPU (no AMX) and may cost: 419 for 468 images/s seen, ResNet-18 at 32 px"
-            )
-        if not self.enabled and amx and self.apex is None:
-            return "--amp can be faster on this CPU (AMX): ResNet-18 at 32 pixels 2.7 times with the 3x3 stem, as fast without"
-        return ""
+    def choose(
+        self,
+        network: nn.Module,
+        image_shape: tuple[int, int, int],
+        encode: Callable[[Tensor], Tensor | Iterable[Tensor]] | None = None,
+    ) -> None:
+        """Settle `--amp auto` on a CPU: time a pass of the network both ways and take the faster.
+
+        A pass is forward and backward, or forward only where no parameter wants a gradient, on
+        random images of image_shape (C, H, W). encode: how images enter the network; None: alone.
+        Call it before the network is compiled or wrapped for several processes. Parameters,
+        gradients, buffers and random generators stay as they are, and all ranks take the choice of
+        rank 0. Does nothing without `--amp auto`, on other devices, and when called again.
+        """
+        if not self.is_open:
+            return
+        seconds = {False: [], True: []}
+        buffers = [buffer.clone() for buffer in network.buffers()]
+        groups = max(getattr(module, "splits", 1) for module in network.modules())
+        rows = groups * max(2, PICTURES // groups)
+        with torch.random.fork_rng(devices=[]):
+            images = torch.rand(rows, *image_shape).to(memory_format=torch.channels_last)
+            for _ in range(1 + REPEATS):
+                for self.enabled in seconds:
+                    start = time.perf_counter()
+                    self._pass(network, encode or network, images)
+                    seconds[self.enabled].append(time.perf_counter() - start)
+        with torch.no_grad():
+            for buffer, value in zip(network.buffers(), buffers):
+                buffer.copy_(value)
+        plain, mixed = launch.agree([min(seconds[enabled][1:]) for enabled in (False, True)])
+        self.enabled = mixed < plain
+        self.is_open = False
+        self.remark = (
+            f"--amp auto: {self}, since {rows} pictures take {mixed:.3f} s in bfloat16 and "
+            f"{plain:.3f} s in float32 here"
+        )
+
+    def _pass(self, network: nn.Module, encode: Callable, images: Tensor) -> None:
+        """Run the network forward, and backward if it is trained, without keeping gradients."""
+        trained = [p for p in network.parameters() if p.requires_grad]
+        with torch.set_grad_enabled(bool(trained)):
+            with self.autocast():
+                out = encode(images)
+            if trained:
+                parts = [out] if isinstance(out, Tensor) else out
+                loss = sum(part.float().square().mean() for part in parts)
+                torch.autograd.grad(loss, trained, allow_unused=True)
 
     def prepare(self, model, optimizer):
-        """(model, optimizer) as the backend wants them: unchanged, or wrapped by apex. Before any parallel wrapper."""
+        """Return (model, optimizer) as the backend wants them, before any parallel wrapper.
+
+        They are unchanged, or wrapped by apex.
+        """
         if self.apex is None:
             return model, optimizer
         return self.apex.initialize(model, optimizer, opt_level=self.opt_level)
@@ -77,7 +110,7 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
 
     def step(self, loss: Tensor, optimizer) -> None:
-        """Fresh gradients of `loss`, and one step of the optimizer."""
+        """Compute fresh gradients of `loss`, and take one step of the optimizer."""
         optimizer.zero_grad(set_to_none=True)
         if self.apex is not None:
             with self.apex.scale_loss(loss, optimizer) as scaled:
@@ -91,4 +124,19 @@ class Precision:
     def __str__(self):
         if self.apex is not None:
             return f"apex {self.opt_level}"
-        return str(self.dtype).removeprefix("torch.") + " autocast" if self.enabled else "float32"
+        return f"{self.dtype} autocast".removeprefix("torch.") if self.enabled else "float32"
+
+
+def _import_apex():
+    """Return NVIDIA's apex.amp. Raises UserError where no apex is installed that still has it."""
+    try:
+        from apex import amp
+    except ImportError:
+        raise UserError(
+            "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in "
+            "2025, and the apex of the package index is another project); omit the flag to use "
+            "torch's own autocast"
+        ) from None
+    if not hasattr(amp, "scale_loss"):
+        raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")
+    return amp

@@ -1,4 +1,7 @@
-"""Learning rates as plain functions of time, in epochs or steps: compute one, then `set_lr`. There is no state to save."""
+"""Learning rates as functions of time, in epochs or steps. There is no state to save.
+
+Compute one, then `set_lr`.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +15,70 @@ from common import UsageError
 
 
 def cosine(base: float, t: float, total: float, floor: float = 0.0) -> float:
-    """Half a cosine from `base` at t = 0 to `floor` at t = total > 0 (else ValueError), flat outside; arXiv:1608.03983, (5)."""
+    """Return half a cosine from `base` at t = 0 to `floor` at t = total, flat outside.
+
+    Equation (5) of SGDR, Loshchilov and Hutter, arXiv:1608.03983. Raises ValueError if total <= 0.
+    """
     if total <= 0:
         raise ValueError(f"a cosine needs total > 0, not {total}")
-    return floor + (base - floor) * 0.5 * (1 + math.cos(math.pi * min(max(t / total, 0.0), 1.0)))
+    progress = min(max(t / total, 0.0), 1.0)
+    return floor + (base - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step(base: float, epoch: float, milestones: Iterable[float], rate: float = 0.1, inclusive: bool = True) -> float:
-    """`base` times `rate` for each milestone passed: at epoch >= m, for epochs counted from 0; else (from 1) at epoch > m.
+def step(
+    base: float,
+    epoch: float,
+    milestones: Iterable[float],
+    rate: float = 0.1,
+    inclusive: bool = True,
+) -> float:
+    """Return `base` times `rate` for each milestone that is passed.
 
-    Both conventions make the epoch after m complete ones the first at the lower rate.
+    A milestone m is passed at epoch >= m (inclusive, for epochs counted from 0) or at epoch > m
+    (for epochs counted from 1). Either way the first epoch at the lower rate is the one after m
+    complete ones.
     """
-    return base * rate ** sum(epoch >= m if inclusive else epoch > m for m in milestones)
+    passed = sum(epoch >= m if inclusive else epoch > m for m in milestones)
+    return base * rate**passed
 
 
 def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
-    """A straight line from `start` at t = 0 to `base` at t = total, `base` after it. total <= 0 means no warm-up."""
-    return base if t >= total else start + (base - start) * max(t, 0.0) / total
+    """Return a straight line from `start` at t = 0 to `base` at t = total, and `base` after it.
+
+    total <= 0 means no warm-up.
+    """
+    if t >= total:
+        return base
+    return start + (base - start) * max(t, 0.0) / total
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate `lr`. A rate kept in a tensor (capturable optimizers) is filled."""
+    """Give every parameter group the learning rate `lr`.
+
+    A rate that is kept in a tensor (capturable optimizers) is filled.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs") -> tuple[int, ...]:
-    """Milestones in increasing order, from "120,160,200" (spaces allowed) or a list of integers; "" means none.
+    """Return milestones in increasing order, from "120,160,200" or a list of integers.
 
-    Raises UsageError, naming `flag`, unless they are different whole epochs of at least 0.
+    Spaces are allowed, and "" means none. Raises UsageError, naming `flag`, unless they are
+    different whole epochs of at least 0.
     """
+    is_filled = isinstance(text, str) and text.strip()
     try:
-        milestones = sorted(map(int, text.split(",") if isinstance(text, str) and text.strip() else text or ()))
+        milestones = sorted(map(int, text.split(",") if is_filled else text or ()))
     except ValueError:
-        raise UsageError(f"{flag} '{text}': give whole epochs with commas between them, like 120,160,200") from None
+        raise UsageError(
+            f"{flag} '{text}': give whole epochs with commas between them, like 120,160,200"
+        ) from None
     if min(milestones, default=0) < 0 or len(set(milestones)) < len(milestones):
-        raise UsageError(f"{flag} '{text}': epochs must be different and not negative, like 120,160,200")
+        raise UsageError(
+            f"{flag} '{text}': epochs must be different and not negative, like 120,160,200"
+        )
     return tuple(milestones)

@@ -1,4 +1,4 @@
-"""What the scripts here share: work spread over processes or machines, progress that tells the rate, whole files."""
+"""What the scripts here share: work in several processes, a rate on standard error, whole files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
 from pathlib import Path
@@ -24,11 +24,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UsageError, UserError, launch
-from runner.progress import clock
+from common import UsageError, UserError, files, launch
 from common.sets import SPLIT_NAMES, few
+from runner.progress import clock
 
 STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
+LINE_EVERY = 5.0  # seconds between two progress lines
+QUICK = 1.0  # seconds; work that ends earlier prints no progress line
+AHEAD = 4  # jobs handed in per process: a million jobs are not pickled ahead
 
 
 class Interrupted(UserError):
@@ -38,24 +41,33 @@ class Interrupted(UserError):
 
 
 def default_workers(jobs: int, jobs_per_start: int) -> int:
-    """One process per core, fewer for little work: starting a process costs as much as `jobs_per_start` jobs."""
+    """Return one process per core, and fewer where there is little work.
+
+    Starting a process costs as much as `jobs_per_start` jobs.
+    """
     return max(1, min(launch.cores(), 1 + jobs // jobs_per_start))
 
 
+def count_processes(count: int) -> str:
+    """Return "1 process" or "4 processes"."""
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def start_worker() -> None:
+    """Prepare a process of a pool: it ends with its parent, ignores Ctrl-C and uses one thread."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which cancels the rest
+    one_thread()
+
+
 def _end_with_parent() -> None:
+    """Wait for the parent to end, then end this process: a killed parent leaves none behind."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
-def start_worker() -> None:
-    """First thing in a process of a pool."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # a killed parent leaves no process behind
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which cancels what is left
-    one_thread()
-
-
 def one_thread() -> None:
-    """There is one process per core already: no library starts threads of its own in it."""
+    """Keep libraries from starting threads: there is one process per core already."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
@@ -63,22 +75,25 @@ def one_thread() -> None:
 def in_processes(
     function: Callable, jobs: Iterable, workers: int, names: Callable[..., list[str]] | None = None
 ) -> Iterator:
-    """function(job) of every job, as they are done, in any order. With one worker: in this process, in order.
+    """Yield function(job) of every job as they are done, in any order.
 
-    `function` and the jobs must pickle. An exception of `function` cancels what has not begun and is raised here.
-    names: the pictures of a job, for the message of the UserError that is raised where a process dies.
+    With one worker they run in this process and in order; otherwise `function` and the jobs must
+    pickle. names: returns the pictures of a job, for the error below. An exception of `function`
+    cancels the jobs that have not begun and is raised here. Raises UserError where a process dies.
     """
     if workers == 1:
         yield from map(function, jobs)
         return
     # spawn: safe in a program that has started threads, and the same on every system
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
-        waiting, jobs = {}, iter(jobs)  # in the order of submission, which is that of the work
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+        waiting: dict[Future, object] = {}  # in the order of the work
+        jobs = iter(jobs)
         try:
             while True:
                 for job in jobs:
                     waiting[pool.submit(function, job)] = job
-                    if len(waiting) >= 4 * workers:  # a million jobs are not pickled ahead
+                    if len(waiting) >= AHEAD * workers:
                         break
                 if not waiting:
                     return
@@ -86,96 +101,147 @@ def in_processes(
                     yield future.result()
                     del waiting[future]
         except BrokenProcessPool:
-            lost = [job for future, job in waiting.items() if isinstance(future.exception(), BrokenProcessPool)]
-            at = f" at work on {few([name for job in lost[:workers] for name in names(job)])}" if names else ""
-            raise UserError(f"a worker process died (out of memory?){at}; try again with fewer --workers") from None
+            raise _process_died(waiting, workers, names) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-class Rate:
-    """A bar on a terminal, else a plain line every few seconds: "LABEL: 640/10000 pictures, 153/s, 1:01 left, 4 s".
+def _process_died(
+    waiting: dict[Future, object], workers: int, names: Callable[..., list[str]] | None
+) -> UserError:
+    """Return the error that names the pictures which the dead process may have worked on."""
+    place = ""
+    if names:
+        lost = [
+            job
+            for future, job in waiting.items()
+            if isinstance(future.exception(), BrokenProcessPool)
+        ]
+        pictures = [name for job in lost[:workers] for name in names(job)]
+        place = f" at work on {few(pictures)}"
+    return UserError(
+        f"a worker process died (out of memory?){place}; try again with fewer --workers"
+    )
 
-    Counts from `start` to `total` on standard error. Silent when disabled or done at once.
+
+class Rate:
+    """A bar on a terminal, else a plain line every few seconds, on standard error.
+
+    A line is "LABEL: 640/10000 pictures, 153/s, 1:01 left, 4 s". Counts from `start` to `total`.
+    Nothing is printed when disabled, or where the work is done at once.
     """
 
     def __init__(self, label: str, total: int, unit: str, enabled: bool = True, start: int = 0):
-        self.label, self.total, self.unit, self.first, self.done = label, total, unit, start, start
-        self.started, self.next_line = time.monotonic(), 1.0 if enabled else float("inf")
-        on_terminal = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=start, desc=label, unit=unit, leave=False) if on_terminal else None
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.first = start
+        self.done = start
+        self.started = time.monotonic()
+        self.next_line = QUICK if enabled else float("inf")
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=label, unit=unit, leave=False)
 
     def add(self, n: int) -> None:
+        """Count n more."""
         self.done += n
         elapsed = self.seconds
         if self.bar is not None:
             self.bar.update(n)
-        elif elapsed >= self.next_line or (self.done == self.total and 1.0 < self.next_line < float("inf")):
-            rate = (self.done - self.first) / max(elapsed, 1e-6)
-            left = clock((self.total - self.done) / max(rate, 1e-6))
-            what = f"{self.unit}, {rate:.{0 if rate >= 10 else 1}f}/s, {left} left, {elapsed:.0f} s"
-            print(f"{self.label}: {self.done}/{self.total} {what}", file=sys.stderr, flush=True)
-            self.next_line = elapsed + 5
+            return
+        has_printed = QUICK < self.next_line < float("inf")
+        if elapsed >= self.next_line or (self.done == self.total and has_printed):
+            self._print_line(elapsed)
+            self.next_line = elapsed + LINE_EVERY
+
+    def _print_line(self, elapsed: float) -> None:
+        rate = (self.done - self.first) / max(elapsed, 1e-6)
+        digits = 0 if rate >= 10 else 1
+        left = clock((self.total - self.done) / max(rate, 1e-6))
+        print(
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.{digits}f}/s, "
+            f"{left} left, {elapsed:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
     @property
     def seconds(self) -> float:
+        """Return the seconds since the start."""
         return time.monotonic() - self.started
 
 
 def split_folders(tree: str | Path) -> list[Path]:
-    """The folders train/, val/, test/ and validation/ that a tree has."""
+    """Return those of the folders train/, val/, test/ and validation/ that a tree has."""
     folders = [Path(tree) / name for name in ("train", *SPLIT_NAMES["val"])]
     return [folder for folder in folders if folder.is_dir()]
 
 
 def lies_in(out: str | Path, root: str | Path, splits: Iterable[str | Path]) -> Path | None:
-    """The folder in which `out` really lies, links followed: `root`, one of `splits` or a class linked there; else None.
+    """Return the folder in which `out` really lies: `root`, a split or a class linked there.
 
-    splits: folders of class folders. ImageNet-100 is a tree of links: what is written below a class becomes part of it.
+    splits: folders of class folders. Links are followed, because ImageNet-100 is a tree of links
+    and what is written below a class becomes part of it. Returns None where `out` lies elsewhere.
     """
     real = Path(os.path.realpath(out))
     places = {str(place) for place in (real, *real.parents)}
     linked = [entry.path for split in splits for entry in os.scandir(split) if entry.is_symlink()]
-    return next((Path(p) for p in (root, *splits, *linked) if os.path.realpath(p) in places), None)
+    for folder in (root, *splits, *linked):
+        if os.path.realpath(folder) in places:
+            return Path(folder)
+    return None
 
 
 def check_own(out: Path, settings: str) -> None:
-    """UsageError where OUT is a file, or a folder that holds something else than what the script with `settings` made."""
+    """Raise UsageError unless OUT is new, empty, or was made by the script that writes `settings`.
+
+    settings: the name of the script's file of settings in OUT.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, not a folder")
-    if out.is_dir() and not (out / settings).is_file() and not all(unfinished(p.name) for p in out.iterdir()):
-        raise UsageError(f"{out}: is not empty and was not made by this script: name a new or an empty folder")
+    if not out.is_dir() or (out / settings).is_file():
+        return
+    if not all(unfinished(path.name) for path in out.iterdir()):
+        raise UsageError(
+            f"{out}: is not empty and was not made by this script: name a new or an empty folder"
+        )
 
 
-def again(flag: str, given: bool) -> str:
-    """How to go on after an interruption: `flag`, if it was given, would start over."""
-    return f"the same command{f' without {flag}' * given} goes on from there"
+def continue_hint(flag: str, given: bool) -> str:
+    """Return how to continue after an interruption; `flag`, where given, would start over."""
+    without = f" without {flag}" if given else ""
+    return f"the same command{without} goes on from there"
 
 
 def unfinished(name: str) -> bool:
-    """Is it what `write` leaves behind where it is killed?"""
+    """Return whether a file name is one that a killed writer leaves behind."""
     return name.startswith(".") and name.endswith(".partial")
 
 
 def shard(text: str) -> tuple[int, int]:
-    """The value of --shard I/N: part I of N, from 1/N to N/N."""
+    """Parse the value of --shard I/N: part I of N, from 1/N to N/N."""
     part, _, parts = text.partition("/")
-    found = int(part), int(parts)
-    if not 1 <= found[0] <= found[1]:
+    share = (int(part), int(parts))
+    if not 1 <= share[0] <= share[1]:
         raise ValueError
-    return found
+    return share
 
 
 shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
 
 
 def read(path: str) -> BytesIO:
-    """The content of a file. Raises OSError, also where it is a FIFO, a socket or a device: reading them may never end."""
+    """Return the content of a file.
+
+    Raises OSError, also for a FIFO, a socket or a device: reading one may never end.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb") as file:
@@ -183,7 +249,7 @@ def read(path: str) -> BytesIO:
 
 
 def reason(error: Exception) -> str:
-    """Why a picture failed, on one line."""
+    """Return why a picture failed, on one line."""
     if isinstance(error, MemoryError):
         return "too large for the memory (fewer --workers leave more of it)"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -192,12 +258,18 @@ def reason(error: Exception) -> str:
     return " ".join(text.split())[:150] or type(error).__name__
 
 
-def write(path: str, content) -> None:
-    """Write a file in one step: whoever is stopped leaves a whole file or none. Raises OSError with the path.
+def system_reason(error: OSError) -> str:
+    """Return what the system says of a failed call, in lower case."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
 
-    Unlike `common.checkpoint.replacing` it suits pictures by the million, made by several machines at once: the unfinished
-    file has a name of its own on every machine and in every thread, and an ending that no reader takes for a picture; it
-    is not synced to the disk (after a power cut, look at the tree with check_images.py).
+
+def write_picture(path: str, content) -> None:
+    """Write a picture in one step: a stopped process leaves a whole file or none.
+
+    Unlike `files.replacing` it does not sync: a sync for each of millions of small files would take
+    longer than making them (after a power cut, look at the tree with check_images.py). The
+    unfinished file's name holds the machine, because several machines may write into one tree.
+    Raises OSError, which names `path`.
     """
     mark = f".{platform.node()[:32]}-{os.getpid()}-{threading.get_ident()}.partial"
     partial = os.path.join(os.path.dirname(path), mark)
@@ -214,18 +286,24 @@ def write(path: str, content) -> None:
 
 
 def remove_stale(partial: str) -> None:
+    """Remove an unfinished file, unless it is so new that its writer may be at work."""
     with contextlib.suppress(OSError):
         if time.time() - os.stat(partial).st_mtime > STALE:
             os.unlink(partial)
 
 
 def list_failures(out: Path, name: str, part: tuple[int, int], failures: dict[str, str]) -> Path:
-    """OUT/NAME.txt, one of its own per shard: "class/picture<TAB>reason". Removed where nothing failed."""
-    file = out / (f"{name}.txt" if part == (1, 1) else f"{name}-{part[0]}-of-{part[1]}.txt")
-    if failures:
-        controls = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # one line a file, whatever it is called
-        lines = "".join(f"{path.translate(controls)}\t{why}\n" for path, why in sorted(failures.items()))
-        write(str(file), lines.encode("utf-8", "surrogateescape"))
-    else:
-        file.unlink(missing_ok=True)
-    return file
+    """Write OUT/NAME.txt, one of its own per shard, and return its path.
+
+    A line is "class/picture<TAB>reason". The file is removed where nothing failed.
+    """
+    suffix = "" if part == (1, 1) else f"-{part[0]}-of-{part[1]}"
+    listing = out / f"{name}{suffix}.txt"
+    if not failures:
+        listing.unlink(missing_ok=True)
+        return listing
+    controls = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a picture is one line
+    with files.replacing(listing, "w", encoding="utf-8", errors="surrogateescape") as file:
+        for path, why in sorted(failures.items()):
+            file.write(f"{path.translate(controls)}\t{why}\n")
+    return listing

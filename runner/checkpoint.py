@@ -64,9 +64,7 @@ def load(path: str | Path) -> dict:
             raise UserError(
                 f"{path} contains code ({code[1]}), not only tensors and numbers: refused"
             ) from None
-        raise UserError(
-            f"{path} is truncated or not a checkpoint ({_first_line(error)})"
-        ) from None
+        raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
     return loaded
@@ -230,7 +228,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         values = {k: v for k, v in state.get(number, {}).items() if v is not None}
         if values:
             kept[number] = values
-        fits &= all(torch.as_tensor(v).shape == param.shape for k, v in values.items() if k != "step")
+        fits &= all(
+            torch.as_tensor(v).shape == param.shape for k, v in values.items() if k != "step"
+        )
     if not fits:
         raise UserError(
             f"{saved.path}: its optimizer is not one of this network's parameters "

@@ -193,8 +193,7 @@ class RunFolder:
             self._metrics.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self._metrics_path}: {error.strerror}; "
-                "checkpoints so far are whole"
+                f"cannot write {self._metrics_path}: {error.strerror}; checkpoints so far are whole"
             ) from None
         if self._events:
             self._log_events(step, record)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from common import UsageError, augment, cli, data, launch, metrics, options, sets
+from runner.features import Embed, embed_images
 
 BATCH = 256  # pictures per process
-Embed = Callable[[Tensor], Tensor]
-
-
-@torch.no_grad()
-def embed_images(embed: Embed, images: Tensor) -> Tensor:
-    """Return the features of images (N, 3, S, S) in float32."""
-    return embed(images.contiguous(memory_format=torch.channels_last)).float()
 
 
 def loaders(
@@ -57,9 +49,7 @@ def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[T
     return tuple(map(launch.gather_ragged, found))
 
 
-def evaluate(
-    job, method, both: tuple[data.Loader, data.Loader], temperature: float = 0.07
-) -> None:
+def evaluate(job, method, both: tuple[data.Loader, data.Loader], temperature: float = 0.07) -> None:
     """Let the training pictures vote on those of val/; print and log the accuracy of this epoch.
 
     both: what `loaders` returned.

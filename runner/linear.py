@@ -7,7 +7,6 @@ classifier by the same `Spec`.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common import UsageError, UserError, augment, cli, data, launch, metrics, options, sets
+from common import UserError, cli, data, launch, metrics, options, sets
 from common.precision import Precision
-from runner import checkpoint, layouts, loop
-from runner.knn import Embed, embed_images
-from runner.progress import Progress
-
-CACHE_BYTES = 32 << 30  # more than this is refused: memory would run out an hour later
+from runner import checkpoint, layouts, loop, pretrained
+from runner.features import CachedViews, Embed, FreshViews, validate
 
 
 @dataclass(frozen=True)
@@ -95,140 +91,31 @@ def add_arguments(group) -> None:
     )
 
 
-def pretrained(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoint.Saved:
-    """Return the pre-training checkpoint at `path`, or the newest in that run folder or those in it.
-
-    flag: what named it. first: the script that writes it. any_resnet: also take another paper's
-    single network with the names of a ResNet. Raises UsageError where there is none, and UserError
-    where it is a classifier or another paper's.
-    """
-    if os.path.isdir(path):
-        newest = layouts.newest_below(path)
-        if newest is None:
-            raise UsageError(f"{flag} {path}: no checkpoint in this folder; run {first} first")
-        path = newest
-    elif not os.path.exists(path) and "--demo" in first:
-        raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
-    saved = checkpoint.Saved(path)
-    if saved.get("step") and saved["step"] == saved.get("steps"):  # its k-NN was still to come
-        saved.update(epoch=saved["epoch"] + 1, step=0)
-    if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier of a linear evaluation: give the network to {flag}, "
-            "this to --resume"
-        )
-    paper = saved.paper
-    if paper is not None and not first.startswith(paper.folder + "/"):
-        if not (any_resnet and "conv1.weight" in layouts.backbone(saved)):
-            raise UserError(f"{path} is of {saved.script}: evaluate it with {paper.evaluation}")
-    return saved
+def files(args, script: str, folder: str, **others) -> loop.Files:
+    """Return what most linear evaluations write: current.pth, and ckpt_epoch_N.pth."""
+    settings = {
+        "last": "current.pth",
+        "numbered": "ckpt_epoch_{}.pth" if getattr(args, "save_freq", None) else "",
+        "by_epoch": True,
+        "events": options.events(args, folder),
+    }
+    return loop.Files(script, **settings | others)
 
 
-# ------------------------------------------------------------------------------------- features
+def freeze(network: nn.Module, process: launch.Process) -> nn.Module:
+    """Return the network on the device, in evaluation mode and without gradients."""
+    network = network.requires_grad_(False).eval()
+    return network.to(process.device, memory_format=torch.channels_last)
 
 
-class FreshViews:
-    """Features of the batches of a loader, computed as they are asked for: new views every epoch."""
-
-    def __init__(self, embed: Embed, loader: data.Loader):
-        self.embed = embed
-        self.loader = loader
-        self.set_epoch = loader.set_epoch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for (images,), target, index in self.loader:
-            yield embed_images(self.embed, images), target, index
-
-
-class CachedViews:
-    """Features of several augmented views of every picture of this rank, gone through in turn.
-
-    loader: of rows in order (shuffle=False, drop_last=False), with other views at every `set_epoch`.
-    views: how many. The order of an epoch is drawn from the seed, its number and the rank.
-    until(batches): may end the embedding early, by an exception. flag: what asked for it.
-    Raises UserError where the features would need more than CACHE_BYTES.
-    """
-
-    def __init__(
-        self,
-        embed: Embed,
-        loader: data.Loader,
-        views: int,
-        seed: int,
-        print_freq: int,
-        show: bool,
-        until: Callable = iter,
-        flag: str = "--cache-views",
-    ):
-        kept = []
-        for view in range(views):
-            loader.set_epoch(view)
-            label = f"Embedding view {view + 1} of {views}: "
-            progress = Progress(label, len(loader), print_freq, enabled=show)
-            feats, targets = [], []
-            for feat, target, _ in until(FreshViews(embed, loader)):
-                self._check_size(feat, len(loader) * views, f"{flag} {views}")
-                feats.append(feat)
-                targets.append(target)
-                progress.update(len(target))
-            progress.close()
-            kept.append(torch.cat(feats))
-        self.features = torch.stack(kept)  # (views, n, ...)
-        self.targets = torch.cat(targets)  # (n,)
-        # As many rows per epoch as every rank has, so that all of them take the same steps.
-        self.rows = min(launch.gather_objects(len(self.targets)))
-        self.batch = loader.batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    @staticmethod
-    def _check_size(feat: Tensor, batches: int, flag: str) -> None:
-        needed = 4 * feat.numel() * batches
-        if needed > CACHE_BYTES:
-            raise UserError(
-                f"{flag}: features of {feat[0].numel()} numbers need {needed >> 30} GB of memory; "
-                "omit the flag, or choose a layer with fewer"
-            )
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.batch)
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        self.epoch = epoch
-        self.start = start_step
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        seed = self.seed + 1_000_003 * self.epoch + launch.rank()
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.targets), generator=generator)[: self.rows]
-        features = self.features[self.epoch % len(self.features)]
-        for rows in order.split(self.batch)[self.start :]:
-            rows = rows.to(self.targets.device)
-            yield features[rows], self.targets[rows], rows
-
-
-@torch.no_grad()
-def validate(classifier: Callable[[Tensor], Tensor], batches) -> tuple[float, float, float]:
-    """Return (top-1, top-5) accuracy in percent and the mean cross-entropy, all ranks together.
-
-    batches: (features, targets, index).
-    """
-    sums = []
-    for feats, target, _ in batches:
-        logits = classifier(feats)
-        top1, top5 = metrics.accuracy(logits, target, (1, 5))
-        loss = cross_entropy(logits, target)
-        values = torch.stack([top1, top5, loss, torch.ones_like(loss)])
-        sums.append(values.double() * len(target))
-    top1, top5, loss, rows = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
-    return top1 / rows, top5 / rows, loss / rows
-
-
-# ----------------------------------------------------------------------------------- the method
+def sgd(args, parameters) -> torch.optim.Optimizer:
+    """Return SGD with the flags of options.add_sgd_arguments."""
+    return torch.optim.SGD(
+        parameters,
+        lr=args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+    )
 
 
 class Classifier:
@@ -455,11 +342,12 @@ def report(job: loop.Job, saved: checkpoint.Saved, **found) -> None:
     saved: the checkpoint of the network. found: further values.
     """
     args, spec, scores = job.args, job.method.spec, job.method.scores
-    origin = pretraining_of(saved)
-    folder = os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
+    origin = pretrained.origin(saved)
     seed = origin["seed"]
     values = {
-        "label": getattr(args, "label", None) or spec.label(args, saved) or folder,
+        "label": getattr(args, "label", None)
+        or spec.label(args, saved)
+        or pretrained.parent(saved),
         "arch": getattr(args, "model", None) or args.arch,
         "data": args.data,
         "split": "val",
@@ -477,89 +365,3 @@ def report(job: loop.Job, saved: checkpoint.Saved, **found) -> None:
     if spec.published:
         values["table"] = spec.published
     job.log.result(**values)
-
-
-def pretraining_of(saved: checkpoint.Saved) -> dict:
-    """Return what a result says of the pre-training whose checkpoint `saved` is."""
-    return {
-        "epochs": saved.get("epoch"),
-        "seed": (saved.get("opt") or {}).get("seed"),
-        "pretrained": saved.path,
-        **saved.how_far(),
-    }
-
-
-# ------------------------------------------------------------------------------------ reopening
-
-
-@dataclass
-class Reopened:
-    """A trained classifier with its network.
-
-    logits: images (N, 3, S, S) on the device -> float32 (N, C). view: the evaluation's, geometry
-    included. args: the flags with what the files say. network_file: the checkpoint of the network.
-    """
-
-    logits: Callable[[Tensor], Tensor]
-    view: augment.Compose
-    args: Any
-    network_file: checkpoint.Saved
-    classes: int
-    digest: str
-
-
-def reopen(
-    spec: Spec,
-    saved: checkpoint.Saved,
-    network: str,
-    side: int | None,
-    process: launch.Process,
-    precision: Precision,
-) -> Reopened:
-    """Open the classifier in `saved`, written by the script of `spec`.
-
-    network: path of its network, for files that hold a classifier alone. side: of the input in
-    pixels; None: that of the linear evaluation. Raises UserError where the files do not fit.
-    """
-    with saved.within():
-        args = spec.parse_args(_argv(spec, saved, network, side))
-        if spec.whole:
-            source, args = saved, spec.whole(saved, args)
-        else:
-            source, args = spec.read(args)
-        classes = _outputs(saved)
-        model, classifier = spec.network(source, args, classes, process)
-        spec.load(model, classifier.eval(), saved)
-        digest = spec.digest(source, model)
-
-    def logits(images: Tensor) -> Tensor:
-        with precision.autocast():
-            features = spec.embed(model, images, args)
-        return classifier(features.float())
-
-    view = spec.recipe(args, source, False)
-    return Reopened(logits, view, args, source, classes, digest)
-
-
-def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -> list[str]:
-    """Return a command line with the flags that the classifier's file decides."""
-    flags = dict(saved.get("opt") or saved.get("args") or {})
-    if side is not None:
-        flags[spec.side] = side
-    argv = [*spec.argv]
-    if not spec.whole:
-        argv.append(f"--{spec.flag}={network}")
-    for name in (*spec.reopened, spec.side):
-        value = flags.get(name)
-        if value is True:
-            argv.append(f"--{name}")
-        elif value not in (None, False):
-            argv.append(f"--{name}={value}")
-    return argv
-
-
-def _outputs(saved: checkpoint.Saved) -> int:
-    """Return the number of classes of a classifier: the rows of its last weight."""
-    state = saved.get("classifier") or saved["state_dict"]
-    weights = [value for name, value in state.items() if name.endswith("weight")]
-    return len(weights[-1])

@@ -1,16 +1,16 @@
 """A run from start to finish: the script owns its loops, the job remembers where it is.
 
-    files = loop.Files(__file__, last="current.pth", numbered="ckpt_epoch_{}.pth")
-    with loop.Job(args, process, folder, files) as job:  # reads what --resume names
-        args = job.args  # with the seed of the run
-        loader = build_loader(args, process)
-        method = CMC(args, len(loader.dataset), process)
-        job.begin(loader, method)  # restores; then opens the run folder
-        for epoch in job.epochs():  # from where the last run stopped
-            for batch in job.batches(learning_rate):  # saves at the end, or where a signal asks
-                job.track(**method.step(batch))
-            if job.due(args.knn_every):
-                knn.evaluate(job, method, neighbours)
+files = loop.Files(__file__, last="current.pth", numbered="ckpt_epoch_{}.pth")
+with loop.Job(args, process, folder, files) as job:  # reads what --resume names
+    args = job.args  # with the seed of the run
+    loader = build_loader(args, process)
+    method = CMC(args, len(loader.dataset), process)
+    job.begin(loader, method)  # restores; then opens the run folder
+    for epoch in job.epochs():  # from where the last run stopped
+        for batch in job.batches(learning_rate):  # saves at the end, or where a signal asks
+            job.track(**method.step(batch))
+        if job.due(args.knn_every):
+            knn.evaluate(job, method, neighbours)
 """
 
 from __future__ import annotations

@@ -1,0 +1,255 @@
+"""The files of a packed split: names, header, settings, and how an unfinished one is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import UsageError, UserError, files, printable
+from common.sets import PACK_FORMAT, PACK_VERSION, FolderSet
+from preprocess.workers import lies_in, split_folders
+
+HEADER_BYTES = 128  # of the .npy file; fixed, so that the count can be filled in at the end
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class PackFiles:
+    """The paths of one split. `partial` and `marker` exist while it is being written."""
+
+    folder: Path
+    split: str
+
+    @property
+    def pixels(self) -> Path:
+        return self.folder / f"{self.split}.npy"
+
+    @property
+    def listing(self) -> Path:
+        return self.folder / f"{self.split}.json"
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / f"{self.split}.npy.partial"
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.split}.packing.json"
+
+    @property
+    def failed(self) -> Path:
+        return self.folder / f"{self.split}.failed.txt"
+
+
+def npy_header(count: int, side: int) -> bytes:
+    """Return the first HEADER_BYTES of an .npy file (format 1.0) of `count` squares.
+
+    It is padded with spaces, as the format asks.
+    """
+    shape = f"({count}, {side}, {side}, 3)"
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+    length = HEADER_BYTES - 10
+    padded = text.ljust(length - 1).encode() + b"\n"
+    return np.lib.format.magic(1, 0) + length.to_bytes(2, "little") + padded
+
+
+def size_text(count: int, side: int) -> str:
+    """Return the size of a pack of `count` squares, in decimal and in binary units."""
+    total = HEADER_BYTES + count * 3 * side**2
+    for unit, binary, power in (("GB", "GiB", 3), ("MB", "MiB", 2)):
+        if total >= 1000**power:
+            return f"{total / 1000**power:.1f} {unit} ({total / 1024**power:.1f} {binary})"
+    return f"{total} bytes"
+
+
+def check_output(out: Path, source: Path, flag: str = "the output folder") -> None:
+    """Raise UsageError where `out`, or a split folder in it, is or lies inside `source`.
+
+    Links are followed.
+    """
+    for place in (out, *(out / name for name in (*SPLITS, "test", "validation"))):
+        if lies_in(place, source, split_folders(source)):
+            raise UsageError(
+                f"{flag} {printable(place)} lies inside the input {printable(source)}: "
+                "choose another folder"
+            )
+
+
+def pack_settings(source: FolderSet, side: int) -> dict:
+    """Return what a pack depends on.
+
+    An unfinished pack is only continued, and a finished one only kept, where this is the same.
+    """
+    digest = hashlib.sha256(json.dumps([source.classes, source.targets.tolist()]).encode())
+    for path in source.paths:
+        digest.update(b"\0" + os.fsencode(os.path.relpath(path, source.root)))
+    return {
+        "version": PACK_VERSION,
+        "side": side,
+        "pictures": len(source),
+        "listing": digest.hexdigest(),
+    }
+
+
+def read_marker(paths: PackFiles) -> dict:
+    """Return how far an unfinished pack has come. Raises UserError."""
+    try:
+        return dict(json.loads(paths.marker.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{paths.marker}: cannot be read; start this pack over with --force"
+        ) from None
+
+
+def begin(paths: PackFiles, settings: dict, command: str, force: bool) -> dict | None:
+    """Return the marker to continue from, or None where the pack is finished.
+
+    command: what finishes this pack after an interruption. force: remove a pack that is there.
+    Raises UsageError where another pack is in the way, UserError where the marker is damaged.
+    """
+    if force:
+        for path in (paths.listing, paths.marker, paths.partial, paths.pixels, paths.failed):
+            path.unlink(missing_ok=True)
+    place = printable(paths.folder / paths.split)
+    differs = "of other pictures or another side; give another folder, or --force to replace it"
+    if paths.listing.exists():
+        if json.loads(paths.listing.read_text()).get("settings") != settings:
+            raise UsageError(f"{place}.npy is a finished pack {differs}")
+        return None
+    if paths.marker.exists():
+        state = read_marker(paths)
+        if state.get("settings") != settings:
+            raise UsageError(f"{place}.npy.partial is an unfinished pack {differs}")
+        return state
+    if paths.pixels.exists():
+        raise UsageError(
+            f"{place}.npy is there without {paths.listing.name}: "
+            "remove it, or --force to replace it"
+        )
+    state = {"settings": settings, "done": 0, "count": 0, "failed": [], "command": command}
+    files.write_json(paths.marker, state)
+    return state
+
+
+def finish(source: FolderSet, paths: PackFiles, side: int, state: dict) -> None:
+    """Write the list of a pack whose pixels are whole, which makes it a finished one.
+
+    Raises UserError where no picture of a class could be read.
+    """
+    left_out = {file for file, _ in state["failed"]}
+    sources = [os.path.relpath(path, source.root) for path in source.paths]
+    kept = [row for row, file in enumerate(sources) if file not in left_out]
+    targets = source.targets[kept].tolist()
+    _require_all_classes(source, targets)
+    content = {
+        "format": PACK_FORMAT,
+        "version": PACK_VERSION,
+        "split": paths.split,
+        "count": len(kept),
+        "side": side,
+        "bytes_per_picture": 3 * side**2,
+        "order": "picture, row, column, RGB; uint8",
+        "geometry": f"shorter side resized to {side} (bilinear, antialiased), central square",
+        "source": printable(os.path.abspath(source.root)),
+        "settings": state["settings"],
+        "failed": state["failed"],
+        "classes": source.classes,
+        "targets": targets,
+        "files": [sources[row] for row in kept],
+    }
+    if paths.partial.exists():
+        os.replace(paths.partial, paths.pixels)
+    if state["failed"]:
+        with files.replacing(paths.failed, "w", encoding="utf-8") as file:
+            for name, why in state["failed"]:
+                file.write(f"{printable(name)}\t{why}\n")
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    with files.replacing(paths.listing, "w") as file:  # a line per entry, not one per picture
+        file.write(f"{{\n{lines}\n}}\n")
+    paths.marker.unlink(missing_ok=True)
+
+
+def _require_all_classes(source: FolderSet, targets: Sequence[int]) -> None:
+    """Raise UserError where a class has no readable picture."""
+    empty = sorted(set(range(len(source.classes))) - set(targets))
+    if not empty:
+        return
+    names = ", ".join(printable(source.classes[label]) for label in empty[:5])
+    if len(empty) > 5:
+        names += ", ..."
+    raise UserError(
+        f"{printable(source.root)}: no readable picture in {len(empty)} of "
+        f"{len(source.classes)} classes ({names}): repair or remove them and pack with --force"
+    )
+
+
+class PixelFile:
+    """The pixels of an unfinished pack, and the marker that says how far they are on the disk.
+
+    It is written in place and not by `files.replacing`, because 25 GB must go on where they
+    stopped; the marker, which is only written after a sync, says how much of it is whole.
+    """
+
+    def __init__(self, source: FolderSet, paths: PackFiles, side: int, state: dict):
+        self.source = source
+        self.paths = paths
+        self.bytes_each = 3 * side**2
+        self.side = side
+        self.state = state
+        self.done = state["done"]
+        self.count = state["count"]
+        self.failed = list(state["failed"])
+        self.handle = os.open(paths.partial, os.O_RDWR | os.O_CREAT, 0o666)
+
+    @property
+    def end(self) -> int:
+        """Return the bytes of the header and of the squares so far."""
+        return HEADER_BYTES + self.count * self.bytes_each
+
+    def cut(self) -> None:
+        """Cut off what was written after the marker. Raises UserError where less is there."""
+        if self.count and os.fstat(self.handle).st_size < self.end:
+            raise UserError(
+                f"{printable(self.paths.partial)}: shorter than its marker says; "
+                "start over with --force"
+            )
+        os.ftruncate(self.handle, self.end)
+        self._write(npy_header(0, self.side), 0)
+
+    def append(self, first: int, squares: np.ndarray, failures: list[tuple[int, str]]) -> None:
+        """Write the squares of a block. failures: (row in the block, reason) of the others."""
+        if len(squares):
+            self._write(squares, self.end)
+        self.count += len(squares)
+        for row, why in failures:
+            name = os.path.relpath(self.source.path(first + row), self.source.root)
+            self.failed.append([name, why])
+        self.done = first + len(squares) + len(failures)
+
+    def complete(self) -> None:
+        """Fill in the count of the header."""
+        self._write(npy_header(self.count, self.side), 0)
+        self.save()
+
+    def save(self) -> None:
+        """Sync the pixels, then write the marker."""
+        os.fsync(self.handle)
+        self.state.update(done=self.done, count=self.count, failed=self.failed)
+        files.write_json(self.paths.marker, self.state)
+
+    def _write(self, content, offset: int) -> None:
+        content = memoryview(content).cast("B")
+        while content:
+            written = os.pwrite(self.handle, content, offset)
+            content = content[written:]
+            offset += written
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.handle)

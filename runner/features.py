@@ -1,0 +1,123 @@
+"""Features of a frozen network: of fresh views at every epoch, or of views that are embedded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from common import UserError, data, launch, metrics
+from runner.progress import Progress
+
+CACHE_BYTES = 32 << 30  # more than this is refused: memory would run out an hour later
+
+Embed = Callable[[Tensor], Tensor]  # images (N, 3, S, S) on the device -> features (N, ...)
+
+
+@torch.no_grad()
+def embed_images(embed: Embed, images: Tensor) -> Tensor:
+    """Return the features of images (N, 3, S, S) in float32."""
+    return embed(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+class FreshViews:
+    """Features of the batches of a loader, computed as they are asked for: new views every epoch."""
+
+    def __init__(self, embed: Embed, loader: data.Loader):
+        self.embed = embed
+        self.loader = loader
+        self.set_epoch = loader.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for (images,), target, index in self.loader:
+            yield embed_images(self.embed, images), target, index
+
+
+class CachedViews:
+    """Features of several augmented views of every picture of this rank, gone through in turn.
+
+    loader: of rows in order (shuffle=False, drop_last=False), with other views at every `set_epoch`.
+    views: how many. The order of an epoch is drawn from the seed, its number and the rank.
+    until(batches): may end the embedding early, by an exception. flag: what asked for it.
+    Raises UserError where the features would need more than CACHE_BYTES.
+    """
+
+    def __init__(
+        self,
+        embed: Embed,
+        loader: data.Loader,
+        views: int,
+        seed: int,
+        print_freq: int,
+        show: bool,
+        until: Callable = iter,
+        flag: str = "--cache-views",
+    ):
+        kept = []
+        for view in range(views):
+            loader.set_epoch(view)
+            label = f"Embedding view {view + 1} of {views}: "
+            progress = Progress(label, len(loader), print_freq, enabled=show)
+            feats, targets = [], []
+            for feat, target, _ in until(FreshViews(embed, loader)):
+                self._check_size(feat, len(loader) * views, f"{flag} {views}")
+                feats.append(feat)
+                targets.append(target)
+                progress.update(len(target))
+            progress.close()
+            kept.append(torch.cat(feats))
+        self.features = torch.stack(kept)  # (views, n, ...)
+        self.targets = torch.cat(targets)  # (n,)
+        # As many rows per epoch as every rank has, so that all of them take the same steps.
+        self.rows = min(launch.gather_objects(len(self.targets)))
+        self.batch = loader.batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    @staticmethod
+    def _check_size(feat: Tensor, batches: int, flag: str) -> None:
+        needed = 4 * feat.numel() * batches
+        if needed > CACHE_BYTES:
+            raise UserError(
+                f"{flag}: features of {feat[0].numel()} numbers need {needed >> 30} GB of memory; "
+                "omit the flag, or choose a layer with fewer"
+            )
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch = epoch
+        self.start = start_step
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        seed = self.seed + 1_000_003 * self.epoch + launch.rank()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.targets), generator=generator)[: self.rows]
+        features = self.features[self.epoch % len(self.features)]
+        for rows in order.split(self.batch)[self.start :]:
+            rows = rows.to(self.targets.device)
+            yield features[rows], self.targets[rows], rows
+
+
+@torch.no_grad()
+def validate(classifier: Callable[[Tensor], Tensor], batches) -> tuple[float, float, float]:
+    """Return (top-1, top-5) accuracy in percent and the mean cross-entropy, all ranks together.
+
+    batches: (features, targets, index).
+    """
+    sums = []
+    for feats, target, _ in batches:
+        logits = classifier(feats)
+        top1, top5 = metrics.accuracy(logits, target, (1, 5))
+        loss = cross_entropy(logits, target)
+        values = torch.stack([top1, top5, loss, torch.ones_like(loss)])
+        sums.append(values.double() * len(target))
+    top1, top5, loss, rows = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
+    return top1 / rows, top5 / rows, loss / rows

@@ -43,7 +43,7 @@ def examine(job):
     if not job[1]:
         time.sleep(0.05)
     began = time.process_time()
-    return check_images._examine_rows(job), os.getpid(), time.process_time() - began
+    return check_images.examine_rows(job), os.getpid(), time.process_time() - began
 
 
 def script(pictures: check_images.Pictures, processes: int) -> tuple[float, float, float]:

@@ -1,21 +1,20 @@
-"""Pictures per second from JPEG files on the host: one Pillow pipeline per view, or decode once and cut the crops.
+"""Compare the pictures per second that workers deliver from JPEG files with a Pillow pipeline's.
 
-    python benchmarks/decode_jpeg.py --data /data/imagenet-100     # or without --data: generated pictures
-    python benchmarks/decode_jpeg.py --data /data/imagenet-100 --device cuda
+    python benchmarks/decode_jpeg.py --data /data/imagenet-100     # default: generated pictures
 
-published style  what the published training code of the patch negatives does, in torchvision and numpy: each worker
-                 decodes a picture, makes two MoCo v2 views of it with PIL (crop, jitter, grey, blur, flip), normalises
-                 them, and builds one patch-based negative from the first, patch by patch.
-this loader      common.data in host mode: each worker decodes a picture once and cuts two crops as uint8; the main
-                 process receives them. Floats, colours, blur and negatives are not in this number: with a GPU they are
-                 made there, batched; see benchmarks/augment_kornia.py.
-on the device    with --device: what `--decode cuda` does. A worker reads the files, the main process has a batch of them
-                 decoded (by nvJPEG, on `cpu` by a stand-in, one after the other) and cuts the crops there, as floats.
-                 Both sides of this loader then end with crops on that device.
+published style  The published training code of the patch negatives, in torchvision and numpy: each
+                 worker decodes a picture, makes two MoCo v2 views of it with Pillow (crop, jitter,
+                 grey, blur, flip), normalises them, and builds one patch-based negative from the
+                 first, patch by patch.
+this loader      common.data in host mode: each worker decodes a picture once and cuts two crops as
+                 uint8; the main process receives them. Floats, colours, blur and negatives are not
+                 in this number: with a GPU they are made there, batched; see
+                 benchmarks/augment_kornia.py.
 
-Both sides get the same pictures, the same number of workers and the same batch size; workers are started and warm
-before the clock runs. Sides alternate, each repeat in a process of its own so that its memory can be told. Before
-that, one thread: what decoding a picture and cutting two crops costs in each of the ways considered for the loader.
+Both sides get the same pictures, the same number of workers and the same batch size; workers are
+started and warm before the clock runs. Sides alternate, each repeat in a process of its own so that
+its memory can be told. Before that, one thread measures what decoding a picture and cutting two
+crops costs in each of the ways considered for the loader.
 """
 
 import argparse
@@ -37,19 +36,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch.nn.functional import interpolate
 from torchvision import io, transforms
 
-from common import crops
 from common.augment import IMAGENET_MEAN, IMAGENET_STD, Compose, RandomResizedCrop
 from common.data import Loader
 from common.sets import FolderSet, open_tree
 
-SIZE, PATCH_SIDES = 224, (16, 72)  # crop side; smallest and largest patch of the ImageNet-100 runs
+SIZE = 224  # crop side
+PATCH_SIDES = (16, 72)  # smallest and largest patch of the ImageNet-100 runs
 
 
-# ------------------------------------------------------------------------------------------------------ published style
+# ---------------------------------------------------------------------------------- published style
 
 
 class PatchNegative:
-    """View (3, S, S) -> (3, S, S): a mosaic of square patches, all of one random side, cut from the view anywhere."""
+    """Make a mosaic (3, S, S) of square patches of one random side, cut anywhere from a view."""
 
     def __init__(self, sides: tuple[int, int], rng: np.random.Generator):
         self.sides, self.rng = sides, rng
@@ -64,7 +63,9 @@ class PatchNegative:
             for column in range(cells):
                 top, left = self.rng.integers(0, size - side, 2)
                 patch = view[:, top : top + side, left : left + side]
-                mosaic[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = patch
+                mosaic[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = (
+                    patch
+                )
         return torch.from_numpy(mosaic[:, :size, :size].copy())
 
 
@@ -109,91 +110,46 @@ def published_style(pictures: FolderSet, workers: int, batch_size: int):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- this loader
+# -------------------------------------------------------------------------------------- this loader
 
 
-def this_loader(pictures: FolderSet, workers: int, batch_size: int, device: str, decoder=None) -> Loader:
+def this_loader(pictures: FolderSet, workers: int, batch_size: int) -> Loader:
     crop = Compose(RandomResizedCrop(SIZE, (0.2, 1.0)))
-    how = dict(seed=0, workers=workers, data_device="host", progress=False, decoder=decoder)
-    return Loader(pictures, (crop, crop), batch_size, device=device, **how)
+    options = {"workers": workers, "data_device": "host", "progress": False}
+    return Loader(pictures, (crop, crop), batch_size, device="cpu", seed=0, **options)
 
 
-def decoder_on(device: str) -> crops.Decoder:
-    """nvJPEG, or what stands in for it."""
-    if torch.device(device).type == "cuda":
-        return crops.nvjpeg(torch.device(device))
-    return lambda files: [io.decode_jpeg(file, io.ImageReadMode.RGB) for file in files]
-
-
-def on_the_device(pictures: FolderSet, workers: int, batch_size: int, device: str) -> Loader:
-    return this_loader(pictures, workers, batch_size, device, decoder_on(device))
-
-
-OURS = {"this loader": this_loader, "on the device": on_the_device}
-
-
-def run_side(side: str, pictures: FolderSet, workers: int, batch_size: int, device: str, answer) -> None:
-    """One repeat, in a process of its own: puts (pictures/s, peak memory in MiB) on `answer`."""
+def run_side(side: str, pictures: FolderSet, workers: int, batch_size: int, answer) -> None:
+    """Run one repeat in a process of its own: put (pictures/s, peak memory in MiB) on `answer`."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torchvision.io")
-    ours = side in OURS
-    loader = (
-        OURS[side](pictures, workers, batch_size, device) if ours else published_style(pictures, workers, batch_size)
-    )
+    if side == "this loader":
+        loader = this_loader(pictures, workers, batch_size)
+    else:
+        loader = published_style(pictures, workers, batch_size)
 
-    def received(batches) -> int:
-        count = 0
-        for batch in batches:
-            views = [crop.to(device, non_blocking=True) for crop in batch[1]] if ours else batch
-            count += len(views[0])
-        wait_for(device)
-        return count
+    def receive(loader) -> int:
+        if side == "this loader":
+            return sum(len(crops[0]) for _, crops, _, _ in loader.batches())
+        return sum(len(query) for query, *_ in loader)
 
-    received(loader.batches() if ours else loader)  # start the workers, fill the caches
+    receive(loader)  # start the workers, fill the caches
     started = time.perf_counter()
-    rate = received(loader.batches() if ours else loader) / (time.perf_counter() - started)
-    if ours:
+    rate = receive(loader) / (time.perf_counter() - started)
+    if side == "this loader":
         loader.close()
     del loader  # ends the workers: the memory of children is known once they have ended
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
     answer.put((rate, own + workers * worker))
 
 
-def wait_for(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def on_device_alone(pictures: FolderSet, batch_size: int, device: str, answer) -> None:
-    """Puts {what: pictures per second} of batches whose files are read already on `answer`."""
-    decoder, geometry = decoder_on(device), RandomResizedCrop(SIZE, (0.2, 1.0))
-    both = crops.EncodedCrops(
-        pictures, None, (geometry, geometry), 0, 0, False, decoder=decoder, device=torch.device(device)
-    )
-    requests = [(0, step, rows.numpy()) for step, rows in enumerate(torch.arange(len(pictures)).split(batch_size))]
-    files = [[io.read_file(pictures.path(row)) for row in rows] for _, _, rows in requests]
-    items = [both[request] for request in requests]
-    ways = {
-        f"batches of {batch_size}, decode": lambda: [decoder(batch) for batch in files],
-        f"batches of {batch_size}, decode and cut": lambda: [both.finished(*pair) for pair in zip(requests, items)],
-    }
-    rates = {name: [] for name in ways}
-    for repeat in range(4):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            wait_for(device)
-            if repeat:
-                rates[name].append(len(pictures) / (time.perf_counter() - started))
-    answer.put(rates)
-
-
-# ------------------------------------------------------------------------------------------------------------- decoders
+# ----------------------------------------------------------------------------------------- decoders
 
 
 def decoders(pictures: FolderSet, most: int = 100) -> dict[str, list[float]]:
-    """Pictures per second of one thread that decodes each picture once and cuts the same two crops from it."""
+    """Return the rates of one thread that decodes each picture once and cuts the same two crops."""
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torchvision.io")
     paths = pictures.paths[:most]
     geometry = RandomResizedCrop(SIZE, (0.2, 1.0))
@@ -209,14 +165,16 @@ def decoders(pictures: FolderSet, most: int = 100) -> dict[str, list[float]]:
         return io.decode_jpeg(io.read_file(paths[row]), mode=io.ImageReadMode.RGB)
 
     def pillow_crops(picture, row):
-        parts = [picture.crop((left, top, left + w, top + h)) for top, left, h, w in (box[row] for box in boxes)]
+        corners = [box[row] for box in boxes]
+        parts = [picture.crop((left, top, left + w, top + h)) for top, left, h, w in corners]
         parts = [part.resize((SIZE, SIZE), Image.Resampling.BILINEAR) for part in parts]
         return [torch.from_numpy(np.array(part).transpose(2, 0, 1).copy()) for part in parts]
 
     def torch_crops(picture, row):
         if isinstance(picture, Image.Image):
             picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        parts = [picture[None, :, t : t + h, le : le + w] for t, le, h, w in (box[row] for box in boxes)]
+        corners = [box[row] for box in boxes]
+        parts = [picture[None, :, t : t + h, left : left + w] for t, left, h, w in corners]
         return [interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True) for part in parts]
 
     ways = {
@@ -235,11 +193,11 @@ def decoders(pictures: FolderSet, most: int = 100) -> dict[str, list[float]]:
     return rates
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def generate(folder: Path, count: int = 48) -> Path:
-    """`count` JPEG files of about 470x400 pixels and 100 kB: shapes on a gradient, and noise."""
+    """Write JPEG files of about 470x400 pixels and 100 kB: shapes on a gradient, and noise."""
     rng = np.random.default_rng(0)
     for i in range(count):
         width, height = int(rng.integers(420, 521)), int(rng.integers(350, 451))
@@ -262,63 +220,64 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):7.1f}  ({min(values):.1f} to {max(values):.1f})"
 
 
-def ratio_of(rates: dict[str, list[float]], new: str, old: str) -> float:
-    return statistics.median(a / b for a, b in zip(rates[new], rates[old]))
-
-
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--data",
         metavar="TREE",
         help="class folders of JPEG files, or the folder above with train/ "
         "(default: pictures generated in a temporary folder)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures per batch (default 16)")
-    parser.add_argument("--pictures", type=int, default=384, help="pictures per pass; a smaller set is repeated")
+    parser.add_argument("--batch-size", type=int, default=16, help="in pictures (default 16)")
     parser.add_argument(
-        "--device", metavar="cuda|cpu", help="measure decoding there as well; cpu: its code, not its speed"
+        "--pictures", type=int, default=384, help="pictures per pass; a smaller set is repeated"
     )
-    parser.add_argument("--at-least", type=float, default=3.0, help="exit with 1 if the ratio is lower (default 3)")
+    parser.add_argument(
+        "--at-least", type=float, default=3.0, help="exit with 1 if the ratio is lower (default 3)"
+    )
     return parser.parse_args(argv)
 
 
-def measure(args: argparse.Namespace, tree: Path, what: str) -> int:
+def print_decoders(pictures: FolderSet) -> None:
+    print(
+        f"\none thread, decode once, cut two crops at {SIZE}            pictures/s, median (range)"
+    )
+    torch.set_num_threads(1)
+    for name, rates in decoders(pictures).items():
+        print(f"  {name:<38}{spread(rates):>40}")
+
+
+def in_a_process(target, *inputs):
+    """Return what `target` puts on its last argument, run in a process of its own."""
+    answer = multiprocessing.SimpleQueue()
+    process = multiprocessing.Process(target=target, args=(*inputs, answer))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{inputs[0]}: ended with status {process.exitcode}")
+    return answer.get()
+
+
+def measure(args: argparse.Namespace, tree: Path, title: str) -> int:
     pictures = open_tree(tree)
     files = len(pictures)
     kilobytes = statistics.median(Path(path).stat().st_size for path in pictures.paths) / 1000
-    pictures = pictures.select([i % files for i in range(max(args.pictures, args.batch_size * max(1, args.workers)))])
-    print(f"{what}: {files} files, median {kilobytes:.0f} kB; Pillow {Image.__version__}, torch {torch.__version__}")
-    print(f"\none thread, decode once, cut two crops at {SIZE}            pictures/s, median (range)")
-    torch.set_num_threads(1)
-    for name, rates in decoders(pictures.select(range(min(files, len(pictures))))).items():
-        print(f"  {name:<38}{spread(rates):>40}")
+    versions = f"Pillow {Image.__version__}, torch {torch.__version__}"
+    print(f"{title}: {files} files, median {kilobytes:.0f} kB; {versions}")
+    print_decoders(pictures)
 
-    context = multiprocessing.get_context("spawn" if args.device else None)  # CUDA does not live through a fork
-    how = (args.batch_size, args.device or "cpu")
-
-    def in_a_process(target, *inputs):
-        answer = context.SimpleQueue()
-        process = context.Process(target=target, args=(*inputs, answer))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{inputs[0]}: ended with status {process.exitcode}")
-        return answer.get()
-
-    if args.device:
-        print(f"\non {args.device}, files read before")
-        for name, found in in_a_process(
-            on_device_alone, pictures.select(range(min(files, len(pictures), 512))), *how
-        ).items():
-            print(f"  {name:<38}{spread(found):>40}")
-    sides = ["published style", *(OURS if args.device else ["this loader"])]
-    rates, memory = {side: [] for side in sides}, {side: [] for side in sides}
+    count = max(args.pictures, args.batch_size * max(1, args.workers))
+    pictures = pictures.select([i % files for i in range(count)])
+    sides = ("published style", "this loader")
+    rates = {side: [] for side in sides}
+    memory = {side: [] for side in sides}
     for _ in range(args.repeats):
         for side in sides:
-            rate, mebibytes = in_a_process(run_side, side, pictures, args.workers, *how)
+            rate, mebibytes = in_a_process(run_side, side, pictures, args.workers, args.batch_size)
             rates[side].append(rate)
             memory[side].append(mebibytes)
     print(
@@ -327,13 +286,16 @@ def measure(args: argparse.Namespace, tree: Path, what: str) -> int:
     )
     for side in sides:
         print(f"  {side:<38}{spread(rates[side]):>40}{max(memory[side]):>20.0f}")
-    print("peak memory: the process plus its workers, each at its own peak; pages they share are counted repeatedly")
-    ratio = ratio_of(rates, "this loader", "published style")
-    if args.device:
-        print(
-            f"on the device / this loader: ratio {ratio_of(rates, 'on the device', 'this loader'):.2f}, median of pairs"
-        )
-    print(f"\nresult: ratio {ratio:.2f} (this loader / published style, median of pairs; wanted: {args.at_least:g})")
+    print(
+        "peak memory: the process plus its workers, each at its own peak; "
+        "pages they share are counted repeatedly"
+    )
+    pairs = zip(rates["this loader"], rates["published style"])
+    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    print(
+        f"\nresult: ratio {ratio:.2f} (this loader / published style, median of pairs; "
+        f"wanted: {args.at_least:g})"
+    )
     return 0 if ratio >= args.at_least else 1
 
 
@@ -341,9 +303,12 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     if args.data is not None:
         tree = Path(args.data)
-        return measure(args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data))
+        if (tree / "train").is_dir():
+            tree = tree / "train"
+        return measure(args, tree, str(args.data))
     with tempfile.TemporaryDirectory() as folder:
-        return measure(args, generate(Path(folder)), "generated pictures (shapes and noise, not photographs)")
+        title = "generated pictures (shapes and noise, not photographs)"
+        return measure(args, generate(Path(folder)), title)
 
 
 if __name__ == "__main__":

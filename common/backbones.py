@@ -153,9 +153,13 @@ class WidthResNet(ResNet):
         small_stem: bool = False,
     ):
         if depth not in BLOCKS:
-            raise UsageError(f"depth {depth}: residual networks come in {', '.join(map(str, BLOCKS))}")
+            raise UsageError(
+                f"depth {depth}: residual networks come in {', '.join(map(str, BLOCKS))}"
+            )
         if width <= 0 or 64 * width != int(64 * width):
-            raise UsageError(f"width {width}: 64 times the width must be a whole number of channels")
+            raise UsageError(
+                f"width {width}: 64 times the width must be a whole number of channels"
+            )
         self.width = width  # before super().__init__, which calls _make_layer
         super().__init__(*BLOCKS[depth], num_classes=1)
         if in_channels != 3:

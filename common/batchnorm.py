@@ -56,7 +56,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     Running statistics are those of the first part, as rank 0 of that many GPUs writes them to its
     checkpoint; with running = "mean" they are the mean over the parts. In evaluation mode, and with
-    one split, this is nn.BatchNorm2d. Raises UserError where a batch cannot be cut into equal parts.
+    one split, this is nn.BatchNorm2d. Raises UserError where the parts would not be equal.
     """
 
     splits = 1
@@ -65,9 +65,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
             return super().forward(x)
-        if x.shape[0] % self.splits:
+        if len(x) % self.splits:
             raise UserError(
-                f"a batch of {x.shape[0]} cannot be split into {self.splits} equal batch-norm groups"
+                f"a batch of {len(x)} cannot be split into {self.splits} equal batch-norm groups"
             )
         if torch.compiler.is_compiling():
             return self._at_once(x)

@@ -1,4 +1,4 @@
-"""The command line: a parser with presets, number types, flags that stay as parsed, one-line errors."""
+"""The command line: a parser with presets, number types, frozen flags, one-line errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from common import launch
 
 OnOff = argparse.BooleanOptionalAction
+SWITCH = {"on": True, "off": False, "auto": "auto"}  # values of a flag of type `switch`
 META = ("typed", "compared")  # what a namespace says besides the flags
 HARDWARE = ("run", "hardware")  # groups of flags that do not change what is learned
 
@@ -93,6 +94,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         argv = [self._spelling(token) for token in (sys.argv[1:] if args is None else args)]
+        argv = self._joined(argv)
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
         try:
             for name in self._chosen_presets(argv):
@@ -151,6 +153,20 @@ class Parser(argparse.ArgumentParser):
                 return f"--{other}{equals}{value}"
         return token
 
+    def _joined(self, argv: list[str]) -> list[str]:
+        """Return `--amp auto` as `--amp=auto`, and `--amp` alone as `--amp=on`.
+
+        So a flag of type `switch` never takes the positional argument that comes after it.
+        """
+        switches = [name for name, a in self._option_string_actions.items() if a.type is switch]
+        tokens = list(argv)
+        for i in reversed(range(len(tokens))):
+            if tokens[i] in switches:
+                has_value = i + 1 < len(tokens) and tokens[i + 1] in SWITCH
+                value = tokens.pop(i + 1) if has_value else "on"
+                tokens[i] += f"={value}"
+        return tokens
+
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             flag = message.split()[2].partition("=")[0]
@@ -168,6 +184,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if is_plain or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
+
+
+def switch(text: str) -> bool | str:
+    """Parse on, off or auto for argparse: True, False or "auto"."""
+    if text not in SWITCH:
+        raise argparse.ArgumentTypeError(f"{text} must be on, off or auto")
+    return SWITCH[text]
 
 
 def folder_name(text: str) -> str:
@@ -204,7 +227,7 @@ share = number(float, above=0, most=1)
 
 
 def run(main) -> None:
-    """Run `main()` as a program: an error that the user can put right becomes one line on stderr."""
+    """Run `main()` as a program: an error that the user can put right is one line on stderr."""
     try:
         main()
     except KeyboardInterrupt:

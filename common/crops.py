@@ -8,7 +8,7 @@ reduced-size decoding would change the pixels and is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from common import UserError
 from common.geometry import Geometry
-from common.sets import ArraySet, BadPicture, PictureSet
+from common.pictures import ArraySet, BadPicture, PictureSet
 
 try:  # deprecated since torchvision 0.29, and its named successor needs FFmpeg
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -123,7 +123,7 @@ class HostCrops(torch.utils.data.Dataset):
         seed: int,
         rank: int,
         skip_bad: bool,
-        bad: Sequence[int] = (),
+        bad: Collection[int] = (),
     ):
         self.source = source
         self.sources = [source] if partner is None else [source, partner]

@@ -1,4 +1,4 @@
-"""The only writer of the project: files that appear whole or not at all, JSON, folders with one owner."""
+"""The only writer of the project: files that appear whole or not at all, and folders with an owner."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def _sync_folder(folder: Path) -> None:
 def sweep(folder: str | Path) -> None:
     """Remove the partial files that killed writers left in `folder`, which the caller must hold."""
     for partial in Path(folder).glob(".*.partial"):
+        if f".{os.getpid()}-" in partial.name:  # this process is writing it
+            continue
         with contextlib.suppress(OSError):
             partial.unlink()
 

@@ -70,7 +70,7 @@ def start(worker, args) -> None:
     elif args.world_size > 1:
         if args.rank < 0 or not args.dist_url:
             raise UsageError(
-                f"--world-size {args.world_size} needs --rank and --dist-url tcp://HOST:PORT as well"
+                f"--world-size {args.world_size} also needs --rank and --dist-url tcp://HOST:PORT"
             )
         local_rank = args.rank % max(1, torch.cuda.device_count())
         process = (args.rank, args.world_size, local_rank, args.dist_url)
@@ -299,7 +299,7 @@ def cores() -> int:
 
 
 def own_rows(x: Tensor) -> Tensor:
-    """Return this rank's part of the rows of the global batch: (n * world_size, ...) -> (n, ...)."""
+    """Return this rank's rows of the global batch: (n * world_size, ...) -> (n, ...)."""
     return x.chunk(world_size())[rank()]
 
 

@@ -19,54 +19,42 @@ def add_data_arguments(
     trees: the values of --dataset that mean class folders; published flags name ImageNet apart from
     ImageNet-100. workers: the published default.
     """
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--dataset",
         choices=[*trees, "packed", *sets.TORCHVISION_SETS],
         default=default,
         help=f"{', '.join(trees)}: class folders; packed: by preprocess/pack.py; "
         "else a torchvision set below DATA, downloaded if missing",
     )
-    group.add_argument(
-        "--class-list", metavar="FILE", help="use these class folders only, one name a line"
-    )
-    group.add_argument(
+    add("--class-list", metavar="FILE", help="use these class folders only, one name a line")
+    add(
         "--input-res",
         type=cli.positive_int,
         default=224,
         help="side of the network's input, pixels",
     )
-    group.add_argument(
-        "--skip-bad-images", action="store_true", help="replace unreadable pictures and count them"
-    )
+    add("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
     group.set_defaults(workers=workers)
 
 
 def add_sgd_arguments(group, about_lr: str = "not scaled with the batch", **defaults) -> None:
-    """Add batch, SGD and a schedule of steps, as the code published with CMC spells them.
+    """Add batch, SGD and a schedule of steps, spelled as most published scripts do.
 
     about_lr: what --help says of the learning rate.
     """
-    group.add_argument(
-        "--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1"
-    )
-    group.add_argument(
-        "-b",
-        "--batch_size",
-        type=cli.positive_int,
-        default=128,
-        help="global, over all processes",
-    )
-    group.add_argument("--learning_rate", "--lr", type=cli.positive, default=0.03, help=about_lr)
-    group.add_argument(
+    add = group.add_argument
+    add("--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1")
+    add("-b", "--batch_size", type=cli.positive_int, default=128, help="global, over all processes")
+    add("--learning_rate", "--lr", type=cli.positive, default=0.03, help=about_lr)
+    add(
         "--lr_decay_epochs",
         default="120,160,200",
         help="complete epochs after which the rate drops",
     )
-    group.add_argument(
-        "--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop"
-    )
-    group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    group.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay")
+    add("--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop")
+    add("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    add("--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay")
     group.set_defaults(**defaults)
 
 
@@ -76,58 +64,49 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
     save_freq: the published default; None: there are no numbered checkpoints. tb_path: whether
     events may go to another folder, as some published scripts have it.
     """
+    add = group.add_argument
     if tb_path:
-        group.add_argument(
-            "--tb_path", help="TensorBoard events go below here; default: into the run folder"
-        )
-    group.add_argument(
-        "-p",
-        "--print-freq",
-        type=cli.positive_int,
-        default=10,
-        help="steps between progress lines",
+        add("--tb_path", help="TensorBoard events go below here; default: into the run folder")
+    add(
+        "-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines"
     )
     if save_freq:
-        group.add_argument(
+        add(
             "--save-freq",
             type=cli.positive_int,
             default=save_freq,
             help="epochs per kept checkpoint",
         )
-    group.add_argument(
+    add(
         "--last-every",
         type=cli.positive_int,
         default=1,
         help="epochs between saves of the newest state, for epochs of seconds; "
         "a stopped run is always saved",
     )
-    group.add_argument(
+    add(
         "--stop-after",
         type=cli.positive_int,
         metavar="EPOCHS",
         help="end after so many epochs of the schedule; --resume auto continues",
     )
-    group.add_argument(
+    add(
         "--resume",
         default="",
         metavar="PATH|auto",
         help="checkpoint to continue; auto: the newest in the run folder",
     )
-    group.add_argument(
+    add(
         "--overwrite",
         action="store_true",
         help="start over in a folder that already holds checkpoints",
     )
-    group.add_argument(
-        "--seed",
-        type=cli.seed,
-        help="seed of everything random; drawn and recorded if not given",
-    )
+    add("--seed", type=cli.seed, help="seed of everything random; drawn and recorded if not given")
 
 
 def add_linear_sgd_arguments(group, about_lr: str, **defaults) -> None:
-    """Add batch, SGD and a schedule of steps of a linear evaluation, with CMC's published values."""
-    published = {
+    """Add batch, SGD and a schedule of steps with the usual values of a linear evaluation."""
+    usual = {
         "epochs": 60,
         "batch_size": 256,
         "learning_rate": 0.1,
@@ -135,28 +114,25 @@ def add_linear_sgd_arguments(group, about_lr: str, **defaults) -> None:
         "lr_decay_rate": 0.2,
         "weight_decay": 0.0,
     }
-    add_sgd_arguments(group, about_lr, **published | defaults)
+    add_sgd_arguments(group, about_lr, **usual | defaults)
 
 
 def add_linear_run_arguments(parser, save_path: str, save_freq: int | None = 5) -> None:
     """Add the folder of a linear evaluation, progress, resume and seed. save_path: the default."""
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--save_path",
-        "--out",
-        default=save_path,
-        help="the run gets a folder of its own in here",
-    )
+    add = group.add_argument
+    add("--save_path", "--out", default=save_path, help="the run gets a folder of its own in here")
     add_name_argument(group)
     add_run_arguments(group, save_freq, tb_path=True)
-    group.add_argument("--label", help="name of the run in a report; default: made of its settings")
+    add("--label", help="name of the run in a report; default: made of its settings")
 
 
 def add_name_argument(
     group, default: str = "as published, and the seed where one is typed"
 ) -> None:
     """Add --name, of the run's folder below the folder that the published flag gives."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--name",
         type=cli.folder_name,
         help=f"name of the run's folder in there; default: {default}",
@@ -168,27 +144,21 @@ def add_monitor_arguments(group, negatives: str = "of all its negatives") -> Non
 
     negatives: which of a query's negatives the scores are of.
     """
-    group.add_argument(
-        "--knn-every",
-        type=cli.count,
-        default=0,
-        help="epochs between k-NN evaluations; 0: never",
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
+    add(
         "--knn-data",
         metavar="DATA",
         help="root of a tree or pack for that evaluation, where DATA has no labels or is "
         "another set",
     )
-    group.add_argument(
-        "--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation"
-    )
-    group.add_argument(
+    add("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
+    add(
         "--show-views",
         metavar="FILE.png",
         help="draw the first batch as the networks see it, and end",
     )
-    group.add_argument(
+    add(
         "--save_score",
         action="store_true",
         help="write scores/score_EPOCH.npy: statistics of each query's positive and negative "
@@ -202,44 +172,32 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
     apex: with the flags of NVIDIA apex. compile: with --compile.
     """
     group = parser.add_argument_group("hardware")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--multiprocessing-distributed",
         action="store_true",
         help="one process per GPU (or --nproc)",
     )
-    group.add_argument(
-        "--world-size",
-        type=int,
-        default=-1,
-        help="nodes (with the flag above), else processes",
-    )
-    group.add_argument(
+    add("--world-size", type=int, default=-1, help="nodes (with the flag above), else processes")
+    add(
         "--rank",
         type=int,
         default=-1,
         help="number of this node (with the flag above), else of this process",
     )
-    group.add_argument(
-        "--dist-url", help="where processes meet, e.g. tcp://10.0.0.1:10001; one node needs none"
-    )
-    group.add_argument(
-        "--dist-backend", choices=["nccl", "gloo"], help="default: nccl on GPUs, gloo without"
-    )
-    group.add_argument(
-        "--nproc", type=cli.positive_int, help="processes here; default: one per GPU, or one"
-    )
-    group.add_argument("--gpu", type=int, help="use this GPU only")
-    group.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute"
-    )
-    group.add_argument(
+    add("--dist-url", help="where processes meet, e.g. tcp://10.0.0.1:10001; one node needs none")
+    add("--dist-backend", choices=["nccl", "gloo"], help="default: nccl on GPUs, gloo without")
+    add("--nproc", type=cli.positive_int, help="processes here; default: one per GPU, or one")
+    add("--gpu", type=int, help="use this GPU only")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add(
         "--data-device",
         choices=["auto", "host", "device"],
         default="auto",
         help="device: all pictures in memory as uint8 (one size only); host: workers decode them; "
         "auto: device where they fit",
     )
-    group.add_argument(
+    add(
         "-j",
         "--workers",
         "--num-workers",
@@ -247,23 +205,26 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
         default=parser.get_default("workers") or 32,
         help="processes per node that read pictures; at most one per core is started",
     )
-    group.add_argument(
+    add(
         "--amp",
-        action="store_true",
-        help="autocast of the encoder: bfloat16, or float16 on old GPUs",
+        type=cli.switch,
+        nargs="?",
+        const="on",
+        default=False,
+        metavar="on|off|auto",
+        help="autocast of the encoder: bfloat16, or float16 on old GPUs; alone it means on; "
+        "auto: on but on a CPU, where both ways are timed at the start",
     )
     if apex:
-        group.add_argument(
+        add(
             "--opt-level",
             choices=["O1", "O2"],
             default="O2",
             help="apex's level; with torch's own --amp both mean autocast with float32 weights",
         )
-        group.add_argument(
-            "--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp"
-        )
+        add("--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp")
     if compile:
-        group.add_argument("--compile", action="store_true", help="torch.compile the encoders")
+        add("--compile", action="store_true", help="torch.compile the encoders")
 
 
 def check(args) -> None:

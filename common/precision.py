@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from common import UserError, launch
 
 PICTURES = 16  # in a batch that is timed, or two in each batch-norm group where that is more
-REPEATS = 3  # timed passes each way, after one that is not timed; the fastest counts
+REPEATS = 2  # timed passes each way, after one that is not timed; the fastest counts
 
 
 class Precision:
@@ -25,13 +24,7 @@ class Precision:
     backend "apex": NVIDIA apex does it at `opt_level`. Raises UserError where it is not installed.
     """
 
-    def __init__(
-        self,
-        amp: bool | str,
-        device: torch.device,
-        backend: str = "torch",
-        opt_level: str = "O2",
-    ):
+    def __init__(self, amp: bool | str, device: torch.device, backend="torch", opt_level="O2"):
         self.apex = _import_apex() if amp and backend == "apex" else None
         self.opt_level = opt_level
         self.device_type = device.type
@@ -48,33 +41,25 @@ class Precision:
         backend = getattr(args, "amp_backend", "torch")
         return cls(args.amp, device, backend, getattr(args, "opt_level", "O2"))
 
-    def choose(
-        self,
-        network: nn.Module,
-        image_shape: tuple[int, int, int],
-        encode: Callable[[Tensor], Tensor | Iterable[Tensor]] | None = None,
-    ) -> None:
-        """Settle `--amp auto` on a CPU: time a pass of the network both ways and take the faster.
+    def choose(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        """Settle `--amp auto` on a CPU: time the network both ways and take the faster.
 
-        A pass is forward and backward, or forward only where no parameter wants a gradient, on
-        random images of image_shape (C, H, W). encode: how images enter the network; None: alone.
-        Call it before the network is compiled or wrapped for several processes. Parameters,
-        gradients, buffers and random generators stay as they are, and all ranks take the choice of
-        rank 0. Does nothing without `--amp auto`, on other devices, and when called again.
+        It is timed forward and backward, or forward only where no parameter wants a gradient, on
+        random images of image_shape (C, H, W). Call this before the network is compiled or wrapped
+        for several processes. Parameters, gradients, buffers and torch's generator stay as they
+        are, and all ranks take the choice of rank 0. Does nothing where nothing is open.
         """
         if not self.is_open:
             return
-        seconds = {False: [], True: []}
-        buffers = [buffer.clone() for buffer in network.buffers()]
         groups = max(getattr(module, "splits", 1) for module in network.modules())
         rows = groups * max(2, PICTURES // groups)
+        buffers = [buffer.clone() for buffer in network.buffers()]
+        seconds = {False: [], True: []}
         with torch.random.fork_rng(devices=[]):
             images = torch.rand(rows, *image_shape).to(memory_format=torch.channels_last)
-            for _ in range(1 + REPEATS):
-                for self.enabled in seconds:
-                    start = time.perf_counter()
-                    self._pass(network, encode or network, images)
-                    seconds[self.enabled].append(time.perf_counter() - start)
+            for enabled in (False, True) * (1 + REPEATS):
+                self.enabled = enabled
+                seconds[enabled].append(self._seconds(network, images))
         with torch.no_grad():
             for buffer, value in zip(network.buffers(), buffers):
                 buffer.copy_(value)
@@ -83,25 +68,24 @@ class Precision:
         self.is_open = False
         self.remark = (
             f"--amp auto: {self}, since {rows} pictures take {mixed:.3f} s in bfloat16 and "
-            f"{plain:.3f} s in float32 here"
+            f"{plain:.3f} s in float32"
         )
 
-    def _pass(self, network: nn.Module, encode: Callable, images: Tensor) -> None:
-        """Run the network forward, and backward if it is trained, without keeping gradients."""
+    def _seconds(self, network: nn.Module, images: Tensor) -> float:
+        """Time one pass of the network. Gradients are computed, but not kept."""
         trained = [p for p in network.parameters() if p.requires_grad]
+        start = time.perf_counter()
         with torch.set_grad_enabled(bool(trained)):
             with self.autocast():
-                out = encode(images)
+                out = network(images)
             if trained:
                 parts = [out] if isinstance(out, Tensor) else out
                 loss = sum(part.float().square().mean() for part in parts)
                 torch.autograd.grad(loss, trained, allow_unused=True)
+        return time.perf_counter() - start
 
     def prepare(self, model, optimizer):
-        """Return (model, optimizer) as the backend wants them, before any parallel wrapper.
-
-        They are unchanged, or wrapped by apex.
-        """
+        """Return (model, optimizer), wrapped by apex where it is used, before launch.parallel."""
         if self.apex is None:
             return model, optimizer
         return self.apex.initialize(model, optimizer, opt_level=self.opt_level)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Linear evaluation of a network pre-trained by debiased contrastive learning: a classifier on its frozen encoder f.
+"""Linear evaluation of a debiased pre-training: a classifier on its frozen encoder f.
 
-After `main.py --demo`; the clean protocol on STL-10; and the published one, whose batch-norm goes on adapting:
+After `main.py --demo`; the clean protocol on STL-10; and the published one, whose batch-norm goes
+on adapting:
 
     python debiased/linear.py --demo
     python debiased/linear.py --model_path results/model_400.pth
@@ -14,26 +15,22 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
 import common  # isort: split
 
 import torch
 
 from common import UsageError, UserError, augment, cli, launch, options
-from runner import checkpoint, layouts, linear, loop
-from common.precision import Precision
 from debiased import main as pretraining
-from debiased.main import NORMALIZE
-from debiased.networks import Encoder, LinearNet, described
+from debiased.flags import add_adam_arguments, refuse_spaced_equals
+from debiased.networks import NORMALIZE, Encoder, LinearNet, described
 from preprocess import demo
+from runner import checkpoint, layouts, linear, loop, pretrained, resume
 
-SETTINGS = (  # of the pre-training, which two seeds of one experiment have in common
-    "batch_size", "learning_rate", "cosine", "bn_splits", "input_res", "small_stem", "feature_dim",
-)  # fmt: skip
 PRESETS = {
     "demo": dict(
-        data="data/demo", dataset="folder", model_path="runs/try-debiased", save_path="runs/try-debiased-linear", workers=2,
-        epochs=40, batch_size=128, learning_rate=3e-3, cache_views=4, print_freq=100, seed=0,
+        data="data/demo", dataset="folder", model_path="runs/try-debiased",
+        save_path="runs/try-debiased-linear", workers=2, epochs=40, batch_size=128,
+        learning_rate=3e-3, cache_views=4, print_freq=100, seed=0,
     ),
 }  # fmt: skip
 
@@ -41,12 +38,12 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "class folders with train/CLASS/* and val/CLASS/*, or where the files of a torchvision set are or shall be"
-    g.add_argument("--data_folder", dest="data", default="data", help=about)
+    about = "class folders with train/CLASS/* and val/CLASS/*, or the place of a torchvision set"
+    g.add_argument("--data_folder", "--data", dest="data", default="data", help=about)
     options.add_data_arguments(g, trees=("folder",), default="stl10", workers=4)
-    about = "side of the whole pictures it is tested on; default: 96 for STL-10, as published, else --input-res"
+    about = "side of the pictures of val/; default: 96 for STL-10, as published, else --input-res"
     g.add_argument("--test-size", type=cli.positive_int, help=about)
-    g.set_defaults(input_res=None)
+    g.set_defaults(input_res=32)
 
     g = parser.add_argument_group("model")
     about = "pre-training checkpoint, the authors' or ours, or a run folder: its newest"
@@ -54,172 +51,182 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("method")
     about = (
-        "clean: f in eval mode, crop and flip; published: f's batch-norm in train mode while the classifier is trained, its "
-        "statistics overwritten, and the augmentation of pre-training"
+        "clean: f in evaluation mode, crop and flip; published: the batch-norm of f in training "
+        "mode while the classifier is trained, and the views of pre-training"
     )
     g.add_argument("--protocol", choices=["clean", "published"], default="clean", help=about)
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=cli.positive_int, default=100, help="epochs to run in all, counted from 1")
-    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=512, help="global, over all processes")
-    about = "of Adam; constant, not scaled with the batch"
-    g.add_argument("--learning_rate", "--lr", type=cli.positive, default=1e-3, help=about)
-    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-6, help="weight decay")
+    add_adam_arguments(g, epochs=100, batch_size=512)
     linear.add_arguments(g)
-
     g = parser.add_argument_group("run")
-    g.add_argument("--save_path", default="./runs/debiased_linear", help="the run gets a folder of its own in here")
+    about = "the run gets a folder of its own in here"
+    g.add_argument("--save_path", "--out", default="./runs/debiased_linear", help=about)
     options.add_name_argument(g, "made of its settings, and the seed where one is typed")
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")
     options.add_hardware_arguments(parser)
-    pretraining.refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
+    refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
-
     options.check(args)
-    if args.protocol == "published" and "cache_views" in args.typed and args.cache_views:
-        raise UsageError("--cache-views: with --protocol published features depend on the batch; omit one of the two")
     if args.protocol == "published":
+        if "cache_views" in args.typed and args.cache_views:
+            raise UsageError(
+                "--cache-views: with --protocol published features depend on the batch; "
+                "omit one of the two"
+            )
         args.cache_views = 0
-    return args
+    return cli.freeze(args)
 
 
-def read_backbone(args) -> checkpoint.Saved:
-    """The pre-training checkpoint, the authors' bare state dict or ours, and what it says about its network."""
-    saved = linear.pretrained(args.model_path, "--model_path", f"debiased/main.py{' --demo' * args.demo}")
+def read(args):
+    """Return the pre-training checkpoint, and the flags with what it says about its network."""
+    first = "debiased/main.py --demo" if args.demo else "debiased/main.py"
+    saved = pretrained.read(args.model_path, "--model_path", first)
     if "best_acc1" in saved:
         raise UserError(
-            f"{saved.path} is a classifier of a linear evaluation: give the network to --model_path, this to --resume"
+            f"{saved.path} is a classifier of a linear evaluation: give the network to "
+            "--model_path, this to --resume"
         )
     number = re.search(r"model_(\d+)", os.path.basename(saved.path))
     if "epoch" not in saved and number:  # the published files carry it in their name alone
         saved["epoch"] = int(number[1])
-    opt = saved.get("opt") or {}
-    args.input_res = args.input_res or opt.get("input_res", 32)
-    if args.test_size is None:
-        args.test_size = 96 if args.dataset == "stl10" else args.input_res
-    return saved
+    with saved.within():
+        side = pretrained.input_res(args, saved.get("opt") or {})
+        test_size = args.test_size
+        if test_size is None:
+            test_size = 96 if args.dataset == "stl10" else side
+        args = cli.replace(args, input_res=side, test_size=test_size)
+        return saved, with_model(saved, args)
 
 
-def encoder_state(saved: checkpoint.Saved) -> dict:
-    """The parameters of f, as `f.0.weight` and so on; the head g is not used."""
+def with_model(saved, args):
+    """Return the flags with the name of the encoder in a file, which may be a classifier's."""
+    model, _ = described(encoder_state(saved), saved.path)
+    return cli.replace(args, model=model)
+
+
+def encoder_state(saved) -> dict:
+    """Return the parameters of f, as `f.0.weight` and so on, of the authors' files and ours."""
     state = saved.get("state_dict", saved)
-    state = layouts.strip_prefix({k: v for k, v in state.items() if isinstance(v, torch.Tensor)})
-    return {k: v for k, v in state.items() if k.startswith("f.")}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state = layouts.strip_prefix(tensors)
+    return {name: value for name, value in state.items() if name.startswith("f.")}
 
 
-def build_network(saved: checkpoint.Saved, args, classes: int, process: launch.Process) -> LinearNet:
-    """f from the checkpoint, frozen, in eval mode; a fresh classifier with torch's own initialisation."""
+def files(args, saved):
+    """Return the run folder, what goes into it, and the file name of the best epoch."""
+    file = os.path.basename(saved.path).partition(".")[0]
+    name = (
+        f"{pretrained.parent(saved)}_{file}_{args.protocol}"
+        f"_bsz_{args.batch_size}_lr_{args.learning_rate}"
+    )
+    same = (*resume.PICTURES, "protocol")
+    there = loop.Files(__file__, last="current.pth", by_epoch=True, same=same)
+    return options.run_folder(args, args.save_path, name), there, "model_best.pth"
+
+
+def build_network(saved, args, classes: int, process: launch.Process):
+    """Return f, frozen and in evaluation mode, and a fresh classifier as torch initialises it."""
     state = encoder_state(saved)
-    args.model, small_stem = described(state, saved.path)
-    network = LinearNet(Encoder(args.model, small_stem), classes)
+    model, small_stem = described(state, saved.path)
+    network = LinearNet(Encoder(model, small_stem), classes)
     checkpoint.load_into(network, state, saved.path, ("fc.",))
-    return network.eval().to(process.device, memory_format=torch.channels_last)
+    network = network.eval().to(process.device, memory_format=torch.channels_last)
+    return network, network.fc
 
 
-def recipe(args, train: bool) -> augment.Compose:
+def embed(network: LinearNet, images, args):
+    """Return features, not normalised. Published: f is in training mode while the classifier is."""
+    is_adapting = args.protocol == "published" and network.fc.training
+    if network.f.training and not is_adapting:  # an evaluation begins: take rank 0's statistics
+        launch.broadcast_buffers(network)
+    network.f.train(is_adapting)
+    return network.f(images)
+
+
+def recipe(args, saved, train: bool) -> augment.Compose:
     if not train:
         return pretraining.whole_view(args)
     if args.protocol == "published":
         return pretraining.recipe(args)
-    return augment.Compose(augment.RandomResizedCrop(args.input_res), augment.RandomHorizontalFlip(), NORMALIZE)
+    crop = augment.RandomResizedCrop(args.input_res)
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), NORMALIZE)
+
+
+def adam(args, parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+
+
+def label(args, saved) -> str:
+    """Return "debiased, tau_plus 0.1, t 0.5" of the network in `saved`, or behind a classifier."""
+    opt = saved.get("pretrained_args") or saved.get("opt") or {}
+    name = os.path.basename(saved.get("network", saved.path))
+    if opt.keys() >= {"loss", "tau_plus", "M", "temperature"}:
+        name = opt["loss"]
+        if opt["loss"] == "debiased":
+            name += f", tau_plus {opt['tau_plus']}"
+            if opt["M"] != 1:
+                name += f", M {opt['M']}"
+        name += f", t {opt['temperature']}"
+    return f"{name}, published protocol" if args.protocol == "published" else name
+
+
+def settings(args, saved) -> dict:
+    return {"protocol": args.protocol, "train_size": args.input_res, "test_size": args.test_size}
 
 
 class Classifier(linear.Classifier):
-    """The published layout, f and fc in one state dict. With the published protocol only f's parameters are frozen."""
+    """A classifier on f; with the published protocol only the parameters of f do not change."""
 
-    def __init__(self, adapts: bool, network: LinearNet, /, *rest, **facts):
-        self.adapts = adapts
-        super().__init__(network, *rest, **facts)
-
-    def _frozen(self):
-        kept = dict(self.network.named_parameters()) if self.adapts else self.network.state_dict()
-        return ((name, tensor) for name, tensor in super()._frozen() if name in kept)
-
-    def weights(self) -> dict:
-        return {"state_dict": self.network.state_dict()}
-
-    def load_weights(self, saved: checkpoint.Saved) -> None:
-        checkpoint.load_into(self.network, saved["state_dict"], saved.path)
+    def frozen(self):
+        """Yield (name, tensor) of everything in the network that must not change."""
+        buffers = {name for name, _ in self.network.named_buffers()}
+        for name, tensor in super().frozen():
+            if self.args.protocol == "clean" or name not in buffers:
+                yield name, tensor
 
 
-def embed(network: LinearNet, images, precision: Precision, adapts: bool):
-    """Features that are not normalised. adapts: f is in train mode exactly while the classifier is."""
-    adapting = adapts and network.fc.training
-    if network.f.training and not adapting:  # the first pictures of an evaluation: with the statistics of rank 0
-        launch.broadcast_buffers(network)
-    network.f.train(adapting)
-    with precision.autocast():
-        return network.f(images)
+def recorded(args, saved) -> dict:
+    """Return what a classifier's checkpoint says of the pre-training."""
+    values = {f"pretrained_{key}": saved[key] for key in ("epoch", "step") if key in saved}
+    return {"pretrained_args": saved.get("opt"), **values}
+
+
+SPEC = linear.Spec(
+    script=__file__,
+    parse_args=parse_args,
+    flag="model_path",
+    read=read,
+    files=files,
+    network=build_network,
+    embed=embed,
+    recipe=recipe,
+    optimizer=adam,
+    rate=lambda args, at: args.learning_rate,
+    label=label,
+    weights=lambda network, classifier: {"state_dict": network.state_dict()},
+    load=lambda network, classifier, saved: checkpoint.load_into(
+        network, saved["state_dict"], saved.path
+    ),
+    digest=lambda saved, network: checkpoint.fingerprint(encoder_state(saved)),
+    recorded=recorded,
+    result=settings,
+    derived=lambda args, saved, network, classifier: {
+        **settings(args, saved),
+        "model": args.model,
+    },
+    published="debiased/published.json",
+    method=Classifier,
+    reopened=("protocol", "input_res"),
+    side="test_size",
+    whole=with_model,
+)
 
 
 def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
-    saved = read_backbone(args)
-    folder, file = os.path.split(os.path.abspath(saved.path))
-    name = f"{os.path.basename(folder)}_{file.partition('.')[0]}_{args.protocol}"
-    name += f"_bsz_{args.batch_size}_lr_{args.learning_rate}"
-    same = ("protocol",)
-    folder = options.run_folder(args, args.save_path, name)
-    with loop.Job(args, process, folder, last="current.pth", same=same, by_epoch=True) as job:
-        train_set = options.open_split(args, "train")
-        val_set = options.open_split(args, "val", classes=train_set.classes)
-        network = build_network(saved, args, len(train_set.classes), process)
-        adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay)
-        optimizer = torch.optim.Adam(network.fc.parameters(), **adam)
-        precision, adapts = Precision(args.amp, process.device), args.protocol == "published"
-
-        def embedder(images):
-            return embed(network, images, precision, adapts)
-
-        facts = dict(script="debiased/linear.py", classes=train_set.classes, network=saved.path)
-        facts |= dict(digest=checkpoint.fingerprint(encoder_state(saved)), pretrained_args=saved.get("opt"))
-        facts |= {f"pretrained_{key}": saved[key] for key in ("epoch", "step") if key in saved}
-        method = Classifier(adapts, network, embedder, network.fc, optimizer, process, **facts)
-        views = recipe(args, train=True), recipe(args, train=False)
-        train_loader, val_loader = linear.loaders(args, process, train_set, val_set, *views)
-        facts = dict(protocol=args.protocol, train_size=args.input_res, test_size=args.test_size)
-        known = dict(
-            val_images=len(val_set), model=args.model, network=saved.path, pretrained_epochs=saved.get("epoch")
-        )
-        job.begin(train_loader, method, **facts, **known, precision=str(precision))
-        whole = linear.train(job, method, val_loader, lambda epoch, part: args.learning_rate, "model_best.pth")
-        if whole:
-            made = row_label(saved.get("opt"), saved.path, args.protocol)
-            linear.report(job, saved, made, table="debiased/published.json", **facts)
-
-
-def row_label(opt: dict | None, path: str, protocol: str) -> str:
-    """Of the run in a report: how it was pre-trained, and the protocol of this evaluation where it is the published one."""
-    made, opt = os.path.basename(path), opt or {}
-    if opt.keys() >= {"loss", "tau_plus", "M", "temperature"}:
-        what = (
-            f", tau_plus {opt['tau_plus']}" + f", M {opt['M']}" * (opt["M"] != 1) if opt["loss"] == "debiased" else ""
-        )
-        made = f"{opt['loss']}{what}, t {opt['temperature']}"
-    return made + ", published protocol" * (protocol == "published")
-
-
-def reopen(saved, network, input_res: int | None, process: launch.Process, precision):
-    """A classifier of this script, as tools/robustness.py looks at it (what is returned is said there).
-
-    The file holds the whole network, with the statistics that it was tested with, whatever the protocol.
-    """
-    opt, state = saved.get("opt") or {}, saved.get("state_dict") or {}
-    if not {"fc.weight", "f.0.weight"} <= state.keys() or "protocol" not in opt:
-        return None
-    args, flags = parse_args([f"--test-size={input_res or opt['test_size']}"]), saved.get("pretrained_args") or {}
-    arch, small_stem = described(state, saved.path)
-    model = LinearNet(Encoder(arch, small_stem), len(state["fc.weight"]))
-    checkpoint.load_into(model, state, saved.path)
-    model = model.eval().to(process.device, memory_format=torch.channels_last)
-    facts = dict(arch=arch, outputs=model.fc.out_features, input_res=args.test_size, resize=args.test_size)
-    facts |= dict(label=row_label(flags, saved["network"], opt["protocol"]), protocol=opt["protocol"])
-    facts |= dict(epochs=saved.get("pretrained_epoch"), seed=flags.get("seed"), pretrained=saved["network"])
-    facts |= saved.how_far() if "pretrained_epoch" in saved else {}
-    facts |= dict(settings={name: flags[name] for name in SETTINGS if name in flags} | {"protocol": opt["protocol"]})
-    view = pretraining.whole_view(args)
-    return lambda images: model.fc(embed(model, images, precision, False).float()), view.ops, facts
+    linear.run(SPEC, args, process)
 
 
 def main(argv=None) -> None:

@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Transfer to object detection: Faster R-CNN on a pre-trained ResNet, fine-tuned on pictures in the layout of Pascal VOC.
+"""Transfer to object detection: fine-tune Faster R-CNN on a pre-trained ResNet, on Pascal VOC.
 
-The evaluation of Improving Contrastive Learning by Visualizing Feature Transformation (Zhu et al., ICCV 2021) and of MoCo, with
-torchvision's detector: ResNet and feature pyramid; it has no R50-C4, which the published AP is of.
+The evaluation of Improving Contrastive Learning by Visualizing Feature Transformation (Zhu et al.,
+ICCV 2021) and of MoCo, with torchvision's detector, a ResNet and a feature pyramid. The published
+AP is of R50-C4, which torchvision does not have.
 
     python feature_transform/eval_detection.py --demo --pretrained none
-    python feature_transform/eval_detection.py --data_folder VOC2007 VOC2012 --pretrained runs/feature_transform
+    python feature_transform/eval_detection.py --data_folder VOC2007 VOC2012 \\
+        --pretrained runs/feature_transform
 
-Takes the network of any script of this project, the authors' files and torchvision's own weights.
+It takes the network of any script of this project, the authors' files and torchvision's weights.
 """
 
 import os
@@ -19,32 +21,28 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # isort: split
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FasterRCNN
 
 from common import UsageError, UserError, backbones, cli, launch, options, schedule
-from runner import checkpoint, linear, loop
-from runner.progress import Progress
 from common.precision import Precision
-from feature_transform import detector, voc
+from feature_transform import detections, detector, voc, voc_batches
 from preprocess import demo_voc
+from runner import checkpoint, layouts, loop, pretrained
+from runner.progress import Progress
 
-PUBLISHED = dict(batch=16, learning_rate=0.02, iterations=24000)  # pascal_voc_R_50_C4_24k.yaml of facebookresearch/moco
+# pascal_voc_R_50_C4_24k.yaml of facebookresearch/moco.
+PUBLISHED = {"batch": 16, "learning_rate": 0.02, "iterations": 24000}
 SHORTER = list(range(480, 801, 32))
-WARMUP_FROM = 1e-3  # of the learning rate; detectron2's
-SAME = (
-    "batch_size",
-    "iterations",
-    "checkpoint_every",
-    "classes",
-    "norm",
-    "fpn_channels",
-    "rois",
-)  # else it is another run
+WARMUP_FROM = 1e-3  # of the learning rate, as in detectron2
+SAME = (  # where one of these differs it is another run
+    "batch_size", "iterations", "checkpoint_every", "classes", "norm", "fpn_channels", "rois",
+)  # fmt: skip
 PRESETS = {
     "demo": dict(
-        data=["data/demo-voc"], classes="data/demo-voc/classes.txt", pretrained="runs/try-feature-transform", arch="resnet18",
-        save_path="runs/try-detection", batch_size=8, iterations=300, checkpoint_every=100, learning_rate=0.02, seed=0,
+        data=["data/demo-voc"], classes="data/demo-voc/classes.txt",
+        pretrained="runs/try-feature-transform", arch="resnet18", save_path="runs/try-detection",
+        batch_size=8, iterations=300, checkpoint_every=100, learning_rate=0.02, seed=0,
         fpn_channels=64, rois=64, min_size=[96, 112, 128], test_size=128, workers=2,
     ),
 }  # fmt: skip
@@ -52,169 +50,259 @@ PRESETS = {
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
-    g = parser.add_argument_group("data")
-    about = (
-        "folders in the layout of VOC (Annotations, ImageSets/Main, JPEGImages) to train on, such as VOC2007 VOC2012"
-    )
-    g.add_argument("--data_folder", dest="data", nargs="+", metavar="ROOT", help=about)
-    g.add_argument("--split", default="trainval", help="which of ImageSets/Main/*.txt is trained on")
-    g.add_argument("--test-data", metavar="ROOT", help="folder to test on; default: the first of --data_folder")
-    g.add_argument("--test-split", default="test", help="which of its splits")
-    g.add_argument(
-        "--classes", default="", metavar="A,B|FILE", help="names, or a file of one a line; default: VOC's 20"
-    )
-    about = (
-        "shorter side in training, pixels, one of these is drawn for each picture; default 480 to 800 in steps of 32"
-    )
-    g.add_argument("--min-size", type=cli.positive_int, nargs="+", default=SHORTER, metavar="PIXELS", help=about)
-    g.add_argument("--test-size", type=cli.positive_int, default=800, help="shorter side in the test, pixels")
-    g.add_argument("--max-size", type=cli.positive_int, default=1333, help="the longer side is at most this, pixels")
-    g.add_argument(
-        "-j", "--workers", "--num-workers", type=cli.count, default=8, help="processes per node that read pictures"
-    )
+    add_data_arguments(parser.add_argument_group("data"))
 
     g = parser.add_argument_group("model")
-    about = "pre-training checkpoint, or a run folder, or a folder of one: the newest; none: from random weights"
+    about = "checkpoint, or a run folder, or a folder of those: the newest; none: random weights"
     g.add_argument("--pretrained", default="", metavar="PATH|none", help=about)
-    g.add_argument("--use_ema", action="store_true", help="of a checkpoint with model_ema, take that key encoder")
-    g.add_argument("-a", "--arch", default="resnet50", help="of random weights; else the checkpoint tells")
-    about = "batch-norm: trained, over all processes (sync); trained, each process its own (plain); as it is (frozen)"
+    about = "of a checkpoint with model_ema, take that key encoder"
+    g.add_argument("--use_ema", action="store_true", help=about)
+    about = "of random weights; else the checkpoint tells"
+    g.add_argument("-a", "--arch", default="resnet50", help=about)
+    about = "batch-norm: sync: trained over all processes; plain: trained by each; frozen: as it is"
     g.add_argument("--norm", choices=["sync", "plain", "frozen"], default="sync", help=about)
     about = "of the feature pyramid; the layers of the box head have four times as many"
     g.add_argument("--fpn-channels", type=cli.positive_int, default=256, help=about)
-    g.add_argument("--rois", type=cli.positive_int, default=512, help="regions of each picture that train the box head")
+    about = "regions of each picture that train the box head"
+    g.add_argument("--rois", type=cli.positive_int, default=512, help=about)
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument(
-        "-b", "--batch_size", type=cli.positive_int, default=PUBLISHED["batch"], help="global, over all processes"
-    )
+    batch = PUBLISHED["batch"]
+    about = "global, over all processes"
+    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch, help=about)
     about = "steps of SGD; default: 24000 for a batch of 16, else as many pictures in all"
     g.add_argument("--iterations", type=cli.positive_int, help=about)
-    g.add_argument(
-        "--learning_rate", "--lr", type=cli.positive, help="default: .02 for a batch of 16, else in proportion"
-    )
-    about = "iterations after which the rate drops to a tenth; default: 3/4 and 11/12 of all (18000,22000)"
+    about = "default: .02 for a batch of 16, else in proportion"
+    g.add_argument("--learning_rate", "--lr", type=cli.positive, help=about)
+    about = "iterations after which the rate is a tenth; default: 3/4 and 11/12 (18000,22000)"
     g.add_argument("--steps", help=about)
-    g.add_argument("--warmup", type=cli.count, default=100, help="iterations in which the rate rises from a thousandth")
+    about = "iterations in which the rate rises from a thousandth"
+    g.add_argument("--warmup", type=cli.count, default=100, help=about)
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help="of all but batch-norm")
+    about = "of all but batch-norm"
+    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help=about)
 
     g = parser.add_argument_group("run")
-    g.add_argument("--save_path", default="./runs/detection", help="the run gets a folder of its own in here")
+    about = "the run gets a folder of its own in here"
+    g.add_argument("--save_path", "--out", default="./runs/detection", help=about)
     options.add_name_argument(g, "made of its settings")
     options.add_run_arguments(g, save_freq=None)
-    g.add_argument("--checkpoint_every", type=cli.positive_int, default=1000, help="iterations; an `epoch` of the log")
-    g.add_argument("--label", help="name of the run in a report; default: the folder of the network")
-    g.add_argument(
-        "--show", metavar="FILE.png", help="after the test, draw its first pictures and what was found in them"
-    )
+    about = "iterations; an `epoch` of the log"
+    g.add_argument("--checkpoint_every", type=cli.positive_int, default=1000, help=about)
+    about = "name of the run in a report; default: the folder of the network"
+    g.add_argument("--label", help=about)
+    about = "after the test, draw its first pictures and what was found in them"
+    g.add_argument("--show", metavar="FILE.png", help=about)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
-
     options.check(args)
+    settle(args)
+    return cli.freeze(args)
+
+
+def add_data_arguments(g) -> None:
+    """Add the pictures to train and to test on, their classes and sizes."""
+    about = "folders in VOC's layout to train on, such as VOC2007 VOC2012"
+    spellings = ("--data_folder", "--data")
+    g.add_argument(*spellings, dest="data", nargs="+", metavar="ROOT", help=about)
+    about = "which of ImageSets/Main/*.txt is trained on"
+    g.add_argument("--split", default="trainval", help=about)
+    about = "folder to test on; default: the first of --data_folder"
+    g.add_argument("--test-data", metavar="ROOT", help=about)
+    g.add_argument("--test-split", default="test", help="which of its splits")
+    about = "names, or a file of one a line; default: VOC's 20"
+    g.add_argument("--classes", default="", metavar="A,B|FILE", help=about)
+    pixels = {"type": cli.positive_int, "metavar": "PIXELS"}
+    about = "shorter side in training, one drawn for each picture; default 480 to 800 by 32"
+    g.add_argument("--min-size", nargs="+", default=SHORTER, help=about, **pixels)
+    g.add_argument("--test-size", default=800, help="shorter side in the test", **pixels)
+    g.add_argument("--max-size", default=1333, help="most that the longer side has", **pixels)
+    # Of the group "hardware" in other scripts, whose default add_hardware_arguments takes.
+    g.set_defaults(workers=8)
+
+
+def settle(args) -> None:
+    """Fill in the schedule, which follows the batch size, and check flags against each other."""
     if not args.data:
-        raise UsageError("no data: give --data_folder VOC2007 VOC2012, or --demo for built-in pictures")
-    if not args.pretrained:
-        raise UsageError("no network: give --pretrained CHECKPOINT, or --pretrained none for random weights")
-    if args.pretrained == "none" and (args.norm == "frozen" or args.use_ema):
         raise UsageError(
-            f"--{'use_ema' if args.use_ema else 'norm frozen'} needs a network: give --pretrained CHECKPOINT"
+            "no data: give --data_folder VOC2007 VOC2012, or --demo for built-in pictures"
         )
+    if not args.pretrained:
+        raise UsageError(
+            "no network: give --pretrained CHECKPOINT, or --pretrained none for random weights"
+        )
+    if args.pretrained == "none" and (args.norm == "frozen" or args.use_ema):
+        flag = "use_ema" if args.use_ema else "norm frozen"
+        raise UsageError(f"--{flag} needs a network: give --pretrained CHECKPOINT")
     times = args.batch_size / PUBLISHED["batch"]
-    args.iterations = args.iterations or max(1, round(PUBLISHED["iterations"] / times))
-    args.learning_rate = args.learning_rate or PUBLISHED["learning_rate"] * times
-    drops = sorted({args.iterations * part // 12 for part in (9, 11)})
-    args.steps = ",".join(map(str, drops)) if args.steps is None else args.steps
+    if args.iterations is None:
+        args.iterations = max(1, round(PUBLISHED["iterations"] / times))
+    if args.learning_rate is None:
+        args.learning_rate = PUBLISHED["learning_rate"] * times
+    if args.steps is None:
+        drops = sorted({args.iterations * part // 12 for part in (9, 11)})
+        args.steps = ",".join(map(str, drops))
     args.milestones = schedule.parse_milestones(args.steps, "--steps")
     args.epochs = -(-args.iterations // args.checkpoint_every)  # what the run counts
-    return args
 
 
 def run_name(args) -> str:
-    network = os.path.abspath(args.pretrained)
-    network = os.path.basename(network if os.path.isdir(network) else os.path.dirname(network))
-    network = "scratch" if args.pretrained == "none" else network + "_ema" * args.use_ema
-    return f"{network}_norm_{args.norm}_bsz_{args.batch_size}_lr_{args.learning_rate:g}_it_{args.iterations}"
-
-
-def recipe(args, train: bool) -> voc.View:
+    network = "scratch"
+    if args.pretrained != "none":
+        path = os.path.abspath(args.pretrained)
+        network = os.path.basename(path if os.path.isdir(path) else os.path.dirname(path))
+        network = f"{network}_ema" if args.use_ema else network
     return (
-        voc.View(0.5, tuple(args.min_size), args.max_size) if train else voc.View(0.0, (args.test_size,), args.max_size)
+        f"{network}_norm_{args.norm}_bsz_{args.batch_size}_lr_{args.learning_rate:g}"
+        f"_it_{args.iterations}"
     )
 
 
-def build_network(args, classes: int, process: launch.Process) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
-    """The detector, the checkpoint that its ResNet is from, and what is to be said of that."""
-    saved, state = detector.read_backbone(args)
+def recipe(args, train: bool) -> voc_batches.View:
+    if train:
+        return voc_batches.View(0.5, tuple(args.min_size), args.max_size)
+    return voc_batches.View(0.0, (args.test_size,), args.max_size)
+
+
+def read(args) -> tuple[checkpoint.Saved | None, dict]:
+    """Return the checkpoint and the parameters of its network; None and random ones for "none"."""
+    path = args.pretrained
+    if path == "none":
+        return None, backbones.build(args.arch, 0).state_dict()
+    if os.path.isdir(path):
+        path = layouts.newest_below(path)
+        if path is None:
+            raise UsageError(
+                f"--pretrained {args.pretrained}: no checkpoint of a pre-training in this folder"
+            )
+    elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
+        raise UsageError(
+            f"{path}: no network to start from yet; run feature_transform/main_contrast.py --demo "
+            "first, or say --pretrained none"
+        )
+    saved = checkpoint.Saved(path)
+    if "classifier" in saved:
+        raise UserError(
+            f"{path} is a classifier without its network: give the pre-training to --pretrained"
+        )
+    if not args.use_ema:
+        return saved, layouts.backbone(saved)
+    if "model_ema" not in saved:
+        raise UserError(
+            f"{path} has no model_ema, the key encoder that --mem moco has: omit --use_ema"
+        )
+    return saved, layouts.backbone({"model": saved["model_ema"]})
+
+
+def build_network(
+    args, classes: int, process: launch.Process
+) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
+    """Return the detector, the checkpoint of its ResNet, and what is recorded of that ResNet."""
+    saved, state = read(args)
     path = args.arch if saved is None else saved.path
-    how = dict(norm=args.norm, channels=args.fpn_channels, rois=args.rois)
-    network = detector.build(saved, state, path, classes, recipe(args, train=True), **how)
+    network = detector.build(
+        saved,
+        state,
+        path,
+        classes,
+        recipe(args, train=True),
+        norm=args.norm,
+        channels=args.fpn_channels,
+        rois=args.rois,
+    )
     if args.norm == "sync" and process.world_size > 1:
         if process.device.type != "cuda":
-            raise UsageError("--norm sync: PyTorch has that on GPUs only; give --norm plain or frozen, or one process")
+            raise UsageError(
+                "--norm sync: PyTorch has that on GPUs only; give --norm plain or frozen, or one "
+                "process"
+            )
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if args.norm != "frozen" and args.batch_size == process.world_size and min(args.min_size) <= 32:
+    shortest = min(args.min_size)
+    if args.norm != "frozen" and args.batch_size == process.world_size and shortest <= 32:
         raise UsageError(
-            f"--min-size {min(args.min_size)}: of one picture that leaves batch-norm one number; give more"
+            f"--min-size {shortest}: of one picture that leaves batch-norm one number; give more"
         )
-    facts = dict(arch=backbones.name_of(state) or "ResNet", network="none" if saved is None else path)
-    return network.to(process.device), saved, facts | dict(digest=checkpoint.fingerprint(state if saved else {}))
+    recorded = {
+        "arch": backbones.name_of(state) or "ResNet",
+        "network": "none" if saved is None else path,
+        "digest": checkpoint.fingerprint(state if saved else {}),
+    }
+    return network.to(process.device), saved, recorded
 
 
 class Detector:
-    """Faster R-CNN, its four losses and SGD. facts: what its checkpoints say besides."""
+    """Faster R-CNN, its four losses and SGD. recorded: what its checkpoints say besides."""
 
-    def __init__(self, args, network: FasterRCNN, process: launch.Process, /, **facts):
-        self.network, self.wrapped, self.facts = network, launch.parallel(network, process), facts
+    def __init__(self, args, network: FasterRCNN, process: launch.Process, recorded: dict):
+        self.network = network
+        self.recorded = recorded
+        self.wrapped = launch.parallel(network, process)
         self.precision = Precision(args.amp, process.device)
-        layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        norms = {id(p) for layer in layers for p in layer.parameters()}  # without weight decay, as in detectron2
-        groups = [[p for p in network.parameters() if (id(p) in norms) == decayless] for decayless in (False, True)]
-        groups = [{"params": ps, "weight_decay": args.weight_decay * (not i)} for i, ps in enumerate(groups) if ps]
+        kind = nn.modules.batchnorm._BatchNorm
+        layers = [module for module in network.modules() if isinstance(module, kind)]
+        of_norms = {id(param) for layer in layers for param in layer.parameters()}
+        groups = []
+        # Batch-norm is without weight decay, as in detectron2.
+        for is_norm, decay in ((False, args.weight_decay), (True, 0)):
+            params = [p for p in network.parameters() if (id(p) in of_norms) == is_norm]
+            if params:
+                groups.append({"params": params, "weight_decay": decay})
         self.optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
-        device = process.device  # proposals are drawn from PyTorch's own generator, on a GPU from that one's
-        self.generators = {"cuda": torch.cuda.default_generators[device.index or 0]} if device.type == "cuda" else {}
+        self.generators = {}
+        if process.device.type == "cuda":  # proposals are drawn from PyTorch's own generator
+            own = torch.cuda.default_generators[process.device.index or 0]
+            self.generators = {"cuda": own}
 
-    def step(self, images: list[Tensor], objects: list[voc.Objects]) -> dict[str, Tensor]:
-        targets = [{"boxes": thing.boxes, "labels": thing.labels} for thing in objects]  # the difficult ones, too
+    def step(self, batch: loop.Batch) -> dict:
+        """Take one step on pictures (batch.views) and their objects, difficult ones too."""
+        targets = [{"boxes": thing.boxes, "labels": thing.labels} for thing in batch.target]
         with self.precision.autocast():
-            losses = self.wrapped(images, targets)
+            losses = self.wrapped(batch.views, targets)
         loss = sum(losses.values())
         self.precision.step(loss, self.optimizer)
         return {"loss": loss, **losses}
 
     def state_dict(self) -> dict:
-        return {"model": self.network.state_dict(), **self.facts}
+        return {"model": self.network.state_dict(), **self.recorded}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        if saved["digest"] != self.facts["digest"]:
+        if saved["digest"] != self.recorded["digest"]:
             raise UserError(
-                f"{saved.path} started from another network ({saved['network']}): give that with --pretrained"
+                f"{saved.path} started from another network ({saved['network']}): "
+                "give that with --pretrained"
             )
         checkpoint.load_into(self.network, saved["model"], saved.path)
 
 
-def learning_rate(args, iteration: int) -> float:
-    """iteration counts from 0."""
-    rate = schedule.step(args.learning_rate, iteration, args.milestones)
-    return schedule.warmup(rate, iteration, args.warmup, rate * WARMUP_FROM)
+def learning_rate(args, at: loop.At) -> float:
+    """Return the rate of an iteration: steps, after a warm-up."""
+    rate = schedule.step(args.learning_rate, at.global_step, args.milestones)
+    return schedule.warmup(rate, at.global_step, args.warmup, rate * WARMUP_FROM)
 
 
 @torch.no_grad()
-def detect(job, method: Detector, pictures: voc.Pictures, args, process: launch.Process) -> dict[int, dict]:
-    """{row: boxes, labels and scores, on the CPU} of all `pictures`, on every rank."""
-    network, rows = method.network.eval(), range(process.rank, len(pictures), process.world_size)
+def detect(job: loop.Job, pictures: voc.Pictures) -> detections.Found:
+    """Return the boxes, labels and scores of all `pictures`, on every rank."""
+    args, process, method = job.args, job.process, job.method
+    network = method.network.eval()
     launch.broadcast_buffers(network)
     network.transform.min_size = recipe(args, train=False).min_size
+    rows = range(process.rank, len(pictures), process.world_size)
     size = max(1, args.batch_size // process.world_size)
     plans = [[(row, False) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
-    progress, found = Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main), {}
-    batches = voc.decoded(pictures, plans, options.reading(args), process.device)
+    progress = Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main)
+    workers = options.reading_workers(args)
+    batches = voc_batches.decoded(pictures, plans, workers, process.device)
+    found = {}
     for images, _, places in job.until_stopped(batches, "the test, which is made again"):
         with method.precision.autocast():
             outputs = network(images)
         for row, out in zip(places.tolist(), outputs):
-            found[row] = {k: v.cpu() if k == "labels" else v.float().cpu() for k, v in out.items()}
+            found[row] = {
+                "boxes": out["boxes"].float().cpu(),
+                "labels": out["labels"].cpu(),
+                "scores": out["scores"].float().cpu(),
+            }
         progress.bar.update(1)
     progress.close()
     for part in launch.gather_objects(found):
@@ -227,46 +315,73 @@ def worker(args, process: launch.Process) -> None:
         demo_voc.ensure(args.data[0])
     launch.barrier()
     folder = options.run_folder(args, args.save_path, run_name(args))
-    with loop.Job(args, process, folder, last="current.pth", same=SAME) as job:
+    files = loop.Files(__file__, last="current.pth", same=SAME)
+    with loop.Job(args, process, folder, files) as job:
+        args = job.args
         names = voc.class_names(args.classes)
         train_set = voc.Pictures([(root, args.split) for root in args.data], names)
         test_set = voc.Pictures([(args.test_data or args.data[0], args.test_split)], names)
-        network, saved, facts = build_network(args, len(names), process)
-        method = Detector(args, network, process, script="feature_transform/eval_detection.py", classes=names, **facts)
-        share = args.batch_size // process.world_size
-        how = (args.iterations, args.checkpoint_every, share, args.seed, process, options.reading(args))
-        loader = voc.Loader(train_set, recipe(args, train=True), *how)
-        objects = sum(len(o.labels) for o in train_set.objects)
+        network, saved, recorded = build_network(args, len(names), process)
+        method = Detector(args, network, process, {"classes": names, **recorded})
+        loader = voc_batches.Loader(
+            train_set,
+            recipe(args, train=True),
+            (args.iterations, args.checkpoint_every),
+            args.batch_size // process.world_size,
+            args.seed,
+            process,
+            options.reading_workers(args),
+        )
         job.begin(
-            loader, method, test_images=len(test_set), objects=objects, arch=facts["arch"], network=facts["network"]
+            loader,
+            method,
+            test_images=len(test_set),
+            objects=sum(len(things.labels) for things in train_set.objects),
+            arch=recorded["arch"],
+            network=recorded["network"],
         )
         for _ in job.epochs():
             method.network.train()
-            for images, objects, _ in job.batches():
-                lr = learning_rate(args, job.global_step)
-                schedule.set_lr(method.optimizer, lr)
-                job.track(**method.step(images, objects), learning_rate=lr)
+            for batch in job.batches(learning_rate):
+                job.track(**method.step(batch))
         if job.stopped:
             return
-        found = detect(job, method, test_set, args, process)
+        found = detect(job, test_set)
         if process.is_main:
-            report(job, method, saved, voc.average_precision(test_set, found))
+            report(job, saved, detections.average_precision(test_set, found))
             if args.show:
-                voc.draw(args.show, test_set, found)
+                detections.draw(args.show, test_set, found)
                 job.log.say(f"the first test pictures and what was found in them: {args.show}")
 
 
-def report(job, method: Detector, saved, values: dict) -> None:
-    """result.json; tools/report.py shows the published numbers, which are of another detector, beside it."""
-    args, classes, network = job.args, values.pop("classes"), method.facts["network"]
+def report(job: loop.Job, saved: checkpoint.Saved | None, values: dict) -> None:
+    """Write result.json. A report shows the published numbers, of another detector, beside it."""
+    args, recorded = job.args, job.method.recorded
+    classes = values["classes"]
     width = max(map(len, classes))
-    job.log.say("AP50 of each class\n" + "\n".join(f"  {name:<{width}}  {ap:6.2f}" for name, ap in classes.items()))
-    facts = linear.origin(saved) if saved else dict(epochs=None, seed=None, pretrained=network)
-    where = os.path.basename(os.path.dirname(os.path.abspath(network))) if saved else "random weights"
-    facts |= dict(seed=args.seed if facts["seed"] is None else facts["seed"], detection_seed=args.seed)
-    facts |= dict(arch=f"{method.facts['arch']}-FPN", label=args.label or where, data=" + ".join(args.data))
-    facts |= dict(split=args.test_split, iterations=args.iterations, norm=args.norm, classes=classes)
-    job.log.result(table="feature_transform/published_detection.json", **facts, **values)
+    lines = [f"  {name:<{width}}  {ap:6.2f}" for name, ap in classes.items()]
+    job.log.say("\n".join(["AP50 of each class", *lines]))
+    origin = {"epochs": None, "seed": None, "pretrained": "none"}
+    folder = "random weights"
+    if saved is not None:
+        origin = pretrained.origin(saved)
+        folder = pretrained.parent(saved)
+    seed = origin["seed"]
+    job.log.result(
+        **origin
+        | {
+            "table": "feature_transform/published_detection.json",
+            "seed": args.seed if seed is None else seed,
+            "detection_seed": args.seed,
+            "arch": f"{recorded['arch']}-FPN",
+            "label": args.label or folder,
+            "data": " + ".join(args.data),
+            "split": args.test_split,
+            "iterations": args.iterations,
+            "norm": args.norm,
+            **values,
+        }
+    )
 
 
 def main(argv=None) -> None:

@@ -1,14 +1,15 @@
-"""The published methods, the name of a run, and which flags go together."""
+"""The published methods, the rule that the flags describe, and the name of a run."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from common import UsageError
+from feature_transform.transform import Rule
 
 FIELDS = ("modal", "jigsaw", "mem", "aug", "head", "nce_t")
-METHODS = {  # FIELDS of each: RGB or two towers, a jigsaw branch, bank or queue, augmentation, head, temperature
+# RGB or two towers, with a jigsaw or not, bank or queue, augmentation, head, temperature.
+METHODS = {
     "InsDis": ("RGB", False, "bank", "A", "linear", 0.07),
     "CMC": ("CMC", False, "bank", "C", "linear", 0.07),
     "PIRL": ("RGB", True, "bank", "A", "linear", 0.07),
@@ -21,83 +22,125 @@ METHODS = {  # FIELDS of each: RGB or two towers, a jigsaw branch, bank or queue
     "InfoMin": ("RGB", True, "moco", "D", "mlp", 0.15),
     "Customize": (),
 }
-OF_MIXNORM = (
-    "mixnorm_target", "expolation_mask", "mask_distribution", "dim_mask", "beta_alpha", "sep_alpha", "pos_alpha", "neg_alpha",
-    "postmix_norm", "norm_target", "mix_start_epoch", "neg_query",
+PUBLISHED = dict(  # the published transformation
+    mixnorm=True, mixnorm_target="posneg", expolation_mask=True, sep_alpha=True,
+    mask_distribution="beta", dim_mask="none",
 )  # fmt: skip
-BELONGS = {  # a typed flag that means nothing without another one
-    "pos_alpha": "sep_alpha", "neg_alpha": "sep_alpha", "norm_target": "postmix_norm", "beta": "jigsaw",
-}  # fmt: skip
 
 
 def fill(args) -> None:
-    """What --method says, for the flags that were not typed. One note names those that were and say otherwise."""
-    other = []
+    """Fill in what --method says for the flags that were not typed.
+
+    One note names those that were typed and say something else.
+    """
+    differing = []
     for flag, value in zip(FIELDS, METHODS[args.method]):
         if flag not in args.typed:
             setattr(args, flag, value)
         elif getattr(args, flag) != value:
-            other.append(f"--{flag} {getattr(args, flag)} ({value})")
-    args.dim_mask = args.dim_mask or published_dims(args)
-    if other and not int(os.environ.get("RANK", 0)):
-        print(f"note: what is typed beats --method {args.method}: {', '.join(other)}", file=sys.stderr)
+            differing.append(f"--{flag} {getattr(args, flag)} ({value})")
+    if args.dim_mask is None:
+        args.dim_mask = published_dims(args)
+    if differing and not int(os.environ.get("RANK", 0)):
+        listed = ", ".join(differing)
+        print(f"note: what is typed beats --method {args.method}: {listed}", file=sys.stderr)
 
 
 def published_dims(args) -> str:
-    """--dim_mask where it is not given. There it counted in one case only; in all others every number had a coefficient."""
-    counts = args.sep_alpha and args.mixnorm_target == "posneg" and args.mask_distribution == "beta"
-    return "none" if counts else "both"
+    """Return --dim_mask where it is not typed.
+
+    The published code reads it in one case only; in all others every number has a coefficient.
+    """
+    is_read = args.sep_alpha and args.mixnorm_target == "posneg"
+    return "none" if is_read and args.mask_distribution == "beta" else "both"
 
 
-def check(args) -> None:
-    """UsageError for flags that contradict each other, or mean nothing."""
-    typed = args.typed
-    if not args.mixnorm and (alone := [flag for flag in OF_MIXNORM if flag in typed]):
-        raise UsageError(f"--{alone[0]} belongs to --mixnorm; add that, or omit it")
-    for flag, other in BELONGS.items():
-        if flag in typed and not getattr(args, other):
-            raise UsageError(f"--{flag} belongs to --{other}; add that, or omit it")
-    if args.mixnorm_target == "neg":
-        if "expolation_mask" in typed and args.expolation_mask:
-            raise UsageError(
-                "--expolation_mask moves positives apart, and --mixnorm_target neg leaves them as they are: "
-                "take pos or posneg, or omit it"
-            )
-        args.expolation_mask = False
-    if "dim_mask" in typed and {args.dim_mask, args.mixnorm_target} == {"pos", "neg"}:
-        raise UsageError(f"--dim_mask {args.dim_mask}: with --mixnorm_target {args.mixnorm_target} those are not mixed")
-    if "beta_alpha" in typed and args.sep_alpha:
-        raise UsageError("--beta_alpha: with --sep_alpha there are --pos_alpha and --neg_alpha; omit one of the two")
-    if args.mask_distribution == "uniform" and typed & {"beta_alpha", "pos_alpha", "neg_alpha"}:
-        raise UsageError("--mask_distribution uniform has no --beta_alpha, --pos_alpha or --neg_alpha; omit them")
-    others = {"bank": ("alpha", "a queue: --mem moco"), "moco": ("nce_m", "a bank: --mem bank")}
-    flag, of = others[args.mem]
-    if flag in typed:
-        raise UsageError(f"--{flag} belongs to {of}; take that, or omit it")
-    if args.mem == "moco" and args.nce_k < args.batch_size:
-        raise UsageError(f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys ({args.batch_size})")
+def rule(args) -> Rule | None:
+    """Return the transformation that the flags describe; None without --mixnorm."""
+    if not args.mixnorm:
+        return None
+    pos_alpha, neg_alpha = args.beta_alpha, args.beta_alpha
+    if args.sep_alpha:
+        pos_alpha, neg_alpha = args.pos_alpha, args.neg_alpha
+    normalise = ()
+    if args.postmix_norm:
+        normalise = ("pos", "neg") if args.norm_target == "both" else (args.norm_target,)
+    return Rule(
+        positives=_shape(args, "pos"),
+        negatives=_shape(args, "neg"),
+        extrapolate=args.expolation_mask,
+        distribution=args.mask_distribution,
+        pos_alpha=pos_alpha,
+        neg_alpha=neg_alpha,
+        normalise=normalise,
+        original_query=args.neg_query == "original",
+    )
+
+
+def _shape(args, side: str) -> str | None:
+    """Return the shape of the coefficients of "pos" or "neg"; None where it is not transformed."""
+    if side not in args.mixnorm_target:
+        return None
+    if args.dim_mask in (side, "both"):
+        return "element"
+    return "sample" if args.dim_mask == "sample" else "scalar"
 
 
 def run_name(args) -> str:
-    """The published name of the run folder; added where it is not the published setting: the shape of the coefficients, what
-    is normalised, the query of the negatives, and the epoch after which features are transformed."""
-    schedule = f"{f'_amp_{args.opt_level}' * args.amp}{'_cosine' * args.cosine}{'_warm' * args.warm}"
-    name = (
-        f"{args.method}_{args.arch}_{args.modal}_Jig_{args.jigsaw}_{args.mem}_aug_{args.aug}_{args.head}_{args.nce_t}"
+    """Return the published name of the run folder.
+
+    Added to it, where it is not the published setting: the shape of the coefficients, what is
+    normalised, the query of the negatives, and the epoch after which features are transformed.
+    """
+    parts = [
+        f"{args.method}_{args.arch}_{args.modal}_Jig_{args.jigsaw}_{args.mem}",
+        f"aug_{args.aug}_{args.head}_{args.nce_t}",
+    ]
+    if args.amp:
+        parts.append(f"amp_{args.opt_level}")
+    if args.cosine:
+        parts.append("cosine")
+    if args.warm:
+        parts.append("warm")
+    parts.append(f"alpha{args.alpha}_ncet{args.nce_t}_ncek{args.nce_k}")
+    parts += _transformation_names(args) if args.mixnorm else ["baseline"]
+    parts.append(f"epoch{args.epochs}_bs{args.batch_size}_lr{args.learning_rate}")
+    if args.exp_iter >= 0:
+        parts.append(f"iter{args.exp_iter}")
+    return "_".join(parts)
+
+
+def _transformation_names(args) -> list[str]:
+    """Return the parts of the run's name that describe the transformation."""
+    parts = [
+        f"mixnorm_target{args.mixnorm_target}_postnorm{args.postmix_norm}",
+        f"distri{args.mask_distribution}",
+    ]
+    if "pos" in args.mixnorm_target:
+        parts.append(f"expolation{args.expolation_mask}")
+    if args.mask_distribution == "beta" and args.sep_alpha:
+        parts.append(f"pos{args.pos_alpha}_neg{args.neg_alpha}")
+    elif args.mask_distribution == "beta":
+        parts.append(f"alpha{args.beta_alpha}")
+    if args.dim_mask != published_dims(args):
+        parts.append(f"dim{args.dim_mask}")
+    if args.postmix_norm and args.norm_target != "pos":
+        parts.append(f"norm{args.norm_target}")
+    if args.neg_query != "transformed":
+        parts.append(f"query{args.neg_query}")
+    if args.mix_start_epoch:
+        parts.append(f"start{args.mix_start_epoch}")
+    return parts
+
+
+def too_many(args, n: int) -> str:
+    """Return a warning for a run with as many negatives as there are pictures (n), or more."""
+    if args.mem == "moco":
+        return (
+            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data "
+            f"set ({n} images): a picture's own earlier keys are among its negatives; use fewer"
+        )
+    return (
+        f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn "
+        "again and again, the picture itself too; use fewer"
     )
-    name += f"{schedule}_alpha{args.alpha}_ncet{args.nce_t}_ncek{args.nce_k}"
-    if not args.mixnorm:
-        name += "_baseline"
-    else:
-        name += f"_mixnorm_target{args.mixnorm_target}_postnorm{args.postmix_norm}_distri{args.mask_distribution}"
-        if "pos" in args.mixnorm_target:
-            name += f"_expolation{args.expolation_mask}"
-        if args.mask_distribution == "beta":
-            alphas = f"_pos{args.pos_alpha}_neg{args.neg_alpha}", f"_alpha{args.beta_alpha}"
-            name += alphas[not args.sep_alpha]
-        name += f"_dim{args.dim_mask}" * (args.dim_mask != published_dims(args))
-        name += f"_norm{args.norm_target}" * (args.postmix_norm and args.norm_target != "pos")
-        name += f"_query{args.neg_query}" * (args.neg_query != "transformed")
-        name += f"_start{args.mix_start_epoch}" * bool(args.mix_start_epoch)
-    name += f"_epoch{args.epochs}_bs{args.batch_size}_lr{args.learning_rate}"
-    return name + f"_iter{args.exp_iter}" * (args.exp_iter >= 0)

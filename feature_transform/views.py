@@ -1,7 +1,8 @@
-"""The views of Feature Transformation, which are PyContrast's: augmentations A to E, RandAugment, the pieces of a jigsaw.
+"""The views of Feature Transformation, which are PyContrast's.
 
-dataset/util.py of DTennant/CL-Visualizing-Feature-Transformation at c53d1be, whose order of operations is kept. With the
-colours of CMC the last operations make Y, Db, Dr of RGB, for which the encoders split the channels.
+They are the augmentations A to E, RandAugment, and the pieces of a jigsaw. Follows dataset/util.py
+of DTennant/CL-Visualizing-Feature-Transformation at c53d1be, whose order of operations is kept.
+With --modal CMC the last operations make Y, Db, Dr of RGB; the encoders split these channels.
 """
 
 from __future__ import annotations
@@ -14,88 +15,119 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import augment, launch, options, sets
-from preprocess.imagenet100_subset import CLASS_LIST
+from common import UserError, augment, cli, files, launch, options, sets
 
+CLASS_LIST = files.ROOT / "preprocess" / "imagenet100.txt"  # the classes of ImageNet-100
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-COLOURS = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))  # of Y, Db, Dr, as published
+# Of Y, Db, Dr, as published.
+COLOURS = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))
+LAST = {  # operations that take RGB to the normalised channels of the networks, by --modal
+    "RGB": (NORMALIZE,),
+    "CMC": (colour.ToColour("YDbDr"), COLOURS),
+}
 SMALLEST_CROP = {"bank": 0.08, "moco": 0.2}  # share of the picture
 GRID = 3  # a jigsaw has 3 x 3 cells
 
 MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-ENHANCE = {  # what a factor of 0 gives; the operation is the line from there through the picture
-    "Color": lambda x: tv.adjust_saturation(x, 0.0), "Contrast": lambda x: tv.adjust_contrast(x, 0.0),
-    "Brightness": torch.zeros_like, "Sharpness": lambda x: tv.adjust_sharpness(x, 0.0),
-}  # fmt: skip
-OPERATIONS = {  # of RandAugment; for CMC those that leave the colours alone
-    "RGB": ("AutoContrast", "Equalize", "Invert", "PosterizeTpu", "Solarize", "SolarizeAdd", *ENHANCE, *MOVES),
+ENHANCE = {  # the picture at a factor of 0; an operation is the line from there through the picture
+    "Color": lambda x: tv.adjust_saturation(x, 0.0),
+    "Contrast": lambda x: tv.adjust_contrast(x, 0.0),
+    "Brightness": torch.zeros_like,
+    "Sharpness": lambda x: tv.adjust_sharpness(x, 0.0),
+}
+TABLES = ("AutoContrast", "Equalize", "Invert", "PosterizeTpu", "Solarize", "SolarizeAdd")
+OPERATIONS = {  # of RandAugment; those of CMC leave the colours alone
+    "RGB": (*TABLES, *ENHANCE, *MOVES),
     "CMC": ("AutoContrast", "Identity", "Sharpness", *MOVES),
 }
 FILL = (124 / 255, 116 / 255, 104 / 255)  # where a moved picture leaves nothing: ImageNet's mean
 
 
-def choose_classes(args) -> None:
-    """--dataset imagenet100 (the default) on a tree of more than those: args.class_list becomes the project's list of them.
+def choose_classes(args):
+    """Return the flags with the project's list of ImageNet-100's classes, where that is meant.
 
-    A tree without all of them is taken as it is. A published command names ImageNet by the number of its classes alone:
-    --n_class beside a --dataset that was not typed. UsageError where there is no such folder.
+    It is with --dataset imagenet100 (the default) on a tree of more than those classes. A tree
+    without all of them is taken as it is. A published command names ImageNet by the number of its
+    classes alone: --n_class beside a --dataset that was not typed. Raises UsageError where there is
+    no such folder.
     """
     if args.dataset != "imagenet100" or args.class_list:
-        return
+        return args
     listed = set(sets.read_class_list(CLASS_LIST))
-    found = sets.folders_in(sets.split_folder(args.data, "train", bare=True))
-    meant = "dataset" not in args.typed and getattr(args, "n_class", None) == len(found)
-    if listed < set(found) and not meant:
-        args.class_list = str(CLASS_LIST)
+    folders = set(sets.folders_in(sets.split_folder(args.data, "train", bare=True)))
+    all_are_meant = "dataset" not in args.typed and getattr(args, "n_class", None) == len(folders)
+    if listed < folders and not all_are_meant:
+        return cli.replace(args, class_list=str(CLASS_LIST))
+    return args
 
 
-def last_operations(args) -> tuple:
-    """Of every view: to the network's channels, normalised."""
-    return (NORMALIZE,) if args.modal == "RGB" else (colour.ToColour("YDbDr"), COLOURS)
+def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
+    """Return what takes RGB to the input of a checkpoint's towers; see `runner.layouts.colours`."""
+    if not towers:
+        return LAST["RGB"], {"": 3}
+    if towers == ["encoder1", "encoder2"]:
+        return LAST["CMC"], {"encoder1": 1, "encoder2": 2}
+    raise UserError(f"{saved.path}: it does not say what its towers {' and '.join(towers)} look at")
 
 
 def recipe(args) -> augment.Compose:
-    """The augmentation of one view: args.aug, at args.input_res, for args.mem and args.modal."""
+    """Return the augmentation of one view: args.aug, at args.input_res, for args.mem, args.modal.
+
+    A is that of InsDis, MoCo and PIRL, B of MoCo-v2, C of CMC, D of InfoMin, E of CMC-v2. Blurs
+    have taps up to a tenth of the side (published: B by PIL, D and E with 23 taps at 224).
+    """
     crop = augment.RandomResizedCrop(args.input_res, scale=(SMALLEST_CROP[args.mem], 1.0))
-    flip, grey = augment.RandomHorizontalFlip(), augment.RandomGrayscale(0.2)
-    blur, last = augment.GaussianBlur((0.1, 2.0), p=0.5), last_operations(args)
-    if args.aug == "A":  # InsDis, MoCo, PIRL
-        return augment.Compose(crop, flip, augment.ColorJitter(0.4, 0.4, 0.4, 0.4), grey, *last)
-    if args.aug == "B":  # MoCo-v2. Published: PIL's blur; the one here has no taps beyond 11 pixels of 224
-        return augment.Compose(crop, flip, augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), grey, blur, *last)
-    if args.aug == "C":  # CMC
-        return augment.Compose(crop, flip, augment.ColorJitter(0.4, 0.4, 0.4, 0.1), *last)
-    if args.aug == "D":  # InfoMin. The published blur has 23 taps at 224
-        jitter = augment.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8)
-        return augment.Compose(crop, flip, jitter, blur, RandAugment(args.modal), grey, *last)
-    jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)  # E, CMC-v2
-    return augment.Compose(crop, flip, jitter, blur, RandAugment(args.modal), *last)
+    flip = augment.RandomHorizontalFlip()
+    grey = augment.RandomGrayscale(0.2)
+    blur = augment.GaussianBlur((0.1, 2.0), p=0.5)
+    sometimes = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    if args.aug == "A":
+        operations = (augment.ColorJitter(0.4, 0.4, 0.4, 0.4), grey)
+    elif args.aug == "B":
+        operations = (sometimes, grey, blur)
+    elif args.aug == "C":
+        operations = (augment.ColorJitter(0.4, 0.4, 0.4, 0.1),)
+    elif args.aug == "D":
+        strong = augment.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8)
+        operations = (strong, blur, RandAugment(args.modal), grey)
+    else:
+        operations = (sometimes, blur, RandAugment(args.modal))
+    return augment.Compose(crop, flip, *operations, *LAST[args.modal])
 
 
 def plain_view(args) -> augment.Compose:
-    """Pictures as they are, for k-NN and evaluation."""
-    return options.plain_view(args, *last_operations(args))
+    """Return the view of k-NN and evaluation: the picture as it is."""
+    return options.plain_view(args, *LAST[args.modal])
 
 
-def pictures(args, name: str, images: Tensor) -> dict[str, Tensor]:
-    """Views in [0, 1] for people to look at, by name: the colours, or for CMC the channels in grey."""
-    if args.modal == "RGB":
-        return {name: NORMALIZE.inverse(images)}
-    return {f"{name}: {c}": (x + 1) / 2 for c, x in zip(colour.CHANNELS["YDbDr"], images.split(1, 1))}
+def pictures(args, seen: list[Tensor]) -> dict[str, Tensor]:
+    """Return the views of a batch in [0, 1] to look at, by name; those of CMC by channel."""
+    names = ("query", "key", "jigsaw") if args.mem == "moco" else ("picture", "jigsaw")
+    columns = {}
+    for name, images in zip(names, seen):
+        if args.modal == "RGB":
+            columns[name] = NORMALIZE.inverse(images)
+            continue
+        for channel, values in zip(colour.CHANNELS["YDbDr"], images.split(1, 1)):
+            columns[f"{name}: {channel}"] = (values + 1) / 2
+    return columns
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Two operations for each picture, each applied with probability .5, at a level of about 10 (arXiv:1909.13719).
+    """Change each picture by two drawn operations, at a level of about 10 (arXiv:1909.13719).
 
-    `rand-n2-m10-mstd0.5` of the published code (datasets/RandAugment.py of HobbitLong/PyContrast at d72bb9a, of the timm
-    family): operations drawn with replacement from OPERATIONS, a level from N(10, .5) cut to [0, 10], signs and bilinear or
-    bicubic interpolation by chance. params, one column for each of the two: op (-1: not applied), level, sign, bicubic.
+    This is `rand-n2-m10-mstd0.5` of the published code (datasets/RandAugment.py of
+    HobbitLong/PyContrast at d72bb9a, of the timm family). Operations are drawn with replacement
+    from OPERATIONS and applied with probability .5 each, at a level from N(10, .5) cut to [0, 10];
+    signs, and bilinear or bicubic interpolation, are drawn as well.
+    params, one column for each operation: op (-1: not applied), level, sign, bicubic.
 
-    torchvision's RandAugment has other operations and one draw a batch; its functions are used where they take a batch.
-    Differences to Pillow's pictures of whole grey levels: at most 2 levels, of bicubic moves some 16 beside sharp edges
-    (torch's cubic has a = -.75, Pillow's -1). Pictures are (N, 3, S, S) in [0, 1], square.
+    torchvision's RandAugment has other operations and one draw for a batch; its functions are used
+    where they take a batch. Pillow works on whole grey levels: the difference is at most 2 levels,
+    and in bicubic moves some 16 beside sharp edges (torch's cubic has a = -.75, Pillow's -1).
+    Pictures are (N, 3, S, S) in [0, 1], square.
     """
 
     modal: str = "RGB"
@@ -105,64 +137,81 @@ class RandAugment:
     p: float = 0.5
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> augment.Params:
-        size, how = (n, self.layers), dict(generator=generator)
-        op = torch.randint(len(OPERATIONS[self.modal]), size, **how)
-        op[torch.rand(size, **how) >= self.p] = -1
-        level = torch.randn(size, **how).mul(self.std).add(self.level).clamp(0, 10)
-        sign, bicubic = torch.rand(size, **how) < 0.5, torch.rand(size, **how) < 0.5
+        size = (n, self.layers)
+        op = torch.randint(len(OPERATIONS[self.modal]), size, generator=generator)
+        op[torch.rand(size, generator=generator) >= self.p] = -1
+        level = torch.randn(size, generator=generator)
+        level = level.mul(self.std).add(self.level).clamp(0, 10)
+        sign = torch.rand(size, generator=generator) < 0.5
+        bicubic = torch.rand(size, generator=generator) < 0.5
         return {"op": op, "level": level, "sign": 1.0 - 2 * sign, "bicubic": bicubic}
 
     def apply(self, images: Tensor, params: augment.Params) -> Tensor:
         for column in range(params["op"].shape[1]):
-            images = self.apply_one(images, *(params[key][:, column] for key in ("op", "level", "sign", "bicubic")))
+            op, level, sign, bicubic = (
+                params[key][:, column] for key in ("op", "level", "sign", "bicubic")
+            )
+            images = self.apply_one(images, op, level * sign, level, bicubic)
         return images
 
-    def apply_one(self, images: Tensor, op: Tensor, level: Tensor, sign: Tensor, bicubic: Tensor) -> Tensor:
-        """One operation for each picture: those that drew the same are changed together."""
-        names, groups = OPERATIONS[self.modal], []
-        for number, name in enumerate(names):
-            if name not in (*MOVES, "Identity"):
-                groups.append((name, op == number))
-        theta, moved = move_matrices([names[i] if i >= 0 else "" for i in op.tolist()], level * sign)
-        groups += [("bicubic", moved & bicubic), ("bilinear", moved & ~bicubic)]
+    def apply_one(
+        self, images: Tensor, op: Tensor, amount: Tensor, level: Tensor, bicubic: Tensor
+    ) -> Tensor:
+        """Apply one operation to each picture; those that drew the same are changed together.
+
+        op, level, bicubic (N,): columns of `sample`. amount (N,): level and sign of a move.
+        """
+        names = OPERATIONS[self.modal]
+        groups = [
+            (name, op == number)
+            for number, name in enumerate(names)
+            if name not in (*MOVES, "Identity")
+        ]
+        theta, moved = move_matrices([names[i] if i >= 0 else "" for i in op.tolist()], amount)
+        groups.append(("bicubic", moved & bicubic))
+        groups.append(("bilinear", moved & ~bicubic))
         out = images
         for name, drawn in groups:
             if not drawn.any():
                 continue
-            rows, own = (
-                drawn.nonzero().flatten(),
-                [t[drawn].to(images.device, non_blocking=True) for t in (level, theta)],
-            )
-            rows = rows.to(images.device, non_blocking=True)
-            out = images.clone() if out is images else out
-            out.index_copy_(0, rows, change(name, images.index_select(0, rows), *own))
+            rows = drawn.nonzero().flatten().to(images.device, non_blocking=True)
+            own_level = level[drawn].to(images.device, non_blocking=True)
+            own_theta = theta[drawn].to(images.device, non_blocking=True)
+            if out is images:
+                out = images.clone()
+            made = change(name, images.index_select(0, rows), own_level, own_theta)
+            out.index_copy_(0, rows, made)
         return out
 
 
 def move_matrices(names: list[str], amount: Tensor) -> tuple[Tensor, Tensor]:
-    """For affine_grid: where each pixel of the moved picture comes from, (N, 2, 3), and (N,) which pictures move at all.
+    """Return (theta (N, 2, 3), moved (N,)): for affine_grid, and which pictures move at all.
 
-    amount: level and sign, -10 to 10: 3 degrees each of rotation, 3 percent of shear, 4.5 percent of the side of translation.
-    A shear leaves the upper left corner where it is, as Pillow's.
+    theta says where each pixel of the moved picture comes from. amount: level and sign, -10 to 10,
+    each of which is 3 degrees of rotation, 3 percent of shear, 4.5 percent of the side of
+    translation. A shear leaves the upper left corner where it is, as Pillow's does.
     """
-    theta, moved = torch.eye(2, 3).repeat(len(names), 1, 1), torch.zeros(len(names), dtype=torch.bool)
+    theta = torch.eye(2, 3).repeat(len(names), 1, 1)
+    moved = torch.zeros(len(names), dtype=torch.bool)
     for i, (name, value) in enumerate(zip(names, amount.tolist())):
         if name not in MOVES:
             continue
         moved[i] = True
         if name == "Rotate":
             angle = torch.deg2rad(torch.tensor(-3.0 * value))
-            theta[i, :, :2] = torch.stack((angle.cos(), angle.sin(), -angle.sin(), angle.cos())).view(2, 2)
+            rotation = (angle.cos(), angle.sin(), -angle.sin(), angle.cos())
+            theta[i, :, :2] = torch.stack(rotation).view(2, 2)
         elif name.startswith("Shear"):
             row = "XY".index(name[-1])
             theta[i, row, 1 - row] = theta[i, row, 2] = 0.03 * value
         else:
-            theta[i, "XY".index(name[9]), 2] = 2 * 0.045 * value
+            row = "XY".index(name.removeprefix("Translate")[0])
+            theta[i, row, 2] = 2 * 0.045 * value
     return theta, moved
 
 
 def change(name: str, x: Tensor, level: Tensor, theta: Tensor) -> Tensor:
-    """The operation `name` on all of x (N, 3, S, S), each picture at its own level (N,) or matrix (N, 2, 3)."""
+    """Apply `name` to x (N, 3, S, S), each picture at its own level (N,) or matrix (N, 2, 3)."""
     level = level.view(-1, 1, 1, 1)
     if name in ("bilinear", "bicubic"):
         return move(x, theta, name)
@@ -174,51 +223,60 @@ def change(name: str, x: Tensor, level: Tensor, theta: Tensor) -> Tensor:
         return 1 - x
     grey_levels = (x * 255).round()  # the others are tables of 8 bits
     if name == "Equalize":
-        made = tv.equalize(grey_levels.to(torch.uint8)).float()
+        out = tv.equalize(grey_levels.to(torch.uint8)).float()
     elif name == "PosterizeTpu":
         step = 2 ** (8 - (0.4 * level).floor())
-        made = (grey_levels / step).floor() * step
+        out = (grey_levels / step).floor() * step
     elif name == "Solarize":
-        made = torch.where(grey_levels < (25.6 * level).floor(), grey_levels, 255 - grey_levels)
+        is_dark = grey_levels < (25.6 * level).floor()
+        out = torch.where(is_dark, grey_levels, 255 - grey_levels)
     else:  # SolarizeAdd
-        made = torch.where(grey_levels < 128, (grey_levels + (11 * level).floor()).clamp(max=255), grey_levels)
-    return made / 255
+        lighter = (grey_levels + (11 * level).floor()).clamp(max=255)
+        out = torch.where(grey_levels < 128, lighter, grey_levels)
+    return out / 255
 
 
 def move(x: Tensor, theta: Tensor, mode: str) -> Tensor:
-    """x seen through `theta` (see move_matrices); FILL where that looks beyond the picture."""
+    """Return x seen through `theta` (see `move_matrices`), and FILL beyond the picture."""
     grid = F.affine_grid(theta, x.shape, align_corners=False)
-    made = F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False).clamp_(0, 1)
+    out = F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False).clamp_(0, 1)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
     fill = torch.tensor(FILL).to(x.device, non_blocking=True)
-    return torch.where(inside, made, fill.view(3, 1, 1))
+    return torch.where(inside, out, fill.view(3, 1, 1))
 
 
-# ------------------------------------------------------------------------------------------------------------- jigsaw
+# ------------------------------------------------------------------------------------------ jigsaw
 
 
 def jigsaw_recipe(args) -> augment.Compose:
-    """The view that `cut_patches` cuts: 255 pixels at an input of 224, in proportion elsewhere (36 at 32)."""
+    """Return the view that `cut_patches` cuts: 255 pixels at an input of 224, in proportion else.
+
+    At an input of 32 it has 36 pixels.
+    """
     side = GRID * max(2, round(85 * args.input_res / 224))
     crop = augment.RandomResizedCrop(side, scale=(0.6, 1.0))
-    return augment.Compose(crop, augment.RandomHorizontalFlip(), *last_operations(args))
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), *LAST[args.modal])
 
 
 def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(N, 3, S, S) -> the nine patches of each, (N, 9, 3, s, s), at a random place in their cells of a 3 x 3 grid.
+    """Cut images (N, 3, S, S) into nine patches each: (N, 9, 3, s, s).
 
-    generator: of the CPU, in the same state on every rank: the places are those of the global batch.
-    Cells of 85 pixels give patches of 64, at offsets of 0 to 21; others in proportion (cells of 12 give 9). Any network takes
-    them: its pooling is adaptive. Below 64 pixels patches are small for the strides of a ResNet: with --small-stem, a quarter
-    of them, more is left of a patch than one place.
+    A patch lies at a random place in its cell of a 3 x 3 grid. generator: of the CPU, in the same
+    state on every rank, so that the places are those of the global batch. Cells of 85 pixels give
+    patches of 64, at offsets of 0 to 21; others are in proportion (cells of 12 give 9). Any network
+    takes them, as its pooling is adaptive. Below 64 pixels patches are small for the strides of a
+    ResNet; with --small-stem, which has a quarter of them, more is left of a patch than one place.
     """
     n, cell = len(images), images.shape[-1] // GRID
     size = max(1, round(cell * 64 / 85))
-    everyone = torch.randint(cell - size + 1, (2, n * launch.world_size(), GRID, GRID), generator=generator)
+    shape = (2, n * launch.world_size(), GRID, GRID)
+    everyone = torch.randint(cell - size + 1, shape, generator=generator)
     offset = everyone.chunk(launch.world_size(), 1)[launch.rank()]
-    corner = offset + cell * torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"))[:, None]
+    cells = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    corner = offset + cell * torch.stack(cells)[:, None]
     corner = corner.flatten(2).to(images.device, non_blocking=True)  # top and left, (2, N, 9)
     pixel = torch.arange(size, device=images.device)
-    rows, columns = corner[0, :, :, None, None] + pixel[:, None], corner[1, :, :, None, None] + pixel
-    which = torch.arange(n, device=images.device).view(n, 1, 1, 1)
-    return images[which, :, rows, columns].permute(0, 1, 4, 2, 3)
+    rows = corner[0, :, :, None, None] + pixel[:, None]
+    columns = corner[1, :, :, None, None] + pixel
+    picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
+    return images[picture, :, rows, columns].permute(0, 1, 4, 2, 3)

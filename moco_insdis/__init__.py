@@ -1,1 +1,1 @@
-"""Momentum Contrast (He et al., CVPR 2020) and Instance Discrimination (Wu et al., CVPR 2018), as shipped next to CMC."""
+"""MoCo (He et al., 2020) and Instance Discrimination (Wu et al., 2018) as published with CMC."""

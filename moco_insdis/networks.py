@@ -1,22 +1,43 @@
-"""The networks of MoCo and Instance Discrimination: residual networks, some of them with wider stages."""
+"""The networks of MoCo and InsDis: residual networks, some of them with wider stages."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from common import backbones, batchnorm, launch
+from common import UsageError, augment, backbones, batchnorm, launch
 
 MODELS = {  # name: (depth, width)
-    "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2), "resnet50x4": (50, 4),
-    "resnet101": (101, 1),
+    "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2),
+    "resnet50x4": (50, 4), "resnet101": (101, 1),
 }  # fmt: skip
+NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
 
 def build_network(args, process: launch.Process) -> nn.Module:
+    """Return the network with its head of --feat_dim, on the device and in training mode."""
     depth, width = MODELS[args.model]
     network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
     batchnorm.split(network, batchnorm.splits_here(args, process))
-    if args.syncBN and process.world_size > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if args.syncBN:
+        network = synchronised(network, process)
     return network.to(process.device, memory_format=torch.channels_last).train()
+
+
+def synchronised(module: nn.Module, process: launch.Process) -> nn.Module:
+    """Return the module with batch-norm statistics over all processes.
+
+    Raises UsageError on CPUs, between which PyTorch does not synchronise them.
+    """
+    if process.world_size == 1:
+        return module
+    if process.device.type == "cpu":
+        raise UsageError(
+            "--syncBN: PyTorch synchronises batch-norm between GPUs only; omit it on CPUs"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def colours(saved, towers) -> tuple[tuple, dict[str, int]]:
+    """Return what takes RGB to a network's input; see `runner.layouts.colours`."""
+    return (NORMALIZE,), {"": 3}

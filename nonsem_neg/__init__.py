@@ -1,1 +1,1 @@
-"""Robust Contrastive Learning Using Negative Samples with Diminished Semantics (Ge et al., NeurIPS 2021)."""
+"""Robust Contrastive Learning Using Negatives with Diminished Semantics (Ge et al., 2021)."""

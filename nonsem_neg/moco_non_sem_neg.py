@@ -1,10 +1,9 @@
 #!/usr/bin/env python
 """MoCo with non-semantic negatives: pre-training.
 
-Robust Contrastive Learning Using Negative Samples with Diminished Semantics
-Songwei Ge, Shlok Mishra, Chun-Liang Li, Haohan Wang, David Jacobs. NeurIPS 2021, arXiv:2110.14189.
-
-A minute on a laptop, and the paper's run (one process per GPU; omit the last line for a single one):
+Robust Contrastive Learning Using Negative Samples with Diminished Semantics. Songwei Ge, Shlok
+Mishra, Chun-Liang Li, Haohan Wang, David Jacobs. NeurIPS 2021, arXiv:2110.14189. A minute on a
+laptop, and the paper's run (one process per GPU; omit the last line for a single one):
 
     python nonsem_neg/moco_non_sem_neg.py --demo --epochs 1
     python nonsem_neg/moco_non_sem_neg.py --preset table1 --ckpt_path ckpts/patch IMAGENET100 \\
@@ -16,105 +15,92 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
 import common  # isort: split
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, backbones, batchnorm, cli, data, files, launch, metrics, options, schedule, sets
-from runner import checkpoint, knn, layouts, loop
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    batchnorm,
+    cli,
+    launch,
+    metrics,
+    options,
+    schedule,
+)
 from common.precision import Precision
-from nonsem_neg import textures
+from nonsem_neg import flags, textures
 from nonsem_neg.moco import MoCo
-from nonsem_neg.negatives import check_patch_range, patch_negatives
-from nonsem_neg.views import normalize, plain_view, recipe
+from nonsem_neg.negatives import patch_negatives
+from nonsem_neg.views import normalize, plain_view
 from preprocess import demo
+from runner import checkpoint, knn, layouts, loop, resume
 
 PAPER = dict(
-    arch="resnet50", epochs=200, mlp=True, moco_t=0.2, aug_plus=True, cos=True, num_nonsem=1, alpha=2.0,
-    patch_ratio=[16, 72],
+    arch="resnet50", epochs=200, mlp=True, moco_t=0.2, aug_plus=True, cos=True, num_nonsem=1,
+    alpha=2.0, patch_ratio=[16, 72],
 )  # fmt: skip
-
 PRESETS = {
     # README table of October 2021, first six rows
     "table1": dict(PAPER, lr=0.03, batch_size=128, moco_m=0.999, moco_k=16384),
     # the commands since December 2021: the recipe of Robinson et al. (IFM); last three rows
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
-    # the CIFAR-10 notebook of MoCo's authors: facebookresearch/moco, branch colab-notebook at f736491
+    # the notebook of MoCo's authors: facebookresearch/moco, branch colab-notebook at f736491
     "moco-cifar": dict(
-        dataset="cifar10", input_res=32, aug="cifar", arch="resnet18", small_stem=True, robust="none", moco_k=4096,
-        moco_m=0.99, moco_t=0.1, bn_splits=8, bn_running="mean", epochs=200, batch_size=512, lr=0.06, weight_decay=5e-4,
-        cos=True, cos_from=1, knn_every=1, knn_on="output", knn_t=0.1, save_freq=50, ckpt_path="ckpts/moco-cifar",
+        dataset="cifar10", input_res=32, aug="cifar", arch="resnet18", small_stem=True,
+        robust="none", moco_k=4096, moco_m=0.99, moco_t=0.1, bn_splits=8, bn_running="mean",
+        epochs=200, batch_size=512, lr=0.06, weight_decay=5e-4, cos=True, cos_from=1, knn_every=1,
+        knn_on="output", knn_t=0.1, save_freq=50, ckpt_path="ckpts/moco-cifar",
     ),
     "demo": dict(
-        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=3, batch_size=64, lr=0.03, moco_k=1024,
-        moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100, ckpt_path="runs/try", seed=0,
+        PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=3, batch_size=64, lr=0.03,
+        moco_k=1024, moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100,
+        ckpt_path="runs/try", seed=0,
     ),
 }  # fmt: skip
-
-
-def robust_name(kind: str) -> str:
-    """--robust as the README of October 2021 spelled it."""
-    return {"nonsem": "patch", "texture_syn": "texture"}.get(kind, kind)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/*, or pictures alone; the texture tree for --robust texture"
-    g.add_argument("data", nargs="?", help=about)
+    about = "data set root with train/CLASS/*, or pictures alone; for textures: their tree"
+    flags.add_data_argument(g, about)
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
     g.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
-    g.add_argument("--small-stem", action="store_true", help="3x3 first convolution, no max-pool: for small pictures")
+    g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
-    g.add_argument("--moco-k", type=cli.positive_int, default=65536, help="queue length: number of negative keys")
-    g.add_argument("--moco-m", type=cli.fraction, default=0.999, help="momentum of the key encoder")
-    g.add_argument("--moco-t", type=cli.positive, default=0.07, help="softmax temperature")
-    g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer projection head (MoCo-v2)")
-    about = "batch-norm groups over all processes, as on that many GPUs; keys are shuffled over them"
+    g.add_argument("--moco-k", "--queue", type=cli.positive_int, default=65536, help="queue length")
+    about = "momentum of the key encoder"
+    g.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=about)
+    g.add_argument("--moco-t", "--temperature", type=cli.positive, default=0.07, help="temperature")
+    g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer head (MoCo-v2)")
+    about = "batch-norm groups over all processes, as on that many GPUs; keys are shuffled"
     g.add_argument("--bn-splits", type=cli.positive_int, default=8, help=about)
-    about = "running statistics of batch-norm: of the first group, as rank 0 keeps them, or the mean over the groups"
+    about = "running statistics of batch-norm: of the first group, as rank 0 has them, or the mean"
     g.add_argument("--bn-running", choices=["first", "mean"], default="first", help=about)
-    about = "add the loss with query and key exchanged; the keys of both views enter the queue"
+    about = "add the loss with query and key exchanged; both keys enter the queue"
     g.add_argument("--symmetric", action="store_true", help=about)
-
-    g = parser.add_argument_group("method: non-semantic negatives")
-    about = "kind of non-semantic negative; none: plain MoCo"
-    g.add_argument("--robust", choices=["patch", "texture", "none"], default="patch", type=robust_name, help=about)
-    g.add_argument("--num-nonsem", type=cli.count, default=1, help="non-semantic negatives per image (0: plain MoCo)")
-    g.add_argument("--alpha", type=float, default=1.0, help="factor of their similarity, inside the exponent")
-    about = "patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion"
-    sides = dict(type=int, nargs=2, metavar=("MIN", "MAX"), help=about)
-    g.add_argument("--patch-ratio", "--patch-range", **sides)
-    about = "also draw the last offset, which the paper's code never does"
-    g.add_argument("--patch-inclusive", action="store_true", help=about)
-    g.add_argument("--patch-turn", action="store_true", help="mirror and rotate every patch by chance")
-    about = "key batch-norm of non-semantic images: batch statistics, as published, or running ones"
-    g.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=about)
-    about = "tree of textures, paired by path; default: DATA, its originals at DATA without -texture"
-    g.add_argument("--texture-root", help=about)
+    flags.add_negatives_arguments(parser.add_argument_group("method: non-semantic negatives"))
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=cli.positive_int, default=200, help="epochs to run in all")
-    g.add_argument("--start-epoch", type=cli.count, default=0, help="first epoch, counted from 0 (a resume sets it)")
-    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help="global batch over all processes")
-    g.add_argument("--lr", "--learning-rate", type=cli.positive, default=0.03, help="not scaled with the batch")
-    g.add_argument("--schedule", type=int, nargs="*", default=[120, 160], help="epochs of a 10x drop (without --cos)")
-    g.add_argument("--cos", action=cli.OnOff, default=False, help="cosine schedule, per epoch, without warm-up")
-    g.add_argument("--cos-from", type=cli.count, default=0, help="the cosine's number of the first epoch: 0, or 1")
-    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    decay = dict(type=cli.not_negative, default=1e-4, dest="weight_decay", help="weight decay")
-    g.add_argument("--wd", "--weight-decay", **decay)
-    g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation (with blur) instead of v1")
-    about = "v1, v2 (as --aug-plus), or that of the authors' CIFAR-10 notebook, with CIFAR-10's normalisation"
+    flags.add_sgd_arguments(g, epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4)
+    about = "cosine schedule instead of --schedule, per epoch, without warm-up"
+    g.add_argument("--cos", action=cli.OnOff, default=False, help=about)
+    g.add_argument("--cos-from", type=cli.count, default=0, help="its number of the first epoch")
+    g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation")
+    about = "v1, v2 (as --aug-plus), or that of MoCo's CIFAR-10 notebook, normalisation included"
     g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=about)
 
     g = parser.add_argument_group("run")
-    g.add_argument("--ckpt_path", default="./ckpts/moco", help="run folder: checkpoints, logs, TensorBoard events")
+    about = "run folder: checkpoints, logs, TensorBoard events"
+    g.add_argument("--ckpt_path", "--out", default="./ckpts/moco", help=about)
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
@@ -124,164 +110,205 @@ def parse_args(argv=None):
     options.add_hardware_arguments(parser, compile=True)
     parser.ignore("the side comes from --patch-ratio", "patch-size")
     args = parser.parse_args(argv)
-
     options.check(args)
+    settle(args)
+    return cli.freeze(args)
+
+
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
     if args.name:
         args.ckpt_path = os.path.join(args.ckpt_path, args.name)
     if args.data is None:
-        raise UsageError(
-            "no data: give the root of an ImageFolder tree (train/CLASS/*), or --demo for built-in pictures"
-        )
+        raise UsageError(flags.NO_DATA)
     if args.patch_ratio is None:
-        args.patch_ratio = [max(1, round(side * args.input_res / 224)) for side in (16, 72 if args.demo else 56)]
-    if args.demo and args.robust == "texture" and not args.texture_root and "-texture" not in args.data:
-        args.texture_root = args.data + "-texture"
-    args.aug = args.aug or ("v2" if args.aug_plus else "v1")
+        largest = 72 if args.demo else 56
+        args.patch_ratio = [max(1, round(s * args.input_res / 224)) for s in (16, largest)]
+    if args.aug is None:
+        args.aug = "v2" if args.aug_plus else "v1"
     if args.robust == "none":
         args.num_nonsem = 0
-    if args.robust == "texture" and args.num_nonsem > 1:
-        raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1")
-    if args.robust == "texture" and not args.texture_root:  # DATA is the texture tree, as published
-        args.texture_root, args.data = args.data, str(textures.original_root_of(args.data))
     if args.robust == "texture":
-        textures.check_roots(args.data, args.texture_root, args.dataset)
+        flags.settle_textures(args)
     if args.robust == "patch" and args.num_nonsem:
-        try:
-            check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)
-        except ValueError as error:
-            raise UsageError(f"--patch-ratio with --input-res {args.input_res}: {error}") from None
-    keys, why = args.batch_size << args.symmetric, "twice " * args.symmetric + "the global batch"
+        flags.check_patches(args)
+    keys = 2 * args.batch_size if args.symmetric else args.batch_size  # of a step
     if args.moco_k % keys:
-        raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {why} {args.batch_size}")
-    return args
+        name = "twice the global batch" if args.symmetric else "the global batch"
+        raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {name} {args.batch_size}")
 
 
-def build_loader(args, process: launch.Process) -> data.Loader:
-    view, twins = recipe(args), None
+def recipe(args) -> augment.Compose:
+    """Return one view. Negatives are made from it afterwards and so share all of it."""
+    flip = augment.RandomHorizontalFlip()
+    grey = augment.RandomGrayscale(0.2)
+    normal = normalize(vars(args))
+    if args.aug == "cifar":
+        crop = augment.RandomResizedCrop(args.input_res)  # torchvision's scale, .08 to 1
+        jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+        return augment.Compose(crop, flip, jitter, grey, normal)
+    crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
+    if args.aug == "v1":
+        jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.4)
+        return augment.Compose(crop, grey, jitter, flip, normal)
+    jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    blur = augment.GaussianBlur((0.1, 2.0), p=0.5)
+    return augment.Compose(crop, jitter, grey, blur, flip, normal)
+
+
+def build_loader(args, process: launch.Process):
     if args.robust == "texture" and args.num_nonsem:
-        train_set, twins = open_texture_pairs(args)
+        pictures, partner = textures.open_pairs(args)
     else:
-        train_set = options.open_pretraining(args)
-    return options.make_loader(args, process, train_set, (view, view), partner=twins)
-
-
-def open_texture_pairs(args):
-    """(originals, textures), row by row the same picture; what has no partner is listed in the run folder."""
-    texture_set = sets.open_set(args.texture_root, "train", class_list=args.class_list)
-    listing = None
-    if launch.rank() == 0 and not args.show_views:
-        listing = os.path.join(files.make_folder(args.ckpt_path), "unmatched.txt")
-    return textures.pair_by_path(texture_set, os.path.join(args.data, "train"), unmatched_listing=listing)
+        pictures, partner = options.open_pretraining(args), None
+    view = recipe(args)
+    return options.make_loader(args, process, pictures, (view, view), partner=partner)
 
 
 def build_network(args, process: launch.Process) -> MoCo:
+    splits = batchnorm.splits_here(args, process)
+
     def encoder(dim: int) -> nn.Module:
         network = backbones.build(args.arch, dim, small_stem=args.small_stem)
         if not isinstance(getattr(network, "fc", None), nn.Linear):
-            raise UsageError(f"--arch {args.arch}: needs a network whose last layer is `fc`, such as a ResNet")
-        return network
+            raise UsageError(
+                f"--arch {args.arch}: needs a network whose last layer is `fc`, such as a ResNet"
+            )
+        return batchnorm.split(network, splits, args.bn_running)
 
-    settings = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t, args.mlp, args.alpha)
-    groups = dict(bn_splits=batchnorm.splits_here(args, process), bn_running=args.bn_running)
-    model = MoCo(encoder, *settings, nonsem_bn=args.nonsem_bn, symmetric=args.symmetric, **groups)
-    return model.to(process.device, memory_format=torch.channels_last)
+    queue = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
+    network = MoCo(encoder, *queue, args.mlp, args.alpha, args.symmetric)
+    network.nonsem_bn = args.nonsem_bn
+    return network.to(process.device, memory_format=torch.channels_last)
 
 
 class NonSemantic:
-    """MoCo whose queries have negatives of their own besides the queue: textures without the object."""
+    """MoCo whose queries have negatives of their own besides the queue: textures without object."""
 
     def __init__(self, args, process: launch.Process):
-        self.args, self.process, self.precision = args, process, Precision(args.amp, process.device)
-        self.model = build_network(args, process).train()
-        self.model.autocast = self.precision.autocast
+        self.args = args
+        self.process = process
+        self.precision = Precision.of(args, process.device)
+        self.network = build_network(args, process).train()
+        self.network.autocast = self.precision.autocast
         if args.compile:
-            self.model.encoder_q.compile()
-            self.model.encoder_k.compile()
-        self.wrapped = launch.parallel(self.model, process)
-        sgd = dict(lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), **sgd)
-        self.generators = {"generator": torch.Generator().manual_seed(args.seed)}  # patches and batch shuffles
+            self.network.encoder_q.compile()
+            self.network.encoder_k.compile()
+        self.wrapped = launch.parallel(self.network, process)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=args.lr,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        # for patches and batch shuffles
+        self.generators = {"generator": torch.Generator().manual_seed(args.seed)}
 
-    def step(self, views, index):
-        im_q, im_k, *texture = (v.contiguous(memory_format=torch.channels_last) for v in views)
-        im_t = texture[0].unsqueeze(1) if texture else self.patches(im_q)
+    def step(self, batch: loop.Batch) -> dict:
+        views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
+        im_q, im_k, *texture = views  # N x 3 x S x S
+        im_t = self.negatives(im_q, texture)  # N x M x 3 x S x S
         if self.args.symmetric:
-            im_t = im_t, im_t if texture else self.patches(im_k)
-        logits, keys = self.wrapped(im_q, im_k, im_t, self.generators["generator"])  # N x (1 + K + M), (N * world) x D
+            im_t = im_t, self.negatives(im_k, texture)
+        # N x (1 + K + M) and (N * world) x D; twice as many rows where symmetric
+        logits, keys = self.wrapped(im_q, im_k, im_t, self.generators["generator"])
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = F.cross_entropy(logits, labels) * (len(logits) // len(im_q))  # symmetric: the sum of both, as published
+        loss = F.cross_entropy(logits, labels)
+        if self.args.symmetric:
+            loss = 2 * loss  # the sum of both directions, as published
         self.precision.step(loss, self.optimizer)
-        self.model.enqueue(keys)
+        self.network.enqueue(keys)
+        top1, top5 = metrics.accuracy(logits.detach(), labels, (1, 5))
+        values = {"loss": loss, "contrast_acc1": top1, "contrast_acc5": top5}
         if self.args.save_score:
             queue = logits[:, 1 : 1 + self.args.moco_k]
-            self.scores = metrics.score_statistics(logits[:, 0], queue, self.args.moco_t)
-        top1, top5 = metrics.accuracy(logits.detach(), labels, (1, 5))
-        return {"loss": loss, "contrast_acc1": top1, "contrast_acc5": top5}
+            temperature = self.args.moco_t
+            values["scores"] = metrics.score_statistics(logits[:, 0], queue, temperature)
+        return values
 
-    def patches(self, im_q):
-        """Negatives (N, M, 3, S, S) from the query view itself, so with its crop, colours, blur and flip; None for M = 0."""
-        if not self.args.num_nonsem:
+    def negatives(self, view, texture):
+        """Return the non-semantic negatives of a view, (N, M, 3, S, S); None where M = 0.
+
+        texture: [the view's texture picture], or nothing where they are patches of the view.
+        """
+        args = self.args
+        if texture:
+            return texture[0].unsqueeze(1)
+        if not args.num_nonsem:
             return None
-        ranks = dict(rank=self.process.rank, world_size=self.process.world_size)
-        how = dict(inclusive=self.args.patch_inclusive, turn=self.args.patch_turn, **ranks)
-        return patch_negatives(im_q, self.args.num_nonsem, self.args.patch_ratio, self.generators["generator"], **how)
+        options = {"inclusive": args.patch_inclusive, "turn": args.patch_turn}
+        ranks = {"rank": self.process.rank, "world_size": self.process.world_size}
+        draws = self.generators["generator"]
+        return patch_negatives(view, args.num_nonsem, args.patch_ratio, draws, **options, **ranks)
 
     def embed(self, images):
-        """What k-NN compares, of the query encoder: (N, D)."""
+        """Return what k-NN compares, of the query encoder: (N, D)."""
+        layer = 6 if self.args.knn_on == "feature" else 7
         with self.precision.autocast():
-            encoder, layer = self.model.encoder_q, 6 if self.args.knn_on == "feature" else 7
-            return backbones.feature(encoder, images, layer)
+            return backbones.feature(self.network.encoder_q, images, layer)
 
     def pictures(self, views) -> dict:
         im_q, im_k, *texture = views
-        negatives = [texture[0].unsqueeze(1)] if texture else [self.patches(im_q)] * bool(self.args.num_nonsem)
-        columns = [im_q, im_k, *(m for n in negatives for m in n.unbind(1))]
-        names = ["query", "key", *(f"negative {i + 1}" for i in range(len(columns) - 2))]
-        return dict(zip(names, map(normalize(vars(self.args)).inverse, columns)))
+        columns = {"query": im_q, "key": im_k}
+        im_t = self.negatives(im_q, texture)
+        if im_t is not None:
+            columns |= {f"negative {i + 1}": t for i, t in enumerate(im_t.unbind(1))}
+        inverse = normalize(vars(self.args)).inverse
+        return {name: inverse(images) for name, images in columns.items()}
 
     def state_dict(self) -> dict:
-        return {"arch": self.args.arch, "state_dict": layouts.add_prefix(self.model.state_dict(), "module.")}
+        state = layouts.add_prefix(self.network.state_dict(), "module.")
+        return {"arch": self.args.arch, "state_dict": state}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        if saved.get("arch", self.args.arch) != self.args.arch:
+        arch = saved.get("arch", self.args.arch)
+        if arch != self.args.arch:
             raise UserError(
-                f"{saved.path} is of --arch {saved['arch']}, this run of {self.args.arch}: add -a {saved['arch']}"
+                f"{saved.path} is of --arch {arch}, this run of {self.args.arch}: add -a {arch}"
             )
-        checkpoint.load_into(self.model, layouts.strip_prefix(saved["state_dict"]), saved.path, flag="-a")
+        state = layouts.strip_prefix(saved["state_dict"], "module.")
+        checkpoint.load_into(self.network, state, saved.path, flag="-a")
 
 
-def learning_rate(args, epoch: int) -> float:
-    """Epochs count from 0."""
+def learning_rate(args, at: loop.At) -> float:
+    """Return the rate of an epoch: steps, or the published cosine per epoch without warm-up."""
     if args.cos:
-        return schedule.cosine(args.lr, epoch + args.cos_from, args.epochs)
-    return schedule.step(args.lr, epoch, args.schedule)
+        return schedule.cosine(args.lr, at.epoch + args.cos_from, args.epochs)
+    return schedule.step(args.lr, at.epoch, args.schedule)
 
 
 def worker(args, process: launch.Process) -> None:
-    files = dict(last="checkpoint_last.pth.tar", numbered="checkpoint_{:04d}.pth.tar", key="args", first=0)
-    with loop.Job(args, process, args.ckpt_path, **files, same=("arch",)) as job:
+    files = loop.Files(
+        __file__,
+        last="checkpoint_last.pth.tar",
+        numbered="checkpoint_{:04d}.pth.tar",
+        flags="args",
+        first=0,
+        same=(*resume.PICTURES, "texture_root", "arch"),
+    )
+    with loop.Job(args, process, args.ckpt_path, files) as job:
+        args = job.args
         groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
-        knn = knn.loaders(args, process, loader.dataset, plain_view(args, vars(args)))
+        pictures = loader.dataset
+        neighbours = knn.loaders(args, process, pictures, plain_view(args, vars(args)))
         method = NonSemantic(args, process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
-        job.begin(loader, method, contrast_ways=1 + args.moco_k + args.num_nonsem, bn_groups=groups, **sides)
-        if args.moco_k >= len(loader.dataset):
-            n = len(loader.dataset)
+        ways = 1 + args.moco_k + args.num_nonsem
+        job.begin(loader, method, contrast_ways=ways, bn_groups=groups, **sides)
+        if args.moco_k >= len(pictures):
+            times = args.moco_k / len(pictures)
             job.warn(
-                f"the queue (--moco-k {args.moco_k}) is {args.moco_k / n:.1f} times as long as the data set ({n} images): a "
-                "picture's own earlier keys are among its negatives"
+                f"the queue (--moco-k {args.moco_k}) is {times:.1f} times as long as the data set "
+                f"({len(pictures)} images): a picture's own earlier keys are among its negatives"
             )
-        for epoch in job.epochs():
-            lr = learning_rate(args, epoch)
-            schedule.set_lr(method.optimizer, lr)
-            for views, _, index in job.batches():
-                job.track(**method.step(views, index), lr=lr)
-                if args.save_score:
-                    job.keep_scores(method.scores)
+        for _ in job.epochs():
+            for batch in job.batches(learning_rate):
+                job.track(**method.step(batch))
             if job.due(args.knn_every):
-                knn.evaluate(job, method.model, method.embed, knn, args.knn_t)
+                knn.evaluate(job, method, neighbours, args.knn_t)
 
 
 def main(argv=None) -> None:

@@ -1,4 +1,4 @@
-"""The views of MoCo v1, of MoCo v2 and of the CIFAR-10 notebook of MoCo's authors."""
+"""How pictures enter a network: the normalisation of its run, and the view of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
 
 
 def normalize(flags: dict) -> augment.Normalize:
-    """The last operation of every view of a run with these flags."""
+    """Return the last operation of every view of a run with these flags."""
     return CIFAR if flags.get("aug") == "cifar" else IMAGENET
 
 
-def recipe(args) -> augment.Compose:
-    """The augmentation of one view. Negatives are made from it afterwards and so share all of it."""
-    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0)), augment.RandomHorizontalFlip()
-    grey, normal = augment.RandomGrayscale(0.2), normalize(vars(args))
-    if args.aug == "v1":
-        return augment.Compose(crop, grey, augment.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, normal)
-    jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
-    if args.aug == "v2":
-        return augment.Compose(crop, jitter, grey, augment.GaussianBlur((0.1, 2.0), p=0.5), flip, normal)
-    return augment.Compose(augment.RandomResizedCrop(args.input_res), flip, jitter, grey, normal)
+def pretraining_flags(saved: dict) -> dict:
+    """Return the flags of the pre-training, from its file or a classifier's; {} without any."""
+    key = "pretrained_args" if "best_acc1" in saved else "args"
+    return saved.get(key) or {}
+
+
+def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
+    """Return what takes RGB to the input of a checkpoint's network; see `runner.layouts.colours`.
+
+    towers: always empty, as the files hold one network that is evaluated.
+    """
+    return (normalize(pretraining_flags(saved)),), {"": 3}
 
 
 def plain_view(args, flags: dict) -> augment.Compose:
-    """Pictures as they are, at --input-res, for a network trained with `flags`. Those of the notebook lose no margin."""
+    """Return the view of an evaluation at --input-res, for a network trained with `flags`.
+
+    Pictures of the notebook lose no margin.
+    """
     if flags.get("aug") == "cifar":
-        return augment.Compose(augment.ResizeCenterCrop(args.input_res, args.input_res), CIFAR)
+        whole = augment.ResizeCenterCrop(args.input_res, args.input_res)
+        return augment.Compose(whole, CIFAR)
     return options.plain_view(args, IMAGENET)

@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import shlex
 import shutil
 import sys

@@ -1,13 +1,16 @@
-"""Image quilting (Efros & Freeman, SIGGRAPH 2001), for many pictures at once: no files, only tensors.
+"""Image quilting (Efros & Freeman, SIGGRAPH 2001) of many pictures at once: no files, only tensors.
 
-    textures = synthesise(patches, seeds, Options(), size=224)   # uint8 (B, M, 3, 96, 96) -> uint8 (B, 3, 224, 224)
+    textures = synthesise(patches, seeds, Options(), size=224)
+    # uint8 (B, M, 3, 96, 96), int64 (B,) -> uint8 (B, 3, 224, 224)
 
-Overlapping blocks are laid in raster order. Each is copied from a place in the examples where the overlap with what lies
-there already differs little (sum of squares), one drawn at random from those within a tolerance of the best, and is joined
-along the cheapest path through the overlap (minimum-error boundary cut, found by dynamic programming).
+Overlapping blocks are laid in raster order. Each is copied from a place in the examples where the
+overlap with what lies there already differs little (sum of squares), one drawn at random from those
+within a tolerance of the best, and is joined along the cheapest path through the overlap
+(minimum-error boundary cut, found by dynamic programming).
 
-The sums of squares of a block against all places of all examples are one correlation by FFT. Blocks on one anti-diagonal
-do not touch those laid after them, so they are laid together: 2 n - 1 rounds instead of n x n blocks.
+The sums of squares of a block against all places of all examples are one correlation by FFT. Blocks
+on one anti-diagonal do not touch those laid after them, so they are laid together: 2 n - 1 rounds
+instead of n x n blocks.
 """
 
 from __future__ import annotations
@@ -20,12 +23,21 @@ from torch.nn.functional import avg_pool2d
 
 from preprocess.texture_mrs import random_integers
 
+# kinds of blocks by the overlap that they have
+LEFT = 0  # first row: a strip on the left
+TOP = 1  # first column: a strip at the top
+BOTH = 2
+
 
 @dataclass(frozen=True)
 class Options:
-    """block, overlap: pixels (the paper: overlap 1/6 of the block). tolerance: a place qualifies within (1 + tolerance) of
-    the best. floor: grey levels (root mean square over the overlap) below which places count as equally good: without it
-    the place that simply goes on is always best, with error 0, and whole objects would be copied."""
+    """Sizes of the blocks, and which places count as good.
+
+    block, overlap: pixels (the paper: overlap 1/6 of the block). tolerance: a place is good within
+    (1 + tolerance) of the best. floor: grey levels (root mean square over the overlap) below which
+    places count as equally good. Without a floor the place that simply goes on is always best, with
+    error 0, and whole objects would be copied.
+    """
 
     block: int = 34
     overlap: int = 6
@@ -34,13 +46,17 @@ class Options:
 
 
 def synthesise(patches: Tensor, seeds: Tensor, options: Options, size: int = 224) -> Tensor:
-    """patches uint8 (B, M, 3, P, P), P >= block; seeds int64 (B,) -> uint8 (B, 3, size, size), on the patches' device.
+    """Make textures uint8 (B, 3, size, size) of patches uint8 (B, M, 3, P, P), on their device.
 
-    On the CPU pictures are made one after another: floats are then summed in the same order whatever the batch, and a
-    texture does not depend, to the bit, on the pictures made along with it.
+    seeds: int64 (B,). On the CPU pictures are made one after another: floats are then summed in the
+    same order whatever the batch, and a texture does not depend, to the bit, on the pictures made
+    along with it. Raises ValueError where P < block or the overlap is over half of the block.
     """
     if patches.shape[-1] < options.block or not 0 < 2 * options.overlap <= options.block:
-        raise ValueError(f"blocks of {options.block} with overlap {options.overlap} from {tuple(patches.shape)}")
+        raise ValueError(
+            f"cannot quilt blocks of {options.block} with overlap {options.overlap} from patches "
+            f"{tuple(patches.shape)}"
+        )
     if patches.device.type == "cpu" and len(patches) > 1:
         parts = zip(patches.split(1), seeds.split(1))
         return torch.cat([_Quilt(patch, seed, options, size).run() for patch, seed in parts])
@@ -48,12 +64,19 @@ def synthesise(patches: Tensor, seeds: Tensor, options: Options, size: int = 224
 
 
 class _Quilt:
+    """The state of a batch of textures."""
+
     def __init__(self, patches: Tensor, seeds: Tensor, options: Options, size: int):
-        self.patches, self.seeds, self.options, self.size = patches, seeds, options, size
-        self.device, block, overlap = patches.device, options.block, options.overlap
+        self.patches = patches
+        self.seeds = seeds
+        self.options = options
+        self.size = size
+        self.device = patches.device
+        block = options.block
         self.batch, self.examples, _, self.side, _ = patches.shape
-        self.step = block - overlap
-        self.blocks = 1 + max(0, -(-(size - block) // self.step))  # per side; the last ones reach over the edge
+        self.step = block - options.overlap
+        # blocks per side; the last ones reach over the edge
+        self.blocks = 1 + max(0, -(-(size - block) // self.step))
         self.places = self.side - block + 1  # per side of an example
         whole = block + (self.blocks - 1) * self.step
         self.out = torch.zeros(self.batch, 3, whole, whole, device=self.device)
@@ -62,26 +85,42 @@ class _Quilt:
         self.pixels = patches.float()
         self.mean = self.pixels.mean((1, 3, 4)).round()
         self.pixels -= self.mean[:, None, :, None, None]
-        self.spectrum = torch.fft.rfft2(self.pixels)  # circular: a block in place never reaches around
+        self.spectrum = torch.fft.rfft2(self.pixels)  # circular: no block in place reaches around
+        self.energy = self._energy()
+        self.masks = self._masks()
+
+    def _energy(self) -> Tensor:
+        """Sum the squares of each place under each kind of overlap: (B, 3, M * places^2)."""
+        block = self.options.block
+        overlap = self.options.overlap
         squares = self.pixels.square().sum(2)
         top = self._sums(squares, overlap, block)
         left = self._sums(squares, block, overlap)
         corner = self._sums(squares, overlap, overlap)
-        # Sum of squares of each place under the overlap; kinds: first row (left strip), first column (top strip), both.
-        self.energy = torch.stack((left, top, left + top - corner), 1).flatten(2)  # (B, 3, M * places^2)
-        masks = torch.zeros(3, block, block, device=self.device)
-        masks[0, :, :overlap] = masks[1, :overlap] = 1
-        masks[2] = torch.maximum(masks[0], masks[1])
-        self.masks = masks
+        return torch.stack((left, top, left + top - corner), 1).flatten(2)
 
     def _sums(self, squares: Tensor, height: int, width: int) -> Tensor:
-        """(B, M, P, P) -> sums over the height x width window whose top left corner is each place: (B, M, places, places)."""
+        """Sum (B, M, P, P) over the window whose top left corner is each place.
+
+        Returns (B, M, places, places).
+        """
         sums = avg_pool2d(squares.double(), (height, width), stride=1, divisor_override=1)
         return sums[:, :, : self.places, : self.places].float()
 
+    def _masks(self) -> Tensor:
+        """Return the overlap of each kind of block: (3, block, block), 0 or 1."""
+        block = self.options.block
+        masks = torch.zeros(3, block, block, device=self.device)
+        masks[LEFT, :, : self.options.overlap] = 1
+        masks[TOP, : self.options.overlap] = 1
+        masks[BOTH] = torch.maximum(masks[LEFT], masks[TOP])
+        return masks
+
     def run(self) -> Tensor:
+        """Lay all blocks and return the textures uint8 (B, 3, size, size)."""
         for diagonal in range(2 * self.blocks - 1):
-            first, last = max(0, diagonal - self.blocks + 1), min(diagonal, self.blocks - 1)
+            first = max(0, diagonal - self.blocks + 1)
+            last = min(diagonal, self.blocks - 1)
             rows = torch.arange(first, last + 1)
             self._lay(rows, diagonal - rows)
         pixels = self.out[:, :, : self.size, : self.size] + self.mean[:, :, None, None]
@@ -89,27 +128,43 @@ class _Quilt:
 
     def _lay(self, rows: Tensor, columns: Tensor) -> None:
         """Lay the blocks at these D places of the grid, all on one anti-diagonal."""
-        block, count = self.options.block, len(rows)
-        tops, lefts = (rows * self.step).tolist(), (columns * self.step).tolist()
-        kinds = (2 - (rows == 0).long() * 2 - (columns == 0).long()).tolist()  # both 2, first row 0, first column 1
-        under = torch.stack([self.out[:, :, t : t + block, x : x + block] for t, x in zip(tops, lefts)], 1)
-        if rows[-1] + columns[-1] == 0:  # the very first: anywhere
-            allowed = torch.ones(self.batch, 1, self.energy.shape[2], dtype=torch.bool, device=self.device)
+        block = self.options.block
+        tops = (rows * self.step).tolist()
+        lefts = (columns * self.step).tolist()
+        kinds = torch.full_like(rows, BOTH)
+        kinds[columns == 0] = TOP
+        kinds[rows == 0] = LEFT
+        kinds = kinds.tolist()
+        is_first = bool(rows[-1] + columns[-1] == 0)
+        windows = [
+            self.out[:, :, top : top + block, left : left + block] for top, left in zip(tops, lefts)
+        ]
+        under = torch.stack(windows, 1)
+        if is_first:  # anywhere
+            shape = (self.batch, 1, self.energy.shape[2])
+            allowed = torch.ones(shape, dtype=torch.bool, device=self.device)
         else:
             allowed = self._good(under, kinds)
-        lots = random_integers(self.seeds, (rows * self.blocks + columns).int().to(self.device), 1 << 30)  # (B, D)
+        counters = (rows * self.blocks + columns).int().to(self.device)
+        lots = random_integers(self.seeds, counters, 1 << 30)  # (B, D)
         upto = allowed.cumsum(2, dtype=torch.int32)
-        place = (upto <= (lots % upto[..., -1])[..., None]).sum(2)  # the lots-th of those allowed
+        # the lots-th of the places that are allowed
+        place = (upto <= (lots % upto[..., -1])[..., None]).sum(2)
         new = self._blocks(place)
-        if rows[-1] + columns[-1] > 0:
+        if not is_first:
             keep = self._cuts(new, under, kinds)
             new = torch.where(keep[:, :, None], under, new)
-        for i in range(count):
-            self.out[:, :, tops[i] : tops[i] + block, lefts[i] : lefts[i] + block] = new[:, i]
+        for i, (top, left) in enumerate(zip(tops, lefts)):
+            self.out[:, :, top : top + block, left : left + block] = new[:, i]
 
     def _good(self, under: Tensor, kinds: list[int]) -> Tensor:
-        """under (B, D, 3, block, block) -> which places of the examples fit there: bool (B, D, M * places^2)."""
-        side, places, masks = self.side, self.places, self.masks[kinds]
+        """Return which places of the examples fit: bool (B, D, M * places^2).
+
+        under: (B, D, 3, block, block), what lies there.
+        """
+        side = self.side
+        places = self.places
+        masks = self.masks[kinds]
         template = under * masks[:, None]
         spectrum = torch.fft.rfft2(template, s=(side, side)).conj()  # (B, D, 3, side, side / 2 + 1)
         products = torch.einsum("bdcyx,bmcyx->bdmyx", spectrum, self.spectrum)
@@ -118,12 +173,16 @@ class _Quilt:
         errors = self.energy[:, kinds] - 2 * matches + there
         values = 3 * masks.sum((1, 2))[None, :, None]
         best = errors.amin(2, keepdim=True).clamp(min=0)
-        return errors <= torch.maximum((1 + self.options.tolerance) * best, self.options.floor**2 * values)
+        limit = torch.maximum((1 + self.options.tolerance) * best, self.options.floor**2 * values)
+        return errors <= limit
 
     def _blocks(self, place: Tensor) -> Tensor:
-        """place int64 (B, D), over examples and places -> their blocks (B, D, 3, block, block)."""
-        places, side, block = self.places, self.side, self.options.block
-        example, within = place // places**2, place % places**2
+        """Return the blocks (B, D, 3, block, block) at `place` int64 (B, D), over all examples."""
+        places = self.places
+        side = self.side
+        block = self.options.block
+        example = place // places**2
+        within = place % places**2
         start = example * (3 * side * side) + within // places * side + within % places
         inner = torch.arange(block, device=self.device)
         inner = inner[:, None] * side + inner
@@ -133,24 +192,32 @@ class _Quilt:
         return flat.gather(1, index.flatten(1)).view(*place.shape, 3, block, block)
 
     def _cuts(self, new: Tensor, under: Tensor, kinds: list[int]) -> Tensor:
-        """(B, D, block, block) bool: where what lies there stays, left of the left cut or above the top cut."""
+        """Return where what lies there stays: bool (B, D, block, block).
+
+        It stays left of the left cut and above the top cut.
+        """
         overlap = self.options.overlap
         error = (new - under).square().sum(2)
-        left, top = cheapest_path(torch.stack((error[..., :overlap], error[..., :overlap, :].transpose(2, 3))))
+        strips = (error[..., :overlap], error[..., :overlap, :].transpose(2, 3))
+        left, top = cheapest_path(torch.stack(strips))
         across = torch.arange(self.options.block, device=self.device)
-        has_left = torch.tensor([kind != 1 for kind in kinds], device=self.device)[:, None, None]
-        has_top = torch.tensor([kind != 0 for kind in kinds], device=self.device)[:, None, None]
-        return (across < left[..., :, None]) & has_left | (across[:, None] < top[..., None, :]) & has_top
+        has_left = torch.tensor([kind != TOP for kind in kinds], device=self.device)
+        has_top = torch.tensor([kind != LEFT for kind in kinds], device=self.device)
+        is_left = (across < left[..., :, None]) & has_left[:, None, None]
+        is_above = (across[:, None] < top[..., None, :]) & has_top[:, None, None]
+        return is_left | is_above
 
 
 def cheapest_path(error: Tensor) -> Tensor:
-    """Column of the cheapest path from the first to the last row, moving at most one column a row: (..., H, W) -> (..., H).
+    """Find the column of the cheapest path from first to last row: (..., H, W) -> (..., H).
 
-    Fig. 3 and section 2.1 of the paper. Of equal paths one is taken, always the same.
+    It moves at most one column a row (Fig. 3 and section 2.1 of the paper). Of equal paths one is
+    taken, always the same.
     """
-    height, width = error.shape[-2:]
+    height = error.shape[-2]
     costs = error.movedim(-2, 0)
-    total, moves = costs[0], []
+    total = costs[0]
+    moves = []
     edge = torch.full_like(total[..., :1], torch.inf)
     for row in range(1, height):
         padded = torch.cat((edge, total, edge), -1)

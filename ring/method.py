@@ -2,131 +2,196 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from cmc import colour
-from common import UserError, augment, backbones, batchnorm, launch, options, sets
-from runner import checkpoint
+from common import UserError, backbones, batchnorm, launch, metrics, sets
 from common.precision import Precision
 from ring import negatives, thresholds
 from ring.memories import MemoryBank
 from ring.networks import build_network
+from ring.views import NORMALIZE
+from runner import checkpoint, loop
 
-SIDES = {"v1": 224, "mocov2": 224, "mocov2_32x32": 32, "mocov2_64x64": 64, "mocov2_96x96": 96}  # of --augmentation
-MOMENTA = {"ir": 0.0, "cmc": 0.5, "moco": 0.999}  # --m of each method: published; Tian et al.; published
-NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-
-
-def last_operation(args):
-    """What comes last in every view: IR and MoCo normalise, CMC takes the channels of its two views."""
-    return colour.Views(colour.default_views(args.view)) if args.method == "cmc" else NORMALIZE
+LOOKED_AT = 32  # anchors of a batch whose rings are described in the logs
 
 
-def plain_view(args) -> augment.Compose:
-    """Pictures as they are for an evaluation. Those of 32 and 96 pixels keep their border, as published."""
-    whole = args.augmentation in ("mocov2_32x32", "mocov2_96x96")
-    resized = args.input_res if whole else options.eval_resize(args.input_res)
-    return augment.Compose(augment.ResizeCenterCrop(resized, args.input_res), last_operation(args))
+class Observer:
+    """Statistics of the rings of one `negatives.conditional_loss`, for the logs.
+
+    own (B,), labels (n,): classes of the anchors and of the candidates, or None.
+    `description` is that of the first anchors, at most LOOKED_AT; `scores` are the statistics
+    (b, 5) of all anchors, block by block, where --save_score asks for them.
+    """
+
+    def __init__(self, args, own: Tensor | None, labels: Tensor | None):
+        self.args = args
+        self.own = own
+        self.labels = labels
+        self.description: dict[str, Tensor] = {}
+        self.scores: list[Tensor] = []
+
+    def __call__(self, ring: negatives.Ring, positive: Tensor, compared: Tensor) -> None:
+        if not self.description:
+            first = negatives.Ring(*(part[:LOOKED_AT] for part in ring))
+            has_cut = self.args.negatives == "ring"
+            self.description = negatives.description(
+                first, self.args.t, self.own, self.labels, has_cut
+            )
+        if self.args.save_score:
+            self.scores.append(metrics.score_statistics(positive, compared, self.args.t))
 
 
 class Method:
-    """What the three have: a network, its optimizer, a rule for negatives and a policy for its outer threshold.
+    """A network, its optimizer, the rule for negatives and the policy of its outer threshold.
 
-    system: the network and the memories, under their published names. candidates: how many a feature is compared with.
+    system: the network and the memories, under their published names. banks: the memory banks.
+    candidates: how many a query is compared with. labels: classes of the training pictures, or
+    None.
     """
 
-    banks = ("memory_bank",)
+    bank_names: tuple[str, ...] = ("memory_bank",)
 
     def __init__(self, args, pictures: sets.PictureSet, steps: int, process: launch.Process):
-        self.args, self.n, self.precision = args, len(pictures), Precision(args.amp, process.device)
+        self.args = args
+        self.n = len(pictures)
+        self.precision = Precision.of(args, process.device)
         self.views = colour.default_views(args.view) if args.method == "cmc" else []
         network = build_network(args.resnet_version, args.out_dim, args.conv3x3, self.views)
-        self.encoder = batchnorm.split(network, batchnorm.splits_here(args, process)).train()
-        self.system = self.build_system().to(process.device, memory_format=torch.channels_last)
+        self.network = batchnorm.split(network, batchnorm.splits_here(args, process)).train()
+        system = self.build_system()
+        self.system = system.to(process.device, memory_format=torch.channels_last)
+        self.banks: list[MemoryBank] = [getattr(system, name) for name in self.bank_names]
         self.candidates = args.k if args.method == "moco" else self.n
         if args.compile:
-            self.encoder.compile()
-        self.wrapped = launch.parallel(self.encoder, process)
-        sgd = dict(lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-        self.optimizer = torch.optim.SGD(self.encoder.parameters(), **sgd)
-        length = args.max_anneal_epoch * steps
-        self.rule, self.policy = (
-            negatives.Rule.of(args),
-            thresholds.build(args.anneal, args.thres_outer, length, args.anneal_rate),
+            self.network.compile()
+        self.wrapped = launch.parallel(self.network, process)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=args.learning_rate,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            fused=True,
         )
-        draws = torch.Generator("cpu" if args.method == "moco" else process.device)  # batch shuffles, or negatives
-        self.generators = {"draws": draws.manual_seed(args.seed)}  # the same on every rank
-        self.labels = pictures.targets.to(process.device) if (pictures.targets >= 0).any() else None
+        self.rule = negatives.Rule(
+            args.negatives,
+            args.thres_inner,
+            args.dynamic_inner,
+            args.neighbor_views,
+            args.logsumexp_inner,
+            args.self_negative,
+            ball_of_batch=args.ball_bank_size == "batch",
+        )
+        length = args.max_anneal_epoch * steps
+        self.policy = thresholds.build(args.anneal, args.thres_outer, length, args.anneal_rate)
+        # Negatives are drawn on the device, batch shuffles on the CPU; the same on every rank.
+        draws = torch.Generator("cpu" if args.method == "moco" else process.device)
+        self.generators = {"draws": draws.manual_seed(args.seed)}
+        has_labels = (pictures.targets >= 0).any()
+        self.labels = pictures.targets.to(process.device) if has_labels else None
 
     def build_system(self) -> nn.Module:
         system = nn.Module()
-        system.model = self.encoder
-        for name in self.banks:
+        system.model = self.network
+        for name in self.bank_names:
             system.add_module(name, MemoryBank(self.n, self.args.out_dim, self.args.m))
         return system
 
-    def bank(self, number: int = 0) -> MemoryBank:
-        return getattr(self.system, self.banks[number])
+    # -------------------------------------------------------------------------- of a step
 
-    def encode(self, network, images):
+    def encode(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Return unit projections (N, D), float32."""
         with self.precision.autocast():
-            return F.normalize(network(images).float(), dim=1)  # N x D
+            return F.normalize(network(images).float(), dim=1)
 
-    def start(self, step: int, b: int):
-        """(ranks of the ring at this step, positions in it that b anchors are compared with, or None for all of them)."""
-        self.outer, self.seen, self.scores = self.policy(step), [], [] if self.args.save_score else None
-        self.ranks = self.rule.ranks(self.outer, self.candidates, self.args.batch_size)
+    def ring(self, at: loop.At) -> tuple[float, tuple[int, int]]:
+        """Return the outer threshold of this step, and the (inner, outer) ranks of its rings."""
+        threshold = self.policy(at.global_step)
+        return threshold, self.rule.ranks(threshold, self.candidates, self.args.batch_size)
+
+    def draws(self, ranks: tuple[int, int], rows: int) -> Tensor | None:
+        """Draw positions (rows, J) in the rings of this rank's anchors; None with --all-ring.
+
+        Those of the global batch are drawn, so that one and several processes see the same.
+        """
         if self.args.all_ring:
-            return self.ranks, None
-        return self.ranks, negatives.draw(
-            b, self.args.k - self.rule.self_negative, self.ranks, self.generators["draws"]
-        )
+            return None
+        count = self.args.k - 1 if self.rule.self_negative else self.args.k
+        everyone = rows * launch.world_size()
+        return launch.own_rows(negatives.draw(everyone, count, ranks, self.generators["draws"]))
 
-    def describe(self, index, labels):
-        """What is called with a ring, for the logs. index: of its anchors; labels: of all candidates."""
+    def observer(self, index: Tensor, labels: Tensor | None) -> Observer:
+        """Return an observer of the rings of these pictures. labels: of all candidates."""
         own = None if labels is None else self.labels[index]
-        how = (self.args.t, own, labels, self.rule.kind == "ring")
-        return lambda ring: self.seen.append(negatives.description(ring, *how))
+        return Observer(self.args, own, labels)
 
-    def finish(self, loss) -> dict:
-        """Take the step; what there is to say about it."""
-        self.precision.step(loss, self.optimizer)
+    def adapt(self, loss: Tensor) -> None:
+        """Tell the loss to the threshold that follows it; no other policy waits for the device."""
         if self.args.anneal == "loss":
-            self.policy.record(float(launch.mean_ranks(loss)))  # the only policy that waits for the device
-        seen = {key: sum(one[key] for one in self.seen) / len(self.seen) for key in self.seen[0]}
-        inner, outer = self.ranks
-        shares = {"all": (1.0, 0.0), "ball": (self.outer, 0.0), "ring": (self.outer, self.rule.thres_inner)}
-        counts = dict(zip(("thres_outer", "thres_inner"), shares[self.rule.kind])) | {"candidates": outer - inner}
-        return {"loss": loss.detach(), **seen, **counts, "cut_out": inner}
+            self.policy.record(float(launch.mean_ranks(loss)))
 
-    def embed(self, images):
-        """The pooled feature: (N, D)."""
+    def curves(
+        self,
+        loss: Tensor,
+        threshold: float,
+        ranks: tuple[int, int],
+        observers: Sequence[Observer],
+    ) -> dict:
+        """Return the values to log. observers: of every view; their mean is taken."""
+        seen = [observer.description for observer in observers]
+        means = {key: sum(one[key] for one in seen) / len(seen) for key in seen[0]}
+        kind = self.rule.kind
+        values = {
+            "loss": loss.detach(),
+            **means,
+            "thres_outer": 1.0 if kind == "all" else threshold,
+            "thres_inner": self.rule.thres_inner if kind == "ring" else 0.0,
+            "candidates": ranks[1] - ranks[0],
+            "cut_out": ranks[0],
+        }
+        if self.args.save_score:
+            scores = [torch.cat(observer.scores) for observer in observers]
+            values["scores"] = torch.stack(scores).mean(0)
+        return values
+
+    # --------------------------------------------------------------------- of a network
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the pooled feature (N, D) of images (N, 3, S, S)."""
         with self.precision.autocast():
-            return backbones.feature(self.encoder, images, 6)
+            return backbones.feature(self.network, images, 6)
 
-    def project(self, images):
-        """What is in the bank: (N, D)."""
-        return self.encode(self.encoder, images)
+    def project(self, images: Tensor) -> Tensor:
+        """Return what the banks hold of images (N, 3, S, S): unit rows (N, D)."""
+        return self.encode(self.network, images)
 
     def pictures(self, views) -> dict:
-        return dict(zip(("picture",) if len(views) == 1 else ("query", "key"), map(NORMALIZE.inverse, views)))
+        names = ("picture",) if len(views) == 1 else ("query", "key")
+        return dict(zip(names, map(NORMALIZE.inverse, views)))
+
+    # --------------------------------------------------------------------- of a checkpoint
 
     def state_dict(self) -> dict:
         return {"state_dict": self.system.state_dict(), "thresholds": self.policy.state_dict()}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        state, moco = saved["state_dict"], self.args.method == "moco"
-        if ("queue" in state) != moco:
-            raise UserError(f"{saved.path} is {'not ' * moco}of MoCo: give the --method that it was trained with")
-        lengths = {name: value.shape[0] if value.dim() else 0 for name, value in state.items()}
-        if moco and (k := lengths["queue"]) != self.args.k:
-            raise UserError(f"{saved.path} was made with --k {k}, this run has {self.args.k}")
-        if (rows := lengths.get(f"{self.banks[0]}._bank", self.n)) != self.n:
-            raise UserError(f"{saved.path} was made with {rows} training pictures, this run has {self.n}")
+        state = saved["state_dict"]
+        has_queue = "queue" in state
+        is_moco = self.args.method == "moco"
+        if has_queue != is_moco:
+            which = "of MoCo" if has_queue else "not of MoCo"
+            raise UserError(f"{saved.path} is {which}: give the --method that it was trained with")
+        if is_moco and len(state["queue"]) != self.args.k:
+            rows = len(state["queue"])
+            raise UserError(f"{saved.path} was made with --k {rows}, this run has {self.args.k}")
+        rows = len(state.get(f"{self.bank_names[0]}._bank", range(self.n)))
+        if rows != self.n:
+            raise UserError(
+                f"{saved.path} was made with {rows} training pictures, this run has {self.n}"
+            )
         checkpoint.load_into(self.system, state, saved.path)
-        try:
-            self.policy.load_state_dict(dict(saved.get("thresholds", {})))
-        except (LookupError, TypeError, ValueError, OverflowError):
-            saved.refuse("thresholds", saved["thresholds"], "the outer threshold and the values that it follows")
+        self.policy.load_state_dict(dict(saved.get("thresholds", {})))

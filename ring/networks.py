@@ -1,15 +1,15 @@
-"""The network of Conditional Negative Sampling: a torchvision ResNet and a projection head of two layers.
+"""The network of Conditional Negative Sampling: a torchvision ResNet and a two-layer head.
 
-Names as in the published checkpoints (src/models/resnet2.py of mhw32/contrastive-ring-public at fb3e1c2): the ResNet's
-children numbered in `features` (0 convolution, 1 batch-norm, 2 ReLU, 3 pooling, 4-7 the stages, 8 average), the head `l1`,
-`l2`. For CMC, which is not published, one such network for each view.
+Names are those of the published checkpoints (src/models/resnet2.py of mhw32/contrastive-ring-public
+at fb3e1c2): the ResNet's children numbered in `features` (0 convolution, 1 batch-norm, 2 ReLU, 3
+pooling, 4-7 the stages, 8 average), the projection head `l1`, `l2`. CMC, whose code is not
+published, has one such network for each view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,13 +22,20 @@ PREFIX = "model."  # of the network's parameter names in a checkpoint's state_di
 
 
 class Network(nn.Module):
-    """(N, in_channels, S, S) -> the projection (N, out_dim), not normalised. Layers (common.backbones): 6 is the pooled
-    feature h that enters the head, 7 the projection z.
+    """Images (N, in_channels, S, S) -> projections (N, out_dim), not normalised.
 
-    conv3x3: 3x3 stride-1 first convolution and no pooling after it, for small pictures.
+    Of its layers (common.backbones) 6 is the pooled feature h, which enters the head, and 7 the
+    projection z. conv3x3: 3x3 stride-1 first convolution and no pooling after it, for small
+    pictures.
     """
 
-    def __init__(self, arch: str = "resnet18", out_dim: int = 128, conv3x3: bool = False, in_channels: int = 3):
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        out_dim: int = 128,
+        conv3x3: bool = False,
+        in_channels: int = 3,
+    ):
         super().__init__()
         trunk = backbones.build(arch)
         if in_channels != 3:
@@ -37,54 +44,100 @@ class Network(nn.Module):
             backbones.use_small_stem(trunk)
         width = trunk.fc.in_features
         self.features = nn.Sequential(*list(trunk.children())[:-1])
-        self.l1, self.l2 = nn.Linear(width, width), nn.Linear(width, out_dim)
+        self.l1 = nn.Linear(width, width)
+        self.l2 = nn.Linear(width, out_dim)
 
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
         *stages, pooling = self.features[4:]
-        return [self.features[:4], *stages, lambda x: pooling(x).flatten(1), lambda h: self.l2(F.relu(self.l1(h)))]
+        return [
+            self.features[:4],
+            *stages,
+            lambda x: pooling(x).flatten(1),
+            lambda h: self.l2(F.relu(self.l1(h))),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         return backbones.feature(self, x)
 
 
-def build_network(arch: str, out_dim: int, conv3x3: bool, views: Sequence[colour.View] = ()) -> nn.Module:
-    """The network of IR and MoCo; with `views`, the towers of CMC, each looking at its channels of `colour.Views`."""
+def build_network(
+    arch: str, out_dim: int, conv3x3: bool, views: Sequence[colour.View] = ()
+) -> nn.Module:
+    """Return the network of IR and MoCo, or with `views` the towers of CMC.
+
+    Each tower looks at its channels of `colour.Views`.
+    """
     if not views:
         return Network(arch, out_dim, conv3x3)
-    channels, names = [len(view.channels) for view in views], colour.tower_names(views)
-    return backbones.TwoTowers(lambda count: Network(arch, out_dim, conv3x3, count), channels, names)
+
+    def tower(channels: int) -> Network:
+        return Network(arch, out_dim, conv3x3, channels)
+
+    channels = [len(view.channels) for view in views]
+    return backbones.TwoTowers(tower, channels, colour.tower_names(views))
+
+
+# ------------------------------------------------------------------------ reading a checkpoint
+
+
+def parameters(saved: dict) -> dict[str, Tensor]:
+    """Return the network's parameters in a checkpoint of train_ring.py, without `model.`.
+
+    The layout is the published one. `state_dict`: the network's parameters after `model.` (those of
+    CMC's towers after `model.l_to_ab.` and `model.ab_to_l.`); `memory_bank._bank` (n, out_dim),
+    with CMC one bank for each view (`memory_bank_l._bank`, `memory_bank_ab._bank`); with MoCo
+    `queue` (k, out_dim), `queue_ptr` and the key network after `model_k.`. `opt`: the flags; a
+    published file has none. Raises UserError where there is no such network.
+    """
+    state = {
+        name.removeprefix(PREFIX): value
+        for name, value in saved["state_dict"].items()
+        if name.startswith(PREFIX)
+    }
+    first = _first_tower(saved)
+    for name in (f"{first}features.0.weight", f"{first}l2.weight"):
+        if name not in state:
+            path = getattr(saved, "path", "the checkpoint")
+            raise UserError(
+                f"{path} holds no network of ring/train_ring.py: there is no {PREFIX}{name}"
+            )
+    return state
+
+
+def arch(saved: dict) -> str:
+    """Return which of RESNETS a checkpoint holds, as its tensors tell."""
+    deep = f"{_first_tower(saved)}features.4.0.conv3.weight"
+    return "resnet50" if deep in parameters(saved) else "resnet18"
 
 
 def of_checkpoint(saved: dict) -> nn.Module:
-    """The network that a checkpoint of train_ring.py holds, with its weights.
+    """Return the network in a checkpoint of train_ring.py, with its weights.
 
-    Its layout is the published one. `state_dict`: the network's parameters after `model.` (those of CMC's towers after
-    `model.l_to_ab.` and `model.ab_to_l.`); `memory_bank._bank` (n, out_dim), with CMC one bank for each view
-    (`memory_bank_l._bank`, `memory_bank_ab._bank`); with MoCo `queue` (k, out_dim), `queue_ptr` and the key network after
-    `model_k.`. `opt`: the flags, of which `method`, `resnet_version`, `out_dim`, `conv3x3` and `view` say what it is. A
-    published file has no flags; what its tensors tell is enough. Raises UserError where there is no such network.
+    What the flags do not say the tensors do. Raises UserError where they do not fit.
     """
-    state = {k.removeprefix(PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(PREFIX)}
-    flags, what = saved.get("opt") or {}, getattr(saved, "path", "the checkpoint")
-    views = colour.default_views(flags.get("view", "Lab")) if flags.get("method") == "cmc" else ()
-    first = f"{colour.tower_names(views)[0]}." if views else ""
-    for key in (f"{first}features.0.weight", f"{first}l2.weight"):
-        if key not in state:
-            raise UserError(f"{what} holds no network of ring/train_ring.py: there is no {PREFIX}{key}")
-    arch = "resnet50" if f"{first}features.4.0.conv3.weight" in state else "resnet18"
+    state = parameters(saved)
+    first = _first_tower(saved)
     conv3x3 = state[f"{first}features.0.weight"].shape[-1:] == (3,)
-    network = build_network(arch, max(1, *state[f"{first}l2.weight"].shape[:1], 1), conv3x3, views)
-    checkpoint.load_into(network, state, what)
+    out_dim = max(1, *state[f"{first}l2.weight"].shape[:1], 1)
+    network = build_network(arch(saved), out_dim, conv3x3, _views(saved))
+    checkpoint.load_into(network, state, getattr(saved, "path", "the checkpoint"))
     return network
 
 
-def frozen(saved: dict, device) -> nn.Module:
-    """The same on `device`, in evaluation mode and without gradients."""
-    return of_checkpoint(saved).requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+def _views(saved: dict) -> Sequence[colour.View]:
+    flags = saved.get("opt") or {}
+    if flags.get("method") != "cmc":
+        return ()
+    return colour.default_views(flags.get("view", "Lab"))
 
 
-def linear(network: nn.Module, classes: int) -> tuple[nn.Linear, str]:
-    """A classifier of the pooled feature (of towers side by side), and which of RESNETS that is of."""
+def _first_tower(saved: dict) -> str:
+    """Return what stands before the names of the first network: "" for a single one."""
+    views = _views(saved)
+    return f"{colour.tower_names(views)[0]}." if views else ""
+
+
+def linear(network: nn.Module, classes: int) -> nn.Linear:
+    """Return a fresh classifier of the pooled feature, of towers of those side by side."""
     towers = network.towers() if isinstance(network, backbones.TwoTowers) else (network,)
-    widths = [tower.l1.in_features for tower in towers]
-    return nn.Linear(sum(widths), classes), dict(zip((512, 2048), RESNETS))[widths[0]]
+    return nn.Linear(sum(tower.l1.in_features for tower in towers), classes)

@@ -1,60 +1,81 @@
-"""What is left of the released code: its Lightning checkpoints, and its protocol of a linear evaluation.
+"""What is left of the released code: its Lightning checkpoints, and its linear evaluation.
 
-mhw32/contrastive-ring-public at fb3e1c2: an experiment is a folder with config.json and checkpoints/epoch=E-step=S.ckpt.
+In mhw32/contrastive-ring-public at fb3e1c2 an experiment is a folder with config.json and
+checkpoints/epoch=E-step=S.ckpt.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
 
 from common import UserError
 from runner import checkpoint, linear
 
 
-def settings(saved: checkpoint.Saved, augmentations) -> dict:
-    """Method and augmentation of a published checkpoint, as far as its tensors and the config.json of its experiment tell."""
-    found = {"method": "moco" if "queue" in saved["state_dict"] else "ir"}
+def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:
+    """Return the method and the augmentation of a published checkpoint, as far as it tells.
+
+    Its tensors tell the method, the config.json of its experiment which of `augmentations`.
+    """
+    values = {"method": "moco" if "queue" in saved["state_dict"] else "ir"}
     try:
         with open(os.path.join(experiment(saved.path), "config.json")) as file:
             content = json.load(file)["data_params"]
         named = [name for name in augmentations if content.get(f"{name}_transforms")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        named = []
-    return found | ({"augmentation": named[0]} if named else {})
+        return values
+    if named:
+        values["augmentation"] = named[0]
+    return values
 
 
 def experiment(path: str) -> str:
-    """The folder of the run that a checkpoint is of."""
+    """Return the folder of the run that a checkpoint is of."""
     folder = os.path.dirname(os.path.abspath(path))
-    return os.path.dirname(folder) if os.path.basename(folder) == "checkpoints" else folder
+    if os.path.basename(folder) == "checkpoints":
+        return os.path.dirname(folder)
+    return folder
 
 
 class Released(linear.Classifier):
-    """The released linear evaluation: the network's parameters rest, its batch-norm statistics follow the training views.
+    """The released linear evaluation, in which the network's batch-norm statistics move.
 
-    Lightning puts the whole module into training mode, the frozen network with it, and into evaluation mode to validate.
+    Lightning puts the whole module into training mode, the frozen network with it, and into
+    evaluation mode to validate. So the statistics follow the training views, and are saved.
     """
 
-    def _frozen(self):
+    def __init__(self, spec, args, process, network, classifier, embed, recorded: dict):
+        def embed_in_mode(images: Tensor) -> Tensor:
+            if network.training != classifier.training:
+                network.train(classifier.training)
+            return embed(images)
+
+        super().__init__(spec, args, process, network, classifier, embed_in_mode, recorded)
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
         parameters = dict(self.network.named_parameters())
-        return ((name, tensor) for name, tensor in super()._frozen() if name in parameters)
+        for name, tensor in super().frozen():
+            if name in parameters:
+                yield name, tensor
 
-    def weights(self) -> dict:
-        return {**super().weights(), "statistics": dict(self.network.named_buffers())}
-
-    def load_weights(self, saved: checkpoint.Saved) -> None:
-        super().load_weights(saved)
-        restore(self.network, saved)
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "statistics": dict(self.network.named_buffers())}
 
 
-def restore(network, saved: checkpoint.Saved) -> None:
-    """Give the pre-trained `network` the batch-norm statistics that a classifier of this protocol was saved with.
+def restore(network: nn.Module, saved: checkpoint.Saved) -> None:
+    """Give the pre-trained `network` the batch-norm statistics in a file of `Released`.
 
-    Raises UserError where the file lacks some: the classifier is on no other network.
+    Raises UserError where the file lacks some: its classifier is of no other network.
     """
-    found = saved.get("statistics") or {}
-    if not dict(network.named_buffers()).keys() <= found.keys():
-        why = "which --protocol released has moved"
-        raise UserError(f"{saved.path} lacks batch-norm statistics of its network, {why}: train that classifier again")
-    checkpoint.load_into(network, dict(network.named_parameters()) | found, saved.path)
+    statistics = saved.get("statistics") or {}
+    if not dict(network.named_buffers()).keys() <= statistics.keys():
+        raise UserError(
+            f"{saved.path}: its statistics lack batch-norm statistics of its network, which "
+            "--protocol released has moved: train that classifier again"
+        )
+    state = dict(network.named_parameters()) | statistics
+    checkpoint.load_into(network, state, saved.path)

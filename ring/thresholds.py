@@ -1,8 +1,9 @@
-"""The outer threshold over a training: constant, annealed by formula, or following the loss or the accuracy.
+"""The outer threshold over a training: constant, annealed by formula, or following a measure.
 
-Follows src/utils/policy.py of mhw32/contrastive-ring-public at fb3e1c2. Differs: formulas instead of tables, so that any
-number of steps, and any length of the annealing, has a threshold at every step (published: an annealing longer than the run,
-or one that its ten levels do not divide, ends in an error); the history of the adaptive ones is saved with the run.
+Follows src/utils/policy.py of mhw32/contrastive-ring-public at fb3e1c2. Differs: formulas instead
+of tables, so that any number of steps, and any length of the annealing, has a threshold at every
+step (published: an annealing longer than the run, or one that its ten levels do not divide, ends in
+an error); the history of the adaptive policies is saved with the run.
 """
 
 from __future__ import annotations
@@ -10,36 +11,39 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from common import UsageError
-
-START, END = 1.0, 0.1  # of every policy that anneals; --thres-outer is of the constant one, as published
+START = 1.0  # of every policy that anneals; --thres-outer is the constant one's, as published
+END = 0.1
 POLICIES = ("constant", "linear", "step", "exponential", "loss", "accuracy")
 
 
 @dataclass
 class Constant:
+    """The same threshold at every step, and what all policies have."""
+
     value: float
 
     def __call__(self, step: int) -> float:
+        """Return the threshold at a step of the run, counted from 0."""
         return self.value
 
     @property
     def least(self) -> float:
+        """Return the smallest threshold of the run."""
         return self.value
 
     def record(self, value: float) -> None:
-        """A loss or an accuracy was measured. Only the adaptive policy listens."""
+        """Take note of a measured loss or accuracy, as the adaptive policies do."""
 
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """KeyError, TypeError or ValueError where it is no state of this policy."""
+        """Put `state_dict` back. Raises LookupError, TypeError or ValueError if it does not fit."""
 
 
 @dataclass
 class Annealed(Constant):
-    """From `value` down to `least` in `length` steps, counted from 0, and `least` after them."""
+    """From `value` down to `least` in `length` steps, and `least` after them."""
 
     value: float = START
     length: int = 1
@@ -69,7 +73,7 @@ class Step(Annealed):
 
 @dataclass
 class Exponential(Annealed):
-    """rate: per step; the published .1 is below .11 after 45 iterations, wherever the annealing ends."""
+    """Decay at `rate` per step; the published .1 is below .11 after 45 steps, whatever `length`."""
 
     rate: float = 0.1
 
@@ -79,9 +83,10 @@ class Exponential(Annealed):
 
 @dataclass
 class Adaptive(Constant):
-    """Moves by `delta` whenever a value is recorded: easier where it is worse than the mean of the last ones, else harder.
+    """Moves by `delta` with every recorded value, and starts with the first one.
 
-    lower_is_better: of a loss, not of an accuracy. window: values that are remembered. The first value moves nothing.
+    Where that is worse than the mean of the last `window` values the threshold rises, which makes
+    the negatives easier; else it falls. lower_is_better: the values are losses, not accuracies.
     """
 
     value: float = START
@@ -95,33 +100,42 @@ class Adaptive(Constant):
     def record(self, value: float) -> None:
         if self.history:
             mean = sum(self.history) / len(self.history)
-            worse = (value > mean) - (value < mean)
-            moved = self.value + self.delta * (worse if self.lower_is_better else -worse)
-            self.value = min(max(moved, self.least), self.most)
+            if value > mean or value < mean:  # not equal, and a number
+                is_worse = (value > mean) == self.lower_is_better
+                moved = self.value + (self.delta if is_worse else -self.delta)
+                self.value = min(max(moved, self.least), self.most)
         self.history = [*self.history, value][-self.window :]
 
     def state_dict(self) -> dict:
         return {"value": self.value, "history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:
-        if state:  # none: of a run without this policy, which begins here
-            value, history = float(state["value"]), [float(one) for one in state["history"]]
-            if not (self.least <= value <= self.most and all(map(math.isfinite, history))):
-                raise ValueError(value)
-            self.value, self.history = value, history
+        if not state:  # of a run without this policy, which begins here
+            return
+        value = float(state["value"])
+        history = [float(number) for number in state["history"]]
+        if not self.least <= value <= self.most or not all(map(math.isfinite, history)):
+            raise ValueError(f"threshold {value}, history {history}")
+        self.value = value
+        self.history = history
 
 
 def build(name: str, thres_outer: float, length: int, rate: float | None = None) -> Constant:
-    """The policy `name` of POLICIES. length: of the annealing, in steps. rate: of the exponential one, over its whole
-    length; None: .1 per step, as published."""
+    """Return the policy `name` of POLICIES. Raises ValueError for another name.
+
+    length: of the annealing, in steps. rate: of the exponential decay over its whole length; None:
+    .1 per step, as published.
+    """
     if name == "constant":
         return Constant(thres_outer)
-    if name in ("linear", "step"):
-        return {"linear": Linear, "step": Step}[name](length=length)
+    if name == "linear":
+        return Linear(length=length)
+    if name == "step":
+        return Step(length=length)
     if name == "exponential":
         return Exponential(length=length, rate=0.1 if rate is None else rate / length)
     if name == "loss":
         return Adaptive()
     if name == "accuracy":
         return Adaptive(delta=0.05, window=5, lower_is_better=False)
-    raise UsageError(f"--anneal {name}: there are {', '.join(POLICIES)}")
+    raise ValueError(f"no policy {name!r}: there are {', '.join(POLICIES)}")

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Conditional Negative Sampling: pre-training.
 
-Mike Wu, Milan Mosse, Chengxu Zhuang, Daniel Yamins, Noah Goodman. Conditional Negative Sampling for Contrastive Learning of
-Visual Representations. ICLR 2021, arXiv:2010.02037. A minute on a laptop, and runs like those published:
+Mike Wu, Milan Mosse, Chengxu Zhuang, Daniel Yamins, Noah Goodman. ICLR 2021, arXiv:2010.02037. On
+top of IR, CMC or MoCo (--method). A minute on a laptop, and runs like those published:
 
     python ring/train_ring.py --demo --epochs 1
     python ring/train_ring.py ring/configs/cifar10_ir_ring.json --root data --gpu-device 0
-    python ring/train_ring.py --root data --dataset stl10 --method moco --negatives ring --augmentation mocov2_96x96
+    python ring/train_ring.py --root data --dataset stl10 --method moco --negatives ring \\
+        --augmentation mocov2_96x96
 """
 
 import copy
@@ -15,9 +16,9 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import common  # noqa: F401
 
-import common  # isort: split
-
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,17 +26,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cmc import colour
 from common import UsageError, augment, backbones, batchnorm, cli, launch, options, schedule, sets
-from runner import checkpoint, knn, loop
 from preprocess import demo
-from ring import config, monitor, negatives, thresholds
+from ring import config, flags, monitor, negatives, sheet
 from ring.memories import KeyQueue, MemoryBank
-from ring.method import MOMENTA, SIDES, Method, last_operation, plain_view
+from ring.method import Method
 from ring.networks import RESNETS
+from ring.views import SIDES, last_operation, plain_view
+from runner import checkpoint, knn, loop, resume
 
 PRESETS = {
     "demo": dict(
-        data="data/demo", dataset="folder", conv3x3=False, augmentation="mocov2_32x32", epochs=12, batch_size=64, k=512,
-        workers=2, save_freq=100, model_path="runs/try-ring", seed=0,
+        data="data/demo", dataset="folder", conv3x3=False, augmentation="mocov2_32x32", epochs=12,
+        batch_size=64, k=512, workers=2, save_freq=100, model_path="runs/try-ring", seed=0,
     ),
 }  # fmt: skip
 
@@ -50,240 +52,269 @@ def parse_args(argv=None):
     g.add_argument("--root", "--data", dest="data", help=about)
     trees = ("folder", *(f"{name}_2views" for name in sets.TORCHVISION_SETS))
     options.add_data_arguments(g, trees, default="cifar10", workers=8)
-    about = "mocov2: with blur, at 224 or the side named; v1: as the published settings have it"
-    g.add_argument("--augmentation", choices=list(SIDES), default="v1", help=f"of IR and MoCo; {about}")
-    g.add_argument("--stl-split", choices=["train", "train+unlabeled"], default="train", help="pictures of STL-10")
+    about = "of IR and MoCo; mocov2: with blur, at 224 or the side named; v1: as published"
+    g.add_argument("--augmentation", choices=list(SIDES), default="v1", help=about)
+    splits = ("train", "train+unlabeled")
+    g.add_argument("--stl-split", choices=splits, default="train", help="pictures of STL-10")
 
     g = parser.add_argument_group("model")
-    g.add_argument("--resnet-version", choices=RESNETS, default="resnet18", help="trunk; a two-layer head follows")
+    about = "trunk; a two-layer head follows"
+    g.add_argument("--resnet-version", "--arch", choices=RESNETS, default="resnet18", help=about)
     about = "3x3 first convolution, no max-pool: for small pictures"
     g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=about)
     g.add_argument("--out-dim", type=cli.positive_int, default=128, help="feature dimension")
-
-    g = parser.add_argument_group("method")
-    about = "ir: memory bank, one view; moco: queue, two views; cmc: lightness against colour, two banks"
-    g.add_argument("--method", choices=list(MOMENTA), default="ir", help=about)
-    about = "all candidates, the ball of the nearest, or the ring: the ball without the very nearest"
-    g.add_argument("--negatives", choices=["all", "ball", "ring"], default="ring", help=about)
-    about = "ir, cmc: positive and negatives drawn per anchor; moco: queue length"
-    g.add_argument("--k", type=cli.positive_int, default=4096, help=about)
-    g.add_argument("--t", type=cli.positive, default=0.07, help="temperature")
-    about = "momentum: ir, cmc: of a memory row (default 0, .5); moco: of the key network (default .999)"
-    g.add_argument("--m", type=cli.fraction, help=about)
-    g.add_argument("--thres-outer", type=cli.share, default=0.1, help="ball: share of the candidates")
-    g.add_argument("--thres-inner", type=cli.fraction, default=0.1, help="share of the ball that is cut out of it")
-    about = "off: --thres-inner is a share of all candidates"
-    g.add_argument("--dynamic-inner", action=cli.OnOff, default=True, help=about)
-    g.add_argument("--neighbor-views", action=cli.OnOff, default=False, help="what is cut out counts as positive")
-    about = "off: their mean score in the numerator, not their logsumexp"
-    g.add_argument("--logsumexp-inner", action=cli.OnOff, default=True, help=about)
-    about = "off: the positive is not in the denominator"
-    g.add_argument("--self-negative", action=cli.OnOff, default=True, help=about)
-    g.add_argument("--all-ring", action="store_true", help="ir, cmc: compare with the whole ring, without drawing")
-    about = "ir: batch: the published slip, a ball of a share of the batch"
-    g.add_argument("--ball-bank-size", choices=["bank", "batch"], default="bank", help=about)
-    about = "outer threshold from 1 to .1: by formula, or by how the loss or the 1-NN accuracy moves"
-    g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=about)
-    g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help="epochs that it takes")
-    about = "exponential: decay over all of them; default: .1 per step, as published, which is over in an epoch"
-    g.add_argument("--anneal-rate", type=cli.positive, help=about)
-    g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help="cmc: colour space")
-    g.add_argument("--shuffle-bn", action=cli.OnOff, default=True, help="moco: keys shuffled over batch-norm groups")
-    about = "batch-norm groups over all processes; default: moco with shuffled keys 8, else 1"
-    g.add_argument("--bn-splits", type=cli.positive_int, help=about)
+    flags.add_method_arguments(parser.add_argument_group("method"))
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", "--num-epochs", type=cli.positive_int, default=200, help="epochs to run in all")
-    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help="global, over all processes")
-    g.add_argument("--learning-rate", "--lr", type=cli.positive, default=0.03, help="not scaled with the batch")
+    about = "epochs to run in all"
+    g.add_argument("--epochs", "--num-epochs", type=cli.positive_int, default=200, help=about)
+    about = "global, over all processes"
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
+    about = "not scaled with the batch"
+    g.add_argument("--learning-rate", "--lr", type=cli.positive, default=0.03, help=about)
     about = "MoCoLRScheduler: a tenth after 68 and 83 percent of the epochs"
-    g.add_argument("--scheduler", choices=["MoCoLRScheduler", "none"], default="MoCoLRScheduler", help=about)
+    names = ("MoCoLRScheduler", "none")
+    g.add_argument("--scheduler", choices=names, default="MoCoLRScheduler", help=about)
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     g.add_argument("--weight-decay", type=cli.not_negative, default=1e-4, help="weight decay")
 
     g = parser.add_argument_group("run")
-    g.add_argument(
-        "--exp-base", dest="model_path", default="./runs/ring", help="the run gets a folder of its own in here"
-    )
-    about = "of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES, and the seed where one is typed"
+    about = "the run gets a folder of its own in here"
+    g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=about)
+    about = "of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES"
     g.add_argument("--exp-name", help=about)
     options.add_run_arguments(g)
-    about = "epochs between 1-NN evaluations through the bank; default: 1, with class folders and packs 0 (never)"
+    about = "epochs between 1-NN evaluations through the bank; default: 1, with class folders 0"
     g.add_argument("--nn-every", type=cli.count, help=about)
     options.add_monitor_arguments(g, "of those compared with; cmc: mean over both views")
-    about = "draw what is inside, in and beyond the ring of eight pictures, from a checkpoint (--resume), and end"
+    about = "draw what is inside, in and beyond the ring of eight pictures of a checkpoint, and end"
     g.add_argument("--show-ring", metavar="FILE.png", help=about)
     options.add_hardware_arguments(parser, compile=True)
-    parser.add_argument("--gpu-device", metavar="N|cpu", help="as published: --gpu N, or --device cpu")
+    parser.add_argument("--gpu-device", metavar="N|cpu", help="as published: --gpu or --device cpu")
     parser.set_defaults(input_res=None, seed=1337)
     args = config.parse(parser, argv)
-
     options.check(args)
+    settle(args)
+    return cli.freeze(args)
+
+
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
     if args.data is None:
         raise UsageError(
-            "no data: give --root (and --dataset), a CONFIG.json that says it, or --demo for built-in pictures"
+            "no data: give --root (and --dataset), a CONFIG.json that says it, or --demo for "
+            "built-in pictures"
         )
+    args.k = args.queue or args.k
+    args.m = args.m if args.ema is None else args.ema
+    args.m = flags.MOMENTA[args.method] if args.m is None else args.m
     args.dataset = args.dataset.removesuffix("_2views")  # the method knows how many
     args.input_res = args.input_res or SIDES[args.augmentation]
-    args.m = MOMENTA[args.method] if args.m is None else args.m
     if args.bn_splits is None:
         args.bn_splits = 8 if args.method == "moco" and args.shuffle_bn else 1
     if args.nn_every is None:
-        args.nn_every = int(args.dataset in sets.TORCHVISION_SETS or args.anneal == "accuracy")
-    config.check(args)
-    annealed = f"_{args.anneal}" if args.anneal != "constant" else ""
-    args.exp_name = args.exp_name or f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
+        is_labelled = args.dataset in sets.TORCHVISION_SETS
+        args.nn_every = 1 if is_labelled or args.anneal == "accuracy" else 0
+    flags.check(args)
+    del args.queue, args.ema
+    args.exp_name = args.exp_name or run_name(args)
     args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
-    if args.show_ring:
-        args.resume, args.overwrite = args.resume or "auto", True  # nothing is written but the picture
-    return args
+    if args.show_ring:  # nothing is written but the picture
+        args.resume = args.resume or "auto"
+        args.overwrite = True
+
+
+def run_name(args) -> str:
+    """Return the name of the run folder, to which the data set is added, as published."""
+    annealed = "" if args.anneal == "constant" else f"_{args.anneal}"
+    return f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
 
 
 def recipe(args) -> augment.Compose:
-    """The augmentation of one view. That of CMC is Tian et al.'s: crop, flip and the channels of both views."""
-    crop, flip = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0)), augment.RandomHorizontalFlip()
+    """Return one view. That of CMC is Tian et al.'s: crop, flip, the channels of both views."""
+    crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
+    grey = augment.RandomGrayscale(0.2)
+    flip = augment.RandomHorizontalFlip()
     if args.method == "cmc":
         return augment.Compose(crop, flip, last_operation(args))
     if args.augmentation == "v1":
         jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.4)
-        return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, last_operation(args))
-    jitter, blur = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), augment.GaussianBlur((0.1, 2.0), p=0.5)
-    return augment.Compose(crop, jitter, augment.RandomGrayscale(0.2), blur, flip, last_operation(args))
+        return augment.Compose(crop, grey, jitter, flip, last_operation(args))
+    jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    blur = augment.GaussianBlur((0.1, 2.0), p=0.5)
+    return augment.Compose(crop, jitter, grey, blur, flip, last_operation(args))
 
 
 def build_loader(args, process: launch.Process):
     split = args.stl_split if args.dataset == "stl10" else "train"
+    pictures = options.open_split(args, split, unlabelled=True)
     views = (recipe(args),) * (2 if args.method == "moco" else 1)
-    return options.make_loader(args, process, options.open_split(args, split, unlabelled=True), views)
+    return options.make_loader(args, process, pictures, views)
 
 
 class IR(Method):
-    """One view and a memory bank. The positive is the picture's own row, which its last crop has written."""
+    """One view and a memory bank; the positive is the picture's own row, which is an older crop."""
 
-    def step(self, views, index, step: int) -> dict:
-        (images,) = (v.contiguous(memory_format=torch.channels_last) for v in views)
-        query, bank = self.encode(self.wrapped, images), self.bank()._bank  # N x D, n x D
-        positive, (ranks, draws) = (query * bank[index]).sum(1), self.start(step, len(index))
-        how = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels), self.scores)
-        values = self.finish(negatives.conditional_loss(query, positive, bank, *how))
-        self.bank().update(launch.all_gather(query), launch.all_gather(index))
-        return values
+    def step(self, batch: loop.Batch) -> dict:
+        images = batch.views[0].contiguous(memory_format=torch.channels_last)
+        query = self.encode(self.wrapped, images)  # N x D
+        bank = self.banks[0]._bank  # n x D
+        positive = (query * bank[batch.index]).sum(1)
+        threshold, ranks = self.ring(batch.at)
+        draws = self.draws(ranks, len(query))  # N x (k - 1)
+        comparison = negatives.Comparison(self.rule, ranks, self.args.t, draws)
+        observer = self.observer(batch.index, self.labels)
+        loss = negatives.conditional_loss(query, positive, bank, comparison, observer)
+        self.precision.step(loss, self.optimizer)
+        self.adapt(loss)
+        self.banks[0].update(launch.all_gather(query), launch.all_gather(batch.index))
+        return self.curves(loss, threshold, ranks, [observer])
 
 
 class CMC(Method):
-    """Two views of colour, a network and a bank for each. A view's feature is compared with the rows of the other view."""
+    """Two views of colour, a network and a bank for each, compared with the other view's rows."""
 
-    banks = ("memory_bank_l", "memory_bank_ab")
+    bank_names = ("memory_bank_l", "memory_bank_ab")
 
     def encode(self, network, images):
         with self.precision.autocast():
             return torch.cat([F.normalize(z.float(), dim=1) for z in network(images)], 1)  # N x 2 D
 
-    def step(self, views, index, step: int) -> dict:
-        (images,) = (v.contiguous(memory_format=torch.channels_last) for v in views)
-        feats, (ranks, draws) = self.encode(self.wrapped, images), self.start(step, len(index))
-        how, loss = (self.args.t, self.rule, ranks, draws, self.describe(index, self.labels), self.scores), 0
-        for query, bank in zip(feats.chunk(2, 1), (self.bank(1)._bank, self.bank(0)._bank)):
-            positive = (query * bank[index]).sum(1)
-            loss = loss + negatives.conditional_loss(query, positive, bank, *how)
-        values, index = self.finish(loss), launch.all_gather(index)
-        for number, feat in enumerate(launch.all_gather(feats).chunk(2, 1)):
-            self.bank(number).update(feat, index)
-        return values
+    def step(self, batch: loop.Batch) -> dict:
+        images = batch.views[0].contiguous(memory_format=torch.channels_last)
+        feats = self.encode(self.wrapped, images)  # N x 2 D
+        threshold, ranks = self.ring(batch.at)
+        draws = self.draws(ranks, len(feats))  # N x (k - 1)
+        comparison = negatives.Comparison(self.rule, ranks, self.args.t, draws)
+        losses, observers = [], []
+        for query, memory in zip(feats.chunk(2, 1), reversed(self.banks)):
+            bank = memory._bank  # of the other view, n x D
+            positive = (query * bank[batch.index]).sum(1)
+            observers.append(self.observer(batch.index, self.labels))
+            losses.append(
+                negatives.conditional_loss(query, positive, bank, comparison, observers[-1])
+            )
+        loss = sum(losses)
+        self.precision.step(loss, self.optimizer)
+        self.adapt(loss)
+        everyone = launch.all_gather(batch.index)
+        for memory, feat in zip(self.banks, launch.all_gather(feats).chunk(2, 1)):
+            memory.update(feat, everyone)
+        return self.curves(loss, threshold, ranks, observers)
 
     def embed(self, images):
         with self.precision.autocast():
-            return torch.cat(backbones.feature(self.encoder, images, 6), 1)
+            return torch.cat(backbones.feature(self.network, images, 6), 1)
 
     def pictures(self, views) -> dict:
         return colour.Views(self.views).pictures(views[0])
 
 
 class MoCo(Method):
-    """Two views, a key network and a queue. The bank holds the queries and serves the 1-NN evaluation alone."""
+    """Two views, a key network and a queue; the bank holds queries and serves 1-NN alone."""
 
     def build_system(self) -> nn.Module:
         system = KeyQueue(self.args.k, self.args.out_dim)
-        system.model, system.memory_bank = self.encoder, MemoryBank(self.n, self.args.out_dim, 0)
-        system.model_k = copy.deepcopy(self.encoder).requires_grad_(False)
+        system.model = self.network
+        system.memory_bank = MemoryBank(self.n, self.args.out_dim, 0)
+        system.model_k = copy.deepcopy(self.network).requires_grad_(False)
         if self.args.compile:
             system.model_k.compile()
         return system
 
-    def step(self, views, index, step: int) -> dict:
-        im_q, im_k = (v.contiguous(memory_format=torch.channels_last) for v in views)
-        query, (ranks, _) = self.encode(self.wrapped, im_q), self.start(step, 0)  # N x D
+    def step(self, batch: loop.Batch) -> dict:
+        im_q, im_k = (v.contiguous(memory_format=torch.channels_last) for v in batch.views)
+        query = self.encode(self.wrapped, im_q)  # N x D
+        self.follow()
         key, keys = self.encode_keys(im_k)  # N x D, (N * world) x D
+        queue = self.system.queue  # k x D
+        positive = (query * key).sum(1)
+        threshold, ranks = self.ring(batch.at)
+        comparison = negatives.Comparison(self.rule, ranks, self.args.t)
         labels = None if self.labels is None else self.system.labels(self.labels)
-        how = (self.args.t, self.rule, ranks, None, self.describe(index, labels), self.scores)
-        values = self.finish(negatives.conditional_loss(query, (query * key).sum(1), self.system.queue, *how))
-        index = launch.all_gather(index)
-        self.system.enqueue(keys, index)
-        self.bank().update(launch.all_gather(query), index)
-        return values
+        observer = self.observer(batch.index, labels)
+        loss = negatives.conditional_loss(query, positive, queue, comparison, observer)
+        self.precision.step(loss, self.optimizer)
+        self.adapt(loss)
+        everyone = launch.all_gather(batch.index)
+        self.system.enqueue(keys, everyone)
+        self.banks[0].update(launch.all_gather(query), everyone)
+        return self.curves(loss, threshold, ranks, [observer])
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the key network towards the query network: parameters only, as published."""
+        average = get_ema_multi_avg_fn(self.args.m)
+        queries = [parameter.detach() for parameter in self.network.parameters()]
+        average(list(self.system.model_k.parameters()), queries, None)
 
     @torch.no_grad()
     def encode_keys(self, images):
-        """Follow the query network, then unit keys, batch statistics taken over a shuffled batch: (own rows, all rows)."""
-        follow = get_ema_multi_avg_fn(self.args.m)  # parameters only, and only here: an evaluation moves nothing
-        follow(list(self.system.model_k.parameters()), [p.detach() for p in self.encoder.parameters()], None)
-        if not self.args.shuffle_bn:
-            key = self.encode(self.system.model_k, images)
-            return key, launch.all_gather(key)
-        shuffle = batchnorm.BatchShuffle(len(images), self.generators["draws"], images.device)
-        everyone = shuffle.collect(self.encode(self.system.model_k, shuffle.spread(images)))
-        return shuffle.own(everyone), everyone
+        """Return unit keys of this rank's images (N, D), and those of all ranks."""
+        network = self.system.model_k
+        if self.args.shuffle_bn:
+            draws = self.generators["draws"]
+            return batchnorm.encode_shuffled(lambda x: self.encode(network, x), images, draws)
+        key = self.encode(network, images)
+        return key, launch.all_gather(key)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"queue_pictures": self.system.pictures}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         super().load_state_dict(saved)
-        found, own = saved.get("queue_pictures", torch.tensor(-1)), self.system.pictures
-        fits = torch.is_tensor(found) and found.shape in ((), own.shape) and not found.is_floating_point()
-        if not fits or not ((found >= -1) & (found < self.n)).all():
-            saved.refuse("queue_pictures", found, f"a picture's number for each of {len(own)} keys")
-        own.copy_(found)
+        pictures = saved.get("queue_pictures", torch.tensor(-1))
+        if pictures.is_floating_point() or not ((pictures >= -1) & (pictures < self.n)).all():
+            raise ValueError(f"numbers of pictures, -1 to {self.n - 1}, are expected")
+        self.system.pictures.copy_(pictures)
 
 
-def learning_rate(args, epoch: int) -> float:
-    """Epochs count from 0."""
+def learning_rate(args, at: loop.At) -> float:
+    """Return the rate, which drops after 68 and 83 percent of the epochs."""
+    if args.scheduler == "none":
+        return args.learning_rate
     drops = [max(1, int(share * args.epochs)) for share in (0.68, 0.83)]
-    return schedule.step(args.learning_rate, epoch, drops if args.scheduler == "MoCoLRScheduler" else [])
+    return schedule.step(args.learning_rate, at.epoch, drops)
 
 
 def worker(args, process: launch.Process) -> None:
-    files = dict(last="last.ckpt", numbered="epoch={}.ckpt", first=0)
-    with loop.Job(args, process, args.folder, **files, same=("method", "resnet_version", "view")) as job:
+    files = loop.Files(
+        __file__,
+        last="last.ckpt",
+        numbered="epoch={}.ckpt",
+        first=0,
+        same=(*resume.PICTURES, "method", "resnet_version", "view"),
+    )
+    with loop.Job(args, process, args.folder, files) as job:
+        args = job.args
         groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
-        knn = knn.loaders(args, process, loader.dataset, plain_view(args))
-        nearest = monitor.val_loader(args, process, loader.dataset, plain_view(args))
-        method = {"ir": IR, "cmc": CMC, "moco": MoCo}[args.method](args, loader.dataset, len(loader), process)
+        pictures = loader.dataset
+        neighbours = knn.loaders(args, process, pictures, plain_view(args))
+        nearest = monitor.val_loader(args, process, pictures, plain_view(args))
+        kind = {"ir": IR, "cmc": CMC, "moco": MoCo}[args.method]
+        method = kind(args, pictures, len(loader), process)
         monitor.adopt_published(job.saved)
         if args.show_ring:
-            return monitor.show_ring(job, method, loader.dataset)
-        ranks = method.rule.narrowest(method.policy.least, method.candidates, args.batch_size)
+            sheet.show_ring(job, method, pictures)
+            return
+        inner, outer = monitor.narrowest_ring(args, method)
         job.begin(
             loader,
             method,
             candidates=method.candidates,
-            narrowest_ring="ranks {} to {}".format(*ranks),
+            narrowest_ring=f"ranks {inner} to {outer}",
             bn_groups=groups,
         )
-        monitor.warn(job, method, ranks)
-        for epoch in job.epochs():
-            lr = learning_rate(args, epoch)
-            schedule.set_lr(method.optimizer, lr)
-            for views, _, index in job.batches():
-                job.track(**method.step(views, index, job.global_step), learning_rate=lr)
-                if args.save_score:
-                    job.keep_scores(torch.stack(method.scores).mean(0))
+        monitor.warn(job, method, (inner, outer))
+        for _ in job.epochs():
+            for batch in job.batches(learning_rate):
+                job.track(**method.step(batch))
             if job.due(args.nn_every):
                 monitor.evaluate_nearest(job, method, nearest)
             if job.due(args.knn_every):
-                knn.evaluate(job, method.encoder, method.embed, knn)
+                knn.evaluate(job, method, neighbours)
 
 
 def main(argv=None) -> None:

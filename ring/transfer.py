@@ -1,8 +1,9 @@
-"""The data sets that features are transferred to: those of torchvision's that are near the paper's, and class folders.
+"""The data sets that features are transferred to: torchvision's near the paper's, class folders.
 
-The paper (arXiv:2010.02037) transfers to Meta-Dataset: linear classifiers on aircraft, textures, traffic signs, flowers,
-handwritten characters and so on, with frozen features. Its collection is a set of TensorFlow records and its code is not
-released; here the same sources are read as torchvision keeps them, with their own splits.
+The paper (arXiv:2010.02037) transfers to Meta-Dataset: linear classifiers on aircraft, textures,
+traffic signs, flowers, handwritten characters and so on, with frozen features. Its collection is a
+set of TensorFlow records and its code is not released; here the same sources are read as
+torchvision keeps them, with their own splits.
 """
 
 from __future__ import annotations
@@ -15,53 +16,106 @@ import numpy as np
 import torch
 from torchvision import datasets as tv_datasets
 
-from common import UsageError, UserError, launch, sets
+from common import UsageError, UserError, cli, launch, sets
+from runner import linear
 
 # name: (splits that are trained on, splits that are tested on), as arguments of torchvision's class
 SETS = {
-    "FGVCAircraft": ([dict(split="trainval")], [dict(split="test")]),
-    "DTD": ([dict(split="train"), dict(split="val")], [dict(split="test")]),
-    "GTSRB": ([dict(split="train")], [dict(split="test")]),
-    "Flowers102": ([dict(split="train"), dict(split="val")], [dict(split="test")]),
-    "OxfordIIITPet": ([dict(split="trainval")], [dict(split="test")]),
-    "Food101": ([dict(split="train")], [dict(split="test")]),
-    "SVHN": ([dict(split="train")], [dict(split="test")]),
-    "Omniglot": ([dict(background=True), dict(background=False)],) * 2,  # all characters; of each, other writers
+    "FGVCAircraft": ([{"split": "trainval"}], [{"split": "test"}]),
+    "DTD": ([{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
+    "GTSRB": ([{"split": "train"}], [{"split": "test"}]),
+    "Flowers102": ([{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
+    "OxfordIIITPet": ([{"split": "trainval"}], [{"split": "test"}]),
+    "Food101": ([{"split": "train"}], [{"split": "test"}]),
+    "SVHN": ([{"split": "train"}], [{"split": "test"}]),
+    # All characters on both sides; those of each are drawn by other writers.
+    "Omniglot": ([{"background": True}, {"background": False}],) * 2,
 }
-OMNIGLOT_WRITERS = 16  # of the 20 who drew every character are trained on, the others are tested on
+OMNIGLOT_WRITERS = 16  # of the 20 writers of a character are trained on, the others tested on
 
 
 def parse(words: list[str], root: str) -> dict[str, str]:
-    """{name: path} of NAME, NAME=PATH and PATH. root: where torchvision's files are kept if no path is given.
+    """Return {name: path} of NAME, NAME=PATH and PATH.
 
-    Raises UsageError for a name that is unknown, a folder that is not there or has no train/ and val/, or a second time.
+    root: where torchvision's files are kept if no path is given. Raises UsageError for a name that
+    is unknown or comes twice, and for a folder that is not there or has no train/ and val/.
     """
-    found = {}
+    places = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals and name not in SETS:
             if not os.path.isdir(name):
-                close = difflib.get_close_matches(name.lower(), map(str.lower, SETS), 1)
-                known = [n for n in SETS if n.lower() in close] or SETS
-                raise UsageError(f"--transfer {word}: no such folder, and no data set of that name: {', '.join(known)}")
-            name, path = os.path.basename(os.path.abspath(word)), word
+                raise UsageError(
+                    f"--transfer {word}: no such folder, and no data set of that name: "
+                    f"{', '.join(_like(name))}"
+                )
+            name = os.path.basename(os.path.abspath(word))
+            path = word
         path = path or root
-        if name in found:
+        if name in places:
             raise UsageError(f"--transfer {name}: twice; tell them apart with NAME=PATH")
         if not name or name in (".", "..") or os.sep in name:
-            raise UsageError(f"--transfer {word}: the name before = becomes a folder: one word, such as birds=PATH")
+            raise UsageError(
+                f"--transfer {word}: the name before = becomes a folder: one word, such as "
+                "birds=PATH"
+            )
         if name not in SETS:
             for split in ("train", "val"):
                 sets.split_folder(path, split)
-        found[name] = path
-    return found
+        places[name] = path
+    return places
+
+
+def _like(name: str) -> list[str]:
+    """Return the names of SETS that `name` may have been meant for, or all of them."""
+    lower = {known.lower(): known for known in SETS}
+    close = difflib.get_close_matches(name.lower(), lower, 1)
+    return [lower[match] for match in close] or list(SETS)
+
+
+def data_sets(args) -> dict[str, cli.Flags]:
+    """Return {name: the flags of its evaluation}: that of the pre-training, and of --transfer.
+
+    The first is called "own", or by torchvision's name. Raises UsageError for a name that is there
+    twice.
+    """
+    places = {}
+    if args.data is not None:
+        is_named = args.dataset in sets.TORCHVISION_SETS
+        places[args.dataset if is_named else "own"] = args.data
+    twice = places.keys() & args.transfer.keys()
+    if twice:
+        raise UsageError(
+            f"--transfer {min(twice)}: is the name of the data set of the pre-training; use "
+            "NAME=PATH"
+        )
+    runs = {}
+    for name, path in (places | args.transfer).items():
+        is_transfer = name in args.transfer
+        runs[name] = cli.replace(
+            args,
+            data=path,
+            dataset=name if is_transfer else args.dataset,
+            is_transfer=is_transfer,
+            transfer=None,  # no setting of this run: a resume may ask for other data sets
+            folder=os.path.join(args.folder, name),
+        )
+    return runs
+
+
+def open_pictures(args) -> tuple[sets.PictureSet, sets.PictureSet]:
+    """Return the pictures to train on and those to test on, of one data set of `data_sets`."""
+    if args.is_transfer:
+        return open_both(args.dataset, args.data)
+    return linear.open_both(args, {})
 
 
 def open_both(name: str, path: str) -> tuple[sets.PictureSet, sets.PictureSet]:
-    """The pictures that a classifier is trained on and those that it is tested on. One process fetches, the others wait.
+    """Return the pictures that a classifier is trained on and those that it is tested on.
 
-    path: for a name of SETS where torchvision keeps its files or shall put them; else a tree of class folders.
-    Raises UserError where files are missing and cannot be fetched, UsageError where class folders do not fit.
+    path: for a name of SETS where torchvision keeps its files or shall put them, else a tree of
+    class folders. One process fetches, the others wait. Raises UserError where files are missing
+    and cannot be fetched, UsageError where class folders do not fit.
     """
     if name not in SETS:
         train = sets.open_set(path, "train")
@@ -73,27 +127,33 @@ def open_both(name: str, path: str) -> tuple[sets.PictureSet, sets.PictureSet]:
 
 
 def _open(name: str, root: str) -> tuple[sets.PictureSet, sets.PictureSet]:
-    train, test = ([_torchvision(name, root, split) for split in splits] for splits in SETS[name])
-    both = tuple(_joined(name, root, parts) for parts in (train, test))
+    train, test = (
+        _joined(name, root, [_torchvision(name, root, split) for split in splits])
+        for splits in SETS[name]
+    )
     if name == "Omniglot":
-        writers = [
-            int(Path(path).stem.rpartition("_")[2]) for path in both[0].paths
-        ]  # 0709_17.png is drawn by the 17th
-        early = np.array([writer <= OMNIGLOT_WRITERS for writer in writers])
-        both = both[0].select(early.nonzero()[0]), both[1].select((~early).nonzero()[0])
-    if both[1].classes != both[0].classes:
+        is_early = np.array([_omniglot_writer(path) <= OMNIGLOT_WRITERS for path in train.paths])
+        train = train.select(is_early.nonzero()[0])
+        test = test.select((~is_early).nonzero()[0])
+    if test.classes != train.classes:
         raise UserError(f"{name} in {root}: its two splits have different classes: fetch it again")
-    return both
+    return train, test
+
+
+def _omniglot_writer(path: str) -> int:
+    """Return who has drawn a picture of Omniglot: 17 for 0709_17.png."""
+    return int(Path(path).stem.rpartition("_")[2])
 
 
 def _torchvision(name: str, root: str, split: dict):
+    """Return torchvision's set, fetched if it is not there. Raises UserError."""
     opener = getattr(tv_datasets, name)
     try:
         try:
             return opener(root, download=False, **split)
         except ImportError:
             raise
-        except Exception:  # RuntimeError where files are missing or damaged; some classes fail where one is missing
+        except Exception:  # of whatever kind, where files are missing or damaged
             os.makedirs(root, exist_ok=True)
             return opener(root, download=True, **split)
     except ImportError as error:
@@ -102,44 +162,78 @@ def _torchvision(name: str, root: str, split: dict):
         ) from None
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        way_out = f"fetch it where there is a network with torchvision.datasets.{name}({root!r}, download=True)"
-        raise UserError(f"{name} is not in {root} and could not be downloaded ({reason}): {way_out}") from error
+        call = f"torchvision.datasets.{name}({root!r}, download=True)"
+        raise UserError(
+            f"{name} is not in {root} and could not be downloaded ({reason}): fetch it where there "
+            f"is a network with {call}"
+        ) from error
 
 
 def _joined(name: str, root: str, parts: list) -> sets.PictureSet:
-    """What torchvision opened, one split or several, as one set of pictures."""
+    """Return what torchvision opened, one split or several, as one set of pictures."""
     if name == "SVHN":  # the only one that comes as an array
         (opened,) = parts
         digits = [str(digit) for digit in range(10)]
-        return sets.ArraySet(torch.from_numpy(np.ascontiguousarray(opened.data)), opened.labels, digits, "SVHN")
-    classes, paths, targets = list(getattr(parts[0], "classes", ())), [], []
-    if name == "Omniglot":  # which torchvision lists in the order of the file system
-        drawn = [
-            (opened._characters[label], os.path.join(opened.target_folder, opened._characters[label], file))
-            for opened in parts
-            for file, label in opened._flat_character_images
-        ]
-        classes = sorted({character for character, _ in drawn})
-        number = {character: label for label, character in enumerate(classes)}
-        paths, targets = [path for _, path in sorted(drawn)], [number[character] for character, _ in sorted(drawn)]
-        parts = []
-    for opened in parts:
-        if name == "GTSRB":
-            paths += [str(path) for path, _ in opened._samples]
-            targets += [label for _, label in opened._samples]
-        else:
-            paths += map(str, opened._images if name == "OxfordIIITPet" else opened._image_files)
-            targets += opened._labels
-    classes = classes or [f"{label:02d}" for label in range(43)]  # torchvision does not name traffic signs
+        images = torch.from_numpy(np.ascontiguousarray(opened.data))
+        return sets.ArraySet(images, opened.labels, digits, "SVHN")
+    if name == "Omniglot":
+        paths, targets, classes = _omniglot(parts)
+    else:
+        paths, targets = [], []
+        for opened in parts:
+            more_paths, more_targets = _files(name, opened)
+            paths += map(str, more_paths)
+            targets += more_targets
+        classes = list(getattr(parts[0], "classes", ()))
+        if not classes:  # torchvision does not name traffic signs
+            classes = [f"{label:02d}" for label in range(43)]
     pictures = sets.FolderSet(paths, targets, classes, root)
     pictures.name = name
     return pictures
 
 
+def _files(name: str, opened) -> tuple[list, list[int]]:
+    """Return the paths and the labels in a set of torchvision, which has no one name for them."""
+    if name == "GTSRB":
+        return [path for path, _ in opened._samples], [label for _, label in opened._samples]
+    paths = opened._images if name == "OxfordIIITPet" else opened._image_files
+    return paths, opened._labels
+
+
+def _omniglot(parts: list) -> tuple[list[str], list[int], list[str]]:
+    """Return paths, labels and classes, sorted: torchvision lists as the file system does."""
+    drawn = []
+    for opened in parts:
+        for file, label in opened._flat_character_images:
+            character = opened._characters[label]
+            path = os.path.join(opened.target_folder, character, file)
+            drawn.append((character, path))
+    drawn.sort()
+    classes = sorted({character for character, _ in drawn})
+    number = {character: label for label, character in enumerate(classes)}
+    return [path for _, path in drawn], [number[character] for character, _ in drawn], classes
+
+
+COLUMNS = {  # key in a row: head of the column
+    "data": "data set",
+    "classes": "classes",
+    "train": "train",
+    "val": "val",
+    "acc1": "linear, last epoch",
+    "acc1_best": "best",
+    "knn_acc1": "k-NN",
+    "bank_acc1": "1-NN in the bank",
+}
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown: one line for each data set, accuracies in percent."""
-    heads = {"data": "data set", "classes": "classes", "train": "train", "val": "val", "acc1": "linear, last epoch"}
-    heads |= {"acc1_best": "best", "knn_acc1": "k-NN", "bank_acc1": "1-NN in the bank"}
-    heads = {key: head for key, head in heads.items() if any(key in row for row in rows)}
-    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in (r.get(k, "-") for k in heads)] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads.values(), ["---"] * len(heads), *cells))
+    """Return Markdown with one line for each data set; accuracies are in percent."""
+
+    def cell(value) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    heads = [COLUMNS[key] for key in keys]
+    cells = [[cell(row.get(key, "-")) for key in keys] for row in rows]
+    lines = [heads, ["---"] * len(keys), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a crash never breaks one, read so that a downloaded one runs no code."""
+"""Checkpoints: no crash breaks one that is being written, and reading one never runs code."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _read(path: Path):
         # torch takes names in UTF-8 only.
         name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"
         with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
-            # Mapped: otherwise torch believes a storage's size and reads past the end of a shorter one.
+            # Mapped: torch would else believe a storage's size and read past the end of the file.
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
@@ -157,7 +157,7 @@ class Saved(dict):
         return super().get("script") or (paper.pretraining if paper else "")
 
     def how_far(self) -> dict:
-        """Return how far the pre-training had come that is in this file, or behind this classifier."""
+        """Return how far the pre-training in this file, or behind this classifier, had come."""
         behind = "pretrained_" if "pretrained_epoch" in self else ""
         flags = self.get(f"{behind}args") or self.get("opt") or {}
         return {
@@ -240,7 +240,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     optimizer.load_state_dict({"state": kept, "param_groups": merged})
     for param, values in optimizer.state.items():
         for key, value in values.items():
-            # A buffer in another memory layout than its parameter's would be applied in the wrong order.
+            # In another memory layout than its parameter's it would be applied in the wrong order.
             if isinstance(value, Tensor) and value.shape == param.shape:
                 values[key] = torch.empty_like(param).copy_(value)
 

@@ -1,4 +1,4 @@
-"""Features of a frozen network: of fresh views at every epoch, or of views that are embedded once."""
+"""Features of a frozen network, of fresh views at every epoch or of views embedded once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def embed_images(embed: Embed, images: Tensor) -> Tensor:
 
 
 class FreshViews:
-    """Features of the batches of a loader, computed as they are asked for: new views every epoch."""
+    """Compute features of the batches of a loader as they are asked for: new views every epoch."""
 
     def __init__(self, embed: Embed, loader: data.Loader):
         self.embed = embed
@@ -41,7 +41,7 @@ class FreshViews:
 class CachedViews:
     """Features of several augmented views of every picture of this rank, gone through in turn.
 
-    loader: of rows in order (shuffle=False, drop_last=False), with other views at every `set_epoch`.
+    loader: of rows in order (shuffle=False, drop_last=False); every `set_epoch` draws other views.
     views: how many. The order of an epoch is drawn from the seed, its number and the rank.
     until(batches): may end the embedding early, by an exception. flag: what asked for it.
     Raises UserError where the features would need more than CACHE_BYTES.

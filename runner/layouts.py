@@ -1,4 +1,4 @@
-"""The network inside anyone's checkpoint: where it is, what it looks at, and the newest file of a run."""
+"""The network inside anyone's checkpoint: where it is and what it looks at; the files of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def pretraining_patterns() -> tuple[str, ...]:
 
 
 def by_age(folder: str | Path, patterns: tuple[str, ...] | None = None) -> list[Path]:
-    """Return the checkpoints of a run folder, the newest first. patterns: default, a pre-training's."""
+    """Return the checkpoints of a run folder, the newest first.
+
+    patterns: of their names; default: those of all papers' pre-trainings.
+    """
     if patterns is None:
         patterns = pretraining_patterns()
     there = [path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()]
@@ -111,7 +114,7 @@ def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def towers(state: dict[str, Tensor]) -> list[str]:
-    """Return the sorted names of the towers in what `backbone` returned; [] for a single network."""
+    """Return the sorted names of the towers in what `backbone` returned; [] for one network."""
     first = r"\w+\.(conv1|conv_block_1)\."
     return sorted({name.partition(".")[0] for name in state if re.match(first, name)})
 

@@ -45,11 +45,12 @@ class Spec:
     recorded(args, saved), result(args, saved) -> more for the checkpoint, and for result.json.
     derived(args, saved, network, classifier) -> more to print and record at the start.
     published: path of the table of published numbers, from the root.
-    method: the class of the method.
+    method: the class of the method. drop_last: leave out the last, smaller batch of an epoch.
 
     What `reopen` needs: argv, flags without which `parse_args` refuses; reopened, names of flags
     that the classifier's file decides; side, the one that is the side of the input in pixels;
-    whole(saved, args) -> args, where a classifier's file holds the network too.
+    whole(saved, args) -> args, where a classifier's file holds the network too; flags_of(saved) ->
+    the flags that a classifier's file was written with.
     """
 
     script: str
@@ -73,10 +74,13 @@ class Spec:
     derived: Callable = lambda args, saved, network, classifier: {}
     published: str | None = None
     method: type | None = None
+    drop_last: bool = False
     argv: tuple[str, ...] = ("--data_folder=-",)
     reopened: tuple[str, ...] = ("input_res",)
     side: str = "input_res"
     whole: Callable | None = None
+    is_published: Callable = lambda saved: False
+    flags_of: Callable = lambda saved: saved.get("opt") or saved.get("args") or {}
 
 
 def add_arguments(group) -> None:
@@ -257,7 +261,7 @@ def fit(
             train_set,
             (spec.recipe(args, saved, True),),
             shuffle=not args.cache_views,
-            drop_last=False,
+            drop_last=spec.drop_last,
         )
         view = spec.recipe(args, saved, False)
         val_loader = options.evaluation_loader(args, process, val_set, view, args.batch_size)

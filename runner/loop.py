@@ -19,15 +19,15 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common import UsageError, UserError, cli, data, files, launch, options, schedule
+from common import UsageError, data, files, launch, options, schedule
 from runner import checkpoint, resume, views
+from runner.contract import At, Batch, Method
 from runner.folder import RunFolder, refuse_to_overwrite
 from runner.progress import Progress, clock
 from runner.resume import Files, Position
@@ -37,60 +37,11 @@ from runner.signals import StopSignal
 __all__ = ["At", "Batch", "Files", "Job", "Method"]
 
 
-@dataclass(frozen=True)
-class At:
-    """What time it is: complete epochs (from 0), the part of this one that is done, steps in all."""
-
-    epoch: int
-    part: float
-    global_step: int
-
-
-class Batch(NamedTuple):
-    """What a step gets. views: a list of images (B, 3, S, S) on the device, or features (B, D).
-
-    target (B,): class numbers, -1 for none. index (B,): row numbers of the pictures in their set.
-    """
-
-    views: list[Tensor] | Tensor
-    target: Tensor
-    index: Tensor
-    at: At
-
-
-class Method(Protocol):
-    """What a script's method says of itself. Other than `step` and the two states, all is read."""
-
-    optimizer: torch.optim.Optimizer
-    generators: dict[str, torch.Generator]  # whose draws must go on exactly after a resume
-    network: nn.Module  # what k-NN evaluates, in training mode between evaluations
-    precision: Any  # common.precision.Precision; a linear evaluation has none
-
-    def step(self, batch: Batch) -> dict:
-        """Take one optimizer step and return the values to log.
-
-        0-dim tensors are means over the batch, plain numbers are shown as they are, and `scores`
-        (B, 5), of common.metrics.score_statistics, are kept for --save_score.
-        """
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Return the features (N, D) that k-NN compares, of images (N, 3, S, S)."""
-
-    def pictures(self, views: list[Tensor]) -> dict[str, Tensor]:
-        """Return {label: images (N, C, H, W) in [0, 1]} of a batch, for --show-views."""
-
-    def state_dict(self) -> dict:
-        """Return the authors' keys and values, and what they lack for an exact resume."""
-
-    def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        """Put that back, from a file of ours or the authors'. Raises UserError if it does not fit."""
-
-
 class Job:
     """One run in `folder`.
 
-    Constructing it reads the checkpoint that --resume names and settles the seed; `args` is then
-    the flags with that seed, and `saved` the checkpoint, or None. `log` is the run folder's records.
+    Constructing it reads the checkpoint that --resume names and settles the seed. `args` is then
+    the flags with that seed, `saved` the checkpoint or None, and `log` the run folder's records.
     """
 
     def __init__(self, args, process: launch.Process, folder: str, files: Files):
@@ -244,6 +195,8 @@ class Job:
         }
         if hasattr(self.method, "precision"):
             known["precision"] = str(self.method.precision)
+            if self.method.precision.remark:
+                self.remarks.append(self.method.precision.remark)
         self.log.derived(**known | derived)
         for remark in self.remarks:
             self.log.say(remark)
@@ -268,12 +221,7 @@ class Job:
         """--show-views: draw the first batch as the networks see it, instead of training."""
         self.finished = True
         self.source.set_epoch(self.files.first)
-        seen, _, index = next(iter(self.source))
-        columns = self.method.pictures(seen)
-        if self.process.is_main:
-            names = [self.source.dataset.path(row) for row in index.tolist()]
-            views.write(self._sheet, columns, names)
-            print(f"the first batch as the networks see it: {self._sheet}")
+        views.write_first_batch(self._sheet, self.source, self.method, self.process.is_main)
 
     def warn(self, text: str) -> None:
         """Print a warning, where the run folder is open."""
@@ -337,7 +285,7 @@ class Job:
             at = self.at
             self._rate = learning_rate(self.args, at)
             schedule.set_lr(self.method.optimizer, self._rate)
-            self._rows = len(target)
+            self._rows = len(index)
             yield Batch(seen, target, index, at)
             self.at_work.step += 1
             self.at_work.global_step += 1
@@ -372,7 +320,7 @@ class Job:
             self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
 
     def until_stopped(self, batches: Iterable, lost: str) -> Iterator:
-        """Yield from `batches`; where a signal asks to stop, end the program and say what is lost."""
+        """Yield from `batches`; on a signal to stop, end the program and say what is lost."""
         for batch in batches:
             yield batch
             if self.stop.received:
@@ -410,36 +358,15 @@ class Job:
         position: default, where the run is. pending: the last epoch is still to be evaluated.
         Every rank must call this. Raises UserError where a weight is not finite.
         """
-        self._check_weights()
         method, position = self.method, position or self.at_work
+        when = f"epoch {self.epoch}, after {self.global_step} steps in all"
+        resume.check_weights(method.optimizer, when)
         draws = {key: generator.get_state() for key, generator in method.generators.items()}
         draws = launch.gather_objects({**draws, "torch": torch.get_rng_state()})
         if self.process.is_main:
-            state = {
-                self.files.flags: cli.flags(self.args),
-                "script": self.files.script,
-                "epoch": position.done,
-                "step": position.step,
-                "steps": self.steps,
-                "global_step": position.global_step,
-                "data": self.data,
-                "generators": draws,
-                "optimizer": method.optimizer.state_dict(),
-                **method.state_dict(),
-            }
+            state = resume.state_of(method, self.files, self.args, position, draws)
+            state |= {"steps": self.steps, "data": self.data}
             if pending:
                 state["pending"] = True
-            if hasattr(method, "precision"):
-                state["scaler"] = method.precision.scaler.state_dict()
             checkpoint.save(Path(self.folder) / name, state)
         launch.barrier()
-
-    def _check_weights(self) -> None:
-        params = [p for group in self.method.optimizer.param_groups for p in group["params"]]
-        weights = [param.detach() for param in params if param.requires_grad]
-        if not torch.nn.utils.get_total_norm(weights).isfinite():
-            raise UserError(
-                f"the weights are not finite in epoch {self.epoch}, after {self.global_step} steps "
-                "in all; the last checkpoint is from before it. Lower the learning rate, raise the "
-                "temperature, or try without --amp"
-            )

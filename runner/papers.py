@@ -1,4 +1,4 @@
-"""What each paper's folder says about itself: one declaration, `PAPER = Paper(...)`, in its paper.py.
+"""What each paper's folder says about itself: `PAPER = Paper(...)` in its paper.py.
 
 Tools and runner learn everything about a paper from there. The declarations are found by glob and
 imported without torch, so a new paper is entered nowhere else.
@@ -41,7 +41,7 @@ class Paper:
     """One paper's folder.
 
     title: as a table names it.
-    pretraining, evaluation: the scripts, as FOLDER/SCRIPT.py, that write and that evaluate a network.
+    pretraining, evaluation: the scripts, as FOLDER/SCRIPT.py, that write and evaluate a network.
     checkpoints: patterns of the pre-training's file names. last, best: of the linear evaluation's,
     for the newest epoch and for the best one on val/.
     layouts: where these files, the authors' too, keep the network.

@@ -9,7 +9,7 @@ from runner import checkpoint, layouts
 
 
 def read(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoint.Saved:
-    """Return the pre-training checkpoint at `path`, or the newest in that run folder or those in it.
+    """Return the pre-training checkpoint at `path`, or the newest in that folder or those in it.
 
     flag: what named it. first: the script that writes it. any_resnet: also take another paper's
     single network with the names of a ResNet. Raises UsageError where there is none, and UserError

@@ -78,8 +78,9 @@ class Progress:
         sums, rows = self._sum_over_ranks()
         if not torch.isfinite(sums).all():
             raise UserError(
-                f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint is "
-                "from before it. Lower the learning rate, raise the temperature, or try without --amp"
+                f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint "
+                "is from before it. Lower the learning rate, raise the temperature, or try "
+                "without --amp"
             )
         self._sums = self._sums + sums if len(self._sums) else sums
         self.rows += rows

@@ -60,6 +60,37 @@ class Position:
     global_step: int = 0
 
 
+def state_of(method, files: Files, args, position: Position, draws: list[dict]) -> dict:
+    """Return what a checkpoint holds: the authors' keys, and what an exact resume needs besides.
+
+    draws: the states of the generators of every rank.
+    """
+    state = {
+        files.flags: cli.flags(args),
+        "script": files.script,
+        "epoch": position.done,
+        "step": position.step,
+        "global_step": position.global_step,
+        "generators": draws,
+        "optimizer": method.optimizer.state_dict(),
+        **method.state_dict(),
+    }
+    if hasattr(method, "precision"):
+        state["scaler"] = method.precision.scaler.state_dict()
+    return state
+
+
+def check_weights(optimizer: torch.optim.Optimizer, when: str) -> None:
+    """Raise UserError where a weight is not finite, before it could be saved. when: in words."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    weights = [param.detach() for param in params if param.requires_grad]
+    if not torch.nn.utils.get_total_norm(weights).isfinite():
+        raise UserError(
+            f"the weights are not finite in {when}; the last checkpoint is from before it. Lower "
+            "the learning rate, raise the temperature, or try without --amp"
+        )
+
+
 def find(args, folder: str, files: Files) -> tuple[checkpoint.Saved | None, list[str]]:
     """Return the checkpoint that --resume names, None for none, and lines to print about it.
 

@@ -32,7 +32,7 @@ class Scores:
         self.steps.append(statistics)
 
     def write(self, epoch: int, started: int) -> None:
-        """Write what was kept of this epoch, whose first `started` steps an earlier run has taken."""
+        """Write the scores of this epoch, whose first `started` steps an earlier run has taken."""
         if not self.steps:
             return
         pad = torch.nn.utils.rnn.pad_sequence

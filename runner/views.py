@@ -39,3 +39,12 @@ def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = (
             figure.savefig(file, format="png", dpi=110)
     except OSError as error:
         raise UsageError(f"--show-views {path}: {error.strerror or error}") from None
+
+
+def write_first_batch(path: str, loader, method, is_main: bool) -> None:
+    """Write the sheet of the loader's first batch, whose columns `method.pictures` makes."""
+    seen, _, index = next(iter(loader))
+    columns = method.pictures(seen)
+    if is_main:
+        write(path, columns, [loader.dataset.path(row) for row in index.tolist()])
+        print(f"the first batch as the networks see it: {path}")

@@ -15,12 +15,11 @@ from pathlib import Path
 import pretend_device
 import torch
 from conftest import ROOT, compute_on, slim_networks
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import gpu_throughput
-from common import augment, crops, data, sets
+from common import data
 from preprocess import demo_voc
 
 TRAIN = "--demo --epochs 2 -b 32 --seed 0 --knn-every 1 --save_score".split()
@@ -78,7 +77,7 @@ def names() -> list[str]:
     scripts = [
         f"{kind} {n}" for kind, all in (("train", RUNS), ("evaluate", EVALUATIONS), ("planted", PLANTED)) for n in all
     ]
-    return [*scripts, "benchmark throughput", "decode jpegs"]
+    return [*scripts, "benchmark throughput"]
 
 
 def start(name: str, side: str, *more: str) -> None:
@@ -186,33 +185,12 @@ class Waits(TorchDispatchMode):
         return operation(*args, **kwargs)
 
 
-def decode(name: str) -> dict:
-    """Views of files that are decoded and cut on the device, beside those of the CPU; a decoder of the CPU stands in."""
-    for i, suffix in enumerate(("jpg", "png", "jpg", "jpg")):
-        path = Path(name, "a", f"{i}.{suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((40 + 9 * i, 50), 60).convert("RGB").save(path)
-    pictures, crop = sets.open_tree(name), augment.Compose(augment.RandomResizedCrop(16))
-    sides = {}
-    for device in (torch.device("npu", 0), torch.device("cpu")):
-
-        def decoder(files, device=device):
-            return [crops.decode_jpeg(file, crops.ImageReadMode.RGB).to(device) for file in files]
-
-        how = dict(device=device, seed=0, workers=0, data_device="host", decoder=decoder)
-        batches = list(data.Loader(pictures, (crop, crop), 4, partner=pictures, **how))
-        sides[device.type] = [view for views, *_ in batches for view in views]
-    there, here = sides.values()
-    equal = [torch.equal(view.cpu(), other) for view, other in zip(there, here, strict=True)]
-    return {"equal": equal, "devices": sorted({view.device.type for view in there})}
-
-
 def check(kind: str, name: str) -> dict:
     began, said = time.perf_counter(), io.StringIO()
     answer = {"check": f"{kind} {name}", "error": None}
     try:
         with contextlib.redirect_stdout(said):
-            does = {"train": train, "evaluate": evaluate, "planted": planted, "benchmark": benchmark, "decode": decode}
+            does = {"train": train, "evaluate": evaluate, "planted": planted, "benchmark": benchmark}
             answer |= does[kind](name)
     except Exception as error:
         ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.parent == ROOT]

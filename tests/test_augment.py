@@ -1,4 +1,7 @@
-"""common/augment.py against torchvision: image by image at equal parameters, and the distribution of the parameters."""
+"""common.augment and common.geometry against torchvision.
+
+Results are compared image by image at equal parameters, and so are distributions of parameters.
+"""
 
 import math
 
@@ -42,7 +45,9 @@ def sides(n, height, width):
 
 
 def per_image(function, images, *parameters):
-    return torch.stack([function(x, *(p[i].item() for p in parameters)) for i, x in enumerate(images)])
+    return torch.stack(
+        [function(x, *(p[i].item() for p in parameters)) for i, x in enumerate(images)]
+    )
 
 
 def close(a, b, tolerance):
@@ -50,10 +55,12 @@ def close(a, b, tolerance):
     assert (a.double() - b.double()).abs().max().item() <= tolerance
 
 
-# --------------------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 
-@pytest.mark.parametrize("height,width,size", [(40, 40, 40), (90, 70, 24), (30, 41, 64), (50, 120, 50), (7, 300, 9)])
+@pytest.mark.parametrize(
+    "height,width,size", [(40, 40, 40), (90, 70, 24), (30, 41, 64), (50, 120, 50), (7, 300, 9)]
+)
 def test_resized_crop_equals_torchvision(height, width, size):
     crop = A.RandomResizedCrop(size, (0.05, 1.0), (0.4, 2.5))
     boxes = crop.sample(*sides(24, height, width), seeded())
@@ -63,7 +70,9 @@ def test_resized_crop_equals_torchvision(height, width, size):
     images = pictures(24, height, width, dtype=torch.float64)
 
     def reference(x):
-        return torch.stack([F.resized_crop(i, *b, [size, size], antialias=True) for i, b in zip(x, boxes.tolist())])
+        return torch.stack(
+            [F.resized_crop(i, *b, [size, size], antialias=True) for i, b in zip(x, boxes.tolist())]
+        )
 
     out = crop.apply(images, boxes)
     assert out.dtype == torch.float32 and out.is_contiguous()
@@ -75,22 +84,30 @@ def test_resized_crop_equals_torchvision(height, width, size):
 
 
 def test_resized_crop_is_accurate_far_from_the_corner():
-    """At pixel 2000 torchvision's float32 weights are themselves off by more; its float64 answer is the reference."""
+    """At pixel 2000 torchvision's float32 weights are off by more: its float64 is the reference."""
     crop = A.RandomResizedCrop(33)
     images = pictures(2, 16, 2100, dtype=torch.float64)
     boxes = torch.tensor([[1, 1990, 15, 101], [0, 3, 16, 2090]])
-    reference = [F.resized_crop(x, *b, [33, 33], antialias=True) for x, b in zip(images, boxes.tolist())]
+    reference = [
+        F.resized_crop(x, *b, [33, 33], antialias=True) for x, b in zip(images, boxes.tolist())
+    ]
     close(crop.apply(images, boxes), torch.stack(reference), 1e-6)
 
 
 @pytest.mark.parametrize("height,width", [(60, 80), (81, 50), (33, 33), (37, 200), (20, 64)])
-@pytest.mark.parametrize("resize,size", [(48, 40), (37, 37), (64, 57), (None, 32), (None, 33), (16, 24)])
+@pytest.mark.parametrize(
+    "resize,size", [(48, 40), (37, 37), (64, 57), (None, 32), (None, 33), (16, 24)]
+)
 def test_resize_center_crop_equals_torchvision(height, width, resize, size):
-    """Also crops larger than the picture (zero padding), odd differences (rounding) and long thin pictures."""
+    """Also crops larger than the picture (padding), odd differences (rounding), thin pictures."""
     crop = A.ResizeCenterCrop(resize, size)
     images = pictures(3, height, width, dtype=torch.float64)
     boxes = crop.sample(*sides(3, height, width))
-    steps = [T.CenterCrop(size)] if resize is None else [T.Resize(resize, antialias=True), T.CenterCrop(size)]
+    steps = (
+        [T.CenterCrop(size)]
+        if resize is None
+        else [T.Resize(resize, antialias=True), T.CenterCrop(size)]
+    )
     close(crop.apply(images, boxes), T.Compose(steps)(images), 1e-6)
 
     raw = pictures(3, height, width, dtype=torch.uint8)
@@ -106,14 +123,20 @@ def test_resized_crop_equals_pillows(height, width, size):
     raw = pictures(8, height, width, dtype=torch.uint8)
     boxes = crop.sample(*sides(8, height, width), seeded(3))
     for picture, box, out in zip(raw, boxes.tolist(), crop.apply(raw, boxes)):
-        expected = F.resized_crop(Image.fromarray(picture.permute(1, 2, 0).numpy()), *box, [size, size])
+        expected = F.resized_crop(
+            Image.fromarray(picture.permute(1, 2, 0).numpy()), *box, [size, size]
+        )
         close(out * 255, torch.from_numpy(np.array(expected)).permute(2, 0, 1), 1.01)
 
 
 @pytest.mark.parametrize("box", [(8, 8, 1, 1), (0, 0, 16, 16), (15, 0, 1, 16)])
 def test_a_flat_picture_stays_flat(box):
     flat = torch.full((1, 3, 16, 16), 0.3)
-    close(A.RandomResizedCrop(11).apply(flat, torch.tensor([box])), torch.full((1, 3, 11, 11), 0.3), 1e-6)
+    close(
+        A.RandomResizedCrop(11).apply(flat, torch.tensor([box])),
+        torch.full((1, 3, 11, 11), 0.3),
+        1e-6,
+    )
 
 
 def test_geometry_is_float32_under_autocast():
@@ -128,7 +151,9 @@ def two_sample_distance(a, b):
     """Largest distance of two empirical distribution functions (Kolmogorov-Smirnov)."""
     a, b = np.sort(np.asarray(a)), np.sort(np.asarray(b))
     points = np.concatenate((a, b))
-    return np.abs(np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)).max()
+    return np.abs(
+        np.searchsorted(a, points, "right") / len(a) - np.searchsorted(b, points, "right") / len(b)
+    ).max()
 
 
 @pytest.mark.parametrize(
@@ -145,12 +170,21 @@ def test_crop_boxes_follow_torchvisions_distribution(height, width, scale, ratio
     boxes = A.RandomResizedCrop(32, scale, ratio).sample(*sides(n, height, width), seeded(1))
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        theirs = torch.tensor([T.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
+        theirs = torch.tensor(
+            [T.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]
+        )
     limit = 2.5 * math.sqrt(2 / n)  # exceeded by chance with probability 1e-5
 
     def facts(boxes):
         top, left, h, w = boxes.double().numpy().T
-        facts = {"area": h * w, "aspect": np.round(w / h, 6), "height": h, "width": w, "top": top, "left": left}
+        facts = {
+            "area": h * w,
+            "aspect": np.round(w / h, 6),
+            "height": h,
+            "width": w,
+            "top": top,
+            "left": left,
+        }
         facts["bottom"], facts["right"] = top + h, left + w
         facts["place"] = np.where(h < height, top / np.maximum(height - h, 1), -1)
         return facts
@@ -164,7 +198,9 @@ def test_crop_boxes_follow_torchvisions_distribution(height, width, scale, ratio
 def test_crop_fallback_is_torchvisions(height, width):
     """An area of twice the picture never fits: every box is the central fallback."""
     boxes = A.RandomResizedCrop(8, (2.0, 2.0)).sample(*sides(3, height, width), seeded())
-    expected = T.RandomResizedCrop.get_params(torch.empty(3, height, width), [2.0, 2.0], list(RATIO))
+    expected = T.RandomResizedCrop.get_params(
+        torch.empty(3, height, width), [2.0, 2.0], list(RATIO)
+    )
     assert boxes.tolist() == [list(expected)] * 3
 
 
@@ -177,10 +213,12 @@ def test_crop_of_pictures_of_different_sizes():
     # The same seed takes the same relative boxes from pictures ten times as large.
     large = A.RandomResizedCrop(8).sample(*sides(200, 500, 700), seeded()).double()
     small = A.RandomResizedCrop(8).sample(*sides(200, 50, 70), seeded()).double() * 10
-    assert ((large - small).abs().amax(1) <= 15).double().mean() > 0.95  # rounding may change which try fits
+    assert (
+        (large - small).abs().amax(1) <= 15
+    ).double().mean() > 0.95  # rounding may change which try fits
 
 
-# ----------------------------------------------------------------------------------------------- colour operations
+# -------------------------------------------------------------------------------- colour operations
 
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
@@ -232,7 +270,9 @@ def test_jitter_factors_and_orders_follow_torchvisions_distribution():
     with torch.random.fork_rng():
         torch.manual_seed(6)
         draws = [
-            T.ColorJitter.get_params(theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue)
+            T.ColorJitter.get_params(
+                theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue
+            )
             for _ in range(n)
         ]
     for which in range(4):
@@ -241,17 +281,25 @@ def test_jitter_factors_and_orders_follow_torchvisions_distribution():
     _, counts = np.unique(params["order"].numpy() @ np.array([64, 16, 4, 1]), return_counts=True)
     expected = n / 24
     assert len(counts) == 24
-    assert ((counts - expected) ** 2 / expected).sum() < 49.7  # chi-square, 23 degrees of freedom, probability 0.001
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 49.7  # chi-square, 23 degrees of freedom, probability 0.001
     factors = op.sample(n, seeded(5))["factors"]
     assert factors[:, 0].min() >= 0.6 and factors[:, 0].max() <= 1.4
-    assert A.ColorJitter(brightness=1.5).sample(1000, seeded())["factors"][:, 0].min() >= 0  # not below zero
-    # Order and factors are independent of each other and belong to the image, not to its place in the batch.
+    assert (
+        A.ColorJitter(brightness=1.5).sample(1000, seeded())["factors"][:, 0].min() >= 0
+    )  # not below zero
+    # Order and factors are independent, and belong to the image, not to its place in the batch.
     first_is_hue = params["order"][:, 0] == A.HUE
-    assert two_sample_distance(params["factors"][first_is_hue, 3], params["factors"][~first_is_hue, 3]) < 0.07
+    assert (
+        two_sample_distance(params["factors"][first_is_hue, 3], params["factors"][~first_is_hue, 3])
+        < 0.07
+    )
 
 
 @pytest.mark.parametrize(
-    "height,width,k", [(2, 2, 3), (11, 11, 3), (40, 64, 5), (64, 31, 3), (90, 96, 9), (211, 224, 21)]
+    "height,width,k",
+    [(2, 2, 3), (11, 11, 3), (40, 64, 5), (64, 31, 3), (90, 96, 9), (211, 224, 21)],
 )
 def test_blur_equals_torchvision(height, width, k):
     op, images = A.GaussianBlur((0.1, 4.0), p=0.7), pictures(12, height, width)
@@ -293,7 +341,9 @@ def test_flip_grey_normalise_equal_torchvision():
         close(op.apply(images, params), expected, 1e-6)
         assert torch.equal(images, kept), op
     op = A.Normalize(A.IMAGENET_MEAN, A.IMAGENET_STD)
-    close(op.apply(images, op.sample(30)), F.normalize(images, A.IMAGENET_MEAN, A.IMAGENET_STD), 1e-6)
+    close(
+        op.apply(images, op.sample(30)), F.normalize(images, A.IMAGENET_MEAN, A.IMAGENET_STD), 1e-6
+    )
 
 
 SWITCHED = [
@@ -315,17 +365,23 @@ def test_probability_zero_one_and_between(make):
     assert ((changed - images).abs().amax((1, 2, 3)) > 1e-3).all()
     n = 20000
     rows = make(0.3).sample(n, seeded(8))["rows"]
-    assert len(rows) == len(set(rows.tolist())) and abs(len(rows) / n - 0.3) < 3.3 * math.sqrt(0.21 / n)
+    assert len(rows) == len(set(rows.tolist())) and abs(len(rows) / n - 0.3) < 3.3 * math.sqrt(
+        0.21 / n
+    )
     assert always.apply(images[:0], always.sample(0, seeded())).shape == (0, 3, 10, 10)
 
 
 def test_sigma_is_uniform():
-    sigma = A.GaussianBlur((0.1, 2.0), p=1.0).sample(20000, seeded())["sigma"].double().sort().values
+    sigma = (
+        A.GaussianBlur((0.1, 2.0), p=1.0).sample(20000, seeded())["sigma"].double().sort().values
+    )
     assert sigma[0] >= 0.1 and sigma[-1] <= 2.0
-    assert (((sigma - 0.1) / 1.9) - torch.linspace(0, 1, 20000)).abs().max() < 1.95 / math.sqrt(20000)
+    assert (((sigma - 0.1) / 1.9) - torch.linspace(0, 1, 20000)).abs().max() < 1.95 / math.sqrt(
+        20000
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 def moco_recipe(size):
@@ -424,7 +480,9 @@ def test_whole_recipe_equals_torchvision_step_by_step():
                 x = ADJUST[which](x, jitter["factors"][m, which].item())
         x = F.rgb_to_grayscale(x, 3) if i in grey["rows"] else x
         if i in blur["rows"]:
-            x = F.gaussian_blur(x, [3, 3], [blur["sigma"][blur["rows"].tolist().index(i)].item()] * 2)
+            x = F.gaussian_blur(
+                x, [3, 3], [blur["sigma"][blur["rows"].tolist().index(i)].item()] * 2
+            )
         x = F.hflip(x) if i in flip["rows"] else x
         close(out[i], F.normalize(x, A.IMAGENET_MEAN, A.IMAGENET_STD), 5e-5)
 

@@ -1,9 +1,10 @@
 """Networks against stored vectors of the published ones, and against torchvision's own.
 
-The vectors come from HobbitLong/CMC 7b227be, mhw32/contrastive-ring-public fb3e1c2, chingyaoc/DCL 7d6345f and
-DTennant/CL-Visualizing-Feature-Transformation c53d1be, run on a CPU in float32. Instead of storing weights, they were
-filled by the formula in `fill`, so these tests fill ours in the same way and compare what every layer puts out.
-The trunk is always one of `common.backbones` or of `cmc.networks`; heads that belong to a paper are built here.
+The vectors come from HobbitLong/CMC 7b227be, mhw32/contrastive-ring-public fb3e1c2,
+chingyaoc/DCL 7d6345f and DTennant/CL-Visualizing-Feature-Transformation c53d1be, run on a CPU in
+float32. Instead of storing weights, they were filled by the formula in `fill`, so these tests fill
+ours in the same way and compare the output of every layer. The trunk is always one of
+`common.backbones` or of `cmc.networks`; heads that belong to a paper are built here.
 """
 
 import json
@@ -18,13 +19,13 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from cmc.networks import HalfAlexNet
-from common import UsageError, backbones
+from common import UsageError, UserError, backbones
 from common.backbones import TwoTowers, WidthResNet, build, feature
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# --- the filling formula ----------------------------------------------------------------------------------------------
+# --- the filling formula -----------------------------------------------------------------------
 
 
 def u(count: int, j: int) -> np.ndarray:
@@ -40,7 +41,7 @@ def u(count: int, j: int) -> np.ndarray:
 
 
 def fill(model: nn.Module, j_offset: int = 0) -> nn.Module:
-    """Overwrite every tensor of the state dict, in its order, by the formula of the stored vectors; evaluation mode."""
+    """Fill the state dict, in its order, by the formula of the stored vectors; evaluation mode."""
     for j, (name, tensor) in enumerate(model.state_dict().items()):
         if name.endswith("num_batches_tracked"):
             tensor.zero_()
@@ -58,7 +59,9 @@ def fill(model: nn.Module, j_offset: int = 0) -> nn.Module:
 
 def images(batch: int, channels: int, size: int, j_offset: int = 0) -> torch.Tensor:
     n, c, h, w = np.ogrid[:batch, :channels, :size, :size]
-    noise = u(batch * channels * size * size, 900001 + j_offset).reshape(batch, channels, size, size)
+    noise = u(batch * channels * size * size, 900001 + j_offset).reshape(
+        batch, channels, size, size
+    )
     x = np.sin(0.11 * (n + 1) * h + 0.07 * (c + 1) * w + 0.5 * n) + 0.3 * noise
     return torch.from_numpy(x.astype(np.float32))
 
@@ -82,7 +85,10 @@ class Golden:
         return images(*(int(self.values[key]) for key in ("batch", "in_channels", "input_size")))
 
     def check_keys(self, model: nn.Module, prefix: str = "", renamed=None) -> None:
-        """The state dict is the stored list, entry by entry, after `renamed` on our names and `prefix` before them."""
+        """Compare the state dict with the stored list, entry by entry.
+
+        renamed: maps our names to the stored ones. prefix: stands before them.
+        """
         renamed = renamed or str  # str leaves a name as it is
         ours = [
             [prefix + renamed(name), list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
@@ -100,7 +106,9 @@ class Golden:
         measured = dict(mean=flat.mean(), std=flat.std(), l2=np.linalg.norm(flat))
         for key, value in measured.items():
             np.testing.assert_allclose(value, v[key], rtol=1e-3, atol=1e-5, err_msg=f"{name} {key}")
-        np.testing.assert_allclose(flat @ u(flat.size, 777), v["proj"], rtol=0, atol=1e-4 * v["l2"], err_msg=name)
+        np.testing.assert_allclose(
+            flat @ u(flat.size, 777), v["proj"], rtol=0, atol=1e-4 * v["l2"], err_msg=name
+        )
         values = {"first16": flat[:16], "strided64": flat[:: max(1, flat.size // 64)][:64]}
         if f"{name}_full" in self.values:
             v["full"], values["full"] = self.values[f"{name}_full"], output.numpy()
@@ -114,7 +122,9 @@ class Golden:
 @pytest.fixture(autouse=True)
 def seeded_without_gradients():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # batches of two: more threads mostly wait for each other, for minutes on a busy machine
+    torch.set_num_threads(
+        1
+    )  # batches of two: more threads mostly wait for each other, for minutes on a busy machine
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -122,7 +132,7 @@ def seeded_without_gradients():
 
 
 def test_filling_formula():
-    """Three values worked out with Python's own integers, at an index where products overflow 32 bits."""
+    """Compare with Python's own integers, also at an index where products overflow 32 bits."""
 
     def slow(i, j):
         h = (i * 2654435761 + j * 2246822519 + 374761393) % 2**32
@@ -133,7 +143,7 @@ def test_filling_formula():
     assert [u(70000, 5)[i] for i in (0, 1, 69999)] == [slow(i, 5) for i in (0, 1, 69999)]
 
 
-# --- stored vectors ---------------------------------------------------------------------------------------------------
+# --- stored vectors ----------------------------------------------------------------------------
 
 TOWERS = {
     "alexnet": lambda channels: HalfAlexNet(channels),
@@ -195,7 +205,7 @@ class TrunkAndHead(nn.Module):
 
 
 def numbered(name: str, prefix: str, children: list[str], heads: dict[str, str]) -> str:
-    """Our name as code that keeps the trunk in a Sequential writes it: trunk.layer1.0.x -> PREFIX.<index>.0.x."""
+    """Rename trunk.layer1.0.x to PREFIX.<index>.0.x: the trunk as an nn.Sequential has it."""
     for ours, theirs in heads.items():
         if name.startswith(f"head.{ours}."):
             return theirs + name.removeprefix(f"head.{ours}")
@@ -210,13 +220,28 @@ def mlp(d: int, hidden: int, out: int) -> nn.Sequential:
 @pytest.mark.parametrize("small_stem", [False, True])
 def test_torchvision_trunk_with_two_layer_head(small_stem):
     golden = Golden("ring_backbone_resnet18" + "_conv3x3" * small_stem, keys="ring_nce_system")
-    model = filled(lambda: TrunkAndHead(build("resnet18", 0, small_stem=small_stem), mlp(512, 512, 128)))
-    # The key list is the whole training system with the small stem: drop its memory bank, put the 7x7 kernel in.
+    model = filled(
+        lambda: TrunkAndHead(build("resnet18", 0, small_stem=small_stem), mlp(512, 512, 128))
+    )
+    # The key list is of the whole training system with the small stem: drop its memory bank, and
+    # put the 7x7 kernel in.
     golden.keys = [entry for entry in golden.keys if entry[0].startswith("model.")]
     if not small_stem:
         golden.keys[0][1] = [64, 3, 7, 7]
-    children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"]
-    golden.check_keys(model, "model.", lambda n: numbered(n, "features", children, {"0": "l1", "2": "l2"}))
+    children = [
+        "conv1",
+        "bn1",
+        "relu",
+        "maxpool",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+        "avgpool",
+    ]
+    golden.check_keys(
+        model, "model.", lambda n: numbered(n, "features", children, {"0": "l1", "2": "l2"})
+    )
     h, z = model(golden.input())
     golden.check("h", h)
     golden.check("z", z)
@@ -226,7 +251,9 @@ def test_torchvision_trunk_with_two_layer_head(small_stem):
 def test_trunk_with_linear_or_mlp_head(depth, head):
     golden = Golden(f"ft_backbone_rgb_resnet{depth}_{head}")
     d = 512 if depth == 18 else 2048
-    make_head = (lambda: nn.Sequential(nn.Linear(d, 128))) if head == "linear" else (lambda: mlp(d, d, 128))
+    make_head = (
+        (lambda: nn.Sequential(nn.Linear(d, 128))) if head == "linear" else (lambda: mlp(d, d, 128))
+    )
     model = filled(lambda: TrunkAndHead(build(f"resnet{depth}", 0), make_head()))
     golden.check_keys(model, "module.", lambda name: name.replace("trunk.", "encoder."))
     pooled, embedding = model(golden.input())
@@ -238,19 +265,26 @@ def test_half_width_towers_with_their_own_heads():
     golden = Golden("ft_backbone_cmc_resnet50_mlp")
 
     def make():
-        towers = TwoTowers(lambda channels: WidthResNet(50, channels, 0.5, dim=0), names=("encoder1", "encoder2"))
-        return nn.ModuleDict({"towers": towers, "head1": mlp(1024, 1024, 128), "head2": mlp(1024, 1024, 128)})
+        towers = TwoTowers(
+            lambda channels: WidthResNet(50, channels, 0.5, dim=0), names=("encoder1", "encoder2")
+        )
+        return nn.ModuleDict(
+            {"towers": towers, "head1": mlp(1024, 1024, 128), "head2": mlp(1024, 1024, 128)}
+        )
 
     model = filled(make)
     golden.check_keys(model, "module.", lambda name: name.replace("towers.", ""))
     pooled = model["towers"](golden.input())
     golden.check("encoder", torch.cat(pooled, dim=1))
     golden.check(
-        "embedding", torch.cat([normalize(model["head1"](pooled[0])), normalize(model["head2"](pooled[1]))], dim=1)
+        "embedding",
+        torch.cat(
+            [normalize(model["head1"](pooled[0])), normalize(model["head2"](pooled[1]))], dim=1
+        ),
     )
 
 
-# --- torchvision by name ----------------------------------------------------------------------------------------------
+# --- torchvision by name -----------------------------------------------------------------------
 
 
 def test_width_one_is_torchvisions_own_network():
@@ -265,7 +299,9 @@ def test_build_matches_the_constructor_draw_for_draw():
     ours = build("resnet18", 7)
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=7)
-    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values())
+    )
     with torch.device("meta"):
         assert build("resnet18").fc.out_features == 1000
         assert build("resnet18", 0)(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
@@ -319,11 +355,14 @@ def test_feature_of_the_vector_that_enters_the_head():
 
 @pytest.mark.parametrize("layer", [0, 8, -1])
 def test_layers_that_do_not_exist(layer):
-    with torch.device("meta"), pytest.raises(UsageError, match=f"layer {layer}: ResNet has layers 1 to 7"):
+    with (
+        torch.device("meta"),
+        pytest.raises(UsageError, match=f"layer {layer}: ResNet has layers 1 to 7"),
+    ):
         feature(build("resnet18"), torch.zeros(1, 3, 32, 32), layer)
 
 
-# --- our own networks -------------------------------------------------------------------------------------------------
+# --- our own networks --------------------------------------------------------------------------
 
 
 def test_initialisation():
@@ -331,22 +370,29 @@ def test_initialisation():
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size)
-            # 15 standard errors of a standard deviation, where the worst layer is 2 to 3 off: 44 % in the first layer, a
-            # few in the large ones. A wrong initialisation or fan is off by up to 20 to 40 times as much.
+            # 15 standard errors of a standard deviation, where the worst layer is 2 to 3 off: 44 %
+            # in the first layer, a few in the large ones. A wrong initialisation or fan is off by
+            # up to 20 to 40 times as much.
             tolerance = 15 / math.sqrt(2 * module.weight.numel())
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=tolerance), name
+            assert module.weight.std().item() == pytest.approx(
+                math.sqrt(2 / fan_out), rel=tolerance
+            ), name
         elif isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
 
 
-@pytest.mark.parametrize("depth, width, millions", [(50, 1, 23.77), (50, 2, 94.37), (50, 4, 376.04), (101, 1, 42.76)])
+@pytest.mark.parametrize(
+    "depth, width, millions", [(50, 1, 23.77), (50, 2, 94.37), (50, 4, 376.04), (101, 1, 42.76)]
+)
 def test_sizes(depth, width, millions):
     with torch.device("meta"):
         model = WidthResNet(depth, width=width)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-2)
         assert model.conv1.out_channels == 64
         assert model.fc.in_features == 2048 * width
-        assert backbones.feature_shape(WidthResNet(depth, width=width, dim=0), (3, 32, 32)) == (2048 * width,)
+        assert backbones.feature_shape(WidthResNet(depth, width=width, dim=0), (3, 32, 32)) == (
+            2048 * width,
+        )
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 224])
@@ -376,6 +422,49 @@ def test_pictures_too_small_for_alexnet():
 def test_impossible_residual_networks(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         WidthResNet(**wrong)
+
+
+TRUNKS = {
+    "resnet18": lambda: build("resnet18", 0),
+    "resnet34": lambda: build("resnet34", 10, small_stem=True),
+    "resnet18x0.5": lambda: WidthResNet(18, 2, 0.5, small_stem=True),
+    "resnet50x2": lambda: WidthResNet(50, 1, 2),
+    "resnet50": lambda: build("resnext50_32x4d", 0),
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_trunk_has_the_shapes_and_the_maps_of_the_network_in_a_file(name):
+    network = TRUNKS[name]().eval()
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    trunk = backbones.Trunk(state, "file.pth").eval()
+    assert trunk.arch == name and trunk.in_channels == network.conv1.in_channels
+    assert not all(torch.equal(v, state[k]) for k, v in trunk.state_dict().items())
+    trunk.load_state_dict(state)
+    x = torch.randn(1, trunk.in_channels, 64, 64)
+    for layer, (channels, stage) in enumerate(zip(trunk.maps, trunk(x)), start=2):
+        assert stage.shape[1] == channels
+        assert torch.equal(stage, feature(network, x, layer))
+
+
+def test_a_trunk_of_another_network_is_refused():
+    with torch.device("meta"):
+        strangers = [build("squeezenet1_1").state_dict(), {"conv1.weight": torch.zeros(2, 3, 7, 7)}]
+        empty = build("resnet18").state_dict() | {"conv1.weight": torch.zeros(0, 3, 7, 7)}
+        for state in (*strangers, empty, {}):
+            with pytest.raises(UserError, match="^file.pth: a ResNet is needed"):
+                backbones.Trunk(state, "file.pth")
+
+
+def test_names_of_networks_by_their_parameters():
+    with torch.device("meta"):
+        for depth in backbones.BLOCKS:
+            state = build(f"resnet{depth}").state_dict()
+            assert backbones.name_of(state) == f"resnet{depth}"
+            prefixed = {f"encoder.module.{name}": value for name, value in state.items()}
+            assert backbones.name_of(prefixed) == f"resnet{depth}"
+        assert backbones.name_of(WidthResNet(18, width=2).state_dict()) is None
+        assert backbones.name_of({}) is None
 
 
 def test_feature_shape_leaves_the_model_alone():

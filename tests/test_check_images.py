@@ -13,7 +13,7 @@ from conftest import run_script
 from PIL import Image
 
 from common import UserError, crops, sets
-from preprocess import check_images, workers
+from preprocess import check_images, check_picture, imagenet100_lists, workers
 
 SCRIPT = "preprocess/check_images.py"
 
@@ -56,7 +56,7 @@ def found(report, kind):
 
 
 def kinds(path, **options):
-    return {kind for kind, _ in check_images.examine(str(path), **options).findings}
+    return {kind for kind, _ in check_picture.examine(str(path), **options).findings}
 
 
 # ---------------------------------------------------------------------------------------------------------- one picture
@@ -65,7 +65,7 @@ def kinds(path, **options):
 def test_a_sound_picture_has_no_finding(tmp_path):
     for name, options in (("a.JPEG", {}), ("b.png", {}), ("c.webp", {}), ("d.bmp", {}), ("e.ppm", {}), ("f.tif", {})):
         path = save(tmp_path / name, **options)
-        seen = check_images.examine(str(path))
+        seen = check_picture.examine(str(path))
         assert seen.findings == [] and (seen.width, seen.height) == (60, 48), name
         assert seen.bytes == path.stat().st_size and len(seen.digest) == 16
 
@@ -110,7 +110,7 @@ def test_16_bit_colour_png_is_told_though_pillow_opens_it_as_rgb(tmp_path):
 def test_values_of_deep_pictures_are_told(tmp_path):
     for name, top, kinds_found in (("full.png", 65535, {"16-bit"}), ("of8.png", 255, {"16-bit", "dark"})):
         path = save(tmp_path / name, image=Image.fromarray(np.linspace(9, top, 4096).astype(np.uint16).reshape(64, 64)))
-        findings = dict(check_images.examine(str(path)).findings)
+        findings = dict(check_picture.examine(str(path)).findings)
         assert set(findings) == kinds_found and findings["16-bit"] == f"PNG I;16, values 9 to {top}"
     assert kinds(save(tmp_path / "float.tif", image=photo(mode="F"))) == {"float"}
 
@@ -119,18 +119,18 @@ def test_a_picture_too_large_is_told(tmp_path, monkeypatch):
     path = str(save(tmp_path / "a.png"))
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        ((kind, detail),) = check_images.examine(path).findings
+        ((kind, detail),) = check_picture.examine(path).findings
         assert kind == "too large" and "2880 pixels" in detail
 
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
-        monkeypatch.setattr(check_images, "_decode", mock.Mock(side_effect=error))
+        monkeypatch.setattr(check_picture, "_decode", mock.Mock(side_effect=error))
         assert kinds(path) == {"too large"} and check_images.KINDS["too large"][0] == check_images.ERROR
 
 
 def test_extension_rotation_frames_size(tmp_path):
     png = save(tmp_path / "really.png")
     os.replace(png, tmp_path / "named.JPEG")  # ImageNet has one of these
-    assert check_images.examine(str(tmp_path / "named.JPEG")).findings == [("wrong extension", "PNG data")]
+    assert check_picture.examine(str(tmp_path / "named.JPEG")).findings == [("wrong extension", "PNG data")]
     exif = Image.Exif()
     exif[0x0112] = 6
     assert kinds(save(tmp_path / "turned.jpg", exif=exif)) == {"EXIF rotation"}
@@ -158,11 +158,11 @@ def test_damaged_files_are_told_as_what_they_are(tmp_path, capfd):
     }
     for name, (content, expected) in cases.items():
         (tmp_path / name).write_bytes(content)
-        ((kind, detail),) = check_images.examine(str(tmp_path / name)).findings
+        ((kind, detail),) = check_picture.examine(str(tmp_path / name)).findings
         assert kind == expected[0] and detail == (expected[1] or detail), name
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    assert check_images.examine(str(tmp_path / "broken.jpg")).findings == [("unreadable", "broken link")]
-    assert check_images.examine(str(tmp_path)).findings == [("unreadable", "is a directory")]
+    assert check_picture.examine(str(tmp_path / "broken.jpg")).findings == [("unreadable", "broken link")]
+    assert check_picture.examine(str(tmp_path)).findings == [("unreadable", "is a directory")]
     assert capfd.readouterr().err == ""
 
 
@@ -172,7 +172,7 @@ def test_damage_inside_a_jpeg_is_seen_though_it_decodes(tmp_path, capfd):
     hurt = whole[: len(whole) // 2] + whole[len(whole) // 2 + 500 :]
     for name in ("hurt.jpg", "again.jpg"):
         (tmp_path / name).write_bytes(hurt)
-        ((kind, detail),) = check_images.examine(str(tmp_path / name)).findings
+        ((kind, detail),) = check_picture.examine(str(tmp_path / name)).findings
         assert kind == "damaged" and detail.count("JPEG") == 1
         assert kinds(tmp_path / "whole.jpg") == set()  # nothing is left over from the one before
     assert capfd.readouterr().err == ""  # libjpeg's words went into the finding
@@ -374,20 +374,17 @@ def test_processes_find_the_same_and_names_of_all_kinds_are_told(tree, tmp_path,
 
 
 def test_which_imagenet100(tmp_path, capsys):
-    lists = check_images.imagenet100_lists()
+    lists = imagenet100_lists.imagenet100_lists()
     assert list(lists)[0] == "CMC" and len(lists) == 8 and {len(ids) for ids in lists.values()} == {100}
     assert len(set(lists.values())) == 8  # no two are the same list
     assert len(lists["PODNet"] & lists["Kaggle"]) == 69 and not lists["PODNet"] & lists["iCaRL"]
 
-    def said(classes, pictures=("x.jpg",)):
-        split = check_images.Split("train", tmp_path, dict.fromkeys(classes, pictures))
-        return check_images.which_imagenet100(split)
-
+    said = imagenet100_lists.compare_with_lists
     for name, ids in lists.items():
         found = said(ids)
         assert found["list"] == name and found["compared_with"] == "CMC" and found["in_both"] == len(ids & lists["CMC"])
-    assert "the list of CMC (also of solo-learn" in check_images.in_words(said(lists["CMC"]))
-    line = check_images.in_words(said(lists["Kaggle"]))
+    assert "the list of CMC (also of solo-learn" in imagenet100_lists.in_words(said(lists["CMC"]))
+    line = imagenet100_lists.in_words(said(lists["Kaggle"]))
     assert re.fullmatch(
         r"ImageNet-100: the list of Kaggle; beside that of CMC: 8 classes are in both; "
         r"extra n01440764, n01443537, n01484850, ... \(92 in all\); missing n\d{8}, n\d{8}, n\d{8}, ... \(92 in all\)",
@@ -398,16 +395,16 @@ def test_which_imagenet100(tmp_path, capsys):
     assert found["list"] is None and (found["extra"], found["missing"]) == (["n00000001"], [first])
     assert (
         "no known list, nearest is that of SCAN; beside that of SCAN: 99 classes are in both"
-        in check_images.in_words(found)
+        in imagenet100_lists.in_words(found)
     )
     found = said({"n00000001", "n00000002", first})
     assert (found["list"], found["compared_with"], len(found["missing"])) == (None, "CMC", 100 - found["in_both"])
     for nothing in ({first}, {first, "dog"}, [f"n{i:08d}" for i in range(1000)], {""}):
         assert said(nothing) is None
-    assert said(lists["CMC"], pictures=()) is None  # folders without pictures are no classes
 
     for name in sorted(lists["CMC"])[:2]:
         save(tmp_path / "set" / name / "a.png", seed=int(name[1:]))
+    (tmp_path / "set" / "n00000003").mkdir()  # a folder without pictures is no class
     _, out, report = check(tmp_path / "set", capsys)
     assert "ImageNet-100: no known list; beside that of CMC: 2 classes are in both; missing n" in out
     assert report["imagenet100"]["in_both"] == 2 and len(report["imagenet100"]["missing"]) == 98

@@ -1,8 +1,10 @@
-"""Claims: what is run, what is kept, what is said of it; and RESULTS.md says what the records say."""
+"""Claims: what is run, what is kept, what is said of it; the pages say what the records say."""
 
+import copy
 import hashlib
 import importlib
 import json
+import re
 import shlex
 import statistics
 
@@ -10,8 +12,7 @@ import pytest
 
 from common import UserError
 from common.files import ROOT
-from preprocess import demo
-from tools import claims
+from tools import claim_pages, claim_records, claim_runs, claims
 
 STEP = """\
 import json, sys
@@ -24,221 +25,291 @@ folder.mkdir(parents=True, exist_ok=True)
 lines = '{"knn_acc1": 1}\\n{"knn_acc1": %d}' % (30 + seed)
 for file, text in (("config.json", "{}"), ("metrics.jsonl", lines), ("large.pth", "")):
     (folder / file).write_text(text)
-(folder / "result.json").write_text(json.dumps({"commit": "unknown", "acc1": 40 + seed**2 + gain}))
+result = {"commit": "unknown", "device": "abacus", "torch": "2.1", "acc1": 40 + seed**2 + gain}
+(folder / "result.json").write_text(json.dumps(result))
 """
-CONTENT = {
-    "scales": {
-        "toy": {
-            "about": "nothing", "records": "results/paper", "numbers": ["acc1", "knn_acc1"],
-            "steps": [{"command": "python step.py {name} {seed} {flags}", "folder": "runs/{name}", "suffix": ""}],
-            "runs": {"plain": "0", "better": "2", "worse": "1", "lost": "-1"},
+SETTING = {
+    "about": "nothing much",
+    "records": "results/paper",
+    "numbers": ["acc1", "knn_acc1"],
+    "steps": [
+        {
+            "command": "python step.py {name} {seed} {flags}",
+            "folder": "runs/{name}",
+            "suffix": "",
+            "toy": "",
         }
-    },
-    "claims": [
-        {"name": f"{a}-{b}", "claim": f"{a} beats {b}", "published": "+1", "source": "nowhere", "better": a, "than": b}
-        for a, b in (("better", "plain"), ("plain", "worse"), ("lost", "plain"))
     ],
-}  # fmt: skip
+    "runs": {"plain": "0", "better": "2", "worse": "1", "lost": "-1"},
+}
+
+
+def claim(better: str, than: str, **others) -> dict:
+    return {
+        "name": f"{better}-{than}",
+        "claim": f"{better} beats {than}",
+        "published": "+1",
+        "source": "nowhere",
+        "better": better,
+        "than": than,
+        **others,
+    }
+
+
+CONTENT = {
+    "scales": {"toy": SETTING},
+    "claims": [claim("better", "plain"), claim("plain", "worse"), claim("lost", "plain")],
+}
+RESULTS = "before\n<!-- claims: verdicts toy -->\nold\n<!-- end -->\nafter\n"
+
+
+def declare(root, paper: str, content: dict) -> None:
+    (root / paper).mkdir(exist_ok=True)
+    (root / paper / "claims.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    (tmp_path / "paper").mkdir()
+def root(tmp_path):
+    """A project with one paper, whose runs are made by a small script."""
     (tmp_path / "step.py").write_text(STEP)
-    (tmp_path / "paper" / "claims.json").write_text(json.dumps(CONTENT))
-    (tmp_path / "RESULTS.md").write_text(
-        "before\n<!-- claims: paper toy claims -->\nold\n<!-- end -->\nbetween\n<!-- claims: paper toy runs -->\n<!-- end -->\n"
-    )
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    declare(tmp_path, "paper", CONTENT)
+    (tmp_path / "RESULTS.md").write_text(RESULTS)
     return tmp_path
 
 
-def test_a_claim_from_its_commands_to_the_table(root, capsys):
-    with pytest.raises(
-        UserError, match="3 runs failed: lost, seed 0: exit code 1; runs/claims/paper-toy-lost-s0.log says why"
-    ):
-        claims.main(["--scale", "toy", "--run", "--write"])
-    said = capsys.readouterr().out
-    assert "[1/12] paper toy: better, seed 0 (0:00 gone)" in said and "[12/12]" in said and "left)" in said
-    said = " ".join(said.split())
-    assert "paper: better-plain" in said and "linear +2.00±0.00, k-NN +0.00±0.00 agrees, records of older code" in said
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def run(root, *flags: str) -> None:
+    claims.main([*flags, "--scale", "toy", "--run"], root)
+
+
+def ledger(root) -> dict:
+    rows = json.loads((root / "results/ledger.json").read_text())
+    return {(row["name"], row["number"]): row for row in rows}
+
+
+def test_a_claim_from_its_commands_to_the_pages(root, capsys):
+    failure = "3 runs failed: lost, seed 0: exit code 1; runs/claims/paper-toy-lost-s0.log says why"
+    with pytest.raises(UserError, match=failure):
+        run(root, "--write")
+    said = flat(capsys.readouterr().out)
+    assert "[1/12] paper toy: better, seed 0 (0:00 gone)" in said
+    assert "[12/12]" in said and "left)" in said
+    numbers = "linear +2.00±0.00, k-NN +0.00±0.00 agrees, records of older code"
+    assert "paper: better-plain" in said and numbers in said
     assert "does not agree" in said and "not run" in said
     record = root / "results" / "paper" / "better-s2"
-    assert sorted(path.name for path in record.iterdir()) == [
-        "config.json",
-        "metrics.jsonl",
-        "result.json",
-        "took.json",
-        "weights.sha256",
-    ]
-    assert (record / "weights.sha256").read_text() == f"{hashlib.sha256(b'').hexdigest()}  large.pth\n"
+    kept = ["config.json", "metrics.jsonl", "result.json", "took.json", "weights.sha256"]
+    assert sorted(path.name for path in record.iterdir()) == kept
+    digest = hashlib.sha256(b"").hexdigest()
+    assert (record / "weights.sha256").read_text() == f"{digest}  large.pth\n"
+
     text = (root / "RESULTS.md").read_text()
-    assert (
-        text.startswith("before\n<!-- claims: paper toy claims -->\n| claim")
-        and "old" not in text
-        and "\nbetween\n" in text
-    )
-    assert "| better beats plain" in text and "| `better` | 0, 1, 2 | 43.67±2.08 | 31.00±1.00 |" in " ".join(
-        text.split()
-    )
-    (row,) = [
-        r
-        for r in json.loads((root / "results/ledger.json").read_text())
-        if (r["name"], r["number"]) == ("plain-worse", "acc1")
-    ]
+    assert text.startswith("before\n<!-- claims: verdicts toy -->\n| claim")
+    assert text.endswith("<!-- end -->\nafter\n") and "old" not in text
+    row = "| better beats plain | agrees | linear +2.00±0.00 | 3 | [paper](results/paper/README.md)"
+    assert row in flat(text)
+    assert claim_pages.results(text, root) == text
+    page = (root / "results/paper/README.md").read_text()
+    assert "| `better` | 0, 1, 2 | 43.67±2.08 | 31.00±1.00 | unknown | `2` |" in flat(page)
+    assert "Nothing much." in page and "Hardware: abacus, torch 2.1. A run takes 0.0" in page
+    assert "\npython step.py plain-s0 0 0\n" in page
+
+    row = ledger(root)["plain-worse", "acc1"]
     assert row["differences"] == [-1.0] * 3 and row["verdict"] == "does not agree"
-    assert claims.written(text) == text
-    claims.main(["better-plain", "--scale", "toy", "--run"])  # which has its records
+    run(root, "better-plain")  # which has its records
     assert "[1/" not in capsys.readouterr().out
-    claims.main(["plain-worse", "--scale", "toy", "--run", "--seeds", "4"])
+    run(root, "plain-worse", "--seeds", "4")
     assert "[1/2] paper toy: plain, seed 3" in capsys.readouterr().out
 
 
-def test_a_run_of_another_paper_a_number_of_its_own_and_what_failed(root, capsys):
-    other = json.loads(json.dumps(CONTENT))
+def test_notes_are_kept_when_a_page_is_written_anew(root):
+    run(root, "better-plain", "--seeds", "1")
+    page = claim_pages.page("paper", "old tables\n## Notes\n\nBy hand.\n", root)
+    assert page.endswith("\n## Notes\n\nBy hand.\n") and "old tables" not in page
+    assert claim_pages.page("paper", page, root) == page
+
+
+def test_a_run_of_another_paper_and_a_number_of_its_own(root, capsys):
+    other = copy.deepcopy(CONTENT)
     other["scales"]["toy"]["records"] = "results/other"
     other["claims"] = [
-        dict(CONTENT["claims"][0], name="across", better="better", than="paper/plain", number="knn_acc1"),
-        dict(CONTENT["claims"][0], name="nowhere", better="better", than="paper/none"),
-        dict(CONTENT["claims"][0], name="unknown", number="acc5"),
+        claim("better", "paper/plain", name="across", number="knn_acc1"),
+        claim("better", "paper/none", name="nowhere"),
+        claim("better", "plain", name="unknown", number="acc5"),
     ]
-    (root / "other").mkdir()
-    (root / "other" / "claims.json").write_text(json.dumps(other))
-    claims.main(["across", "--scale", "toy", "--run"])
-    said = " ".join(capsys.readouterr().out.split())
+    declare(root, "other", other)
+    run(root, "across", "--write")
+    said = flat(capsys.readouterr().out)
     assert "[6/6] paper toy: plain, seed 2" in said
-    assert "linear +2.00±0.00, k-NN +0.00±0.00 cannot be told (k-NN), records of older code" in said
-    assert "other: nowhere +1 - not set up at scale toy" in said and "other: unknown +1 - not set up" in said
+    numbers = "linear +2.00±0.00, k-NN +0.00±0.00 cannot be told (k-NN), records of older code"
+    assert numbers in said
+    assert "other: nowhere +1 - not set up at scale toy" in said
+    assert "other: unknown +1 - not set up" in said
     took = json.loads((root / "results/other/better-s1/took.json").read_text())
     assert took["commands"] == ["python step.py better-s1 1 2"] and took["seconds"] > 0
+    plain = ledger(root)["across", "acc1"]["runs"]["paper/plain"]
+    assert [run["seed"] for run in plain] == [0, 1, 2]
+    assert plain[0]["commit"] == "unknown" and plain[0]["seconds"] > 0
 
+
+def test_a_run_that_fails_is_recorded_until_it_comes_through(root, capsys):
     with pytest.raises(UserError, match="1 runs failed"):
-        claims.main(["lost-plain", "--scale", "toy", "--run", "--seeds", "1", "--write"])
-    assert "not run; failed: `lost` seed 0" in " ".join(capsys.readouterr().out.split())
-    failed = json.loads((root / "results/paper/lost-s0/failed.json").read_text())
-    assert (failed["said"], failed["exit_code"]) == ("lost", 1) and failed["torch"]
-    assert "| `lost` - `plain` | 0 | - | - | not run; failed: `lost` seed 0 |" in " ".join(
-        (root / "RESULTS.md").read_text().split()
+        run(root, "lost-plain", "--seeds", "1", "--write")
+    assert "not run; failed: `lost` seed 0" in flat(capsys.readouterr().out)
+    failure = json.loads((root / "results/paper/lost-s0/failed.json").read_text())
+    assert (failure["said"], failure["exit_code"]) == ("lost", 1) and failure["torch"]
+    page = flat((root / "results/paper/README.md").read_text())
+    assert "| `lost` - `plain` | 0 | - | - | not run; failed: `lost` seed 0 |" in page
+    assert "| lost beats plain | not run, runs failed | linear - | 0 |" in flat(
+        (root / "RESULTS.md").read_text()
     )
-    rows = {(r["name"], r["number"]): r for r in json.loads((root / "results/ledger.json").read_text())}
-    assert rows["lost-plain", "acc1"]["failed"] == ["lost, seed 0"] and rows["lost-plain", "acc1"]["mean"] is None
-    plain = rows["across", "acc1"]["runs"]["paper/plain"]
-    assert [run["seed"] for run in plain] == [0, 1, 2] and plain[0]["commit"] == "unknown" and plain[0]["seconds"] > 0
+    row = ledger(root)["lost-plain", "acc1"]
+    assert row["failed"] == ["lost, seed 0"] and row["mean"] is None
 
-    content = json.loads(json.dumps(CONTENT))
+    content = copy.deepcopy(CONTENT)
     content["scales"]["toy"]["runs"]["lost"] = "3"
-    (root / "paper" / "claims.json").write_text(json.dumps(content))
-    claims.main(["lost-plain", "--scale", "toy", "--run"])  # it comes through this time
-    assert not (root / "results/paper/lost-s0/failed.json").exists() and "failed" not in capsys.readouterr().out
+    declare(root, "paper", content)
+    run(root, "lost-plain")
+    assert not (root / "results/paper/lost-s0/failed.json").exists()
+    assert "failed" not in capsys.readouterr().out
 
 
 def test_what_can_be_said_of_differences():
-    assert claims.verdict([]) == "not run" and claims.verdict([9.0, 9.1]) == "too few seeds (2)"
-    assert claims.verdict([1.0, 1.1, 0.9]) == "agrees" and claims.verdict([-1.0, -1.1, -0.9]) == "does not agree"
-    assert claims.verdict([1.0, -1.0, 0.5]) == "cannot be told"
+    verdict = claim_records.verdict
+    assert verdict([]) == "not run"
+    assert verdict([9.0, 9.1]) == "too few seeds (2)"
+    assert verdict([1.0, 1.1, 0.9]) == "agrees"
+    assert verdict([-1.0, -1.1, -0.9]) == "does not agree"
+    assert verdict([1.0, -1.0, 0.5]) == "cannot be told"
     values = [1.0, 2.0, 4.0, 8.0]
-    assert claims.interval(values) == pytest.approx(3.182 * statistics.stdev(values) / 2, rel=1e-3)
-    assert claims.interval(values[:2]) is None and claims.difference(values[:2]) == "+1.50"
+    half = 3.182 * statistics.stdev(values) / 2
+    assert claim_records.interval(values) == pytest.approx(half, rel=1e-3)
+    assert claim_records.interval(values[:2]) is None
+    assert claim_records.difference(values[:2]) == "+1.50"
 
 
-def test_wrong_names_and_pictures_that_are_not_there(root, tmp_path):
-    with pytest.raises(UserError, match="rings: no paper's folder and no claim; there are paper, better-plain, "):
-        claims.main(["rings"])
-    wanted = {"name": "PART", "per_class": 2}
+def test_wrong_names_and_pictures_that_are_not_there(root):
+    names = "rings: no paper's folder and no claim; there are paper, better-plain, "
+    with pytest.raises(UserError, match=names):
+        claims.main(["rings", "--scale", "toy"], root)
+    with pytest.raises(UserError, match="no table is known for `claims: ring cpu runs`"):
+        claim_pages.results("<!-- claims: ring cpu runs -->\n<!-- end -->\n", root)
+    part = {"name": "PART", "per_class": 2}
     with pytest.raises(UserError, match="PART is not there: give --cifar TREE"):
-        claims.make_pictures(wanted, None)
+        claim_runs.make_pictures(part, None, root)
     for name in ("train/cat/1.png", "train/cat/2.png", "train/cat/3.png", "test/cat/9.png"):
-        (tmp_path / "CIFAR" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "CIFAR" / name).touch()
-    claims.make_pictures(wanted, str(tmp_path / "CIFAR"))
-    part = tmp_path / "PART"
-    assert (
-        sorted(p.name for p in (part / "train/cat").iterdir()) == ["1.png", "2.png"]
-        and (part / "val/cat/9.png").is_file()
-    )
-
-
-def test_the_tables_of_RESULTS_are_those_of_the_records():
-    text = (ROOT / "RESULTS.md").read_text()
-    assert claims.written(text) == text
-    known = claims.papers()
-    assert {paper for paper, scale, _ in (found[1:4] for found in claims.BLOCK.findall(text))} <= known.keys()
+        (root / "CIFAR" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "CIFAR" / name).touch()
+    claim_runs.make_pictures(part, str(root / "CIFAR"), root)
+    linked = sorted(path.name for path in (root / "PART/train/cat").iterdir())
+    assert linked == ["1.png", "2.png"] and (root / "PART/val/cat/9.png").is_file()
 
 
 def test_a_curve_beside_the_published_one(root):
-    (root / "curve.json").write_text('{"epochs": [1, 2, 5], "knn_acc1": [30, 40, 50], "epoch_loss": [3, 2, 1]}')
-    content = json.loads((root / "paper/claims.json").read_text()) | {"curves": {"long": "curve.json"}}
-    (root / "paper/claims.json").write_text(json.dumps(content))
+    published = {"epochs": [1, 2, 5], "knn_acc1": [30, 40, 50], "epoch_loss": [3, 2, 1]}
+    (root / "curve.json").write_text(json.dumps(published))
+    declare(root, "paper", CONTENT | {"curves": {"long": "curve.json"}})
     (root / "results/paper/long").mkdir(parents=True)
-    lines = [{"epoch": 0, "epoch_loss": 3.25}, {"epoch": 0, "knn_acc1": 31}, {"epoch": 1, "epoch_loss": 2.5}]
-    (root / "results/paper/long/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made = claims.written("<!-- claims: paper long curve -->\n<!-- end -->\n").splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in made[1:-1]]
-    assert rows[0] == ["epoch", "1", "2", "5"] and rows[2] == ["k-NN, published", "30.00", "40.00", "50.00"]
-    assert rows[3] == ["k-NN, here", "31.00", "", ""] and rows[5] == ["loss, here", "3.250", "2.500", ""]
+    lines = [
+        {"epoch": 0, "epoch_loss": 3.25},
+        {"epoch": 0, "knn_acc1": 31},
+        {"epoch": 1, "epoch_loss": 2.5},
+    ]
+    path = root / "results/paper/long/metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    block = "<!-- claims: curve paper long -->\n<!-- end -->\n"
+    table = claim_pages.results(block, root).splitlines()[1:-1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert rows[0] == ["epoch", "1", "2", "5"]
+    assert rows[2] == ["k-NN, published", "30.00", "40.00", "50.00"]
+    assert rows[3] == ["k-NN, here", "31.00", "", ""]
+    assert rows[5] == ["loss, here", "3.250", "2.500", ""]
 
 
-def test_every_claim_has_its_runs_and_its_source():
-    for paper, content in claims.papers().items():
-        for scale in content["scales"]:
-            how = claims.setting(paper, content, scale)
-            for run in how.runs:
-                for command, folder in how.commands(run, 0):
-                    assert (
-                        command.startswith((f"python {paper}/", "python tools/evaluate.py ", "python preprocess/make_"))
-                        and "{" not in command
-                        and "{" not in str(folder)
-                    )
-        names = [claim["name"] for claim in content["claims"]]
-        assert len(set(names)) == len(names)
-        for claim in content["claims"]:
-            assert claim["source"] and claim["published"]
-            assert any(claims.sides(claim, claims.setting(paper, content, scale)) for scale in content["scales"])
+def test_toy_runs_leave_no_records(root, demo_set, capsys):
+    (root / "data").mkdir()
+    (root / "data/demo").symlink_to(demo_set)
+    run(root, "--toy")
+    said = flat(capsys.readouterr().out)
+    assert "[1/1] paper toy: plain, seed 0" in said
+    assert "paper: better-plain" in said and "not run" in said
+    assert len(list((root / claim_records.TOY_PICTURES / "val").iterdir())) == 10
+    assert (root / "runs/toy-plain-s0/result.json").is_file()
+    assert not (root / "results").exists()
+
+
+# ---------------------------------------------------------------------------- those of this project
+
+PAPERS = claim_records.papers()
+PAGES = [f"results/{paper}/README.md" for paper in PAPERS]
+
+
+def test_RESULTS_says_what_the_records_say():
+    text = (ROOT / "RESULTS.md").read_text()
+    assert claim_pages.results(text, ROOT) == text
+    assert len(text.splitlines()) <= 150
+    assert len(claim_pages.BLOCK.findall(text)) == 2
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_page_says_what_the_records_say(paper):
+    text = (ROOT / "results" / paper / "README.md").read_text()
+    assert claim_pages.page(paper, text, ROOT) == text
+
+
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md"])
+def test_links_of_a_page_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        is_there = ((ROOT / page).parent / target).exists()
+        assert target.startswith("http") or is_there, target
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_claim_has_its_runs_and_its_source(paper):
+    content = PAPERS[paper]
+    starts = (f"python {paper}/", "python tools/evaluate.py ", "python preprocess/make_")
+    for scale in content["scales"]:
+        setting = claim_records.setting(paper, scale)
+        for name in setting.runs:
+            for command, folder in setting.commands(name, 0):
+                assert command.startswith(starts)
+                assert "{" not in command and "{" not in str(folder)
+    names = [claim["name"] for claim in content["claims"]]
+    assert len(set(names)) == len(names)
+    for claim in content["claims"]:
+        assert claim["source"] and claim["published"]
+    of_scales = [claim_records.comparisons(paper, scale) for scale in content["scales"]]
+    for of_claim in zip(*of_scales):
+        assert any(comparison.sides() for comparison in of_claim)
 
 
 def called(command: str):
-    """(module, its arguments) of `python FOLDER/SCRIPT.py ...`."""
+    """Return (module, its arguments) of `python FOLDER/SCRIPT.py ...`."""
     _, script, *flags = shlex.split(command)
     return importlib.import_module(script.removesuffix(".py").replace("/", ".")), flags
 
 
-@pytest.mark.parametrize("paper", sorted(claims.papers()))
+@pytest.mark.parametrize("paper", PAPERS)
 def test_the_commands_of_every_run_are_accepted_and_those_for_a_gpu_work(paper, workspace):
-    content = claims.papers()[paper]
-    for scale in content["scales"]:
-        how = claims.setting(paper, content, scale)
-        for run in how.runs:
-            for command, _ in how.commands(run, 0):
+    for scale in PAPERS[paper]["scales"]:
+        setting = claim_records.setting(paper, scale)
+        for name in setting.runs:
+            for command, _ in setting.commands(name, 0):
                 module, flags = called(command)
                 if hasattr(module, "parse_args"):
                     module.parse_args(flags)
-    for split in ("train", "val"):
-        claims.link(workspace / "data/demo" / split, workspace / claims.TOY / split, 4)
-    how = claims.setting(paper, content, "gpu")
-    commands = how.commands(next(iter(how.runs)), 0, toy=True)
+    claim_runs.make_toy_pictures(workspace)
+    setting = claim_records.setting(paper, "gpu", ROOT)
+    commands = setting.commands(next(iter(setting.runs)), 0, toy=True)
     for command, _ in commands:
         module, flags = called(command)
         module.main(flags)
-    written = [workspace / folder.relative_to(ROOT) / "result.json" for _, folder in commands]
-    found = [json.loads(path.read_text()).keys() for path in written if path.is_file()]
-    assert set(how.numbers) <= set().union(*found) and written[-1].is_file() and "toy-" in str(written[-1])
-
-
-def test_toy_runs_leave_no_records(root, monkeypatch, capsys):
-    content = json.loads(json.dumps(CONTENT))
-    content["scales"]["toy"]["steps"][0]["toy"] = ""
-    (root / "paper" / "claims.json").write_text(json.dumps(content))
-    made = []
-    monkeypatch.setattr(demo, "read", lambda folder: None)
-    monkeypatch.setattr(
-        demo,
-        "ensure",
-        lambda folder: (
-            made.append(folder) or [(folder / split / "cat").mkdir(parents=True) for split in ("train", "val")]
-        ),
-    )
-    claims.main(["--scale", "toy", "--run", "--toy"])
-    said = capsys.readouterr().out
-    assert "[1/1] paper toy: plain, seed 0" in said and "paper: better-plain" in said and "not run" in said
-    assert made == [root / "data/demo"] and (root / claims.TOY / "val/cat").is_dir()
-    assert not (root / "results").exists() and (root / "runs/toy-plain-s0/result.json").is_file()
+    folders = [workspace / folder.relative_to(ROOT) for _, folder in commands]
+    written = [folder / "result.json" for folder in folders]
+    numbers = [json.loads(path.read_text()).keys() for path in written if path.is_file()]
+    assert set(setting.numbers) <= set().union(*numbers)
+    assert written[-1].is_file() and "toy-" in str(written[-1])

@@ -11,7 +11,7 @@ from vectors import close
 from common import UsageError, UserError
 from runner import checkpoint, layouts
 from feature_transform import main_linear, networks, views
-from preprocess.imagenet100_subset import CLASS_LIST
+from preprocess.imagenet_splits import CLASS_LIST
 from tools import export, report, robustness
 
 SMALL = "--device cpu --input-res 32 --epochs 2 --batch_size 64 --lr 1 -j 0 --seed 0 --dataset folder".split()

@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 from common import UsageError, UserError, cli
 from common.sets import open_set, open_tree, read_class_list
 from preprocess import imagenet100_subset as subset
+from preprocess import imagenet_splits
 
 # WordNet ids that ImageNet-100 shares with ImageNet-R, and their places in the sorted list.
 IN_IMAGENET_R = """
@@ -20,7 +21,7 @@ IN_IMAGENET_R = """
     n02123045:35 n02138441:36 n02483362:42 n02701002:44 n03424325:57 n03494278:59 n03930630:74 n03947888:75 n07714571:93
     n07753275:95
 """
-IDS = read_class_list(subset.CLASS_LIST)
+IDS = read_class_list(imagenet_splits.CLASS_LIST)
 OTHERS = ["n01440764", "n15075141"]  # classes of ImageNet, not of ImageNet-100
 
 
@@ -73,8 +74,8 @@ def contents(folder):
 
 
 def test_the_list_is_the_published_one():
-    lines = subset.CLASS_LIST.read_text().splitlines()
-    assert len(lines) == len(set(lines)) == 100 and all(subset.WORDNET_ID.fullmatch(line) for line in lines)
+    lines = imagenet_splits.CLASS_LIST.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 100 and all(imagenet_splits.WORDNET_ID.fullmatch(line) for line in lines)
     assert lines[:3] == ["n02869837", "n01749939", "n02488291"] and sorted(lines) == IDS
     shared = dict(pair.split(":") for pair in IN_IMAGENET_R.split())
     assert len(shared) == 19 and {name: str(IDS.index(name)) for name in shared} == shared

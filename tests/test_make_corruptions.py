@@ -14,7 +14,7 @@ from corrupt_tta import corruptions as package
 from PIL import Image
 
 from common import UsageError, UserError
-from preprocess import corruptions, make_corruptions, workers
+from preprocess import corruption_tree, corruptions, make_corruptions, workers
 from tools import robustness
 
 SCRIPT = "preprocess/make_corruptions.py"
@@ -358,7 +358,7 @@ def test_odd_names_kinds_and_nesting(tmp_path):
 
 def test_names_that_would_collide_are_kept_apart():
     sources = ["a/x.JPEG", "a/x.png", "a/y.bmp", "a/y.webp", "a/z.tif", "b/x.png"]
-    names = make_corruptions.target_names(sources, "jpeg")
+    names = corruption_tree.target_names(sources, "jpeg")
     assert names == {
         "a/x.JPEG": "a/x.JPEG",
         "a/x.png": "a/x.png.JPEG",
@@ -367,20 +367,20 @@ def test_names_that_would_collide_are_kept_apart():
         "a/z.tif": "a/z.JPEG",
         "b/x.png": "b/x.JPEG",
     }
-    names = make_corruptions.target_names(sources, "png")
+    names = corruption_tree.target_names(sources, "png")
     assert names["a/x.png"] == "a/x.png" and names["a/x.JPEG"] == "a/x.JPEG.png" and len(set(names.values())) == 6
     with pytest.raises(UsageError, match="two pictures would both become a/x.png.JPEG"):
-        make_corruptions.target_names(["a/x.JPEG", "a/x.png", "a/x.png.JPEG"], "jpeg")
+        corruption_tree.target_names(["a/x.JPEG", "a/x.png", "a/x.png.JPEG"], "jpeg")
 
 
 def test_val_of_a_root_or_the_folder_itself(tree, tmp_path):
-    assert make_corruptions.source_folder(str(tree)) == tree / "val"
-    assert make_corruptions.source_folder(str(tree / "train")) == tree / "train"
+    assert corruption_tree.source_folder(str(tree)) == tree / "val"
+    assert corruption_tree.source_folder(str(tree / "train")) == tree / "train"
     (tree / "val").rename(tree / "test")
-    assert make_corruptions.source_folder(str(tree)) == tree / "test"
+    assert corruption_tree.source_folder(str(tree)) == tree / "test"
     save(tmp_path / "vehicles" / "train" / "t.png")  # a class called train
     save(tmp_path / "vehicles" / "car" / "c.png")
-    assert make_corruptions.source_folder(str(tmp_path / "vehicles")) == tmp_path / "vehicles"
+    assert corruption_tree.source_folder(str(tmp_path / "vehicles")) == tmp_path / "vehicles"
 
 
 def test_class_list(tree, tmp_path):

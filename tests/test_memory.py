@@ -1,4 +1,4 @@
-"""What the memories of CMC, InsDis and MoCo share: losses, scores against a bank, drawn rows."""
+"""What memories share: losses, scores against a bank, drawn rows, the queue."""
 
 import math
 
@@ -10,21 +10,30 @@ from vectors import close
 import cmc.contrast
 import moco_insdis.contrast
 from common import memory as memory_module
-from common.memory import bank_scores, draw_rows
+from common.memory import bank_scores, draw_rows, enqueue
 
 
-@pytest.mark.parametrize("contrast", [cmc.contrast, moco_insdis.contrast], ids=["cmc", "moco_insdis"])
+@pytest.mark.parametrize(
+    "contrast", [cmc.contrast, moco_insdis.contrast], ids=["cmc", "moco_insdis"]
+)
 def test_closed_forms(contrast):
-    assert math.isclose(contrast.softmax_loss(torch.zeros(3, 65)).item(), math.log(65), rel_tol=1e-6)
-    # Where every estimate equals K / n the data and the noise are told apart at chance: (K + 1) log 2.
-    assert math.isclose(contrast.nce_loss(torch.full((5, 9), 8 / 40), 40).item(), 9 * math.log(2), rel_tol=1e-5)
+    assert math.isclose(
+        contrast.softmax_loss(torch.zeros(3, 65)).item(), math.log(65), rel_tol=1e-6
+    )
+    # Where every estimate equals K / n, data and noise are told apart at chance: (K + 1) log 2.
+    assert math.isclose(
+        contrast.nce_loss(torch.full((5, 9), 8 / 40), 40).item(), 9 * math.log(2), rel_tol=1e-5
+    )
 
 
 @pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
 def test_scores_against_a_bank_agree_with_gradients(gather_from, monkeypatch):
     monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
     generator = torch.Generator().manual_seed(0)
-    x, bank = F.normalize(torch.randn(6, 8, generator=generator), dim=1), torch.randn(50, 8, generator=generator)
+    x, bank = (
+        F.normalize(torch.randn(6, 8, generator=generator), dim=1),
+        torch.randn(50, 8, generator=generator),
+    )
     rows = torch.randint(50, (6, 12), generator=generator)
     slow, fast = (x.clone().requires_grad_() for _ in range(2))
     (slow[:, None] * bank[rows]).sum(-1).square().sum().backward()
@@ -42,3 +51,32 @@ def test_draws_hold_the_own_row_first_and_can_exclude_it():
     others = draw_rows(index, 10, 4000, generator, exclude_self=True)
     counts = torch.stack([torch.bincount(r[1:], minlength=10) for r in others])
     assert (counts.gather(1, index[:, None]) == 0).all() and ((counts > 300).sum(1) == 9).all()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 12])
+def test_a_queue_holds_the_newest_keys_and_its_pointer_wraps(batch):
+    generator = torch.Generator().manual_seed(0)
+    queue = torch.zeros(12, 3)
+    pointer = torch.zeros(1, dtype=torch.long)
+    written = []
+    for step in range(1, 16):
+        keys = torch.randn(batch, 3, generator=generator)
+        written += keys
+        enqueue(queue, pointer, keys)
+        assert pointer == step * batch % 12 and pointer.dtype == torch.long
+    entries = {tuple(row) for row in queue.tolist()}
+    assert entries == {tuple(key.tolist()) for key in written[-12:]}
+    assert torch.equal(queue[pointer - 1], written[-1][None])
+
+
+def test_a_queue_of_columns_is_the_transposed_queue_of_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(10, 3, generator=generator)
+    columns = rows.T.clone()
+    pointers = torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(7):
+        keys = torch.randn(4, 3, generator=generator)
+        enqueue(rows, pointers[0], keys)
+        enqueue(columns, pointers[1], keys.requires_grad_(), dim=1)
+        assert torch.equal(rows, columns.T) and pointers[0] == pointers[1]
+        assert not columns.requires_grad

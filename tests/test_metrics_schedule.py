@@ -1,4 +1,4 @@
-"""Metrics against slow loops and closed forms; learning rates against numbers worked out by hand."""
+"""Metrics against slow loops and closed forms; learning rates against numbers by hand."""
 
 import math
 
@@ -15,7 +15,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------
+# --- accuracy ----------------------------------------------------------------------------------
 
 
 def test_accuracy_by_hand():
@@ -28,23 +28,32 @@ def test_accuracy_slow_loop():
     logits = torch.randn(64, 10, generator=generator())
     target = torch.randint(10, (64,), generator=generator(1))
     for k, value in zip((1, 3, 5), accuracy(logits, target, (1, 3, 5))):
-        hits = sum(int(t) in sorted(range(10), key=lambda c: -row[c])[:k] for row, t in zip(logits.tolist(), target))
+        hits = sum(
+            int(t) in sorted(range(10), key=lambda c: -row[c])[:k]
+            for row, t in zip(logits.tolist(), target)
+        )
         assert value.dim() == 0
         assert value.item() == pytest.approx(100 * hits / 64)
 
 
 def test_accuracy_with_fewer_classes_than_k_and_without_rows():
     assert accuracy(torch.zeros(3, 2), torch.tensor([0, 1, 1]))[1].item() == 100.0
-    assert [a.item() for a in accuracy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))] == [0.0, 0.0]
+    assert [a.item() for a in accuracy(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))] == [
+        0.0,
+        0.0,
+    ]
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- scores ------------------------------------------------------------------------------------
 
 
 def slow_statistics(similarities, temperature):
     """Five numbers of one query in double precision: the positive comes first."""
     positive, *negatives = similarities.double().tolist()
-    n, mean = len(negatives), math.fsum(negatives) / max(len(negatives), 1) if negatives else math.nan
+    n, mean = (
+        len(negatives),
+        math.fsum(negatives) / max(len(negatives), 1) if negatives else math.nan,
+    )
     variance = math.fsum((x - mean) ** 2 for x in negatives) / (n - 1) if n > 1 else math.nan
     exponential = math.fsum(math.exp(x / temperature) for x in negatives) / n if n else math.nan
     return [mean, variance, positive, exponential, math.exp(positive / temperature)]
@@ -63,7 +72,7 @@ def test_scores_of_the_published_code(name):
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
 def test_scores_slow_loop(temperature):
-    """Similar negatives (a variance of 1e-8 beside a mean of .9), whose variance is lost where squares are subtracted."""
+    """Similar negatives (variance 1e-8, mean .9) keep what a difference of squares would lose."""
     for spread in (0.3, 1e-4):
         similarities = 0.9 - spread * torch.rand(6, 300, generator=generator())
         logits = (similarities / temperature).requires_grad_()
@@ -85,13 +94,18 @@ def test_scores_of_some_candidates():
     for row, own, keep in zip(found, logits, mask):
         slow = torch.tensor(slow_statistics(torch.cat((own[:1], own[1:][keep])) * 0.2, 0.2))
         torch.testing.assert_close(row, slow, rtol=1e-4, atol=1e-6, equal_nan=True)
-    assert found[2].isnan().tolist() == [True, True, False, True, False] and found[3].isnan().sum() == 1
+    assert (
+        found[2].isnan().tolist() == [True, True, False, True, False]
+        and found[3].isnan().sum() == 1
+    )
     every = torch.ones_like(mask)
-    plain, masked = (score_statistics(logits[:, 0], logits[:, 1:] / 99, 0.2, m) for m in (None, every))
+    plain, masked = (
+        score_statistics(logits[:, 0], logits[:, 1:] / 99, 0.2, m) for m in (None, every)
+    )
     torch.testing.assert_close(plain, masked)
 
 
-# --- features of a data set -------------------------------------------------------------------------------------------
+# --- features of a data set --------------------------------------------------------------------
 
 
 def loader(batches=3, size=4):
@@ -103,14 +117,16 @@ def loader(batches=3, size=4):
 def test_extract_features():
     weight = torch.nn.Parameter(torch.ones(3, 5))
     features, targets = extract_features(lambda x: (x.mean((2, 3)) @ weight).bfloat16(), loader())
-    assert features.shape == (12, 5) and features.dtype == torch.float32 and not features.requires_grad
+    assert (
+        features.shape == (12, 5) and features.dtype == torch.float32 and not features.requires_grad
+    )
     assert features[:, 0].tolist() == [0.0] * 4 + [3.0] * 4 + [6.0] * 4
     assert targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     with pytest.raises(ValueError, match="empty"):
         extract_features(lambda x: x, [])
 
 
-# --- k-NN -------------------------------------------------------------------------------------------------------------
+# --- k-NN --------------------------------------------------------------------------------------
 
 
 def slow_knn(bank, bank_targets, features, targets, classes, k, temperature):
@@ -120,7 +136,9 @@ def slow_knn(bank, bank_targets, features, targets, classes, k, temperature):
     for f, target in zip(features.double(), targets.tolist()):
         if target < 0:
             continue
-        nearest = sorted(((float(f @ b / (f.norm() * b.norm())), t) for b, t in rows), reverse=True)[:k]
+        nearest = sorted(
+            ((float(f @ b / (f.norm() * b.norm())), t) for b, t in rows), reverse=True
+        )[:k]
         score = [0.0] * classes
         for similarity, t in nearest:
             score[t] += math.exp(similarity / temperature)
@@ -131,33 +149,41 @@ def slow_knn(bank, bank_targets, features, targets, classes, k, temperature):
     return 100 * hits1 / count, 100 * hits5 / count
 
 
-@pytest.mark.parametrize("k, temperature", [(1, 0.07), (5, 0.07), (20, 0.5), (200, 0.07), (10, 0.01)])
+@pytest.mark.parametrize(
+    "k, temperature", [(1, 0.07), (5, 0.07), (20, 0.5), (200, 0.07), (10, 0.01)]
+)
 @pytest.mark.parametrize("chunk_elements", [1, 333, 2**26])
 def test_knn_slow_loop(k, temperature, chunk_elements):
     g = generator()
     bank, features = torch.randn(90, 6, generator=g), torch.randn(37, 6, generator=g)
     bank_targets, targets = (torch.randint(-1, 8, (n,), generator=g) for n in (90, 37))
     assert (bank_targets == -1).any() and (targets == -1).any()
-    result = knn(bank, bank_targets, features, targets, 8, k, temperature, chunk_elements=chunk_elements)
+    result = knn(
+        bank, bank_targets, features, targets, 8, k, temperature, chunk_elements=chunk_elements
+    )
     expected = slow_knn(bank, bank_targets, features, targets, 8, k, temperature)
     assert [r.item() for r in result] == pytest.approx(expected)
 
 
 def test_knn_weights_by_hand():
-    """One neighbour at similarity 1 against two at 0.8: exp(.2 / T) decides, so the answer turns at T = .2 / log 2."""
+    """One neighbour at similarity 1 wins against two at 0.8 while T is below .2 / log 2."""
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
     args = (bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 2, 3)
     turning = 0.2 / math.log(2)
     assert knn(*args, turning * 0.99)[0].item() == 100.0
     assert knn(*args, turning * 1.01)[0].item() == 0.0
-    assert knn(*args[:5], 1, 100.0)[0].item() == 100.0  # one neighbour: the temperature is irrelevant
+    assert (
+        knn(*args[:5], 1, 100.0)[0].item() == 100.0
+    )  # one neighbour: the temperature is irrelevant
 
 
 def test_knn_of_a_set_against_itself_and_extreme_temperatures():
     bank = torch.randn(50, 16, generator=generator())
     targets = torch.arange(50) % 10
     assert [x.item() for x in knn(bank, targets, 3 * bank, targets, 10, k=1)] == [100.0, 100.0]
-    assert knn(bank, targets, bank.bfloat16(), targets, 10, k=50, temperature=1e-4)[0].item() == 100.0
+    assert (
+        knn(bank, targets, bank.bfloat16(), targets, 10, k=50, temperature=1e-4)[0].item() == 100.0
+    )
 
 
 def test_knn_ranks_classes_without_votes_by_number():
@@ -170,7 +196,9 @@ def test_knn_top5_of_three_classes():
     g = generator()
     x = torch.randn(30, 4, generator=g)
     targets = torch.arange(30) % 3
-    assert knn(x, targets, torch.randn(9, 4, generator=g), torch.arange(9) % 3, 3)[1].item() == 100.0
+    assert (
+        knn(x, targets, torch.randn(9, 4, generator=g), torch.arange(9) % 3, 3)[1].item() == 100.0
+    )
 
 
 @pytest.mark.parametrize("side", ["bank", "query"])
@@ -185,7 +213,10 @@ def test_knn_without_labels(side):
 def test_gpu_agrees_and_never_waits():
     g = generator()
     bank, features = torch.randn(500, 32, generator=g), torch.randn(100, 32, generator=g)
-    bank_targets, targets = torch.randint(10, (500,), generator=g), torch.randint(10, (100,), generator=g)
+    bank_targets, targets = (
+        torch.randint(10, (500,), generator=g),
+        torch.randint(10, (100,), generator=g),
+    )
     here = knn(bank, bank_targets, features, targets, 10, 20)
     there = knn(bank.cuda(), bank_targets, features, targets, 10, 20)
     assert [x.item() for x in there] == pytest.approx([x.item() for x in here])
@@ -198,11 +229,13 @@ def test_gpu_agrees_and_never_waits():
     assert 0 < values[0].item() <= values[1].item() < 100
 
 
-# --- learning rates ---------------------------------------------------------------------------------------------------
+# --- learning rates ----------------------------------------------------------------------------
 
 
 def test_cosine_by_hand():
-    assert [cosine(0.4, t, 120) for t in (0, 40, 60, 80, 120)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0], abs=1e-15)
+    assert [cosine(0.4, t, 120) for t in (0, 40, 60, 80, 120)] == pytest.approx(
+        [0.4, 0.3, 0.2, 0.1, 0.0], abs=1e-15
+    )
     assert [cosine(1.0, t, 2, floor=0.2) for t in (0, 1, 2)] == pytest.approx([1.0, 0.6, 0.2])
     assert cosine(1.0, 3, 2, floor=0.2) == pytest.approx(0.2) and cosine(1.0, -1, 2) == 1.0
     assert cosine(1.0, 0.5, 1) == pytest.approx(0.5)
@@ -224,7 +257,9 @@ def test_step_both_conventions():
 
 
 def test_warmup_by_hand():
-    assert [warmup(0.4, t, 10) for t in (0, 1, 5, 10, 11)] == pytest.approx([0.0, 0.04, 0.2, 0.4, 0.4])
+    assert [warmup(0.4, t, 10) for t in (0, 1, 5, 10, 11)] == pytest.approx(
+        [0.0, 0.04, 0.2, 0.4, 0.4]
+    )
     assert [warmup(0.4, t, 10, start=0.1) for t in (0, 5)] == pytest.approx([0.1, 0.25])
     assert warmup(0.4, 0, 0) == 0.4
 
@@ -242,7 +277,14 @@ def test_set_lr_reaches_every_group():
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("120,160", (120, 160)), (" 160, 120 ", (120, 160)), ("", ()), ("30", (30,)), ([136, 166], (136, 166)), ([], ())],
+    [
+        ("120,160", (120, 160)),
+        (" 160, 120 ", (120, 160)),
+        ("", ()),
+        ("30", (30,)),
+        ([136, 166], (136, 166)),
+        ([], ()),
+    ],
 )
 def test_parse_milestones(text, expected):
     assert parse_milestones(text) == expected
@@ -252,5 +294,9 @@ def test_parse_milestones(text, expected):
 def test_parse_milestones_says_what_is_wrong(text):
     with pytest.raises(UsageError) as error:
         parse_milestones(text, flag="--schedule")
-    assert "--schedule" in str(error.value) and text in str(error.value) and "120,160,200" in str(error.value)
+    assert (
+        "--schedule" in str(error.value)
+        and text in str(error.value)
+        and "120,160,200" in str(error.value)
+    )
     assert error.value.code == 2

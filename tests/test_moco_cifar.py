@@ -31,14 +31,29 @@ def test_the_preset_is_the_notebook():
         32,
         False,
     )
-    assert (args.batch_size, args.lr, args.momentum, args.weight_decay, args.epochs) == (512, 0.06, 0.9, 5e-4, 200)
-    assert (args.moco_k, args.moco_m, args.moco_t, args.bn_splits, args.bn_running) == (4096, 0.99, 0.1, 8, "mean")
+    assert (args.batch_size, args.lr, args.momentum, args.weight_decay, args.epochs) == (
+        512,
+        0.06,
+        0.9,
+        5e-4,
+        200,
+    )
+    assert (args.moco_k, args.moco_m, args.moco_t, args.bn_splits, args.bn_running) == (
+        4096,
+        0.99,
+        0.1,
+        8,
+        "mean",
+    )
     assert (args.robust, args.num_nonsem, args.symmetric) == ("none", 0, False)
     assert (args.knn_every, args.knn_k, args.knn_t, args.knn_on) == (1, 200, 0.1, "output")
     rates = [script.learning_rate(args, epoch) for epoch in (0, 99, 199)]
     assert rates == pytest.approx([0.03 * (1 + math.cos(math.pi / 200)), 0.03, 0], abs=1e-12)
     plain = script.parse_args(["CIFAR", "--cos"])
-    assert script.learning_rate(plain, 0) == plain.lr and (plain.aug, plain.knn_on) == ("v1", "feature")
+    assert script.learning_rate(plain, 0) == plain.lr and (plain.aug, plain.knn_on) == (
+        "v1",
+        "feature",
+    )
     assert script.parse_args(["CIFAR", "--aug-plus"]).aug == "v2"
 
     recipe = script.recipe(args)
@@ -46,25 +61,40 @@ def test_the_preset_is_the_notebook():
     assert crop.scale == (0.08, 1.0) and isinstance(flip, augment.RandomHorizontalFlip)
     assert (jitter.p, grey.p, normal) == (0.8, 0.2, views.CIFAR)
     assert normal.mean == (0.4914, 0.4822, 0.4465) and normal.std == (0.2023, 0.1994, 0.2010)
-    assert views.plain_view(args, vars(args)).geometry == augment.ResizeCenterCrop(32, 32)  # nothing is cut off
+    assert views.plain_view(args, vars(args)).geometry == augment.ResizeCenterCrop(
+        32, 32
+    )  # nothing is cut off
     assert views.plain_view(plain, vars(plain)).geometry == augment.ResizeCenterCrop(256, 224)
 
 
 def test_keys_of_a_symmetric_step_fit_the_queue(capsys):
-    with pytest.raises(UsageError, match="--moco-k 64 must be a multiple of twice the global batch 64"):
-        script.parse_args(["DATA", "--moco-k", "64", "-b", "64", "--symmetric", "--input-res", "64"])
+    with pytest.raises(
+        UsageError, match="--moco-k 64 must be a multiple of twice the global batch 64"
+    ):
+        script.parse_args(
+            ["DATA", "--moco-k", "64", "-b", "64", "--symmetric", "--input-res", "64"]
+        )
 
 
 def test_symmetric_is_both_directions_against_one_queue():
     def model(symmetric):
         torch.manual_seed(0)
-        made = MoCo(Net, dim=8, queue_size=32, momentum=0.5, temperature=0.2, alpha=2.0, symmetric=symmetric)
+        made = MoCo(
+            Net, dim=8, queue_size=32, momentum=0.5, temperature=0.2, alpha=2.0, symmetric=symmetric
+        )
         with torch.no_grad():  # so that an update of the key encoder changes it
             made.encoder_q.conv.weight.add_(0.1)
         return made
 
-    one, two, t, u = torch.randn(2 + 2 * 2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(5)).split([1, 1, 2, 2])
-    one, two, t, u = one[0], two[0], t.transpose(0, 1), u.transpose(0, 1)  # two views, two negatives of each
+    one, two, t, u = torch.randn(
+        2 + 2 * 2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(5)
+    ).split([1, 1, 2, 2])
+    one, two, t, u = (
+        one[0],
+        two[0],
+        t.transpose(0, 1),
+        u.transpose(0, 1),
+    )  # two views, two negatives of each
     both, plain = model(True), model(False)
     logits, keys = both(one, two, (t, u), torch.Generator().manual_seed(1))
     there, keys_two = plain(one, two, t, torch.Generator().manual_seed(1))
@@ -88,13 +118,18 @@ def test_a_symmetric_step_of_the_script_is_the_sum_of_both_losses(flags):
     out = method.step(torch.randn(2, 32, 3, 8, 8), None)
     (logits, keys), labels = seen[0], torch.zeros(32, dtype=torch.long)
     assert logits.shape == (64, 1 + 64 + bool(flags)) and keys.shape == (64, 128)
-    torch.testing.assert_close(out["loss"], F.cross_entropy(logits[:32], labels) + F.cross_entropy(logits[32:], labels))
+    torch.testing.assert_close(
+        out["loss"], F.cross_entropy(logits[:32], labels) + F.cross_entropy(logits[32:], labels)
+    )
 
 
 @pytest.mark.parametrize("running", ["first", "mean"])
 def test_statistics_of_groups_step_by_step_and_as_a_compiler_is_given_them(running):
     x = torch.randn(2, 8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    norms = [batchnorm.split(nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), 2, running)[0] for _ in range(2)]
+    norms = [
+        batchnorm.split(nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), 2, running)[0]
+        for _ in range(2)
+    ]
     expected, alone = torch.stack([torch.zeros(4), torch.ones(4)]), nn.BatchNorm2d(4, momentum=0.3)
     for images in x:
         groups = []
@@ -104,10 +139,13 @@ def test_statistics_of_groups_step_by_step_and_as_a_compiler_is_given_them(runni
         kept = [stats for _, stats in groups]
         expected = sum(kept) / 2 if running == "mean" else kept[0]
         for norm, forward in zip(norms, (norms[0], norms[1]._at_once)):
-            torch.testing.assert_close(forward(images), torch.cat([out for out, _ in groups]), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                forward(images), torch.cat([out for out, _ in groups]), atol=1e-5, rtol=1e-5
+            )
             torch.testing.assert_close(torch.stack([norm.running_mean, norm.running_var]), expected)
     assert all(
-        norm.num_batches_tracked == 2 and norm.state_dict().keys() == alone.state_dict().keys() for norm in norms
+        norm.num_batches_tracked == 2 and norm.state_dict().keys() == alone.state_dict().keys()
+        for norm in norms
     )
     norms[0].eval()
     torch.testing.assert_close(norms[0](x[0, :1]), F.batch_norm(x[0, :1], *expected))
@@ -117,14 +155,23 @@ def test_a_run_that_stops_early_goes_on_exactly_and_evaluations_see_its_colours(
     flags = ["data/demo", *PRESET, *TINY, "--epochs", "2", "--symmetric"]
     script.main([*flags, "--ckpt_path", "whole"])
     script.main([*flags, "--ckpt_path", "parts", "--stop-after", "1"])
-    assert "stopped by --stop-after 1 after epoch 0; continue with --resume auto" in capsys.readouterr().out
-    records = [json.loads(line) for line in (workspace / "parts/metrics.jsonl").read_text().splitlines()]
+    assert (
+        "stopped by --stop-after 1 after epoch 0; continue with --resume auto"
+        in capsys.readouterr().out
+    )
+    records = [
+        json.loads(line) for line in (workspace / "parts/metrics.jsonl").read_text().splitlines()
+    ]
     assert records[-1]["epoch"] == 0 and records[-1]["knn_acc1"] > 0
     script.main([*flags, "--ckpt_path", "parts", "--resume", "auto", "--stop-after", "2"])
     said = capsys.readouterr().out
     assert "done: 2 epochs" in said and "unlike the run" not in said
-    whole, parts = (checkpoint.load(workspace / run / "checkpoint_last.pth.tar") for run in ("whole", "parts"))
-    assert equal(whole["state_dict"], parts["state_dict"]) and equal(whole["optimizer"], parts["optimizer"])
+    whole, parts = (
+        checkpoint.load(workspace / run / "checkpoint_last.pth.tar") for run in ("whole", "parts")
+    )
+    assert equal(whole["state_dict"], parts["state_dict"]) and equal(
+        whole["optimizer"], parts["optimizer"]
+    )
 
     saved = checkpoint.Saved(str(workspace / "parts/checkpoint_last.pth.tar"))
     args = main_lincls.parse_args(["data/demo", "--pretrained", "parts", "--input-res", "8"])

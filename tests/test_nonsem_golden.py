@@ -29,7 +29,11 @@ class TinyEncoder(nn.Module):
 
 
 def at(golden, prefix, step):
-    return {k.removeprefix(prefix): v if step is None else v[step] for k, v in golden.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v if step is None else v[step]
+        for k, v in golden.items()
+        if k.startswith(prefix)
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -37,9 +41,13 @@ def test_training_steps(name):
     golden = read(name)
     settings = {
         key: golden[symbol]
-        for key, symbol in dict(queue_size="K", momentum="m", temperature="T", alpha="alpha").items()
+        for key, symbol in dict(
+            queue_size="K", momentum="m", temperature="T", alpha="alpha"
+        ).items()
     }
-    model = MoCo(partial(TinyEncoder, golden), dim=golden["q"].shape[-1], mlp=bool(golden["mlp"]), **settings)
+    model = MoCo(
+        partial(TinyEncoder, golden), dim=golden["q"].shape[-1], mlp=bool(golden["mlp"]), **settings
+    )
     model.encoder_q.load_state_dict(at(golden, "enc_q.", 0))
     model.encoder_k.load_state_dict(at(golden, "enc_k_init.", None))
     model.queue.copy_(golden["queue_before"][0])
@@ -50,7 +58,9 @@ def test_training_steps(name):
         for key, value in at(golden, "enc_q.", step).items():
             close(model.encoder_q.state_dict()[key], value)
         logits, keys = model(*(golden[k][step] for k in ("im_q", "im_k", "im_t")), generator)
-        for key, value in at(golden, "enc_k.", step).items():  # the key encoder moves before it is used
+        for key, value in at(
+            golden, "enc_k.", step
+        ).items():  # the key encoder moves before it is used
             close(model.encoder_k.state_dict()[key], value)
         labels = torch.zeros(len(logits), dtype=torch.long)
         loss = F.cross_entropy(logits, labels)
@@ -74,7 +84,12 @@ def test_logits_and_gradient_alone(name):
     for step in range(len(golden["loss"])):
         q = golden["q"][step].clone().requires_grad_()
         logits = contrast_logits(
-            q, golden["k"][step], golden["queue_before"][step], golden["ts"][step], golden["T"], golden["alpha"]
+            q,
+            golden["k"][step],
+            golden["queue_before"][step],
+            golden["ts"][step],
+            golden["T"],
+            golden["alpha"],
         )
         close(logits, golden["logits"][step])
         F.cross_entropy(logits, golden["labels"][step]).backward()
@@ -103,7 +118,10 @@ def test_published_ranges_of_patch_sides_and_offsets():
     assert grid.side.unique().tolist() == [4, 5, 6]  # both ends are drawn
     for side in (4, 5, 6):
         for offset in (grid.top[grid.side == side], grid.left[grid.side == side]):
-            assert (offset.min(), offset.max()) == (0, 16 - side - 1)  # the last offset that fits is not
+            assert (offset.min(), offset.max()) == (
+                0,
+                16 - side - 1,
+            )  # the last offset that fits is not
             count = torch.bincount(offset.flatten()).float()
             assert (count / count.mean() - 1).abs().max() < 0.03
     everything = sample_patches(1000, 16, (4, 4), generator, inclusive=True)

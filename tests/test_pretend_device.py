@@ -57,8 +57,3 @@ def test_the_step_that_is_timed_on_a_gpu(answers):
     assert answer["error"] is None
     assert answer["numbers"]["MoCo, files, pictures/s"] > 0 < answer["numbers"]["moco_of_supervised"]
     assert answer["waits"] == []  # a step is given to a GPU without waiting for it
-
-
-def test_pictures_are_decoded_and_cut_on_the_device(answers):
-    answer = answers["decode jpegs"]
-    assert answer["error"] is None and answer["devices"] == ["npu"] and answer["equal"] == [True] * 3  # bit for bit

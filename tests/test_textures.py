@@ -19,9 +19,9 @@ from common.sets import open_tree
 from nonsem_neg import moco_non_sem_neg
 from nonsem_neg.textures import original_root_of, pair_by_path
 from preprocess import imagenet_texture_syn as syn
+from preprocess import texture_engines, texture_jobs, texture_options, texture_tree, workers
 from preprocess import texture_mrs as mrs
 from preprocess import texture_quilt as quilt
-from preprocess import workers
 from preprocess.workers import Interrupted
 
 SCRIPT = "preprocess/imagenet_texture_syn.py"
@@ -296,7 +296,7 @@ def test_patches_are_the_centre_and_any_place():
     seen = set()
     for down in range(20):
         for right in range(20):
-            centre, other = syn.patches_of(picture, 8, down, right)
+            centre, other = texture_jobs.patches_of(picture, 8, down, right)
             assert torch.equal(centre, whole[:, 1:9, 2:10])
             top, left = down % 3, right % 5
             assert torch.equal(other, whole[:, top : top + 8, left : left + 8])
@@ -306,14 +306,14 @@ def test_patches_are_the_centre_and_any_place():
 
 @pytest.mark.parametrize("size", [(5, 300), (300, 5), (1, 1), (1, 4000), (31, 31), (31, 32)])
 def test_small_sides_are_enlarged_first(size):
-    patches = syn.patches_of(photo(size=size), 32, 12345, 678910)
+    patches = texture_jobs.patches_of(photo(size=size), 32, 12345, 678910)
     assert patches.shape == (2, 3, 32, 32)
     flat = Image.new("RGB", size, (10, 200, 30))
-    assert colours(syn.patches_of(flat, 32, 12345, 678910)) == {(10, 200, 30)}
+    assert colours(texture_jobs.patches_of(flat, 32, 12345, 678910)) == {(10, 200, 30)}
 
 
 def settings(*flags):
-    return syn.settings_of(syn.parse_args(["--imagenet_path", "A", "--imagenet_t_path", "B", *flags]))
+    return texture_options.settings_of(syn.parse_args(["--imagenet_path", "A", "--imagenet_t_path", "B", *flags]))
 
 
 def test_patches_and_blocks_are_in_proportion_to_the_picture():
@@ -358,7 +358,7 @@ def test_textures_of_a_small_picture_hold_no_whole_object(tmp_path, capfd):
     assert (
         warned.startswith("warning: pictures below 96 pixels, such as ") and "d.png (32 x 32): a patch is 14" in warned
     )
-    loaded, _ = syn.load(settings(), syn.Job(str(tmp_path / "set" / "train" / "dot" / "d.png"), "train/dot/d.png", ""))
+    loaded, _ = texture_jobs.load(settings(), texture_jobs.Job(str(tmp_path / "set" / "train" / "dot" / "d.png"), "train/dot/d.png", ""))
     assert loaded.shape == (2, 3, 96, 96) and (loaded[0] > 130).float().mean() > 0.98  # the dot, no ground around it
     syn.main([*flags, "--imagenet_t_path", str(tmp_path / "P"), "--patch", "14", "--size", "32"])
     assert "a patch is 14 of its pixels" in capfd.readouterr().err
@@ -377,10 +377,10 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     for mode, ending in (("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"), ("RGBA", "png"), ("LA", "png")):
         photo(mode=mode).save(tmp_path / f"{mode}.{ending}")
     for file in tmp_path.iterdir():
-        image = syn.read_rgb(str(file))
+        image = texture_jobs.read_rgb(str(file))
         assert image.mode == "RGB" and np.asarray(image).std() > 20, file.name
     for name in ("16.png", "float.tif"):
-        assert np.abs(np.asarray(syn.read_rgb(str(tmp_path / name)))[..., 0] - grey / 257).max() <= 1
+        assert np.abs(np.asarray(texture_jobs.read_rgb(str(tmp_path / name)))[..., 0] - grey / 257).max() <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the command
@@ -457,9 +457,9 @@ def test_processes_and_gpu_threads_give_the_same_files(tree, tmp_path):
     args = syn.parse_args(["--imagenet_path", str(tree), "--imagenet_t_path", "unused", *SMALL["quilt"]])
     bad = tree / "train" / "fish" / "bad.JPEG"
     bad.write_bytes(b"not a picture")
-    jobs, _ = syn.list_jobs(tree, syn.open_splits(args), tmp_path / "threads")
-    assert len(syn.missing_of(jobs, 0)) == 7
-    done = [d for batch in syn.in_threads(syn.settings_of(args), [jobs[:3], jobs[3:]], "cpu", 2) for d in batch]
+    jobs, _ = texture_tree.list_jobs(tree, texture_tree.open_splits(args.imagenet_path, None, None), tmp_path / "threads")
+    assert len(texture_tree.missing_of(jobs, 0)) == 7
+    done = [d for batch in texture_jobs.in_threads(texture_options.settings_of(args), [jobs[:3], jobs[3:]], "cpu", 2) for d in batch]
     assert [d.name for d in done] == [job.name for job in jobs]
     assert [d.name for d in done if d.failure] == ["train/fish/bad.JPEG"]
     assert files(tmp_path / "threads") == files(tmp_path / "one")
@@ -563,7 +563,7 @@ def test_only_regular_files_are_read_and_what_is_too_large_is_named(tree, tmp_pa
     run_script(SCRIPT, *flags, timeout=60)
     assert len(files(tmp_path / "T")) == 6
     with pytest.raises(OSError, match="not a regular file"):
-        syn.read_rgb(str(tree / "train" / "bird" / "pipe.png"))
+        texture_jobs.read_rgb(str(tree / "train" / "bird" / "pipe.png"))
     (tree / "train" / "bird" / "pipe.png").unlink()
 
     def read(path, read=workers.read):
@@ -691,7 +691,7 @@ def fake_binary(tmp_path, monkeypatch):
     """A program in the place of texture-synthesis that notes its arguments and copies its first example."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    program = folder / syn.BINARY
+    program = folder / texture_engines.BINARY
     program.write_text(
         "#!/bin/sh\n"
         f'for word in "$@"; do echo "$word" >> "{tmp_path}/words"; done\n'
@@ -716,8 +716,8 @@ def test_embark_is_called_with_options_before_generate(fake_binary, tree, tmp_pa
     assert words[:2] == ["--out-size", "40"] and len(words) == at + 3
     assert all(w.endswith(".png") for w in words[at + 1 :]) and words[at - 2] == "--out"
     assert words[words.index("--threads") + 1] == "1"
-    assert int(words[words.index("--seed") + 1]) == syn.draws_of("val/bird/b0.JPEG", 0)[0]
-    expected = syn.patches_of(syn.read_rgb(str(tree / "val" / "bird" / "b0.JPEG")), 40, 0, 0)[0]
+    assert int(words[words.index("--seed") + 1]) == texture_jobs.draws_of("val/bird/b0.JPEG", 0)[0]
+    expected = texture_jobs.patches_of(texture_jobs.read_rgb(str(tree / "val" / "bird" / "b0.JPEG")), 40, 0, 0)[0]
     made = np.asarray(Image.open(tmp_path / "T" / "val" / "bird" / "b0.png"))
     assert np.array_equal(made, expected.permute(1, 2, 0).numpy())
     recorded = json.loads((tmp_path / "T" / "textures.json").read_text())["settings"]
@@ -732,7 +732,7 @@ def test_embark_failing_is_a_failure_of_the_picture(fake_binary, tree, tmp_path)
 
 def test_embark_missing_says_where_it_comes_from(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    refuse(["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T", "--engine", "embark"], "PATH", syn.SOURCE)
+    refuse(["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T", "--engine", "embark"], "PATH", texture_engines.SOURCE)
     assert not (tmp_path / "T").exists()
 
 

@@ -2,65 +2,111 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from common import augment, launch
+from common import UsageError, UserError, augment, launch, printable
 from common.precision import Precision
-from runner import checkpoint
+from runner import checkpoint, papers, pretrained
 from runner.linear import Spec
 
 
 @dataclass
-class Reopened:
+class Classifier:
     """A trained classifier with its network.
 
-    logits: images (N, 3, S, S) on the device -> float32 (N, C). view: the evaluation's, geometry
-    included. args: the flags with what the files say. network_file: the checkpoint of the network.
+    logits: images (N, 3, S, S) on the device -> float32 (N, outputs). view: that of the evaluation,
+    geometry included. digest: of all weights. origin: what result.json says of the classifier.
     """
 
     logits: Callable[[Tensor], Tensor]
     view: augment.Compose
-    args: Any
-    network_file: checkpoint.Saved
-    classes: int
+    outputs: int
     digest: str
+    origin: dict
 
 
 def reopen(
-    spec: Spec,
     saved: checkpoint.Saved,
     network: str,
     side: int | None,
     process: launch.Process,
     precision: Precision,
-) -> Reopened:
-    """Open the classifier in `saved`, written by the script of `spec`.
+) -> Classifier:
+    """Open the classifier in `saved`, a file of any linear evaluation, ours or the authors'.
 
-    network: path of its network, for files that hold a classifier alone. side: of the input in
-    pixels; None: that of the linear evaluation. Raises UserError where the files do not fit.
+    network: path of its network, for files that hold a classifier alone; "": where it was then.
+    side: of the input in pixels; None: that of the linear evaluation. Raises UserError where the
+    file holds no classifier, or its network is not there or another one.
     """
+    paper = _paper_of(saved)
+    spec = paper.linear()
+    network = network or _network_of(saved, spec)
     with saved.within():
         args = spec.parse_args(_argv(spec, saved, network, side))
         if spec.whole:
             source, args = saved, spec.whole(saved, args)
         else:
             source, args = spec.read(args)
-        classes = _outputs(saved)
-        model, classifier = spec.network(source, args, classes, process)
+        state = _weights(saved)
+        outputs = [len(value) for name, value in state.items() if name.endswith("weight")][-1]
+        model, classifier = spec.network(source, args, outputs, process)
         spec.load(model, classifier.eval(), saved)
-        digest = spec.digest(source, model)
+        digest = "" if spec.whole else spec.digest(source, model)
+    if digest and saved.get("digest", digest) != digest:
+        raise UserError(
+            f"{saved.path} is a classifier on another network than {network}: "
+            "give that with --network"
+        )
 
     def logits(images: Tensor) -> Tensor:
         with precision.autocast():
             features = spec.embed(model, images, args)
         return classifier(features.float())
 
-    view = spec.recipe(args, source, False)
-    return Reopened(logits, view, args, source, classes, digest)
+    return Classifier(
+        logits,
+        spec.recipe(args, source, False),
+        outputs,
+        checkpoint.fingerprint(state) + digest,
+        _origin(paper, spec, saved, source, args),
+    )
+
+
+def _paper_of(saved: checkpoint.Saved) -> papers.Paper:
+    """Return the paper whose linear evaluation wrote this file. Raises UserError."""
+    known = papers.find()
+    script = saved.get("script")
+    for paper in known.values():
+        spec = paper.linear()
+        is_whole = "classifier" not in saved
+        if script == paper.evaluation:
+            return paper
+        if script is None and is_whole == bool(spec.whole) and spec.is_published(saved):
+            return paper
+    evaluations = ", ".join(paper.evaluation for paper in known.values())
+    if script is not None and papers.of_script(script) is None:
+        name = printable(str(script))[:80]
+        raise UserError(f"{saved.path} is of {name}: this evaluates those of {evaluations}")
+    raise UserError(
+        f"{saved.path} holds no classifier of {evaluations}: give a checkpoint of a linear "
+        "evaluation, not of pre-training"
+    )
+
+
+def _network_of(saved: checkpoint.Saved, spec: Spec) -> str:
+    """Return where the network of a classifier was then. Raises UsageError where it is gone."""
+    network = saved.get("network") or str((saved.get("opt") or {}).get(spec.flag, ""))
+    if not spec.whole and not os.path.exists(network):
+        raise UsageError(
+            f"{saved.path} is a classifier on {printable(network)}, which is not there: "
+            "give it with --network"
+        )
+    return network
 
 
 def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -> list[str]:
@@ -71,7 +117,7 @@ def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -
     argv = [*spec.argv]
     if not spec.whole:
         argv.append(f"--{spec.flag}={network}")
-    for name in (*spec.reopened, spec.side):
+    for name in dict.fromkeys((*spec.reopened, spec.side)):
         value = flags.get(name)
         if value is True:
             argv.append(f"--{name}")
@@ -80,8 +126,37 @@ def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -
     return argv
 
 
-def _outputs(saved: checkpoint.Saved) -> int:
-    """Return the number of classes of a classifier: the rows of its last weight."""
+def _weights(saved: checkpoint.Saved) -> dict[str, Tensor]:
     state = saved.get("classifier") or saved["state_dict"]
-    weights = [value for name, value in state.items() if name.endswith("weight")]
-    return len(weights[-1])
+    return {name: value for name, value in state.items() if torch.is_tensor(value)}
+
+
+def _origin(paper: papers.Paper, spec: Spec, saved, source, args) -> dict:
+    """Return what result.json says of the classifier: network, pre-training, settings, label.
+
+    settings: flags of the pre-training that two seeds of one experiment have in common.
+    """
+    flags = saved.get("pretrained_args") if spec.whole else source.get("opt")
+    flags = flags or {}
+    own = spec.result(args, source)
+    if spec.whole:
+        network = saved.get("network") or saved.get("pretrained")
+        origin = {
+            "epochs": saved.get("pretrained_epoch"),
+            "seed": flags.get("seed"),
+            "pretrained": network,
+            **saved.how_far(),
+        }
+    else:
+        origin = pretrained.origin(source)
+    label = spec.label(args, source)
+    if not label:
+        label = os.path.basename(os.path.dirname(os.path.abspath(origin["pretrained"])))
+    settings = {name: flags[name] for name in paper.settings if name in flags}
+    return {
+        "label": label,
+        "arch": getattr(args, "model", None) or args.arch,
+        **origin,
+        **own,
+        "settings": settings | own,
+    }

@@ -1,0 +1,175 @@
+"""Sets of pictures as the loader sees them: files to decode, or arrays of one size."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import UserError, printable
+
+
+class BadPicture(UserError):
+    """A file that cannot be decoded: its `row`, its `path`, and the `reason` in a few words."""
+
+
+class PictureSet:
+    """Pictures with labels.
+
+    targets: int64 (N,), the class index of each picture, -1 where there is none.
+    classes: the class names in the order of their indices.
+    notes: lines worth printing at the start of a run.
+
+    A subclass has `open(row)`, which returns a picture, and `path(row)`, which says where it lies.
+    """
+
+    def __init__(
+        self, targets: Sequence[int], classes: Sequence[str], name: str, places: np.ndarray
+    ):
+        self.targets = torch.as_tensor(targets, dtype=torch.int64)
+        self.classes = list(classes)
+        self.name = name
+        self.notes = []
+        self.held = None  # common.data keeps the decoded pictures here
+        self._places = places  # where every picture lies
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "held": None}  # the copy on the device stays in this process
+
+    def select(self, rows: Sequence[int]) -> PictureSet:
+        """Return the same set restricted to these rows, in this order; class indices stay."""
+        rows = np.asarray(rows, dtype=np.int64)
+        part = copy.copy(self)  # leaves out what __getstate__ does
+        part.targets = self.targets[torch.from_numpy(rows)]
+        part.notes = list(self.notes)
+        part._places = self._places[rows]
+        return part
+
+
+class FolderSet(PictureSet):
+    """Pictures on disk; paths are relative to root, or absolute."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Sequence[int],
+        classes: Sequence[str],
+        root: str | Path,
+    ):
+        # Workers share one byte array without copying it. Of a million str objects they would
+        # write the reference counts, and pickling them takes long.
+        places = np.array([os.fsencode(path) for path in paths] or [b""])
+        super().__init__(targets, classes, "/".join(Path(root).parts[-2:]), places)
+        self.root = str(root)
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._places[row]))
+
+    @property
+    def paths(self) -> list[str]:
+        """All full paths, a new list at every call."""
+        return [self.path(row) for row in range(len(self))]
+
+    def open(self, row: int) -> Image.Image:
+        """Return the picture, its header read and its pixels not yet decoded. Raises BadPicture."""
+        try:
+            with open(self.path(row), "rb") as file:
+                return Image.open(BytesIO(file.read()))
+        except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
+            raise self.bad_picture(row, error) from None
+
+    def bad_picture(self, row: int, error: Exception) -> UserError:
+        """Return the error to raise where a decoder raised `error`.
+
+        It is a BadPicture, which may be skipped, unless the memory does not suffice.
+        """
+        path = printable(self.path(row))
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the latter of torch
+            return UserError(f"{path}: too large for the memory: remove it, or make it smaller")
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow refuses"
+        elif isinstance(error, OSError) and error.errno is not None:
+            reason = error.strerror.lower()  # missing, no permission, input/output error
+        else:
+            reason = "not a picture or truncated"
+        bad = BadPicture(
+            f"{path}: {reason} (--skip-bad-images replaces such files and counts them)"
+        )
+        bad.row = row
+        bad.path = self.path(row)
+        bad.reason = reason
+        return bad
+
+
+class ArraySet(PictureSet):
+    """Pictures of one size that need no decoding, in memory or in a memory-mapped file.
+
+    images: uint8 (N, 3, H, W), or an .npy file (N, H, W, 3) of which only what is asked for is
+    read, and which processes share. sources: the file each picture was made from.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Path,
+        targets: Sequence[int],
+        classes: Sequence[str],
+        name: str = "pictures",
+        sources: Sequence[str] = (),
+    ):
+        super().__init__(targets, classes, name, np.arange(len(targets)))
+        self.file = images if isinstance(images, Path) else None
+        self._images = None if isinstance(images, Path) else images
+        self._sources = sources
+        shape = tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[:2] != (len(self), 3):
+            raise ValueError(
+                f"images must be uint8 (N, 3, H, W) with N targets, got {self.images.dtype} {shape}"
+            )
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 (M, 3, H, W), with those that `select` left out; a file is mapped read only."""
+        if self._images is None:  # every process maps the file anew
+            with warnings.catch_warnings():  # torch has no read-only tensors and warns of that
+                warnings.simplefilter("ignore", UserWarning)
+                pixels = torch.from_numpy(np.load(self.file, mmap_mode="r"))
+            self._images = pixels.permute(0, 3, 1, 2)
+        return self._images
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every picture."""
+        return tuple(self.images.shape[-2:])
+
+    def path(self, row: int) -> str:
+        place = self._places[row]
+        text = f"{self.file or self.name}[{place}]"
+        return f"{text} ({self._sources[place]})" if self._sources else text
+
+    def open(self, row: int) -> Tensor:
+        """Return uint8 (3, H, W), part of `images`."""
+        return self.images[self._places[row]]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return a copy of these rows, uint8 (len(rows), 3, H, W), on the device of `images`."""
+        rows = torch.from_numpy(self._places[rows.numpy()])
+        rows = rows.to(self.images.device, non_blocking=True)
+        if self.file is None:
+            return self.images.index_select(0, rows)
+        pixels = self.images.permute(0, 2, 3, 1).index_select(0, rows)  # in the order of the file
+        return pixels.permute(0, 3, 1, 2)
+
+    def __getstate__(self) -> dict:
+        # A map is not pickled: the copy would be all pixels.
+        return {**super().__getstate__(), "_images": self._images if self.file is None else None}

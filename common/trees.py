@@ -1,0 +1,235 @@
+"""Trees of picture files: folders of splits and classes, the files in them, and class lists."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision import datasets as tv_datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from common import UsageError, printable
+from common.pictures import FolderSet
+
+SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folders of a split; the first there wins
+TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
+
+
+def open_tree(
+    folder: str | Path,
+    *,
+    class_list: str | Path | Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    subset: bool = False,
+) -> FolderSet:
+    """Open all pictures under folder/<class>/, in the order of torchvision's ImageFolder.
+
+    class_list leaves other folders out: a file that names folders which must be there, or a
+    sequence of names of which some may be missing. classes fixes the class names and their labels;
+    the folders must be exactly these, or with subset=True some of them (ImageNet-R has 19 of the
+    ImageNet-100 classes). Raises UsageError.
+    """
+    folder = existing(folder)
+    names = folders_in(folder)
+    if not names:
+        raise UsageError(
+            f"{folder}: no class folders in it; expected {folder}/<class>/<picture>.jpg"
+        )
+    if isinstance(class_list, (str, Path)):
+        names = listed(folder, names, class_list)
+    elif class_list is not None:
+        names = sorted(set(names) & set(class_list))
+    if classes is None:
+        classes = names
+    else:
+        require_classes(folder, names, classes, subset)
+    labels = {name: label for label, name in enumerate(classes)}
+    paths, targets, empty = [], [], []
+    for name in names:
+        files = pictures_below(folder, name)
+        paths += files
+        targets += [labels[name]] * len(files)
+        if not files:
+            empty.append(name)
+    if empty:
+        raise UsageError(
+            f"{folder}: class folder without any picture: {few(empty)}; put pictures in, remove "
+            "the folder, or name the classes to use with --class-list "
+            f"(pictures end in {' '.join(IMG_EXTENSIONS)})"
+        )
+    return FolderSet(paths, targets, classes, folder)
+
+
+def open_unlabelled(root: Path, folder: Path, paths: list[str]) -> FolderSet:
+    """Open pictures without classes; `folder` is root or its train/, paths are relative to it."""
+    others = sorted({*folders_in(root)} - {"train", *SPLIT_NAMES["val"]})
+    if folder != root and others:  # a class may be called train
+        raise UsageError(
+            f"{root}: train/ holds no class folders, and beside it is {few(others)}: give {folder} "
+            "for its pictures alone, or move class folders into a new train/"
+        )
+    opened = FolderSet(paths, [-1] * len(paths), [], folder)
+    note = f"no train/CLASS/*, so its {len(paths)} pictures are taken without labels"
+    opened.notes.append(f"{folder}: {note}")
+    return opened
+
+
+class Folder(NamedTuple):
+    """One folder of a tree: its path relative to the tree, and the names of what lies in it."""
+
+    path: str
+    folders: list[str]
+    files: list[str]
+    others: list[str]
+
+
+def walk(tree: str | Path, below: str = "") -> list[Folder]:
+    """List the folder tree/below and all folders in it, sorted by path. Links are followed.
+
+    Raises OSError where a folder cannot be read.
+    """
+    listing = []
+    waiting = [(below, [])]
+    while waiting:
+        path, above = waiting.pop()
+        trail = [*above, os.path.join(tree, path)]
+        folder = Folder(path, [], [], [])
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for entry in os.scandir(trail[-1]):
+                if entry.is_file(follow_symlinks=False):
+                    folder.files.append(entry.name)
+                else:
+                    getattr(folder, _kind(entry, trail)).append(entry.name)
+        listing.append(folder)
+        waiting += [(os.path.join(path, name), trail) for name in folder.folders]
+    return sorted(listing)
+
+
+def _kind(entry: os.DirEntry, trail: Sequence[str | Path]) -> str:
+    """Return the field of Folder that the entry belongs to.
+
+    A link to nothing is a file, so that opening it names it. Pipes and devices, which may not be
+    opened, and links back to a folder that contains one of `trail` are others.
+    """
+    try:
+        if not entry.is_dir():
+            return "files" if entry.is_file() or not os.path.exists(entry.path) else "others"
+    except OSError:  # a link to itself
+        return "files"
+    if entry.is_symlink():
+        target = Path(entry).resolve()
+        if any(Path(folder).resolve().is_relative_to(target) for folder in trail):
+            return "others"
+    return "folders"
+
+
+def folders_in(folder: str | Path) -> list[str]:
+    """Return the names of the folders directly in it, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if _kind(entry, [folder]) == "folders")
+
+
+def pictures_below(tree: str | Path, class_name: str = "") -> list[str]:
+    """Return paths relative to tree, of all depths, in the order of torchvision's make_dataset."""
+    return [
+        os.path.join(folder.path, name)
+        for folder in walk(tree, class_name)
+        for name in sorted(folder.files)
+        if name.lower().endswith(IMG_EXTENSIONS)
+    ]
+
+
+def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
+    """Return the folder of a split below `root`: train/, or val/ (else test/, else validation/).
+
+    bare: a root in which there is no split is itself the folder. Raises UsageError.
+    """
+    if split not in ("train", "val", "test"):
+        raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
+    root = existing(root)
+    names = ["train"] if split == "train" else SPLIT_NAMES["val"]
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    if (root / "train.json").exists() or (root / "val.json").exists():
+        raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
+    absent = f"{root}: no {names[0]}/ folder"
+    for dataset, class_name in TORCHVISION_SETS.items():
+        files = getattr(tv_datasets, class_name).base_folder
+        if (root / files).is_dir():
+            raise UsageError(f"{absent}, but {files}/: add --dataset {dataset}")
+    if split == "train":
+        for name in folders_in(root):
+            if (root / name / "train").is_dir():
+                raise UsageError(f"{absent}, but {name}/train/: give {root / name}")
+    if bare and not any((root / name).is_dir() for name in SPLIT_NAMES["val"]):
+        return root
+    if root.name in ("train", *SPLIT_NAMES["val"]):
+        raise UsageError(f"{absent}: if it holds class folders, give its parent {root.parent}")
+    if len(names) > 1:
+        absent += f" (nor {'/, '.join(names[1:])}/)"
+    raise UsageError(f"{absent}: move class folders into it, or say with --dataset what {root} is")
+
+
+def existing(folder: str | Path) -> Path:
+    """Return the folder as a Path. Raises UsageError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise UsageError(f"{folder}: {reason}")
+    return folder
+
+
+def require_classes(
+    place: str | Path, names: Sequence[str], classes: Sequence[str], subset: bool = False
+) -> None:
+    """Raise UsageError unless `names` are the training set's classes, or a subset of them."""
+    missing = sorted(set(classes) - set(names))
+    extra = sorted(set(names) - set(classes))
+    differences = []
+    if missing and not subset:
+        differences.append(f"lacks {few(missing)}")
+    if extra:
+        differences.append(f"has {few(extra)} on top")
+    if differences:
+        raise UsageError(
+            f"{place}: not the class folders of the training set: it {' and '.join(differences)}; "
+            "make them the same, or name the classes to use with --class-list"
+        )
+
+
+def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> list[str]:
+    """Return class names, sorted as labels are: the first word of every line ("n01558993 robin").
+
+    present: names that count as a whole line, for class folders with spaces in their names.
+    Raises UsageError where the file is no text.
+    """
+    try:
+        text = Path(class_list).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UsageError(f"--class-list {class_list}: {reason}") from None
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    return sorted({line if line in present else line.split()[0] for line in lines})
+
+
+def listed(place: Path, names: Sequence[str], class_list: str | Path) -> list[str]:
+    """Return the classes of a class list, all of which must be in `names`. Raises UsageError."""
+    classes = read_class_list(class_list, set(names))
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        reason = f"no such class folder in {place}: {few(unknown)}"
+        raise UsageError(f"--class-list {class_list}: {reason}")
+    if not classes:
+        reason = "names no class; expected one class folder per line"
+        raise UsageError(f"--class-list {class_list}: {reason}")
+    return classes
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list as a message shows them, and how many there are."""
+    text = ", ".join(map(printable, names[:most]))
+    return f"{text}, ... ({len(names)} in all)" if len(names) > most else text

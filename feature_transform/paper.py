@@ -1,0 +1,42 @@
+"""What this folder is, for the tools."""
+
+from runner.papers import Layout, Paper
+
+PAPER = Paper(
+    title="Improving Contrastive Learning by Visualizing Feature Transformation",
+    pretraining="feature_transform/main_contrast.py",
+    evaluation="feature_transform/main_linear.py",
+    checkpoints=("ckpt_epoch_*.pth", "current.pth"),
+    last="current.pth",
+    best="best.pth",
+    layouts=(Layout(r"encoder\."), Layout(r"(encoder[12])\.")),
+    signs=r"opt\.mixnorm$|^model\.module\.(encoder|head)",
+    colours="feature_transform.views:of_checkpoint",
+    settings=(
+        "method",
+        "mem",
+        "aug",
+        "head",
+        "nce_t",
+        "nce_k",
+        "alpha",
+        "mixnorm",
+        "mixnorm_target",
+        "mask_distribution",
+        "dim_mask",
+        "sep_alpha",
+        "pos_alpha",
+        "neg_alpha",
+        "beta_alpha",
+        "expolation_mask",
+        "postmix_norm",
+        "norm_target",
+        "mix_start_epoch",
+        "learning_rate",
+        "batch_size",
+        "cosine",
+        "input_res",
+        "small_stem",
+    ),
+    settles="transformed features at longer budgets",
+)

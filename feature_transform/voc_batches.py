@@ -1,0 +1,132 @@
+"""Batches of pictures of different sizes with their objects, for a detector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from common import UserError
+from common.data import quiet_worker
+from feature_transform.voc import Objects, Pictures
+
+
+class View(NamedTuple):
+    """How a picture reaches the network.
+
+    flip: probability of mirroring. min_size: the shorter side in pixels, one of them drawn.
+    max_size: the longer side is at most this.
+    """
+
+    flip: float
+    min_size: tuple[int, ...]
+    max_size: int
+
+
+class Loader:
+    """Batches of (pictures, objects, rows) on the device, for runner.loop.Job.
+
+    Pictures (3, H, W) in [0, 1] have different sizes. They are an endless stream: all pictures in
+    an order drawn from `seed`, then all in another one. Step i of the run takes the `batch_size` of
+    each rank that come next, wherever the run was stopped. An "epoch" of the job is `part` steps.
+    """
+
+    mode = "host"  # what the job asks of a loader
+    bad_images = ()
+    view_seconds = 0.0
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        view: View,
+        schedule: tuple[int, int],
+        batch_size: int,
+        seed: int,
+        process,
+        workers: int,
+    ):
+        self.dataset = pictures
+        self.views = (view,)
+        self.steps, self.part = schedule
+        self.batch_size = batch_size
+        self.seed = seed
+        self.process = process
+        self.workers = workers
+        self.wait_seconds = 0.0
+        self.rounds: dict[int, tuple[Tensor, Tensor]] = {}  # the last two: order, mirrored or not
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.first = (epoch - 1) * self.part
+        self.start = start
+
+    def __len__(self) -> int:
+        return min(self.part, self.steps - self.first)
+
+    def plan(self, step: int) -> list[tuple[int, bool]]:
+        """Return (row, mirrored) of this rank's pictures at global step `step` (from 0)."""
+        planned = []
+        for i in range(self.batch_size):
+            place = (step * self.batch_size + i) * self.process.world_size + self.process.rank
+            number, place = divmod(place, len(self.dataset))
+            order, flips = self._round(number)
+            planned.append((int(order[place]), bool(flips[place])))
+        return planned
+
+    def _round(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the order of the pictures in a round, and which of its places are mirrored."""
+        if number not in self.rounds:
+            n = len(self.dataset)
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
+            flips = torch.rand(n, generator=generator) < self.views[0].flip
+            kept = dict(list(self.rounds.items())[-1:])
+            self.rounds = {**kept, number: (torch.randperm(n, generator=generator), flips)}
+        return self.rounds[number]
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[Objects], Tensor]]:
+        plans = [self.plan(step) for step in range(self.first + self.start, self.first + len(self))]
+        batches = decoded(self.dataset, plans, self.workers, self.process.device)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
+class _Decoded:
+    """What a worker does: a row of the plan becomes a picture, or the error that it raises."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, planned: tuple[int, bool]):
+        try:
+            return planned[0], *self.pictures.decode(*planned)
+        except UserError as error:
+            return error
+
+
+def decoded(pictures: Pictures, plans: list, workers: int, device) -> Iterator:
+    """Yield (pictures, objects, rows) of every list of (row, mirrored) in `plans`, in order."""
+    batches = DataLoader(
+        _Decoded(pictures),
+        batch_sampler=plans,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # a number is drawn for the workers: not from the run's own
+    )
+    for items in batches:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+        rows, images, objects = zip(*items)
+        images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
+        objects = [Objects(*(part.to(device) for part in thing)) for thing in objects]
+        yield images, objects, torch.tensor(rows)

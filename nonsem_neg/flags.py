@@ -1,0 +1,102 @@
+"""Flags of the paper's own idea, and those that both scripts share, in their published spelling."""
+
+from __future__ import annotations
+
+import argparse
+
+from common import UsageError, cli
+from nonsem_neg import textures
+from nonsem_neg.negatives import check_patch_range
+
+NO_DATA = "no data: give DATA, a tree with train/CLASS/*, or --demo for built-in pictures"
+
+
+class Positional(argparse.Action):
+    """An optional positional argument which leaves alone what an option of its name has set."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values is not self.default:
+            setattr(namespace, self.dest, values)
+
+
+def add_data_argument(group, about: str) -> None:
+    """Add DATA, which is published as a positional argument, and the common spelling --data."""
+    group.add_argument("data", nargs="?", action=Positional, help=about)
+    group.add_argument("--data", metavar="DATA", help="the same, as an option")
+
+
+def add_sgd_arguments(
+    group, *, epochs: int, lr: float, schedule: list[int], weight_decay: float
+) -> None:
+    """Add batch, SGD and a schedule of steps. The values are the published defaults."""
+    group.add_argument(
+        "--epochs", type=cli.positive_int, default=epochs, help="epochs to run in all"
+    )
+    about = "first epoch, counted from 0 (a resume sets it)"
+    group.add_argument("--start-epoch", type=cli.count, default=0, help=about)
+    about = "global batch over all processes"
+    group.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
+    about = "not scaled with the batch"
+    group.add_argument("--lr", "--learning-rate", type=cli.positive, default=lr, help=about)
+    about = "epochs of a 10x drop"
+    group.add_argument("--schedule", type=int, nargs="*", default=schedule, help=about)
+    group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    group.add_argument(
+        "--wd",
+        "--weight-decay",
+        dest="weight_decay",
+        type=cli.not_negative,
+        default=weight_decay,
+        help="weight decay",
+    )
+
+
+def add_negatives_arguments(group) -> None:
+    """Add the flags of the paper's own idea."""
+    about = "kind of non-semantic negative; none: plain MoCo"
+    kinds = ["patch", "texture", "none"]
+    group.add_argument("--robust", choices=kinds, default="patch", type=robust_name, help=about)
+    about = "non-semantic negatives per image (0: plain MoCo)"
+    group.add_argument("--num-nonsem", type=cli.count, default=1, help=about)
+    about = "factor of their similarity, inside the exponent"
+    group.add_argument("--alpha", type=float, default=1.0, help=about)
+    about = "patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion"
+    sides = ("MIN", "MAX")
+    group.add_argument(
+        "--patch-ratio", "--patch-range", type=int, nargs=2, metavar=sides, help=about
+    )
+    about = "also draw the last offset, which the paper's code never does"
+    group.add_argument("--patch-inclusive", action="store_true", help=about)
+    about = "mirror and rotate every patch by chance"
+    group.add_argument("--patch-turn", action="store_true", help=about)
+    about = "key batch-norm of non-semantic images: batch statistics, as published, or running ones"
+    group.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=about)
+    about = "tree of textures, paired by path; default: DATA, its originals without -texture"
+    group.add_argument("--texture-root", help=about)
+
+
+def robust_name(kind: str) -> str:
+    """Return --robust from its spelling in the README of October 2021."""
+    return {"nonsem": "patch", "texture_syn": "texture"}.get(kind, kind)
+
+
+def settle_textures(args) -> None:
+    """Find the tree of textures and that of their originals."""
+    if args.demo and not args.texture_root and "-texture" not in args.data:
+        args.texture_root = args.data + "-texture"
+    if args.num_nonsem > 1:
+        raise UsageError(
+            f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1"
+        )
+    if not args.texture_root:  # DATA is the texture tree, as published
+        args.texture_root = args.data
+        args.data = str(textures.original_root_of(args.data))
+    textures.check_roots(args.data, args.texture_root, args.dataset)
+
+
+def check_patches(args) -> None:
+    """Raise UsageError where such patches cannot be drawn from pictures of --input-res."""
+    try:
+        check_patch_range(*args.patch_ratio, args.input_res, args.patch_inclusive)
+    except ValueError as error:
+        raise UsageError(f"--patch-ratio with --input-res {args.input_res}: {error}") from None

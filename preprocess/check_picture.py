@@ -1,0 +1,202 @@
+"""Open and decode one picture as the data loader does, and return everything wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import crops
+
+# kind of a finding for a colour mode of Pillow
+MODES = {
+    "RGB": None,
+    "1": "grey",
+    "L": "grey",
+    "LA": "alpha",
+    "La": "alpha",
+    "RGBA": "alpha",
+    "RGBa": "alpha",
+    "RGBX": "alpha",
+    "PA": "alpha",
+    "P": "palette",
+    "CMYK": "CMYK",
+    "F": "float",
+}
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_BIT_DEPTH = 24  # place of that byte in a file
+EXIF_ORIENTATION = 0x0112
+
+
+class Seen(NamedTuple):
+    """One file as it was examined. Numbers are 0 and the digest is empty where it was unreadable.
+
+    findings: (kind, detail) each; check_images.KINDS lists the kinds.
+    """
+
+    findings: list[tuple[str, str]]
+    width: int = 0
+    height: int = 0
+    bytes: int = 0
+    digest: bytes = b""  # 16 bytes, of the file's content
+
+
+def examine(path: str, min_side: int = 32) -> Seen:
+    """Read, decode and describe one picture; everything wrong with it is a finding, not an error.
+
+    min_side: a shorter side is a finding, pixels.
+    """
+    try:
+        return _examine(path, min_side)
+    except MemoryError:
+        return Seen([("too large", "for the memory that was free")])
+
+
+def _examine(path: str, min_side: int) -> Seen:
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        is_broken_link = os.path.islink(path) and not os.path.exists(path)
+        return Seen([("unreadable", "broken link" if is_broken_link else error.strerror.lower())])
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            image = Image.open(BytesIO(content))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
+        return Seen([_why_not_a_picture(content, error)], bytes=len(content))
+    width, height = image.size
+    findings: list[tuple[str, str]] = []
+    seen = Seen(findings, width, height, len(content), digest)
+    try:
+        complaint = _decode(image, content)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch's MemoryError
+            raise MemoryError from None
+        return seen._replace(findings=[("truncated", _why_not_decoded(image, content, error))])
+    turned = 1
+    with warnings.catch_warnings(record=True) as caught_later, contextlib.suppress(Exception):
+        warnings.simplefilter("always")
+        turned = image.getexif().get(EXIF_ORIENTATION, 1)
+    for warning in (caught + caught_later)[:1]:
+        findings.append(("metadata", _one_line(str(warning.message))))
+    if complaint:
+        findings.append(("damaged", complaint))
+    if min(width, height) < min_side:
+        findings.append(("tiny", f"{width} x {height}"))
+    findings += _describe(image, content, path, turned)
+    return seen
+
+
+def _decode(image: Image.Image, content: bytes) -> str:
+    """Decode all pixels with the decoder of training.
+
+    Returns libjpeg's complaint about a damaged stream, or "".
+    """
+    by_libjpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if crops.decode_jpeg is None or not by_libjpeg:
+        image.load()
+        return ""
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    with _caught_stderr() as complaint:
+        crops.decode_jpeg(encoded, crops.ImageReadMode.RGB)
+    return _one_line("; ".join(complaint))
+
+
+@functools.cache
+def _scratch_file():
+    return tempfile.TemporaryFile()
+
+
+@contextlib.contextmanager
+def _caught_stderr() -> Iterator[list[str]]:
+    """Collect what C code prints on file descriptor 2: libjpeg tells of damage in no other way."""
+    lines: list[str] = []
+    file = _scratch_file()
+    saved = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield lines
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        if os.fstat(file.fileno()).st_size:
+            file.seek(0)
+            lines += file.read().decode("utf-8", "replace").splitlines()
+            file.seek(0)
+            file.truncate()
+
+
+def _why_not_a_picture(content: bytes, error: Exception) -> tuple[str, str]:
+    if not content:
+        return "unreadable", "empty file"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large", _one_line(str(error))
+    if content.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)):
+        return "truncated", f"damaged or ended in its header; {len(content)} bytes"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "unreadable", "not a picture"
+    return "unreadable", _one_line(str(error)) or type(error).__name__
+
+
+def _why_not_decoded(image: Image.Image, content: bytes, error: Exception) -> str:
+    if image.format == "JPEG" and not content.rstrip(b"\0").endswith(JPEG_END):
+        return f"JPEG ends early, after {len(content)} bytes"
+    return f"{image.format}: {_one_line(str(error)) or type(error).__name__}"
+
+
+def _describe(image: Image.Image, content: bytes, path: str, turned: int) -> list[tuple[str, str]]:
+    """Return the findings of a picture that was decoded. turned: its EXIF orientation."""
+    findings = _describe_colours(image, content)
+    by_name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    is_camera_jpeg = (image.format, by_name) == ("MPO", "JPEG")  # several JPEGs in one file
+    if image.format != by_name and not is_camera_jpeg:
+        findings.append(("wrong extension", f"{image.format} data"))
+    if turned in range(2, 9):
+        findings.append(("EXIF rotation", f"orientation {turned}"))
+    if image.format != "JPEG":
+        with contextlib.suppress(Exception):  # damage in a second frame matters to nobody
+            if getattr(image, "is_animated", False):
+                findings.append(("animated", f"{image.n_frames} frames"))
+    return findings
+
+
+def _describe_colours(image: Image.Image, content: bytes) -> list[tuple[str, str]]:
+    """Return findings where a picture is not RGB of 8 bits."""
+    findings = []
+    # a PNG of 16 bits and three colours is opened as RGB of 8 bits
+    is_deep_png = content.startswith(PNG_SIGNATURE) and content[PNG_BIT_DEPTH] == 16
+    is_deep_grey = image.mode == "I" or image.mode.startswith("I;16")
+    kind = MODES.get(image.mode, "colour mode")
+    if is_deep_png or is_deep_grey:
+        kind = "16-bit"
+    detail = f"{image.format} {image.mode}"
+    if is_deep_grey:
+        values = np.asarray(image)
+        detail += f", values {values.min()} to {values.max()}"
+        if values.max() < 256:
+            findings.append(("dark", detail))
+    if kind:
+        findings.append((kind, detail))
+    return findings
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:150]

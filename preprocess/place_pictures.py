@@ -1,0 +1,176 @@
+"""Link or copy the pictures of a subset of ImageNet into a tree of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+from common import UsageError, printable
+from preprocess.imagenet_splits import FEW, Split
+from preprocess.workers import Rate
+
+
+def check_other_classes(split: Split, out: Path) -> None:
+    """Raise UsageError where OUT has folders of other classes.
+
+    A label is a place among the sorted folder names, so they would change the labels.
+    """
+    folder = out / split.name
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{printable(folder)}: is a file, not a folder")
+    present = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    others = sorted(present - set(split.pictures.classes))
+    if others:
+        names = ", ".join(map(printable, others[:FEW]))
+        if len(others) > FEW:
+            names += ", ..."
+        raise UsageError(
+            f"{printable(folder)} holds {len(others)} other class folders ({names}): "
+            "choose another folder"
+        )
+
+
+def link_split(split: Split, out: Path) -> None:
+    """Make one link per class folder.
+
+    It is one per picture where the input is flat, or where the class is already a folder here.
+    """
+    (out / split.name).mkdir(parents=True, exist_ok=True)
+    folders = set()
+    for name in split.pictures.classes:
+        link = out / split.name / name
+        if split.flat or (link.is_dir() and not link.is_symlink()):
+            link.mkdir(exist_ok=True)
+            folders.add(name)
+        else:
+            _link(os.path.abspath(split.folder / name), link)
+    for source, place in _places(split, out):
+        if place.relative_to(out / split.name).parts[0] in folders:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.is_symlink() or not place.exists():
+                _link(os.path.abspath(source), place)
+
+
+def _link(target: str, link: Path) -> None:
+    """Keep a link that is right, replace one that leads nowhere, make one that is missing.
+
+    Raises UsageError where something else is in the way.
+    """
+    if link.is_symlink():
+        if os.readlink(link) == target:
+            return
+        if link.exists() and not os.path.samefile(link, target):
+            raise UsageError(
+                f"{printable(link)} is a link to {printable(os.readlink(link))}: "
+                "remove it, or choose another folder"
+            )
+        partial = link.with_name(f".{link.name}.partial")  # files.replacing makes files, not links
+        partial.unlink(missing_ok=True)
+        os.symlink(target, partial)
+        os.replace(partial, link)
+    elif link.exists():
+        raise UsageError(
+            f"{printable(link)} is in the way of a class folder: "
+            "remove it, or choose another folder"
+        )
+    else:
+        os.symlink(target, link)
+
+
+def _places(split: Split, out: Path) -> list[tuple[str, Path]]:
+    """Return (source, place in the subset) of every picture."""
+    pictures = split.pictures
+    folder = out / split.name
+    if not split.flat:
+        return [(path, folder / os.path.relpath(path, pictures.root)) for path in pictures.paths]
+    classes = [pictures.classes[label] for label in pictures.targets.tolist()]
+    return [
+        (path, folder / name / os.path.basename(path))
+        for path, name in zip(pictures.paths, classes)
+    ]
+
+
+def copy_split(split: Split, out: Path, workers: int) -> list[str]:
+    """Copy the pictures that are not there yet, and return those that cannot be opened.
+
+    workers: folders copied at once.
+    """
+    by_folder: dict[Path, list[tuple[str, Path]]] = {}
+    for source, place in _places(split, out):
+        by_folder.setdefault(place.parent, []).append((source, place))
+    for name in split.pictures.classes:
+        link = out / split.name / name
+        if link.is_symlink():  # of an earlier run: a copy through it would be in ImageNet
+            link.unlink()
+    progress = Rate(f"copying {split.name}", len(split.pictures), "pictures")
+    stop = Event()
+    unreadable: list[str] = []
+    pool = ThreadPoolExecutor(workers)
+
+    def copy(folder: Path) -> None:
+        _copy_folder(folder, by_folder[folder], stop, unreadable, progress)
+
+    try:
+        for _ in pool.map(copy, by_folder):
+            pass
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+    return sorted(unreadable)
+
+
+def _copy_folder(
+    folder: Path,
+    pictures: list[tuple[str, Path]],
+    stop: Event,
+    unreadable: list[str],
+    progress: Rate,
+) -> None:
+    """Copy the (source, place) pairs of one folder; add what cannot be opened to `unreadable`.
+
+    A copy is renamed when it is whole and has its time. Unlike `files.replacing` it is not synced,
+    as 130,000 syncs would take longer than the copies. The unfinished copy's name needs no owner:
+    one thread writes a folder, and `only_writer` keeps other processes out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
+    try:
+        for source, place in pictures:
+            if stop.is_set():
+                return
+            if not _opens(source):
+                unreadable.append(source)
+            elif not _is_copied(source, place):
+                shutil.copyfile(source, partial)
+                shutil.copystat(source, partial)
+                os.replace(partial, place)
+            progress.add(1)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _opens(source: str) -> bool:
+    try:
+        with open(source, "rb"):
+            return True
+    except OSError:
+        return False
+
+
+def _is_copied(source: str, place: Path) -> bool:
+    """Return whether the copy is there: of the same size, and of the same time or content."""
+    if place.is_symlink() or not place.exists():
+        return False
+    if os.path.getsize(source) != os.path.getsize(place):
+        return False
+    same_time = int(os.path.getmtime(source)) == int(os.path.getmtime(place))
+    return same_time or filecmp.cmp(source, place, shallow=False)

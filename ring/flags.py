@@ -1,0 +1,110 @@
+"""The flags of the method, and checks between them."""
+
+from __future__ import annotations
+
+from cmc import colour
+from common import UsageError, cli
+from ring import thresholds
+
+MOMENTA = {"ir": 0.0, "cmc": 0.5, "moco": 0.999}  # --m: published; Tian et al.; published
+BELONGS = {  # flag: the --method that it belongs to
+    "ball_bank_size": "ir",
+    "view": "cmc",
+    "shuffle_bn": "moco",
+    "queue": "moco",
+    "ema": "moco",
+}
+
+
+def add_method_arguments(g) -> None:
+    """Add what is compared with what, and the thresholds, as published where there is such."""
+    about = "ir: memory bank, one view; moco: queue, two views; cmc: lightness against colour"
+    g.add_argument("--method", choices=list(MOMENTA), default="ir", help=about)
+    about = "all candidates, the ball of the nearest, or the ring: without the very nearest"
+    g.add_argument("--negatives", choices=["all", "ball", "ring"], default="ring", help=about)
+    about = "ir, cmc: positive and negatives drawn per anchor; moco: queue length"
+    g.add_argument("--k", type=cli.positive_int, default=4096, help=about)
+    g.add_argument("--queue", type=cli.positive_int, help="moco: the same as --k")
+    g.add_argument("--t", "--temperature", type=cli.positive, default=0.07, help="temperature")
+    about = "momentum of a memory row (ir 0, cmc .5) or of the key network (moco .999)"
+    g.add_argument("--m", type=cli.fraction, help=f"{about}; default: those")
+    g.add_argument("--ema", type=cli.fraction, help="moco: the same as --m")
+    about = "ball: share of the candidates"
+    g.add_argument("--thres-outer", type=cli.share, default=0.1, help=about)
+    about = "share of the ball that is cut out of it"
+    g.add_argument("--thres-inner", type=cli.fraction, default=0.1, help=about)
+    about = "off: --thres-inner is a share of all candidates"
+    g.add_argument("--dynamic-inner", action=cli.OnOff, default=True, help=about)
+    about = "what is cut out counts as positive"
+    g.add_argument("--neighbor-views", action=cli.OnOff, default=False, help=about)
+    about = "off: their mean score in the numerator, not their logsumexp"
+    g.add_argument("--logsumexp-inner", action=cli.OnOff, default=True, help=about)
+    about = "off: the positive is not in the denominator"
+    g.add_argument("--self-negative", action=cli.OnOff, default=True, help=about)
+    about = "ir, cmc: compare with the whole ring, without drawing"
+    g.add_argument("--all-ring", action="store_true", help=about)
+    about = "ir: batch: the published slip, a ball of a share of the batch"
+    g.add_argument("--ball-bank-size", choices=["bank", "batch"], default="bank", help=about)
+    about = "outer threshold from 1 to .1: by formula, or following the loss or the 1-NN accuracy"
+    g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=about)
+    about = "epochs that it takes"
+    g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help=about)
+    about = "exponential: decay over all of them; default: .1 per step, as published"
+    g.add_argument("--anneal-rate", type=cli.positive, help=about)
+    spaces = colour.SPACES
+    about = "cmc: colour space"
+    g.add_argument("--view", type=colour.space_name, choices=spaces, default="Lab", help=about)
+    about = "moco: keys shuffled over batch-norm groups"
+    g.add_argument("--shuffle-bn", action=cli.OnOff, default=True, help=about)
+    about = "batch-norm groups over all processes; default: moco with shuffled keys 8, else 1"
+    g.add_argument("--bn-splits", type=cli.positive_int, help=about)
+
+
+def check(args) -> None:
+    """Raise UsageError where flags together mean nothing, or nothing could be learned with them."""
+    for name in BELONGS.keys() & args.typed:
+        if BELONGS[name] != args.method:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} belongs to --method {BELONGS[name]}, or omit it")
+    if args.method == "moco":
+        _check_queue(args)
+    if args.negatives == "ring":
+        _check_thresholds(args)
+    if args.neighbor_views and (args.negatives == "all" or args.thres_inner == 0):
+        raise UsageError(
+            "--neighbor-views needs an inner cut: --negatives ring (or ball) and a --thres-inner "
+            "above 0"
+        )
+    if args.anneal != "constant" and args.negatives == "all":
+        raise UsageError(
+            f"--anneal {args.anneal}: with --negatives all there is no threshold; omit one of the "
+            "two"
+        )
+    if args.anneal == "accuracy" and (args.knn_every or not args.nn_every):
+        raise UsageError(
+            "--anneal accuracy follows --nn-every 1, without --knn-every, before which epochs are "
+            "kept"
+        )
+
+
+def _check_queue(args) -> None:
+    if args.all_ring:
+        raise UsageError("--all-ring: MoCo always compares with the whole ring; omit it")
+    if args.k % args.batch_size:
+        raise UsageError(
+            f"--k {args.k}: a queue must be a multiple of the global batch {args.batch_size}"
+        )
+
+
+def _check_thresholds(args) -> None:
+    if args.dynamic_inner:
+        limit = 1.0
+        name = "1, all of the ball"
+    else:
+        limit = args.thres_outer if args.anneal == "constant" else thresholds.END
+        name = f"the outer threshold {limit}"
+    if args.thres_inner >= limit:
+        raise UsageError(
+            f"--thres-inner {args.thres_inner} must be less than {name}: nothing would be left in "
+            "the ring"
+        )

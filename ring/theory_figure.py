@@ -1,0 +1,117 @@
+"""The picture of ring/theory.py: estimates and their standard deviations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+LINE = {"markersize": 5, "capsize": 2.5, "linewidth": 1.4}
+GREYS = ("0.0", "0.0", "0.35", "0.35", "0.6", "0.6")  # told apart by line and marker
+MARKERS = "oosDv^"
+LINES = ("-", "--", "-", "-.", ":", "--")
+OVER_MARKERS = "sD^v"  # over the outer threshold, one for each inner one
+OVER_LINES = ("-", "--", "-.", ":")
+
+
+def draw(args, rows: list[dict], known: float, path: str) -> None:
+    """Draw four panels with 95 % intervals.
+
+    They are the estimate over K, its standard deviation with the pair fixed and over batches, and
+    the estimate over the outer threshold. rows: of `theory.compare`. known: mutual information.
+    """
+    from matplotlib.figure import Figure  # half a second to import: not at start
+
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    (top, given), (over, batch) = figure.subplots(2, 2)
+    top.set_title("Estimate (nats)")
+    given.set_title("Standard deviation, the pair held fixed (nats)")
+    batch.set_title(f"Standard deviation of the mean over {args.pairs} pairs (nats)")
+    keys = ("estimate", "sd_given_pair", "sd_batch")
+    _over_sizes(args, rows, known, dict(zip(keys, (top, given, batch))))
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
+    _over_thresholds(args, rows, known, over)
+    for axes in (top, given, over, batch):
+        axes.minorticks_off()
+        axes.grid(color="0.9")
+    figure.suptitle(
+        f"Gaussian pair, {args.dim} coordinates, correlation {args.rho:g}: {known:.2f} nats; "
+        f"{args.repeats} repeats, 95 % intervals"
+    )
+    figure.savefig(path, dpi=100)
+
+
+def _over_sizes(args, rows: list[dict], known: float, panels: dict) -> None:
+    """Draw values over K. panels: {key of a row: axes}."""
+    estimators = chosen(rows)
+    for number, estimator in enumerate(estimators):
+        mine = [row for row in rows if row["estimator"] == estimator]
+        shift = 1.07 ** (number - len(estimators) / 2)  # so that bars do not cover each other
+        for key, axes in panels.items():
+            _bars(
+                axes,
+                np.array(args.k) * shift,
+                [row[key] for row in mine],
+                label=estimator,
+                color=GREYS[number],
+                marker=MARKERS[number],
+                linestyle=LINES[number],
+                markerfacecolor="white" if mine[0]["inner"] else None,
+                **LINE,
+            )
+    panels["estimate"].axhline(known, color="0.0", linewidth=2.5, label="mutual information")
+    for axes in panels.values():
+        ticks = {"xticks": args.k, "xticklabels": list(map(str, args.k))}
+        axes.set(xscale="log", xlabel="K, the positive included", **ticks)
+
+
+def _over_thresholds(args, rows: list[dict], known: float, axes) -> None:
+    """Draw the estimates of a middle K over the outer threshold."""
+    k = args.k[len(args.k) // 2]
+    rows = [row for row in rows if row["k"] == k]
+    axes.set(
+        title=f"Estimate over the outer threshold, K {k} (nats)",
+        xscale="log",
+        xlabel="outer threshold, share of the pool",
+    )
+    axes.set(xticks=args.outer, xticklabels=[f"{outer:g}" for outer in args.outer])
+    for number, inner in enumerate(args.inner):
+        mine = [row for row in rows if row["inner"] == inner and row["estimator"] != "NCE"]
+        _bars(
+            axes,
+            [row["outer"] for row in mine],
+            [row["estimate"] for row in mine],
+            label=f"inner {inner:g}" if inner else "inner 0 (ball)",
+            color=GREYS[2 * number % 6],
+            marker=OVER_MARKERS[number % 4],
+            linestyle=OVER_LINES[number % 4],
+            markerfacecolor="white" if inner else None,
+            **LINE,
+        )
+    axes.axhline(known, color="0.0", linewidth=2.5, label="mutual information")
+    (nce,) = (row["estimate"][0] for row in rows if row["estimator"] == "NCE")
+    axes.axhline(nce, color="0.0", linestyle=":", linewidth=1.4, label="NCE")
+    axes.legend(fontsize=9, framealpha=1)
+
+
+def _bars(axes, x, values, **style) -> None:
+    """Draw a line with intervals. values: of (value, low, high)."""
+    middle, low, high = np.array(values).T
+    axes.errorbar(x, middle, yerr=np.maximum([middle - low, high - middle], 0), **style)
+
+
+def chosen(rows: list[dict]) -> list[str]:
+    """Return the estimators of the panels over K, at most six.
+
+    They are NCE, and the widest, middle and narrowest outer thresholds, each with the largest inner
+    one, and but for the narrowest also with the smallest.
+    """
+    names = {(row["outer"], row["inner"]): row["estimator"] for row in rows}
+    thresholds = [pair for pair, name in names.items() if name != "NCE"]
+    outers = sorted({outer for outer, _ in thresholds}, reverse=True)
+    inners = sorted({inner for _, inner in thresholds})
+    outers = outers[:: max(1, (len(outers) - 1) // 2)][:3]
+    picked = [(1.0, 0.0)]
+    for outer in outers:
+        picked.append((outer, inners[-1]))
+        if outer != outers[-1]:
+            picked.append((outer, inners[0]))
+    return list(dict.fromkeys(names[pair] for pair in picked if pair in names))[:6]

@@ -1,0 +1,247 @@
+"""Pages about claims, written from the records: results/PAPER/README.md, RESULTS.md and the ledger.
+
+Of a page of results/ only what follows its heading "Notes", prose about results, is kept as it is.
+Of RESULTS.md only what stands between `<!-- claims: ... -->` and `<!-- end -->` is written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from common import UserError, files
+from runner import papers as declarations
+from tools import claim_records as records
+from tools.claim_records import NAMES, Comparison, Setting
+from tools.report import layout
+
+NOTES = "\n## Notes\n"
+BLOCK = re.compile(r"(<!-- claims: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+HEAD = (
+    "The tables are written from the records in this folder by `python tools/claims.py --write`.\n"
+    "A difference is paired over the seeds, with its 95 % interval (Student's t); a run is mean ±\n"
+    "standard deviation. All numbers are in percent."
+)
+
+
+def title(paper: str) -> str:
+    """Return the title of a paper, or the name of a folder that declares none."""
+    paper_declared = declarations.find().get(paper)
+    return paper_declared.title if paper_declared else paper
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def claim_table(claims: list[Comparison]) -> str:
+    """Return the claims that have records, beside what was published: Markdown."""
+    numbers = claims[0].setting.numbers
+    rows = []
+    for claim in claims:
+        if not claim.is_recorded():
+            continue
+        differences = claim.differences()
+        said = claim.claim
+        pair = f"`{said['better']}` - `{said['than']}`"
+        count = len(differences[numbers[0]])
+        shown = [records.difference(differences[key]) for key in numbers]
+        cells = [said["claim"], said["published"], said["source"], pair, str(count)]
+        rows.append([*cells, *shown, claim.verdict()])
+    names = [NAMES.get(key, key) for key in numbers]
+    head = ["claim", "published", "source", "pair", "seeds"]
+    return layout([*head, *names, f"verdict ({names[0]})"], rows, markdown=True)
+
+
+def run_table(setting: Setting) -> str:
+    """Return mean ± standard deviation, commit and flags of the runs that have records."""
+    rows = []
+    for run, flags in setting.runs.items():
+        seeds = setting.seeds(run)
+        if not seeds:
+            continue
+        cells = []
+        for key in setting.numbers:
+            values = [setting.number(run, seed, key) for seed in seeds]
+            spread = f"±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        commits = dict.fromkeys(setting.environment(run, seed)["commit"] for seed in seeds)
+        flags = f"`{flags}`" if flags else "-"
+        row = [f"`{run}`", ", ".join(map(str, seeds)), *cells, ", ".join(commits), flags]
+        rows.append(row)
+    names = [NAMES.get(key, key) for key in setting.numbers]
+    return layout(["run", "seeds", *names, "commit", "flags"], rows, markdown=True)
+
+
+def curve_table(published: Path, folder: Path) -> str:
+    """Return a published training curve beside that of the run recorded in `folder`."""
+    theirs = json.loads(published.read_text())
+    ours = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        ours.setdefault(line["epoch"] + 1, {}).update(line)
+    rows = []
+    for key, name, digits in (("knn_acc1", "k-NN", 2), ("epoch_loss", "loss", 3)):
+        values = [ours.get(epoch, {}).get(key) for epoch in theirs["epochs"]]
+        rows.append([f"{name}, published", *(f"{value:.{digits}f}" for value in theirs[key])])
+        cells = ["" if value is None else f"{value:.{digits}f}" for value in values]
+        rows.append([f"{name}, here", *cells])
+    return layout(["epoch", *map(str, theirs["epochs"])], rows, markdown=True)
+
+
+def verdict_table(scale: str, root: Path) -> str:
+    """Return one line for each claim at a scale: its page, verdict, difference and seeds."""
+    rows = []
+    for paper in records.papers(root):
+        for claim in records.comparisons(paper, scale, root):
+            if not claim.sides():
+                continue
+            page = f"[{paper}](results/{paper}/README.md)" if claim.is_recorded() else paper
+            number = NAMES.get(claim.number, claim.number)
+            values = claim.differences()[claim.number]
+            verdict = records.verdict(values)
+            if claim.failures():
+                verdict += ", runs failed"
+            shown = f"{number} {records.difference(values)}"
+            rows.append([claim.claim["claim"], verdict, shown, str(len(values)), page])
+    head = ["claim", "verdict", "difference, 95 % interval", "seeds", "records"]
+    return layout(head, rows, markdown=True)
+
+
+# ------------------------------------------------------------------------------------------ pages
+
+
+def page(paper: str, text: str, root: Path) -> str:
+    """Return results/PAPER/README.md; `text` is the page as it is, whose notes are kept."""
+    parts = [f"# {title(paper)}: results\n", HEAD]
+    for scale in records.papers(root)[paper]["scales"]:
+        setting = records.setting(paper, scale, root)
+        if any(setting.seeds(run) or setting.failed(run) for run in setting.runs):
+            parts.append(section(setting))
+    _, heading, notes = text.partition(NOTES)
+    return "\n".join(parts) + "\n" + heading + notes
+
+
+def section(setting: Setting) -> str:
+    """Return the part of a page about one scale: setting, claims, runs, commands, hardware."""
+    first = next(iter(setting.runs))
+    command = f"python tools/claims.py {setting.paper} --run --scale {setting.scale}"
+    if setting.pictures:
+        command += " --cifar CIFAR_TREE"
+    commands = [command for command, _ in setting.commands(first, 0)]
+    return "\n".join(
+        [
+            f"\n## Scale {setting.scale}\n",
+            f"{setting.about[0].upper()}{setting.about[1:]}.\n",
+            "### Claims\n",
+            claim_table(records.comparisons(setting.paper, setting.scale, setting.root)),
+            "\n### Runs\n",
+            run_table(setting),
+            f"\n{hardware(setting)}",
+            "\nThe first command runs what has no records; the others are one of its runs, "
+            f"`{first}` with seed 0.",
+            "The flags of another run take the place of that run's.\n",
+            "```",
+            command,
+            *commands,
+            "```",
+        ]
+    )
+
+
+def hardware(setting: Setting) -> str:
+    """Return a sentence with the machines and PyTorch of the recorded runs and, if noted, times."""
+    environments = [
+        setting.environment(run, seed) for run in setting.runs for seed in setting.seeds(run)
+    ]
+    machines = dict.fromkeys(
+        f"{env['device']}, torch {env['torch']}" for env in environments if env["device"]
+    )
+    text = f"Hardware: {'; '.join(machines) or 'not recorded'}."
+    seconds = [env["seconds"] for env in environments if env["seconds"]]
+    if seconds:
+        minutes = statistics.median(seconds) / 60
+        text += f" A run takes {minutes:.1f} minutes (median of {len(seconds)})."
+    return text
+
+
+def results(text: str, root: Path) -> str:
+    """Return RESULTS.md with its blocks made anew.
+
+    `verdicts SCALE` is one line for each claim; `curve PAPER RUN` is the run in results/PAPER/RUN
+    beside the published curve that `curves` in the paper's claims.json names. Raises UserError for
+    any other block.
+    """
+
+    def block(match: re.Match) -> str:
+        kind, *names = match[2].split()
+        if kind == "verdicts" and names and names[0] in records.scales(root):
+            table = verdict_table(names[0], root)
+        elif kind == "curve" and len(names) == 2 and names[0] in records.papers(root):
+            paper, run = names
+            published = records.papers(root)[paper]["curves"][run]
+            table = curve_table(root / published, root / "results" / paper / run)
+        else:
+            raise UserError(f"RESULTS.md: no table is known for `claims: {match[2]}`")
+        return f"{match[1]}{table}\n{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def ledger(root: Path) -> list[dict]:
+    """Return every number of every claim at every scale that has records."""
+    rows = []
+    for paper, content in records.papers(root).items():
+        for scale in content["scales"]:
+            for claim in records.comparisons(paper, scale, root):
+                rows += ledger_rows(paper, claim)
+    return rows
+
+
+def ledger_rows(paper: str, comparison: Comparison) -> list[dict]:
+    """Return a row for each number of a claim at one scale; [] where there are no records."""
+    claim = comparison.claim
+    names = (claim["better"], claim["than"])
+    runs = {
+        name: [side.environment(run, seed) for seed in side.seeds(run)]
+        for name, (side, run) in zip(names, comparison.sides())
+    }
+    failed = [f"{run}, seed {seed}" for run, seed in comparison.failures()]
+    rows = []
+    for key, values in comparison.differences().items():
+        if not values and not failed:
+            continue
+        half = records.interval(values)
+        rows.append(
+            {
+                "paper": paper,
+                "scale": comparison.scale,
+                "name": claim["name"],
+                "claim": claim["claim"],
+                "published": claim["published"],
+                "source": claim["source"],
+                "number": key,
+                "differences": [round(value, 4) for value in values],
+                "mean": round(statistics.mean(values), 4) if values else None,
+                "interval": None if half is None else round(half, 4),
+                "verdict": records.verdict(values),
+                "failed": failed,
+                "runs": runs,
+            }
+        )
+    return rows
+
+
+def write(root: Path) -> list[Path]:
+    """Write all pages and the ledger anew; return the files."""
+    path = root / "RESULTS.md"
+    texts = {path: results(path.read_text(), root)}
+    for paper in records.papers(root):
+        path = root / "results" / paper / "README.md"
+        if path.parent.is_dir():
+            texts[path] = page(paper, path.read_text() if path.is_file() else "", root)
+    texts[root / "results" / "ledger.json"] = json.dumps(ledger(root), indent=1) + "\n"
+    for path, text in texts.items():
+        with files.replacing(path, "w") as file:
+            file.write(text)
+    return list(texts)

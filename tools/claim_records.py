@@ -1,0 +1,280 @@
+"""What the papers claim, and the records of the runs: claims.json of each folder, and results/.
+
+Nothing here runs or writes anything; see tools/claims.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import UserError, printable
+from common.files import ROOT
+
+# Student's t, two-sided 95 %, by degrees of freedom
+T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145,
+)  # fmt: skip
+T95_BEYOND = 2.1  # of more degrees of freedom
+NAMES = {"acc1": "linear", "acc1_best": "linear, best epoch", "knn_acc1": "k-NN"}
+TOY_PICTURES = "runs/claims/toy-pictures"
+FAILED = "failed.json"  # instead of the records of a run that did not come through
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The runs of a paper at one scale, as its claims.json sets them up.
+
+    root: folder of the project. about: the setting in words. records: where the runs' records lie.
+    steps: the commands of a run. Each is a dict of `command`, `folder` (that it writes), `suffix`
+    (of the folder of its records) and `toy` (flags with which it ends after a few batches).
+    runs: {name: flags}. numbers: keys of the numbers to compare, the main one first.
+    pictures: name and size of the part of CIFAR-10 that is trained on, if it is that.
+    """
+
+    root: Path
+    paper: str
+    scale: str
+    about: str
+    records: Path
+    steps: list[dict]
+    runs: dict[str, str]
+    numbers: list[str]
+    pictures: dict | None
+
+    def record(self, run: str, seed: int, suffix: str = "") -> Path:
+        """Return the folder of a run's records."""
+        return self.records / f"{run}-s{seed}{suffix}"
+
+    def last_record(self, run: str, seed: int) -> Path:
+        """Return the folder of the records of a run's last step."""
+        return self.record(run, seed, self.steps[-1]["suffix"])
+
+    def is_done(self, run: str, seed: int) -> bool:
+        return (self.last_record(run, seed) / "result.json").is_file()
+
+    def seeds(self, run: str) -> list[int]:
+        """Return the seeds that have records, sorted."""
+        suffix = re.escape(self.steps[-1]["suffix"])
+        seeds = self._seeds_in(run, suffix, self.records.glob("*"))
+        return [seed for seed in seeds if self.is_done(run, seed)]
+
+    def failed(self, run: str) -> list[int]:
+        """Return the seeds of which a command failed, and that have not come through since."""
+        folders = (path.parent for path in self.records.glob(f"*/{FAILED}"))
+        return [seed for seed in self._seeds_in(run, "", folders) if not self.is_done(run, seed)]
+
+    @staticmethod
+    def _seeds_in(run: str, suffix: str, folders) -> list[int]:
+        pattern = re.compile(re.escape(run) + r"-s(\d+)" + suffix)
+        matches = (pattern.fullmatch(folder.name) for folder in folders)
+        return sorted(int(match[1]) for match in matches if match)
+
+    def number(self, run: str, seed: int, key: str) -> float:
+        """Return a number of a run: of the last result.json that has it, else the newest logged.
+
+        Raises UserError where no step recorded it.
+        """
+        for step in reversed(self.steps):
+            folder = self.record(run, seed, step["suffix"])
+            texts = []
+            if (folder / "result.json").is_file():
+                texts.append((folder / "result.json").read_text())
+            if (folder / "metrics.jsonl").is_file():
+                texts += reversed((folder / "metrics.jsonl").read_text().splitlines())
+            for record in map(json.loads, texts):
+                if key in record:
+                    return float(record[key])
+        raise UserError(f"{printable(self.record(run, seed))}: no {key} in its records")
+
+    def environment(self, run: str, seed: int) -> dict:
+        """Return commit, versions, hardware and, where it was noted, the seconds of a run."""
+        folder = self.last_record(run, seed)
+        result = json.loads((folder / "result.json").read_text())
+        took = {}
+        if (folder / "took.json").is_file():
+            took = json.loads((folder / "took.json").read_text())
+        return {
+            "seed": seed,
+            "commit": result["commit"],
+            "torch": result.get("torch"),
+            "device": result.get("device"),
+            "seconds": took.get("seconds"),
+        }
+
+    def commands(self, run: str, seed: int, toy: bool = False) -> list[tuple[str, Path]]:
+        """Return (command, folder that it writes) of every step. toy: at toy size."""
+        values = {"name": f"{run}-s{seed}", "seed": str(seed), "flags": self.runs[run]}
+        if toy:
+            values["name"] = f"toy-{run}-s{seed}"
+        if self.pictures:
+            values["data"] = TOY_PICTURES if toy else self.pictures["name"]
+        commands = []
+        for step in self.steps:
+            command = step["command"]
+            if toy:
+                command += f" {step['toy']}"
+            commands.append((fill(command, values), self.root / fill(step["folder"], values)))
+        return commands
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+    """Return `text` with every {name} replaced by its value."""
+    return re.sub(r"{(\w+)}", lambda match: values[match[1]], text)
+
+
+def papers(root: Path = ROOT) -> dict[str, dict]:
+    """Return {folder: content of its claims.json}, sorted by folder."""
+    paths = sorted(root.glob("*/claims.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def scales(root: Path = ROOT) -> list[str]:
+    """Return the names of all scales."""
+    return sorted({scale for content in papers(root).values() for scale in content["scales"]})
+
+
+def setting(paper: str, scale: str, root: Path = ROOT) -> Setting | None:
+    """Return a paper's setting at a scale, or None where there is none."""
+    path = root / paper / "claims.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())["scales"].get(scale)
+    if content is None:
+        return None
+    return Setting(
+        root=root,
+        paper=paper,
+        scale=scale,
+        about=content["about"],
+        records=root / content["records"],
+        steps=content["steps"],
+        runs=content["runs"],
+        numbers=content["numbers"],
+        pictures=content.get("pictures"),
+    )
+
+
+# ------------------------------------------------------------------------------------ comparisons
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim at one scale: the runs that it compares, their difference, the verdict.
+
+    claim: of claims.json. setting: of its paper at this scale, or None where there is none.
+    scale: its name.
+    """
+
+    claim: dict
+    setting: Setting | None
+    scale: str
+
+    @property
+    def number(self) -> str:
+        """The key of the number that the claim is about: the setting's first, unless it says."""
+        return self.claim.get("number", self.setting.numbers[0])
+
+    def sides(self) -> list[tuple[Setting, str]]:
+        """Return the better and the other run, each with its setting; [] where one is not set up.
+
+        A claim names a run of its own paper as RUN, of another one as PAPER/RUN.
+        """
+        own = self.setting
+        if own is None or self.number not in own.numbers:
+            return []
+        pair = []
+        for name in (self.claim["better"], self.claim["than"]):
+            paper, _, run = name.rpartition("/")
+            side = setting(paper, self.scale, own.root) if paper else own
+            if side is None or run not in side.runs:
+                return []
+            pair.append((side, run))
+        return pair
+
+    def differences(self) -> dict[str, list[float]]:
+        """Return, for each number, better minus other of every seed that both have."""
+        pair = self.sides()
+        if not pair:
+            return {}
+        (a, better), (b, other) = pair
+        seeds = [seed for seed in a.seeds(better) if seed in b.seeds(other)]
+        return {
+            key: [a.number(better, seed, key) - b.number(other, seed, key) for seed in seeds]
+            for key in self.setting.numbers
+        }
+
+    def failures(self) -> list[tuple[str, int]]:
+        """Return (run, seed) of those that the claim compares where a command failed."""
+        return [(run, seed) for side, run in self.sides() for seed in side.failed(run)]
+
+    def is_recorded(self) -> bool:
+        """Return whether there is anything to say: a difference, or a run that failed."""
+        return any(self.differences().values()) or bool(self.failures())
+
+    def verdict(self) -> str:
+        """Return the verdict in words: by which number, and which runs failed."""
+        if not self.sides():
+            return f"not set up at scale {self.scale}"
+        text = verdict(self.differences()[self.number])
+        if self.number != self.setting.numbers[0]:
+            text += f" ({NAMES.get(self.number, self.number)})"
+        failed = [f"`{run}` seed {seed}" for run, seed in self.failures()]
+        if failed:
+            text += f"; failed: {', '.join(failed)}"
+        return text
+
+
+def comparisons(paper: str, scale: str, root: Path = ROOT) -> list[Comparison]:
+    """Return the claims of a paper at a scale."""
+    own = setting(paper, scale, root)
+    return [Comparison(claim, own, scale) for claim in papers(root)[paper]["claims"]]
+
+
+def missing(claims: list[Comparison], seeds: int) -> list[tuple[Setting, str, int]]:
+    """Return (setting, run, seed) of all runs that these claims need and that have no records.
+
+    They are sorted by seed, so that pairs are complete early.
+    """
+    runs = {(side.paper, run): (side, run) for claim in claims for side, run in claim.sides()}
+    return [
+        (side, run, seed)
+        for seed in range(seeds)
+        for side, run in runs.values()
+        if not side.is_done(run, seed)
+    ]
+
+
+def interval(values: list[float]) -> float | None:
+    """Return half of the 95 % interval of a mean (Student's t), or None for fewer than three."""
+    if len(values) < 3:
+        return None
+    freedom = len(values) - 1
+    t = T95[freedom - 1] if freedom <= len(T95) else T95_BEYOND
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(differences: list[float]) -> str:
+    """Return what differences, better minus other and one a seed, say of a claim."""
+    if not differences:
+        return "not run"
+    if len(differences) < 3:
+        return f"too few seeds ({len(differences)})"
+    mean = statistics.mean(differences)
+    if abs(mean) <= interval(differences):
+        return "cannot be told"
+    return "agrees" if mean > 0 else "does not agree"
+
+
+def difference(values: list[float]) -> str:
+    """Return the mean and half of its interval, as a table shows them."""
+    if not values:
+        return "-"
+    half = interval(values)
+    mean = f"{statistics.mean(values):+.2f}"
+    return mean if half is None else f"{mean}±{half:.2f}"

@@ -1,0 +1,157 @@
+"""Run what a claim has no records of, and keep the records: see tools/claims.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import UserError, printable
+from preprocess import demo
+from runner.folder import environment
+from runner.progress import clock
+from tools.claim_records import FAILED, TOY_PICTURES, Setting
+
+KEPT = ("config.json", "metrics.jsonl", "result.json")
+WEIGHTS = ("*.pth", "*.pth.tar", "*.ckpt", "*.pt")
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def make_pictures(part: dict, cifar: str | None, root: Path) -> None:
+    """Link the first pictures of each class of a CIFAR-10 tree, if the setting's part is missing.
+
+    part: `name` of the folder to make and `per_class`. Raises UserError without a tree.
+    """
+    folder = root / part["name"]
+    if folder.exists():
+        return
+    if cifar is None:
+        raise UserError(
+            f"{part['name']} is not there: give --cifar TREE, a CIFAR-10 tree with train/CLASS/* "
+            "and test/"
+        )
+    source = Path(cifar).resolve()
+    if not (source / "train").is_dir():
+        raise UserError(f"--cifar {printable(cifar)}: no train/ in it")
+    link(source / "train", folder / "train", part["per_class"])
+    val = next(source / split for split in ("val", "test") if (source / split).is_dir())
+    (folder / "val").symlink_to(val)
+
+
+def make_toy_pictures(root: Path) -> None:
+    """Link a few of the built-in pictures, which are made where they are missing."""
+    pictures = root / "data/demo"
+    if demo.read(pictures) is None:
+        demo.ensure(pictures)
+    for split in ("train", "val"):
+        folder = root / TOY_PICTURES / split
+        if not folder.exists():
+            link(pictures / split, folder, 4)
+
+
+def link(source: Path, folder: Path, per_class: int) -> None:
+    """Make a tree `folder` of links to the first pictures of each class folder in `source`."""
+    for kind in sorted(path for path in source.iterdir() if path.is_dir()):
+        (folder / kind.name).mkdir(parents=True)
+        for picture in sorted(kind.iterdir())[:per_class]:
+            (folder / kind.name / picture.name).symlink_to(picture)
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def run_all(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: bool) -> list[str]:
+    """Run jobs one after another; return a line for each that failed, which stops no other.
+
+    threads: OMP_NUM_THREADS of the commands. toy: at toy size, and no records are kept.
+    """
+    failed = []
+    began = time.perf_counter()
+    for number, (setting, run, seed) in enumerate(jobs):
+        spent = time.perf_counter() - began
+        left = ""
+        if number:
+            left = f", about {clock(spent / number * (len(jobs) - number))} left"
+        place = f"{setting.paper} {setting.scale}: {run}, seed {seed}"
+        print(f"[{number + 1}/{len(jobs)}] {place} ({clock(spent)} gone{left})", flush=True)
+        failure = run_one(setting, run, seed, threads, toy)
+        if failure:
+            failed.append(failure)
+            print(f"      {failure}", flush=True)
+    return failed
+
+
+def run_one(setting: Setting, run: str, seed: int, threads: int | None, toy: bool) -> str | None:
+    """Run the commands of one run and keep its records; return what failed, or None."""
+    log = setting.root / "runs/claims" / f"{setting.paper}-{setting.scale}-{run}-s{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    first = setting.record(run, seed, setting.steps[0]["suffix"])
+    commands = setting.commands(run, seed, toy)
+    if toy:
+        for _, folder in commands:
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        (first / FAILED).unlink(missing_ok=True)
+    started = time.perf_counter()
+    for step, (command, folder) in zip(setting.steps, commands):
+        code = call(command, log, setting.root, threads)
+        if code:
+            if not toy:
+                keep_failure(first, command, code, log)
+            place = log.relative_to(setting.root)
+            return f"{run}, seed {seed}: exit code {code}; {place} says why"
+        if not toy:
+            keep_records(folder, setting.record(run, seed, step["suffix"]))
+    if not toy:
+        took = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "commands": [command for command, _ in commands],
+            "threads": threads,
+        }
+        path = setting.last_record(run, seed) / "took.json"
+        path.write_text(json.dumps(took, indent=1) + "\n")
+    return None
+
+
+def call(command: str, log: Path, root: Path, threads: int | None) -> int:
+    """Run a command, its output after what `log` holds; return its exit code."""
+    variables = dict(os.environ)
+    if threads:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    arguments = [sys.executable, *shlex.split(command)[1:]]
+    with open(log, "a") as out:
+        print(f"\n$ {command}", file=out, flush=True)
+        return subprocess.call(arguments, cwd=root, env=variables, stdout=out, stderr=out)
+
+
+def keep_failure(record: Path, command: str, code: int, log: Path) -> None:
+    """Record that a command failed, its last line of output, and on which machine."""
+    record.mkdir(parents=True, exist_ok=True)
+    failure = {
+        "command": command,
+        "exit_code": code,
+        "said": log.read_text().rstrip().splitlines()[-1],
+        **environment(),
+    }
+    (record / FAILED).write_text(json.dumps(failure, indent=1) + "\n")
+
+
+def keep_records(folder: Path, record: Path) -> None:
+    """Copy the records of a run folder, and name its weights, which are not kept, by sha256."""
+    for name in KEPT:
+        if (folder / name).is_file():
+            record.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, record / name)
+    weights = [path for ending in WEIGHTS for path in folder.glob(ending)]
+    if record.is_dir() and weights:
+        newest = max(weights, key=lambda path: (path.stat().st_mtime, path.name))
+        digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+        (record / "weights.sha256").write_text(f"{digest}  {newest.name}\n")

@@ -1,0 +1,127 @@
+"""The sets of pictures of a robustness row, and how each is looked at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from common import UsageError, augment, options, printable, sets
+from preprocess.corruptions import CORRUPTIONS
+from runner import checkpoint
+from tools import shape_bias
+
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+SETS = ("clean", "corruption", "sketch", "stylized", "rendition", "cue_conflict")
+# The columns of each set in result.json; the first is in the table.
+COLUMNS = {name: (name, f"{name}_masked", f"{name}_extra") for name in SETS}
+COLUMNS["cue_conflict"] = ("shape_bias", "cue_shape", "cue_texture")
+
+
+def class_names(saved: checkpoint.Saved, args) -> list[str]:
+    """Return the names of the class folders in label order.
+
+    They are in the checkpoint; for an authors' file they are those of the clean set or of a list.
+    """
+    if "classes" in saved:
+        return saved["classes"]
+    if args.data:
+        return options.open_split(args, "val").classes
+    if args.class_list:
+        return sets.read_class_list(args.class_list)
+    raise UsageError(
+        f"{saved.path} does not name its classes: give DATA (the clean set) or --class-list as well"
+    )
+
+
+def open_by_class(folder: str, classes: list[str]) -> sets.FolderSet:
+    """Open the class folders that the classifier knows; others (ImageNet has 1000) are left out."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"{folder}: no such folder")
+    present = [name for name in classes if os.path.isdir(os.path.join(folder, name))]
+    if not present:
+        raise UsageError(
+            f"{folder}: none of the {len(classes)} class folders of the classifier "
+            f"({printable(classes[0])}, ...) is in it"
+        )
+    return sets.open_tree(folder, class_list=present, classes=classes, subset=True)
+
+
+def open_clean(args, classes: list[str]) -> sets.PictureSet:
+    if args.dataset in ("packed", *sets.TORCHVISION_SETS):
+        return options.open_split(args, "val", classes=classes)
+    return open_by_class(str(sets.split_folder(args.data, "val")), classes)
+
+
+def open_corruptions(
+    args, classes: list[str]
+) -> tuple[sets.FolderSet, list[tuple[str, int]], torch.Tensor]:
+    """Open all corrupted pictures as one set.
+
+    Returns the set, the (corruption, severity) of every folder, and the folder number of every
+    picture.
+    """
+    root = Path(args.corruption)
+    if not root.is_dir():
+        raise UsageError(f"{root}: no such folder")
+    wanted = CORRUPTIONS + (EXTRA_CORRUPTIONS if args.extra_corruptions else ())
+    folders = [
+        (name, int(severity.name))
+        for name in wanted
+        if (root / name).is_dir()
+        for severity in sorted((root / name).iterdir())
+        if severity.name.isdigit()
+    ]
+    if not folders:
+        raise UsageError(
+            f"{root}: not the ImageNet-C layout: expected folders such as "
+            f"{root}/gaussian_noise/1/CLASS"
+        )
+    if not any(name in CORRUPTIONS for name, _ in folders):
+        raise UsageError(f"{root}: none of the 15 corruptions of the published number is in it")
+    parts = [open_by_class(str(root / name / str(level)), classes) for name, level in folders]
+    group = torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])
+    paths = [os.path.relpath(path, root) for part in parts for path in part.paths]
+    targets = [int(target) for part in parts for target in part.targets]
+    return sets.FolderSet(paths, targets, classes, root), folders, group
+
+
+def open_sets(args, classes: list[str]) -> dict:
+    """Open every set that is given, so that a wrong path is an error before the first picture.
+
+    Returns {name: (path, set, what else its evaluation needs)}.
+    """
+    opened = {}
+    for name in SETS:
+        path = args.data if name == "clean" else getattr(args, name)
+        if not path:
+            continue
+        if name == "corruption":
+            pictures, *rest = open_corruptions(args, classes)
+            opened[name] = (path, pictures, rest)
+        elif name == "cue_conflict":
+            cues = shape_bias.CueConflict(path, classes)
+            opened[name] = (path, cues.dataset, cues)
+        elif name == "clean":
+            opened[name] = (path, open_clean(args, classes), None)
+        else:
+            opened[name] = (path, open_by_class(path, classes), None)
+    return opened
+
+
+def geometry(
+    precropped: str, plain: augment.ResizeCenterCrop, pictures: sets.PictureSet, is_cropped: bool
+) -> augment.ResizeCenterCrop:
+    """Return the resize and centre crop of a set.
+
+    precropped: --precropped. plain: the geometry of the classifier's evaluation. is_cropped:
+    whether the set may have been through resize and crop already (as ImageNet-C has), to 224
+    pixels; it is then not resized again.
+    """
+    side = plain.size
+    if not is_cropped or precropped == "no":
+        return plain
+    if precropped == "auto" and pictures.open(0).size != (224, 224):
+        return plain
+    return augment.ResizeCenterCrop(None if side == 224 else side, side)

@@ -22,20 +22,21 @@ import multiprocessing
 import resource
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.nn.functional import interpolate
 from torchvision import io, transforms
 
+from benchmarks import photographs
+from benchmarks.photographs import spread
 from common.augment import IMAGENET_MEAN, IMAGENET_STD, Compose, RandomResizedCrop
 from common.data import Loader
 from common.sets import FolderSet, open_tree
@@ -51,7 +52,8 @@ class PatchNegative:
     """Make a mosaic (3, S, S) of square patches of one random side, cut anywhere from a view."""
 
     def __init__(self, sides: tuple[int, int], rng: np.random.Generator):
-        self.sides, self.rng = sides, rng
+        self.sides = sides
+        self.rng = rng
 
     def __call__(self, view: torch.Tensor) -> torch.Tensor:
         view = view.numpy()
@@ -63,9 +65,8 @@ class PatchNegative:
             for column in range(cells):
                 top, left = self.rng.integers(0, size - side, 2)
                 patch = view[:, top : top + side, left : left + side]
-                mosaic[:, row * side : (row + 1) * side, column * side : (column + 1) * side] = (
-                    patch
-                )
+                y, x = row * side, column * side
+                mosaic[:, y : y + side, x : x + side] = patch
         return torch.from_numpy(mosaic[:, :size, :size].copy())
 
 
@@ -196,40 +197,11 @@ def decoders(pictures: FolderSet, most: int = 100) -> dict[str, list[float]]:
 # --------------------------------------------------------------------------------------------- main
 
 
-def generate(folder: Path, count: int = 48) -> Path:
-    """Write JPEG files of about 470x400 pixels and 100 kB: shapes on a gradient, and noise."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        width, height = int(rng.integers(420, 521)), int(rng.integers(350, 451))
-        corners = rng.integers(40, 216, (2, 2, 3), dtype=np.uint8)
-        picture = Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR)
-        draw = ImageDraw.Draw(picture)
-        for _ in range(40):
-            x, y = rng.integers(0, width), rng.integers(0, height)
-            w, h = rng.integers(5, 120, 2)
-            shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-            shape((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.integers(0, 256, 3)))
-        noisy = np.asarray(picture) + rng.normal(0, 14, (height, width, 1))
-        path = folder / f"class{i % 4}" / f"{i:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=93)
-    return folder
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):7.1f}  ({min(values):.1f} to {max(values):.1f})"
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        metavar="TREE",
-        help="class folders of JPEG files, or the folder above with train/ "
-        "(default: pictures generated in a temporary folder)",
-    )
+    parser.add_argument("--data", metavar="TREE", help=photographs.ABOUT)
     parser.add_argument("--repeats", type=int, default=3, help="of each side (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
     parser.add_argument("--batch-size", type=int, default=16, help="in pictures (default 16)")
@@ -301,14 +273,8 @@ def measure(args: argparse.Namespace, tree: Path, title: str) -> int:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if args.data is not None:
-        tree = Path(args.data)
-        if (tree / "train").is_dir():
-            tree = tree / "train"
-        return measure(args, tree, str(args.data))
-    with tempfile.TemporaryDirectory() as folder:
-        title = "generated pictures (shapes and noise, not photographs)"
-        return measure(args, generate(Path(folder)), title)
+    with photographs.tree(args.data) as (tree, title):
+        return measure(args, tree, title)
 
 
 if __name__ == "__main__":

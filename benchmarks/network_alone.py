@@ -1,58 +1,67 @@
-"""What everything around the network costs: every train script against its network alone, on the CPU or one GPU.
+"""What everything around the network costs: every train script against its network alone.
 
-    python benchmarks/network_alone.py --data CIFAR_TREE       # or without --data: generated 32-pixel pictures
+    python benchmarks/network_alone.py --data CIFAR_TREE     # default: generated 32-pixel pictures
 
 whole         the script as it is: loading, augmentation, the step, what it tracks and logs.
 network alone the same script on one fixed batch of views: what is left is the step.
 
-ResNet-18 at 32 pixels, batch 256, in all of them. The sides alternate, each repeat is a process of its own, warm before the
-clock runs. The ratio is that of a pair of neighbours; its median must reach --at-least.
-The exit code is the number of scripts that miss it. Peak memory is the process and the largest of its workers.
+ResNet-18 at 32 pixels, batch 256, in all of them, on the CPU or one GPU. The sides alternate, each
+repeat is a process of its own, warm before the clock runs. The ratio is that of a pair of neighbours;
+its median must reach --at-least. The exit code is the number of scripts that miss it. Peak memory is
+the process and the largest of its workers.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+from benchmarks import side_by_side
+from benchmarks.side_by_side import WARM, in_a_process, peak, pictures, synchronize
 
-from benchmarks.side_by_side import WARM, add_arguments, in_a_process, peak, pictures
-
-SMALL = "--input-res 32 -b 256 --seed 0 --print-freq 1000000 --epochs 1"
-BANK = f"{SMALL} --dataset folder --softmax --nce_k 4096 --nce_t 0.1"
-SCRIPTS = {  # name: (module, the flag of the data, other flags)
-    "CMC": ("cmc.train_CMC", ["--data_folder"], f"{BANK} --model resnet18v1"),
-    "InsDis": ("moco_insdis.train_moco_ins", ["--data_folder"], f"{BANK} --model resnet18"),
-    "MoCo": ("moco_insdis.train_moco_ins", ["--data_folder"], f"{BANK} --model resnet18 --moco"),
+SMALL = "--input-res 32 -b 256 --seed 0 --print-freq 1000000 --epochs 1 --dataset folder"
+BANK = f"{SMALL} --softmax --nce_k 4096 --nce_t 0.1"
+SCRIPTS = {  # name: (script, flags)
+    "CMC": ("cmc.train_CMC", f"{BANK} --model resnet18v1"),
+    "InsDis": ("moco_insdis.train_moco_ins", f"{BANK} --model resnet18"),
+    "MoCo": ("moco_insdis.train_moco_ins", f"{BANK} --model resnet18 --moco"),
     "MoCo + patch": (
-        "nonsem_neg.moco_non_sem_neg", [],
+        "nonsem_neg.moco_non_sem_neg",
         f"{SMALL} -a resnet18 --moco-k 4096 --moco-t 0.2 --mlp --aug-plus",
     ),
     "MoCo + FT": (
-        "feature_transform.main_contrast", ["--data_folder"],
-        f"{SMALL} --dataset folder --arch resnet18 --method MoCov2 --nce_k 4096 --preset ft --save_score",
+        "feature_transform.main_contrast",
+        f"{SMALL} --arch resnet18 --method MoCov2 --nce_k 4096 --preset ft --save_score",
     ),
     "debiased": (
-        "debiased.main", ["--data_folder"],
-        f"{SMALL} --dataset folder --model resnet18 --no-small-stem --knn-every 0",
+        "debiased.main",
+        f"{SMALL} --model resnet18 --no-small-stem --knn-every 0",
     ),
-}  # fmt: skip
+}
 
 
 class Timed:
-    """A loader of WARM + `steps` batches, fixed or not, that looks at the clock when the warm-up and the end are reached."""
+    """A loader of WARM + `steps` batches that reads the clock after the warm-up and at the end.
+
+    fixed: give the first batch again and again.
+    """
 
     def __init__(self, loader, steps: int, fixed: bool):
-        self.loader, self.steps, self.fixed, self.seconds, self.spent = loader, steps, fixed, 0.0, 0.0
+        self.loader = loader
+        self.steps = steps
+        self.fixed = fixed
+        self.seconds = 0.0  # of the timed steps
+        self.view_seconds = 0.0  # of them, making views and waiting for them
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -61,8 +70,7 @@ class Timed:
         return WARM + self.steps
 
     def _now(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter(), self.loader.view_seconds + self.loader.wait_seconds
 
     def __iter__(self):
@@ -70,68 +78,80 @@ class Timed:
         batches = itertools.repeat(next(epochs)) if self.fixed else epochs
         for step, batch in zip(range(len(self)), batches):
             if step == WARM:
-                began = self._now()
+                began, spent = self._now()
             yield batch
-        self.seconds, self.spent = (b - a for a, b in zip(began, self._now()))
+        now, all_spent = self._now()
+        self.seconds = now - began
+        self.view_seconds = all_spent - spent
 
 
-def measure(module: str, flags: list[str], steps: int, fixed: bool) -> dict:
-    """Images per second of a train script's own worker, and the share of the time in which views are made or awaited."""
+def measure(module: str, tree: str, flags: list[str], steps: int, fixed: bool) -> dict:
+    """Return the images per second of a train script's own worker on the pictures `tree`.
+
+    Also the share of the time in which views are made or awaited, the seconds of loading, and the
+    peak memory. flags: others than that of the data.
+    """
     script = importlib.import_module(module)
-    build, made = script.build_loader, []
+    build = script.build_loader
+    loaders = []
 
     def timed(args, process):
         began = time.perf_counter()
-        made.append(Timed(build(args, process), steps, fixed))
-        made[0].loading = time.perf_counter() - began
-        return made[0]
+        loader = Timed(build(args, process), steps, fixed)
+        loader.loading = time.perf_counter() - began
+        loaders.append(loader)
+        return loader
 
-    script.build_loader = timed
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
-        place = "--ckpt_path" if "nonsem" in module else "--model_path"
-        standard, sys.stdout = sys.stdout, quiet
-        try:
-            script.main([*flags, place, folder])
-        finally:
-            sys.stdout = standard
-    (loader,) = made
-    rate = loader.batch_size * steps / loader.seconds
-    return {"rate": rate, "views": loader.spent / loader.seconds, "loading": loader.loading, "peak": peak()}
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        with mock.patch.object(script, "build_loader", timed), quiet:
+            script.main(["--data", tree, "--out", folder, *flags])
+    (loader,) = loaders
+    return {
+        "rate": loader.batch_size * steps / loader.seconds,
+        "views": loader.view_seconds / loader.seconds,
+        "loading": loader.loading,
+        "peak": peak(),
+    }
+
+
+def compare(name: str, tree: str, args) -> bool:
+    """Measure both sides of a script, print them, and return whether the aim is met."""
+    results = {"whole": [], "alone": []}
+    for _ in range(args.repeats):
+        for side, own in results.items():
+            flags = (f"--data={tree}", f"--steps={args.steps}", "--one", name, side)
+            own.append(in_a_process(__file__, *flags))
+    ratios = side_by_side.ratios(results, "whole", "alone")
+    ratio = statistics.median(ratios)
+    whole, alone = (statistics.median(r["rate"] for r in own) for own in results.values())
+    views = statistics.median(result["views"] for result in results["whole"])
+    memory = max(result["peak"] for result in results["whole"])
+    print(
+        f"{name:13} {whole:6.0f} images/s, network alone {alone:6.0f}: {ratio:.3f} of it "
+        f"({min(ratios):.3f} to {max(ratios):.3f}), aim {args.at_least}; views and waiting "
+        f"{views:.1%} of a step, peak memory {memory:.0f} MiB",
+        flush=True,
+    )
+    return ratio >= args.at_least
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
+    side_by_side.add_arguments(parser)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    parser.add_argument("--at-least", type=float, default=0.92, help="least ratio of whole to network alone")
+    about = "least ratio of whole to network alone"
+    parser.add_argument("--at-least", type=float, default=0.92, help=about)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
         name, side = args.one
-        module, flag, flags = SCRIPTS[name]
-        print(json.dumps(measure(module, [*flag, args.data, *flags.split()], args.steps, side == "alone")))
+        module, flags = SCRIPTS[name]
+        result = measure(module, args.data, flags.split(), args.steps, side == "alone")
+        print(json.dumps(result))
         return 0
-    missed = []
     with pictures(args) as tree:
-        for name in args.scripts:
-            found = {"whole": [], "alone": []}
-            for _ in range(args.repeats):
-                for side, results in found.items():
-                    flags = f"--data={tree}", f"--steps={args.steps}", "--one", name, side
-                    results.append(in_a_process(__file__, *flags))
-            ratios = [a["rate"] / b["rate"] for a, b in zip(found["whole"], found["alone"])]
-            ratio = statistics.median(ratios)
-            rates = {side: statistics.median(r["rate"] for r in results) for side, results in found.items()}
-            views = statistics.median(r["views"] for r in found["whole"])
-            print(
-                f"{name:13} {rates['whole']:6.0f} images/s, network alone {rates['alone']:6.0f}: {ratio:.3f} of it "
-                f"({min(ratios):.3f} to {max(ratios):.3f}), aim {args.at_least}; views and waiting {views:.1%} of a step, "
-                f"peak memory {max(r['peak'] for r in found['whole']):.0f} MiB",
-                flush=True,
-            )
-            if ratio < args.at_least:
-                missed.append(name)
-    return len(missed)
+        return sum(not compare(name, tree, args) for name in args.scripts)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def ours(query, positive, bank, k=None, generator=None):
     rule = negatives.Rule("ring", INNER)
     ranks = rule.ranks(OUTER, len(bank), len(query))
     draws = negatives.draw(len(query), k - 1, ranks, generator) if k else None
-    return negatives.conditional_loss(query, positive, bank, T, rule, ranks, draws)
+    comparison = negatives.Comparison(rule, ranks, T, draws)
+    return negatives.conditional_loss(query, positive, bank, comparison)
 
 
 def loss_of(side: str, args) -> dict:
@@ -77,6 +78,7 @@ def step_of(side: str, args) -> dict:
     """Seconds of a step of IR: with the ring, or with a loss that looks at no bank."""
     from common import launch, sets
     from ring import negatives, train_ring
+    from runner import loop
 
     small = f"--root x --dataset folder --augmentation mocov2_32x32 --conv3x3 -b {args.batch} --seed 0 --device cpu"
     flags = train_ring.parse_args(small.split())
@@ -87,20 +89,19 @@ def step_of(side: str, args) -> dict:
     method = train_ring.IR(flags, pictures, 195, launch.Process())
     if side == "fixed":
 
-        def fixed(query, positive, bank, temperature, rule, ranks, draws, describe):
-            describe(
-                negatives.Ring(
-                    *(torch.zeros(1, 1, dtype=d) for d in (torch.float, torch.float, torch.long, torch.long))
-                )
-            )
-            return -positive.mean() / temperature
+        def fixed(query, positive, bank, comparison, observer):
+            score, row = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long)
+            observer(negatives.Ring(score, score, row, row), positive, score)
+            return -positive.mean() / comparison.temperature
 
-        negatives.conditional_loss, negatives.draw = fixed, lambda *_: None
+        negatives.conditional_loss = fixed
+        method.draws = lambda *_: None
     images, index = torch.randn(args.batch, 3, 32, 32), torch.arange(args.batch)
     times = []
     for step in range(args.steps + 1):
         began = time.perf_counter()
-        method.step([images], index, step)
+        batch = loop.Batch([images], index % 10, index, loop.At(0, 0.0, step))
+        method.step(batch)
         times.append(time.perf_counter() - began)
     return {"seconds": min(times[1:]), "memory": 0}
 

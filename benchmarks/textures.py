@@ -21,10 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.decode_jpeg import generate
+from benchmarks.photographs import generate
 from common.sets import open_tree
-from preprocess import imagenet_texture_syn as syn
-from preprocess import texture_mrs, texture_quilt
+from preprocess import texture_engines, texture_mrs, texture_quilt
+from preprocess import texture_jobs as syn
 
 
 class Side(NamedTuple):
@@ -58,7 +58,7 @@ def _work(side: Side, jobs: list[syn.Job], ready, answer) -> None:
     syn.do(side.settings, jobs[:1])
     ready.wait()
     began, cores = time.perf_counter(), time.process_time()
-    size = syn.BATCH["cpu"][side.settings.engine]
+    size = texture_engines.BATCH["cpu"][side.settings.engine]
     for start in range(0, len(jobs), size):
         failed = [done for done in syn.do(side.settings, jobs[start : start + size]) if done.failure]
         if failed:

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Linear evaluation of the networks pre-trained by CMC: a classifier on one frozen layer of all views.
+"""Linear evaluation of the networks pre-trained by CMC: a classifier on one layer of all views.
 
 The protocol published with Contrastive Multiview Coding; after `train_CMC.py --demo`, and on
 ImageNet-100:
 
     python cmc/LinearProbing.py --demo
-    python cmc/LinearProbing.py --data_folder IMAGENET100 --dataset imagenet100 --learning_rate 30 \\
-        --layer 6 --model_path \\
-        runs/cmc/memory_softmax_4096_resnet50v1_lr_0.03_decay_0.0001_bsz_128_view_YCbCr
+    python cmc/LinearProbing.py --data_folder IMAGENET100 --dataset imagenet100 \\
+        --learning_rate 30 --layer 6 --model_path runs/cmc
 """
 
 import os
@@ -16,6 +15,7 @@ from collections import OrderedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -109,11 +109,13 @@ def read(args):
 
 def files(args, saved):
     """Return the run folder, under its published name and the layer, and what goes into it."""
-    amp = f"_amp_{args.opt_level}" if args.amp else ""
     name = (
         f"calibrated_{pretrained.parent(saved)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
-        f"_decay_{args.weight_decay}_view_{args.view}{amp}_layer{args.layer}"
+        f"_decay_{args.weight_decay}_view_{args.view}"
     )
+    if args.amp:
+        name += f"_amp_{args.opt_level}"
+    name += f"_layer{args.layer}"
     folder = options.run_folder(args, args.save_path, name)
     return folder, linear.files(args, __file__, folder), f"{args.model}_layer{args.layer}.pth"
 
@@ -139,8 +141,8 @@ def build_network(saved, args, classes: int, process: launch.Process):
     heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
     stems = [v for k, v in state.items() if k.endswith((".conv1.weight", ".conv_block_1.0.weight"))]
     if not heads or not stems:
-        some = ", ".join(list(state)[:3])
-        raise UserError(f"{saved.path} holds no networks of this family (it has {some})")
+        names = ", ".join(list(state)[:3])
+        raise UserError(f"{saved.path} holds no networks of this family (it has {names})")
     views = colour.chosen_views(args)
     small_stem = stems[0].shape[-1] == 3
     network = networks.build_network(args.model, views, len(heads[0]), small_stem)
@@ -156,9 +158,11 @@ def pool(feats, args):
     """Return features of every view side by side, pooled to the published size and flat: (N, D)."""
     feat = torch.cat([feat.float() for feat in feats], 1)
     is_alexnet = MODELS[args.model] is None
-    side = (POOLED_ALEXNET if is_alexnet else POOLED).get(args.layer)
+    sides = POOLED_ALEXNET if is_alexnet else POOLED
+    pooling = F.adaptive_max_pool2d if is_alexnet else F.adaptive_avg_pool2d
+    side = sides.get(args.layer)
     if side and feat.dim() == 4 and feat.shape[-1] > side:  # small pictures give small maps
-        feat = (F.adaptive_max_pool2d if is_alexnet else F.adaptive_avg_pool2d)(feat, side)
+        feat = pooling(feat, side)
     return feat.flatten(1)
 
 
@@ -209,6 +213,7 @@ SPEC = linear.Spec(
     },
     published="cmc/published.json",
     reopened=("model", "view", "layer", "input_res"),
+    is_published=lambda saved: "view" in (saved.get("opt") or {}),
 )
 
 

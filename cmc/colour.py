@@ -1,65 +1,29 @@
-"""Colour spaces for the views of Contrastive Multiview Coding (Tian, Krishnan & Isola, arXiv:1906.05849), batched.
+"""The views of CMC (Tian, Krishnan & Isola, arXiv:1906.05849): channels of a colour space.
 
-CMC contrasts channels of one picture: L with ab, or Y with CbCr. The published code converts picture by picture in
-float64 with scikit-image; here a batch is converted at once in float32, on its device, to the same values (within 1e-3
-in the units of each space; tests/test_cmc_colour.py). A conversion is one to three element-wise non-linear steps and
-one matrix product, or two; normalisation and the choice of channels are folded into the last product.
-
-space    channels   default views   what channel 0 of view 1 is             range of the channels over the sRGB cube
-Lab      L a b      L | ab          CIE 1976 lightness (published)          0..100, -86.2..98.2, -107.9..94.5
-YCbCr    Y Cb Cr    Y | CbCr        Rec. 601 luma, 8 bit (published)        16..235, 16..240, 16..240
-LUV      L u v      L | uv          CIE 1976 lightness                      0..100, -83.1..175.0, -134.1..107.4
-YUV      Y U V      Y | UV          Rec. 601 luma                           0..1, +-0.436, +-0.615
-YDbDr    Y Db Dr    Y | DbDr        Rec. 601 luma                           0..1, +-1.333, +-1.333
-YPbPr    Y Pb Pr    Y | PbPr        Rec. 601 luma                           0..1, +-0.5, +-0.5
-YIQ      Y I Q      Y | IQ          Rec. 601 luma                           0..1, +-0.596, +-0.523
-XYZ      X Y Z      Y | XZ          Y is the luminance, and channel 1       0..0.950, 0..1, 0..1.089
-HSV      H S V      V | HS          V is the brightness, and channel 2      0..1 each; hue in turns (0 is next to 1)
-HED      H E D      H | ED          haematoxylin; no luminance exists here  0..1.88, 0..1.13, 0..1.57
-RGBCIE   R G B      G | RB          G carries 81 % of the luminance         -0.015..0.164, 0..0.183, 0..0.193
-RGB      R G B      (none)          only inside --views, such as RGB:G      0..1 each
-
-The splits other than those of Lab and YCbCr are this project's: the published code has the converters but no way to
-ask for them. View 1 is the luminance-like channel where there is one, view 2 the rest in the order of the space.
-
-Normalisation is (value - MEAN) / STD. Lab and YCbCr have the published constants (Lab lands in [-1, 1], YCbCr in about
-[-1.04, 1.09]); the others have the middle and the half width of the range above, so that every colour of sRGB lands in
-[-1, 1]. In HED most colours lie near -1: the upper end belongs to colours with a channel at 0, whose optical density
-is infinite and is cut at 1.
-
-All spaces but Lab, LUV and XYZ are functions of the gamma-coded R'G'B' as stored in the file; RGBCIE, too, since
-scikit-image applies its matrix without undoing the gamma.
+CMC contrasts channels of one picture, such as L with ab, or Y with CbCr. cmc/spaces.py has the
+spaces, their channels and units.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cmc.spaces import CHANNELS, MEAN, RANGES, STD, from_rgb
 from common import UsageError, UserError
 from common.augment import Params
 
-CHANNELS = {
-    "Lab": ("L", "a", "b"),
-    "YCbCr": ("Y", "Cb", "Cr"),
-    "HSV": ("H", "S", "V"),
-    "HED": ("H", "E", "D"),
-    "LUV": ("L", "u", "v"),
-    "YUV": ("Y", "U", "V"),
-    "XYZ": ("X", "Y", "Z"),
-    "YDbDr": ("Y", "Db", "Dr"),
-    "YPbPr": ("Y", "Pb", "Pr"),
-    "YIQ": ("Y", "I", "Q"),
-    "RGBCIE": ("R", "G", "B"),
-    "RGB": ("R", "G", "B"),
-}
+__all__ = [
+    "CHANNELS", "MEAN", "RANGES", "SPACES", "SPLITS", "STD", "ToColour", "View", "Views",
+    "bank_names", "chosen_views", "default_views", "from_rgb", "of_checkpoint", "parse_views",
+    "space_name", "tower_names", "view_keys",
+]  # fmt: skip
+
 SPLITS = {
     "Lab": "L,ab",
     "YCbCr": "Y,CbCr",
@@ -76,220 +40,12 @@ SPLITS = {
 SPACES = tuple(SPLITS)  # the choices of --view; the first two are the published ones
 ALIASES = {"CIERGB": "RGBCIE"}
 
-# Lowest and highest value of each channel over the sRGB cube; a test finds them again. Of the linear spaces they are at
-# corners of the cube; the lowest v of LUV is on the edge from blue to magenta, at R = 0.44.
-RANGES = {
-    "HSV": ((0, 1), (0, 1), (0, 1)),
-    "HED": ((0, 1.877983), (0, 1.134730), (0, 1.573588)),
-    "LUV": ((0, 100), (-83.0779, 175.0145), (-134.0979, 107.3991)),
-    "YUV": ((0, 1), (-0.436010, 0.436010), (-0.614975, 0.614975)),
-    "XYZ": ((0, 0.950456), (0, 1), (0, 1.088754)),
-    "YDbDr": ((0, 1), (-1.333, 1.333), (-1.333, 1.333)),
-    "YPbPr": ((0, 1), (-0.5, 0.5), (-0.5, 0.5)),
-    "YIQ": ((0, 1), (-0.595901, 0.595901), (-0.522736, 0.522736)),
-    "RGBCIE": ((-0.014662, 0.163547), (0, 0.182881), (0, 0.192776)),
-    "RGB": ((0, 1), (0, 1), (0, 1)),
-}
-MEAN = {"Lab": (50.0, 6.025, -6.6895), "YCbCr": (116.151, 121.080, 132.342)}  # HobbitLong/CMC, train_CMC.py at 7b227be
-STD = {"Lab": (50.0, 92.208, 101.1675), "YCbCr": (109.500, 111.855, 111.964)}
-for _name, _range in RANGES.items():
-    MEAN[_name] = tuple((high + low) / 2 for low, high in _range)
-    STD[_name] = tuple((high - low) / 2 for low, high in _range)
-
-# ------------------------------------------------------------------------------------------------ constants, by source
-
-# Rec. 601 (ITU-R BT.601): luma Y' = 0.299 R' + 0.587 G' + 0.114 B', and colour differences B' - Y', R' - Y'.
-_LUMA = np.array([0.299, 0.587, 0.114])
-_B_Y, _R_Y = np.eye(3)[2] - _LUMA, np.eye(3)[0] - _LUMA
-# PAL: U and V are the differences times 0.492111 and 0.877283.
-_U, _V = 0.492111 * _B_Y, 0.877283 * _R_Y
-# NTSC 1953: I and Q are V and U turned by 33 degrees.
-_COS, _SIN = np.cos(np.radians(33)), np.sin(np.radians(33))
-
-# Linear sRGB (Rec. 709 primaries, white D65 = (0.950456, 1, 1.088754)) to CIE 1931 XYZ: IEC 61966-2-1, in the six digits
-# of Poynton's Color FAQ.
-_XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
-# White of Lab and LUV: D65, 2 degree observer, as ASTM E308 rounds it. Not quite the white above: white has a = -0.0025.
-_WHITE = np.array([0.95047, 1.0, 1.08883])
-# CIE 1931 RGB (primaries 700, 546.1 and 435.8 nm) to XYZ.
-_XYZ_OF_RGBCIE = np.array([[0.49, 0.31, 0.20], [0.17697, 0.81240, 0.01063], [0.0, 0.01, 0.99]]) / 0.17697
-# Ruifrok & Johnston 2001: optical density of R, G, B of haematoxylin, eosin and DAB, one stain a row.
-_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-_DARKEST = 1e-6  # scikit-image's floor of R'G'B' before the logarithm, and the base of the optical density
-
-# Spaces that are a matrix and an offset of R'G'B'.
-_AFFINE = {
-    "RGB": (np.eye(3), np.zeros(3)),
-    "YUV": (np.stack([_LUMA, _U, _V]), np.zeros(3)),
-    "YIQ": (np.stack([_LUMA, _COS * _V - _SIN * _U, _SIN * _V + _COS * _U]), np.zeros(3)),
-    "YPbPr": (np.stack([_LUMA, 0.5 * _B_Y / _B_Y[2], 0.5 * _R_Y / _R_Y[0]]), np.zeros(3)),
-    # BT.601 in 8 bits: 219 steps of luma from 16 on, 224 of the differences around 128; rounded as everywhere.
-    "YCbCr": (
-        np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]),
-        np.array([16.0, 128.0, 128.0]),
-    ),
-    # SECAM (ITU-R BT.470).
-    "YDbDr": (np.array([[0.299, 0.587, 0.114], [-0.45, -0.883, 1.333], [-1.333, 1.116, 0.217]]), np.zeros(3)),
-    "RGBCIE": (np.linalg.inv(_XYZ_OF_RGBCIE) @ _XYZ, np.zeros(3)),
-}
-
-# The other spaces work on seven rows per pixel: three of one branch of a curve, a one, three of the other branch, so that
-# a matrix (3, 7) adds up both branches and an offset. A curve `curve(x) if x > knee else slope * x` is
-# curve(max(x, knee)) + slope * min(x, knee) - slope * knee, without a mask. This closes the gap that the standards'
-# rounded constants leave at the knee (3e-7 of the cube root's): the lower branch moves by that much.
-_EYE, _ONE = np.eye(3), np.ones((3, 1))
-_CODE_KNEE, _CODE_SLOPE = 0.04045, 1 / 12.92  # sRGB (IEC 61966-2-1): else ((x + 0.055) / 1.055)^2.4
-_LIGHT = np.hstack([_EYE / 1.055**2.4, -_ONE * _CODE_SLOPE * _CODE_KNEE, _EYE * _CODE_SLOPE])
-_ROOT_KNEE, _ROOT_SLOPE = 0.008856, 7.787  # CIE 1976: the cube root, and its tangent below (6/29)^3
-_ROOT = np.hstack([_EYE, -_ONE * _ROOT_SLOPE * _ROOT_KNEE, _EYE * _ROOT_SLOPE])
-_DARK_LUV = 903.3  # CIE 1976, L* of dark colours: 903.3 Y / Yn
-_DENOMINATOR = np.array([1.0, 15.0, 3.0])  # of u' = 4 X / (X + 15 Y + 3 Z) and v' = 9 Y / (X + 15 Y + 3 Z)
-_U_WHITE, _V_WHITE = 4 * _WHITE[0] / (_DENOMINATOR @ _WHITE), 9 * _WHITE[1] / (_DENOMINATOR @ _WHITE)
-
-_LAB = np.array([[0.0, 116.0, 0.0], [500.0, -500.0, 0.0], [0.0, 200.0, -200.0]]) @ _ROOT
-_LAB[0, 3] -= 16
-_INNER = {  # to what the last non-linear step wants
-    "Lab": (_XYZ / _WHITE[:, None]) @ _LIGHT,
-    "LUV": np.stack([_XYZ[1], 4 * _XYZ[0], _DENOMINATOR @ _XYZ]) @ _LIGHT,
-}
-_FINAL = {  # to the channels; with four columns, from the first three rows and the one
-    "XYZ": _XYZ @ _LIGHT,
-    "Lab": _LAB,
-    "LUV": np.hstack([np.diag([1.0, 13.0, 13.0 * 9.0]), 0 * _ONE]),
-    "HED": np.hstack([np.linalg.inv(_STAINS).T / np.log(_DARKEST), 0 * _ONE]),
-    "HSV": np.hstack([_EYE, 0 * _ONE]),
-}
-
-# -------------------------------------------------------------------------------------------------------- conversions
-
-
-@torch.no_grad()
-def from_rgb(images: Tensor, space: str, *, channels: tuple[int, ...] = (0, 1, 2), normalised: bool = False) -> Tensor:
-    """RGB in [0, 1], floats (N, 3, H, W), to channels of another space: (N, len(channels), H, W) on the same device.
-
-    space: a key of CHANNELS; its units and ranges are in this module's table. normalised: (value - MEAN) / STD.
-    float32 (float64 for float64 pictures), also under autocast; TF32 on CUDA only where torch.backends.cuda.matmul was
-    told to allow it. `images` is not changed, and gets no gradient. TypeError for integers, ValueError for another shape.
-    """
-    if not images.is_floating_point():
-        raise TypeError(f"colour conversion needs floats in [0, 1], not {images.dtype}: divide uint8 by 255")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"colour conversion needs RGB pictures (N, 3, H, W), not {tuple(images.shape)}")
-    n, _, height, width = images.shape
-    x = images.reshape(n, 3, height * width)
-    x = x if x.dtype == torch.float64 else x.float()
-    with torch.autocast(x.device.type, enabled=False):
-        inner, final = _matrices(space, tuple(channels), normalised, x.dtype, x.device)
-        if space in _AFFINE:
-            out = torch.baddbmm(final[:, :, 3:], final[:, :, :3].expand(n, -1, -1), x)
-        else:
-            out = _in_blocks(space, x, inner, final, floor=-1.0 if normalised else 0.0)
-    return out.view(n, len(channels), height, width)
-
-
-@functools.lru_cache(maxsize=256)
-def _matrices(space: str, channels: tuple[int, ...], normalised: bool, dtype: torch.dtype, device: torch.device):
-    """(inner or None, final) of a space as tensors (1, 3 or C, 4 or 7), final with the wanted channels and scale."""
-    final = np.column_stack(_AFFINE[space]) if space in _AFFINE else _FINAL[space]
-    if normalised:
-        final = final.copy()
-        final[:, 3] -= MEAN[space]
-        final /= np.array(STD[space])[:, None]
-    inner = None if space not in _INNER else torch.tensor(_INNER[space][None], dtype=dtype, device=device)
-    return inner, torch.tensor(final[None, list(channels)], dtype=dtype, device=device)
-
-
-def _in_blocks(space: str, x: Tensor, inner: Tensor | None, final: Tensor, floor: float) -> Tensor:
-    """final @ features(x), x (N, 3, P). On a CPU some 30 thousand pixels at a time, so that the steps stay in the cache.
-
-    floor: what a stain of 0 becomes in HED, in which there are no negative ones (its RANGES begin at 0, that is at -1
-    after normalisation).
-    """
-    n, _, pixels = x.shape
-    out = x.new_empty(n, final.shape[1], pixels)
-    if out.numel() == 0:
-        return out
-    block = 2**15 * torch.get_num_threads() if x.device.type == "cpu" else 2**22
-    step, width = max(1, min(n, block // pixels)), -(-pixels // -(-pixels // block))
-    all_rows = x.new_empty(step, 7, width)
-    all_rows[:, 3] = 1
-    scratch = None if final.shape[1] == 3 else x.new_empty(step, 3, width)
-    for first in range(0, n, step):
-        for left in range(0, pixels, width):
-            part = x[first : first + step, :, left : left + width]
-            made = out[first : first + step, :, left : left + width]
-            k, _, w = part.shape
-            rows = all_rows[:k, :, :w]
-            _FEATURES[space](part, rows, made if scratch is None else scratch[:k, :, :w], inner)
-            torch.bmm(final.expand(k, -1, -1), rows[:, : final.shape[2]], out=made)
-            if space == "HED":
-                made.clamp_(min=floor)
-    return out
-
-
-# Each fills rows (n, 7, P), whose fourth row is one, from x (n, 3, P) in R'G'B'; scratch (n, 3, P) may be used. x^p is
-# written as exp(p log x), which is several times faster than pow on a CPU and exact enough (x is bounded away from 0).
-
-
-def _light(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor | None) -> None:
-    """The two branches of the sRGB curve: _LIGHT @ rows is linear RGB."""
-    torch.clamp(x, min=_CODE_KNEE, out=rows[:, :3]).add_(0.055).log_().mul_(2.4).exp_()
-    torch.clamp(x, max=_CODE_KNEE, out=rows[:, 4:])
-
-
-def _lab(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor) -> None:
-    """The two branches of CIE 1976's curve of X / Xn, Y / Yn, Z / Zn."""
-    _light(x, rows, scratch, None)
-    torch.bmm(inner.expand(len(x), -1, -1), rows, out=scratch)
-    torch.clamp(scratch, min=_ROOT_KNEE, out=rows[:, :3]).log_().mul_(1 / 3).exp_()
-    torch.clamp(scratch, max=_ROOT_KNEE, out=rows[:, 4:])
-
-
-def _luv(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor) -> None:
-    """L, L (u' - un) and L (v' - vn) / 9 of CIE 1976."""
-    _light(x, rows, scratch, None)
-    torch.bmm(inner.expand(len(x), -1, -1), rows, out=scratch)
-    y, x4, denominator = scratch.unbind(1)
-    lightness, u, v = rows[:, :3].unbind(1)
-    torch.clamp(y, min=_ROOT_KNEE, out=lightness).log_().mul_(1 / 3).exp_().mul_(116)
-    lightness.add_(torch.clamp(y, max=_ROOT_KNEE, out=u), alpha=_DARK_LUV).sub_(16 + _DARK_LUV * _ROOT_KNEE)
-    denominator.clamp_(min=1e-8).reciprocal_()  # black is 0 / 0; the bluest code above it has 1e-3
-    torch.mul(x4, denominator, out=u).sub_(_U_WHITE).mul_(lightness)
-    torch.mul(y, denominator, out=v).sub_(_V_WHITE / 9).mul_(lightness)
-
-
-def _hed(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor | None) -> None:
-    torch.clamp(x, min=_DARKEST, out=rows[:, :3]).log_()
-
-
-def _hsv(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor | None) -> None:
-    """Hue in turns, saturation and value (Smith 1978).
-
-    sign(max - r) is 0 where red is the largest, else 1: a float mask, for lerp is several times faster than where.
-    """
-    r, g, b = x.unbind(1)
-    hue, saturation, value = rows[:, :3].unbind(1)
-    chroma, inverse, spare = scratch.unbind(1)
-    torch.maximum(torch.maximum(r, g, out=value), b, out=value)
-    torch.minimum(torch.minimum(r, g, out=chroma), b, out=chroma)
-    torch.sub(value, chroma, out=chroma)
-    torch.clamp(chroma, min=1e-12, out=inverse).reciprocal_()  # grey: the differences, and with them the hue, are 0
-    torch.sub(r, g, out=hue).mul_(inverse).add_(4)
-    torch.sub(b, r, out=spare).mul_(inverse).add_(2)
-    torch.lerp(spare, hue, torch.sub(value, g, out=saturation).sign_(), out=hue)
-    torch.sub(g, b, out=spare).mul_(inverse)
-    torch.lerp(spare, hue, torch.sub(value, r, out=saturation).sign_(), out=hue)
-    hue.div_(6).sub_(torch.floor(hue, out=spare))
-    torch.div(chroma, torch.clamp(value, min=1e-12, out=spare), out=saturation)
-
-
-_FEATURES = {"XYZ": _light, "Lab": _lab, "LUV": _luv, "HED": _hed, "HSV": _hsv}
-
-# ------------------------------------------------------------------------------------------------------- the flags' side
-
 
 class View(NamedTuple):
-    """Some channels of one space. name is how --views writes it: "ab", or "YCbCr:CbCr" beside another --view."""
+    """Some channels of one space.
+
+    name: as --views writes it: "ab", or "YCbCr:CbCr" beside another --view.
+    """
 
     name: str
     space: str
@@ -297,82 +53,99 @@ class View(NamedTuple):
 
 
 def space_name(text: str) -> str:
-    """The colour space that `text` means in any case ("lab" is Lab, "CIERGB" is RGBCIE); other text is returned as is."""
-    names = {name.lower(): name for name in CHANNELS} | {alias.lower(): name for alias, name in ALIASES.items()}
+    """Return the colour space that `text` means, in any case: "lab" is Lab, "CIERGB" is RGBCIE.
+
+    Other text is returned as it is.
+    """
+    names = {name.lower(): name for name in CHANNELS}
+    names |= {alias.lower(): name for alias, name in ALIASES.items()}
     return names.get(text.lower(), text)
 
 
 def parse_views(text: str, space: str, flag: str = "--views") -> list[View]:
-    """The views that `--views TEXT` asks for beside `--view SPACE`: "L,ab", "L,a,b", "L,ab,YCbCr:CbCr".
+    """Return the views that `--views TEXT` asks for beside `--view SPACE`, such as "L,a,b".
 
-    A view is one or more channels of `space`, their names joined, or SPACE:CHANNELS. Upper and lower case are the same,
-    and channels are put in the order of their space. Views may share channels, but no two may have the same ones.
+    A view is one or more channels of `space`, their names joined, or SPACE:CHANNELS, as in
+    "L,ab,YCbCr:CbCr". Upper and lower case are the same, and channels are put in the order of their
+    space. Views may share channels, but no two may have the same ones.
     Raises UsageError, naming `flag`, the text and what is possible.
     """
+    start = f"{flag} {text}"
     views: list[View] = []
-    for item in (part.strip() for part in text.split(",")):
-        prefix, colon, letters = item.rpartition(":")
-        of = space_name(prefix.strip()) if colon else space
-        if of not in CHANNELS:
-            raise UsageError(f"{flag} {text}: {prefix!r} is no colour space; there are {', '.join(CHANNELS)}")
-        names = CHANNELS[of]
-        lower = [name.lower() for name in names]
-        pattern = "|".join(sorted(lower, key=len, reverse=True))
-        letters = letters.strip().lower()
-        if not re.fullmatch(f"(?:{pattern})+", letters):
-            other = "YCbCr:CbCr" if of != "YCbCr" else "Lab:ab"
-            raise UsageError(
-                f"{flag} {text}: {item!r} is not made of channels of {of}, which are {', '.join(names)}; join some of them, "
-                f"as in {SPLITS.get(of, 'R,GB')}, or write SPACE:CHANNELS, as in {other}, "
-                f"for one of {', '.join(s for s in CHANNELS if s != of)}"
-            )
-        found = re.findall(pattern, letters)
-        channels = tuple(sorted({lower.index(name) for name in found}))
-        if len(channels) < len(found):
-            raise UsageError(f"{flag} {text}: {item!r} has a channel twice; {of} has {', '.join(names)}, each once")
-        name = ("" if of == space else f"{of}:") + "".join(names[c] for c in channels)
-        if any(view[1:] == (of, channels) for view in views):
-            raise UsageError(f"{flag} {text}: the view {name} is there twice; each view is listed once")
-        views.append(View(name, of, channels))
+    for item in text.split(","):
+        view = parse_view(item.strip(), space, start)
+        if any(view[1:] == other[1:] for other in views):
+            raise UsageError(f"{start}: the view {view.name} is there twice; list each view once")
+        views.append(view)
     if len(views) < 2:
         example = SPLITS.get(space, "R,GB")
         raise UsageError(
-            f"{flag} {text}: one view has nothing to be contrasted with; give two or more, as in {example}"
+            f"{start}: one view has nothing to be contrasted with; give two or more, "
+            f"as in {example}"
         )
     return views
 
 
+def parse_view(item: str, space: str, start: str) -> View:
+    """Return the view that one item of --views means. start: of the message of a UsageError."""
+    prefix, colon, letters = item.rpartition(":")
+    own = space_name(prefix.strip()) if colon else space
+    if own not in CHANNELS:
+        spaces = ", ".join(CHANNELS)
+        raise UsageError(f"{start}: {prefix!r} is no colour space; there are {spaces}")
+    names = CHANNELS[own]
+    lower = [name.lower() for name in names]
+    pattern = "|".join(sorted(lower, key=len, reverse=True))
+    letters = letters.strip().lower()
+    if not re.fullmatch(f"(?:{pattern})+", letters):
+        example = "Lab:ab" if own == "YCbCr" else "YCbCr:CbCr"
+        others = ", ".join(name for name in CHANNELS if name != own)
+        raise UsageError(
+            f"{start}: {item!r} is not made of channels of {own}, which are {', '.join(names)}; "
+            f"join some of them, as in {SPLITS.get(own, 'R,GB')}, or write SPACE:CHANNELS, as in "
+            f"{example}, for one of {others}"
+        )
+    listed = re.findall(pattern, letters)
+    channels = tuple(sorted({lower.index(name) for name in listed}))
+    if len(channels) < len(listed):
+        raise UsageError(
+            f"{start}: {item!r} has a channel twice; {own} has {', '.join(names)}, each once"
+        )
+    name = "".join(names[channel] for channel in channels)
+    return View(name if own == space else f"{own}:{name}", own, channels)
+
+
 def default_views(space: str) -> list[View]:
-    """The two views of a space (SPLITS): the published ones of Lab and YCbCr, this project's of the others."""
+    """Return the two views of a space: as published for Lab and YCbCr, else this project's."""
     return parse_views(SPLITS[space], space)
 
 
 def chosen_views(args) -> list[View]:
-    """The views that --view and --views ask for."""
+    """Return the views that --view and --views ask for."""
     return parse_views(args.views, args.view) if args.views else default_views(args.view)
 
 
 def view_keys(views: Sequence[View]) -> list[str]:
-    """Names of the views in files: those that --views gives them, with _ for a colon."""
+    """Return the names of the views in files: those of --views, with _ for a colon."""
     return [view.name.replace(":", "_") for view in views]
 
 
 def bank_names(views: Sequence[View]) -> list[str]:
-    """What the views are called in `memory_VIEW`, `VIEW_loss`: of two views l and ab, as published for all spaces."""
+    """Return the names in `memory_VIEW` and `VIEW_loss`; two views are l and ab, as published."""
     return ["l", "ab"] if len(views) == 2 else view_keys(views)
 
 
 def tower_names(views: Sequence[View]) -> list[str]:
-    """What the networks of the views are called in checkpoints: of two views as published for all spaces."""
+    """Return the names of the views' networks in checkpoints; those of two are as published."""
     return ["l_to_ab", "ab_to_l"] if len(views) == 2 else view_keys(views)
 
 
-# -------------------------------------------------------------------------------------------- operations of a recipe
+# --------------------------------------------------------------------------- operations of a recipe
 
 
 @dataclass(frozen=True)
 class ToColour:
-    """RGB to the three channels of `space`, in its units or normalised. Nothing is random. (N, 3, H, W) -> the same."""
+    """Convert RGB (N, 3, H, W) to the three channels of `space`, in its units or normalised."""
 
     space: str
     normalised: bool = False
@@ -390,10 +163,11 @@ class ToColour:
 
 @dataclass(frozen=True)
 class Views:
-    """The last operation of a recipe: RGB to all channels of all views, normalised, one view after the other.
+    """Convert RGB to all channels of all views, normalised, one view after the other.
 
-    (N, 3, H, W) in [0, 1] -> (N, C, H, W), C the sum of the views' channels; `split` takes it apart again. A space that
-    several views need is converted once. Nothing is random.
+    It is the last operation of a recipe: (N, 3, H, W) in [0, 1] -> (N, C, H, W), C the sum of the
+    views' channels; `split` takes them apart again. A space that several views need is converted
+    once.
     """
 
     views: tuple[View, ...]
@@ -409,25 +183,38 @@ class Views:
         for view in self.views:
             listed = needed.setdefault(view.space, [])
             listed += [c for c in view.channels if c not in listed]
-        made = {space: from_rgb(images, space, channels=tuple(c), normalised=True) for space, c in needed.items()}
-        if len(made) == 1 and sum(self.widths) == len(listed):
-            return made[view.space]
-        parts = [made[view.space][:, needed[view.space].index(c), None] for view in self.views for c in view.channels]
+        converted = {
+            space: from_rgb(images, space, channels=tuple(channels), normalised=True)
+            for space, channels in needed.items()
+        }
+        if len(converted) == 1 and sum(self.widths) == len(listed):
+            return converted[view.space]
+        parts = []
+        for view in self.views:
+            columns = [needed[view.space].index(channel) for channel in view.channels]
+            parts.append(converted[view.space][:, columns])
         return torch.cat(parts, dim=1)
 
     def split(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What apply returned, (N, C, H, W), as one tensor (N, c, H, W) for each view; they share its memory."""
+        """Split what `apply` returned into one tensor (N, c, H, W) per view, without a copy."""
         return images.split(self.widths, dim=1)
 
     @property
     def widths(self) -> list[int]:
-        """How many channels each view has: the input channels of its encoder."""
+        """The number of channels of each view: the input channels of its encoder."""
         return [len(view.channels) for view in self.views]
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
-        """What apply returned, as grey pictures (N, 1, H, W) in [0, 1] of every channel: -1 is black, 1 is white."""
-        names = [f"{view.name}: {CHANNELS[view.space][c]}" for view in self.views for c in view.channels]
-        return {name: (channel + 1) / 2 for name, channel in zip(names, images.split(1, dim=1))}
+        """Return every channel of what `apply` returned as grey pictures (N, 1, H, W).
+
+        They are in [0, 1]: -1 becomes black, 1 white.
+        """
+        names = [
+            f"{view.name}: {CHANNELS[view.space][channel]}"
+            for view in self.views
+            for channel in view.channels
+        ]
+        return {name: (grey + 1) / 2 for name, grey in zip(names, images.split(1, dim=1))}
 
 
 def of_checkpoint(saved, towers: Sequence[str]) -> tuple[tuple, dict[str, int]]:
@@ -440,6 +227,4 @@ def of_checkpoint(saved, towers: Sequence[str]) -> tuple[tuple, dict[str, int]]:
         if sorted(names) == list(towers):
             widths = {name: len(view.channels) for name, view in zip(names, views)}
             return (Views(tuple(views)),), widths
-    raise UserError(
-        f"{saved.path}: it does not say what its towers {' and '.join(towers)} look at"
-    )
+    raise UserError(f"{saved.path}: it does not say what its towers {' and '.join(towers)} look at")

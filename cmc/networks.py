@@ -1,12 +1,14 @@
-"""The networks of Contrastive Multiview Coding (Tian, Krishnan and Isola, arXiv:1906.05849): one for each view.
+"""The networks of Contrastive Multiview Coding (Tian et al., arXiv:1906.05849): one for each view.
 
-Half an AlexNet, or a residual network whose stages are half, once or twice as wide; nothing is shared between views.
+Half an AlexNet, or a residual network whose stages are half, once or twice as wide. Nothing is
+shared between views.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,8 +23,10 @@ MODELS = {  # name: (depth, width) of each view's residual network; None: half a
 }  # fmt: skip
 
 
-def build_network(model: str, views: list[colour.View], dim: int, small_stem: bool) -> backbones.TwoTowers:
-    """One network per view, looking at its channels of what `colour.Views` gives."""
+def build_network(
+    model: str, views: list[colour.View], dim: int, small_stem: bool
+) -> backbones.TwoTowers:
+    """Return one network per view, each on its channels of what `colour.Views` returns."""
 
     def tower(channels: int) -> nn.Module:
         if MODELS[model] is None:
@@ -30,44 +34,86 @@ def build_network(model: str, views: list[colour.View], dim: int, small_stem: bo
         depth, width = MODELS[model]
         return backbones.WidthResNet(depth, channels, width, dim, small_stem=small_stem)
 
-    return backbones.TwoTowers(tower, [len(view.channels) for view in views], colour.tower_names(views))
+    widths = [len(view.channels) for view in views]
+    return backbones.TwoTowers(tower, widths, colour.tower_names(views))
+
+
+def check_alexnet(args) -> None:
+    """Raise UsageError where AlexNet cannot have these batch-norm groups or this input."""
+    if args.bn_splits > 1:
+        raise UsageError(
+            f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split"
+        )
+    with torch.device("meta"):  # no numbers, only shapes: raises where the pictures are too small
+        views = colour.chosen_views(args)
+        network = build_network(args.model, views, args.feat_dim, args.small_stem)
+    shape = (sum(network.channels), args.input_res, args.input_res)
+    backbones.feature_shape(network, shape, layer=1)
 
 
 class HalfAlexNet(nn.Module):
-    """AlexNet with half the channels and batch-norm: (N, in_channels, H, W) -> (N, dim). PyTorch's own initialisation.
+    """AlexNet with half the channels, and batch-norm: (N, in_channels, H, W) -> (N, dim).
 
-    Made for 224 pixels, where the last block gives 6x6; at other sizes that map is averaged or repeated to 6x6.
-    Needs 63 pixels, or with small_stem (3x3 stride-1 first convolution, no first pooling) 7.
+    Its weights start as PyTorch draws them. It is made for 224 pixels, where the last block gives
+    6x6; at other sizes that map is averaged or repeated to 6x6. It needs 63 pixels, or 7 with
+    small_stem (3x3 stride-1 first convolution, no first pooling).
     """
 
     def __init__(self, in_channels: int = 3, dim: int = 128, *, small_stem: bool = False):
         super().__init__()
-        first = dict(kernel=3, padding=1, pool=False) if small_stem else dict(kernel=11, stride=4, padding=2, pool=True)
-        self.smallest = 7 if small_stem else 63
-        self.conv_block_1 = self._conv_block(in_channels, 48, **first)
+        if small_stem:
+            self.smallest = 7
+            self.conv_block_1 = self._conv_block(in_channels, 48)
+        else:
+            self.smallest = 63
+            self.conv_block_1 = self._conv_block(in_channels, 48, 11, 4, padding=2, pool=True)
         self.conv_block_2 = self._conv_block(48, 128, kernel=5, padding=2, pool=True)
         self.conv_block_3 = self._conv_block(128, 192)
         self.conv_block_4 = self._conv_block(192, 192)
         self.conv_block_5 = self._conv_block(192, 128, pool=True)
-        self.fc6 = nn.Sequential(nn.Linear(128 * 6 * 6, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
-        self.fc7 = nn.Sequential(nn.Linear(2048, 2048), nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
+        self.fc6 = self._linear_block(128 * 6 * 6)
+        self.fc7 = self._linear_block(2048)
         self.fc8 = nn.Sequential(nn.Linear(2048, dim))
+
+    @staticmethod
+    def _linear_block(inputs: int) -> nn.Sequential:
+        linear = nn.Linear(inputs, 2048)
+        return nn.Sequential(linear, nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
 
     @staticmethod
     def _conv_block(inputs, outputs, kernel=3, stride=1, padding=1, pool=False) -> nn.Sequential:
         conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        pooling = [nn.MaxPool2d(3, 2)] if pool else []
-        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), *pooling)
+        layers = [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        if pool:
+            layers.append(nn.MaxPool2d(3, 2))
+        return nn.Sequential(*layers)
 
     def _first_block(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) < self.smallest:
-            way_out = "larger pictures" if self.smallest < 63 else "larger pictures or the small-image stem"
-            raise UsageError(f"AlexNet needs {self.smallest} pixels or more, not {min(x.shape[2:])}: use {way_out}")
+        side = min(x.shape[2:])
+        if side < self.smallest:
+            way_out = "larger pictures"
+            if self.smallest == 63:
+                way_out += " or the small-image stem"
+            raise UsageError(
+                f"AlexNet needs {self.smallest} pixels or more, not {side}: use {way_out}"
+            )
         return self.conv_block_1(x)
 
+    def _first_linear(self, x: Tensor) -> Tensor:
+        return self.fc6(F.adaptive_avg_pool2d(x, 6).flatten(1))
+
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
-        blocks = [self._first_block, self.conv_block_2, self.conv_block_3, self.conv_block_4, self.conv_block_5]
-        return [*blocks, lambda x: self.fc6(F.adaptive_avg_pool2d(x, 6).flatten(1)), self.fc7, self.fc8]
+        """Return the layers 1 to 8, for `common.backbones.feature`."""
+        return [
+            self._first_block,
+            self.conv_block_2,
+            self.conv_block_3,
+            self.conv_block_4,
+            self.conv_block_5,
+            self._first_linear,
+            self.fc7,
+            self.fc8,
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         return backbones.feature(self, x)

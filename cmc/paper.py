@@ -10,7 +10,7 @@ PAPER = Paper(
     last="current.pth",
     best="*_layer[0-9].pth",
     layouts=(Layout(r"encoder\."),),
-    signs=r"opt\.view$|l_to_ab\.",
+    signs=r"opt\.crop_low$|^model\.(\w+\.)*l_to_ab\.",
     colours="cmc.colour:of_checkpoint",
     settings=(
         "learning_rate",

@@ -2,8 +2,7 @@
 """Contrastive Multiview Coding: pre-training.
 
 Yonglong Tian, Dilip Krishnan, Phillip Isola. ECCV 2020, arXiv:1906.05849. Lightness is contrasted
-with colour (--view), or any number of views with each other (--views). A minute on a laptop, and a
-run like those published:
+with colour (--view), or any number of views with each other (--views). Quick, and as published:
 
     python cmc/train_CMC.py --demo --epochs 1
     python cmc/train_CMC.py --data_folder IMAGENET100 --dataset imagenet100 --model resnet50v1 \\
@@ -15,13 +14,14 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
 
 from cmc import colour
 from cmc.contrast import LONG_AGO, MemoryBanks
-from cmc.networks import MODELS, build_network
+from cmc.networks import MODELS, build_network, check_alexnet
 from common import (
     UsageError,
     augment,
@@ -58,8 +58,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("data")
     about = "data set root with train/CLASS/*, or pictures alone"
     g.add_argument("--data_folder", "--data", dest="data", help=about)
-    trees = ("imagenet", "imagenet100", "folder")
-    options.add_data_arguments(g, trees, default="imagenet", workers=18)
+    options.add_data_arguments(g, ("imagenet", "imagenet100", "folder"), "imagenet", workers=18)
     about = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
     g.add_argument("--crop_low", type=cli.share, help=about)
 
@@ -78,7 +77,8 @@ def parse_args(argv=None):
     g.add_argument("--views", metavar="VIEW,VIEW,...", help=about)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument("--nce_k", type=cli.positive_int, default=16384, help="negatives per anchor")
-    g.add_argument("--nce_t", type=cli.positive, help="temperature; default .07, on stl10 .1")
+    about = "temperature; default .07, on stl10 .1"
+    g.add_argument("--nce_t", "--temperature", type=cli.positive, help=about)
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="momentum of a memory row")
     about = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=about)
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     options.add_sgd_arguments(parser.add_argument_group("optimisation"))
     g = parser.add_argument_group("run")
     about = "the run gets a folder of its own in here"
-    g.add_argument("--model_path", default="./runs/cmc", help=about)
+    g.add_argument("--model_path", "--out", default="./runs/cmc", help=about)
     options.add_name_argument(g)
     options.add_run_arguments(g, tb_path=True)
     options.add_monitor_arguments(g, "mean over the pairs of views")
@@ -125,19 +125,6 @@ def settle(args) -> None:
     if args.softmax and "nce_z" in args.typed:
         raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two")
     args.folder = options.run_folder(args, args.model_path, run_name(args))
-
-
-def check_alexnet(args) -> None:
-    """Raise UsageError where AlexNet cannot have these batch-norm groups or this input."""
-    if args.bn_splits > 1:
-        raise UsageError(
-            f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split"
-        )
-    with torch.device("meta"):  # no numbers, only shapes: raises where the pictures are too small
-        views = colour.chosen_views(args)
-        network = build_network(args.model, views, args.feat_dim, args.small_stem)
-    shape = (sum(network.channels), args.input_res, args.input_res)
-    backbones.feature_shape(network, shape, layer=1)
 
 
 def run_name(args) -> str:
@@ -190,6 +177,7 @@ class CMC:
             fused=True,
         )
         self.precision = Precision.of(args, process.device)
+        self.precision.choose(network, (sum(network.channels), args.input_res, args.input_res))
         self.network, self.optimizer = self.precision.prepare(network, optimizer)
         if args.compile:
             self.network.compile()
@@ -204,43 +192,36 @@ class CMC:
         with self.precision.autocast():
             feats = self.wrapped(images)
         feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # V times N x D
-        rows = memory.draw_rows(
-            batch.index,
-            self.memory.n,
-            self.memory.k,
-            self.generators["draws"],
-            self.args.exclude_self,
-        )
+        banks = self.memory
+        draws = self.generators["draws"]
+        rows = memory.draw_rows(batch.index, banks.n, banks.k, draws, self.args.exclude_self)
         logits = self.memory.logits(feats, rows)  # of every pair, N x (1 + K)
         losses, out = self.memory.losses(logits)  # of every view
         self.precision.step(losses.sum(), self.optimizer)
         everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
         self.memory.update(everyone, launch.all_gather(batch.index))
-        values = self.curves(losses.detach(), [pair.detach() for pair in out])
-        if self.args.save_score:
-            values["scores"] = self.statistics(logits)
-        return values
+        return self.curves(losses.detach(), [pair.detach() for pair in out], logits)
 
-    def curves(self, losses, out) -> dict:
+    def curves(self, losses, out, logits) -> dict:
         """Return the published curves, of each view: its loss, and the mean of column 0 as "prob".
 
         With InfoNCE that is a logit, and the probability of the positive comes beside it; with NCE
-        it is Z over the number of pictures, over all pairs of views.
+        it is Z over the number of pictures. These, and the scores, are means over pairs of views.
         """
         probs = torch.stack([pair[:, 0].mean() for pair in out]).view(len(self.names), -1).mean(1)
-        curves = {"loss": losses.sum()}
+        values = {"loss": losses.sum()}
         for name, loss, prob in zip(self.names, losses, probs):
-            curves |= {f"{name}_loss": loss, f"{name}_prob": prob}
+            values |= {f"{name}_loss": loss, f"{name}_prob": prob}
         if self.args.softmax:
             positives = [(pair[:, 0] - pair.logsumexp(1)).exp().mean() for pair in out]
-            return curves | {"positive_prob": torch.stack(positives).mean()}
-        return curves | {"z_over_n": self.memory.normaliser.mean() / self.memory.n}
-
-    def statistics(self, logits):
-        """Return the score statistics (N, 5) of a step, their mean over the pairs of views."""
-        t = self.memory.temperature
-        pairs = [metrics.score_statistics(pair[:, 0], pair[:, 1:], t) for pair in logits]
-        return torch.stack(pairs).mean(0)
+            values["positive_prob"] = torch.stack(positives).mean()
+        else:
+            values["z_over_n"] = self.memory.normaliser.mean() / self.memory.n
+        if self.args.save_score:
+            t = self.memory.temperature
+            pairs = [metrics.score_statistics(pair[:, 0], pair[:, 1:], t) for pair in logits]
+            values["scores"] = torch.stack(pairs).mean(0)
+        return values
 
     def embed(self, images):
         """Return what enters the heads, of all views side by side: (N, D)."""
@@ -264,6 +245,11 @@ class CMC:
         checkpoint.load_into(self.network, model, saved.path)
 
 
+def build_method(args, pictures, steps: int, process: launch.Process) -> CMC:
+    """Return the method for these training pictures, at so many steps an epoch."""
+    return CMC(args, len(pictures), process)
+
+
 def learning_rate(args, at: loop.At) -> float:
     """Return the rate, which drops when 120, 160, 200 epochs are complete."""
     return schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
@@ -284,7 +270,7 @@ def worker(args, process: launch.Process) -> None:
         pictures = loader.dataset
         plain = options.plain_view(args, colour.Views(colour.chosen_views(args)))
         neighbours = knn.loaders(args, process, pictures, plain)
-        method = CMC(args, len(pictures), process)
+        method = build_method(args, pictures, len(loader), process)
         job.begin(
             loader,
             method,
@@ -296,9 +282,8 @@ def worker(args, process: launch.Process) -> None:
         )
         if args.nce_k >= len(pictures):
             job.warn(
-                f"--nce_k {args.nce_k} draws more negatives than there are images "
-                f"({len(pictures)}): each is drawn again and again, the picture itself too "
-                "(--exclude-self); use fewer (--preset small)"
+                f"--nce_k {args.nce_k} draws more negatives than there are images ({len(pictures)})"
+                ", and the picture itself among them (--exclude-self); use fewer (--preset small)"
             )
         for _ in job.epochs():
             for batch in job.batches(learning_rate):

@@ -11,8 +11,8 @@ tau_plus. After `main.py --demo`, and on other pictures:
 
 The figure shows, over tau_plus and for several batch sizes, the bias and the standard deviation
 over batches, both relative to the truth and averaged over anchors, and how often the estimate is at
-its lower bound. tau_plus 0 is the biased estimator. Positives are views of the anchor's picture, as in
-training, or pictures of its class, as the theory has them.
+its lower bound. tau_plus 0 is the biased estimator. Positives are views of the anchor's picture, as
+in training, or pictures of its class, as the theory has them.
 """
 
 import math

@@ -21,11 +21,12 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, augment, batchnorm, cli, launch, metrics, options, schedule
+from common import UsageError, augment, batchnorm, cli, launch, options, schedule
 from common.precision import Precision
 from debiased.flags import add_adam_arguments, refuse_spaced_equals, truth
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 from debiased.networks import MODELS, NORMALIZE, Network
+from debiased.scores import pair_statistics
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, resume
 from runner.folder import refuse_to_overwrite
@@ -188,6 +189,7 @@ class Debiased:
             fused=True,
         )
         self.precision = Precision.of(args, process.device)
+        self.precision.choose(self.network, (3, args.input_res, args.input_res))
         self.groups = batchnorm.splits_here(args, process)
         if args.compile:
             self.network.compile()
@@ -237,21 +239,9 @@ class Debiased:
         checkpoint.load_into(self.network, state, saved.path)
 
 
-@torch.no_grad()
-def pair_statistics(z1, z2, temperature: float, labels=None):
-    """Return metrics.score_statistics of this process's anchors, rows 2 b and 2 b + 1 of picture b.
-
-    z1, z2 (B, D): unit rows of all processes. Negatives are the 2B - 2 vectors of other pictures,
-    or with labels (B,) those of other classes.
-    """
-    z = torch.stack((z1, z2), 1).flatten(0, 1).float()
-    group = torch.arange(len(z1), device=z1.device) if labels is None else labels
-    group = group.repeat_interleave(2)
-    cosines = (z1.float() * z2.float()).sum(1).repeat_interleave(2)
-    positive = launch.own_rows(cosines) / temperature
-    negatives = launch.own_rows(z) @ z.T / temperature
-    mask = launch.own_rows(group)[:, None] != group
-    return metrics.score_statistics(positive, negatives, temperature, mask)
+def build_method(args, pictures, steps: int, process: launch.Process) -> Debiased:
+    """Return the method for these training pictures, at so many steps an epoch."""
+    return Debiased(args, process)
 
 
 def learning_rate(args, at: loop.At) -> float:
@@ -279,7 +269,7 @@ def worker(args, process: launch.Process) -> None:
         if neighbours is None:  # the rest of the run is as with --knn-every 0
             args = cli.replace(args, knn_every=0)
             job.args = args
-        method = Debiased(args, process)
+        method = build_method(args, loader.dataset, len(loader), process)
         job.begin(
             loader,
             method,

@@ -1,1 +1,1 @@
-"""Improving Contrastive Learning by Visualizing Feature Transformation (Zhu et al., ICCV 2021, arXiv:2108.02982)."""
+"""Feature transformation (Zhu et al., ICCV 2021, arXiv:2108.02982)."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 
-from common import UserError, backbones
+from common import UsageError, UserError, backbones
 from feature_transform.memory import KeyQueue, MemoryBank
 from feature_transform.networks import BACKBONES, MODALS, WIDTHS, Network
 from runner import checkpoint, layouts
@@ -24,6 +26,35 @@ def backbone_state(saved: checkpoint.Saved, ema: bool = False) -> dict[str, Tens
             "only --mem moco has: omit --use_ema"
         )
     return layouts.backbone({"model": saved["model_ema"]})
+
+
+def read_resnet(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
+    """Return the checkpoint that --pretrained of eval_detection.py names, and its network.
+
+    The network is its parameters, under torchvision's names. For "none" they are random, and the
+    checkpoint is None. Raises UsageError where there is no checkpoint, and UserError where it holds
+    no network.
+    """
+    path = args.pretrained
+    if path == "none":
+        return None, backbones.build(args.arch, 0).state_dict()
+    if os.path.isdir(path):
+        path = layouts.newest_below(path)
+        if path is None:
+            raise UsageError(
+                f"--pretrained {args.pretrained}: no checkpoint of a pre-training in this folder"
+            )
+    elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
+        raise UsageError(
+            f"{path}: no network to start from yet; run feature_transform/main_contrast.py --demo "
+            "first, or say --pretrained none"
+        )
+    saved = checkpoint.Saved(path)
+    if "classifier" in saved:
+        raise UserError(
+            f"{path} is a classifier without its network: give the pre-training to --pretrained"
+        )
+    return saved, backbone_state(saved, args.use_ema)
 
 
 def described(state: dict[str, Tensor], path: str) -> tuple[str, str, bool]:

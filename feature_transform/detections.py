@@ -1,20 +1,54 @@
-"""What a detector has found in pictures: average precision, and a sheet to look at."""
+"""What a detector finds in pictures: the test, average precision, and a sheet to look at."""
 
 from __future__ import annotations
 
 import os
 
+import torch
 from faster_coco_eval.core import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import UsageError, UserError, files
+from common import UsageError, UserError, files, launch, options
+from feature_transform import voc_batches
 from feature_transform.voc import Pictures
+from runner import loop
+from runner.progress import Progress
 
 RECALLS = 10  # of COCO's 101 recalls every tenth: the eleven of VOC 2007
 DETECTIONS = 100  # of a class in a picture at most
 Found = dict[int, dict[str, Tensor]]  # {row: boxes (n, 4), labels (n,), scores (n,)} on the CPU
+
+
+@torch.no_grad()
+def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
+    """Return the boxes, labels and scores of all `pictures` under `view`, on every rank."""
+    args, process = job.args, job.process
+    network = job.method.network.eval()
+    launch.broadcast_buffers(network)
+    network.transform.min_size = view.min_size
+    rows = range(process.rank, len(pictures), process.world_size)
+    size = max(1, args.batch_size // process.world_size)
+    plans = [[(row, False) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
+    progress = Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main)
+    workers = options.reading_workers(args)
+    batches = voc_batches.decoded(pictures, plans, workers, process.device)
+    found = {}
+    for images, _, places in job.until_stopped(batches, "the test, which is made again"):
+        with job.method.precision.autocast():
+            outputs = network(images)
+        for row, out in zip(places.tolist(), outputs):
+            found[row] = {
+                "boxes": out["boxes"].float().cpu(),
+                "labels": out["labels"].cpu(),
+                "scores": out["scores"].float().cpu(),
+            }
+        progress.bar.update(1)
+    progress.close()
+    for part in launch.gather_objects(found):
+        found |= part
+    return found
 
 
 class _Evaluation(COCOeval_faster):

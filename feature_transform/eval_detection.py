@@ -17,7 +17,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
 import common  # isort: split
 
 import torch
@@ -26,10 +25,9 @@ from torchvision.models.detection import FasterRCNN
 
 from common import UsageError, UserError, backbones, cli, launch, options, schedule
 from common.precision import Precision
-from feature_transform import detections, detector, voc, voc_batches
+from feature_transform import checkpoints, detections, detector, voc, voc_batches
 from preprocess import demo_voc
-from runner import checkpoint, layouts, loop, pretrained
-from runner.progress import Progress
+from runner import checkpoint, loop, pretrained
 
 # pascal_voc_R_50_C4_24k.yaml of facebookresearch/moco.
 PUBLISHED = {"batch": 16, "learning_rate": 0.02, "iterations": 24000}
@@ -51,7 +49,6 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     add_data_arguments(parser.add_argument_group("data"))
-
     g = parser.add_argument_group("model")
     about = "checkpoint, or a run folder, or a folder of those: the newest; none: random weights"
     g.add_argument("--pretrained", default="", metavar="PATH|none", help=about)
@@ -103,8 +100,7 @@ def parse_args(argv=None):
 def add_data_arguments(g) -> None:
     """Add the pictures to train and to test on, their classes and sizes."""
     about = "folders in VOC's layout to train on, such as VOC2007 VOC2012"
-    spellings = ("--data_folder", "--data")
-    g.add_argument(*spellings, dest="data", nargs="+", metavar="ROOT", help=about)
+    g.add_argument("--data_folder", "--data", dest="data", nargs="+", metavar="ROOT", help=about)
     about = "which of ImageSets/Main/*.txt is trained on"
     g.add_argument("--split", default="trainval", help=about)
     about = "folder to test on; default: the first of --data_folder"
@@ -164,52 +160,15 @@ def recipe(args, train: bool) -> voc_batches.View:
     return voc_batches.View(0.0, (args.test_size,), args.max_size)
 
 
-def read(args) -> tuple[checkpoint.Saved | None, dict]:
-    """Return the checkpoint and the parameters of its network; None and random ones for "none"."""
-    path = args.pretrained
-    if path == "none":
-        return None, backbones.build(args.arch, 0).state_dict()
-    if os.path.isdir(path):
-        path = layouts.newest_below(path)
-        if path is None:
-            raise UsageError(
-                f"--pretrained {args.pretrained}: no checkpoint of a pre-training in this folder"
-            )
-    elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
-        raise UsageError(
-            f"{path}: no network to start from yet; run feature_transform/main_contrast.py --demo "
-            "first, or say --pretrained none"
-        )
-    saved = checkpoint.Saved(path)
-    if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier without its network: give the pre-training to --pretrained"
-        )
-    if not args.use_ema:
-        return saved, layouts.backbone(saved)
-    if "model_ema" not in saved:
-        raise UserError(
-            f"{path} has no model_ema, the key encoder that --mem moco has: omit --use_ema"
-        )
-    return saved, layouts.backbone({"model": saved["model_ema"]})
-
-
 def build_network(
     args, classes: int, process: launch.Process
 ) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
     """Return the detector, the checkpoint of its ResNet, and what is recorded of that ResNet."""
-    saved, state = read(args)
+    saved, state = checkpoints.read_resnet(args)
     path = args.arch if saved is None else saved.path
-    network = detector.build(
-        saved,
-        state,
-        path,
-        classes,
-        recipe(args, train=True),
-        norm=args.norm,
-        channels=args.fpn_channels,
-        rois=args.rois,
-    )
+    view = recipe(args, train=True)
+    settings = {"norm": args.norm, "channels": args.fpn_channels, "rois": args.rois}
+    network = detector.build(saved, state, path, classes, view, **settings)
     if args.norm == "sync" and process.world_size > 1:
         if process.device.type != "cuda":
             raise UsageError(
@@ -280,36 +239,6 @@ def learning_rate(args, at: loop.At) -> float:
     return schedule.warmup(rate, at.global_step, args.warmup, rate * WARMUP_FROM)
 
 
-@torch.no_grad()
-def detect(job: loop.Job, pictures: voc.Pictures) -> detections.Found:
-    """Return the boxes, labels and scores of all `pictures`, on every rank."""
-    args, process, method = job.args, job.process, job.method
-    network = method.network.eval()
-    launch.broadcast_buffers(network)
-    network.transform.min_size = recipe(args, train=False).min_size
-    rows = range(process.rank, len(pictures), process.world_size)
-    size = max(1, args.batch_size // process.world_size)
-    plans = [[(row, False) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
-    progress = Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main)
-    workers = options.reading_workers(args)
-    batches = voc_batches.decoded(pictures, plans, workers, process.device)
-    found = {}
-    for images, _, places in job.until_stopped(batches, "the test, which is made again"):
-        with method.precision.autocast():
-            outputs = network(images)
-        for row, out in zip(places.tolist(), outputs):
-            found[row] = {
-                "boxes": out["boxes"].float().cpu(),
-                "labels": out["labels"].cpu(),
-                "scores": out["scores"].float().cpu(),
-            }
-        progress.bar.update(1)
-    progress.close()
-    for part in launch.gather_objects(found):
-        found |= part
-    return found
-
-
 def worker(args, process: launch.Process) -> None:
     if args.demo and "data" not in args.typed and process.is_main:
         demo_voc.ensure(args.data[0])
@@ -346,7 +275,7 @@ def worker(args, process: launch.Process) -> None:
                 job.track(**method.step(batch))
         if job.stopped:
             return
-        found = detect(job, test_set)
+        found = detections.detect(job, test_set, recipe(args, train=False))
         if process.is_main:
             report(job, saved, detections.average_precision(test_set, found))
             if args.show:
@@ -367,21 +296,19 @@ def report(job: loop.Job, saved: checkpoint.Saved | None, values: dict) -> None:
         origin = pretrained.origin(saved)
         folder = pretrained.parent(saved)
     seed = origin["seed"]
-    job.log.result(
-        **origin
-        | {
-            "table": "feature_transform/published_detection.json",
-            "seed": args.seed if seed is None else seed,
-            "detection_seed": args.seed,
-            "arch": f"{recorded['arch']}-FPN",
-            "label": args.label or folder,
-            "data": " + ".join(args.data),
-            "split": args.test_split,
-            "iterations": args.iterations,
-            "norm": args.norm,
-            **values,
-        }
-    )
+    settings = {
+        **origin,
+        "seed": args.seed if seed is None else seed,
+        "detection_seed": args.seed,
+        "arch": f"{recorded['arch']}-FPN",
+        "label": args.label or folder,
+        "data": " + ".join(args.data),
+        "split": args.test_split,
+        "iterations": args.iterations,
+        "norm": args.norm,
+        "table": "feature_transform/published_detection.json",
+    }
+    job.log.result(**settings, **values)
 
 
 def main(argv=None) -> None:

@@ -19,7 +19,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
 import common  # isort: split
 
 import torch
@@ -37,8 +36,8 @@ PRESETS = {
     "ft": recipes.PUBLISHED,  # the published transformation, with whatever --method
     "demo": dict(
         recipes.PUBLISHED, data="data/demo", dataset="folder", method="MoCov2", arch="resnet18",
-        input_res=32, epochs=12, batch_size=64, learning_rate=0.03, cosine=True, nce_k=512, alpha=0.99,
-        bn_splits=2, workers=2, save_freq=100, save_score=True,
+        input_res=32, epochs=12, batch_size=64, learning_rate=0.03, cosine=True, nce_k=512,
+        alpha=0.99, bn_splits=2, workers=2, save_freq=100, save_score=True,
         model_path="runs/try-feature-transform", seed=0,
     ),
 }  # fmt: skip
@@ -171,10 +170,7 @@ class Method:
         return loss, {"loss": loss.detach(), "contrast_acc1": hits(pictures), **values}
 
     def statistics(self, logits):
-        """Return the statistics (B, 5) of the pictures' own scores, their mean over modalities.
-
-        The scores are those that enter the loss.
-        """
+        """Return statistics (B, 5) of the pictures' scores in the loss, mean over modalities."""
         t = self.args.nce_t
         scores = [metrics.score_statistics(out[:, 0], out[:, 1:], t) for out in logits]
         return sum(scores) / len(scores)
@@ -198,16 +194,12 @@ class Method:
 
 
 class Bank(Method):
-    """One view and a memory bank (InsDis, CMC, PIRL).
-
-    The positive is the picture's own row, the average of what its earlier crops gave.
-    """
+    """One view and a memory bank (InsDis, CMC, PIRL); the positive is the picture's own row."""
 
     def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, process)
         settings = (args.nce_t, args.nce_k, args.nce_m)
-        bank = MemoryBank(self.modalities, n, args.feat_dim, *settings)
-        self.memory = bank.to(process.device)
+        self.memory = MemoryBank(self.modalities, n, args.feat_dim, *settings).to(process.device)
 
     def step(self, batch: loop.Batch) -> dict:
         seen = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
@@ -223,10 +215,7 @@ class Bank(Method):
 
 
 class MoCo(Method):
-    """Two views, a key encoder and a queue of keys.
-
-    The key encoder follows the query encoder after every step.
-    """
+    """Two views and a queue of keys, of an encoder that follows the trained one after a step."""
 
     def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, process)
@@ -267,11 +256,14 @@ class MoCo(Method):
         checkpoint.load_into(self.network_ema, model_ema, saved.path, flag="--arch")
 
 
-def learning_rate(args, at: loop.At) -> float:
-    """Return the rate: a cosine over epochs, which ends at its floor, or steps; first a warm-up.
+def build_method(args, pictures, steps: int, process: launch.Process) -> Method:
+    """Return the method for these training pictures, at so many steps an epoch."""
+    kind = MoCo if args.mem == "moco" else Bank
+    return kind(args, len(pictures), process)
 
-    The warm-up is a straight line to where the cosine is when it ends.
-    """
+
+def learning_rate(args, at: loop.At) -> float:
+    """Return the rate: a cosine over epochs, or steps; before that a straight line up to it."""
     floor = args.learning_rate * args.lr_decay_rate**3
     warm_epochs = 10 if args.epochs > 500 else 5
     if args.warm and at.epoch < warm_epochs:
@@ -299,7 +291,7 @@ def worker(args, process: launch.Process) -> None:
         loader = build_loader(args, process)
         n = len(loader.dataset)
         neighbours = knn.loaders(args, process, loader.dataset, views.plain_view(args))
-        method = (MoCo if args.mem == "moco" else Bank)(args, n, process)
+        method = build_method(args, loader.dataset, len(loader), process)
         job.begin(
             loader,
             method,

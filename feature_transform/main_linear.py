@@ -15,7 +15,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
 import common  # isort: split
 
 from torch import nn
@@ -227,6 +226,13 @@ def derived(args, saved, network, classifier) -> dict:
     return values | ({"class_list": args.class_list} if args.class_list else {})
 
 
+def is_published(saved) -> bool:
+    """Return whether a classifier's file looks like one of the published script."""
+    names = {name.removeprefix("module.") for name in saved.get("classifier") or {}}
+    opt = saved.get("opt")
+    return names == {"weight", "bias"} and (opt is None or "aug_linear" in opt)
+
+
 SPEC = linear.Spec(
     script=__file__,
     parse_args=parse_args,
@@ -245,10 +251,15 @@ SPEC = linear.Spec(
     load=lambda network, classifier, saved: checkpoint.load_into(
         classifier, layouts.strip_prefix(saved["classifier"]), saved.path
     ),
-    result=lambda args, saved: {"aug_linear": args.aug_linear, "modal": args.modal},
+    result=lambda args, saved: {
+        "aug_linear": args.aug_linear,
+        "modal": args.modal,
+        "use_ema": args.use_ema,
+    },
     derived=derived,
     published="feature_transform/published.json",
-    reopened=("use_ema",),
+    reopened=("use_ema", "aug_linear"),
+    is_published=is_published,
 )
 
 

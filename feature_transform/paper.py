@@ -10,7 +10,7 @@ PAPER = Paper(
     last="current.pth",
     best="best.pth",
     layouts=(Layout(r"encoder\."), Layout(r"(encoder[12])\.")),
-    signs=r"opt\.mixnorm$|^model\.module\.(encoder|head)",
+    signs=r"opt\.mixnorm$|^model\.module\.(encoder|head)|(^|\.)encoder[12]\.",
     colours="feature_transform.views:of_checkpoint",
     settings=(
         "method",

@@ -15,9 +15,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import UserError, augment, cli, files, launch, options, sets
+from common import UserError, augment, cli, launch, options, sets
+from preprocess.imagenet_splits import CLASS_LIST
 
-CLASS_LIST = files.ROOT / "preprocess" / "imagenet100.txt"  # the classes of ImageNet-100
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 # Of Y, Db, Dr, as published.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import launch, memory
+from common import UserError, launch, memory
 
 EPS = 1e-7  # in the denominators of the NCE loss, as published
 DECAY = 0.99  # of the moving average of Z
@@ -70,13 +70,14 @@ def random_rows(n: int, dim: int) -> Tensor:
     return torch.empty(n, dim).uniform_(-bound, bound)
 
 
-def check_state(state: dict, own: dict) -> None:
-    """Raise ValueError unless a checkpoint's memory has the buffers `own`, with finite values."""
+def check_state(state: dict, own: dict, path: str) -> None:
+    """Raise UserError unless the memory of `path` has the buffers `own`, with finite values."""
     if state.keys() != own.keys():
-        raise ValueError(f"is of another method (its memory holds {', '.join(state)})")
+        held = ", ".join(state)
+        raise UserError(f"{path} is of another method (its memory holds {held})")
     for name, value in state.items():
         if not value.isfinite().all():
-            raise ValueError(f"is damaged: {name} of its memory is not finite")
+            raise UserError(f"{path} is damaged: {name} of its memory is not finite")
 
 
 class MemoryBank(nn.Module):
@@ -145,19 +146,19 @@ class MemoryBank(nn.Module):
         mixed = self.momentum * self.memory[index] + (1 - self.momentum) * feat.detach()
         self.memory.index_copy_(0, index, F.normalize(mixed, dim=1))
 
-    def load(self, state: dict, updates: int = LONG_AGO) -> None:
+    def load(self, state: dict, updates: int, path: str) -> None:
         """Take over rows and Z of a checkpoint; K, T and the momentum stay this run's.
 
-        updates: of that Z so far; a published file does not record them. Raises ValueError where
-        `state` is of another method, K or number of pictures.
+        updates: of that Z so far; LONG_AGO for a published file. Raises UserError, naming `path`,
+        where `state` is of another method, K or number of pictures.
         """
-        check_state(state, self.state_dict())
+        check_state(state, self.state_dict(), path)
         k = int(state["params"][0])
         if k != self.k:
-            raise ValueError(f"was made with --nce_k {k}, this run has {self.k}")
+            raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
         rows = len(state["memory"])
         if rows != self.n:
-            raise ValueError(f"was made with {rows} training pictures, this run has {self.n}")
+            raise UserError(f"{path} was made with {rows} training pictures, this run has {self.n}")
         settings = self.params.clone()
         self.load_state_dict(state)
         settings[2] = self.normaliser
@@ -226,21 +227,23 @@ class KeyQueue(nn.Module):
         """Return what an exact resume needs beside the published buffers."""
         return {"z": self.z.clone(), "pointer": self.pointer.clone(), "updates": self.updates}
 
-    def load(self, state: dict, extra: dict | None = None) -> None:
+    def load(self, state: dict, extra: dict | None, path: str) -> None:
         """Take over the queue of a checkpoint.
 
         extra: what `extra_state` returned. Without it, as in a published file, Z is its integer and
-        the pointer starts at 0. Raises ValueError where `state` is of another method or length.
+        the pointer starts at 0. Raises UserError, naming `path`, where `state` is of another method
+        or length.
         """
-        check_state(state, self.state_dict())
+        check_state(state, self.state_dict(), path)
         k = len(state["memory"])
         if k != self.k:
-            raise ValueError(f"was made with --nce_k {k}, this run has {self.k}")
+            raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
         if extra is None:
             extra = {"z": state["params"][0], "pointer": 0, "updates": LONG_AGO}
-        pointer, updates = int(extra["pointer"]), int(extra["updates"])
+        pointer = int(extra["pointer"])
+        updates = int(extra["updates"])
         if not 0 <= pointer < self.k or updates < 0:
-            raise ValueError(f"has a queue of {self.k} keys with the pointer {pointer}")
+            raise UserError(f"{path} has a queue of {self.k} keys with the pointer {pointer}")
         self.load_state_dict(state)
         self.z.fill_(extra["z"])
         self.pointer.fill_(pointer)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import common  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -159,8 +160,8 @@ def build_network(saved, args, classes: int, process: launch.Process):
     state = layouts.backbone(saved)
     stem, head = state.get("conv1.weight"), state.get("fc.weight")
     if stem is None or head is None:
-        some = ", ".join(list(state)[:3])
-        raise UserError(f"{saved.path} holds no network of this family (it has {some})")
+        names = ", ".join(list(state)[:3])
+        raise UserError(f"{saved.path} holds no network of this family (it has {names})")
     depth, width = MODELS[args.model]
     small_stem = stem.shape[-1] == 3
     network = backbones.WidthResNet(depth, 3, width, dim=len(head), small_stem=small_stem)
@@ -221,9 +222,16 @@ def label(args, saved) -> str | None:
     return f"{method}, {loss}, K {opt.get('nce_k')}"
 
 
+def is_published(saved) -> bool:
+    """Return whether a classifier's file looks like one of the published script."""
+    opt = saved.get("opt") or {}
+    return "crop" in opt and "view" not in opt
+
+
 def flags_of(saved) -> dict:
     """Return the flags of a classifier; a published file may have --bn, which did nothing there."""
-    return {**saved["opt"], "bn": any(".BatchNorm." in name for name in saved["classifier"])}
+    opt = saved.get("opt") or {}
+    return {**opt, "bn": any(".BatchNorm." in name for name in saved["classifier"])}
 
 
 SPEC = linear.Spec(
@@ -246,6 +254,7 @@ SPEC = linear.Spec(
     },
     published="moco_insdis/published.json",
     reopened=("model", "layer", "input_res", "bn"),
+    is_published=is_published,
     flags_of=flags_of,
 )
 

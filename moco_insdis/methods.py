@@ -43,7 +43,7 @@ class InstanceMethod:
         """Return the published curves: the loss, and the mean of column 0 as "prob".
 
         With InfoNCE that is a logit, and the probability of the positive comes beside it; with NCE
-        it is Z over the number of pictures.
+        it is Z over the number of pictures. logits: for --save_score.
         """
         out = out.detach()
         values = {"ins_loss": loss, "ins_prob": out[:, 0].mean()}
@@ -85,13 +85,9 @@ class InsDis(InstanceMethod):
         with self.precision.autocast():
             feat = self.wrapped(images)
         feat = F.normalize(feat.float(), dim=1)  # N x D
-        rows = memory.draw_rows(
-            batch.index,
-            self.memory.n,
-            self.memory.k,
-            self.generators["draws"],
-            self.args.exclude_self,
-        )
+        bank = self.memory
+        draws = self.generators["draws"]
+        rows = memory.draw_rows(batch.index, bank.n, bank.k, draws, self.args.exclude_self)
         logits = self.memory.logits(feat, rows)  # N x (1 + K)
         loss, out = self.memory.loss(logits)
         self.precision.step(loss, self.optimizer)
@@ -106,9 +102,10 @@ class InsDis(InstanceMethod):
         }
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
+        contrast = saved["contrast"]
         if "model_ema" in saved:
             raise UserError(f"{saved.path} is of MoCo: add --moco")
-        load_memory(self.memory, saved, saved.get("z_updates", LONG_AGO))
+        self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
         load_network(self.network, saved, "model")
 
 
@@ -162,18 +159,10 @@ class MoCo(InstanceMethod):
             raise UserError(f"{saved.path} is of InsDis: omit --moco")
         load_network(self.network, saved, "model")
         load_network(self.key_network, saved, "model_ema")
-        load_memory(self.memory, saved, saved.get("queue"))
+        self.memory.load(saved["contrast"], saved.get("queue"), saved.path)
 
 
 def load_network(network, saved: checkpoint.Saved, key: str) -> None:
     """Load the network at `key`. Raises UserError where it does not fit."""
     state = layouts.strip_prefix(saved[key], PREFIX)
     checkpoint.load_into(network, state, saved.path, flag="--model")
-
-
-def load_memory(memory: MemoryBank | KeyQueue, saved: checkpoint.Saved, extra) -> None:
-    """Load the memory; extra: its state besides. Raises UserError where it does not fit."""
-    try:
-        memory.load(saved["contrast"], extra)
-    except ValueError as error:
-        raise UserError(f"{saved.path} {error}") from None

@@ -10,7 +10,7 @@ PAPER = Paper(
     last="current.pth",
     best="*_layer[0-9].pth",
     layouts=(Layout(r"encoder\."),),
-    signs=r"opt\.moco$|opt\.crop$|contrast\.memory$",
+    signs=r"opt\.moco$|contrast\.memory$",
     colours="moco_insdis.networks:colours",
     settings=(
         "learning_rate",

@@ -16,6 +16,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import common  # isort: split
+
 from common import UsageError, augment, batchnorm, cli, launch, options, schedule
 from moco_insdis.methods import InsDis, MoCo
 from moco_insdis.networks import MODELS, NORMALIZE
@@ -159,6 +161,12 @@ def build_loader(args, process: launch.Process):
     return options.make_loader(args, process, options.open_pretraining(args), views)
 
 
+def build_method(args, pictures, steps: int, process: launch.Process) -> InsDis | MoCo:
+    """Return the method for these training pictures, at so many steps an epoch."""
+    kind = MoCo if args.moco else InsDis
+    return kind(args, len(pictures), process)
+
+
 def learning_rate(args, at: loop.At) -> float:
     """Return the rate, which drops when 120, 160, 200 epochs are complete."""
     lr = schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
@@ -209,12 +217,11 @@ def worker(args, process: launch.Process) -> None:
         loader = build_loader(args, process)
         pictures = loader.dataset
         neighbours = knn.loaders(args, process, pictures, options.plain_view(args, NORMALIZE))
-        kind = MoCo if args.moco else InsDis
-        method = kind(args, len(pictures), process)
+        method = build_method(args, pictures, len(loader), process)
         job.begin(
             loader,
             method,
-            method=kind.__name__,
+            method=type(method).__name__,
             loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}",
             crop=args.crop,
             bn_groups=batchnorm.splits_here(args, process) * process.world_size,

@@ -25,6 +25,10 @@ import common  # isort: split
 from common import cli
 
 
+def parse_args(argv=None):
+    return importlib.import_module("tools.robustness").parse_args(argv)
+
+
 def main(argv=None) -> None:
     importlib.import_module("tools.robustness").main(argv)
 

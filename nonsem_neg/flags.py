@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from common import UsageError, cli
 from nonsem_neg import textures
 from nonsem_neg.negatives import check_patch_range
-
-NO_DATA = "no data: give DATA, a tree with train/CLASS/*, or --demo for built-in pictures"
 
 
 class Positional(argparse.Action):
@@ -23,6 +22,16 @@ def add_data_argument(group, about: str) -> None:
     """Add DATA, which is published as a positional argument, and the common spelling --data."""
     group.add_argument("data", nargs="?", action=Positional, help=about)
     group.add_argument("--data", metavar="DATA", help="the same, as an option")
+
+
+def settle_paths(args) -> None:
+    """Put --name below the run folder. Raises UsageError where there is no data."""
+    if args.name:
+        args.ckpt_path = os.path.join(args.ckpt_path, args.name)
+    if args.data is None:
+        raise UsageError(
+            "no data: give DATA, a tree with train/CLASS/*, or --demo for built-in pictures"
+        )
 
 
 def add_sgd_arguments(

@@ -65,10 +65,7 @@ def parse_args(argv=None):
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     options.check(args)
-    if args.name:
-        args.ckpt_path = os.path.join(args.ckpt_path, args.name)
-    if args.data is None:
-        raise UsageError(flags.NO_DATA)
+    flags.settle_paths(args)
     if not args.pretrained and not args.resume:
         raise UsageError(
             "no backbone: give --pretrained CHECKPOINT (or --resume, to continue a linear "
@@ -225,16 +222,6 @@ def recorded(args, saved) -> dict:
     }
 
 
-def result(args, saved) -> dict:
-    """Return what result.json says of the pre-training; the run's seed is that of it."""
-    seed = pretraining_flags(saved).get("seed")
-    return {
-        "pretrained": saved.get("pretrained", saved.path),
-        "epochs": epochs_before(saved),
-        "seed": args.seed if seed is None else seed,
-    }
-
-
 SPEC = linear.Spec(
     script=__file__,
     parse_args=parse_args,
@@ -255,8 +242,8 @@ SPEC = linear.Spec(
         layouts.without_head(network.state_dict())
     ),
     recorded=recorded,
-    result=result,
     argv=("-", "--pretrained=-"),
+    is_published=lambda saved: "best_acc1" in saved and "state_dict" in saved,
     whole=lambda saved, args: cli.replace(args, arch=saved.get("arch") or args.arch or "resnet50"),
 )
 

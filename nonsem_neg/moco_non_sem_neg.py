@@ -117,10 +117,7 @@ def parse_args(argv=None):
 
 def settle(args) -> None:
     """Fill in the defaults that depend on other flags, and check flags against each other."""
-    if args.name:
-        args.ckpt_path = os.path.join(args.ckpt_path, args.name)
-    if args.data is None:
-        raise UsageError(flags.NO_DATA)
+    flags.settle_paths(args)
     if args.patch_ratio is None:
         largest = 72 if args.demo else 56
         args.patch_ratio = [max(1, round(s * args.input_res / 224)) for s in (16, largest)]
@@ -171,9 +168,7 @@ def build_network(args, process: launch.Process) -> MoCo:
     def encoder(dim: int) -> nn.Module:
         network = backbones.build(args.arch, dim, small_stem=args.small_stem)
         if not isinstance(getattr(network, "fc", None), nn.Linear):
-            raise UsageError(
-                f"--arch {args.arch}: needs a network whose last layer is `fc`, such as a ResNet"
-            )
+            raise UsageError(f"--arch {args.arch}: the last layer must be `fc`, as of a ResNet")
         return batchnorm.split(network, splits, args.bn_running)
 
     queue = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
@@ -223,8 +218,8 @@ class NonSemantic:
         values = {"loss": loss, "contrast_acc1": top1, "contrast_acc5": top5}
         if self.args.save_score:
             queue = logits[:, 1 : 1 + self.args.moco_k]
-            temperature = self.args.moco_t
-            values["scores"] = metrics.score_statistics(logits[:, 0], queue, temperature)
+            t = self.args.moco_t
+            values["scores"] = metrics.score_statistics(logits[:, 0], queue, t)
         return values
 
     def negatives(self, view, texture):
@@ -237,10 +232,10 @@ class NonSemantic:
             return texture[0].unsqueeze(1)
         if not args.num_nonsem:
             return None
-        options = {"inclusive": args.patch_inclusive, "turn": args.patch_turn}
+        shapes = {"inclusive": args.patch_inclusive, "turn": args.patch_turn}
         ranks = {"rank": self.process.rank, "world_size": self.process.world_size}
         draws = self.generators["generator"]
-        return patch_negatives(view, args.num_nonsem, args.patch_ratio, draws, **options, **ranks)
+        return patch_negatives(view, args.num_nonsem, args.patch_ratio, draws, **shapes, **ranks)
 
     def embed(self, images):
         """Return what k-NN compares, of the query encoder: (N, D)."""
@@ -271,6 +266,11 @@ class NonSemantic:
         checkpoint.load_into(self.network, state, saved.path, flag="-a")
 
 
+def build_method(args, pictures, steps: int, process: launch.Process) -> NonSemantic:
+    """Return the method for these training pictures, at so many steps an epoch."""
+    return NonSemantic(args, process)
+
+
 def learning_rate(args, at: loop.At) -> float:
     """Return the rate of an epoch: steps, or the published cosine per epoch without warm-up."""
     if args.cos:
@@ -294,7 +294,7 @@ def worker(args, process: launch.Process) -> None:
         loader = build_loader(args, process)
         pictures = loader.dataset
         neighbours = knn.loaders(args, process, pictures, plain_view(args, vars(args)))
-        method = NonSemantic(args, process)
+        method = build_method(args, pictures, len(loader), process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
         ways = 1 + args.moco_k + args.num_nonsem
         job.begin(loader, method, contrast_ways=ways, bn_groups=groups, **sides)

@@ -10,8 +10,7 @@ PAPER = Paper(
     last="checkpoint_robust_*.pth.tar",
     best="model_best_*.pth.tar",
     layouts=(Layout(r"encoder_q\."),),
-    # The second alternative: the authors' classifiers, which are whole networks.
-    signs=r"encoder_q\.|^best_acc1$(?s:.*)^state_dict\.(module\.)?fc\.weight$",
+    signs=r"encoder_q\.",
     colours="nonsem_neg.views:of_checkpoint",
     settings=(
         "lr",

@@ -1,1 +1,1 @@
-"""Scripts that prepare data sets. Each can be run again safely and prints the counts it should end with."""
+"""Scripts that prepare data sets. Each can be run again and prints the counts to expect."""

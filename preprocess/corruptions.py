@@ -1,11 +1,13 @@
-"""The 15 corruptions of ImageNet-C (Hendrycks & Dietterich, ICLR 2019, arXiv:1903.12261) at its five strengths.
+"""The 15 corruptions of ImageNet-C (Hendrycks & Dietterich, ICLR 2019) at its five strengths.
 
-    corrupted = corrupt(picture, "motion_blur", 3, key=(0, 17))      # uint8 (H, W, 3) -> uint8 (H, W, 3)
+    corrupted = corrupt(picture, "motion_blur", 3, key=(0, 17))  # uint8 (H, W, 3), in and out
 
-Nine are those of the package corrupt-tta. Six are written here, because there the package has other strengths than
-ImageNet-C (fog, glass blur, motion blur, snow, elastic transform) or is slow (zoom blur). Compared were the constants and
-operations of hendrycks/robustness, ImageNet-C/create_c/make_imagenet_c.py at 8190fe3; what still differs is listed in
-preprocess/README.md. Where it names 224, the side of its pictures, the picture's own height and width are taken.
+arXiv:1903.12261. Nine are those of the package corrupt-tta. Six are written here, because there the
+package has other strengths than ImageNet-C (fog, glass blur, motion blur, snow, elastic transform)
+or is slow (zoom blur). Compared were the constants and operations of hendrycks/robustness,
+ImageNet-C/create_c/make_imagenet_c.py at 8190fe3; what still differs is listed in
+preprocess/README.md. Where it names 224, the side of its pictures, the picture's own height and
+width are taken.
 """
 
 from __future__ import annotations
@@ -24,52 +26,71 @@ CORRUPTIONS = (
     *("snow", "frost", "fog", "brightness"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-# The strengths of these are lengths in pixels of a 224-pixel picture: a defocus of radius 10 would wipe out a 64-pixel
-# one. They are applied to the picture enlarged to 224 pixels, which is then reduced again.
+# The strengths of these are lengths in pixels of a 224-pixel picture: a defocus of radius 10 would
+# wipe out a 64-pixel one. They are applied to the picture enlarged to 224 pixels, which is then
+# reduced again.
 AT_224 = ("defocus_blur", "glass_blur", "motion_blur", "snow", "frost", "elastic_transform")
 STREAM = 4  # sets these draws apart from others of the same key
 # Strengths, severities 1 to 5
-GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, farthest place, rounds
+GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, reach, rounds
 MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))  # radius, sigma
-ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  # factors from 1 to below, step
+# zoom factors go from 1 to below the first number, in steps of the second
+ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))
 SNOW = (  # mean, deviation, zoom, threshold, radius, sigma, weight of the picture
-    (0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-    (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-)  # fmt: skip
+    (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+    (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+    (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+    (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+    (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+)
 FOG = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))  # amount, decay of the roughness
-ELASTIC = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
-ELASTIC_UNIT = 244  # pixels: amplitude, sigma and shift of the corners are in it (meant was 224, the authors say)
+ELASTIC = (  # amplitude, sigma and shift of the corners, in units of ELASTIC_UNIT
+    (2, 0.7, 0.1),
+    (2, 0.08, 0.2),
+    (0.05, 0.01, 0.02),
+    (0.07, 0.01, 0.02),
+    (0.12, 0.01, 0.02),
+)
+ELASTIC_UNIT = 244  # pixels (meant was 224, the authors say)
 
 
 def corrupt(picture: np.ndarray, name: str, severity: int, key: tuple[int, ...]) -> np.ndarray:
-    """`picture` (H, W, 3) uint8 under one of CORRUPTIONS at severity 1 to 5; same `key` (ints >= 0), same result."""
+    """Corrupt a picture uint8 (H, W, 3) and return one of the same shape.
+
+    name: one of CORRUPTIONS. severity: 1 to 5. key: whole numbers from 0 on; the same key gives the
+    same result.
+    """
     from corrupt_tta import corruptions as package  # scikit-image: a second to import
 
-    size = picture.shape[1], picture.shape[0]
-    scaled = name in AT_224 and max(size) < 224
-    if scaled:
+    size = (picture.shape[1], picture.shape[0])
+    is_enlarged = name in AT_224 and max(size) < 224
+    if is_enlarged:
         big = tuple(round(side * 224 / max(size)) for side in size)
         picture = np.asarray(Image.fromarray(picture).resize(big, Image.Resampling.BICUBIC))
+    function = OWN.get(name) or getattr(package, name)
     entropy = np.random.SeedSequence([*key, STREAM, CORRUPTIONS.index(name), severity])
     with _seeded(package, entropy.generate_state(1)[0]):
-        corrupted = np.asarray((OWN.get(name) or getattr(package, name))(picture, severity), dtype=np.float64)
+        corrupted = np.asarray(function(picture, severity), dtype=np.float64)
     corrupted = np.clip(np.rint(corrupted), 0, 255).astype(np.uint8)
-    if scaled:
+    if is_enlarged:
         corrupted = np.asarray(Image.fromarray(corrupted).resize(size, Image.Resampling.BOX))
     return corrupted
 
 
 @contextlib.contextmanager
 def _seeded(module, seed):
-    """Make the corruptions in `module` draw from `seed`, and leave NumPy's global generator as it was.
+    """Make the corruptions in `module` draw from `seed`, and leave NumPy's generator as it was.
 
-    They draw from that generator, except impulse noise, whose `random_noise` (scikit-image) makes a fresh unseeded one
-    unless it is handed one: while this lasts, it is handed one.
+    They draw from NumPy's global generator, except impulse noise, whose `random_noise`
+    (scikit-image) makes a fresh unseeded one unless it is handed one: while this lasts, it is
+    handed one.
     """
-    state, random_noise = np.random.get_state(), getattr(module, "random_noise", None)
+    state = np.random.get_state()
+    random_noise = getattr(module, "random_noise", None)
     np.random.seed(seed)
     if random_noise is not None:
-        module.random_noise = functools.partial(random_noise, rng=np.random.default_rng(int(seed)))
+        generator = np.random.default_rng(int(seed))
+        module.random_noise = functools.partial(random_noise, rng=generator)
     try:
         yield
     finally:
@@ -78,92 +99,118 @@ def _seeded(module, seed):
             module.random_noise = random_noise
 
 
-# ------------------------------------------------- own ones: (picture uint8 (H, W, 3), severity) -> (H, W, 3), 0 to 255
+# The corruptions below take (picture uint8 (H, W, 3), severity) and return (H, W, 3), 0 to 255.
 
 
 def motion_kernel(radius: float, sigma: float) -> np.ndarray:
-    """Weights of a streak, float64 (2 ceil(radius) + 1,): at 0, 1, 2, ... pixels from its start.
+    """Return the weights of a streak at 0, 1, 2, ... pixels from its start.
 
-    One side of a Gaussian, as in ImageMagick's MotionBlurImage (MagickCore/effect.c at 00bb7ed), which made ImageNet-C:
-    w(i) ~ exp(-i^2 / (2 sigma^2)), sum 1. (`radius` is one of the whole Gaussian, hence twice as many pixels.)
+    float64 (2 ceil(radius) + 1,), sum 1. They are one side of a Gaussian, as in ImageMagick's
+    MotionBlurImage (MagickCore/effect.c at 00bb7ed), which made ImageNet-C:
+    w(i) ~ exp(-i^2 / (2 sigma^2)). `radius` is one of the whole Gaussian, hence twice as many
+    pixels.
     """
     weights = np.exp(-((np.arange(2 * math.ceil(radius) + 1) / sigma) ** 2) / 2)
     return weights / weights.sum()
 
 
 def streak(pixels: np.ndarray, radius: float, sigma: float, angle: float) -> np.ndarray:
-    """uint8 (H, W) or (H, W, 3), blurred along `angle` (degrees), as ImageMagick: the same shape, again in whole levels.
+    """Blur uint8 (H, W) or (H, W, 3) along `angle` (degrees), as ImageMagick does.
 
-    Each pixel is the weighted sum of those at i (cos angle, sin angle) to the right and below, rounded to whole pixels
-    (halves down); beyond the edge the picture goes on as at the edge.
+    Returns the same shape, again in whole levels. Each pixel is the weighted sum of those at
+    i (cos angle, sin angle) to the right and below, rounded to whole pixels (halves down); beyond
+    the edge the picture goes on as at the edge.
     """
     weights = motion_kernel(radius, sigma)
-    i, far, turn = np.arange(len(weights)), len(weights) - 1, math.radians(angle)
-    right, down = (np.ceil(i * part - 0.5).astype(int) for part in (math.cos(turn), math.sin(turn)))
+    i = np.arange(len(weights))
+    far = len(weights) - 1
+    turn = math.radians(angle)
+    right = np.ceil(i * math.cos(turn) - 0.5).astype(int)
+    down = np.ceil(i * math.sin(turn) - 0.5).astype(int)
     kernel = np.zeros((2 * far + 1, 2 * far + 1))
     np.add.at(kernel, (far + down, far + right), weights)
-    return np.rint(cv2.filter2D(pixels, cv2.CV_64F, kernel, borderType=cv2.BORDER_REPLICATE)).clip(0, 255)
+    blurred = cv2.filter2D(pixels, cv2.CV_64F, kernel, borderType=cv2.BORDER_REPLICATE)
+    return np.rint(blurred).clip(0, 255)
 
 
 def motion_blur(picture, severity):
+    """Blur along a random direction."""
     return streak(picture, *MOTION[severity - 1], np.random.uniform(-45, 45))
 
 
 def snow(picture, severity):
+    """Whiten the picture and add streaks of flakes."""
     mean, deviation, zoom, threshold, radius, sigma, weight = SNOW[severity - 1]
-    flakes = clipped_zoom(np.random.normal(mean, deviation, picture.shape[:2])[..., None], zoom)[..., 0]
+    flakes = np.random.normal(mean, deviation, picture.shape[:2])
+    flakes = clipped_zoom(flakes[..., None], zoom)[..., 0]
     flakes = (np.where(flakes < threshold, 0, flakes).clip(0, 1) * 255).astype(np.uint8)
     flakes = streak(flakes, radius, sigma, np.random.uniform(-135, -45))[..., None] / 255
     picture = picture.astype(np.float32) / 255
-    whiter = np.maximum(picture, cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None] * 1.5 + 0.5)
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None]
+    whiter = np.maximum(picture, grey * 1.5 + 0.5)
     picture = weight * picture + (1 - weight) * whiter
     return (picture + flakes + np.rot90(flakes, 2)).clip(0, 1) * 255
 
 
 def glass_blur(picture, severity):
-    """The published line that should swap two pixels copies one over the other (both sides are views): so does this."""
+    """Copy pixels over others nearby, between two blurs.
+
+    The published line that should swap two pixels copies one over the other, because both sides are
+    views: so does this.
+    """
     from skimage.filters import gaussian
 
     sigma, far, rounds = GLASS[severity - 1]
     picture = np.uint8(gaussian(picture / 255.0, sigma=sigma, channel_axis=-1) * 255)
     height, width = picture.shape[:2]
     places = np.arange(height * width).reshape(height, width)
-    visited = places[far + 1 : height - far + 1, far + 1 : width - far + 1][::-1, ::-1]  # from the last to the first
+    visited = places[far + 1 : height - far + 1, far + 1 : width - far + 1]
+    visited = visited[::-1, ::-1]  # from the last to the first
     shown = list(range(height * width))  # whose colour a place has: indices are moved, not pixels
     for _ in range(rounds):
         right, down = np.random.randint(-far, far, (2, *visited.shape))
-        for here, there in zip(visited.ravel().tolist(), (visited + down * width + right).ravel().tolist()):
+        sources = visited + down * width + right
+        for here, there in zip(visited.ravel().tolist(), sources.ravel().tolist()):
             shown[here] = shown[there]
     picture = picture.reshape(-1, 3)[shown].reshape(picture.shape)
     return gaussian(picture / 255.0, sigma=sigma, channel_axis=-1).clip(0, 1) * 255
 
 
 def zoom_blur(picture, severity):
+    """Average the picture and enlargements of its middle."""
     picture = (picture / 255.0).astype(np.float32)
     zoomed = [clipped_zoom(picture, factor) for factor in np.arange(1, *ZOOM[severity - 1])]
-    return ((picture + sum(zoomed, np.zeros_like(picture))) / (len(zoomed) + 1)).clip(0, 1) * 255
+    total = picture + sum(zoomed, np.zeros_like(picture))
+    return (total / (len(zoomed) + 1)).clip(0, 1) * 255
 
 
 def clipped_zoom(image: np.ndarray, factor: float) -> np.ndarray:
-    """The middle of (H, W, C), enlarged to H x W. One channel at a time: half of the work of all together, the same sums."""
+    """Enlarge the middle of (H, W, C) to H x W.
+
+    One channel at a time is half of the work of all together, and gives the same sums.
+    """
     from scipy.ndimage import zoom
 
-    shape = image.shape[:2]
-    kept = [math.ceil(side / factor) for side in shape]
-    top, left = ((side - keep) // 2 for side, keep in zip(shape, kept))
-    part = image[top : top + kept[0], left : left + kept[1]]
-    big = np.stack(
-        [zoom(np.ascontiguousarray(part[..., c]), (factor, factor), order=1) for c in range(part.shape[-1])], -1
-    )
-    top, left = ((side - want) // 2 for side, want in zip(big.shape, shape))
-    return big[top : top + shape[0], left : left + shape[1]]
+    height, width = image.shape[:2]
+    kept_height = math.ceil(height / factor)
+    kept_width = math.ceil(width / factor)
+    top = (height - kept_height) // 2
+    left = (width - kept_width) // 2
+    part = image[top : top + kept_height, left : left + kept_width]
+    channels = [np.ascontiguousarray(part[..., c]) for c in range(part.shape[-1])]
+    big = np.stack([zoom(channel, (factor, factor), order=1) for channel in channels], -1)
+    top = (big.shape[0] - height) // 2
+    left = (big.shape[1] - width) // 2
+    return big[top : top + height, left : left + width]
 
 
 def fog(picture, severity):
+    """Add clouds of plasma noise."""
     from corrupt_tta.corruptions import plasma_fractal
 
     amount, decay = FOG[severity - 1]
-    (height, width), picture = picture.shape[:2], picture / 255.0
+    height, width = picture.shape[:2]
+    picture = picture / 255.0
     side = 1 << max(1, (max(height, width) - 1).bit_length())  # ImageNet-C's 256 for its 224
     clouds = plasma_fractal(side, wibbledecay=decay)[:height, :width, None]
     top = picture.max()
@@ -171,24 +218,34 @@ def fog(picture, severity):
 
 
 def elastic_transform(picture, severity):
+    """Move the corners, then every pixel along a smooth random field."""
     from scipy.ndimage import map_coordinates
     from skimage.filters import gaussian
 
     amplitude, sigma, shift = (ELASTIC_UNIT * value for value in ELASTIC[severity - 1])
-    (height, width), picture = picture.shape[:2], picture.astype(np.float32) / 255
-    centre, third = np.float32((height, width)) // 2, min(height, width) // 3
+    height, width = picture.shape[:2]
+    picture = picture.astype(np.float32) / 255
+    centre = np.float32((height, width)) // 2
+    third = min(height, width) // 3
     corners = centre + np.float32(((third, third), (third, -third), (-third, -third)))
     moved = corners + np.random.uniform(-shift, shift, corners.shape).astype(np.float32)
     affine = cv2.getAffineTransform(corners, moved)
-    picture = cv2.warpAffine(picture, affine, (width, height), borderMode=cv2.BORDER_REFLECT_101)
-    right, down = (  # the published order of drawing
-        (gaussian(np.random.uniform(-1, 1, (height, width)), sigma, mode="reflect", truncate=3) * amplitude)
-        for _ in range(2)
-    )
+    reflect = cv2.BORDER_REFLECT_101
+    picture = cv2.warpAffine(picture, affine, (width, height), borderMode=reflect)
+
+    def field():
+        noise = np.random.uniform(-1, 1, (height, width))
+        return gaussian(noise, sigma, mode="reflect", truncate=3) * amplitude
+
+    right = field()  # drawn first, as published
+    down = field()
     rows, columns = np.mgrid[:height, :width]
-    places = rows + down.astype(np.float32), columns + right.astype(np.float32)
+    places = (rows + down.astype(np.float32), columns + right.astype(np.float32))
     channels = [map_coordinates(picture[..., c], places, order=1, mode="reflect") for c in range(3)]
     return np.stack(channels, -1).clip(0, 1) * 255
 
 
-OWN = {f.__name__: f for f in (glass_blur, motion_blur, zoom_blur, snow, fog, elastic_transform)}
+OWN = {
+    function.__name__: function
+    for function in (glass_blur, motion_blur, zoom_blur, snow, fog, elastic_transform)
+}

@@ -121,9 +121,6 @@ def embark_command(
     Its options are global and stand before `generate`. Only with one thread does it repeat itself.
     """
     values = {
-        "out-size": settings.size,
-        "threads": 1,
-        "seed": seed,
         "k-neighs": settings.mrs.k_neighs,
         "m-rand": settings.mrs.m_rand,
         "cauchy": settings.mrs.cauchy,
@@ -131,7 +128,8 @@ def embark_command(
         "backtrack-stages": settings.mrs.backtrack_stages,
         "out": out,
     }
-    command = [binary, "--no-progress"]
+    command = [binary, "--out-size", str(settings.size), "--threads", "1", "--seed", str(seed)]
+    command.append("--no-progress")
     for name, value in values.items():
         command += [f"--{name}", str(value)]
     return [*command, "generate", *examples]

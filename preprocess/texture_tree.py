@@ -1,4 +1,4 @@
-"""Find the pictures to make textures of, and which textures are missing; keep the tree's settings."""
+"""Find the pictures to make textures of, and which textures are missing; keep the settings."""
 
 from __future__ import annotations
 

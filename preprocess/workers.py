@@ -214,6 +214,11 @@ def check_own(out: Path, settings: str) -> None:
         )
 
 
+def is_empty(folder: Path) -> bool:
+    """Return whether `folder` is one that holds nothing but the lock of its writer."""
+    return folder.is_dir() and all(path.name == files.LOCK for path in folder.iterdir())
+
+
 def continue_hint(flag: str, given: bool) -> str:
     """Return how to continue after an interruption; `flag`, where given, would start over."""
     without = f" without {flag}" if given else ""

@@ -31,10 +31,6 @@ from ring.views import SIDES, last_operation, plain_view
 from runner import checkpoint, linear, loop, pretrained
 from runner.folder import RunFolder, refuse_to_overwrite
 
-PROTOCOLS = {  # released: TransferSystem of mhw32/contrastive-ring-public (fb3e1c2)
-    "standard": {"learning_rate": 0.5, "weight_decay": 0.0, "drops": (0.6, 0.8)},
-    "released": {"learning_rate": 0.01, "weight_decay": 1e-5, "drops": ()},
-}
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", model_path="runs/try-ring", workers=2, epochs=40,
@@ -68,7 +64,7 @@ def parse_args(argv=None):
         "standard: network in evaluation mode, crop and flip; released: in training mode (its "
         "batch-norm statistics move), the views of the pre-training, a constant learning rate"
     )
-    g.add_argument("--protocol", choices=list(PROTOCOLS), default="standard", help=about)
+    g.add_argument("--protocol", choices=list(released.PROTOCOLS), default="standard", help=about)
     about = "nearest neighbours only: no classifier is trained"
     g.add_argument("--nn-only", action="store_true", help=about)
     about = "neighbours that vote, weighted"
@@ -102,21 +98,7 @@ def settle(args) -> None:
         raise UsageError(
             f"--resume {args.resume}: with --transfer only auto, which continues every data set"
         )
-    if args.protocol == "released":
-        if "cache_views" in args.typed:
-            raise UsageError(
-                "--cache-views: with --protocol released a feature depends on its batch; omit one "
-                "of the two"
-            )
-        args.cache_views = 0
-    protocol = PROTOCOLS[args.protocol]
-    args.learning_rate = args.learning_rate or protocol["learning_rate"]
-    if args.weight_decay is None:
-        args.weight_decay = protocol["weight_decay"]
-    if args.lr_decay_epochs is None:
-        args.milestones = [max(1, round(share * args.epochs)) for share in protocol["drops"]]
-    else:
-        args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
+    released.settle(args)
 
 
 def read(args):

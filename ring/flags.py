@@ -60,6 +60,17 @@ def add_method_arguments(g) -> None:
     g.add_argument("--bn-splits", type=cli.positive_int, help=about)
 
 
+def settle(args) -> None:
+    """Fill in what the method decides, before the flags are frozen, and check the flags."""
+    args.k = args.queue or args.k
+    args.m = args.m if args.ema is None else args.ema
+    args.m = MOMENTA[args.method] if args.m is None else args.m
+    if args.bn_splits is None:
+        args.bn_splits = 8 if args.method == "moco" and args.shuffle_bn else 1
+    check(args)
+    del args.queue, args.ema  # other names of the same
+
+
 def check(args) -> None:
     """Raise UsageError where flags together mean nothing, or nothing could be learned with them."""
     for name in BELONGS.keys() & args.typed:

@@ -61,3 +61,12 @@ class KeyQueue(nn.Module):
         of_pictures (n,): classes of all training pictures.
         """
         return torch.where(self.pictures >= 0, of_pictures[self.pictures], -1)
+
+    def load_pictures(self, pictures: Tensor, n: int) -> None:
+        """Put back the numbers (k,) of the pictures, or -1 for all. n: pictures in all.
+
+        Raises ValueError for other numbers.
+        """
+        if pictures.is_floating_point() or not ((pictures >= -1) & (pictures < n)).all():
+            raise ValueError(f"numbers of pictures, -1 to {n - 1}, are expected")
+        self.pictures.copy_(pictures)

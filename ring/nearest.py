@@ -30,6 +30,10 @@ def in_bank(
     return float(monitor.bank_accuracy(banks, labels, torch.cat(units, 1), targets, classes))
 
 
+def is_matrix(value) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
 def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], Tensor, str]:
     """Return the memory banks of a checkpoint, labels of their rows, and a note to print.
 
@@ -39,7 +43,7 @@ def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], 
     tensors = [
         value.float()
         for name, value in saved["state_dict"].items()
-        if name.startswith("memory_bank") and name.endswith("_bank") and value.dim() == 2
+        if name.startswith("memory_bank") and name.endswith("_bank") and is_matrix(value)
     ]
     if not tensors:
         note = "note: no memory bank in this checkpoint: no 1-NN through it"

@@ -1,4 +1,4 @@
-"""What is left of the released code: its Lightning checkpoints, and its linear evaluation.
+"""The released code's Lightning checkpoints and its linear evaluation, and ours beside it.
 
 In mhw32/contrastive-ring-public at fb3e1c2 an experiment is a folder with config.json and
 checkpoints/epoch=E-step=S.ckpt.
@@ -12,8 +12,32 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from common import UserError
+from common import UsageError, UserError, schedule
 from runner import checkpoint, linear
+
+PROTOCOLS = {  # released: TransferSystem and config/transfer.json of the published code
+    "standard": {"learning_rate": 0.5, "weight_decay": 0.0, "drops": (0.6, 0.8)},
+    "released": {"learning_rate": 0.01, "weight_decay": 1e-5, "drops": ()},
+}
+
+
+def settle(args) -> None:
+    """Fill in what --protocol says and is not typed, before the flags are frozen."""
+    if args.protocol == "released":
+        if "cache_views" in args.typed:
+            raise UsageError(
+                "--cache-views: with --protocol released a feature depends on its batch; omit one "
+                "of the two"
+            )
+        args.cache_views = 0
+    protocol = PROTOCOLS[args.protocol]
+    args.learning_rate = args.learning_rate or protocol["learning_rate"]
+    if args.weight_decay is None:
+        args.weight_decay = protocol["weight_decay"]
+    if args.lr_decay_epochs is None:
+        args.milestones = [max(1, round(share * args.epochs)) for share in protocol["drops"]]
+    else:
+        args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
 
 
 def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from common import UsageError, cli, files
-from ring import negatives, theory_figure
+from ring import negatives, theory_output
 from runner.folder import environment
 from runner.progress import Progress
 
@@ -254,53 +254,6 @@ def verdict(value, bound: float) -> str:
     return "no" if low > bound else "?"
 
 
-# -------------------------------------------------------------------------------------- output
-
-COLUMNS = (
-    "estimator | K | estimate (nats) | below MI | minus NCE | below NCE | sd, pair fixed, / NCE | "
-    "lower | sd of the batch mean / NCE | lower | ring above the mean"
-)
-
-
-def table(args, rows: list[dict]) -> str:
-    """Return a Markdown table of values with their 95 % intervals."""
-
-    def cell(value, digits=3) -> str:
-        mean, low, high = (f"{v:.{digits}f}" for v in value)
-        return f"{mean} ({low} to {high})"
-
-    lines = [f"| {COLUMNS} |", "|" + "---|" * len(COLUMNS.split("|"))]
-    for row in rows:
-        cells = [
-            row["estimator"],
-            str(row["k"]),
-            cell(row["estimate"]),
-            row["below_mi"],
-            cell(row["minus_nce"]),
-            row["below_nce"],
-            cell(row["sd_ratio_given_pair"], 2),
-            row["steadier_given_pair"],
-            cell(row["sd_ratio_batch"], 2),
-            row["steadier_batch"],
-            f"{100 * row['above_mean']:.0f} %",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def tally(rows: list[dict]) -> str:
-    """Return how many of the rings are below what the theory puts above them."""
-    rings = [row for row in rows if row["estimator"] != "NCE"]
-    questions = {
-        "below_mi": "below it",
-        "below_nce": "below NCE",
-        "steadier_given_pair": "steadier with the pair fixed",
-        "steadier_batch": "steadier over batches",
-    }
-    counts = {key: sum(row[key] == "yes" for row in rings) for key in questions}
-    return ", ".join(f"{text} {counts[key]} of {len(rings)}" for key, text in questions.items())
-
-
 def main(argv=None) -> None:
     args = parse_args(argv)
     files.make_folder(args.out)
@@ -310,12 +263,12 @@ def main(argv=None) -> None:
     rows = compare(args, simulate(args))
     typed = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "ring/theory.py", *typed])
-    text = table(args, rows)
+    text = theory_output.table(rows)
     batches = f"{args.repeats} repeats of {args.pairs} pairs; 95 % intervals"
     with files.replacing(os.path.join(args.out, "theory.md"), "w") as file:
         file.write(f"Mutual information {known:.4f} nats; {batches}.\n\n{text}\n\n")
         file.write(f"Made by `{command}`.\n")
-    theory_figure.draw(args, rows, known, os.path.join(args.out, "theory.png"))
+    theory_output.draw(args, rows, known, os.path.join(args.out, "theory.png"))
     record = {
         "command": command,
         **environment(),
@@ -326,7 +279,7 @@ def main(argv=None) -> None:
     files.write_json(os.path.join(args.out, "theory.json"), record)
     print(text)
     outputs = f"{args.out}/theory.png, theory.md, theory.json"
-    print(f"result: mutual information {known:.3f}; {tally(rows)} ({outputs})")
+    print(f"result: mutual information {known:.3f}; {theory_output.tally(rows)} ({outputs})")
 
 
 if __name__ == "__main__":

@@ -105,18 +105,12 @@ def settle(args) -> None:
             "no data: give --root (and --dataset), a CONFIG.json that says it, or --demo for "
             "built-in pictures"
         )
-    args.k = args.queue or args.k
-    args.m = args.m if args.ema is None else args.ema
-    args.m = flags.MOMENTA[args.method] if args.m is None else args.m
     args.dataset = args.dataset.removesuffix("_2views")  # the method knows how many
     args.input_res = args.input_res or SIDES[args.augmentation]
-    if args.bn_splits is None:
-        args.bn_splits = 8 if args.method == "moco" and args.shuffle_bn else 1
     if args.nn_every is None:
         is_labelled = args.dataset in sets.TORCHVISION_SETS
         args.nn_every = 1 if is_labelled or args.anneal == "accuracy" else 0
-    flags.check(args)
-    del args.queue, args.ema
+    flags.settle(args)
     args.exp_name = args.exp_name or run_name(args)
     args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
     if args.show_ring:  # nothing is written but the picture
@@ -190,10 +184,9 @@ class CMC(Method):
         for query, memory in zip(feats.chunk(2, 1), reversed(self.banks)):
             bank = memory._bank  # of the other view, n x D
             positive = (query * bank[batch.index]).sum(1)
-            observers.append(self.observer(batch.index, self.labels))
-            losses.append(
-                negatives.conditional_loss(query, positive, bank, comparison, observers[-1])
-            )
+            seen = self.observer(batch.index, self.labels)
+            losses.append(negatives.conditional_loss(query, positive, bank, comparison, seen))
+            observers.append(seen)
         loss = sum(losses)
         self.precision.step(loss, self.optimizer)
         self.adapt(loss)
@@ -263,10 +256,13 @@ class MoCo(Method):
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         super().load_state_dict(saved)
-        pictures = saved.get("queue_pictures", torch.tensor(-1))
-        if pictures.is_floating_point() or not ((pictures >= -1) & (pictures < self.n)).all():
-            raise ValueError(f"numbers of pictures, -1 to {self.n - 1}, are expected")
-        self.system.pictures.copy_(pictures)
+        self.system.load_pictures(saved.get("queue_pictures", torch.tensor(-1)), self.n)
+
+
+def build_method(args, pictures, steps: int, process: launch.Process) -> Method:
+    """Return the method for these training pictures, at so many steps an epoch."""
+    kind = {"ir": IR, "cmc": CMC, "moco": MoCo}[args.method]
+    return kind(args, pictures, steps, process)
 
 
 def learning_rate(args, at: loop.At) -> float:
@@ -293,8 +289,7 @@ def worker(args, process: launch.Process) -> None:
         pictures = loader.dataset
         neighbours = knn.loaders(args, process, pictures, plain_view(args))
         nearest = monitor.val_loader(args, process, pictures, plain_view(args))
-        kind = {"ir": IR, "cmc": CMC, "moco": MoCo}[args.method]
-        method = kind(args, pictures, len(loader), process)
+        method = build_method(args, pictures, len(loader), process)
         monitor.adopt_published(job.saved)
         if args.show_ring:
             sheet.show_ring(job, method, pictures)

@@ -8,7 +8,7 @@ import hashlib
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from runner import papers
 
 # Lightning 1 files the state of a callback under its class, which is not needed here.
 LIGHTNING = [(dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+DEPTH = 20  # of containers in containers that are followed; a checkpoint has four or five
 
 
 def save(path: str | Path, payload: dict) -> Path:
@@ -64,7 +65,10 @@ def load(path: str | Path) -> dict:
             raise UserError(
                 f"{path} contains code ({code[1]}), not only tensors and numbers: refused"
             ) from None
-        raise UserError(f"{path} is truncated or not a checkpoint ({_first_line(error)})") from None
+        cause = _first_line(error)
+        if cause.startswith("Weights only load failed"):  # torch goes on to advise against safety
+            cause = "it does not hold tensors and numbers alone"
+        raise UserError(f"{path} is truncated or not a checkpoint ({cause})") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
     return loaded
@@ -75,8 +79,12 @@ def _read(path: Path):
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         is_archive = file.read(4) == b"PK\3\4"
-        if is_archive and (damaged := zipfile.ZipFile(file).testzip()):
-            raise ValueError(f"{damaged} is not what was written")
+        if is_archive:
+            archive = zipfile.ZipFile(file)
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is not what was written")
+            if any(part.compress_type for part in archive.infolist()):
+                raise ValueError("it is compressed")  # its numbers could not be mapped
         # torch takes names in UTF-8 only.
         name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"
         with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
@@ -84,17 +92,37 @@ def _read(path: Path):
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
-def _copied(value):
-    """Return `value` in plain containers, its tensors in memory, a Namespace as a dict."""
+def _copied(value, depth: int = 0):
+    """Return `value` in plain containers, its tensors in memory, a Namespace as a dict.
+
+    Raises ValueError where it is nested without end, or a tensor claims more than the file holds.
+    """
+    if depth > DEPTH:
+        raise ValueError(f"nested more than {DEPTH} times")
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copied(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_copied(item) for item in value]
+        return [_copied(item, depth + 1) for item in value]
     if isinstance(value, Tensor):
+        is_here = value.layout == torch.strided and value.device.type == "cpu"
+        if not is_here or value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor {tuple(value.shape)} has not all the numbers that it needs")
         return value.detach().clone()
     return value
+
+
+@contextlib.contextmanager
+def in_one_line(subject: Callable[[], str]) -> Iterator[None]:
+    """Raise one UserError for anything that goes wrong in the block: what it was, and the cause."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{subject()} cannot be used ({cause})") from error
 
 
 class Saved(dict):
@@ -123,16 +151,9 @@ class Saved(dict):
             origin = f"it is of {self.script}"
         raise UserError(f"{self.path} has no {key}: {origin}")
 
-    @contextlib.contextmanager
-    def within(self) -> Iterator[None]:
+    def within(self) -> contextlib.AbstractContextManager:
         """Raise one UserError for anything that goes wrong in the block: file, key and cause."""
-        try:
-            yield
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            cause = f"{type(error).__name__}: {_first_line(error)}"
-            raise UserError(f"{self.path}: its {self.key} cannot be used ({cause})") from error
+        return in_one_line(lambda: f"{self.path}: its {self.key}")
 
     @property
     def paper(self) -> papers.Paper | None:

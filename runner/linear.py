@@ -222,7 +222,9 @@ class Classifier:
 
 def run(spec: Spec, args, process: launch.Process) -> None:
     """Evaluate the network that the flags name, in a run folder of its own."""
-    saved, args = spec.read(args)
+    path = getattr(args, spec.flag)
+    with checkpoint.in_one_line(lambda: f"--{spec.flag} {path}: what it says of its network"):
+        saved, args = spec.read(args)
     fit(spec, args, process, saved, open_both)
 
 
@@ -244,15 +246,16 @@ def fit(
     with loop.Job(args, process, folder, files) as job:
         args = job.args
         train_set, val_set = open_sets(args, saved)
-        network, classifier = spec.network(saved, args, len(train_set.classes), process)
+        with saved.within():
+            network, classifier = spec.network(saved, args, len(train_set.classes), process)
+            recorded = {"classes": train_set.classes, "network": saved.path}
+            recorded |= {"digest": spec.digest(saved, network), **spec.recorded(args, saved)}
         precision = Precision.of(args, process.device)
 
         def embed(images):
             with precision.autocast():
                 return spec.embed(network, images, args)
 
-        recorded = {"classes": train_set.classes, "network": saved.path}
-        recorded |= {"digest": spec.digest(saved, network), **spec.recorded(args, saved)}
         kind = spec.method or Classifier
         method = kind(spec, args, process, network, classifier, embed, recorded)
         loader = options.make_loader(
@@ -270,7 +273,7 @@ def fit(
             method,
             val_images=len(val_set),
             network=saved.path,
-            pretrained_epochs=saved.get("epoch"),
+            pretrained_epochs=pretrained.origin(saved)["epochs"],
             precision=str(precision),
             **spec.derived(args, saved, network, classifier),
         )
@@ -309,7 +312,8 @@ def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str)
         method.classifier.train()
         first_rate = rate(args, loop.At(job.done, 0.0, job.global_step))
         for batch in job.batches(rate):
-            job.track(**method.step(batch))
+            if values := method.step(batch):  # none where it could not be taken
+                job.track(**values)
         if not job.complete:
             continue
         launch.broadcast_buffers(method.classifier)
@@ -346,12 +350,13 @@ def report(job: loop.Job, saved: checkpoint.Saved, **found) -> None:
     saved: the checkpoint of the network. found: further values.
     """
     args, spec, scores = job.args, job.method.spec, job.method.scores
-    origin = pretrained.origin(saved)
+    with saved.within():
+        origin = pretrained.origin(saved)
+        label = spec.label(args, saved) or pretrained.parent(saved)
+        more = spec.result(args, saved)
     seed = origin["seed"]
     values = {
-        "label": getattr(args, "label", None)
-        or spec.label(args, saved)
-        or pretrained.parent(saved),
+        "label": getattr(args, "label", None) or label,
         "arch": getattr(args, "model", None) or args.arch,
         "data": args.data,
         "split": "val",
@@ -363,7 +368,7 @@ def report(job: loop.Job, saved: checkpoint.Saved, **found) -> None:
         "best_epoch": scores["best_epoch"],
         "linear_seed": args.seed,
         "seed": args.seed if seed is None else seed,
-        **spec.result(args, saved),
+        **more,
         **found,
     }
     if spec.published:

@@ -62,10 +62,16 @@ def parent(saved: checkpoint.Saved) -> str:
 
 
 def origin(saved: checkpoint.Saved) -> dict:
-    """Return what a result says of the pre-training whose checkpoint `saved` is."""
+    """Return what a result says of the pre-training in `saved`, or behind this classifier.
+
+    A classifier has a best accuracy and, where its file holds the network as well, keeps what is
+    known of the pre-training under `pretrained`, `pretrained_epoch` and so on.
+    """
+    is_classifier = "best_acc1" in saved
+    flags = saved.get("pretrained_args") if is_classifier else saved.get("opt") or saved.get("args")
     return {
-        "epochs": saved.get("epoch"),
-        "seed": (saved.get("opt") or {}).get("seed"),
-        "pretrained": saved.path,
+        "epochs": saved.get("pretrained_epoch" if is_classifier else "epoch"),
+        "seed": (flags or {}).get("seed"),
+        "pretrained": saved.get("pretrained", saved.path),
         **saved.how_far(),
     }

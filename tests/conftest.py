@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# One thread, here and in every process that tests start: the networks are small, and threads that wait for each other on a
-# busy machine take ten times as long.
+# One thread, here and in every process that tests start: the networks are small, and threads that
+# wait for each other on a busy machine take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -19,7 +19,8 @@ from torchvision.models.resnet import ResNet
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts background jobs; tests send Ctrl-C
+# A shell starts background jobs without it, and tests send Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from common import UsageError, data, launch
@@ -28,13 +29,15 @@ from preprocess import demo
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--every-case", action="store_true", help="all cases where a test draws some by chance (minutes more)"
+        "--every-case",
+        action="store_true",
+        help="all cases where a test draws some by chance (minutes more)",
     )
 
 
 @pytest.fixture(scope="session")
 def demo_set(tmp_path_factory) -> Path:
-    """A small set of the built-in pictures: 160 train, 40 val, 15 corruptions x 1 severity x 10, and so on."""
+    """A small set of the built-in pictures: 160 for training, 40 of val/, 15 corruptions, ..."""
     out = tmp_path_factory.mktemp("pictures") / "demo"
     demo.make(
         out,
@@ -50,7 +53,7 @@ def demo_set(tmp_path_factory) -> Path:
 
 
 def links_to(pictures: Path, folder: Path) -> Path:
-    """The folder, whose data/demo is now the small demo set: what the --demo presets look for."""
+    """Make `pictures` the folder's data/demo, where the --demo presets look, and return it."""
     (folder / "data").mkdir()
     for name in ("demo", "demo-texture"):
         (folder / "data" / name).symlink_to(pictures.parent / name)
@@ -59,7 +62,7 @@ def links_to(pictures: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def workspace(demo_set, tmp_path, monkeypatch) -> Path:
-    """A working directory of its own, with data/demo."""
+    """Change to a folder of the test's own, with data/demo."""
     monkeypatch.chdir(tmp_path)
     return links_to(demo_set, tmp_path)
 
@@ -83,18 +86,19 @@ MAKE_LAYER, MAKE_RESNET = ResNet._make_layer, ResNet.__init__
 
 @contextlib.contextmanager
 def slim_networks():
-    """Residual networks that are built in the block have a quarter of the channels in their stages, and all else as ever.
+    """Build residual networks with a quarter of the channels in their stages in this block.
 
-    For tests that look at runs and not at networks: eleven million weights that are drawn, stepped, written and read back
-    would take most of their time.
+    For tests that look at runs and not at networks: eleven million weights that are drawn, stepped,
+    written and read back would take most of their time.
     """
 
-    def narrow(self, block, planes, *rest, **how):
-        given = type(self).__name__ == "Trunk"  # detection's, whose widths are those of a checkpoint
-        return MAKE_LAYER(self, block, planes if given else planes // SLIM, *rest, **how)
+    def narrow(self, block, planes, *rest, **options):
+        if type(self).__name__ != "Trunk":  # detection's has the widths of a checkpoint
+            planes = planes // SLIM
+        return MAKE_LAYER(self, block, planes, *rest, **options)
 
-    def fitting(self, *rest, **how):
-        MAKE_RESNET(self, *rest, **how)
+    def fitting(self, *rest, **options):
+        MAKE_RESNET(self, *rest, **options)
         self.fc = nn.Linear(self.inplanes, self.fc.out_features)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,20 +109,22 @@ def slim_networks():
 
 @pytest.fixture(scope="module")
 def slim():
-    """`slim_networks` for a whole file, with its fixtures: pytestmark = pytest.mark.usefixtures("slim")."""
+    """Use `slim_networks` in a whole file: pytestmark = pytest.mark.usefixtures("slim")."""
     with slim_networks():
         yield
 
 
 @pytest.fixture
 def full_width(monkeypatch):
-    """In a file with slim networks: those of this test are not."""
+    """Build networks as ever in one test of a file with slim ones."""
     monkeypatch.setattr(ResNet, "_make_layer", MAKE_LAYER)
     monkeypatch.setattr(ResNet, "__init__", MAKE_RESNET)
 
 
-def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env) -> subprocess.CompletedProcess:
-    """A script as a user starts it, in a process of its own."""
+def run_script(
+    path: str, *arguments: str, cwd=None, timeout: float = 240, **env
+) -> subprocess.CompletedProcess:
+    """Run a script as a user starts it, in a process of its own."""
     return subprocess.run(
         [sys.executable, str(ROOT / path), *map(str, arguments)],
         cwd=cwd,
@@ -131,11 +137,12 @@ def run_script(path: str, *arguments: str, cwd=None, timeout: float = 240, **env
 
 @contextlib.contextmanager
 def stopped_at(step: int, signum: int = signal.SIGTERM):
-    """This process gets a real signal when a loader gives its batch number `step` (from 1) within the block.
+    """Send this process a signal when a loader in the block gives its batch number `step`, from 1.
 
-    The run in the block has to end: by itself, or with the exit code of a program that the signal has stopped.
+    The run in the block has to end: by itself, or with the exit code of a stopped program.
     """
-    batches, given = data.Loader.__iter__, 0
+    batches = data.Loader.__iter__
+    given = 0
 
     def counted(self):
         nonlocal given
@@ -155,15 +162,17 @@ def stopped_at(step: int, signum: int = signal.SIGTERM):
 
 
 def says_no(parse_args, flags: list[str], message: str, capsys) -> None:
-    """One line that names the flag, and exit code 2, whether argparse finds the mistake or the script."""
+    """Expect one line that names the flag and exit code 2, from argparse or from the script."""
     with pytest.raises((SystemExit, UsageError)) as caught:
         parse_args(flags)
-    said = str(caught.value) + "\n" if isinstance(caught.value, UsageError) else capsys.readouterr().err
+    said = capsys.readouterr().err
+    if isinstance(caught.value, UsageError):
+        said = f"{caught.value}\n"
     assert caught.value.code == 2 and message in said and said.count("\n") == 1
 
 
 def first_loss(folder: Path) -> float:
-    """The loss of the first step of the run in or below this folder."""
+    """Return the loss of the first step of the run in or below this folder."""
     (path,) = folder.rglob("metrics.jsonl")
     record = json.loads(path.read_text().splitlines()[0])
     assert record["step"] == 1
@@ -175,14 +184,16 @@ class Net(nn.Module):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+        self.conv = nn.Conv2d(3, 4, 3, 2)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, num_classes)
 
     def forward(self, x):
         return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
 def equal(a, b) -> bool:
-    """Bit by bit: tensors in dicts and lists of whatever depth."""
+    """Compare bit by bit, tensors in dicts and lists of whatever depth."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -193,7 +204,10 @@ def equal(a, b) -> bool:
 
 
 def as_published(saved, keys, **opt) -> dict:
-    """A checkpoint with the authors' `keys` alone: options in a Namespace, an optimizer of an older PyTorch."""
+    """Return a checkpoint with the authors' `keys` alone, of an older PyTorch.
+
+    Its flags are a Namespace.
+    """
     kept = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
     groups = [{k: g[k] for k in kept} for g in saved["optimizer"]["param_groups"]]
     theirs = {k: saved[k] for k in keys if k in saved}
@@ -202,15 +216,15 @@ def as_published(saved, keys, **opt) -> dict:
 
 
 def statistics(positive, negatives, temperature: float) -> torch.Tensor:
-    """metrics.score_statistics from similarities, positive (B,) and negatives (B, K), in double precision."""
+    """Return metrics.score_statistics of similarities, computed in double precision.
+
+    positive (B,), negatives (B, K).
+    """
     positive, negatives = positive.detach().double(), negatives.detach().double()
     exponentials = [(negatives / temperature).exp().mean(1), (positive / temperature).exp()]
     return torch.stack([negatives.mean(1), negatives.var(1), positive, *exponentials], 1).float()
 
 
-# Inner names of common/ that tests replace, in this one place.
-
-
 def compute_on(device: torch.device) -> None:
-    """Every script started in this process from now on computes on `device`, whatever --device says."""
-    launch._device = lambda args, local_rank: device
+    """Let every script that is started in this process compute on `device`, whatever --device."""
+    launch._device = lambda *_: device

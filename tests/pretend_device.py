@@ -1,15 +1,16 @@
-"""A pretend accelerator: tensors say that they live on `npu:0`, compute on the CPU, and refuse to meet host tensors.
+"""A pretend accelerator: its tensors compute on the CPU and refuse to meet host tensors.
 
-    pretend_device.switch_on()         # for the rest of this process: it replaces torch.Generator and torch.save
+    pretend_device.switch_on()         # for good: it replaces torch.Generator and torch.save
     x = torch.zeros(3, device="npu")
     x + torch.zeros(3)                 # RuntimeError: host and device tensors are mixed
 
-What a GPU refuses is refused here without one: an operation of a device tensor with a host tensor (other than a single
-number), a draw on the device from a generator of the host, a NumPy view of a device tensor. An index is held to the same
-rule, though CUDA would copy a host index and wait for it. `torch.autocast` is accepted and changes no type. A generator "on"
-the device is one of the CPU, so a run draws and computes what the CPU does. torch.save writes the values behind.
+What a GPU refuses is refused here without one: an operation of a device tensor with a host tensor
+(other than a single number), a draw on the device from a generator of the host, a NumPy view of a
+device tensor. An index is held to the same rule, though CUDA would copy a host index and wait for
+it. `torch.autocast` is accepted and changes no type. A generator "on" the device is one of the CPU,
+so a run draws and computes what the CPU does. torch.save writes the values behind.
 
-Needs a PyTorch in which Python can register a device: `missing()` says what this one lacks, or None.
+Needs a PyTorch in which Python can register a device; see `missing`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ NAME = "npu"
 MIXED = "host and device tensors are mixed"
 COPIES = {"_to_copy", "copy_", "_copy_from"}  # operations that cross over
 HostGenerator, host_save = torch.Generator, torch.save
-_kept: list = []  # kernels go with their library; an address that tells a generator must not be used twice
+# Kernels go with their library, and an address that tells a generator must not be used twice.
+_kept: list = []
 _generators: set[int] = set()  # of the device
 
 
 def missing() -> str | None:
+    """Return what this PyTorch lacks for a device that Python registers, or None."""
     for name in ("_setup_privateuseone_for_python_backend", "_DummyBackendModule"):
         if not hasattr(backend_registration, name):
             return f"torch {torch.__version__} cannot register a device from Python (no {name})"
@@ -41,10 +44,16 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, host: torch.Tensor):
-        layout = dict(strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype)
-        made = torch.Tensor._make_wrapper_subclass(cls, host.size(), device=torch.device(NAME, 0), **layout)
-        made.host = host
-        return made
+        result = torch.Tensor._make_wrapper_subclass(
+            cls,
+            host.size(),
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=torch.device(NAME, 0),
+        )
+        result.host = host
+        return result
 
     def __init__(self, host: torch.Tensor):
         pass
@@ -63,17 +72,19 @@ class DeviceTensor(torch.Tensor):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         there = [x for x in leaves if isinstance(x, DeviceTensor)]
-        here = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, DeviceTensor) and x.dim() > 0]
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor) and x.dim() > 0]
+        here = [x for x in tensors if not isinstance(x, DeviceTensor)]
         if there and here and operation.overloadpacket.__name__ not in COPIES:
             raise RuntimeError(f"{operation}: {MIXED}")
-        if any(isinstance(x, HostGenerator) and x._cdata not in _generators for x in leaves):
+        generators = [x for x in leaves if isinstance(x, HostGenerator)]
+        if any(generator._cdata not in _generators for generator in generators):
             raise RuntimeError(f"{operation}: a generator of the host draws on the device")
         target = kwargs.get("device")
         to_host = target is not None and torch.device(target).type != NAME
         if target is not None:
             kwargs = kwargs | {"device": target if to_host else torch.device("cpu")}
-        made = operation(*tree_map(_host, args), **tree_map(_host, kwargs))
-        return made if to_host else tree_map(lambda x: _on_device(x, there), made)
+        result = operation(*tree_map(_host, args), **tree_map(_host, kwargs))
+        return result if to_host else tree_map(lambda x: _on_device(x, there), result)
 
 
 def _host(x):
@@ -81,21 +92,21 @@ def _host(x):
 
 
 def _on_device(x, operands: list[DeviceTensor]):
-    """A result as the device's; of an operation in place it is the operand itself."""
+    """Return a result as the device's; of an operation in place it is the operand itself."""
     if not isinstance(x, torch.Tensor):
         return x
     return next((own for own in operands if own.host is x), DeviceTensor(x))
 
 
 class Generator(HostGenerator):
-    """torch.Generator, which a device of Python's has not: that of the CPU, marked as the device's."""
+    """A generator of the CPU that is marked as the device's, which has none of its own."""
 
     def __new__(cls, device="cpu"):
-        made = super().__new__(cls)
+        generator = super().__new__(cls)
         if torch.device(device).type == NAME:
-            _generators.add(made._cdata)
-            _kept.append(made)
-        return made
+            _generators.add(generator._cdata)
+            _kept.append(generator)
+        return generator
 
     def __init__(self, device="cpu"):
         pass
@@ -106,7 +117,8 @@ class Generator(HostGenerator):
 
 
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-    return DeviceTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    memory_format = memory_format or torch.contiguous_format
+    return DeviceTensor(torch.empty(size, dtype=dtype, memory_format=memory_format))
 
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
@@ -118,9 +130,14 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
+def _save(value, file, *rest, **options):
+    host_save(tree_map(_host, value), file, *rest, **options)
+
+
 def switch_on() -> torch.device:
-    """Register the device in this process, for good; returns it."""
-    import torch.distributed.tensor  # reads annotations with torch.Generator, which is another class afterwards
+    """Register the device in this process, for good, and return it."""
+    # It reads annotations with torch.Generator, which is another class afterwards.
+    import torch.distributed.tensor
 
     class Module(backend_registration._DummyBackendModule):
         def get_amp_supported_dtype(self):
@@ -136,5 +153,5 @@ def switch_on() -> torch.device:
     autocast.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     _kept.extend([kernels, autocast])
     torch.Generator = Generator
-    torch.save = lambda value, file, *rest, **how: host_save(tree_map(_host, value), file, *rest, **how)
+    torch.save = _save
     return torch.device(NAME, 0)

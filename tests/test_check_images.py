@@ -51,7 +51,7 @@ def check(tree, capsys, *flags):
     return code, capsys.readouterr().out, json.loads(file.read_text())
 
 
-def found(report, kind):
+def answer(report, kind):
     return sorted((f["split"], f["path"]) for f in report["findings"] if f["kind"] == kind)
 
 
@@ -59,11 +59,18 @@ def kinds(path, **options):
     return {kind for kind, _ in check_picture.examine(str(path), **options).findings}
 
 
-# ---------------------------------------------------------------------------------------------------------- one picture
+# -------------------------------------------------------------------------------------- one picture
 
 
 def test_a_sound_picture_has_no_finding(tmp_path):
-    for name, options in (("a.JPEG", {}), ("b.png", {}), ("c.webp", {}), ("d.bmp", {}), ("e.ppm", {}), ("f.tif", {})):
+    for name, options in (
+        ("a.JPEG", {}),
+        ("b.png", {}),
+        ("c.webp", {}),
+        ("d.bmp", {}),
+        ("e.ppm", {}),
+        ("f.tif", {}),
+    ):
         path = save(tmp_path / name, **options)
         seen = check_picture.examine(str(path))
         assert seen.findings == [] and (seen.width, seen.height) == (60, 48), name
@@ -95,7 +102,9 @@ def test_16_bit_colour_png_is_told_though_pillow_opens_it_as_rgb(tmp_path):
     import zlib
 
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     rows = b"".join(b"\0" + os.urandom(40 * 6) for _ in range(40))
     (tmp_path / "deep.png").write_bytes(
@@ -108,8 +117,14 @@ def test_16_bit_colour_png_is_told_though_pillow_opens_it_as_rgb(tmp_path):
 
 
 def test_values_of_deep_pictures_are_told(tmp_path):
-    for name, top, kinds_found in (("full.png", 65535, {"16-bit"}), ("of8.png", 255, {"16-bit", "dark"})):
-        path = save(tmp_path / name, image=Image.fromarray(np.linspace(9, top, 4096).astype(np.uint16).reshape(64, 64)))
+    for name, top, kinds_found in (
+        ("full.png", 65535, {"16-bit"}),
+        ("of8.png", 255, {"16-bit", "dark"}),
+    ):
+        path = save(
+            tmp_path / name,
+            image=Image.fromarray(np.linspace(9, top, 4096).astype(np.uint16).reshape(64, 64)),
+        )
         findings = dict(check_picture.examine(str(path)).findings)
         assert set(findings) == kinds_found and findings["16-bit"] == f"PNG I;16, values 9 to {top}"
     assert kinds(save(tmp_path / "float.tif", image=photo(mode="F"))) == {"float"}
@@ -122,15 +137,23 @@ def test_a_picture_too_large_is_told(tmp_path, monkeypatch):
         ((kind, detail),) = check_picture.examine(path).findings
         assert kind == "too large" and "2880 pixels" in detail
 
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
         monkeypatch.setattr(check_picture, "_decode", mock.Mock(side_effect=error))
-        assert kinds(path) == {"too large"} and check_images.KINDS["too large"][0] == check_images.ERROR
+        assert (
+            kinds(path) == {"too large"}
+            and check_images.KINDS["too large"][0] == check_images.ERROR
+        )
 
 
 def test_extension_rotation_frames_size(tmp_path):
     png = save(tmp_path / "really.png")
     os.replace(png, tmp_path / "named.JPEG")  # ImageNet has one of these
-    assert check_picture.examine(str(tmp_path / "named.JPEG")).findings == [("wrong extension", "PNG data")]
+    assert check_picture.examine(str(tmp_path / "named.JPEG")).findings == [
+        ("wrong extension", "PNG data")
+    ]
     exif = Image.Exif()
     exif[0x0112] = 6
     assert kinds(save(tmp_path / "turned.jpg", exif=exif)) == {"EXIF rotation"}
@@ -150,7 +173,10 @@ def test_damaged_files_are_told_as_what_they_are(tmp_path, capfd):
         "empty.jpg": (b"", ("unreadable", "empty file")),
         "text.jpg": (b"not a picture at all", ("unreadable", "not a picture")),
         "html.png": (b"<html>403 Forbidden</html>", ("unreadable", "not a picture")),
-        "half.jpg": (whole[: len(whole) // 2], ("truncated", f"JPEG ends early, after {len(whole) // 2} bytes")),
+        "half.jpg": (
+            whole[: len(whole) // 2],
+            ("truncated", f"JPEG ends early, after {len(whole) // 2} bytes"),
+        ),
         "almost.jpg": (whole[:-2], ("truncated", f"JPEG ends early, after {len(whole) - 2} bytes")),
         "half.png": (png[: len(png) // 2], ("truncated", None)),
         "start.jpg": (whole[:100], ("truncated", "damaged or ended in its header; 100 bytes")),
@@ -161,7 +187,9 @@ def test_damaged_files_are_told_as_what_they_are(tmp_path, capfd):
         ((kind, detail),) = check_picture.examine(str(tmp_path / name)).findings
         assert kind == expected[0] and detail == (expected[1] or detail), name
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    assert check_picture.examine(str(tmp_path / "broken.jpg")).findings == [("unreadable", "broken link")]
+    assert check_picture.examine(str(tmp_path / "broken.jpg")).findings == [
+        ("unreadable", "broken link")
+    ]
     assert check_picture.examine(str(tmp_path)).findings == [("unreadable", "is a directory")]
     assert capfd.readouterr().err == ""
 
@@ -181,7 +209,17 @@ def test_damage_inside_a_jpeg_is_seen_though_it_decodes(tmp_path, capfd):
 def test_what_it_passes_the_loader_reads_and_what_it_refuses_the_loader_refuses(tmp_path):
     whole = save(tmp_path / "a" / "0.jpg", image=photo(size=(300, 200))).read_bytes()
     png = save(tmp_path / "a" / "1.png").read_bytes()
-    contents = [whole, png, b"", b"x", whole[:-2], whole[:200], png[:-20], png[: len(png) // 2], whole + b"tail"]
+    contents = [
+        whole,
+        png,
+        b"",
+        b"x",
+        whole[:-2],
+        whole[:200],
+        png[:-20],
+        png[: len(png) // 2],
+        whole + b"tail",
+    ]
     for mode, name in (("CMYK", "9.jpg"), ("L", "10.jpg"), ("P", "11.png"), ("RGBA", "12.png")):
         contents.append(save(tmp_path / "a" / name, image=photo(mode=mode)).read_bytes())
     for i, content in enumerate(contents):
@@ -194,23 +232,37 @@ def test_what_it_passes_the_loader_reads_and_what_it_refuses_the_loader_refuses(
             readable = True
         except UserError:
             readable = False
-        errors = [k for k in kinds(opened.path(row)) if check_images.KINDS[k][0] == check_images.ERROR]
+        errors = [
+            k for k in kinds(opened.path(row)) if check_images.KINDS[k][0] == check_images.ERROR
+        ]
         assert readable == (not errors), opened.path(row)
         verdicts.append(readable)
     assert True in verdicts and verdicts.count(False) >= 5
 
 
-# ------------------------------------------------------------------------------------------------------------- the tree
+# ----------------------------------------------------------------------------------------- the tree
 
 
 def test_a_sound_tree_passes(tree, capsys):
     code, out, report = check(tree, capsys)
     assert code == 0 and "result: nothing breaks training; 10 pictures opened" in out
     assert report["imagenet100"] is None and "ImageNet-100" not in out
-    assert report["errors"] == 0 and report["findings"] == [] and report["checked"] == report["pictures"] == 10
+    assert (
+        report["errors"] == 0
+        and report["findings"] == []
+        and report["checked"] == report["pictures"] == 10
+    )
     train = report["splits"]["train"]
-    assert train["per_class"] == {"bird": 3, "fish": 3} and train["per_class_min_median_max"] == [3, 3, 3]
-    assert train["width_min_median_max"] == [60, 60, 60] and train["height_min_median_max"] == [48, 48, 48]
+    assert train["per_class"] == {"bird": 3, "fish": 3} and train["per_class_min_median_max"] == [
+        3,
+        3,
+        3,
+    ]
+    assert train["width_min_median_max"] == [60, 60, 60] and train["height_min_median_max"] == [
+        48,
+        48,
+        48,
+    ]
     size = sum(p.stat().st_size for p in (tree / "train").rglob("*.JPEG"))
     assert train["bytes"] == size
 
@@ -223,11 +275,13 @@ def test_everything_that_breaks_training_is_found_and_exits_with_1(tree, capsys)
     save(tree / "val" / "cat" / "cat_0.png", seed=300)
     code, out, report = check(tree, capsys)
     assert code == 1 and "result: 5 things break training" in out and report["errors"] == 5
-    assert found(report, "unreadable") == [("train", "bird/bird_0.JPEG")]
-    assert found(report, "truncated") == [("val", "fish/fish_0.JPEG")]
-    assert found(report, "empty class") == [("train", ".ipynb_checkpoints")]
-    assert found(report, "class mismatch") == [("train", "cat"), ("val", ".ipynb_checkpoints")]
-    assert "train/bird/bird_0.JPEG: empty file" in out and "not in train/, 1 pictures in val/" in out
+    assert answer(report, "unreadable") == [("train", "bird/bird_0.JPEG")]
+    assert answer(report, "truncated") == [("val", "fish/fish_0.JPEG")]
+    assert answer(report, "empty class") == [("train", ".ipynb_checkpoints")]
+    assert answer(report, "class mismatch") == [("train", "cat"), ("val", ".ipynb_checkpoints")]
+    assert (
+        "train/bird/bird_0.JPEG: empty file" in out and "not in train/, 1 pictures in val/" in out
+    )
 
 
 @pytest.mark.parametrize("breakage", ["unreadable", "empty class", "class mismatch"])
@@ -252,9 +306,9 @@ def test_leaks_and_duplicates_are_told_apart_and_do_not_change_the_exit_code(tre
     copy("val/bird/bird_1.JPEG", "val/fish/other_label.JPEG")
     code, out, report = check(tree, capsys)
     assert code == 0
-    assert found(report, "leak") == [("val", "bird/from_train.JPEG")] and "LEAK" in out
-    assert found(report, "duplicate") == [("train", "fish/twice.JPEG")]
-    assert found(report, "two classes") == [("val", "fish/other_label.JPEG")]
+    assert answer(report, "leak") == [("val", "bird/from_train.JPEG")] and "LEAK" in out
+    assert answer(report, "duplicate") == [("train", "fish/twice.JPEG")]
+    assert answer(report, "two classes") == [("val", "fish/other_label.JPEG")]
     assert report["same_content"] == [
         ["train/bird/bird_0.JPEG", "val/bird/from_train.JPEG"],
         ["train/fish/fish_1.JPEG", "train/fish/twice.JPEG"],
@@ -279,15 +333,20 @@ def test_counts_strays_and_nesting(tree, capsys):
     save(tree / "train" / "stray.png", seed=1300)
     save(tree / "train" / "fish" / "fish_0.png", seed=1301)
     _, out, report = check(tree, capsys)
-    assert found(report, "few") == []  # 3 fish and one more: 4 of a median of 7
-    assert found(report, "many") == [("train", "many")]  # 15 > 2 x 7
-    assert found(report, "not read") == [("train", "bird/anim.gif"), ("train", "bird/list.txt")]
-    assert found(report, "outside") == [("train", "stray.png")]
-    assert found(report, "nested") == [("train", "bird")]
-    assert found(report, "same name") == [("train", "fish/fish_0.JPEG"), ("train", "fish/fish_0.png")]
-    assert report["splits"]["train"]["per_class"]["bird"] == 10  # nested ones count, as for the loader
+    assert answer(report, "few") == []  # 3 fish and one more: 4 of a median of 7
+    assert answer(report, "many") == [("train", "many")]  # 15 > 2 x 7
+    assert answer(report, "not read") == [("train", "bird/anim.gif"), ("train", "bird/list.txt")]
+    assert answer(report, "outside") == [("train", "stray.png")]
+    assert answer(report, "nested") == [("train", "bird")]
+    assert answer(report, "same name") == [
+        ("train", "fish/fish_0.JPEG"),
+        ("train", "fish/fish_0.png"),
+    ]
+    assert (
+        report["splits"]["train"]["per_class"]["bird"] == 10
+    )  # nested ones count, as for the loader
     (tree / "train" / "fish" / "fish_0.png").unlink()
-    assert found(check(tree, capsys)[2], "few") == [("train", "fish")]  # 3 of a median of 7
+    assert answer(check(tree, capsys)[2], "few") == [("train", "fish")]  # 3 of a median of 7
 
 
 def test_one_split_a_single_folder_and_a_class_called_train(tree, tmp_path, capsys):
@@ -308,7 +367,9 @@ def test_pipes_and_links_in_circles_are_told_and_not_opened(tree, capsys):
     (tree / "train" / "all").symlink_to(tree)
     (tree / "train" / "fish" / "twin").symlink_to(tree / "val" / "fish")  # a folder elsewhere
     code, out, report = check(tree, capsys)
-    assert code == 0 and found(report, "not a file") == [("train", p) for p in ("all", "bird/pipe.png", "bird/up")]
+    assert code == 0 and answer(report, "not a file") == [
+        ("train", p) for p in ("all", "bird/pipe.png", "bird/up")
+    ]
     assert report["splits"]["train"]["per_class"] == {"bird": 3, "fish": 5}
     assert "link to a folder it lies in, ignored" in out
 
@@ -320,7 +381,9 @@ def test_pictures_without_classes_are_checked_for_pre_training(tree, tmp_path, c
         bad.write_bytes(b"x")
         code, out, report = check(root, capsys)
         assert code == 1 and [f["kind"] for f in report["findings"]] == ["unlabelled", "unreadable"]
-        assert [split["classes"] for split in report["splits"].values()] == [0] and report["checked"] == 2
+        assert [split["classes"] for split in report["splits"].values()] == [0] and report[
+            "checked"
+        ] == 2
         assert "no class folders: for pre-training only" in out
         bad.unlink()
         assert check(root, capsys)[0] == 0
@@ -328,7 +391,7 @@ def test_pictures_without_classes_are_checked_for_pre_training(tree, tmp_path, c
     save(root / "train" / "a.png", seed=1)
     (root / "val").symlink_to(tree / "val")
     code, _, report = check(root, capsys)  # what are the labels in val/ for?
-    assert code == 1 and found(report, "no classes") == [("train", "train")]
+    assert code == 1 and answer(report, "no classes") == [("train", "train")]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -336,8 +399,8 @@ def test_a_split_without_class_folders_breaks_training(tree, capsys, split):
     for folder in list((tree / split).iterdir()):
         shutil.rmtree(folder)
     code, out, report = check(tree, capsys)
-    assert code == 1 and found(report, "no classes") == [(split, split)] and "it is empty" in out
-    assert not found(report, "class mismatch")
+    assert code == 1 and answer(report, "no classes") == [(split, split)] and "it is empty" in out
+    assert not answer(report, "class mismatch")
     save(tree / split / "ILSVRC2012_val_00000001.JPEG", seed=1)
     code, out, report = check(tree, capsys)
     assert code == 1 and "1 pictures lie in it directly" in out
@@ -353,13 +416,28 @@ def test_class_list_and_limit(tree, tmp_path, capsys):
     (tree / "train" / "empty").mkdir()
     (tmp_path / "list.txt").write_text("bird a songbird\n")
     code, _, report = check(tree, capsys, "--class-list", str(tmp_path / "list.txt"))
-    assert code == 0 and report["splits"]["train"]["per_class"] == {"bird": 3} and report["checked"] == 5
+    assert (
+        code == 0
+        and report["splits"]["train"]["per_class"] == {"bird": 3}
+        and report["checked"] == 5
+    )
     code, out, report = check(tree, capsys, "--limit", "4")
-    assert code == 1 and report["checked"] == 4 and report["pictures"] == 10 and "4 of 10 pictures" in out
+    assert (
+        code == 1
+        and report["checked"] == 4
+        and report["pictures"] == 10
+        and "4 of 10 pictures" in out
+    )
 
 
 def test_processes_find_the_same_and_names_of_all_kinds_are_told(tree, tmp_path, capsys):
-    odd = ["a b.JPEG", 'it\'s "quoted".JPEG', "überaus.JPEG", "new\nline.JPEG", os.fsdecode(b"not-utf8-\xff.JPEG")]
+    odd = [
+        "a b.JPEG",
+        'it\'s "quoted".JPEG',
+        "überaus.JPEG",
+        "new\nline.JPEG",
+        os.fsdecode(b"not-utf8-\xff.JPEG"),
+    ]
     for i, name in enumerate(odd):
         try:
             save(tree / "train" / "bird" / name, seed=700 + i)
@@ -375,30 +453,46 @@ def test_processes_find_the_same_and_names_of_all_kinds_are_told(tree, tmp_path,
 
 def test_which_imagenet100(tmp_path, capsys):
     lists = imagenet100_lists.imagenet100_lists()
-    assert list(lists)[0] == "CMC" and len(lists) == 8 and {len(ids) for ids in lists.values()} == {100}
+    assert (
+        list(lists)[0] == "CMC"
+        and len(lists) == 8
+        and {len(ids) for ids in lists.values()} == {100}
+    )
     assert len(set(lists.values())) == 8  # no two are the same list
     assert len(lists["PODNet"] & lists["Kaggle"]) == 69 and not lists["PODNet"] & lists["iCaRL"]
 
     said = imagenet100_lists.compare_with_lists
     for name, ids in lists.items():
-        found = said(ids)
-        assert found["list"] == name and found["compared_with"] == "CMC" and found["in_both"] == len(ids & lists["CMC"])
+        answer = said(ids)
+        assert (
+            answer["list"] == name
+            and answer["compared_with"] == "CMC"
+            and answer["in_both"] == len(ids & lists["CMC"])
+        )
     assert "the list of CMC (also of solo-learn" in imagenet100_lists.in_words(said(lists["CMC"]))
     line = imagenet100_lists.in_words(said(lists["Kaggle"]))
     assert re.fullmatch(
         r"ImageNet-100: the list of Kaggle; beside that of CMC: 8 classes are in both; "
-        r"extra n01440764, n01443537, n01484850, ... \(92 in all\); missing n\d{8}, n\d{8}, n\d{8}, ... \(92 in all\)",
+        r"extra n01440764, n01443537, n01484850, ... \(92 in all\); "
+        r"missing n\d{8}, n\d{8}, n\d{8}, ... \(92 in all\)",
         line,
     )
     first, *rest = sorted(lists["SCAN"])
-    found = said({"n00000001", *rest})
-    assert found["list"] is None and (found["extra"], found["missing"]) == (["n00000001"], [first])
+    answer = said({"n00000001", *rest})
+    assert answer["list"] is None and (answer["extra"], answer["missing"]) == (
+        ["n00000001"],
+        [first],
+    )
     assert (
         "no known list, nearest is that of SCAN; beside that of SCAN: 99 classes are in both"
-        in imagenet100_lists.in_words(found)
+        in imagenet100_lists.in_words(answer)
     )
-    found = said({"n00000001", "n00000002", first})
-    assert (found["list"], found["compared_with"], len(found["missing"])) == (None, "CMC", 100 - found["in_both"])
+    answer = said({"n00000001", "n00000002", first})
+    assert (answer["list"], answer["compared_with"], len(answer["missing"])) == (
+        None,
+        "CMC",
+        100 - answer["in_both"],
+    )
     for nothing in ({first}, {first, "dog"}, [f"n{i:08d}" for i in range(1000)], {""}):
         assert said(nothing) is None
 
@@ -406,18 +500,20 @@ def test_which_imagenet100(tmp_path, capsys):
         save(tmp_path / "set" / name / "a.png", seed=int(name[1:]))
     (tmp_path / "set" / "n00000003").mkdir()  # a folder without pictures is no class
     _, out, report = check(tmp_path / "set", capsys)
-    assert "ImageNet-100: no known list; beside that of CMC: 2 classes are in both; missing n" in out
+    assert (
+        "ImageNet-100: no known list; beside that of CMC: 2 classes are in both; missing n" in out
+    )
     assert report["imagenet100"]["in_both"] == 2 and len(report["imagenet100"]["missing"]) == 98
 
 
-def test_rate_in_plain_lines(capsys, monkeypatch):
+def test_rate_in_plain_lines(capsys):
     bar = workers.Rate("checking", 100, "pictures")
     bar.started -= 2
     bar.add(50)
     assert "checking: 50/100 pictures, 25/s, 0:0" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def test_bad_input_is_one_line(tree, tmp_path):
@@ -447,7 +543,9 @@ def test_as_a_program_from_elsewhere(tree, tmp_path):
     (tree / "train" / "bird" / "bird_0.JPEG").write_bytes(b"")
     done = run_script(SCRIPT, "set", "--min_side", "50", cwd=tmp_path)
     assert done.returncode == 1 and "rror" not in done.stderr
-    assert "1 thing breaks training" in done.stdout and "a side shorter than --min-side" in done.stdout
+    assert (
+        "1 thing breaks training" in done.stdout and "a side shorter than --min-side" in done.stdout
+    )
 
 
 def test_demo(workspace, capsys):

@@ -1,5 +1,7 @@
-"""cmc/colour.py against scikit-image, against number vectors of the published code (HobbitLong/CMC at 7b227be;
-tests/golden/README.md, section 3), and the --views flag."""
+"""Colour spaces against scikit-image and the published code, and the --views flag.
+
+The number vectors are of HobbitLong/CMC at 7b227be (tests/golden/README.md, section 3).
+"""
 
 import numpy as np
 import pytest
@@ -10,8 +12,13 @@ from cmc import colour
 from common import UsageError
 from common.augment import Compose, ResizeCenterCrop
 
-# float32 against float64, and in Lab and LUV the gap between the rounded branches of CIE's curve (cmc/colour.py)
-TOLERANCE = {"Lab": 1e-3, "LUV": 1e-3, "YCbCr": 1e-4}  # measured: 2e-4 of 100, 2e-5 of 255; of the others 4e-7 of 1
+# float32 against float64, and in Lab and LUV the gap between the branches of CIE's curve
+# (cmc/spaces.py).
+TOLERANCE = {
+    "Lab": 1e-3,
+    "LUV": 1e-3,
+    "YCbCr": 1e-4,
+}  # measured: 2e-4 of 100, 2e-5 of 255; of the others 4e-7 of 1
 
 
 def batch(image):  # (H, W, 3) uint8 -> (1, 3, H, W) float
@@ -27,13 +34,15 @@ def difference(made, expected, space):
 
 
 def to_skimage(image, space):  # (H, W, 3) -> float64 (3, H, W)
-    color = pytest.importorskip("skimage.color", reason="scikit-image is not installed (requirements-dev.txt)")
+    color = pytest.importorskip(
+        "skimage.color", reason="scikit-image is not installed (requirements-dev.txt)"
+    )
     return torch.from_numpy(getattr(color, f"rgb2{space.lower()}")(image)).permute(2, 0, 1)
 
 
 @pytest.fixture(scope="module")
 def colours():
-    """float32 (96, 96, 3): colours of all kinds, each of them a multiple of 1/255 or not, with dark and grey ones."""
+    """Return colours of all kinds, float32 (96, 96, 3): multiples of 1/255 or not, dark, grey."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (3000, 3)) / 255
     dark = rng.integers(0, 12, (1500, 3)) / 255
@@ -61,7 +70,9 @@ def test_equal_to_the_published_conversions(space, name):
     assert difference(made, expected, space) < TOLERANCE.get(space, 5e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in names("cmc_color_*") if "Lab_normalized" in read(name)])
+@pytest.mark.parametrize(
+    "name", [name for name in names("cmc_color_*") if "Lab_normalized" in read(name)]
+)
 @pytest.mark.parametrize("space", ["Lab", "YCbCr"])
 def test_published_network_input(space, name):
     golden = read(name)
@@ -69,7 +80,9 @@ def test_published_network_input(space, name):
     assert colour.STD[space] == pytest.approx(golden[f"{space}_std"].tolist(), rel=1e-12)
     expected = golden[f"{space}_normalized"]
     for op in (colour.Views(colour.default_views(space)), colour.ToColour(space, normalised=True)):
-        torch.testing.assert_close(op.apply(batch(golden["image"]), {})[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            op.apply(batch(golden["image"]), {})[0], expected, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("space", colour.RANGES)
@@ -81,27 +94,37 @@ def test_constants_are_the_range_over_the_srgb_cube(space):
     slack = 1e-3 * (high - low)
     if space == "HSV":
         slack[0] = 2e-3  # red tinged with blue comes near to a hue of 1, but 1 is 0
-    assert ((made.amin(1) - low).abs() < slack).all() and ((made.amax(1) - high).abs() < slack).all()
+    assert ((made.amin(1) - low).abs() < slack).all() and (
+        (made.amax(1) - high).abs() < slack
+    ).all()
     assert colour.from_rgb(cube, space, normalised=True).abs().max() < 1 + 1e-5
 
 
 def test_all_of_srgb_is_within_one_after_the_published_lab_constants():
-    cube = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, 2)] * 3, indexing="ij")).view(1, 3, 2, 4)
+    cube = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, 2)] * 3, indexing="ij")).view(
+        1, 3, 2, 4
+    )
     made = colour.from_rgb(cube, "Lab", normalised=True)[0].flatten(1)
     assert (made.amax(1) - 1).abs().max() < 1e-4 and (made.amin(1) + 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("space", ["Lab", "YCbCr", "HSV", "LUV", "HED"])
 def test_a_batch_is_converted_picture_by_picture(space):
-    images = torch.rand(150, 3, 32, 32, generator=torch.Generator().manual_seed(0))  # more than one block
+    images = torch.rand(
+        150, 3, 32, 32, generator=torch.Generator().manual_seed(0)
+    )  # more than one block
     before = images.clone()
     whole = colour.from_rgb(images, space)
     assert torch.equal(images, before)
     for i in (0, 63, 64, 149):
-        torch.testing.assert_close(whole[i : i + 1], colour.from_rgb(images[i : i + 1], space), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            whole[i : i + 1], colour.from_rgb(images[i : i + 1], space), rtol=1e-5, atol=1e-5
+        )
     large = images[:12].permute(1, 0, 2, 3).reshape(1, 3, 12 * 32, 32)
     large = torch.cat([large] * 8, 3)  # one picture that is larger than a block
-    torch.testing.assert_close(colour.from_rgb(large, space)[0, :, :32, :32], whole[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        colour.from_rgb(large, space)[0, :, :32, :32], whole[0], rtol=1e-5, atol=1e-5
+    )
     assert colour.from_rgb(images[:0], space).shape == (0, 3, 32, 32)
 
 
@@ -116,7 +139,9 @@ def test_precision_layout_and_range_of_the_input(space):
     half = images.half()
     assert torch.equal(colour.from_rgb(half, space), colour.from_rgb(half.float(), space))
     assert colour.from_rgb(images.double(), space).dtype == torch.float64
-    edge = torch.tensor([-1e-6, 0.0, 1.0, 1 + 1e-6]).repeat(1, 3, 2, 1)  # a resize leaves such values
+    edge = torch.tensor([-1e-6, 0.0, 1.0, 1 + 1e-6]).repeat(
+        1, 3, 2, 1
+    )  # a resize leaves such values
     assert colour.from_rgb(edge, space).isfinite().all()
 
 
@@ -149,7 +174,7 @@ def test_same_on_the_gpu(space):
     torch.testing.assert_close(made.cpu(), colour.from_rgb(images, space), rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------- views
+# ------------------------------------------------------------------------------------------- views
 
 
 def spell(text, space="Lab"):
@@ -158,7 +183,9 @@ def spell(text, space="Lab"):
 
 def test_views_by_name():
     assert spell("L,ab") == [("L", "Lab", (0,)), ("ab", "Lab", (1, 2))]
-    assert spell(" l , BA ") == spell("L,ab")  # any case, blanks, the channels in the order of the space
+    assert spell(" l , BA ") == spell(
+        "L,ab"
+    )  # any case, blanks, the channels in the order of the space
     assert spell("L,a,b") == [("L", "Lab", (0,)), ("a", "Lab", (1,)), ("b", "Lab", (2,))]
     assert spell("y,crcb", "YCbCr") == [("Y", "YCbCr", (0,)), ("CbCr", "YCbCr", (1, 2))]
     assert spell("L,ab,ycbcr:cbcr")[2] == ("YCbCr:CbCr", "YCbCr", (1, 2))
@@ -166,7 +193,10 @@ def test_views_by_name():
     assert spell("Lab:L,lab:ab") == spell("L,ab")
     assert spell("L,ciergb:g") == spell("L,RGBCIE:G")
     assert spell("L,RGB:rgb")[1] == ("RGB:RGB", "RGB", (0, 1, 2))
-    assert spell("L,Lab") == [("L", "Lab", (0,)), ("Lab", "Lab", (0, 1, 2))]  # views may share channels
+    assert spell("L,Lab") == [
+        ("L", "Lab", (0,)),
+        ("Lab", "Lab", (0, 1, 2)),
+    ]  # views may share channels
     for space in colour.CHANNELS:
         assert colour.space_name(space.lower()) == colour.space_name(space.upper()) == space
     assert colour.space_name("nope") == "nope"
@@ -208,9 +238,12 @@ def test_views_that_cannot_be(text, space, words):
 
 
 def test_default_lab_views_are_the_plain_lab_pipeline(colours):
-    """Convert, subtract the mean, divide, as the published code does with scikit-image; then split."""
+    """Convert, subtract the mean, divide and split, as published with scikit-image."""
     lab = to_skimage(colours.astype(np.float64), "Lab")
-    mean, std = (torch.tensor(c["Lab"], dtype=torch.float64)[:, None, None] for c in (colour.MEAN, colour.STD))
+    mean, std = (
+        torch.tensor(c["Lab"], dtype=torch.float64)[:, None, None]
+        for c in (colour.MEAN, colour.STD)
+    )
     expected = (lab - mean) / std
     pictures = torch.from_numpy(colours).permute(2, 0, 1)[None]
     op = colour.Views(colour.parse_views("L,ab", "Lab"))
@@ -247,6 +280,11 @@ def test_views_of_several_spaces_convert_each_once(monkeypatch):
 def test_views_that_share_or_reorder_channels():
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     lab = colour.from_rgb(images, "Lab", normalised=True)
-    for text, channels in (("ab,L", [1, 2, 0]), ("L,Lab", [0, 0, 1, 2]), ("a,b", [1, 2]), ("La,b", [0, 1, 2])):
+    for text, channels in (
+        ("ab,L", [1, 2, 0]),
+        ("L,Lab", [0, 0, 1, 2]),
+        ("a,b", [1, 2]),
+        ("La,b", [0, 1, 2]),
+    ):
         made = colour.Views(colour.parse_views(text, "Lab")).apply(images, {})
         torch.testing.assert_close(made, lab[:, channels], rtol=1e-5, atol=1e-5)

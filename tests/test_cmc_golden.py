@@ -1,4 +1,4 @@
-"""CMC's banks against the published code's own numbers (tests/golden/README.md, section 1), and the full graph."""
+"""CMC's banks against the published code's numbers (tests/golden/README.md, section 1)."""
 
 import math
 
@@ -17,7 +17,9 @@ from common.memory import draw_rows
 def test_step_by_step(name, gather_from, monkeypatch):
     monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
     monkeypatch.setattr(memory_module, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(memory_module, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
+    monkeypatch.setattr(
+        memory_module, "CHUNK_BYTES", 0
+    )  # three queries at a time: the last chunk is shorter
     g = read(name)
     size = g["n_data"], g["l"].shape[-1]
     settings = g["K"], g["T"], g["momentum"], bool(g["use_softmax"]), "oneshot"
@@ -46,13 +48,19 @@ def test_buffers_are_the_published_ones():
 
 
 def slow_full_graph(feats, banks, rows, temperature, softmax, n):
-    """Written from the formulas, a picture and a negative at a time, in float64: {(i, j): (loss, Z)} of ordered pairs."""
-    found = {}
+    """Return {(i, j): (loss, Z)} of ordered pairs, from the formulas, in float64.
+
+    It goes through one picture and one negative at a time.
+    """
+    pairs = {}
     for i in range(len(feats)):
         for j in range(len(feats)):
             if i == j:
                 continue
-            scores = [[float(f @ banks[j][r]) / temperature for r in mine] for f, mine in zip(feats[i], rows)]
+            scores = [
+                [float(f @ banks[j][r]) / temperature for r in mine]
+                for f, mine in zip(feats[i], rows)
+            ]
             weights = [[math.exp(s) for s in line] for line in scores]
             z = n * sum(map(sum, weights)) / sum(map(len, weights))
             total = 0.0
@@ -63,16 +71,20 @@ def slow_full_graph(feats, banks, rows, temperature, softmax, n):
                 noise = (len(line) - 1) / n
                 total -= math.log(line[0] / z / (line[0] / z + noise))
                 total -= sum(math.log(noise / (w / z + noise)) for w in line[1:])
-            found[i, j] = total / len(weights), z
-    return found
+            pairs[i, j] = total / len(weights), z
+    return pairs
 
 
 @pytest.mark.parametrize("softmax", [True, False], ids=["softmax", "nce"])
 def test_three_views_contrast_every_pair_both_ways(softmax):
     generator = torch.Generator().manual_seed(0)
-    feats = [F.normalize(torch.randn(4, 8, generator=generator), dim=1).requires_grad_() for _ in range(3)]
+    feats = [
+        F.normalize(torch.randn(4, 8, generator=generator), dim=1).requires_grad_()
+        for _ in range(3)
+    ]
     banks = contrast.MemoryBanks(20, 8, ("L", "a", "b"), 6, 0.3, 0.5, softmax, "oneshot")
-    assert list(banks.state_dict()) == ["params", "memory_L", "memory_a", "memory_b"] and len(banks.params) == 3 + 6
+    assert list(banks.state_dict()) == ["params", "memory_L", "memory_a", "memory_b"]
+    assert len(banks.params) == 3 + 6
     rows = draw_rows(torch.tensor([3, 0, 9, 19]), 20, 6, generator)
     before = [bank.clone() for bank in banks.banks()]
     losses, out = banks(feats, rows)

@@ -1,4 +1,4 @@
-"""CMC's pre-training script: names and keys as published, exact resume, one process = two, bad input."""
+"""CMC's pre-training script: published names and keys, exact resume, bad input."""
 
 import copy
 import json
@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, as_published, equal, run_script, says_no, statistics, stopped_at
+from conftest import as_published, equal, run_script, statistics, stopped_at
 
-from cmc import colour
 from cmc import train_CMC as script
-from common import UsageError, UserError, backbones, launch, memory
-from runner import checkpoint, layouts
+from common import UsageError, UserError, launch, memory
+from runner import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("slim")
 
-TINY = "--demo --epochs 2 --batch_size 32 --nce_k 24 --model_path run --device cpu --print_freq 2".split()
+TINY = "--demo --epochs 2 --batch_size 32 --nce_k 24 --model_path run --device cpu -p 2".split()
 NAME = "memory_nce_24_resnet18v1_lr_0.03_decay_0.0001_bsz_32_view_Lab"
 PUBLISHED = ("opt", "model", "contrast", "optimizer", "epoch")
 
@@ -36,118 +35,48 @@ def same_run(a, b) -> None:
         assert equal(a[key], b[key]), key
 
 
-# ------------------------------------------------------------------------------------------------------------- flags
-
-
-def name(*flags) -> str:
-    return script.run_name(script.parse_args(["--data_folder", "x", *flags]))
-
-
-def test_run_names_are_the_published_ones():
-    assert name() == "memory_nce_16384_alexnet_lr_0.03_decay_0.0001_bsz_128_view_Lab"
-    paper = "--model resnet50v1 --softmax --nce_k 4096 --view YCbCr --amp --learning_rate 0.06 --batch_size 256"
-    assert name(*paper.split()) == ("memory_softmax_4096_resnet50v1_lr_0.06_decay_0.0001_bsz_256_amp_O2_view_YCbCr")
-    assert name("--nce_z", "oneshot").startswith("memory_nce_oneshot_16384_")
-    assert name("--views", "l,A,b").endswith("_view_Lab_views_L-a-b")
-    assert name("--views", "L,ab,YCbCr:CbCr").endswith("_view_Lab_views_L-ab-YCbCr_CbCr")
-    assert name("--views", "L,ab") == name()  # these are the default
-
-
-def test_what_follows_from_other_flags():
-    def parsed(*flags):
-        return script.parse_args(["--data_folder", "x", *flags])
-
-    bare = parsed()
-    assert (bare.model, bare.dataset, bare.nce_k, bare.nce_t, bare.nce_m) == ("alexnet", "imagenet", 16384, 0.07, 0.5)
-    assert (bare.batch_size, bare.epochs, bare.learning_rate, bare.milestones) == (128, 240, 0.03, (120, 160, 200))
-    assert bare.crop_low == 0.2 and parsed("--model", "resnet50v1").crop_low == 0.08
-    assert parsed("--model", "resnet50v1", "--dataset", "imagenet100").crop_low == 0.2
-    assert parsed("--model", "resnet50v1", "--crop_low", "0.2").crop_low == 0.2
-    assert parsed("--dataset", "stl10").nce_t == 0.1 and parsed("--dataset", "stl10", "--nce_t", "0.07").nce_t == 0.07
-    small = parsed("--preset", "small", "--dataset", "cifar10", "--nce_k", "1024")
-    assert (small.model, small.input_res, small.small_stem, small.nce_k) == ("resnet18v1", 32, True, 1024)
-    assert small.softmax and not parsed("--preset", "small", "--nce_z", "oneshot").softmax
-    rates = [script.learning_rate(bare, epoch) for epoch in (1, 120, 121, 161, 201)]
-    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.0003, 0.00003])
-
-
-BAD = {
-    "no data": ([], "no data: give --data_folder"),
-    "small pictures": (["--data_folder", "x", "--input-res", "32"], "AlexNet needs 63 pixels or more, not 32"),
-    "tiny pictures": (["--data_folder", "x", "--input-res", "6", "--small-stem"], "AlexNet needs 7 pixels or more"),
-    "one view": (["--data_folder", "x", "--views", "L"], "--views L: one view has nothing to be contrasted with"),
-    "no views": (["--data_folder", "x", "--views", ""], "--views"),
-    "unknown channel": (["--data_folder", "x", "--views", "L,Q"], "--views L,Q: 'Q' is not made of channels of Lab"),
-    "no Z": (["--data_folder", "x", "--softmax", "--nce_z", "ema"], "--nce_z ema: InfoNCE"),
-    "split AlexNet": (["--data_folder", "x", "--bn-splits", "2"], "--bn-splits 2"),
-    "milestones": (["--data_folder", "x", "--lr_decay_epochs", "1,x"], "--lr-decay-epochs '1,x'"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_flags(case, capsys):
-    says_no(script.parse_args, *BAD[case], capsys)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--view RGB",
-        "--model resnet50",
-        "--nce_t 0",
-        "--crop_low 1.5",
-        "--crop_low 0",
-        "--nce_k 0",
-        "--weight_decay -1",
-    ],
-)
-def test_refused_values(flags, capsys):
-    says_no(script.parse_args, ["--data_folder", "x", *flags.split()], flags.split()[0], capsys)
-
-
-# ------------------------------------------------------------------------------------------------------------ the keys
-
-
-@pytest.mark.parametrize("model", ["resnet18v1", "alexnet"])
-def test_keys_of_the_network_are_the_published_ones(model, full_width):
-    args = script.parse_args(["--data_folder", "x", "--model", model, "--view", "HSV"])
-    with torch.device("meta"):
-        network = script.build_network(model, colour.chosen_views(args), args.feat_dim, False)
-    state = layouts.add_prefix(network.state_dict(), script.PREFIX)
-    found = [[k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in state.items()]
-    assert found == json.loads((ROOT / f"tests/golden/cmc_backbone_{model}_keys.json").read_text())
-
-
-def test_feat_dim_and_views_size_the_network():
-    args = script.parse_args("--data_folder x --model resnet18v1 --feat_dim 32 --views L,a,YCbCr:CbCr".split())
-    network = script.build_network(args.model, colour.chosen_views(args), args.feat_dim, True)
-    assert backbones.feature_shape(network, (4, 32, 32)) == ((32,), (32,), (32,))
-    assert [tower.conv1.weight.shape[1] for tower in network.towers()] == [1, 1, 2]
-    assert {k.partition(".")[0] for k in network.state_dict()} == {"L", "a", "YCbCr_CbCr"}
-
-
-# ---------------------------------------------------------------------------------------------------------- the script
-
-
 def test_run_folder_and_checkpoint(workspace, capsys):
     saved = train("--save_freq", 1, "--knn-every", 2)
     folder = workspace / "run" / NAME
-    assert sorted(p.name for p in folder.glob("*.pth")) == ["ckpt_epoch_1.pth", "ckpt_epoch_2.pth", "current.pth"]
+    assert sorted(p.name for p in folder.glob("*.pth")) == [
+        "ckpt_epoch_1.pth",
+        "ckpt_epoch_2.pth",
+        "current.pth",
+    ]
     assert set(PUBLISHED) <= saved.keys() and saved["epoch"] == 2
-    assert saved["opt"]["model"] == "resnet18v1" and saved["opt"]["view"] == "Lab" and saved["opt"]["views"] is None
+    assert (
+        saved["opt"]["model"] == "resnet18v1"
+        and saved["opt"]["view"] == "Lab"
+        and saved["opt"]["views"] is None
+    )
     assert saved["opt"]["input_res"] == 32 and saved["opt"]["small_stem"] is False
-    assert {"encoder.module.l_to_ab.conv1.weight", "encoder.module.ab_to_l.fc.bias"} <= saved["model"].keys()
+    assert {"encoder.module.l_to_ab.conv1.weight", "encoder.module.ab_to_l.fc.bias"} <= saved[
+        "model"
+    ].keys()
     assert list(saved["contrast"]) == ["params", "memory_l", "memory_ab"]
     k, t, z_l, z_ab, m = saved["contrast"]["params"].tolist()
     assert (k, t, m) == (24, pytest.approx(0.1), 0.5) and z_l > 0 and z_ab > 0 and z_l != z_ab
     norms = saved["contrast"]["memory_ab"].norm(dim=1)
-    torch.testing.assert_close(norms, torch.ones(160))  # two epochs of five batches of 32 wrote every row
+    torch.testing.assert_close(
+        norms, torch.ones(160)
+    )  # two epochs of five batches of 32 wrote every row
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "epoch", "l_loss", "l_prob", "ab_loss", "ab_prob", "z_over_n", "learning_rate"} <= records[0].keys()
+    assert {
+        "step",
+        "epoch",
+        "l_loss",
+        "l_prob",
+        "ab_loss",
+        "ab_prob",
+        "z_over_n",
+        "learning_rate",
+    } <= records[0].keys()
     epochs = [r for r in records if "epoch_l_loss" in r]
-    assert [r["epoch"] for r in epochs] == [1, 2] and {"epoch_l_prob", "epoch_ab_loss", "epoch_ab_prob"} <= epochs[
-        0
-    ].keys()
+    assert [r["epoch"] for r in epochs] == [1, 2] and {
+        "epoch_l_prob",
+        "epoch_ab_loss",
+        "epoch_ab_prob",
+    } <= epochs[0].keys()
     assert any("knn_acc1" in r for r in records)
     config = json.loads((folder / "config.json").read_text())
     assert config["derived"]["views"] == "L, ab" and config["derived"]["crop_low"] == 0.2
@@ -162,37 +91,61 @@ def test_softmax_logs_the_true_probability_and_three_views_their_names(workspace
     assert {"L_loss", "L_prob", "a_loss", "b_prob", "positive_prob"} <= records[0].keys()
     assert 0 < records[0]["positive_prob"] < 1
     assert (
-        list(saved["contrast"]) == ["params", "memory_L", "memory_a", "memory_b"] and saved["opt"]["views"] == "L,a,b"
+        list(saved["contrast"]) == ["params", "memory_L", "memory_a", "memory_b"]
+        and saved["opt"]["views"] == "L,a,b"
     )
     assert {k.split(".")[2] for k in saved["model"]} == {"L", "a", "b"}
     found = np.load(folder / "scores" / "score_001.npy")
     assert found.shape == (5, 32, 5) and np.isfinite(found).all()
 
 
+def build(device: str, *flags):
+    args = script.parse_args([*TINY, "--seed", "0", *flags])
+    torch.manual_seed(0)
+    return script.build_method(args, range(40), 5, launch.Process(device=torch.device(device)))
+
+
 @pytest.mark.parametrize("flags", [["--softmax"], ["--views", "L,a,b"]])
 def test_scores_are_the_mean_over_the_pairs_of_views(flags):
-    args = script.parse_args([*TINY, "--save_score", "--seed", "0", *flags])
-    torch.manual_seed(0)
-    method = script.CMC(args, 40, launch.Process())
-    network, draws = copy.deepcopy(method.encoder), method.generators["draws"].clone_state()
+    method = build("cpu", "--save_score", *flags)
+    network = copy.deepcopy(method.network)
+    draws = method.generators["draws"].clone_state()
     banks = [bank.clone() for bank in method.memory.banks()]
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     index = torch.arange(8) * 5
-    method.step([images], index)
-    feats, rows, each = [F.normalize(f, dim=1) for f in network(images)], memory.draw_rows(index, 40, 24, draws), []
+    batch = loop.Batch([images], torch.zeros(8).long(), index, loop.At(0, 0.0, 0))
+    scores = method.step(batch)["scores"]
+    feats = [F.normalize(feat, dim=1) for feat in network(images)]
+    rows = memory.draw_rows(index, 40, 24, draws)
+    pairs = []
     for i, feat in enumerate(feats):
         for j, bank in enumerate(banks):
             if i != j:
-                scores = (feat @ bank.T).gather(1, rows)
-                each.append(statistics(scores[:, 0], scores[:, 1:], args.nce_t))
-    (found,) = method.scores
-    assert len(each) == len(feats) * (len(feats) - 1)
-    torch.testing.assert_close(found, torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
+                own = (feat @ bank.T).gather(1, rows)
+                pairs.append(statistics(own[:, 0], own[:, 1:], method.args.nce_t))
+    assert len(pairs) == len(feats) * (len(feats) - 1)
+    torch.testing.assert_close(scores, torch.stack(pairs).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_alexnet_and_other_spaces_train(workspace):
-    train("--model", "alexnet", "--small-stem", "--view", "ycbcr", "--epochs", 1, "--exclude-self", "--knn-every", 1)
-    assert (workspace / "run" / NAME.replace("resnet18v1", "alexnet").replace("Lab", "YCbCr") / "current.pth").is_file()
+    train(
+        "--model",
+        "alexnet",
+        "--small-stem",
+        "--view",
+        "ycbcr",
+        "--epochs",
+        1,
+        "--exclude-self",
+        "--knn-every",
+        1,
+    )
+    assert (
+        workspace
+        / "run"
+        / NAME.replace("resnet18v1", "alexnet").replace("Lab", "YCbCr")
+        / "current.pth"
+    ).is_file()
 
 
 def test_amp_is_for_the_encoder_alone(workspace, capsys):
@@ -222,7 +175,15 @@ def test_resume_is_bit_exact(workspace, capsys, stop_at):
 def test_a_published_checkpoint_resumes(workspace, capsys):
     ours = train("--epochs", 1, "--nce_z", "oneshot")
     theirs = as_published(
-        ours, PUBLISHED, model="resnet18v1", view="Lab", nce_k=24, nce_t=0.07, nce_m=0.5, batch_size=32, softmax=False
+        ours,
+        PUBLISHED,
+        model="resnet18v1",
+        view="Lab",
+        nce_k=24,
+        nce_t=0.07,
+        nce_m=0.5,
+        batch_size=32,
+        softmax=False,
     )
     torch.save(theirs, "theirs.pth")
     with pytest.raises(UsageError, match="already holds"):
@@ -242,21 +203,47 @@ def test_bad_checkpoints_and_settings(workspace, capsys):
     path = f"run/{NAME}/current.pth"
     before = (workspace / path).read_bytes()
     fails("is of --view Lab, this run of YCbCr", "--view", "YCbCr", "--resume", path)
-    fails("is of --model resnet18v1, this run of resnet18v2", "--model", "resnet18v2", "--resume", path)
+    fails(
+        "is of --model resnet18v1, this run of resnet18v2",
+        "--model",
+        "resnet18v2",
+        "--resume",
+        path,
+    )
     fails("is of --views the default, this run of L,a,b", "--views", "L,a,b", "--resume", path)
-    fails("made with --nce_k 24 and 160 training pictures, this run has 30", "--nce_k", 30, "--resume", path)
+    fails(
+        "made with --nce_k 24 and 160 training pictures, this run has 30",
+        "--nce_k",
+        30,
+        "--resume",
+        path,
+    )
     fails("does not fit this model", "--small-stem", "--resume", path)
     torch.save(
-        {**saved, "contrast": {k: v[:150] if v.dim() > 1 else v for k, v in saved["contrast"].items()}}, "fewer.pth"
+        {
+            **saved,
+            "contrast": {k: v[:150] if v.dim() > 1 else v for k, v in saved["contrast"].items()},
+        },
+        "fewer.pth",
     )
     fails("24 and 150 training pictures, this run has 24 and 160", "--resume", "fewer.pth")
-    torch.save({**saved, "contrast": {"params": torch.zeros(4), "memory": torch.zeros(160, 128)}}, "insdis.pth")
+    torch.save(
+        {**saved, "contrast": {"params": torch.zeros(4), "memory": torch.zeros(160, 128)}},
+        "insdis.pth",
+    )
     fails("is of another method", "--resume", "insdis.pth")
     torch.save({k: v for k, v in saved.items() if k != "contrast"}, "bare.pth")
     fails("has no contrast", "--resume", "bare.pth")
     fails("no checkpoint at", "--resume", "nowhere.pth", error=UsageError)
     fails("already holds ckpt_epoch_1.pth|already holds current.pth", error=UsageError)
-    fails("--batch_size 1: batch-norm needs two pictures", "--batch_size", 1, "--resume", path, error=UsageError)
+    fails(
+        "--batch_size 1: batch-norm needs two pictures",
+        "--batch_size",
+        1,
+        "--resume",
+        path,
+        error=UsageError,
+    )
     fails("cannot be cut into 5 equal", "--bn-splits", 5, "--resume", path, error=UsageError)
     with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the 3 processes"):
         script.worker(script.parse_args(TINY), launch.Process(world_size=3))
@@ -267,9 +254,15 @@ def test_bad_checkpoints_and_settings(workspace, capsys):
 
 
 def test_as_a_program(workspace):
-    found = run_script("cmc/train_CMC.py", "--data_folder", "nowhere", "--input-res", "64", cwd=workspace)
+    found = run_script(
+        "cmc/train_CMC.py", "--data_folder", "nowhere", "--input-res", "64", cwd=workspace
+    )
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and "nowhere" in found.stderr
+    assert (
+        found.stderr.startswith("error: ")
+        and found.stderr.count("\n") == 1
+        and "nowhere" in found.stderr
+    )
     shown = run_script("cmc/train_CMC.py", "--help", cwd=workspace)
     assert shown.returncode == 0 and "--crop_low" in shown.stdout and "--views" in shown.stdout
 
@@ -279,11 +272,9 @@ def test_as_a_program(workspace):
 def test_a_step_on_cuda_equals_one_on_the_cpu():
     losses = []
     for device in ("cpu", "cuda"):
-        args = script.parse_args([*TINY, "--seed", "0"])
-        torch.manual_seed(0)
-        method = script.CMC(args, 40, launch.Process(device=torch.device(device)))
+        method = build(device)
         rows = torch.randint(40, (8, 25), generator=torch.Generator().manual_seed(1)).to(device)
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(device)
-        feats = [torch.nn.functional.normalize(f, dim=1) for f in method.encoder(images)]
+        feats = [F.normalize(feat, dim=1) for feat in method.network(images)]
         losses.append(method.memory(feats, rows)[0].detach().cpu())
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)

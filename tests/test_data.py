@@ -34,8 +34,9 @@ from common.crops import scale_boxes
 from common.data import Loader
 from common.sets import ArraySet, FolderSet, open_set, open_tree
 from moco_insdis import eval_moco_ins, train_moco_ins
-from nonsem_neg import eval_robustness, main_lincls, moco_non_sem_neg
+from nonsem_neg import main_lincls, moco_non_sem_neg
 from nonsem_neg.textures import original_root_of, pair_by_path
+from tools import robustness
 
 CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
 FULL = Compose(
@@ -535,7 +536,7 @@ def test_every_script_takes_imagenet100():
         (eval_moco_ins, ["--data_folder", "x", "--model_path", "x"]),
         (moco_non_sem_neg, ["x"]),
         (main_lincls, ["x", "--pretrained", "x"]),
-        (eval_robustness, ["x", "--classifier", "x"]),
+        (robustness, ["x", "--classifier", "x"]),
     ):
         args = script.parse_args([*flags, "--dataset", "imagenet100"])
         assert args.dataset == "imagenet100" and args.data == "x"

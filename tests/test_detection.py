@@ -1,5 +1,8 @@
-"""Transfer to detection: VOC annotations, AP against numbers worked out by hand, the detector on the networks of all papers, a
-run that is stopped, resumed and made by two processes, bad input."""
+"""Transfer to detection: VOC annotations, AP worked out by hand, the detector, whole runs.
+
+The detector stands on the networks of all papers. Runs are stopped, resumed and made by two
+processes; bad input is one line.
+"""
 
 import hashlib
 import json
@@ -18,15 +21,28 @@ from torchvision.ops import FrozenBatchNorm2d
 from cmc import colour
 from cmc import networks as cmc_networks
 from common import UsageError, UserError, backbones, launch
-from runner import checkpoint, layouts
+from common.files import LOCK
 from debiased.networks import Network as DebiasedNetwork
-from feature_transform import detector, eval_detection, voc
+from feature_transform import checkpoints, detections, detector, eval_detection, voc, voc_batches
 from preprocess import demo_voc
 from ring import networks as ring_networks
+from runner import checkpoint, layouts, loop
 
-VIEW = voc.View(0.5, (48, 64), 64)
-SMALL = "-b 2 --iterations 4 --checkpoint_every 3 --min-size 32 48 --test-size 48 --fpn-channels 8 --rois 16 -j 0 -p 1".split()
-RUN = ["--demo", "--pretrained", "none", "--device", "cpu", "--seed", "0", "--save_path", "runs", *SMALL]
+VIEW = voc_batches.View(0.5, (48, 64), 64)
+SMALL = "-b 2 --iterations 4 --checkpoint_every 3 --min-size 32 48 --test-size 48".split()
+SMALL += "--fpn-channels 8 --rois 16 -j 0 -p 1".split()
+RUN = [
+    "--demo",
+    "--pretrained",
+    "none",
+    "--device",
+    "cpu",
+    "--seed",
+    "0",
+    "--save_path",
+    "runs",
+    *SMALL,
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +77,18 @@ def thing(name, *box, difficult=None):
     return f"<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox>{part}</object>"
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
-    objects = thing("cat", 1, 1, 40, 30) + thing("dog", 3, 2, 3, 2, difficult=1) + thing("dog", 0, 0, 41, 30.5)
-    pictures = voc.Pictures([(write(tmp_path, objects), "test"), (tmp_path, "test")], ("cat", "dog"))
+    objects = (
+        thing("cat", 1, 1, 40, 30)
+        + thing("dog", 3, 2, 3, 2, difficult=1)
+        + thing("dog", 0, 0, 41, 30.5)
+    )
+    pictures = voc.Pictures(
+        [(write(tmp_path, objects), "test"), (tmp_path, "test")], ("cat", "dog")
+    )
     assert len(pictures) == 2 and pictures.sizes[0] == (40, 30)
     found = pictures.objects[0]
     assert found.boxes.tolist() == [[0, 0, 40, 30], [2, 1, 3, 2], [0, 0, 40, 30]]
@@ -82,20 +104,35 @@ def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
         voc.Pictures([(wrong, "test")], ("cat",)).decode(0)
 
 
-@pytest.mark.parametrize("objects, message", [
-    (thing("cow", 1, 1, 9, 9), "object of class 'cow': known are cat, dog; say others with --classes"),
-    (thing("cat", 5, 5, 60, 9), "the box of its cat (xmin 5, ymin 5, xmax 60, ymax 9) is outside the picture of 40 x 30"),
-    (thing("cat", -5, 5, 6, 9), "is outside the picture"),
-    (thing("cat", "nan", 5, 6, 9), "is outside the picture"),
-    (thing("cat", 9, 5, 8, 9), "the box of its cat (xmin 9, ymin 5, xmax 8, ymax 9) has no size"),
-    (thing("cat", 9, 5, 12), "its cat has no bndbox of four numbers"),
-    (thing("cat", 9, 5, 12, "x"), "its cat has no bndbox of four numbers"),
-    ("<object>", "not a whole XML file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objects, message",
+    [
+        (
+            thing("cow", 1, 1, 9, 9),
+            "object of class 'cow': known are cat, dog; say others with --classes",
+        ),
+        (
+            thing("cat", 5, 5, 60, 9),
+            "the box of its cat (xmin 5, ymin 5, xmax 60, ymax 9) is outside the picture of "
+            "40 x 30",
+        ),
+        (thing("cat", -5, 5, 6, 9), "is outside the picture"),
+        (thing("cat", "nan", 5, 6, 9), "is outside the picture"),
+        (
+            thing("cat", 9, 5, 8, 9),
+            "the box of its cat (xmin 9, ymin 5, xmax 8, ymax 9) has no size",
+        ),
+        (thing("cat", 9, 5, 12), "its cat has no bndbox of four numbers"),
+        (thing("cat", 9, 5, 12, "x"), "its cat has no bndbox of four numbers"),
+        ("<object>", "not a whole XML file"),
+    ],
+)
 def test_a_broken_annotation_is_named(tmp_path, objects, message):
     with pytest.raises(UserError) as caught:
         voc.Pictures([(write(tmp_path, objects), "test")], ("cat", "dog"))
-    assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml") and message in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml") and message in str(
+        caught.value
+    )
 
 
 def test_a_tree_that_is_none(tmp_path):
@@ -112,17 +149,23 @@ def test_a_tree_that_is_none(tmp_path):
     no(write(tmp_path / "c", split="000007"), "names 000007, and there is no")
     (whole / "JPEGImages" / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot read the picture .*a.png"):
-        next(voc.decoded(voc.Pictures([(whole, "test")], ("cat",)), [[(0, False)]], 0, torch.device("cpu")))
+        next(
+            voc_batches.decoded(
+                voc.Pictures([(whole, "test")], ("cat",)), [[(0, False)]], 0, torch.device("cpu")
+            )
+        )
 
 
 def test_the_demo_set_is_the_same_every_time_and_its_boxes_are_tight(tree, tmp_path):
     again = demo_voc.ensure(tmp_path / "again", trainval=6, test=3, size=64)
 
     def digest(root):
-        files = sorted(p for p in root.rglob("*") if p.is_file())
+        files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != LOCK)
         return [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
 
-    assert digest(again) == digest(tree / "data" / "demo-voc") and len(digest(again)) == 9 + 9 + 2 + 1
+    assert (
+        digest(again) == digest(tree / "data" / "demo-voc") and len(digest(again)) == 9 + 9 + 2 + 1
+    )
     drawn = [demo_voc.draw(0, i, 32) for i in range(12)]
     assert {name for _, objects in drawn for name, *_ in objects} == set(demo_voc.CLASSES)
     assert {difficult for _, objects in drawn for *_, difficult in objects} == {True, False}
@@ -138,44 +181,60 @@ def test_the_demo_set_is_the_same_every_time_and_its_boxes_are_tight(tree, tmp_p
         demo_voc.ensure(write(tmp_path / "other"))
     (again / demo_voc.MARK).rename(again / demo_voc.UNFINISHED)  # as a crash leaves it
     (again / "JPEGImages" / "000002.jpg").write_bytes(b"")
-    assert digest(demo_voc.ensure(again, trainval=6, test=3, size=64)) == digest(tree / "data" / "demo-voc")
+    assert digest(demo_voc.ensure(again, trainval=6, test=3, size=64)) == digest(
+        tree / "data" / "demo-voc"
+    )
 
 
 def test_steps_of_two_processes_share_the_pictures_of_one(inside):
     pictures = voc.Pictures([("data/demo-voc", "trainval")], demo_voc.CLASSES)
 
     def plans(ranks, batch, steps):
-        loaders = [voc.Loader(pictures, VIEW, 100, 4, batch, 0, launch.Process(r, ranks), 0) for r in range(ranks)]
+        loaders = [
+            voc_batches.Loader(pictures, VIEW, (100, 4), batch, 0, launch.Process(r, ranks), 0)
+            for r in range(ranks)
+        ]
         return [sorted(pair for loader in loaders for pair in loader.plan(step)) for step in steps]
 
     one = plans(1, 4, range(12))
     assert one == plans(2, 2, range(12)) and one[5:] == plans(1, 4, range(5, 12))
-    assert sorted(row for step in one[:3] for row, _ in step) == sorted(2 * [*range(6)])  # two rounds
+    assert sorted(row for step in one[:3] for row, _ in step) == sorted(
+        2 * [*range(6)]
+    )  # two rounds
     assert {mirrored for step in one for _, mirrored in step} == {True, False}
-    loader = voc.Loader(pictures, VIEW, 10, 4, 4, 0, launch.Process(), 0)
+    loader = voc_batches.Loader(pictures, VIEW, (10, 4), 4, 0, launch.Process(), 0)
     loader.set_epoch(3)
     assert len(loader) == 2 and [rows.tolist() for *_, rows in loader] == [
         [r for r, _ in loader.plan(s)] for s in (8, 9)
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- AP
+# ----------------------------------------------------------------------------------------------- AP
 
 
-def evaluated(objects, detections, classes=("cat", "dog", "cow")):
-    """average_precision of pictures with `objects` [(class, box, difficult)] and `detections` [(class, box, score)]."""
+def evaluated(objects, seen_in, classes=("cat", "dog", "cow")):
+    """Return average_precision of pictures with `objects` and detections `seen_in`.
+
+    They are [(class, box, difficult)] and [(class, box, score)] of each picture.
+    """
     pictures = voc.Pictures((), classes)
     found = {}
-    for row, (things, seen) in enumerate(zip(objects, detections, strict=True)):
+    for row, (things, seen) in enumerate(zip(objects, seen_in, strict=True)):
         pictures.paths.append(str(row))
         columns = [[classes.index(name) + 1, box, flag] for name, box, flag in things]
         labels, boxes, flags = zip(*columns) if columns else ((), (), ())
         boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        pictures.objects.append(voc.Objects(boxes, torch.tensor(labels).long(), torch.tensor(flags).bool()))
-        labels, boxes, scores = zip(*[(classes.index(n) + 1, b, s) for n, b, s in seen]) if seen else ((), (), ())
+        pictures.objects.append(
+            voc.Objects(boxes, torch.tensor(labels).long(), torch.tensor(flags).bool())
+        )
+        labels, boxes, scores = (
+            zip(*[(classes.index(n) + 1, b, s) for n, b, s in seen]) if seen else ((), (), ())
+        )
         boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        found[row] = dict(labels=torch.tensor(labels).long(), boxes=boxes, scores=torch.tensor(scores))
-    return voc.average_precision(pictures, found)
+        found[row] = dict(
+            labels=torch.tensor(labels).long(), boxes=boxes, scores=torch.tensor(scores)
+        )
+    return detections.average_precision(pictures, found)
 
 
 A, B, C = (10, 10, 30, 50), (50, 10, 90, 50), (10, 60, 90, 90)
@@ -188,9 +247,11 @@ def test_ap_of_a_perfect_and_of_a_shifted_detector():
     assert right == dict(
         AP=100.0, AP50=100.0, AP75=100.0, AP50_11=100.0, classes={"cat": 100.0, "dog": 100.0}
     )  # no cow
-    # moved by a fifth of the width: intersection over union is .8 / 1.2 = .667, right at .5, .55, .6 and .65
+    # moved by a fifth of the width: intersection over union is .8 / 1.2 = .667, right at .5,
+    # .55, .6 and .65
     shifted = [
-        [(n, (b[0] + (b[2] - b[0]) / 5, b[1], b[2] + (b[2] - b[0]) / 5, b[3]), s) for n, b, s in p] for p in perfect
+        [(n, (b[0] + (b[2] - b[0]) / 5, b[1], b[2] + (b[2] - b[0]) / 5, b[3]), s) for n, b, s in p]
+        for p in perfect
     ]
     moved = evaluated(objects, shifted)
     assert moved["AP50"] == 100 and moved["AP75"] == 0 and moved["AP"] == pytest.approx(40)
@@ -200,13 +261,13 @@ def test_ap_of_a_perfect_and_of_a_shifted_detector():
 
 def test_ap_of_a_curve_worked_out_by_hand():
     objects = [[("cat", A, False), ("cat", B, False)], []]
-    detections = [[("cat", A, 0.9), ("cat", B, 0.7)], [("cat", A, 0.8)]]
+    seen = [[("cat", A, 0.9), ("cat", B, 0.7)], [("cat", A, 0.8)]]
     # precision 1 to recall .5, then 2/3: 51 of 101 recalls and 6 of 11 are at most .5
-    found = evaluated(objects, detections)
+    found = evaluated(objects, seen)
     assert found["AP50"] == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
     assert found["AP50_11"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
     twice = evaluated(
-        [objects[0]], [[*detections[0], ("cat", (10, 10, 30, 49), 0.8)]]
+        [objects[0]], [[*seen[0], ("cat", (10, 10, 30, 49), 0.8)]]
     )  # the second on one object is false
     assert twice == found
 
@@ -231,22 +292,28 @@ def test_the_sheet_shows_what_is_there_and_what_was_found(inside, tmp_path):
             row: dict(boxes=o.boxes, labels=o.labels, scores=o.labels * 0 + score)
             for row, o in enumerate(pictures.objects)
         }
-        voc.draw(tmp_path / "x.png", pictures, found)
+        detections.draw(tmp_path / "x.png", pictures, found)
         red, green, blue = torchvision.io.decode_image(str(tmp_path / "x.png"))[:3].int()
         return int(((red - 255).abs() + (green - 127).abs() + (blue - 14).abs() < 9).sum())
 
     assert orange(0.4) == 0 and orange(0.9) > 300
     with pytest.raises(UsageError, match="--show .*x.png/y.png"):
-        voc.draw(tmp_path / "x.png" / "y.png", pictures, {0: dict(boxes=[], labels=[], scores=torch.zeros(0))})
+        detections.draw(
+            tmp_path / "x.png" / "y.png",
+            pictures,
+            {0: dict(boxes=[], labels=[], scores=torch.zeros(0))},
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 def build(saved, norm="frozen", **how):
     saved = saved if isinstance(saved, checkpoint.Saved) or saved is None else as_saved(saved)
     state = how.pop("state", None) or layouts.backbone(saved)
-    return detector.build(saved, state, "the file", 2, VIEW, norm=norm, channels=8, rois=16, **how).eval()
+    return detector.build(
+        saved, state, "the file", 2, VIEW, norm=norm, channels=8, rois=16, **how
+    ).eval()
 
 
 def as_saved(content):
@@ -280,13 +347,22 @@ def maps_of(network, images):
     return [backbones.feature(network, images, layer) for layer in (2, 3, 4, 5)]
 
 
-@pytest.mark.parametrize("make", [
-    lambda: torchvision.models.resnet18(), lambda: torchvision.models.resnext50_32x4d(),
-    lambda: backbones.build("resnet18", small_stem=True), lambda: backbones.WidthResNet(50, 3, 0.5),
-], ids=["resnet18", "resnext50", "small stem", "half as wide"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torchvision.models.resnet18(),
+        lambda: torchvision.models.resnext50_32x4d(),
+        lambda: backbones.build("resnet18", small_stem=True),
+        lambda: backbones.WidthResNet(50, 3, 0.5),
+    ],
+    ids=["resnet18", "resnext50", "small stem", "half as wide"],
+)
 def test_the_shapes_tell_what_network_it_is(make):
     network, images = make().eval(), torch.rand(1, 3, 64, 64)
-    saved = {"arch": "x", "state_dict": layouts.add_prefix(network.state_dict(), "module.encoder_q.")}
+    saved = {
+        "arch": "x",
+        "state_dict": layouts.add_prefix(network.state_dict(), "module.encoder_q."),
+    }
     body = build(saved).backbone.body
     for mine, its, channels in zip(body(images), maps_of(network, images), body.maps, strict=True):
         torch.testing.assert_close(mine, its)
@@ -311,7 +387,12 @@ def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
         DebiasedNetwork("resnet18", 16, True).eval(),
         ring_networks.build_network("resnet18", 16, True).eval(),
     )
-    network = build({"state_dict": layouts.add_prefix(debiased.state_dict(), "module."), "opt": {"tau_plus": 0.1}})
+    network = build(
+        {
+            "state_dict": layouts.add_prefix(debiased.state_dict(), "module."),
+            "opt": {"tau_plus": 0.1},
+        }
+    )
     mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
     torch.testing.assert_close(
         network.transform.normalize(images[0]),
@@ -319,7 +400,9 @@ def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
         rtol=1e-4,
         atol=1e-5,
     )
-    assert torch.allclose(network.backbone.body(images)[3].mean((2, 3)), debiased.f(images).flatten(1), atol=1e-5)
+    assert torch.allclose(
+        network.backbone.body(images)[3].mean((2, 3)), debiased.f(images).flatten(1), atol=1e-5
+    )
     network = build({"state_dict": layouts.add_prefix(ring.state_dict(), "model."), "opt": {}})
     torch.testing.assert_close(network.backbone.body(images), maps_of(ring, images))
 
@@ -334,7 +417,10 @@ def test_the_towers_of_cmc_stand_side_by_side():
     maps = [torch.cat(backbones.feature(towers, seen, layer), 1) for layer in (2, 3, 4, 5)]
     body = network.backbone
     for i, expected in enumerate(maps):
-        parts = [body.body[name](part)[i] for name, part in zip(body.names, seen.split(body.in_channels, 1))]
+        parts = [
+            body.body[name](part)[i]
+            for name, part in zip(body.names, seen.split(body.in_channels, 1))
+        ]
         torch.testing.assert_close(torch.cat(parts, 1), expected)
     assert body(seen)["0"].shape == (2, 8, 16, 16) and network(list(images))
     with pytest.raises(UserError, match="does not say what its towers ab_to_l and l_to_ab look at"):
@@ -356,28 +442,45 @@ def test_the_towers_of_cmc_stand_side_by_side():
 
 def test_what_is_no_resnet_is_refused(tmp_path):
     for state, message in (
-        (torchvision.models.squeezenet1_1().state_dict(), "detection needs a ResNet, and this is another network"),
-        ({"conv1.weight": torch.zeros(2, 3, 7, 7), "fc.weight": torch.zeros(2, 2)}, "detection needs a ResNet"),
+        (
+            torchvision.models.squeezenet1_1().state_dict(),
+            "a ResNet is needed, and this is another network",
+        ),
+        (
+            {"conv1.weight": torch.zeros(2, 3, 7, 7), "fc.weight": torch.zeros(2, 2)},
+            "a ResNet is needed",
+        ),
         (backbones.WidthResNet(18, 1).state_dict(), "the file takes 1 channels, 3 are expected"),
-        ({**torchvision.models.resnet18().state_dict(), "layer4.1.bn2.bias": torch.zeros(3)}, "does not fit"),
+        (
+            {**torchvision.models.resnet18().state_dict(), "layer4.1.bn2.bias": torch.zeros(3)},
+            "does not fit",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             build(state)
-    alexnet = cmc_networks.build_network("alexnet", colour.default_views("Lab"), 128, False).state_dict()
-    with pytest.raises(UserError, match="detection needs a ResNet"):
+    alexnet = cmc_networks.build_network(
+        "alexnet", colour.default_views("Lab"), 128, False
+    ).state_dict()
+    with pytest.raises(UserError, match="a ResNet is needed"):
         build({"model": layouts.add_prefix(alexnet, "encoder."), "opt": {"view": "Lab"}})
     for content, flags, message in (
-        ({"epoch": 1, "state_dict": {"x.weight": torch.zeros(2)}}, [], "found no backbone in .*x.pth"),
+        (
+            {"epoch": 1, "state_dict": {"x.weight": torch.zeros(2)}},
+            [],
+            "found no backbone in .*x.pth",
+        ),
         ({"classifier": {"fc.weight": torch.zeros(2)}}, [], "is a classifier without its network"),
         (torchvision.models.resnet18().state_dict(), ["--use_ema"], "has no model_ema"),
     ):
         torch.save(content, tmp_path / "x.pth")
-        args = eval_detection.parse_args(["--data_folder", "x", "--pretrained", str(tmp_path / "x.pth"), *flags])
+        args = eval_detection.parse_args(
+            ["--data_folder", "x", "--pretrained", str(tmp_path / "x.pth"), *flags]
+        )
         with pytest.raises(UserError, match=message):
-            detector.read_backbone(args)
+            checkpoints.read_resnet(args)
 
 
-# ------------------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 
 def state(name):
@@ -390,7 +493,7 @@ def weights(saved):
 
 def stopped(monkeypatch, at: int) -> int:
     """The exit code of a run that gets a signal with its batch number `at`."""
-    decoded = voc.decoded
+    decoded = voc_batches.decoded
 
     def counted(*how):
         for number, batch in enumerate(decoded(*how), 1):
@@ -399,7 +502,7 @@ def stopped(monkeypatch, at: int) -> int:
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(voc, "decoded", counted)
+        patch.setattr(voc_batches, "decoded", counted)
         with pytest.raises(SystemExit) as left:
             eval_detection.main([*RUN, "--name", "b"])
     return left.value.code
@@ -408,15 +511,23 @@ def stopped(monkeypatch, at: int) -> int:
 def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
     eval_detection.main([*RUN, "--name", "a", "--show", "sheet.png"])
     said = capsys.readouterr().out
-    assert "View(flip=0.5, min_size=(32, 48)" in said and "result: AP " in said and "sheet.png" in said
+    assert (
+        "View(flip=0.5, min_size=(32, 48)" in said and "result: AP " in said and "sheet.png" in said
+    )
     sheet = torchvision.io.decode_image("sheet.png")
     assert sheet.shape[0] in (3, 4) and sheet.float().std() > 10
     result = json.loads((inside / "runs/a/result.json").read_text())
     assert {"AP", "AP50", "AP75", "AP50_11", "classes", "command", "commit"} <= result.keys()
-    assert result["seed"] == 0 and result["arch"] == "resnet18-FPN" and result["label"] == "random weights"
+    assert (
+        result["seed"] == 0
+        and result["arch"] == "resnet18-FPN"
+        and result["label"] == "random weights"
+    )
     whole = state("a")
     assert (whole["global_step"], whole["epoch"]) == (4, 2)  # the second part is shorter
-    records = [json.loads(line) for line in (inside / "runs/a/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (inside / "runs/a/metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in records] == [1, 2, 3, 4] and all(0 < r["loss"] < 20 for r in records)
     parts = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
     assert records[0]["loss"] == pytest.approx(sum(records[0][part] for part in parts), abs=1e-5)
@@ -430,13 +541,20 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
         and "resumed runs/b/current.pth: epoch 0, step 2" in capsys.readouterr().out
     )
     again = json.loads((inside / "runs/b/result.json").read_text())
-    assert {k: again[k] for k in ("AP", "AP50", "classes")} == {k: result[k] for k in ("AP", "AP50", "classes")}
+    assert {k: again[k] for k in ("AP", "AP50", "classes")} == {
+        k: result[k] for k in ("AP", "AP50", "classes")
+    }
 
     (inside / "runs/b/result.json").unlink()  # of a finished run the test is made again
     eval_detection.main([*RUN, "--name", "b", "--resume", "auto"])
-    assert "nothing to train" in capsys.readouterr().out and (inside / "runs/b/result.json").exists()
+    assert (
+        "nothing to train" in capsys.readouterr().out and (inside / "runs/b/result.json").exists()
+    )
     for flags, message in (
-        (["--classes", "disc,heart,square,star,cow"], "--classes data/demo-voc/classes.txt, this run of disc,heart"),
+        (
+            ["--classes", "disc,heart,square,star,cow"],
+            "--classes data/demo-voc/classes.txt, this run of disc,heart",
+        ),
         (["--iterations", "8"], "--iterations 4, this run of 8"),
         (["--norm", "plain"], "--norm sync, this run of plain"),
     ):
@@ -444,7 +562,9 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
             eval_detection.main([*RUN, "--name", "b", "--resume", "auto", *flags])
         assert message in str(caught.value)
     torch.save(torchvision.models.resnet18().state_dict(), "other.pth")
-    with pytest.raises(UserError, match="started from another network .none.: give that with --pretrained"):
+    with pytest.raises(
+        UserError, match="started from another network .none.: give that with --pretrained"
+    ):
         eval_detection.main([*RUN, "--name", "b", "--resume", "auto", "--pretrained", "other.pth"])
 
 
@@ -452,7 +572,19 @@ def test_batch_norm_is_trained_or_frozen(inside):
     torch.manual_seed(5)
     resnet = torchvision.models.resnet18().state_dict()
     torch.save(resnet, "bare.pth")
-    eval_detection.main([*RUN, "--pretrained", "bare.pth", "--norm", "frozen", "--name", "frozen", "--iterations", "1"])
+    eval_detection.main(
+        [
+            *RUN,
+            "--pretrained",
+            "bare.pth",
+            "--norm",
+            "frozen",
+            "--name",
+            "frozen",
+            "--iterations",
+            "1",
+        ]
+    )
     model = state("frozen")["model"]
     for key, value in resnet.items():
         if ("bn" in key or "downsample.1" in key) and "num_batches" not in key:
@@ -461,11 +593,18 @@ def test_batch_norm_is_trained_or_frozen(inside):
     assert "backbone.fpn.inner_blocks.0.1.weight" not in model
     saved = state("frozen")
     assert saved["network"] == "bare.pth" and saved["arch"] == "resnet18"
-    eval_detection.main([*RUN, "--pretrained", "bare.pth", "--amp", "--name", "trained", "--iterations", "1"])
+    eval_detection.main(
+        [*RUN, "--pretrained", "bare.pth", "--amp", "--name", "trained", "--iterations", "1"]
+    )
     model = state("trained")["model"]
-    assert model["backbone.body.bn1.num_batches_tracked"] == 1 and "backbone.fpn.inner_blocks.0.1.weight" in model
+    assert (
+        model["backbone.body.bn1.num_batches_tracked"] == 1
+        and "backbone.fpn.inner_blocks.0.1.weight" in model
+    )
     groups = state("trained")["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [1e-4, 0] and len(groups[1]["params"]) == 2 * (20 + 8)
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0] and len(
+        groups[1]["params"]
+    ) == 2 * (20 + 8)
 
 
 def test_two_processes(inside):
@@ -496,12 +635,25 @@ def test_two_processes(inside):
 
 def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):
     def parse(*flags):
-        return eval_detection.parse_args(["--data_folder", "VOC2007", "VOC2012", "--pretrained", "x", *flags])
+        return eval_detection.parse_args(
+            ["--data_folder", "VOC2007", "VOC2012", "--pretrained", "x", *flags]
+        )
 
     args = parse()
-    assert (args.batch_size, args.learning_rate, args.iterations, args.milestones) == (16, 0.02, 24000, (18000, 22000))
-    assert args.min_size == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and args.test_size == 800
-    rates = [eval_detection.learning_rate(args, i) for i in (0, 50, 100, 17999, 18000, 22000)]
+    assert (args.batch_size, args.learning_rate, args.iterations, args.milestones) == (
+        16,
+        0.02,
+        24000,
+        (18000, 22000),
+    )
+    assert (
+        args.min_size == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+        and args.test_size == 800
+    )
+    rates = [
+        eval_detection.learning_rate(args, loop.At(0, 0.0, i))
+        for i in (0, 50, 100, 17999, 18000, 22000)
+    ]
     assert rates == pytest.approx([2e-5, 2e-5 + 0.5 * (0.02 - 2e-5), 0.02, 0.02, 0.002, 0.0002])
     args = parse("-b", "4")
     assert (args.learning_rate, args.iterations, args.milestones) == (0.005, 96000, (72000, 88000))
@@ -510,8 +662,14 @@ def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):
     for flags, message in (
         ([], "no data: give --data_folder VOC2007 VOC2012"),
         (["--data_folder", "x"], "no network: give --pretrained CHECKPOINT, or --pretrained none"),
-        (["--data_folder", "x", "--pretrained", "none", "--norm", "frozen"], "--norm frozen needs a network"),
-        (["--data_folder", "x", "--pretrained", "none", "--norm", "group"], "invalid choice: 'group'"),
+        (
+            ["--data_folder", "x", "--pretrained", "none", "--norm", "frozen"],
+            "--norm frozen needs a network",
+        ),
+        (
+            ["--data_folder", "x", "--pretrained", "none", "--norm", "group"],
+            "invalid choice: 'group'",
+        ),
         (["--data_folder", "x", "--pretrained", "none", "--min-size", "0"], "0 must be at least 1"),
     ):
         says_no(eval_detection.parse_args, flags, message, capsys)

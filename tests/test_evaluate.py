@@ -1,4 +1,4 @@
-"""tools/evaluate.py: its numbers on features whose answers are known, its networks, its errors."""
+"""tools/evaluate.py: its numbers on features with known answers, its networks, its errors."""
 
 import json
 import math
@@ -10,127 +10,176 @@ import torch.nn.functional as F
 from cmc import colour, networks
 from common import UsageError, UserError, backbones
 from runner import layouts
-from tools import evaluate
+from tools import evaluate, probes
+
+CPU = torch.device("cpu")
 
 
 def blobs(n, classes=3, dim=8, spread=0.1, seed=0):
+    """Return features (n, dim) around one corner for each class, and their targets."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(n) % classes
-    return F.one_hot(targets, dim).float() + spread * torch.randn(n, dim, generator=generator), targets
+    noise = spread * torch.randn(n, dim, generator=generator)
+    return F.one_hot(targets, dim).float() + noise, targets
 
 
-def test_classifiers_of_all_rates_are_those_trained_one_by_one(monkeypatch):
+def train(features, targets, rows, rates):
+    generator = torch.Generator().manual_seed(1)
+    return probes.train_linear(features[None], targets, rows, 3, 4, 16, generator, rates)
+
+
+def test_classifiers_of_all_rates_are_those_trained_one_by_one():
     features, targets = blobs(60, spread=0.8)
     features = features.double()  # so that the order of sums does not show
-    rows, rates = torch.arange(50), evaluate.RATES
-
-    def train():
-        return evaluate.train_linear(features[None], targets, rows, 3, 4, 16, torch.Generator().manual_seed(1))
-
-    weight, bias = train()
+    rows = torch.arange(50)
+    weight, bias = train(features, targets, rows, probes.RATES)
     for number in (0, 5, 11):
-        monkeypatch.setattr(evaluate, "RATES", rates[number : number + 1])
-        alone, alone_bias = train()
+        alone, alone_bias = train(features, targets, rows, probes.RATES[number : number + 1])
         torch.testing.assert_close(alone[0], weight[number])
         torch.testing.assert_close(alone_bias[0], bias[number])
-    linear = torch.nn.Linear(8, 3).double()  # the last of them once more, by autograd and torch's SGD
-    torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
-    sgd, generator = torch.optim.SGD(linear.parameters(), lr=1, momentum=0.9), torch.Generator().manual_seed(1)
-    for step, some in enumerate(s for _ in range(4) for s in rows[torch.randperm(50, generator=generator)].split(16)):
-        sgd.param_groups[0]["lr"] = rates[11] * 0.5 * (1 + math.cos(math.pi * step / 16))
+
+
+def test_a_classifier_is_that_of_autograd_and_sgd():
+    features, targets = blobs(60, spread=0.8)
+    features = features.double()
+    rows = torch.arange(50)
+    rate = probes.RATES[11]
+    weight, bias = train(features, targets, rows, (rate,))
+    linear = torch.nn.Linear(8, 3).double()
+    torch.nn.init.zeros_(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+    sgd = torch.optim.SGD(linear.parameters(), lr=1, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    orders = [rows[torch.randperm(50, generator=generator)] for _ in range(4)]
+    for step, batch in enumerate(batch for order in orders for batch in order.split(16)):
+        sgd.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / 16))
         sgd.zero_grad()
-        F.cross_entropy(linear(features[some]), targets[some]).backward()
+        F.cross_entropy(linear(features[batch]), targets[batch]).backward()
         sgd.step()
-    torch.testing.assert_close(alone[0].T, linear.weight.detach(), rtol=1e-3, atol=1e-4)
-    found = evaluate.accuracies(features, targets, alone, alone_bias)
-    assert found == pytest.approx([100 * float((linear(features).argmax(1) == targets).float().mean())])
+    torch.testing.assert_close(weight[0].T, linear.weight.detach(), rtol=1e-3, atol=1e-4)
+    hits = (linear(features).argmax(1) == targets).float().mean()
+    accuracies = probes.accuracies(features, targets, weight, bias)
+    assert accuracies == pytest.approx([100 * float(hits)])
 
 
 def test_what_is_kept_back_and_fewer_labels_take_from_every_class():
-    targets, generator = torch.tensor([0] * 40 + [1] * 10 + [2] * 2), torch.Generator().manual_seed(0)
-    train, kept = evaluate.keep_back(targets, 0.1, generator)
-    assert sorted([*train.tolist(), *kept.tolist()]) == list(range(52))
+    targets = torch.tensor([0] * 40 + [1] * 10 + [2] * 2)
+    generator = torch.Generator().manual_seed(0)
+    rows, kept = probes.keep_back(targets, 0.1, generator)
+    assert sorted([*rows.tolist(), *kept.tolist()]) == list(range(52))
     assert targets[kept].bincount().tolist() == [4, 1, 1]
-    some = evaluate.fewer_labels(train, targets, 0.1, generator)
-    assert targets[some].bincount().tolist() == [4, 1, 1] and set(some.tolist()) <= set(train.tolist())
+    fewer = probes.fewer_labels(rows, targets, 0.1, generator)
+    assert targets[fewer].bincount().tolist() == [4, 1, 1]
+    assert set(fewer.tolist()) <= set(rows.tolist())
 
 
 def test_geometry_of_features():
     generator = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(300, 5, generator=generator), dim=1)
-    assert evaluate.alignment(z, 3 * z) == pytest.approx(0, abs=1e-6) and evaluate.alignment(z, -z) == pytest.approx(4)
-    assert evaluate.uniformity(z[:1].repeat(20, 1)) == pytest.approx(0, abs=1e-5)
+    assert probes.alignment(z, 3 * z) == pytest.approx(0, abs=1e-6)
+    assert probes.alignment(z, -z) == pytest.approx(4)
+    assert probes.uniformity(z[:1].repeat(20, 1)) == pytest.approx(0, abs=1e-5)
     pairs = torch.pdist(z.double()).square().mul(-2).exp().mean().log()
-    assert evaluate.uniformity(2 * z, chunk=64) == pytest.approx(float(pairs), abs=1e-5)
-    assert evaluate.rankme(torch.eye(7).repeat(9, 1)) == pytest.approx(7, rel=1e-4)
-    assert evaluate.rankme(torch.ones(50, 7)) == pytest.approx(1, abs=1e-3)
-    positive, negative = evaluate.scores(z, z, generator)
+    assert probes.uniformity(2 * z, chunk=64) == pytest.approx(float(pairs), abs=1e-5)
+    assert probes.rankme(torch.eye(7).repeat(9, 1)) == pytest.approx(7, rel=1e-4)
+    assert probes.rankme(torch.ones(50, 7)) == pytest.approx(1, abs=1e-3)
+    positive, negative = probes.scores(z, z, generator)
     assert positive.min() > 0.999 and abs(negative.mean()) < 0.1
 
 
-def test_a_network_of_every_width_and_stem(tmp_path):
-    for number, how in enumerate((dict(depth=18), dict(depth=50, width=0.5), dict(depth=18, small_stem=True, width=2))):
-        net = backbones.WidthResNet(dim=0, **how)
-        for prefix, key in (("", "state_dict"), ("module.encoder_q.", "state_dict")):
-            torch.save({key: layouts.add_prefix(net.state_dict(), prefix)}, tmp_path / f"{number}.pth")
-            found, _, facts = evaluate.open_backbone(str(tmp_path / f"{number}.pth"), torch.device("cpu"))
-            assert facts["arch"].startswith(f"resnet{how['depth']}")
-            x = torch.randn(2, 3, 32, 32)
-            torch.testing.assert_close(found(x), net.eval()(x), rtol=1e-4, atol=1e-4)
-            net.train()
+SHAPES = (
+    {"depth": 18},
+    {"depth": 50, "width": 0.5},
+    {"depth": 18, "small_stem": True, "width": 2},
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_network_of_every_width_and_stem(tmp_path, shape):
+    net = backbones.WidthResNet(dim=0, **shape)
+    path = str(tmp_path / "net.pth")
+    for prefix in ("", "module.encoder_q."):
+        torch.save({"state_dict": layouts.add_prefix(net.state_dict(), prefix)}, path)
+        network, _, origin, _ = evaluate.open_backbone(path, CPU)
+        assert origin["arch"].startswith(f"resnet{shape['depth']}")
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(network(x), net.eval()(x), rtol=1e-4, atol=1e-4)
+        net.train()
 
 
 def test_both_towers_of_cmc(tmp_path):
     net = networks.build_network("resnet18v1", colour.default_views("Lab"), 128, False).eval()
-    torch.save(
-        {"model": layouts.add_prefix(net.state_dict(), "encoder."), "opt": {"view": "Lab"}}, tmp_path / "cmc.pth"
-    )
-    found, (views,), facts = evaluate.open_backbone(str(tmp_path / "cmc.pth"), torch.device("cpu"))
+    state = layouts.add_prefix(net.state_dict(), "encoder.")
+    torch.save({"model": state, "opt": {"view": "Lab"}}, tmp_path / "cmc.pth")
+    network, (views,), origin, flags = evaluate.open_backbone(str(tmp_path / "cmc.pth"), CPU)
     x = views.apply(torch.rand(2, 3, 32, 32), {})
-    torch.testing.assert_close(found(x), torch.cat(backbones.feature(net, x, 6), 1).detach(), rtol=1e-4, atol=1e-4)
-    assert facts["towers"] == 2 and facts["arch"] == "resnet18x0.5"
+    features = torch.cat(backbones.feature(net, x, 6), 1).detach()
+    torch.testing.assert_close(network(x), features, rtol=1e-4, atol=1e-4)
+    assert origin["towers"] == 2 and origin["arch"] == "resnet18x0.5"
+    assert flags == {"view": "Lab"}
 
 
-def test_a_run_of_the_script(demo_set, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "demo").symlink_to(demo_set)
+def test_a_run_of_the_script(workspace, capsys):
     torch.manual_seed(0)
     torch.save(backbones.build("resnet18", 0).state_dict(), "net.pth")
-    evaluate.main(["net.pth", "--demo", "--views", "1", "--epochs", "2", "--device", "cpu"])
+    flags = ["net.pth", "--demo", "--views", "1", "--epochs", "2", "--device", "cpu"]
+    evaluate.main(flags)
     said = capsys.readouterr().out
-    result = json.loads((tmp_path / "runs/try-evaluation/result.json").read_text())
-    assert (
-        "linear, 10% of the labels" in said and result["acc1"] == result["linear_100"] and 0 < result["knn_acc1"] <= 100
-    )
-    assert len(result["linear"]["1%"]["val"]) == len(evaluate.RATES) and result["pretrained"] == "net.pth"
+    result = json.loads((workspace / "runs/try-evaluation/result.json").read_text())
+    assert "linear, 10% of the labels" in said
+    assert result["acc1"] == result["linear_100"] and 0 < result["knn_acc1"] <= 100
+    assert len(result["linear"]["1%"]["val"]) == len(probes.RATES)
+    assert result["pretrained"] == "net.pth"
     assert ("lies below k-NN" in said) == (result["acc1"] < result["knn_acc1"] - 0.5)
-    ends = [
-        name for name, found in result["linear"].items() if found["rate"] in (evaluate.RATES[0], evaluate.RATES[-1])
-    ]
-    assert ("the best rate is an end of those tried" in said) == bool(ends) and all(name in said for name in ends)
-    assert (tmp_path / "runs/try-evaluation/scores.png").stat().st_size > 5000
+    ends = (probes.RATES[0], probes.RATES[-1])
+    shares = [share for share, linear in result["linear"].items() if linear["rate"] in ends]
+    assert ("the best rate is an end of those tried" in said) == bool(shares)
+    assert all(share in said for share in shares)
+    assert (workspace / "runs/try-evaluation/scores.png").stat().st_size > 5000
+
+
+def test_the_input_is_as_large_as_in_the_pretraining(workspace):
+    state = layouts.add_prefix(backbones.build("resnet18", 0).state_dict(), "module.encoder_q.")
+    saved = {"state_dict": state, "args": {"input_res": 24}, "arch": "resnet18"}
+    torch.save(saved, "net.pth")
+    small = ["--views", "1", "--epochs", "1", "--device", "cpu", "-j", "0"]
+    for flags, size in (([], 24), (["--input-res", "16"], 16)):
+        evaluate.main(["net.pth", "data/demo", "--out", "out", *small, *flags])
+        config = json.loads((workspace / "out/config.json").read_text())
+        assert config["options"]["input_res"] == size
+
+
+def refuse(error, match, out, *arguments) -> None:
+    """Evaluate: one line is raised, and what lies in `out` stays as it was."""
+    before = {path.name: path.read_text() for path in out.iterdir()}
+    flags = [*map(str, arguments), "--device", "cpu", "--out", str(out)]
+    with pytest.raises(error, match=match) as refused:
+        evaluate.main(flags)
+    assert str(refused.value).isprintable()
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
 
 
 def test_bad_input(demo_set, tmp_path):
-    def fails(error, match, *arguments):
-        with pytest.raises(error, match=match) as told:
-            evaluate.main([*map(str, arguments), "--device", "cpu", "--out", str(tmp_path / "out")])
-        assert str(told.value).isprintable() and files == {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
-
-    (tmp_path / "out").mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
     for name in ("config.json", "result.json"):  # of an earlier evaluation
-        (tmp_path / "out" / name).write_text("{}")
-    files = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
-    fails(UsageError, "no data: give DATA", "x.pth")
-    torch.save({"state_dict": {"fc.weight": torch.ones(2, 2)}}, tmp_path / "a.pth")
-    fails(UserError, "found no backbone in .*a.pth", tmp_path / "a.pth", demo_set)
-    torch.save({"classifier": {"weight": torch.ones(2, 2)}}, tmp_path / "b.pth")
-    fails(UserError, "is a classifier without its network", tmp_path / "b.pth", demo_set)
-    torch.save({"state_dict": {"features.0.weight": torch.ones(2, 3, 3, 3)}}, tmp_path / "c.pth")
-    fails(UserError, "holds no ResNet", tmp_path / "c.pth", demo_set)
-    torch.save(backbones.build("resnet18", 0).state_dict(), tmp_path / "d.pth")
-    (tmp_path / "half" / "train").mkdir(parents=True)
-    (tmp_path / "half" / "train" / "cat").symlink_to(next(p for p in (demo_set / "train").iterdir()))
-    (tmp_path / "half" / "train" / "dog").symlink_to(sorted((demo_set / "train").iterdir())[1])
-    fails(UsageError, "half: .*val", tmp_path / "d.pth", tmp_path / "half")
+        (out / name).write_text("{}")
+    files = {
+        "a.pth": {"state_dict": {"fc.weight": torch.ones(2, 2)}},
+        "b.pth": {"classifier": {"weight": torch.ones(2, 2)}},
+        "c.pth": {"state_dict": {"features.0.weight": torch.ones(2, 3, 3, 3)}},
+        "d.pth": backbones.build("resnet18", 0).state_dict(),
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    refuse(UsageError, "no data: give DATA", out, "x.pth")
+    refuse(UserError, "found no backbone in .*a.pth", out, tmp_path / "a.pth", demo_set)
+    without = "is a classifier without its network"
+    refuse(UserError, without, out, tmp_path / "b.pth", demo_set)
+    refuse(UserError, "holds no ResNet", out, tmp_path / "c.pth", demo_set)
+    half = tmp_path / "half"
+    (half / "train").mkdir(parents=True)
+    kinds = sorted((demo_set / "train").iterdir())
+    for name, kind in zip(("cat", "dog"), kinds):
+        (half / "train" / name).symlink_to(kind)
+    refuse(UsageError, "half: .*val", out, tmp_path / "d.pth", half)

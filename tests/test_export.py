@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from cmc import colour, networks
 from common import UsageError, UserError, backbones
-from runner import layouts
 from debiased.networks import Network as DebiasedNetwork
 from ring import networks as ring_networks
+from runner import layouts
 from tools import export
 
 
@@ -53,10 +53,17 @@ def same(model, state) -> bool:
     return found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
 
 
-@pytest.mark.parametrize("arch, small_stem", [
-    ("resnet18", False), ("resnet18", True), ("resnet50", False), ("resnext50_32x4d", False), ("googlenet", False),
+NETWORKS = [
+    ("resnet18", False),
+    ("resnet18", True),
+    ("resnet50", False),
+    ("resnext50_32x4d", False),
+    ("googlenet", False),
     ("shufflenet_v2_x0_5", False),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("arch, small_stem", NETWORKS)
 def test_torchvision_loads_it_strictly(folder, capsys, arch, small_stem):
     state = nonsem(folder / "run" / "checkpoint_0000.pth.tar", arch, small_stem)
     model = loaded(capsys, "run", "--to", "torchvision", "--out", "out.pth")
@@ -67,7 +74,9 @@ def test_torchvision_loads_it_strictly(folder, capsys, arch, small_stem):
     assert torch.equal(ours.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("arch, small_stem", [("resnet18", False), ("resnet18", True), ("resnext50_32x4d", False)])
+@pytest.mark.parametrize(
+    "arch, small_stem", [("resnet18", False), ("resnet18", True), ("resnext50_32x4d", False)]
+)
 def test_timm_loads_it_strictly(folder, capsys, arch, small_stem):
     pytest.importorskip("timm")
     state = nonsem(folder / "run" / "checkpoint_0000.pth.tar", arch, small_stem)
@@ -85,11 +94,17 @@ def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
     state = layouts.without_head(network.state_dict())
     assert same(loaded(capsys, ".", "--to", "torchvision"), state)
     assert (folder / "torchvision_current.pth").exists()
-    old = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if "num_batches" not in k}
+    old = {
+        k: v
+        for k, v in torchvision.models.resnet18().state_dict().items()
+        if "num_batches" not in k
+    }
     torch.save(old, "bare.pth")
     assert loaded(capsys, "bare.pth", "--to", "torchvision").bn1.num_batches_tracked == 0
     bank("wide.pth", backbones.WidthResNet(18, 3, 2, 128), model="resnet18")
-    with pytest.raises(UserError, match="its stages are 2 times as wide as those of resnet18; --to safetensors"):
+    with pytest.raises(
+        UserError, match="its stages are 2 times as wide as those of resnet18; --to safetensors"
+    ):
         export.main(["wide.pth", "--to", "torchvision"])
 
 
@@ -102,17 +117,25 @@ def ring(path, network):
 
 @pytest.mark.parametrize("small_stem", [True, False])
 def test_the_numbered_layers_of_ring_and_debiased(folder, capsys, small_stem):
-    """Run folders, the authors' bare file, a classifier: what is loaded computes the same feature."""
-    x, nets = torch.rand(2, 3, 64, 64), [ring_networks.build_network("resnet18", 16, small_stem)]
-    nets += [DebiasedNetwork("resnet18", 16, small_stem)]
+    """Run folders, the authors' bare file, a classifier: the same features are computed."""
+    x = torch.rand(2, 3, 64, 64)
+    nets = [
+        ring_networks.build_network("resnet18", 16, small_stem),
+        DebiasedNetwork("resnet18", 16, small_stem),
+    ]
     for network in nets:
         network.train()(x)
         network.eval()
     ring("last.ckpt", nets[0])
     model = loaded(capsys, ".", "--to", "torchvision")
-    assert torch.equal(model.eval()(x), backbones.feature(nets[0], x, 6)) and (folder / "torchvision_last.pth").exists()
+    assert (
+        torch.equal(model.eval()(x), backbones.feature(nets[0], x, 6))
+        and (folder / "torchvision_last.pth").exists()
+    )
     state = nets[1].state_dict()
-    torch.save({"opt": {}, "epoch": 1, "state_dict": layouts.add_prefix(state, "module.")}, "current.pth")
+    torch.save(
+        {"opt": {}, "epoch": 1, "state_dict": layouts.add_prefix(state, "module.")}, "current.pth"
+    )
     torch.save(layouts.add_prefix(state, "module."), "model_400.pth")
     classifier = state | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
     torch.save({"opt": {}, "epoch": 1, "state_dict": classifier, "best_acc1": 9.0}, "linear.pth")
@@ -127,12 +150,17 @@ def test_the_numbered_layers_of_ring_and_debiased(folder, capsys, small_stem):
 def test_the_towers_of_ring_one_by_one(folder, capsys):
     network = ring_networks.build_network("resnet18", 16, False, colour.default_views("Lab")).eval()
     ring("last.ckpt", network)
-    with pytest.raises(UsageError, match="has the towers ab_to_l and l_to_ab: choose one with --tower"):
+    with pytest.raises(
+        UsageError, match="has the towers ab_to_l and l_to_ab: choose one with --tower"
+    ):
         export.main(["last.ckpt", "--to", "torchvision"])
     with pytest.raises(UserError, match="detectron2 cannot load this network: .* on RGB"):
         export.main(["last.ckpt", "--to", "detectron2", "--tower", "l_to_ab"])
     for tower, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
-        model, x = loaded(capsys, ".", "--to", "torchvision", "--tower", tower), torch.rand(2, channels, 32, 32)
+        model, x = (
+            loaded(capsys, ".", "--to", "torchvision", "--tower", tower),
+            torch.rand(2, channels, 32, 32),
+        )
         assert torch.equal(model.eval()(x), backbones.feature(getattr(network, tower), x, 6))
 
 
@@ -145,14 +173,19 @@ def test_towers_are_refused_with_the_reason_or_loaded_one_by_one(folder, capsys)
     towers("resnet18v1"), towers("alexnet")
     for to in ("torchvision", "timm", "detectron2"):
         for more in ([], ["--tower", "l_to_ab"]):
-            why = "stages are 0.5 times as wide as those of resnet18, and its first convolution takes [12] channel"
+            why = (
+                "stages are 0.5 times as wide as those of resnet18, and its first convolution "
+                "takes [12] channel"
+            )
             with pytest.raises(UserError, match=why):
                 export.main(["resnet18v1.pth", "--to", to, *more])
             with pytest.raises(UserError, match="this is half an AlexNet"):
                 export.main(["alexnet.pth", "--to", to, *more])
     assert not list(folder.glob("*_*.pth"))
     network = towers("resnet18v2")
-    with pytest.raises(UsageError, match="has the towers ab_to_l and l_to_ab: choose one with --tower"):
+    with pytest.raises(
+        UsageError, match="has the towers ab_to_l and l_to_ab: choose one with --tower"
+    ):
         export.main(["resnet18v2.pth", "--to", "torchvision"])
     with pytest.raises(UserError, match="detectron2 cannot load this network: .* on RGB"):
         export.main(["resnet18v2.pth", "--to", "detectron2", "--tower", "l_to_ab"])
@@ -161,7 +194,9 @@ def test_towers_are_refused_with_the_reason_or_loaded_one_by_one(folder, capsys)
         model = loaded(capsys, "resnet18v2.pth", "--to", "torchvision", "--tower", tower)
         assert same(model, state) and model(torch.rand(2, channels, 32, 32)).shape == (2, 512)
         found = loaded(capsys, "resnet18v1.pth", "--to", "safetensors", "--tower", tower)
-        assert found["conv1.weight"].shape[1] == channels and not any(k.startswith("fc.") for k in found)
+        assert found["conv1.weight"].shape[1] == channels and not any(
+            k.startswith("fc.") for k in found
+        )
 
 
 def test_timm_loads_a_tower(folder, capsys):
@@ -176,14 +211,19 @@ def test_detectron2_names_and_settings(folder, capsys):
     nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnext50_32x4d")
     export.main(["run", "--to", "detectron2", "--out", "out.pkl"])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        "cfg.MODEL.WEIGHTS = 'out.pkl'; cfg.MODEL.RESNETS.DEPTH = 50; cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False" in line
-    )
+    settings = ("WEIGHTS = 'out.pkl'", "RESNETS.DEPTH = 50", "RESNETS.STRIDE_IN_1X1 = False")
+    assert "; ".join(f"cfg.MODEL.{setting}" for setting in settings) in line
     assert "NUM_GROUPS = 32" in line and "WIDTH_PER_GROUP = 4" in line
     with open("out.pkl", "rb") as file:
         found = pickle.load(file)["model"]
-    names = "stem.conv1.weight stem.conv1.norm.running_mean res3.0.shortcut.weight res3.0.shortcut.norm.bias"
-    assert {*names.split(), "res5.1.conv2.norm.weight"} <= found.keys()
+    names = {
+        "stem.conv1.weight",
+        "stem.conv1.norm.running_mean",
+        "res3.0.shortcut.weight",
+        "res3.0.shortcut.norm.bias",
+        "res5.1.conv2.norm.weight",
+    }
+    assert names <= found.keys()
     nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnet18", small_stem=True)
     with pytest.raises(UserError, match="7x7 first convolution"):
         export.main(["run", "--to", "detectron2"])
@@ -192,18 +232,25 @@ def test_detectron2_names_and_settings(folder, capsys):
 def test_the_key_encoder(folder, capsys):
     nets = backbones.WidthResNet(18), backbones.WidthResNet(18)
     states = [
-        layouts.add_prefix(net.state_dict(), prefix) for net, prefix in zip(nets, ("module.encoder.", "encoder."))
+        layouts.add_prefix(net.state_dict(), prefix)
+        for net, prefix in zip(nets, ("module.encoder.", "encoder."))
     ]
     torch.save({"model": states[0], "model_ema": states[1], "opt": {}, "epoch": 1}, "current.pth")
     for network, flags in zip(nets, ([], ["--ema"])):
-        assert same(loaded(capsys, ".", "--to", "torchvision", *flags), layouts.without_head(network.state_dict()))
+        assert same(
+            loaded(capsys, ".", "--to", "torchvision", *flags),
+            layouts.without_head(network.state_dict()),
+        )
     bank("other.pth", nets[0])
     with pytest.raises(UsageError, match="other.pth has no model_ema: omit --ema"):
         export.main(["other.pth", "--to", "torchvision", "--ema"])
 
 
 def test_detectron2_has_the_names_that_mocos_converter_gives(folder, capsys):
-    """facebookresearch/moco, detection/convert-pretrain-to-detectron2.py; without counters and head, which detectron2 drops."""
+    """facebookresearch/moco, detection/convert-pretrain-to-detectron2.py.
+
+    Counters and head are left out: detectron2 drops them.
+    """
     state = nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnet18")
     export.main(["run", "--to", "detectron2", "--out", "out.pkl"])
     with open("out.pkl", "rb") as file:
@@ -219,7 +266,9 @@ def test_detectron2_has_the_names_that_mocos_converter_gives(folder, capsys):
         text = ".".join(parts)
         for number in "123":
             text = text.replace(f"bn{number}", f"conv{number}.norm")
-        theirs[text.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")] = value
+        theirs[
+            text.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        ] = value
     theirs = {k: v for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
     assert found["model"].keys() == theirs.keys()
     assert all(torch.equal(torch.from_numpy(found["model"][k]), v) for k, v in theirs.items())
@@ -235,10 +284,16 @@ def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folde
             export.main(["run", "--to", to])
     finally:
         os.umask(old_mask)
-    made = [folder / "run" / f"{to}_checkpoint_0001{suffix}" for to, suffix in export.SUFFIX.items()]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o640}  # alike, and as the umask says
+    made = [
+        folder / "run" / f"{to}_checkpoint_0001{suffix}" for to, suffix in export.SUFFIX.items()
+    ]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {
+        0o640
+    }  # alike, and as the umask says
     assert load_file(made[-1]).keys() == newest.keys()
-    assert layouts.newest("run").name == "checkpoint_0001.pth.tar"  # an export is no checkpoint of the run
+    assert (
+        layouts.newest("run").name == "checkpoint_0001.pth.tar"
+    )  # an export is no checkpoint of the run
     export.main([".", "--to", "safetensors"])  # the folder of a run folder
     assert "run/checkpoint_0001.pth.tar -> " in capsys.readouterr().out
     torch.save({"classifier": {}, "network": "runs/cmc/current.pth", "epoch": 1}, "linear.pth")
@@ -248,7 +303,10 @@ def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folde
         (["empty"], "empty: no checkpoint in this folder"),
         (["nowhere"], "no checkpoint at nowhere"),
         (["run", "--tower", "x"], "is one network: omit --tower"),
-        (["run", "--out", "run/checkpoint_0000.pth.tar/x"], "cannot write run/checkpoint_0000.pth.tar/x: "),
+        (
+            ["run", "--out", "run/checkpoint_0000.pth.tar/x"],
+            "cannot write run/checkpoint_0000.pth.tar/x: ",
+        ),
     ):
         with pytest.raises(UserError, match=why) as caught:
             export.main([*flags, "--to", "torchvision"])
@@ -257,4 +315,6 @@ def test_a_folder_its_newest_and_one_line_where_there_is_nothing_to_export(folde
     with pytest.raises(UserError, match="timm has other parameter names"):
         export.main(["other", "--to", "timm"])
     done = run_script("tools/export.py", "run", "--to", "torchvision", cwd=folder)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("import torch, torchvision; model = ")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(
+        "import torch, torchvision; model = "
+    )

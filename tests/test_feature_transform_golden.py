@@ -1,4 +1,7 @@
-"""Feature transformation, its queues and banks against the published code's own numbers (tests/golden/README.md, section 8)."""
+"""Feature transformation, queues and banks against the published code's own numbers.
+
+tests/golden/README.md, section 8, says where these come from.
+"""
 
 import pytest
 import torch
@@ -26,12 +29,16 @@ def same_scores(out, found, temperature) -> None:
 def rule_of(g: dict) -> Rule:
     sides = SIDES[g["mix_target"]]
     normalise = ("pos",) if g["postmix_norm"] else ()
-    return Rule(*("scalar" if side in sides else None for side in ("pos", "neg")), normalise=normalise)
+    return Rule(
+        *("scalar" if side in sides else None for side in ("pos", "neg")), normalise=normalise
+    )
 
 
 def draws_of(g: dict, step: int) -> Draws:
     """The stored ones; as the code has it, 1 is added to those of the positives."""
-    positive, negative = (g[name][step].float() if name in g else None for name in ("mask_pos", "mask_neg"))
+    positive, negative = (
+        g[name][step].float() if name in g else None for name in ("mask_pos", "mask_neg")
+    )
     if positive is not None and g["expolation_mask"]:
         positive = positive + 1
     return Draws(positive, negative, g["perm"][step] if "perm" in g else None)
@@ -55,7 +62,9 @@ def test_queue_step_by_step(name):
             close(loss.detach(), g["loss"][step], atol=1e-6)
             close(q.grad, g["grad_q"][step], rtol=2e-4)
         stored = k
-        if "all_k_given" in g and not g["all_k_given"][step]:  # published: then the transformed key is kept
+        if (
+            "all_k_given" in g and not g["all_k_given"][step]
+        ):  # published: then the transformed key is kept
             stored = transform.pair(q, k, draws.positive, "pos" in rule.normalise)[1]
         queue.enqueue(stored)
         close(queue.memory, g["queue_after"][step])
@@ -84,13 +93,17 @@ def test_two_queues_crossed(name):
             close(getattr(queue, f"memory_{i}"), g[f"queue{i}_after"][step])
 
 
-@pytest.mark.parametrize("name", [*names("ft_bank_rgb*"), *(n for n in names("ft_bank_cmc*") if "mix" not in n)])
+@pytest.mark.parametrize(
+    "name", [*names("ft_bank_rgb*"), *(n for n in names("ft_bank_cmc*") if "mix" not in n)]
+)
 def test_bank_step_by_step(name):
     g = read(name)
     several = "x1" in g
     ends = ["1", "2"] if several else [""]  # of the names in the file
     bank_names = [f"memory_{end}" if several else "memory" for end in ends]
-    bank = MemoryBank(len(ends), g["n_data"], g[f"x{ends[0]}"].shape[-1], g["T"], g["K"], g["momentum"])
+    bank = MemoryBank(
+        len(ends), g["n_data"], g[f"x{ends[0]}"].shape[-1], g["T"], g["K"], g["momentum"]
+    )
     for own in bank_names:
         getattr(bank, own).copy_(g[f"{own}_init"])
     for step in range(len(g["idx"])):
@@ -108,7 +121,7 @@ def test_bank_step_by_step(name):
 
 @pytest.mark.parametrize("name", names("ft_bank_cmc_mix*"))
 def test_the_mixture_of_two_banks_is_a_pair_of_drawn_rows(name):
-    """CMCMem_mix, which nothing builds there: the drawn rows of both banks are transformed like a query and its key."""
+    """The unused CMCMem_mix there transforms the drawn rows of two banks like query and key."""
     g = read(name)
     bank = MemoryBank(2, g["n_data"], g["x1"].shape[-1], g["T"], g["K"], g["momentum"])
     bank.memory_1.copy_(g["memory_1_init"])

@@ -1,4 +1,4 @@
-"""The house: which package may import which, what no shared module may name, who is declared where."""
+"""The house: which package imports which, what no shared module names, who is declared where."""
 
 import ast
 import json
@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from papers import CASES
 
 from common import cli
 from runner import papers
@@ -53,9 +54,9 @@ def flags_of_papers() -> set[str]:
     folders = {}
     for folder in PAPERS:
         for path in sizes.sources(folder):
-            for flag in re.findall(r'"--([\w-]+)"', path.read_text()):
+            for flag in re.findall(r'"--(\w[\w-]*)"', path.read_text()):
                 folders.setdefault(flag.replace("_", "-"), set()).add(folder)
-    declared = {flag.replace("_", "-") for flag in re.findall(r'"--([\w-]+)"', shared)}
+    declared = {flag.replace("_", "-") for flag in re.findall(r'"--(\w[\w-]*)"', shared)}
     return {flag for flag, where in folders.items() if len(where) < 3} - declared
 
 
@@ -79,6 +80,14 @@ def test_every_folder_with_claims_is_declared():
     assert folders == {*PAPERS}, (
         "a folder with claims.json needs a paper.py with PAPER, and vice versa"
     )
+
+
+@pytest.mark.parametrize("folder", PAPERS)
+def test_every_paper_has_cases_in_the_cross_paper_tests(folder):
+    own = [case for case in CASES.values() if case.paper.folder == folder]
+    assert any(case.whole for case in own), f"{folder} needs a Case in tests/papers.py, one whole"
+    scripts = {case.script.replace(".", "/") + ".py" for case in own if case.readme}
+    assert PAPERS[folder].pretraining in scripts, f"a Case of {folder} needs `readme` flags"
 
 
 @pytest.mark.parametrize("folder", PAPERS)

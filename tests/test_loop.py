@@ -1,6 +1,6 @@
-"""A run from start to finish, with a method of one weight: what is saved when, what may differ on resume, what is refused.
+"""A run from start to finish, with a method of one weight: what is saved, resumed and refused.
 
-The scripts' own runs are in test_{cmc,moco_insdis,nonsem,debiased}_training.py; here each check takes milliseconds.
+The scripts' own runs are in test_FOLDER_training.py; here each check takes milliseconds.
 """
 
 import json
@@ -11,14 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import equal
+from conftest import equal, slim_networks
+from papers import CASES
 from PIL import Image
 
-from cmc import train_CMC
 from common import UsageError, UserError, cli, files, launch, options
-from debiased import main as debiased
-from moco_insdis import train_moco_ins
-from nonsem_neg import moco_non_sem_neg
 from runner import checkpoint, loop, resume
 
 
@@ -60,7 +57,7 @@ class Loader:
 
 
 class Method:
-    """A weight that follows noisy views: its draws and its momentum must go on for a resume to be exact."""
+    """A weight that follows noisy views; to resume exactly, draws and momentum must go on."""
 
     def __init__(self, args):
         self.weight = torch.nn.Parameter(torch.zeros(2, 3))
@@ -335,7 +332,7 @@ class Killed(BaseException):
 )
 @pytest.mark.parametrize("written", [False, True])
 def test_whatever_is_due_is_made_up_for(flags, written, monkeypatch):
-    """Killed before or after each of its saves in turn, and before its first record of an evaluation."""
+    """Kill it before or after each of its saves, and before its first record of k-NN."""
     train(*flags, folder="whole")
     names = sorted(p.name for p in Path("whole").glob("*.pth"))
     save, kills = checkpoint.save, 0
@@ -565,9 +562,7 @@ def test_weights_that_are_not_finite_are_never_saved():
     assert train("--resume", "auto") == 0
 
 
-@pytest.mark.parametrize(
-    "buffer", [torch.zeros(3), torch.zeros(3, 2)]
-)
+@pytest.mark.parametrize("buffer", [torch.zeros(3), torch.zeros(3, 2)])
 def test_an_optimizer_of_other_parameters_is_refused(buffer):
     train("--epochs", "1")
     saved = last()
@@ -650,7 +645,7 @@ def test_a_run_from_elsewhere_does_not_mix_with_the_one_in_its_folder():
 
 
 def test_a_run_that_is_found_goes_on_with_its_own_seed():
-    """Jobs over seeds that share a folder: the second would go on with the first one's run, or find it done."""
+    """Of jobs over seeds that share a folder the second would go on with the first one's run."""
     train("--epochs", "1")
     with pytest.raises(
         UserError, match="is of --seed 1, this run of 2: add --seed 1, or start another run"
@@ -659,71 +654,37 @@ def test_a_run_that_is_found_goes_on_with_its_own_seed():
     assert train("--resume", "run/last.pth", "--seed", "2") == 0
 
 
-SCRIPTS = {
-    "CMC": (train_CMC, "--views L,ab", ["L: L", "ab: a", "ab: b"]),
-    "InsDis": (train_moco_ins, "", ["picture"]),
-    "MoCo": (train_moco_ins, "--moco", ["query", "key"]),
-    "patch": (
-        moco_non_sem_neg,
-        "--num-nonsem 2 --moco-k 64",
-        ["query", "key", "negative 1", "negative 2"],
-    ),
-    "debiased": (debiased, "--M 2", ["view 1", "view 2", "positive 2"]),
-    "texture": (moco_non_sem_neg, "--robust texture --moco-k 64", ["query", "key", "negative 1"]),
-}
+@pytest.mark.parametrize("name", CASES)
+def test_the_columns_of_a_sheet(name, workspace):
+    """Every column is a picture in about [0, 1], whatever the networks are given."""
+    case = CASES[name]
+    args = case.module.parse_args(case.run_in("run", "-b", "16"))
+    loader = case.module.build_loader(args, launch.Process())
+    loader.set_epoch(1)
+    views, _, _ = next(iter(loader))
+    with slim_networks():
+        method = case.module.build_method(args, loader.dataset, len(loader), launch.Process())
+    columns = method.pictures(views)
+    assert tuple(columns) == case.sheet
+    for images in columns.values():
+        assert images.shape[0] == 16 and min(images.shape[-2:]) >= 32
+        assert images.dtype == torch.float32 and images.std() > 0.001
+        assert -0.05 <= images.min() and images.max() <= 1.05  # no normalised numbers
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_show_views(name, workspace, capsys, monkeypatch):
-    script, flags, labels = SCRIPTS[name]
-    monkeypatch.chdir(workspace)
-    drawn = {}
-    write = loop.views.write
-
-    def watched(path, columns, names):
-        drawn.update(columns)
-        write(path, columns, names)
-
-    monkeypatch.setattr(loop.views, "write", watched)
-    script.main(
-        ["--demo", "--device", "cpu", "-b", "16", *flags.split(), "--show-views", "views.png"]
-    )
+def test_show_views(workspace, capsys):
+    case = CASES["moco"]
+    flags = case.run_in("runs", "-b", "16")
+    case.module.main([*flags, "--show-views", "views.png"])
     assert "the first batch as the networks see it: views.png" in capsys.readouterr().out
-    assert list(drawn) == labels
-    for images in drawn.values():
-        assert (
-            images.shape[0] == 16
-            and images.shape[-2:] == (32, 32)
-            and images.dtype == torch.float32
-        )
-        assert (
-            -0.01 <= images.min() and images.max() <= 1.01 and images.std() > 0.001
-        )  # a picture, not normalised numbers
     with Image.open("views.png") as picture:
-        assert picture.height > 500 and picture.width > 100 * (len(labels) + 1)
+        assert picture.height > 500 and picture.width > 100 * (len(case.sheet) + 1)
     assert not Path("runs").exists()  # nothing was trained
-    Path("full").mkdir()
-    for last in ("current.pth", "checkpoint_last.pth.tar"):
-        Path("full", last).touch()
-    place = "--ckpt_path" if script is moco_non_sem_neg else "--model_path"
-    script.main(
-        [
-            "--demo",
-            "--device",
-            "cpu",
-            "-b",
-            "16",
-            *flags.split(),
-            "--show-views",
-            "again.png",
-            place,
-            "full",
-        ]
-    )
+    full = Path(case.module.parse_args(flags).folder)
+    full.mkdir(parents=True)
+    Path(full, "current.pth").touch()
+    case.module.main([*flags, "--show-views", "again.png"])
     assert Path("again.png").exists()  # a folder that holds a run is no hindrance
-    if name == "MoCo":
-        with pytest.raises(UsageError, match="--show-views views.png/x.png: ") as refused:
-            script.main(
-                ["--demo", "--device", "cpu", *flags.split(), "--show-views", "views.png/x.png"]
-            )
-        assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match="--show-views views.png/x.png: ") as refused:
+        case.module.main([*flags, "--show-views", "views.png/x.png"])
+    assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""preprocess/make_corruptions.py: the tree it writes, that reruns and shards give the same bytes, and bad input."""
+"""preprocess/make_corruptions.py: its tree, the same bytes from reruns and shards, bad input."""
 
 import errno
 import functools
@@ -42,7 +42,9 @@ def files(folder):
 
 
 def make(tree, out, *flags, size=0, format="png"):
-    make_corruptions.main([str(tree), str(out), "--workers", "1", "--size", str(size), "--format", format, *flags])
+    make_corruptions.main(
+        [str(tree), str(out), "--workers", "1", "--size", str(size), "--format", format, *flags]
+    )
 
 
 @pytest.fixture
@@ -59,7 +61,9 @@ def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
     make(tree, out, "--limit", "1", "--severities", "2", size=32)
     names = sorted(p.name for p in out.iterdir())
     assert names == sorted([*robustness.CORRUPTIONS, "corruptions.json"])
-    assert set(files(out)) == {f"{c}/2/{p}" for c in corruptions.CORRUPTIONS for p in ("bird/b0.png", "fish/f.png")}
+    assert set(files(out)) == {
+        f"{c}/2/{p}" for c in corruptions.CORRUPTIONS for p in ("bird/b0.png", "fish/f.png")
+    }
     for path in out.rglob("*.png"):
         with Image.open(path) as picture:
             assert (picture.size, picture.mode, picture.format) == ((32, 32), "RGB", "PNG")
@@ -69,53 +73,79 @@ def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
     class Args:
         corruption, extra_corruptions = out, False
 
-    opened, found, group = robustness.open_corruptions(Args, ["bird", "fish"])
-    assert len(opened) == 30 and len(found) == 15 and group.bincount().tolist() == [2] * 15
+    opened, answer, group = robustness.open_corruptions(Args, ["bird", "fish"])
+    assert len(opened) == 30 and len(answer) == 15 and group.bincount().tolist() == [2] * 15
     assert "result: 30 of 30 files" in capsys.readouterr().out
 
 
 def test_pictures_are_corrupted_as_the_package_does_it(tree, tmp_path):
     out = tmp_path / "C"
-    make(tree, out, "--corruptions", "contrast", "pixelate", "--severities", "4")  # no draw of chance in these
+    make(
+        tree, out, "--corruptions", "contrast", "pixelate", "--severities", "4"
+    )  # no draw of chance in these
     for name in ("contrast", "pixelate"):
         source = np.asarray(Image.open(tree / "val" / "fish" / "f.png"))
-        expected = np.clip(np.rint(np.asarray(getattr(package, name)(source, 4), dtype=float)), 0, 255)
+        expected = np.clip(
+            np.rint(np.asarray(getattr(package, name)(source, 4), dtype=float)), 0, 255
+        )
         assert np.array_equal(np.asarray(Image.open(out / name / "4" / "fish" / "f.png")), expected)
 
 
 def test_default_geometry_and_jpeg_quality_are_imagenet_cs(tmp_path):
     save(tmp_path / "val" / "a" / "wide.jpg", size=(640, 400))
-    make(tmp_path / "val", tmp_path / "C", "--corruptions", "brightness", "--severities", "1", size=224, format="jpeg")
-    with Image.open(tmp_path / "C" / "brightness" / "1" / "a" / "wide.jpg") as made:
-        assert made.size == (224, 224) and made.format == "JPEG"
+    make(
+        tmp_path / "val",
+        tmp_path / "C",
+        "--corruptions",
+        "brightness",
+        "--severities",
+        "1",
+        size=224,
+        format="jpeg",
+    )
+    with Image.open(tmp_path / "C" / "brightness" / "1" / "a" / "wide.jpg") as output:
+        assert output.size == (224, 224) and output.format == "JPEG"
         again = tmp_path / "reference.jpg"
         photo().save(again, quality=85)
         with Image.open(again) as reference:
-            assert made.quantization == reference.quantization
-    # shorter side 400 -> 256, then the centre: as torchvision's Resize(256), CenterCrop(224) on the opened picture
+            assert output.quantization == reference.quantization
+    # shorter side 400 -> 256, then the centre: torchvision's Resize(256), CenterCrop(224)
     from torchvision import transforms
 
     with Image.open(tmp_path / "val" / "a" / "wide.jpg") as source:
-        expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(source.convert("RGB"))
-    assert np.array_equal(make_corruptions.read_picture(tmp_path / "val" / "a" / "wide.jpg", 224), np.asarray(expected))
+        expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(
+            source.convert("RGB")
+        )
+    assert np.array_equal(
+        make_corruptions.read_picture(tmp_path / "val" / "a" / "wide.jpg", 224),
+        np.asarray(expected),
+    )
 
 
 def slow_streak(pixels, radius, sigma, angle):
-    """ImageMagick's MotionBlurImage, pixel by pixel: (H, W) or (H, W, C), to the same, not rounded."""
+    """Blur (H, W) or (H, W, C) pixel by pixel as ImageMagick does, without rounding."""
     length = 2 * math.ceil(radius) + 1
-    weights = [math.exp(-i * i / (2 * sigma * sigma)) / (math.sqrt(2 * math.pi) * sigma) for i in range(length)]
+    weights = [
+        math.exp(-i * i / (2 * sigma * sigma)) / (math.sqrt(2 * math.pi) * sigma)
+        for i in range(length)
+    ]
     across, along = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     steps = [(math.ceil(i * along - 0.5), math.ceil(i * across - 0.5)) for i in range(length)]
     (height, width), blurred = pixels.shape[:2], np.zeros(pixels.shape)
     for y in range(height):
         for x in range(width):
             for weight, (dy, dx) in zip(weights, steps):
-                there = min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)  # the edge goes on
+                there = (
+                    min(max(y + dy, 0), height - 1),
+                    min(max(x + dx, 0), width - 1),
+                )  # the edge goes on
                 blurred[y, x] += weight / sum(weights) * pixels[there]
     return blurred
 
 
-@pytest.mark.parametrize(("severity", "expected"), [(1, 1.9), (2, 3.1), (3, 4.9), (4, 6.9), (5, 8.7)])
+@pytest.mark.parametrize(
+    ("severity", "expected"), [(1, 1.9), (2, 3.1), (3, 4.9), (4, 6.9), (5, 8.7)]
+)
 def test_motion_blur_has_imagemagicks_strength(severity, expected):
     radius, sigma = corruptions.MOTION[severity - 1]
     weights = corruptions.motion_kernel(radius, sigma)
@@ -133,18 +163,26 @@ def test_motion_blur_has_imagemagicks_strength(severity, expected):
     )  # and so has what becomes of one point, from end to end of all three channels
     dot[50, 50] = 255
     for angle in (0, 45, -31):
-        made = corruptions.streak(dot, radius, sigma, angle)[..., 1]
+        output = corruptions.streak(dot, radius, sigma, angle)[..., 1]
         y, x = np.mgrid[:101, :101]
         along = x * math.cos(math.radians(angle)) + y * math.sin(math.radians(angle))
-        assert deviation(made, along) == pytest.approx(expected, rel=0.07)  # the tail is cut where it rounds to 0
-        assert made.sum() == pytest.approx(255, abs=10)
+        assert deviation(output, along) == pytest.approx(
+            expected, rel=0.07
+        )  # the tail is cut where it rounds to 0
+        assert output.sum() == pytest.approx(255, abs=10)
 
 
 @pytest.mark.parametrize("angle", [0, 17, 45, -45, -90, -133.3])
 def test_streaks_are_those_of_a_slow_loop(angle):
-    for pixels in (np.asarray(photo(3, size=(23, 17))), np.asarray(photo(4, size=(12, 30), mode="L"))):
-        made = corruptions.streak(pixels, 10, 4, angle)
-        assert made.shape == pixels.shape and np.abs(made - slow_streak(pixels, 10, 4, angle)).max() <= 0.5 + 1e-6
+    for pixels in (
+        np.asarray(photo(3, size=(23, 17))),
+        np.asarray(photo(4, size=(12, 30), mode="L")),
+    ):
+        output = corruptions.streak(pixels, 10, 4, angle)
+        assert (
+            output.shape == pixels.shape
+            and np.abs(output - slow_streak(pixels, 10, 4, angle)).max() <= 0.5 + 1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["motion_blur", "zoom_blur", "snow", "fog", "elastic_transform"])
@@ -167,7 +205,9 @@ def test_own_corruptions_are_the_packages_with_imagenet_cs_constants(name, monke
         with monkeypatch.context() as patch:
             patch.setattr(package, "plasma_fractal", plasma)
             ours = corruptions.corrupt(picture, name, severity, (1, 2))
-        assert np.abs(ours.astype(int) - expected).max() <= (name != "zoom_blur")  # zoom blur: to the bit
+        assert np.abs(ours.astype(int) - expected).max() <= (
+            name != "zoom_blur"
+        )  # zoom blur: to the bit
         assert not np.array_equal(ours, picture)
 
 
@@ -186,7 +226,7 @@ def test_glass_blur_copies_pixels_as_imagenet_c_does():
     picture = np.asarray(photo(3, size=(33, 24)))
     for severity, (sigma, far, rounds) in enumerate(corruptions.GLASS, 1):
         np.random.seed(severity)
-        made = corruptions.glass_blur(picture, severity)
+        output = corruptions.glass_blur(picture, severity)
         np.random.seed(severity)
         x = np.uint8(gaussian(picture / 255.0, sigma=sigma, channel_axis=-1) * 255)
         for _ in range(rounds):
@@ -196,7 +236,9 @@ def test_glass_blur_copies_pixels_as_imagenet_c_does():
                 for j, w in enumerate(columns):
                     there = h + down[i, j], w + right[i, j]
                     x[h, w], x[there] = x[there], x[h, w]
-        assert np.array_equal(made, np.clip(gaussian(x / 255.0, sigma=sigma, channel_axis=-1), 0, 1) * 255)
+        assert np.array_equal(
+            output, np.clip(gaussian(x / 255.0, sigma=sigma, channel_axis=-1), 0, 1) * 255
+        )
 
 
 def test_tiny_pictures_and_narrow_ones():
@@ -216,17 +258,29 @@ def test_reruns_workers_shards_and_order_give_the_same_bytes(tree, tmp_path):
     make(tree, tmp_path / "steps", *FEW[:-2], "5", "--limit", "1")
     make(tree / "val", tmp_path / "steps", *FEW)  # val/ itself, and only what is missing
     assert files(tmp_path / "steps") == reference
-    make_corruptions.main([str(tree), str(tmp_path / "two"), *FEW, "--no-resize", "--format", "png", "--workers", "2"])
+    make_corruptions.main(
+        [str(tree), str(tmp_path / "two"), *FEW, "--no-resize", "--format", "png", "--workers", "2"]
+    )
     assert files(tmp_path / "two") == reference
     make(tree, tmp_path / "seed", *FEW, "--seed", "1")
-    differ = {name for name, content in files(tmp_path / "seed").items() if content != reference[name]}
+    differ = {
+        name for name, content in files(tmp_path / "seed").items() if content != reference[name]
+    }
     assert differ == {name for name in reference if "noise" in name}  # contrast draws nothing
 
 
 def test_same_picture_under_another_name_gets_other_noise(tmp_path):
     for name in ("a/x.png", "a/y.png", "b/x.png"):
         save(tmp_path / "val" / name)
-    make(tmp_path, tmp_path / "C", "--corruptions", "impulse_noise", "shot_noise", "--severities", "3")
+    make(
+        tmp_path,
+        tmp_path / "C",
+        "--corruptions",
+        "impulse_noise",
+        "shot_noise",
+        "--severities",
+        "3",
+    )
     assert len(set(files(tmp_path / "C").values())) == 6
 
 
@@ -234,7 +288,10 @@ def test_resumes_where_it_was_stopped_and_leaves_what_is_there(tree, tmp_path, c
     out = tmp_path / "C"
     make(tree, out, *FEW)
     reference = files(out)
-    lost, kept = out / "contrast" / "5" / "bird" / "b1.png", out / "contrast" / "5" / "bird" / "b2.png"
+    lost, kept = (
+        out / "contrast" / "5" / "bird" / "b1.png",
+        out / "contrast" / "5" / "bird" / "b2.png",
+    )
     lost.unlink()
     kept.write_bytes(b"mine")
     old, fresh = (
@@ -279,7 +336,8 @@ def test_unreadable_pictures_are_skipped_listed_and_exit_with_1(tree, tmp_path):
     whole = (tree / "val" / "fish" / "f.png").read_bytes()
     (tree / "val" / "fish" / "f.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        UserError, match=r"2 of 4 pictures failed, listed in .*failed\.txt; the first: bird/b1.JPEG: not a pict"
+        UserError,
+        match=r"2 of 4 pictures failed, listed in .*failed\.txt; the first: bird/b1.JPEG: not a p",
     ) as stop:
         make(tree, out, *FEW)
     assert stop.value.code == 1 and len(files(out)) == 2 * 6
@@ -299,8 +357,8 @@ def test_only_regular_files_are_read(tree, tmp_path):
     (bird / "linked.png").symlink_to(tree / "val" / "fish" / "f.png")
     flags = ["--size", "0", "--format", "png", "--workers", "1"]
     run_script(SCRIPT, tree, tmp_path / "C", *FEW, *flags, timeout=60)
-    made = {name.split("/", 2)[2] for name in files(tmp_path / "C")}
-    assert made == {"bird/b0.png", "bird/b1.png", "bird/b2.png", "bird/linked.png", "fish/f.png"}
+    output = {name.split("/", 2)[2] for name in files(tmp_path / "C")}
+    assert output == {"bird/b0.png", "bird/b1.png", "bird/b2.png", "bird/linked.png", "fish/f.png"}
     for name in ("pipe.png", "zero.jpg"):
         with pytest.raises(OSError, match="not a regular file"):
             make_corruptions.read_picture(str(bird / name), 0)
@@ -313,7 +371,9 @@ def test_a_picture_too_large_for_the_memory_is_named(tree, tmp_path, monkeypatch
         return read(path)
 
     monkeypatch.setattr(workers, "read", read)
-    with pytest.raises(UserError, match="1 of 4 pictures failed.* bird/b1.JPEG: too large for the memory"):
+    with pytest.raises(
+        UserError, match="1 of 4 pictures failed.* bird/b1.JPEG: too large for the memory"
+    ):
         make(tree, tmp_path / "C", *FEW)
     assert len(files(tmp_path / "C")) == 3 * 6
 
@@ -328,32 +388,55 @@ def test_a_picture_too_large_for_the_memory_is_named(tree, tmp_path, monkeypatch
 
 
 def test_a_worker_that_dies_names_what_it_worked_on():
-    with pytest.raises(UserError, match=r"worker process died .*at work on picture 3(, picture 3)?; try again"):
+    with pytest.raises(
+        UserError, match=r"worker process died .*at work on picture 3(, picture 3)?; try again"
+    ):
         list(workers.in_processes(os._exit, [3, 3], 2, names=lambda job: [f"picture {job}"]))
 
 
 def test_a_picture_too_small_for_one_corruption_gets_the_others(tmp_path):
     save(tmp_path / "val" / "a" / "dot.png", size=(3, 3))
     with pytest.raises(UserError, match="1 of 1 pictures failed.*dot.png: pixelate 5: "):
-        make(tmp_path, tmp_path / "C", "--corruptions", "pixelate", "contrast", "--severities", "1", "5")
-    assert set(files(tmp_path / "C")) == {"pixelate/1/a/dot.png", "contrast/1/a/dot.png", "contrast/5/a/dot.png"}
+        make(
+            tmp_path,
+            tmp_path / "C",
+            "--corruptions",
+            "pixelate",
+            "contrast",
+            "--severities",
+            "1",
+            "5",
+        )
+    assert set(files(tmp_path / "C")) == {
+        "pixelate/1/a/dot.png",
+        "contrast/1/a/dot.png",
+        "contrast/5/a/dot.png",
+    }
 
 
 def test_odd_names_kinds_and_nesting(tmp_path):
     names = ["a b.JPEG", 'it\'s "so".jpg', "größe.png", "more/x.webp", os.fsdecode(b"\xff.png")]
     for i, name in enumerate(names):
         try:
-            save(tmp_path / "val" / "my class" / name, seed=i, **({"mode": "CMYK"} if name == "a b.JPEG" else {}))
+            save(
+                tmp_path / "val" / "my class" / name,
+                seed=i,
+                **({"mode": "CMYK"} if name == "a b.JPEG" else {}),
+            )
         except OSError:  # some file systems take UTF-8 only
             names.remove(name)
     save(tmp_path / "val" / "my class" / "grey.jpg", mode="L")
     make(tmp_path, tmp_path / "C", "--corruptions", "fog", "--severities", "1", format="jpeg")
-    made = {os.path.relpath(p, tmp_path / "C/fog/1/my class") for p in (tmp_path / "C").rglob("*") if p.is_file()}
+    output = {
+        os.path.relpath(p, tmp_path / "C/fog/1/my class")
+        for p in (tmp_path / "C").rglob("*")
+        if p.is_file()
+    }
     expected = {os.path.splitext(n)[0] + ".JPEG" for n in names if not n.endswith("jpg")} | {
         'it\'s "so".jpg',
         "grey.jpg",
     }
-    assert made == expected | {"../../../corruptions.json"}
+    assert output == expected | {"../../../corruptions.json"}
 
 
 def test_names_that_would_collide_are_kept_apart():
@@ -368,7 +451,11 @@ def test_names_that_would_collide_are_kept_apart():
         "b/x.png": "b/x.JPEG",
     }
     names = corruption_tree.target_names(sources, "png")
-    assert names["a/x.png"] == "a/x.png" and names["a/x.JPEG"] == "a/x.JPEG.png" and len(set(names.values())) == 6
+    assert (
+        names["a/x.png"] == "a/x.png"
+        and names["a/x.JPEG"] == "a/x.JPEG.png"
+        and len(set(names.values())) == 6
+    )
     with pytest.raises(UsageError, match="two pictures would both become a/x.png.JPEG"):
         corruption_tree.target_names(["a/x.JPEG", "a/x.png", "a/x.png.JPEG"], "jpeg")
 
@@ -417,7 +504,13 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     for flags, message in cases:
         with pytest.raises(UsageError, match=message) as stop:
             make_corruptions.main(
-                [*map(str, flags), *(["--no-resize"] if "--size" not in flags else []), *FEW, "--format", "png"]
+                [
+                    *map(str, flags),
+                    *(["--no-resize"] if "--size" not in flags else []),
+                    *FEW,
+                    "--format",
+                    "png",
+                ]
             )
         assert "\n" not in str(stop.value)
     for flag, value in (
@@ -432,7 +525,11 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             make_corruptions.main([str(tree), str(tmp_path / "C"), flag, value])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith(f"error: argument {flag}") and len(error.splitlines()) == 1
+        assert (
+            stop.value.code == 2
+            and error.startswith(f"error: argument {flag}")
+            and len(error.splitlines()) == 1
+        )
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
@@ -459,10 +556,23 @@ def test_note_on_other_versions_and_damaged_settings(tree, tmp_path, capsys):
 
 def test_as_a_program_from_elsewhere(tree, tmp_path):
     (tree / "val" / "fish" / "f.png").write_bytes(b"")
-    done = run_script(SCRIPT, "set", "C", "--no_resize", "--corruptions", "contrast", "--severities", "1", cwd=tmp_path)
+    done = run_script(
+        SCRIPT,
+        "set",
+        "C",
+        "--no_resize",
+        "--corruptions",
+        "contrast",
+        "--severities",
+        "1",
+        cwd=tmp_path,
+    )
     assert done.returncode == 1 and "result: 3 of 4 files in C" in done.stdout
     said = done.stderr.splitlines()[-1]  # on a slow machine a line of progress comes before
-    assert said == "error: 1 of 4 pictures failed, listed in C/failed.txt; the first: fish/f.png: not a picture"
+    assert (
+        said == "error: 1 of 4 pictures failed, listed in C/failed.txt; "
+        "the first: fish/f.png: not a picture"
+    )
 
 
 def test_demo(workspace, capsys):
@@ -471,12 +581,12 @@ def test_demo(workspace, capsys):
 
 
 def test_ctrl_c_is_one_line_and_the_rest_follows(tree, tmp_path, monkeypatch):
-    corrupt, made = make_corruptions.corrupt, []
+    corrupt, output = make_corruptions.corrupt, []
 
     def until_the_eighth(*arguments):
-        if len(made) == 7:
+        if len(output) == 7:
             raise KeyboardInterrupt
-        made.append(arguments)
+        output.append(arguments)
         return corrupt(*arguments)
 
     with monkeypatch.context() as patch:
@@ -491,5 +601,5 @@ def test_ctrl_c_is_one_line_and_the_rest_follows(tree, tmp_path, monkeypatch):
 def test_16_bits_are_scaled_not_cut(tmp_path):
     grey = np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "16.png")
-    found = make_corruptions.read_picture(str(tmp_path / "16.png"), 0)
-    assert (found == (grey >> 8)[..., None]).all()
+    answer = make_corruptions.read_picture(str(tmp_path / "16.png"), 0)
+    assert (answer == (grey >> 8)[..., None]).all()

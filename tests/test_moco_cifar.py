@@ -1,5 +1,7 @@
-"""The CIFAR-10 notebook of MoCo's authors as a preset, and what came with it: symmetric loss, averaged batch-norm statistics,
-a run that ends before its schedule does."""
+"""The CIFAR-10 notebook of MoCo's authors as a preset, and what came with it.
+
+That is the symmetric loss, averaged batch-norm statistics, and a run that ends before its schedule.
+"""
 
 import json
 import math
@@ -11,11 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UsageError, augment, batchnorm, launch
-from runner import checkpoint, layouts
-from feature_transform import detector
 from nonsem_neg import main_lincls, views
 from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo
+from runner import checkpoint, layouts, loop
 
 PRESET = "--preset moco-cifar --dataset folder".split()
 TINY = "--input-res 8 -b 32 --moco-k 64 --bn-splits 2 -j 0 --seed 1 -p 2".split()
@@ -24,36 +25,19 @@ pytestmark = pytest.mark.usefixtures("slim")
 
 def test_the_preset_is_the_notebook():
     args = script.parse_args(["CIFAR", "--preset", "moco-cifar"])
-    assert (args.dataset, args.arch, args.small_stem, args.input_res, args.mlp) == (
-        "cifar10",
-        "resnet18",
-        True,
-        32,
-        False,
-    )
-    assert (args.batch_size, args.lr, args.momentum, args.weight_decay, args.epochs) == (
-        512,
-        0.06,
-        0.9,
-        5e-4,
-        200,
-    )
-    assert (args.moco_k, args.moco_m, args.moco_t, args.bn_splits, args.bn_running) == (
-        4096,
-        0.99,
-        0.1,
-        8,
-        "mean",
-    )
+    assert (args.dataset, args.arch, args.input_res) == ("cifar10", "resnet18", 32)
+    assert args.small_stem and not args.mlp
+    assert (args.batch_size, args.lr, args.epochs) == (512, 0.06, 200)
+    assert (args.momentum, args.weight_decay) == (0.9, 5e-4)
+    assert (args.moco_k, args.moco_m, args.moco_t) == (4096, 0.99, 0.1)
+    assert (args.bn_splits, args.bn_running) == (8, "mean")
     assert (args.robust, args.num_nonsem, args.symmetric) == ("none", 0, False)
     assert (args.knn_every, args.knn_k, args.knn_t, args.knn_on) == (1, 200, 0.1, "output")
-    rates = [script.learning_rate(args, epoch) for epoch in (0, 99, 199)]
+    rates = [script.learning_rate(args, loop.At(epoch, 0.5, 0)) for epoch in (0, 99, 199)]
     assert rates == pytest.approx([0.03 * (1 + math.cos(math.pi / 200)), 0.03, 0], abs=1e-12)
     plain = script.parse_args(["CIFAR", "--cos"])
-    assert script.learning_rate(plain, 0) == plain.lr and (plain.aug, plain.knn_on) == (
-        "v1",
-        "feature",
-    )
+    assert script.learning_rate(plain, loop.At(0, 0.5, 0)) == plain.lr
+    assert (plain.aug, plain.knn_on) == ("v1", "feature")
     assert script.parse_args(["CIFAR", "--aug-plus"]).aug == "v2"
 
     recipe = script.recipe(args)
@@ -114,8 +98,9 @@ def test_a_symmetric_step_of_the_script_is_the_sum_of_both_losses(flags):
     args = script.parse_args(["DATA", *PRESET, *TINY, "--symmetric", *flags])
     method = script.NonSemantic(args, launch.Process())
     seen = []
-    method.wrapped = lambda *given: seen.append(method.model(*given)) or seen[-1]
-    out = method.step(torch.randn(2, 32, 3, 8, 8), None)
+    method.network.register_forward_hook(lambda network, images, output: seen.append(output))
+    views = list(torch.randn(2, 32, 3, 8, 8))
+    out = method.step(loop.Batch(views, None, torch.arange(32), loop.At(0, 0.0, 0)))
     (logits, keys), labels = seen[0], torch.zeros(32, dtype=torch.long)
     assert logits.shape == (64, 1 + 64 + bool(flags)) and keys.shape == (64, 128)
     torch.testing.assert_close(
@@ -155,30 +140,25 @@ def test_a_run_that_stops_early_goes_on_exactly_and_evaluations_see_its_colours(
     flags = ["data/demo", *PRESET, *TINY, "--epochs", "2", "--symmetric"]
     script.main([*flags, "--ckpt_path", "whole"])
     script.main([*flags, "--ckpt_path", "parts", "--stop-after", "1"])
-    assert (
-        "stopped by --stop-after 1 after epoch 0; continue with --resume auto"
-        in capsys.readouterr().out
-    )
-    records = [
-        json.loads(line) for line in (workspace / "parts/metrics.jsonl").read_text().splitlines()
-    ]
-    assert records[-1]["epoch"] == 0 and records[-1]["knn_acc1"] > 0
+    message = "stopped by --stop-after 1 after epoch 0; continue with --resume auto"
+    assert message in capsys.readouterr().out
+    last = json.loads((workspace / "parts/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] == 0 and last["knn_acc1"] > 0
     script.main([*flags, "--ckpt_path", "parts", "--resume", "auto", "--stop-after", "2"])
     said = capsys.readouterr().out
     assert "done: 2 epochs" in said and "unlike the run" not in said
     whole, parts = (
         checkpoint.load(workspace / run / "checkpoint_last.pth.tar") for run in ("whole", "parts")
     )
-    assert equal(whole["state_dict"], parts["state_dict"]) and equal(
-        whole["optimizer"], parts["optimizer"]
-    )
+    assert equal(whole["state_dict"], parts["state_dict"])
+    assert equal(whole["optimizer"], parts["optimizer"])
 
     saved = checkpoint.Saved(str(workspace / "parts/checkpoint_last.pth.tar"))
     args = main_lincls.parse_args(["data/demo", "--pretrained", "parts", "--input-res", "8"])
     assert main_lincls.recipe(args, saved, train=True).ops[-1] is views.CIFAR
     assert main_lincls.recipe(args, saved, train=False).ops[-1] is views.CIFAR
     state = layouts.backbone(saved)
-    assert detector.open_trunks(saved, state, "parts")[0][0].mean == views.CIFAR.mean
+    assert layouts.open_trunks(saved, state, "parts")[0][0].mean == views.CIFAR.mean
     del saved["args"]
     assert main_lincls.recipe(args, saved, train=True).ops[-1] is views.IMAGENET
-    assert detector.open_trunks(saved, state, "parts")[0][0].mean == views.IMAGENET.mean
+    assert layouts.open_trunks(saved, state, "parts")[0][0].mean == views.IMAGENET.mean

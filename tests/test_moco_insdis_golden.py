@@ -1,4 +1,4 @@
-"""InsDis and MoCo against the published code's own numbers (tests/golden/README.md, sections 2 and 4)."""
+"""InsDis and MoCo against the published code's numbers (tests/golden/README.md, sections 2, 4)."""
 
 import math
 
@@ -15,10 +15,10 @@ from moco_insdis import contrast
 def test_insdis_step_by_step(name, gather_from, monkeypatch):
     monkeypatch.setattr(memory_module, "GATHER_FROM", gather_from)
     monkeypatch.setattr(memory_module, "CHUNK_ROWS", 3)
-    monkeypatch.setattr(memory_module, "CHUNK_BYTES", 0)  # three queries at a time: the last chunk is shorter
+    monkeypatch.setattr(memory_module, "CHUNK_BYTES", 0)  # three queries at a time, fewer at last
     g = read(name)
-    size = g["n_data"], g["x"].shape[-1]
-    bank = contrast.MemoryBank(*size, g["K"], g["T"], g["momentum"], bool(g["use_softmax"]), "oneshot")
+    settings = (g["K"], g["T"], g["momentum"], bool(g["use_softmax"]), "oneshot")
+    bank = contrast.MemoryBank(g["n_data"], g["x"].shape[-1], *settings)
     close(bank.params, g["params_init"])
     bank.memory.copy_(g["memory_init"])
     for step in range(len(g["x"])):
@@ -36,7 +36,8 @@ def test_insdis_step_by_step(name, gather_from, monkeypatch):
 @pytest.mark.parametrize("name", names("moco_insdis_moco_*"))
 def test_moco_step_by_step(name):
     g = read(name)
-    queue = contrast.KeyQueue(g["n_data"], g["q"].shape[-1], g["K"], g["T"], bool(g["use_softmax"]), "oneshot")
+    settings = (g["K"], g["T"], bool(g["use_softmax"]), "oneshot")
+    queue = contrast.KeyQueue(g["n_data"], g["q"].shape[-1], *settings)
     assert torch.equal(queue.params, g["params_init"])
     queue.memory.copy_(g["memory_init"])
     for step in range(len(g["q"])):
@@ -55,8 +56,10 @@ def test_moco_step_by_step(name):
 
 @pytest.mark.parametrize("method", ["insdis", "moco"])
 def test_buffers_are_the_published_ones(method):
-    bank = contrast.MemoryBank(1000, 128, 64, 0.07, 0.5, True, "ema")
-    memory = bank if method == "insdis" else contrast.KeyQueue(1000, 128, 64, 0.07, True, "ema")
+    if method == "insdis":
+        memory = contrast.MemoryBank(1000, 128, 64, 0.07, 0.5, True, "ema")
+    else:
+        memory = contrast.KeyQueue(1000, 128, 64, 0.07, True, "ema")
     assert keys(memory.state_dict()) == published_keys(f"moco_insdis_contrast_{method}")
 
 
@@ -64,10 +67,10 @@ def test_moving_average_of_z_starts_as_one_shot_and_then_follows():
     raw = [torch.full((2, 3), 1.0), torch.full((2, 3), 5.0)]
     z = contrast.next_z(torch.tensor(-1.0), raw[0], 10, "ema", 0)
     assert z == 10
-    assert math.isclose(contrast.next_z(z, raw[1], 10, "ema", 10**6).item(), 0.99 * 10 + 0.01 * 50, rel_tol=1e-6)
-    assert math.isclose(
-        contrast.next_z(z, raw[1], 10, "ema", 8).item(), 0.5 * 10 + 0.5 * 50, rel_tol=1e-6
-    )  # young: fast
+    old = contrast.next_z(z, raw[1], 10, "ema", 10**6).item()
+    assert math.isclose(old, 0.99 * 10 + 0.01 * 50, rel_tol=1e-6)
+    young = contrast.next_z(z, raw[1], 10, "ema", 8).item()  # follows faster
+    assert math.isclose(young, 0.5 * 10 + 0.5 * 50, rel_tol=1e-6)
     assert contrast.next_z(z, raw[1], 10, "oneshot", 0) == 10
 
 

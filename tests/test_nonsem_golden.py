@@ -1,5 +1,8 @@
-"""nonsem_neg against number vectors of the published code (SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at
-5fbdc4d, computed in float32 on a CPU; tests/golden/README.md says what each array is)."""
+"""nonsem_neg against number vectors of the published code.
+
+They are of SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at 5fbdc4d, computed in
+float32 on a CPU; tests/golden/README.md says what each array is.
+"""
 
 from functools import partial
 

@@ -544,9 +544,9 @@ def test_training_and_evaluation_run_on_a_packed_set(demo_set, tmp_path, monkeyp
 
 
 def test_every_script_takes_a_packed_set():
-    from nonsem_neg import eval_robustness
+    from tools import robustness
 
     words = ["DATA", "--dataset", "packed", "--pretrained", "x", "--classifier", "x"]
     assert moco_non_sem_neg.parse_args(words[:3]).dataset == "packed"
     assert main_lincls.parse_args(words[:5]).dataset == "packed"
-    assert eval_robustness.parse_args([*words[:3], *words[5:]]).dataset == "packed"
+    assert robustness.parse_args([*words[:3], *words[5:]]).dataset == "packed"

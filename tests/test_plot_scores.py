@@ -1,4 +1,7 @@
-"""Figures of scores: what is read from run folders, labels, what the figures show, bad input. The runs are made up."""
+"""Figures of scores: reading run folders, labels, what figures show, bad input.
+
+The runs are made up.
+"""
 
 import importlib
 import json
@@ -14,29 +17,45 @@ import pytest
 from conftest import ROOT, run_script, says_no
 from PIL import Image
 
-from common import UsageError, UserError
-from common import run as run_folder
+from common import UsageError, UserError, files
 from feature_transform import plot_scores as script
-from feature_transform import score_files
+from feature_transform import score_figures as figures
+from feature_transform import score_files, score_labels
 
 SHOWN = Namespace(start=1, smooth=1)
 
 
 def keep(
-    folder, epochs=(1, 2, 3), steps=4, batch=6, first=1, command="moco_insdis/train_moco_ins.py", rates=(), knn=None,
-    method=None, draw=0, **options,
-):  # fmt: skip
-    """A run folder with scores of these epochs, as they are numbered: {number: (steps, batch, 5)}."""
+    folder,
+    epochs=(1, 2, 3),
+    steps=4,
+    batch=6,
+    first=1,
+    command="moco_insdis/train_moco_ins.py",
+    rates=(),
+    knn=None,
+    method=None,
+    draw=0,
+    **options,
+):
+    """Make a run folder with scores of these epochs; return {number: (steps, batch, 5)}."""
     folder, generator, arrays = Path(folder), np.random.default_rng(draw), {}
     (folder / "scores").mkdir(parents=True)
     derived = {"steps_per_epoch": steps} | ({"method": method} if method else {})
-    config = {"command": f"python {command} --x", "options": {"folder": str(folder), **options}, "derived": derived}
+    config = {
+        "command": f"python {command} --x",
+        "options": {"folder": str(folder), **options},
+        "derived": derived,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     records = [
-        {"step": steps * i + 1, "epoch": first + i, "learning_rate": rate} for i, rate in enumerate(rates or [1])
+        {"step": steps * i + 1, "epoch": first + i, "learning_rate": rate}
+        for i, rate in enumerate(rates or [1])
     ]
     records += [{"step": 9, "epoch": 9, "knn_acc1": knn}] if knn else []
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "ha')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records) + '{"step": 7, "ha'
+    )
     for number in epochs:
         arrays[number] = generator.uniform(0.01, 1, (steps, batch, 5)).astype(np.float32)
         np.save(folder / "scores" / f"score_{number:03d}.npy", arrays[number])
@@ -50,16 +69,16 @@ def here(tmp_path, monkeypatch):
 
 
 def one(folder="run") -> score_files.Run:
-    (found,) = score_files.read_runs([folder])
+    (found,) = score_labels.read_runs([folder])
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_curves_are_means_over_the_batch_in_the_order_of_the_files(first):
-    """1000 comes after 999; a batch that was shorter, a step of which nothing was kept and an epoch without a file."""
+    """1000 comes after 999; a batch is shorter, a step has no scores, epochs have no file."""
     numbers = [first, first + 1, 999, 1000]
     arrays = keep("run", numbers, first=first)
     arrays[first][1, 4:] = np.nan
@@ -70,12 +89,21 @@ def test_curves_are_means_over_the_batch_in_the_order_of_the_files(first):
     Path("run/scores/score_x.npy").touch()
     found = one()
     assert list(found.files) == [1, 2, 1000 - first, 1001 - first]
-    assert found.starts == {1: 1, 2: 5, 1000 - first: 4 * (999 - first) + 1, 1001 - first: 4 * (1000 - first) + 1}
+    assert found.starts == {
+        1: 1,
+        2: 5,
+        1000 - first: 4 * (999 - first) + 1,
+        1001 - first: 4 * (1000 - first) + 1,
+    }
     for number, (epoch, start) in zip(numbers, found.starts.items()):
         for step in range(4):
-            rows = np.array([row for row in arrays[number][step] if np.isfinite(row[0])], np.float64)
+            rows = np.array(
+                [row for row in arrays[number][step] if np.isfinite(row[0])], np.float64
+            )
             values = found.curves[found.iterations == start + step]
-            assert values.shape == (1, 5) or step == 3  # where there is no line across, a point of nothing
+            assert (
+                values.shape == (1, 5) or step == 3
+            )  # where there is no line across, a point of nothing
             expected = np.full(5, np.nan)
             if len(rows):
                 expected = rows.mean(0)[[1, 0, 2, 3, 4]]  # variance, mean, positive, exponentials
@@ -117,16 +145,24 @@ def test_final_accuracies():
     result("all/runs/row", "all/runs/none/current.pth", None)
     Path("all/runs/broken").mkdir()
     Path("all/runs/broken/result.json").write_text("{")
-    found = {r.folder.name: r.accuracy for r in score_files.read_runs(["all"])}
+    found = {r.folder.name: r.accuracy for r in score_labels.read_runs(["all"])}
     knn = ("k-NN", 40.25)
     expected = dict(
-        below=("linear", 51.5), beside=("linear", 52.5), moved=("linear", 53.5), knn=knn, two=knn, none=None
+        below=("linear", 51.5),
+        beside=("linear", 52.5),
+        moved=("linear", 53.5),
+        knn=knn,
+        two=knn,
+        none=None,
     )
     assert found == expected
 
 
 LABELS = {
-    "one setting": ([dict(alpha=0.99, lr=0.1, workers=2), dict(alpha=0.5, lr=0.1, workers=4)], ["alpha 0.99", "alpha 0.5"]),
+    "one setting": (
+        [dict(alpha=0.99, lr=0.1, workers=2), dict(alpha=0.5, lr=0.1, workers=4)],
+        ["alpha 0.99", "alpha 0.5"],
+    ),
     "three": (
         [dict(alpha=0.99, mlp=True, seed=0), dict(alpha=0.5, mlp=False, seed=1)],
         ["alpha 0.99, mlp, seed 0", "alpha 0.5, no mlp, seed 1"],
@@ -152,8 +188,11 @@ LABELS = {
         ["moco_insdis MoCo, alpha 0.9", "moco_insdis MoCo, alpha 0.5", "debiased"],
     ),
     "nothing differs": ([dict(lr=1), dict(lr=1)], ["moco_insdis (r0)", "moco_insdis (r1)"]),
-    "long": ([dict(view="x" * 60 + "1"), dict(view="x" * 60 + "2")], [f"view {'x' * 17}…{'x' * 21}{i}" for i in (1, 2)]),
-}  # fmt: skip
+    "long": (
+        [dict(view="x" * 60 + "1"), dict(view="x" * 60 + "2")],
+        [f"view {'x' * 17}…{'x' * 21}{i}" for i in (1, 2)],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", LABELS)
@@ -161,13 +200,15 @@ def test_labels(case):
     settings, expected = LABELS[case]
     for number, options in enumerate(settings):
         keep(f"r{number}", epochs=[1], **options)
-    found = score_files.read_runs(["."])
+    found = score_labels.read_runs(["."])
     assert [r.label for r in found] == expected
-    assert max(map(len, expected)) <= score_files.LONGEST
-    assert [r.label for r in score_files.read_runs(["."], list("abcd")[: len(found)])] == list("abcd")[: len(found)]
+    assert max(map(len, expected)) <= score_labels.LONGEST
+    assert [r.label for r in score_labels.read_runs(["."], list("abcd")[: len(found)])] == list(
+        "abcd"
+    )[: len(found)]
 
 
-# -------------------------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 
 
 def test_smoothing_slow_loop():
@@ -179,7 +220,7 @@ def test_smoothing_slow_loop():
             window = values[max(0, i - (width - 1) // 2) : i + width // 2 + 1]
             if np.isfinite(values[i]):
                 slow[i] = np.nanmean(window)
-        np.testing.assert_allclose(script.smooth(values, width), slow)
+        np.testing.assert_allclose(figures.smooth(values, width), slow)
 
 
 @pytest.fixture
@@ -188,63 +229,91 @@ def three(here):
     keep("r/a", range(1, 8), alpha=0.999, rates=(1, 1, 1, 1, 0.1, 0.1, 0.1), knn=51.25)
     keep("r/b", range(1, 5), alpha=0.5, rates=(1, 1, 0.1, 0.1), draw=1)
     keep("r/c", range(0, 3), command="ring/train_ring.py", first=0, batch=3, alpha=0.99, draw=2)
-    return score_files.read_runs(["r"])
+    return score_labels.read_runs(["r"])
 
 
 def colours(axes) -> list:
-    """Of the runs' lines, in the order in which they are drawn; vertical ones and grey ones apart."""
-    found = [line.get_color() for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xdata()) > 2]
+    """Return the colours of the runs' lines, in the order in which they are drawn."""
+    found = [
+        line.get_color()
+        for line in axes.lines
+        if line.get_linestyle() != "None" and len(line.get_xdata()) > 2
+    ]
     return list(dict.fromkeys(found))
 
 
 def test_a_run_has_one_look_everywhere(three):
-    curves, panel = script.curves(three, "neg_mean", SHOWN).axes[0], script.panel(three, SHOWN).axes
-    bars = script.histograms(three, [1, 2]).axes
-    falls = script.waterfall([("1", 0), ("2", 1), ("3", 2)], three, "neg_mean", "alpha", SHOWN).axes[0]
-    expected = list(script.COLOURS[:3])
+    curves, panel = (
+        figures.curves(three, "neg_mean", SHOWN).axes[0],
+        figures.panel(three, SHOWN).axes,
+    )
+    bars = figures.histograms(three, [1, 2]).axes
+    falls = figures.waterfall(
+        [("1", 0), ("2", 1), ("3", 2)], three, "neg_mean", "alpha", SHOWN
+    ).axes[0]
+    expected = list(figures.COLOURS[:3])
     assert len(panel) == 6 and len(bars) == 4
     for axes in (curves, *panel[:5], *bars):
         assert colours(axes) == expected
     assert colours(falls) == expected[::-1]  # those behind come first
-    looks = [script.style(i, 100, 60) for i in range(56)]
+    looks = [figures.style(i, 100, 60) for i in range(56)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 56
-    channel = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in script.COLOURS])
+    channel = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in figures.COLOURS])
     linear = np.where(channel <= 0.04045, channel / 12.92, ((channel + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
     assert luminance.max() < 0.45 and luminance[0] == 0  # dark enough for white paper
 
 
 def test_curves_show_every_iteration_and_drops(three):
-    axes = script.curves(three, "pos_mean", SHOWN).axes[0]
+    axes = figures.curves(three, "pos_mean", SHOWN).axes[0]
     lines = [line for line in axes.lines if line.get_linestyle() == "-"]
     for line, found in zip(lines, three, strict=True):
         np.testing.assert_array_equal(line.get_xdata(), found.iterations)
         np.testing.assert_array_equal(line.get_ydata(), found.curves[:, 2])
-    drops = {line.get_xdata()[0]: line.get_color() for line in axes.lines if line.get_linestyle() == "--"}
-    assert drops == {17: script.COLOURS[0], 9: script.COLOURS[1]}
-    late = script.curves(three, "pos_mean", Namespace(start=10, smooth=5)).axes[0]
+    drops = {
+        line.get_xdata()[0]: line.get_color() for line in axes.lines if line.get_linestyle() == "--"
+    }
+    assert drops == {17: figures.COLOURS[0], 9: figures.COLOURS[1]}
+    late = figures.curves(three, "pos_mean", Namespace(start=10, smooth=5)).axes[0]
     assert min(line.get_xdata()[0] for line in late.lines if len(line.get_xdata()) > 2) == 10
     assert [line.get_xdata()[0] for line in late.lines if line.get_linestyle() == "--"] == [17]
 
 
 @pytest.mark.parametrize("count, length", [(1, 4), (3, 20), (9, 46), (20, 46)])
 def test_no_label_lies_on_another(count, length):
-    """Legends beside the axes and within the picture, tick labels and titles apart from each other."""
+    """Legends are beside the axes and within the picture; tick labels and titles are apart."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     keep("r", range(1, 4), rates=(1, 1, 0.1), knn=51.0)
-    (found,) = score_files.read_runs(["r"])
-    runs = [score_files.Run(**vars(found) | {"label": f"{i:02d} {'w' * (length - 3)}"}) for i in range(count)]
-    for figure in (script.curves(runs, "exp_pos", SHOWN), script.panel(runs, SHOWN), script.histograms(runs, [1, 3])):
+    (found,) = score_labels.read_runs(["r"])
+    runs = [
+        score_files.Run(**vars(found) | {"label": f"{i:02d} {'w' * (length - 3)}"})
+        for i in range(count)
+    ]
+    for figure in (
+        figures.curves(runs, "exp_pos", SHOWN),
+        figures.panel(runs, SHOWN),
+        figures.histograms(runs, [1, 3]),
+    ):
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw(renderer)
         whole = figure.bbox.padded(2)
-        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+        legends = [
+            *figure.legends,
+            *(axes.get_legend() for axes in figure.axes if axes.get_legend()),
+        ]
         drawn = [axes for axes in figure.axes if axes.axison]
-        boxes = [axes.get_tightbbox(renderer) for axes in drawn] + [legend.get_window_extent() for legend in legends]
+        boxes = [axes.get_tightbbox(renderer) for axes in drawn] + [
+            legend.get_window_extent() for legend in legends
+        ]
         assert len(legends) == 1
         for number, box in enumerate(boxes):
-            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1, box
+            assert (
+                whole.x0 <= box.x0
+                and box.x1 <= whole.x1
+                and whole.y0 <= box.y0
+                and box.y1 <= whole.y1
+            ), box
             assert not any(box.padded(-1).overlaps(other) for other in boxes[:number])
         for axes in drawn:
             labels = [t.get_window_extent(renderer) for t in axes.get_xticklabels() if t.get_text()]
@@ -278,9 +347,15 @@ def test_where_nothing_was_kept_nothing_is_drawn():
     for number, scores in arrays.items():
         np.save(f"run/scores/score_{number:03d}.npy", scores)
     (args, found), drawn = (script.parse_args(["run"]), one()), []
-    for figure in (script.curves([found], "exp_neg", args), script.histograms([found], [1, 2])):
+    for figure in (figures.curves([found], "exp_neg", args), figures.histograms([found], [1, 2])):
         figure.draw_without_rendering()
-        drawn.append([axes for axes in figure.axes if any(np.isfinite(x.get_ydata()).any() for x in axes.lines)])
+        drawn.append(
+            [
+                axes
+                for axes in figure.axes
+                if any(np.isfinite(x.get_ydata()).any() for x in axes.lines)
+            ]
+        )
     assert [len(axes) for axes in drawn] == [0, 1]  # positives in epoch 1
 
 
@@ -299,14 +374,18 @@ def test_tensorboard(three, capsys, monkeypatch):
         scalars = events.Scalars("scores/neg_mean")  # once, also after a second time
         assert [s.step for s in scalars] == found.iterations.tolist()
         np.testing.assert_allclose([s.value for s in scalars], found.curves[:, 1], rtol=1e-6)
-    with run_folder.only_writer("r/a"), pytest.raises(UserError, match="is writing to r/a"):
+    with files.only_writer("r/a"), pytest.raises(UserError, match="is writing to r/a"):
         script.main(["r/a", "--tensorboard"])
 
 
 def test_the_notebook(workspace, monkeypatch, capsys):
-    """Its code cells one after the other, the scripts in this process and on so few pictures that an epoch has two steps."""
+    """Run its code cells in order, the scripts in this process, on so few pictures that an epoch
+    has two steps.
+    """
     notebook = json.loads((ROOT / "docs/scores.ipynb").read_text())
-    (workspace / "feature_transform").symlink_to(ROOT / "feature_transform")  # how it finds the project's root
+    (workspace / "feature_transform").symlink_to(
+        ROOT / "feature_transform"
+    )  # how it finds the project's root
     (workspace / "below").mkdir()
     (workspace / "four.txt").write_text(
         "\n".join(sorted(p.name for p in (workspace / "data/demo/train").iterdir())[:4])
@@ -331,7 +410,9 @@ def test_the_notebook(workspace, monkeypatch, capsys):
         assert (ROOT / command[1]).is_file() and how == {"check": True}
         name = command[1].removesuffix(".py").replace("/", ".")
         started.append(name)
-        importlib.import_module(name).main([*command[2:], *smaller.get(name.rpartition(".")[2], [])])
+        importlib.import_module(name).main(
+            [*command[2:], *smaller.get(name.rpartition(".")[2], [])]
+        )
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
     names = {"__name__": "notebook"}
@@ -348,7 +429,7 @@ def test_the_notebook(workspace, monkeypatch, capsys):
     assert names["scores"].shape == (2, 32, 5)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def refused(*flags, error=UserError) -> str:
@@ -361,7 +442,10 @@ def refused(*flags, error=UserError) -> str:
 def test_runs_without_scores_and_folders_that_are_no_runs():
     Path("run").mkdir()
     Path("file").touch()
-    assert refused("run") == "run: not a run folder (no config.json), and no scores/score_EPOCH.npy in or below it"
+    assert (
+        refused("run")
+        == "run: not a run folder (no config.json), and no scores/score_EPOCH.npy in or below it"
+    )
     Path("run/config.json").write_text("{}")
     assert refused("run") == "run: no scores of this run; train it with --save_score"
     assert refused("nowhere", error=UsageError) == "nowhere: no such folder"
@@ -375,7 +459,10 @@ BROKEN = {
     "text": (b"no array at all", "cut short, or not an array of NumPy"),
     "cut": (200, "cut short, or not an array of NumPy"),
     "header": (9, "cut short, or not an array of NumPy"),
-    "shape": (np.zeros((3, 5), np.float32), "(3, 5) of float32, expected (iterations, batch, 5) of floats"),
+    "shape": (
+        np.zeros((3, 5), np.float32),
+        "(3, 5) of float32, expected (iterations, batch, 5) of floats",
+    ),
     "columns": (np.zeros((3, 2, 4)), "(3, 2, 4) of float64, expected"),
     "type": (np.zeros((3, 2, 5), "U1"), "expected (iterations, batch, 5) of floats"),
     "archive": ("npz", "an archive, expected"),
@@ -386,7 +473,9 @@ BROKEN = {
 def test_files_that_cannot_be_drawn(case):
     keep("run")
     path, (content, message) = Path("run/scores/score_002.npy"), BROKEN[case]
-    if content is None:  # batches of unequal size, as the authors' code saved them with an older NumPy
+    if (
+        content is None
+    ):  # batches of unequal size, as the authors' code saved them with an older NumPy
         ragged = np.empty(2, object)
         ragged[:] = [np.zeros((4, 5)), np.zeros((3, 5))]
         np.save(path, ragged, allow_pickle=True)
@@ -415,8 +504,12 @@ def test_bad_flags(three, capsys):
     )
     keep("s/a", alpha=0.5), keep("s/b", alpha=0.5)
     assert "--sweep alpha: 0.5 in every run" in refused("s", "--sweep", "alpha", error=UsageError)
-    assert "--epochs 9: of no run; there are epochs 1 to 7" in refused("r", "--epochs", "1,9", error=UsageError)
-    assert "--start 99: the runs have 28 iterations" in refused("r", "--start", "99", error=UsageError)
+    assert "--epochs 9: of no run; there are epochs 1 to 7" in refused(
+        "r", "--epochs", "1,9", error=UsageError
+    )
+    assert "--start 99: the runs have 28 iterations" in refused(
+        "r", "--start", "99", error=UsageError
+    )
     for flags, message in (
         ("--formats gif", "'gif' must be some of png,pdf,svg"),
         ("--epochs 0,1", "whole numbers from 1"),
@@ -433,7 +526,8 @@ def test_as_a_program():
     assert shown.returncode == 0 and "--sweep" in shown.stdout
     found = run_script("feature_transform/plot_scores.py", "run", "--epoch", "1", cwd=Path.cwd())
     assert (found.returncode, found.stdout) == (2, "") and "did you mean --epochs?" in found.stderr
-    printed = [line.split() for line in script.__doc__.splitlines() if line.strip().startswith("python ")]
+    text = script.__doc__.replace("\\\n", "")
+    printed = [line.split() for line in text.splitlines() if line.strip().startswith("python ")]
     assert len(printed) == 2
     for _, program, *flags in printed:
         assert (ROOT / program).samefile(script.__file__) and script.parse_args(flags).runs

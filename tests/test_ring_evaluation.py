@@ -1,4 +1,4 @@
-"""Evaluation of the ring's networks: published checkpoints, two protocols, nearest neighbours, transfer. No network."""
+"""Evaluation of the ring's networks: published files, protocols, nearest neighbours, transfer."""
 
 import argparse
 import csv
@@ -14,11 +14,12 @@ from PIL import Image
 from vectors import published_keys
 
 from cmc import colour
-from common import UsageError, UserError, backbones, data, sets
-from runner import checkpoint, layouts
+from common import UsageError, UserError, backbones, data, launch, sets
 from ring import eval_ring, nearest, networks, released, transfer
+from runner import checkpoint, layouts, pretrained
 
-SMALL = "--device cpu --input-res 16 --epochs 2 --batch-size 64 -j 2 --seed 0 --dataset folder --root DATA".split()
+SMALL = "--device cpu --input-res 16 --epochs 2 --batch-size 64 -j 2 --seed 0".split()
+SMALL += "--dataset folder --root DATA".split()
 
 
 def lightning(path, keys: str, rows: int, **more) -> None:
@@ -30,12 +31,23 @@ def lightning(path, keys: str, rows: int, **more) -> None:
     state = {}
     for name, shape, kind in published_keys(keys):
         shape = [rows, *shape[1:]] if name == "memory_bank._bank" else shape
-        drawn = torch.randn(shape) * 0.05 if "float" in kind else torch.zeros(shape, dtype=torch.int64)
-        state[name] = drawn.abs() + 0.5 if name.endswith(("running_var", "bn1.weight", "bn2.weight")) else drawn
+        drawn = (
+            torch.randn(shape) * 0.05 if "float" in kind else torch.zeros(shape, dtype=torch.int64)
+        )
+        state[name] = (
+            drawn.abs() + 0.5
+            if name.endswith(("running_var", "bn1.weight", "bn2.weight"))
+            else drawn
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
-        saved = {"epoch": 200, "global_step": 39000, "pytorch-lightning_version": "1.1.8", "state_dict": state}
+        saved = {
+            "epoch": 200,
+            "global_step": 39000,
+            "pytorch-lightning_version": "1.1.8",
+            "state_dict": state,
+        }
         saved |= {
             "callbacks": {callback: {"monitor": None, "dirpath": "x"}},
             "optimizer_states": [],
@@ -59,7 +71,14 @@ def folder(demo_set, tmp_path_factory):
     state = layouts.add_prefix(network.state_dict(), "model.")
     for bank in ("memory_bank_l", "memory_bank_ab"):
         state[f"{bank}._bank"] = torch.nn.functional.normalize(torch.randn(160, 128), dim=1)
-    opt = dict(method="cmc", view="Lab", negatives="ring", augmentation="mocov2_32x32", dataset="folder", input_res=32)
+    opt = dict(
+        method="cmc",
+        view="Lab",
+        negatives="ring",
+        augmentation="mocov2_32x32",
+        dataset="folder",
+        input_res=32,
+    )
     (folder / "cmc").mkdir()
     torch.save({"opt": opt, "epoch": 3, "state_dict": state}, folder / "cmc" / "current.pth")
     return folder
@@ -79,17 +98,22 @@ def evaluate(network, out, *flags) -> dict:
 
 @pytest.mark.parametrize("name, label", [("ir", None), ("moco", None), ("cmc", "CMC ring")])
 def test_a_checkpoint_is_evaluated(workspace, tmp_path, capsys, name, label):
-    """Published IR and MoCo, our CMC: linear, k-NN and the bank, with what the checkpoint says of itself."""
+    """Published IR and MoCo, our CMC: linear, k-NN and the bank, as the checkpoint says."""
     found = evaluate(name, tmp_path, "--cache-views", "1")["own"]
     assert (tmp_path / f"{name}_standard_seed_0" / "own" / "current.pth").is_file()
     assert found["method"] == name and found["arch"] == "resnet18" and found["linear_epochs"] == 2
     assert found["label"] == label or label is None
-    assert {"acc1", "acc1_best", "knn_acc1", "bank_acc1"} <= found.keys() and 0 <= found["bank_acc1"] <= 100
+    assert {"acc1", "acc1_best", "knn_acc1", "bank_acc1"} <= found.keys() and 0 <= found[
+        "bank_acc1"
+    ] <= 100
     said = capsys.readouterr().out
     width = 1024 if name == "cmc" else 512
     saved = checkpoint.load(tmp_path / f"{name}_standard_seed_0" / "own" / "current.pth")
     assert saved["classifier"]["weight"].shape == (10, width)
-    assert "| data set | classes | train | val | linear, last epoch | best | k-NN | 1-NN in the bank |" in said
+    assert (
+        "| data set | classes | train | val | linear, last epoch | best | k-NN | 1-NN in the bank |"
+        in said
+    )
     assert f"| own | 10 | 160 | 40 | {found['acc1']:.2f} |" in said
     # of IR and MoCo it is in the config.json of their experiment
     assert saved["opt"]["augmentation"] == "mocov2_32x32" and saved["script"] == "ring/eval_ring.py"
@@ -97,36 +121,38 @@ def test_a_checkpoint_is_evaluated(workspace, tmp_path, capsys, name, label):
 
 def test_features_are_those_of_the_published_network(workspace):
     """The pooled feature, and for CMC both towers' side by side."""
-    args = eval_ring.parse_args([*SMALL, "--model_path", "ir"])
-    saved = eval_ring.read_network(args)
+    saved, args = eval_ring.read(eval_ring.parse_args([*SMALL, "--model_path", "ir"]))
     assert (args.method, args.augmentation) == ("ir", "mocov2_32x32")
     network = networks.of_checkpoint(saved).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    precision = eval_ring.Precision(False, torch.device("cpu"))
     reference = backbones.build("resnet18", 0, small_stem=True).eval()
     checkpoint.load_into(reference, layouts.without_head(layouts.backbone(saved)), "reference")
-    torch.testing.assert_close(eval_ring.embed(network, images, precision), reference(images))
+    torch.testing.assert_close(eval_ring.embed(network, images, args), reference(images))
     towers = networks.build_network("resnet18", 128, True, colour.default_views("Lab")).eval()
-    both = eval_ring.embed(towers, images, precision)
-    one = eval_ring.embed(towers.towers()[1], images[:, 1:], precision)
+    both = eval_ring.embed(towers, images, args)
+    one = eval_ring.embed(towers.towers()[1], images[:, 1:], args)
     assert both.shape == (2, 1024) and torch.equal(both[:, 512:], one)
 
 
 def test_the_protocols_differ_as_they_say(workspace, tmp_path):
-    """Released: training mode (the statistics move, the parameters do not), the views of the pre-training, another rate."""
+    """Released: training mode, so that the statistics move; views of the pre-training; its rate."""
     standard, theirs = (
-        eval_ring.parse_args([*SMALL, "--model_path", "ir", "--protocol", p]) for p in eval_ring.PROTOCOLS
+        eval_ring.parse_args([*SMALL, "--model_path", "ir", "--protocol", p])
+        for p in released.PROTOCOLS
     )
-    assert (standard.learning_rate, standard.weight_decay, standard.milestones) == (0.5, 0.0, [1, 2])
+    assert (standard.learning_rate, standard.weight_decay, standard.milestones) == (
+        0.5,
+        0.0,
+        [1, 2],
+    )
     assert (theirs.learning_rate, theirs.weight_decay, theirs.milestones) == (0.01, 1e-5, [])
-    for args in (standard, theirs):
-        eval_ring.read_network(args)
-    assert "GaussianBlur" in repr(eval_ring.recipe(theirs, True)) and "GaussianBlur" not in repr(
-        eval_ring.recipe(standard, True)
-    )
-    assert repr(eval_ring.recipe(theirs, False)) == repr(eval_ring.recipe(standard, False))
+    standard, theirs = (eval_ring.read(args)[1] for args in (standard, theirs))
+    assert "GaussianBlur" in repr(eval_ring.recipe(theirs, None, True))
+    assert "GaussianBlur" not in repr(eval_ring.recipe(standard, None, True))
+    plain = [repr(eval_ring.recipe(args, None, False)) for args in (standard, theirs)]
+    assert plain[0] == plain[1]
     moved = {}
-    for protocol in eval_ring.PROTOCOLS:
+    for protocol in released.PROTOCOLS:
         evaluate("ir", tmp_path, "--protocol", protocol, "--epochs", "1")
         saved = checkpoint.load(tmp_path / f"ir_{protocol}_seed_0" / "own" / "current.pth")
         moved[protocol] = saved.get("statistics")
@@ -137,21 +163,18 @@ def test_the_protocols_differ_as_they_say(workspace, tmp_path):
 
 
 def checkpoint_of(name):
-    return eval_ring.probe.pretrained(name, "--model_path", "ring/train_ring.py")
+    return pretrained.read(name, "--model_path", "ring/train_ring.py")
 
 
 def test_a_network_that_changes_voids_the_result(workspace):
     """Both protocols look after the parameters, the standard one after the statistics as well."""
-    for kind, caught in ((eval_ring.probe.Classifier, True), (released.Released, False)):
-        network = networks.of_checkpoint(checkpoint_of("ir"))
-        classifier = torch.nn.Linear(512, 10)
-        args = (
-            lambda x: x,
-            classifier,
-            torch.optim.SGD(classifier.parameters(), lr=1.0),
-            eval_ring.processes.Process(),
+    args = eval_ring.parse_args([*SMALL, "--model_path", "ir"])
+    for spec, caught in ((eval_ring.SPEC, True), (eval_ring.RELEASED, False)):
+        network, classifier = eval_ring.build_network(
+            checkpoint_of("ir"), args, 10, launch.Process()
         )
-        method = kind(network, *args, classes=["a"])
+        kind = spec.method or eval_ring.linear.Classifier
+        method = kind(spec, args, launch.Process(), network, classifier, None, {})
         network.features[1].running_mean += 1
         if caught:
             with pytest.raises(UserError, match="running_mean changed"):
@@ -167,25 +190,43 @@ def test_a_resume_equals_an_uninterrupted_run(workspace, tmp_path):
     """In the middle of the second data set, with the protocol that has more to go on with."""
     flags = ["--protocol", "released", "--lr", "0.1", "--transfer", "birds=BIRDS"]
     whole = evaluate("ir", tmp_path / "whole", *flags)
-    with stopped_at(12):  # neighbours 3 batches, two epochs of 2 + 1; then neighbours 2, and the first step
+    with stopped_at(
+        12
+    ):  # neighbours 3 batches, two epochs of 2 + 1; then neighbours 2, and the first step
         evaluate("ir", tmp_path / "parts", *flags)
     (half,) = (tmp_path / "parts").glob("*/birds/current.pth")
     assert (checkpoint.load(half)["epoch"], checkpoint.load(half)["step"]) == (0, 1)
-    assert not (half.parent / "result.json").exists() and (half.parent.parent / "own" / "result.json").exists()
+    assert (
+        not (half.parent / "result.json").exists()
+        and (half.parent.parent / "own" / "result.json").exists()
+    )
     parts = evaluate("ir", tmp_path / "parts", *flags, "--resume", "auto")
     assert parts.keys() == whole.keys() == {"own", "birds"}
     for name in whole:
-        a, b = (checkpoint.load(tmp_path / f / "ir_released_seed_0" / name / "current.pth") for f in ("whole", "parts"))
-        assert a["statistics"] and equal(a["classifier"], b["classifier"]) and equal(a["statistics"], b["statistics"])
-        assert all(whole[name][key] == parts[name][key] for key in ("acc1", "acc1_best", "knn_acc1"))
+        a, b = (
+            checkpoint.load(tmp_path / f / "ir_released_seed_0" / name / "current.pth")
+            for f in ("whole", "parts")
+        )
+        assert (
+            a["statistics"]
+            and equal(a["classifier"], b["classifier"])
+            and equal(a["statistics"], b["statistics"])
+        )
+        assert all(
+            whole[name][key] == parts[name][key] for key in ("acc1", "acc1_best", "knn_acc1")
+        )
     fewer = ["--protocol", "released", "--resume", "auto"]  # not all of the data sets of then
     assert evaluate("ir", tmp_path / "parts", *fewer)["own"]["acc1"] == whole["own"]["acc1"]
     path = tmp_path / "parts" / "ir_released_seed_0" / "own" / "current.pth"
     state, mean = checkpoint.load(path), "features.1.running_mean"
     short = state["statistics"] | {mean: torch.zeros(3)}
-    for key, value in (("statistics", None), ("statistics", short), ("neighbours", {"knn_acc1": "high"})):
+    for key, value, message in (
+        ("statistics", None, "its statistics lack batch-norm statistics of its network"),
+        ("statistics", short, rf"does not fit this model \({mean} is \(3,\), expected"),
+        ("neighbours", {"knn_acc1": "high"}, "its neighbours cannot be used"),
+    ):
         torch.save(state | {key: value}, path)
-        with pytest.raises(UserError, match=rf"current.pth.*\b{mean if value is short else key} is "):
+        with pytest.raises(UserError, match=f"current.pth.*{message}"):
             evaluate("ir", tmp_path / "parts", *fewer)
 
 
@@ -195,23 +236,32 @@ def test_a_checkpoint_without_some_of_its_flags(workspace, tmp_path):
     state |= {"memory_bank._bank": torch.tensor(0.0)}
     torch.save({"state_dict": state, "opt": {"seed": 1}}, tmp_path / "a.ckpt")
     assert (
-        evaluate(tmp_path / "a.ckpt", tmp_path / "out", "--nn-only", "--dataset", "folder")["own"]["method"] == "moco"
+        evaluate(tmp_path / "a.ckpt", tmp_path / "out", "--nn-only", "--dataset", "folder")["own"][
+            "method"
+        ]
+        == "moco"
     )
 
 
-# ---------------------------------------------------------------------------------------------------- nearest neighbours
+# ------------------------------------------------------------------------------- nearest neighbours
 
 
 def test_the_nearest_row_of_a_bank():
     """Unlabelled rows are passed over, of two banks the similarities are added."""
     generator = torch.Generator().manual_seed(0)
-    banks = [torch.nn.functional.normalize(torch.randn(50, 8, generator=generator), dim=1) for _ in range(2)]
+    banks = [
+        torch.nn.functional.normalize(torch.randn(50, 8, generator=generator), dim=1)
+        for _ in range(2)
+    ]
     labels, targets = torch.arange(50) % 7, torch.arange(30) % 7
     labels[::5] = -1
     z = torch.randn(30, 16, generator=generator)
     hits = 0
     for row, target in zip(z, targets):
-        scores = [banks[0][i] @ row[:8] / row[:8].norm() + banks[1][i] @ row[8:] / row[8:].norm() for i in range(50)]
+        scores = [
+            banks[0][i] @ row[:8] / row[:8].norm() + banks[1][i] @ row[8:] / row[8:].norm()
+            for i in range(50)
+        ]
         best = max((i for i in range(50) if labels[i] >= 0), key=lambda i: scores[i])
         hits += int(labels[best] == target)
     assert nearest.in_bank(z, banks, labels, targets, 7) == pytest.approx(hits / 30 * 100)
@@ -233,16 +283,22 @@ def test_neighbours_do_not_write_over_a_result(workspace, tmp_path):
     first = evaluate("ir", tmp_path / "out", "--nn-only")
     with pytest.raises(UsageError, match="already holds result-nn.json"):
         evaluate("ir", tmp_path / "out", "--nn-only")
-    assert evaluate("ir", tmp_path / "out", "--nn-only", "--overwrite")["own"]["knn_acc1"] == first["own"]["knn_acc1"]
+    assert (
+        evaluate("ir", tmp_path / "out", "--nn-only", "--overwrite")["own"]["knn_acc1"]
+        == first["own"]["knn_acc1"]
+    )
 
 
 def test_neighbours_only(workspace, tmp_path, capsys):
     found = evaluate("ir", tmp_path, "--nn-only", "--knn-k", "5")["own"]
     assert {"knn_acc1", "bank_acc1"} <= found.keys() and "acc1" not in found
-    assert not list(tmp_path.glob("*/own/*.pth")) and "| own | 10 | 160 | 40 |" in capsys.readouterr().out
+    assert (
+        not list(tmp_path.glob("*/own/*.pth"))
+        and "| own | 10 | 160 | 40 |" in capsys.readouterr().out
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- transfer
+# ----------------------------------------------------------------------------------------- transfer
 
 
 def picture(path, seed: int) -> None:
@@ -268,7 +324,9 @@ def make_aircraft(root):
     (base / "variants.txt").write_text("707-320\nA340-300\n")
     for split, numbers in (("trainval", "12"), ("test", "3")):
         (base / f"images_variant_{split}.txt").write_text(
-            "".join(f"000{n}{c} {v}\n" for n in numbers for c, v in enumerate(("707-320", "A340-300")))
+            "".join(
+                f"000{n}{c} {v}\n" for n in numbers for c, v in enumerate(("707-320", "A340-300"))
+            )
         )
         for n in numbers:
             for c in range(2):
@@ -292,7 +350,9 @@ def make_pets(root):
     base = root / "oxford-iiit-pet"
     (base / "annotations").mkdir(parents=True)
     for split, number in (("trainval", 1), ("test", 2)):
-        (base / "annotations" / f"{split}.txt").write_text(f"Abyssinian_{number} 1 1 1\nboxer_{number} 2 2 1\n")
+        (base / "annotations" / f"{split}.txt").write_text(
+            f"Abyssinian_{number} 1 1 1\nboxer_{number} 2 2 1\n"
+        )
         for i, name in enumerate(("Abyssinian", "boxer")):
             picture(base / "images" / f"{name}_{number}.jpg", i)
     return 2, 2, ["Abyssinian", "Boxer"]
@@ -314,7 +374,13 @@ def make_omniglot(root):
         for character in ("character01", "character02"):
             for writer in (1, 16, 17, 20):
                 picture(
-                    root / "omniglot-py" / f"images_{part}" / alphabet / character / f"0709_{writer:02d}.png", writer
+                    root
+                    / "omniglot-py"
+                    / f"images_{part}"
+                    / alphabet
+                    / character
+                    / f"0709_{writer:02d}.png",
+                    writer,
                 )
         (root / "omniglot-py" / f"images_{part}.zip").write_bytes(b"")
     names = [f"{a}/character0{c}" for a in ("Greek", "Tibetan") for c in (1, 2)]
@@ -325,7 +391,9 @@ def make_svhn(root):
     scipy_io = pytest.importorskip("scipy.io")
     for split, n in (("train", 3), ("test", 2)):
         pixels = np.zeros((32, 32, 3, n), dtype=np.uint8)
-        scipy_io.savemat(root / f"{split}_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [2]][:n])})
+        scipy_io.savemat(
+            root / f"{split}_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [2]][:n])}
+        )
     return 3, 2, [str(d) for d in range(10)]
 
 
@@ -340,22 +408,31 @@ def make_flowers(root):
     return 4, 2, None
 
 
-@pytest.mark.parametrize("name, make", [
-    ("DTD", make_dtd), ("FGVCAircraft", make_aircraft), ("GTSRB", make_gtsrb), ("OxfordIIITPet", make_pets),
-    ("Food101", make_food), ("Omniglot", make_omniglot), ("SVHN", make_svhn), ("Flowers102", make_flowers),
-])  # fmt: skip
-def test_torchvision_sets_are_read(name, make, tmp_path, monkeypatch):
-    """Tiny sets in torchvision's own layout: numbers, classes in label order, files that are there, no picture in both."""
+MAKERS = {
+    "DTD": make_dtd,
+    "FGVCAircraft": make_aircraft,
+    "GTSRB": make_gtsrb,
+    "OxfordIIITPet": make_pets,
+    "Food101": make_food,
+    "Omniglot": make_omniglot,
+    "SVHN": make_svhn,
+    "Flowers102": make_flowers,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_torchvision_sets_are_read(name, tmp_path, monkeypatch):
+    """Tiny sets in torchvision's layout: numbers, label order, files, no picture on both sides."""
     for module in ("omniglot", "svhn", "flowers102"):  # their sums are those of the real files
         monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, *_: True)
-    train, test, classes = make(tmp_path)
+    train, test, classes = MAKERS[name](tmp_path)
     both = transfer.open_both(name, str(tmp_path))
     assert (len(both[0]), len(both[1])) == (train, test) and both[0].classes == both[1].classes
     assert classes is None or both[0].classes == classes
     for pictures in both:
         assert 0 <= pictures.targets.min() and pictures.targets.max() < len(pictures.classes)
         how = dict(seed=0, device=torch.device("cpu"), shuffle=False, drop_last=False)
-        loader = data.Loader(pictures, (eval_ring.recipe(views(), False),), 4, **how)
+        loader = data.Loader(pictures, (eval_ring.recipe(views(), None, False),), 4, **how)
         assert sum(len(target) for _, target, _ in loader) == len(pictures)
     if name == "GTSRB":
         assert both[1].targets.tolist() == [16, 1]
@@ -366,7 +443,9 @@ def test_torchvision_sets_are_read(name, make, tmp_path, monkeypatch):
     if name != "SVHN":
         assert name == "Flowers102" or not set(both[0].paths) & set(both[1].paths)
     if name == "Omniglot":
-        assert {path[-6:-4] for path in both[0].paths} == {"01", "16"} and {p[-6:-4] for p in both[1].paths} == {
+        assert {path[-6:-4] for path in both[0].paths} == {"01", "16"} and {
+            p[-6:-4] for p in both[1].paths
+        } == {
             "17",
             "20",
         }
@@ -374,22 +453,36 @@ def test_torchvision_sets_are_read(name, make, tmp_path, monkeypatch):
 
 
 def views():
-    return argparse.Namespace(method="ir", protocol="standard", augmentation="mocov2_32x32", input_res=16, view="Lab")
+    return argparse.Namespace(
+        method="ir", protocol="standard", augmentation="mocov2_32x32", input_res=16, view="Lab"
+    )
 
 
 def test_transfer_to_several_sets_in_one_table(workspace, tmp_path, capsys):
-    """Class folders and a torchvision set; every result lies in its folder when the table is printed."""
+    """Class folders and a torchvision set; every result lies in its folder, and in a table."""
     make_dtd(tmp_path / "tv")
-    flags = ["--transfer", "birds=BIRDS", "DTD", "--transfer-root", str(tmp_path / "tv"), "--cache-views", "1"]
+    flags = [
+        "--transfer",
+        "birds=BIRDS",
+        "DTD",
+        "--transfer-root",
+        str(tmp_path / "tv"),
+        "--cache-views",
+        "1",
+    ]
     found = evaluate("ir", tmp_path / "out", *flags)
     assert found.keys() == {"own", "birds", "DTD"}
     rows = json.loads((tmp_path / "out" / "ir_standard_seed_0" / "table.json").read_text())["rows"]
-    assert [row["data"] for row in rows] == ["own", "birds", "DTD"] and [row["classes"] for row in rows] == [10, 10, 2]
+    assert [row["data"] for row in rows] == ["own", "birds", "DTD"] and [
+        row["classes"] for row in rows
+    ] == [10, 10, 2]
     for row in rows:
         assert row["acc1"] == pytest.approx(found[row["data"]]["acc1"], abs=1e-5)
         assert ("bank_acc1" in row) == (row["data"] == "own")
     assert "| DTD | 2 | 6 | 2 |" in capsys.readouterr().out
-    assert found["birds"]["knn_acc1"] == found["own"]["knn_acc1"]  # the same pictures under another name
+    assert (
+        found["birds"]["knn_acc1"] == found["own"]["knn_acc1"]
+    )  # the same pictures under another name
     with pytest.raises(UsageError, match="already holds current.pth"):
         evaluate("ir", tmp_path / "out", *flags)
 
@@ -397,17 +490,21 @@ def test_transfer_to_several_sets_in_one_table(workspace, tmp_path, capsys):
 @pytest.mark.parametrize("words, message", [
     (["DTDD"], "--transfer DTDD: no such folder, and no data set of that name: DTD"),
     (["nowhere"], "no such folder, and no data set of that name: FGVCAircraft, DTD, GTSRB"),
-    (["birds=NOWHERE"], "NOWHERE: no such folder"), (["DTD", "DTD=elsewhere"], "--transfer DTD: twice"),
+    (["birds=NOWHERE"], "NOWHERE: no such folder"),
+    (["DTD", "DTD=elsewhere"], "--transfer DTD: twice"),
     (["a/b=BIRDS"], "becomes a folder: one word"), (["data"], "data: no train/ folder"),
 ])  # fmt: skip
 def test_names_and_paths_are_checked_first(workspace, words, message, capsys):
-    says_no(eval_ring.parse_args, [*SMALL, "--model_path", "ir", "--transfer", *words], message, capsys)
+    says_no(
+        eval_ring.parse_args, [*SMALL, "--model_path", "ir", "--transfer", *words], message, capsys
+    )
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--protocol", "released", "--cache-views", "1"], "--cache-views: with --protocol released"),
-    (["--transfer", "birds=BIRDS", "--resume", "x.pth"], "--resume x.pth: with --transfer only auto"),
-    (["--protocol", "theirs"], "invalid choice"), (["--transfer", "BIRDS", "--model_path="], "no such file"),
+    (["--transfer", "birds=BIRDS", "--resume", "x.pth"], "x.pth: with --transfer only auto"),
+    (["--protocol", "theirs"], "invalid choice"),
+    (["--transfer", "BIRDS", "--model_path="], "no such file"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(workspace, flags, message, capsys):
     if "--model_path=" in flags:
@@ -430,7 +527,8 @@ def test_what_is_missing_is_said(workspace, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dtd, "download_and_extract_archive", refuse)
     flags = ["--transfer", "DTD", "birds=BIRDS", "--transfer-root", str(tmp_path / "tv")]
     with pytest.raises(
-        UserError, match=r"DTD is not in .* could not be downloaded \(no route to host\): fetch it where"
+        UserError,
+        match=r"DTD is not in .* could not be downloaded \(no route to host\): fetch it where",
     ):
         evaluate("ir", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()  # nothing was begun
@@ -443,7 +541,9 @@ def test_the_demo(workspace, monkeypatch, capsys):
     """--demo finds the newest run of train_ring.py --demo."""
     (workspace / "runs" / "try-ring").mkdir(parents=True, exist_ok=True)
     (workspace / "runs" / "try-ring" / "pretrain_cmc_ring_folder").symlink_to(workspace / "cmc")
-    eval_ring.main(["--demo", "--device", "cpu", "--epochs", "1", "--cache-views", "1", "--input-res", "16"])
+    eval_ring.main(
+        ["--demo", "--device", "cpu", "--epochs", "1", "--cache-views", "1", "--input-res", "16"]
+    )
     (done,) = (workspace / "runs" / "try-ring-linear").glob("*/own/result.json")
     assert done.parent.parent.name == "pretrain_cmc_ring_folder_standard"
     assert json.loads(done.read_text())["label"] == "CMC ring"

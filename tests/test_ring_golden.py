@@ -1,16 +1,27 @@
-"""Conditional negatives against the published code's own numbers (tests/golden/README.md, sections 4 and 5)."""
+"""Conditional negatives against the published code's own numbers.
+
+tests/golden/README.md, sections 4 and 5, says where they come from.
+"""
+
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_backbones import Golden, filled
 from vectors import close, keys, names, published_keys, read
 
-from common import UserError
-from runner import layouts
+from common import UserError, backbones
 from ring import memories, negatives, networks, thresholds
+from ring.negatives import Comparison, Rule, conditional_loss
+from runner import layouts
 
-BLOCKS = [10**9, 4000, 0]  # HALF: all anchors at once; some scored, fewer compared; one after the other
+BLOCKS = [
+    10**9,
+    4000,
+    0,
+]  # HALF: all anchors at once; some scored, fewer compared; one after the other
 
 
 @pytest.fixture(params=BLOCKS, ids=["one block", "some anchors", "an anchor at a time"])
@@ -21,18 +32,21 @@ def blocks(request, monkeypatch):
 def rule_and_ranks(kind: str, config: list, n: int, ball_of: int | None = None):
     """A row of `configs` as the rule it means, and its ranks among n candidates."""
     outer, inner, *switches = config
-    rule = negatives.Rule(kind, inner, *map(bool, switches), ball_of_batch=ball_of is not None)
+    rule = Rule(kind, inner, *map(bool, switches), ball_of_batch=ball_of is not None)
     return rule, rule.ranks(outer, n, ball_of or n)
 
 
 @pytest.mark.parametrize("name", names("ring_moco*"))
 def test_moco(name, blocks):
     g, kind = read(name), name.split("_")[1].removeprefix("moco") or "all"
-    for i, config in enumerate(g["configs"].tolist() if "configs" in g else [[1.0, 0.0, 1, 0, 1, 1]]):
+    for i, config in enumerate(
+        g["configs"].tolist() if "configs" in g else [[1.0, 0.0, 1, 0, 1, 1]]
+    ):
         x, y = (g[key].clone().requires_grad_() for key in ("outputs1", "outputs2"))
         query, key = (F.normalize(v, dim=1) for v in (x, y))
         rule, ranks = rule_and_ranks(kind, config, len(g["queue"]))
-        loss = negatives.conditional_loss(query, (query * key).sum(1), g["queue"], g["t"], rule, ranks)
+        comparison = Comparison(rule, ranks, g["t"])
+        loss = conditional_loss(query, (query * key).sum(1), g["queue"], comparison)
         loss.backward()
         close(loss.detach(), g["loss"][i], atol=1e-6)
         close(x.grad, g["grad_outputs1"][i], rtol=2e-4)
@@ -41,7 +55,10 @@ def test_moco(name, blocks):
 
 @pytest.mark.parametrize("name", names("ring_nce*"))
 def test_memory_bank(name, blocks):
-    """IR. The published ball is a share of the batch; the stored draws are looked up among the candidates found here."""
+    """IR. The stored draws are looked up among the candidates that are selected here.
+
+    The published ball is a share of the batch.
+    """
     g, kind = read(name), name.split("_")[1].removeprefix("nce") or "all"
     ball_of = len(g["outputs"]) if kind == "ball" else None
     for i, draws in enumerate(g["negative_row"].long()):
@@ -57,7 +74,7 @@ def test_memory_bank(name, blocks):
         if kind == "ring":  # in the published order, too
             assert torch.equal(at, g["noise_index"][i, :, : rows.shape[1]].long())
         positive = (query * g["bank"][g["indices"]]).sum(1)
-        loss = negatives.conditional_loss(query, positive, g["bank"], g["t"], rule, ranks, at)
+        loss = conditional_loss(query, positive, g["bank"], Comparison(rule, ranks, g["t"], at))
         loss.backward()
         close(loss.detach(), g["loss"][i], atol=1e-6)
         close(x.grad, g["grad_outputs"][i], rtol=2e-4)
@@ -92,7 +109,9 @@ def test_policies_at_every_step():
     for name, policy in made.items():
         found = torch.tensor([policy(step) for step in range(len(g[name]))], dtype=torch.float64)
         close(found, g[name], rtol=1e-9, atol=1e-12)
-        assert policy(10**9) == pytest.approx(g[name][-1].item())  # the tables end, the formulas do not
+        assert policy(10**9) == pytest.approx(
+            g[name][-1].item()
+        )  # the tables end, the formulas do not
 
 
 def test_adaptive_policies_and_their_history():
@@ -127,22 +146,27 @@ def test_adaptive_policies_and_their_history():
 @pytest.mark.parametrize("conv3x3", [False, True])
 @torch.no_grad()
 def test_network_values_and_names(conv3x3):
-    golden = Golden("ring_backbone_resnet18" + "_conv3x3" * conv3x3, keys="ring_nce_system")
+    golden = Golden(
+        "ring_backbone_resnet18_conv3x3" if conv3x3 else "ring_backbone_resnet18",
+        keys="ring_nce_system",
+    )
     golden.keys = [entry for entry in golden.keys if entry[0].startswith("model.")]
     if not conv3x3:
         golden.keys[0][1] = [64, 3, 7, 7]
     network = filled(lambda: networks.build_network("resnet18", 128, conv3x3))
     golden.check_keys(network, "model.", lambda name: name)
     x = golden.input()
-    golden.check("h", networks.backbones.feature(network, x, 6))
+    golden.check("h", backbones.feature(network, x, 6))
     golden.check("z", network(x))
-    again = networks.of_checkpoint({"state_dict": layouts.add_prefix(network.state_dict(), "model.")})
+    again = networks.of_checkpoint(
+        {"state_dict": layouts.add_prefix(network.state_dict(), "model.")}
+    )
     assert torch.equal(again.eval()(x), network(x))
     with pytest.raises(UserError, match="holds no network of ring/train_ring.py"):
         networks.of_checkpoint({"state_dict": {"encoder.weight": torch.zeros(1)}})
 
 
-# ------------------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------- properties
 
 
 def scores(b=7, n=90, seed=0):
@@ -172,54 +196,65 @@ def test_switched_off_it_is_info_nce():
     positive = (query * key).sum(1)
     logits = torch.cat([positive[:, None], query @ queue.T], 1) / 0.2
     plain = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
-    for rule in (negatives.Rule("all"), negatives.Rule("ball"), negatives.Rule("ring", 0.0)):
-        close(negatives.conditional_loss(query, positive, queue, 0.2, rule, rule.ranks(1.0, 40, 5)), plain)
-    ball, ring = negatives.Rule("ball"), negatives.Rule("ring", 0.0)
+
+    def loss(rule, ranks):
+        return conditional_loss(query, positive, queue, Comparison(rule, ranks, 0.2))
+
+    for rule in (Rule("all"), Rule("ball"), Rule("ring", 0.0)):
+        close(loss(rule, rule.ranks(1.0, 40, 5)), plain)
+    ball, ring = Rule("ball"), Rule("ring", 0.0)
     assert ball.ranks(0.3, 40, 5) == ring.ranks(0.3, 40, 5) == (0, 12)
-    losses = [negatives.conditional_loss(query, positive, queue, 0.2, r, (0, 12)) for r in (ball, ring)]
-    assert losses[0] == losses[1] != plain
+    assert loss(ball, (0, 12)) == loss(ring, (0, 12)) != plain
 
 
 def test_equal_scores_give_the_logarithm_of_their_number():
     query, bank = torch.ones(3, 1), torch.ones(50, 1)
-    loss = negatives.conditional_loss(query, torch.ones(3), bank, 0.1, negatives.Rule(), (2, 12))
+    loss = conditional_loss(query, torch.ones(3), bank, Comparison(Rule(), (2, 12), 0.1))
     close(loss, torch.tensor(11.0).log())
 
 
-def test_draws_are_the_ranks_of_the_ring(monkeypatch):
+def test_draws_are_the_ranks_of_the_ring():
     generator = torch.Generator().manual_seed(0)
     drawn = negatives.draw(300, 40, (5, 12), generator)
     assert drawn.shape == (300, 40) and sorted(drawn.unique().tolist()) == list(range(7))
-    again = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(negatives.processes, "world_size", lambda: 2)
-    halves = []
-    for rank in range(2):
-        monkeypatch.setattr(negatives.processes, "rank", lambda rank=rank: rank)
-        halves.append(negatives.draw(150, 40, (5, 12), again.manual_seed(0)))
-    assert torch.equal(torch.cat(halves), drawn)
 
 
 def test_an_empty_ring_says_its_numbers():
-    with pytest.raises(UserError, match=r"of 40 candidates, outer threshold 0.02 and inner 0.1 leave the ranks 0 to 0"):
-        negatives.Rule().ranks(0.02, 40, 8)
-    with pytest.raises(UserError, match=r"--neighbor-views: of 40 candidates, outer .* 0.1 and inner 0.1 cut out none"):
-        negatives.Rule(neighbor_views=True).narrowest(0.1, 40, 8)
-    assert negatives.Rule("ball", ball_of_batch=True).ranks(0.5, 40, 8) == (0, 4)
+    numbers = "of 40 candidates, outer threshold 0.02 and inner 0.1 leave the ranks 0 to 0"
+    with pytest.raises(ValueError, match=numbers):
+        Rule().ranks(0.02, 40, 8)
+    numbers = "no neighbor_views: of 40 candidates, outer .* 0.1 and inner 0.1 cut out none"
+    with pytest.raises(ValueError, match=numbers):
+        Rule(neighbor_views=True).narrowest(0.1, 40, 8)
+    assert Rule("ball", ball_of_batch=True).ranks(0.5, 40, 8) == (0, 4)
+
+
+def test_it_needs_torch_alone():
+    """What is imported by the file of the paper's idea."""
+    source = (ROOT / "ring/negatives.py").read_text()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
+    assert imported <= {"__future__", "collections", "dataclasses", "typing", "torch"}
 
 
 def test_description_counts_classes_where_they_are_known():
     bank = scores(3, 6)
-    ring = negatives.Ring(bank[:, :1], bank[:, 1:4], torch.tensor([[0], [1], [5]]), torch.tensor([[1, 2, 3]] * 3))
-    found = negatives.description(ring, 0.5, torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1, 0, 0]))
+    ring = negatives.Ring(
+        bank[:, :1], bank[:, 1:4], torch.tensor([[0], [1], [5]]), torch.tensor([[1, 2, 3]] * 3)
+    )
+    found = negatives.description(
+        ring, 0.5, torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1, 0, 0])
+    )
     assert found["inner_own_class"] == 0.5  # one of two; the third anchor has no class
-    assert found["ring_own_class"] == 0.5  # 0: one of two; 1: one of two; the picture without a class does not count
+    assert (
+        found["ring_own_class"] == 0.5
+    )  # 0: one of two; 1: one of two; the picture without a class does not count
     close(found["ring_lowest"], bank[:, 1:4].min(1).values.mean() * 0.5)
     close(found["ring_highest"], bank[:, 1:4].max(1).values.mean() * 0.5)
     assert "ring_own_class" not in negatives.description(ring, 0.5)
 
 
 def test_system_of_moco_has_the_published_names():
-    g = dict((key, shape) for key, shape, _ in published_keys("ring_moco_system"))
+    g = {key: shape for key, shape, _ in published_keys("ring_moco_system")}
     system = memories.KeyQueue(*g["queue"])
     system.model = networks.build_network("resnet18", g["model.l2.weight"][0], True)
     system.memory_bank = memories.MemoryBank(*g["memory_bank._bank"], 0)

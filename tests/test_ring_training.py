@@ -1,4 +1,4 @@
-"""The pre-training script of conditional negatives: settings files, switches, resume, a picture of the ring, bad input."""
+"""The pre-training script of conditional negatives: settings, switches, resume, bad input."""
 
 import copy
 import json
@@ -14,13 +14,14 @@ from PIL import Image
 from vectors import keys, published_keys
 
 from common import UsageError, UserError, launch, sets
-from runner import checkpoint
-from ring import negatives
+from ring import negatives, sheet
 from ring import train_ring as script
+from runner import checkpoint, loop
 
 pytestmark = pytest.mark.usefixtures("slim")
 
-TINY = "--demo --epochs 2 -b 32 --k 64 --exp-base run --device cpu --print-freq 2 --thres-outer .5".split()
+TINY = "--demo --epochs 2 -b 32 --k 64 --exp-base run --device cpu".split()
+TINY += "--print-freq 2 --thres-outer .5".split()
 METHODS = {method: ["--method", method] for method in ("ir", "moco", "cmc")}
 CONFIGS = sorted(path.name for path in (ROOT / "ring/configs").glob("*.json"))
 
@@ -47,25 +48,55 @@ def same_run(a, b) -> None:
         assert equal(a[key], b[key]), key
 
 
+def at(epoch: int = 0, step: int = 0) -> loop.At:
+    return loop.At(epoch, 0.0, step)
+
+
 def parsed(flags: str = ""):
     return script.parse_args(["--root", "x", *flags.split()])
 
 
-# ------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def test_defaults_are_what_the_published_code_does():
     args = parsed()
     assert (args.method, args.negatives, args.k, args.t, args.m) == ("ir", "ring", 4096, 0.07, 0)
-    assert (args.thres_outer, args.thres_inner, args.anneal, args.max_anneal_epoch) == (0.1, 0.1, "constant", 100)
-    assert args.dynamic_inner and args.logsumexp_inner and args.self_negative and not args.neighbor_views
-    assert (args.dataset, args.resnet_version, args.conv3x3, args.out_dim) == ("cifar10", "resnet18", False, 128)
-    assert (args.epochs, args.batch_size, args.learning_rate, args.weight_decay) == (200, 256, 0.03, 1e-4)
-    assert (args.seed, args.workers, args.augmentation, args.input_res, args.nn_every) == (1337, 8, "v1", 224, 1)
+    assert (args.thres_outer, args.thres_inner, args.anneal, args.max_anneal_epoch) == (
+        0.1,
+        0.1,
+        "constant",
+        100,
+    )
+    assert (
+        args.dynamic_inner
+        and args.logsumexp_inner
+        and args.self_negative
+        and not args.neighbor_views
+    )
+    assert (args.dataset, args.resnet_version, args.conv3x3, args.out_dim) == (
+        "cifar10",
+        "resnet18",
+        False,
+        128,
+    )
+    assert (args.epochs, args.batch_size, args.learning_rate, args.weight_decay) == (
+        200,
+        256,
+        0.03,
+        1e-4,
+    )
+    assert (args.seed, args.workers, args.augmentation, args.input_res, args.nn_every) == (
+        1337,
+        8,
+        "v1",
+        224,
+        1,
+    )
     assert args.folder.endswith("/pretrain_ir_ring_cifar10")
-    rates = [script.learning_rate(args, epoch) for epoch in (0, 135, 136, 165, 166, 199)]
+    rates = [script.learning_rate(args, at(epoch)) for epoch in (0, 135, 136, 165, 166, 199)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
-    assert script.learning_rate(parsed("--scheduler none"), 199) == 0.03
+    assert script.learning_rate(parsed("--scheduler none"), at(199)) == 0.03
 
 
 def test_what_follows_from_other_flags():
@@ -73,10 +104,22 @@ def test_what_follows_from_other_flags():
     assert [parsed(f"--method {m}").bn_splits for m in ("ir", "cmc", "moco")] == [1, 1, 8]
     assert parsed("--method moco --no-shuffle-bn").bn_splits == 1
     assert parsed("--augmentation mocov2_96x96").input_res == 96
-    assert parsed("--augmentation mocov2_96x96 --input-res 64").input_res == 64  # what is published under that name
+    assert (
+        parsed("--augmentation mocov2_96x96 --input-res 64").input_res == 64
+    )  # what is published under that name
     assert parsed("--dataset cifar100_2views").dataset == "cifar100"
-    assert parsed("--dataset folder").nn_every == 0 and parsed("--dataset folder --anneal accuracy").nn_every == 1
+    assert (
+        parsed("--dataset folder").nn_every == 0
+        and parsed("--dataset folder --anneal accuracy").nn_every == 1
+    )
     assert parsed("--gpu-device cpu").device == "cpu" and parsed("--gpu-device 3").gpu == 3
+
+
+def test_the_common_spelling():
+    """Beside the published one; --queue and --ema are MoCo's."""
+    published = parsed("--method moco --k 512 --m .9 --t .1 --resnet-version resnet50 --exp-base x")
+    common = parsed("--method moco --queue 512 --ema .9 --temperature .1 --arch resnet50 --out x")
+    assert vars(published) | {"typed": 0} == vars(common) | {"typed": 0}
 
 
 def test_augmentation_as_published():
@@ -84,15 +127,22 @@ def test_augmentation_as_published():
         view = script.recipe(parsed(flags))
         return " ".join(type(op).__name__ for op in (view.geometry, *view.ops))
 
-    assert names("") == "RandomResizedCrop RandomGrayscale ColorJitter RandomHorizontalFlip Normalize"
-    later = "RandomResizedCrop ColorJitter RandomGrayscale GaussianBlur RandomHorizontalFlip Normalize"
+    assert (
+        names("") == "RandomResizedCrop RandomGrayscale ColorJitter RandomHorizontalFlip Normalize"
+    )
+    later = (
+        "RandomResizedCrop ColorJitter RandomGrayscale GaussianBlur RandomHorizontalFlip Normalize"
+    )
     assert names("--augmentation mocov2") == names("--augmentation mocov2_32x32") == later
     assert names("--method cmc") == "RandomResizedCrop RandomHorizontalFlip Views"
 
 
 BAD = {
     "no data": ([], "no data: give --root"),
-    "nothing left": (["--thres-inner", "1"], "--thres-inner 1.0 must be less than 1, all of the ball"),
+    "nothing left": (
+        ["--thres-inner", "1"],
+        "--thres-inner 1.0 must be less than 1, all of the ball",
+    ),
     "inner beyond outer": (
         ["--no-dynamic-inner", "--thres-inner", ".2"],
         "--thres-inner 0.2 must be less than the outer threshold 0.1",
@@ -101,18 +151,31 @@ BAD = {
         "--no-dynamic-inner --thres-outer .5 --thres-inner .2 --anneal linear".split(),
         "must be less than the outer threshold 0.1",
     ),
-    "no neighbours": (["--neighbor-views", "--thres-inner", "0"], "--neighbor-views needs an inner cut"),
+    "no neighbours": (
+        ["--neighbor-views", "--thres-inner", "0"],
+        "--neighbor-views needs an inner cut",
+    ),
     "no ring": (["--neighbor-views", "--negatives", "all"], "--neighbor-views needs an inner cut"),
-    "nothing to anneal": (["--negatives", "all", "--anneal", "step"], "--anneal step: with --negatives all"),
-    "no accuracy": (["--anneal", "accuracy", "--nn-every", "0"], "--anneal accuracy follows --nn-every 1"),
+    "nothing to anneal": (
+        ["--negatives", "all", "--anneal", "step"],
+        "--anneal step: with --negatives all",
+    ),
+    "no accuracy": (
+        ["--anneal", "accuracy", "--nn-every", "0"],
+        "--anneal accuracy follows --nn-every 1",
+    ),
     "queue and batch": (
         ["--method", "moco", "--k", "100"],
         "--k 100: a queue must be a multiple of the global batch 256",
     ),
     "MoCo draws nothing": (["--method", "moco", "--all-ring"], "--all-ring: MoCo always compares"),
-    "IR's": (["--method", "moco", "--ball-bank-size", "batch"], "--ball-bank-size belongs to --method ir"),
+    "IR's": (
+        ["--method", "moco", "--ball-bank-size", "batch"],
+        "--ball-bank-size belongs to --method ir",
+    ),
     "CMC's": (["--view", "YCbCr"], "--view belongs to --method cmc"),
     "MoCo's": (["--no-shuffle-bn"], "--shuffle-bn belongs to --method moco"),
+    "MoCo's queue": (["--queue", "64"], "--queue belongs to --method moco"),
     "GPU": (["--gpu-device", "0,1"], "--gpu-device 0,1: a number, or cpu"),
 }
 
@@ -123,22 +186,42 @@ def test_bad_flags(case, capsys):
     says_no(script.parse_args, ["--root", "x", *flags] if flags else [], message, capsys)
 
 
-# ----------------------------------------------------------------------------------------------------- settings files
+# ----------------------------------------------------------------------------------- settings files
 
 
 def template(**changed) -> dict:
     """A file in the published format, with every key that the published ones have."""
-    anneal = dict.fromkeys(
-        "adaptive_anneal_on_loss adaptive_anneal_on_acc linear_anneal exponential_anneal step_anneal".split(), False
-    )
+    anneal = {
+        "adaptive_anneal_on_loss": False,
+        "adaptive_anneal_on_acc": False,
+        "linear_anneal": False,
+        "exponential_anneal": False,
+        "step_anneal": False,
+    }
     dead = {"validate_freq": 1, "patience": 10, "num_view_update": 1}
-    loss = {"loss": "MoCoRing", "k": 512, "t": 0.07, "m": 0.999, "thres_outer": 0.2, "thres_inner": 0.1}
-    loss |= {"dynamic_inner": True, "neighbor_views": False, "logsumexp_inner": True, "max_anneal_epoch": 100, **anneal}
+    loss = {
+        "loss": "MoCoRing",
+        "k": 512,
+        "t": 0.07,
+        "m": 0.999,
+        "thres_outer": 0.2,
+        "thres_inner": 0.1,
+    }
+    loss |= {
+        "dynamic_inner": True,
+        "neighbor_views": False,
+        "logsumexp_inner": True,
+        "max_anneal_epoch": 100,
+        **anneal,
+    }
     sgd = {"batch_size": 256, "learning_rate": 0.03, "momentum": 0.9, "weight_decay": 1e-4, **dead}
     settings = {
-        "exp_base": None, "exp_name": "mine", "system": "PretrainMoCoSystem", "cuda": True, "gpu_device": 8, "seed": 1337,
-        "shuffle_bn": True, "data_loader_workers": 16, "data_params": {"root": None, "dataset": None},
-        "model_params": {"out_dim": 64, "resnet_version": "resnet18", "projection_head": True}, "loss_params": loss,
+        "exp_base": None, "exp_name": "mine", "system": "PretrainMoCoSystem", "cuda": True,
+        "gpu_device": 8, "seed": 1337,
+        "shuffle_bn": True, "data_loader_workers": 16,
+        "data_params": {"root": None, "dataset": None},
+        "model_params": {"out_dim": 64, "resnet_version": "resnet18", "projection_head": True},
+        "loss_params": loss,
         "optim_params": sgd | {"scheduler": "MoCoLRScheduler"}, "num_epochs": 200, "validate": True,
         "copy_checkpoint_freq": 5, "continue_from_checkpoint": None,
     }  # fmt: skip
@@ -156,13 +239,23 @@ def written(folder, **changed) -> str:
 
 def test_a_published_call_says_what_flags_say(tmp_path, capsys):
     path = written(tmp_path)
-    args = script.parse_args([path, "--root", "x", "--dataset", "cifar10_2views", "--gpu-device", "0"])
+    args = script.parse_args(
+        [path, "--root", "x", "--dataset", "cifar10_2views", "--gpu-device", "0"]
+    )
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(f"warning: {path}: without effect, as in the published code: ")
-    for key in ("cuda", "gpu_device", "model_params.projection_head", "optim_params.patience", "validate"):
+    assert said.count("\n") == 1 and said.startswith(
+        f"warning: {path}: without effect, as in the published code: "
+    )
+    for key in (
+        "cuda",
+        "gpu_device",
+        "model_params.projection_head",
+        "optim_params.patience",
+        "validate",
+    ):
         assert key in said
-    flags = "--method moco --k 512 --thres-outer .2 --out-dim 64 -j 16 --exp-name mine --dataset cifar10 --gpu-device 0"
-    typed = parsed(flags)
+    flags = "--method moco --k 512 --thres-outer .2 --out-dim 64 -j 16 --exp-name mine"
+    typed = parsed(f"{flags} --dataset cifar10 --gpu-device 0")
     assert vars(args) == vars(typed) | {"typed": args.typed}
     assert args.typed == {"file", "data", "dataset", "gpu_device"} and args.gpu == 0
     assert vars(script.parse_args(["--config", path, "--root", "x"])) | {"typed": 0} == vars(
@@ -174,8 +267,15 @@ def test_what_is_typed_beats_the_file_and_so_does_the_demo(tmp_path):
     path = written(tmp_path, loss_params__linear_anneal=True, loss_params__neighbor_views=True)
     args = script.parse_args([path, "--root", "x"])
     assert (args.k, args.anneal, args.neighbor_views) == (512, "linear", True)
-    args = script.parse_args([path, "--root", "x", "--k", "1024", "--no-neighbor-views", "--anneal", "step"])
-    assert (args.k, args.anneal, args.neighbor_views, args.thres_outer) == (1024, "step", False, 0.2)
+    args = script.parse_args(
+        [path, "--root", "x", "--k", "1024", "--no-neighbor-views", "--anneal", "step"]
+    )
+    assert (args.k, args.anneal, args.neighbor_views, args.thres_outer) == (
+        1024,
+        "step",
+        False,
+        0.2,
+    )
     args = script.parse_args([path, "--demo"])
     assert (args.method, args.batch_size, args.data, args.out_dim) == ("moco", 64, "data/demo", 64)
 
@@ -185,11 +285,23 @@ def test_what_is_typed_beats_the_file_and_so_does_the_demo(tmp_path):
     [
         ({"optim_params__scheduler": None}, {"scheduler": "none"}),
         ({"loss_params__exponential_anneal": True}, {"anneal": "exponential"}),
-        ({"loss_params__exponential_decay_anneal": True, "loss_params__step_anneal": True}, {"anneal": "step"}),
+        (
+            {"loss_params__exponential_decay_anneal": True, "loss_params__step_anneal": True},
+            {"anneal": "step"},
+        ),
         ({"loss_params__adaptive_anneal_on_acc": True}, {"anneal": "accuracy", "nn_every": 1}),
-        ({"loss_params__dynamic_inner": False, "loss_params__thres_inner": 0.05}, {"dynamic_inner": False}),
-        ({"data_params__mocov2_64x64_transforms": True}, {"augmentation": "mocov2_64x64", "input_res": 64}),
-        ({"loss_params__loss": "NCEBall", "system": "PretrainNCESystem"}, {"method": "ir", "negatives": "ball"}),
+        (
+            {"loss_params__dynamic_inner": False, "loss_params__thres_inner": 0.05},
+            {"dynamic_inner": False},
+        ),
+        (
+            {"data_params__mocov2_64x64_transforms": True},
+            {"augmentation": "mocov2_64x64", "input_res": 64},
+        ),
+        (
+            {"loss_params__loss": "NCEBall", "system": "PretrainNCESystem"},
+            {"method": "ir", "negatives": "ball"},
+        ),
     ],
 )
 def test_keys_that_choose(tmp_path, changed, expected):
@@ -204,12 +316,27 @@ BAD_FILES = {
     ),
     "type": ({"loss_params__k": "many"}, "loss_params.k: invalid int value: 'many'"),
     "bound": ({"loss_params__t": 0}, "loss_params.t: 0 must be above 0"),
-    "switch": ({"loss_params__neighbor_views": 1}, "loss_params.neighbor_views is true or false, not 1"),
+    "switch": (
+        {"loss_params__neighbor_views": 1},
+        "loss_params.neighbor_views is true or false, not 1",
+    ),
     "list": ({"loss_params__k": [1]}, "loss_params.k is a number or a text, not [1]"),
-    "choice": ({"model_params__resnet_version": "vgg"}, "model_params.resnet_version: invalid choice: 'vgg'"),
-    "loss": ({"loss_params__loss": "SimCLR"}, 'loss_params.loss "SimCLR": there are NCE, NCEBall, NCERing, MoCo'),
-    "two methods": ({"loss_params__loss": "NCERing"}, "system PretrainMoCoSystem and loss NCERing do not go together"),
-    "transfer": ({"system": "TransferSystem"}, 'system "TransferSystem": there are PretrainNCESystem'),
+    "choice": (
+        {"model_params__resnet_version": "vgg"},
+        "model_params.resnet_version: invalid choice: 'vgg'",
+    ),
+    "loss": (
+        {"loss_params__loss": "SimCLR"},
+        'loss_params.loss "SimCLR": there are NCE, NCEBall, NCERing, MoCo',
+    ),
+    "two methods": (
+        {"loss_params__loss": "NCERing"},
+        "system PretrainMoCoSystem and loss NCERing do not go together",
+    ),
+    "transfer": (
+        {"system": "TransferSystem"},
+        'system "TransferSystem": there are PretrainNCESystem',
+    ),
 }
 
 
@@ -223,7 +350,12 @@ def test_bad_settings(case, tmp_path, capsys):
 def test_files_that_are_no_settings(tmp_path, capsys):
     path = tmp_path / "broken.json"
     path.write_text('{\n  "seed": 1,\n  "num_epochs" 3\n}\n')
-    says_no(script.parse_args, [str(path)], f"{path}: not JSON at line 3, column 16: expecting ':' delimiter", capsys)
+    says_no(
+        script.parse_args,
+        [str(path)],
+        f"{path}: not JSON at line 3, column 16: expecting ':' delimiter",
+        capsys,
+    )
     path.write_text("[1, 2]")
     says_no(script.parse_args, [str(path)], "settings are an object {...}, not a list", capsys)
     path.write_bytes(b"\xff\xfe\x00")
@@ -245,18 +377,25 @@ def test_there_is_a_settings_file_for_every_combination():
 def test_the_settings_files_run(name, capsys):
     path = str(ROOT / "ring/configs" / name)
     args = script.parse_args([path])
-    assert name == f"{args.dataset}_{args.method}_{args.negatives}.json" and capsys.readouterr().err == ""
+    assert (
+        name == f"{args.dataset}_{args.method}_{args.negatives}.json"
+        and capsys.readouterr().err == ""
+    )
     side = 96 if args.dataset == "stl10" else 32
     assert (args.augmentation, args.input_res) == (f"mocov2_{side}x{side}", side)
     (switch,) = (key for key in json.loads(open(path).read())["data_params"] if "transforms" in key)
     assert switch == f"{args.augmentation}_transforms"
-    args = script.parse_args([path, "--demo", "-b", "8", "--k", "24", "--device", "cpu", "--bn-splits", "1"])
+    args = script.parse_args(
+        [path, "--demo", "-b", "8", "--k", "24", "--device", "cpu", "--bn-splits", "1"]
+    )
     assert torch.isfinite(a_step(args)[0]["loss"])
 
 
 def made(args):
     torch.manual_seed(0)
-    pictures = sets.ArraySet(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), [i % 4 for i in range(40)], list("abcd"))
+    pictures = sets.ArraySet(
+        torch.zeros(40, 3, 32, 32, dtype=torch.uint8), [i % 4 for i in range(40)], list("abcd")
+    )
     return {"ir": script.IR, "moco": script.MoCo, "cmc": script.CMC}[args.method](
         args, pictures, 5, launch.Process()
     )
@@ -264,24 +403,31 @@ def made(args):
 
 def random_views(args, step: int) -> list:
     generator = torch.Generator().manual_seed(step)
-    return list(torch.randn(2 if args.method == "moco" else 1, args.batch_size, 3, 32, 32, generator=generator))
+    return list(
+        torch.randn(
+            2 if args.method == "moco" else 1, args.batch_size, 3, 32, 32, generator=generator
+        )
+    )
 
 
 def a_step(args, steps: int = 1) -> tuple:
     """(what the last of some steps on random views says, the method)."""
     method = made(args)
     for step in range(steps):
-        said = method.step(random_views(args, step), torch.arange(args.batch_size), step)
+        index = torch.arange(args.batch_size)
+        said = method.step(loop.Batch(random_views(args, step), index % 4, index, at(step=step)))
     return said, method
 
 
-# -------------------------------------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_switched_off_it_is_the_plain_method(method):
     def after(flags):
-        args = script.parse_args([*TINY, *METHODS[method], "-b", "8", "--k", "24", "--bn-splits", "1", *flags.split()])
+        args = script.parse_args(
+            [*TINY, *METHODS[method], "-b", "8", "--k", "24", "--bn-splits", "1", *flags.split()]
+        )
         said, made = a_step(args, 2)
         return said["loss"], made.system.state_dict()
 
@@ -295,7 +441,9 @@ def test_switched_off_it_is_the_plain_method(method):
     assert not equal(ball, after("--negatives ball --thres-inner .3 --neighbor-views"))
 
 
-@pytest.mark.parametrize("flags", ["", "--all-ring", "--negatives all", "--method cmc", "--method moco"])
+@pytest.mark.parametrize(
+    "flags", ["", "--all-ring", "--negatives all", "--method cmc", "--method moco"]
+)
 def test_scores_are_of_the_negatives_that_enter_the_loss(flags, monkeypatch):
     """Drawn ones of the ring, or all of it; several blocks of anchors."""
     args = script.parse_args(
@@ -304,23 +452,34 @@ def test_scores_are_of_the_negatives_that_enter_the_loss(flags, monkeypatch):
     method = made(args)
     monkeypatch.setattr(negatives, "HALF", 3 * 20 * method.candidates)
     moco, views, index = args.method == "moco", random_views(args, 0), torch.arange(8)
-    memories = [method.system.queue] if moco else [method.bank(i)._bank for i in reversed(range(len(method.banks)))]
-    network, banks, draws = copy.deepcopy(method.encoder), [m.clone() for m in memories], method.generators["draws"]
+    memories = [method.system.queue] if moco else [b._bank for b in reversed(method.banks)]
+    network, banks = copy.deepcopy(method.network), [m.clone() for m in memories]
+    draws = method.generators["draws"]
     inner, outer = method.rule.ranks(0.5, method.candidates, 8)
-    drawn = None if moco or args.all_ring else torch.randint(outer - inner, (8, 23), generator=draws.clone_state())
-    method.step(views, index, 0)
+    drawn = (
+        None
+        if moco or args.all_ring
+        else torch.randint(outer - inner, (8, 23), generator=draws.clone_state())
+    )
+    scores = method.step(loop.Batch(views, index % 4, index, at()))["scores"]
     feats, each = network(views[0]), []
     for feat, bank in zip(feats if isinstance(feats, tuple) else [feats], banks, strict=True):
         query = F.normalize(feat, dim=1)
-        scores = query @ bank.T
-        ring = scores if args.negatives == "all" else scores.sort(dim=1, descending=True).values[:, inner:outer]
-        positives = method.system.queue if moco else bank  # the keys that this step has put first; the own rows
+        ring = query @ bank.T
+        if args.negatives != "all":
+            ring = ring.sort(dim=1, descending=True).values[:, inner:outer]
+        positives = (
+            method.system.queue if moco else bank
+        )  # the keys that this step has put first; the own rows
         each.append(
-            statistics((query * positives[:8]).sum(1), ring if drawn is None else ring.gather(1, drawn), args.t)
+            statistics(
+                (query * positives[:8]).sum(1),
+                ring if drawn is None else ring.gather(1, drawn),
+                args.t,
+            )
         )
     assert (inner, outer) == ((0, 40) if args.negatives == "all" else (3, 12) if moco else (6, 20))
-    assert [len(s) for s in method.scores] == [8] * len(each)
-    torch.testing.assert_close(torch.stack(method.scores).mean(0), torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores, torch.stack(each).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_the_published_slip_of_the_ball_is_reachable():
@@ -338,22 +497,32 @@ def test_the_whole_ring_is_what_many_draws_come_to():
 
 
 def test_a_step_of_moco_as_published():
-    args = script.parse_args([*TINY, *METHODS["moco"], "-b", "8", "--k", "24", "--bn-splits", "2", "--m", ".9"])
+    args = script.parse_args(
+        [*TINY, *METHODS["moco"], "-b", "8", "--k", "24", "--bn-splits", "2", "--m", ".9"]
+    )
     torch.manual_seed(0)
     pictures = sets.ArraySet(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), [0] * 40, ["a"])
     method = script.MoCo(args, pictures, 5, launch.Process())
     start = {k: v.clone() for k, v in method.system.state_dict().items()}
     index = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5])
     with torch.no_grad():
-        for p in method.encoder.parameters():
+        for p in method.network.parameters():
             p.add_(0.01)  # so that following can be seen
-    moved = {k: v.detach().clone() for k, v in method.encoder.named_parameters()}
-    method.step(list(torch.randn(2, 8, 3, 32, 32)), index, 0)
-    for name, key in method.system.model_k.named_parameters():  # before the step: the query parameters of then
-        torch.testing.assert_close(key, 0.9 * start[f"model_k.{name}"] + 0.1 * moved[name], msg=name)
-    assert method.system.queue_ptr == 8 and method.system.pictures.tolist() == [*index.tolist(), *[-1] * 16]
+    moved = {k: v.detach().clone() for k, v in method.network.named_parameters()}
+    method.step(loop.Batch(list(torch.randn(2, 8, 3, 32, 32)), index % 4, index, at()))
+    for (
+        name,
+        key,
+    ) in method.system.model_k.named_parameters():  # before the step: the query parameters of then
+        torch.testing.assert_close(
+            key, 0.9 * start[f"model_k.{name}"] + 0.1 * moved[name], msg=name
+        )
+    assert method.system.queue_ptr == 8 and method.system.pictures.tolist() == [
+        *index.tolist(),
+        *[-1] * 16,
+    ]
     assert torch.equal(method.system.queue[8:], start["queue"][8:])
-    changed = (method.bank()._bank != start["memory_bank._bank"]).any(1).nonzero().flatten()
+    changed = (method.banks[0]._bank != start["memory_bank._bank"]).any(1).nonzero().flatten()
     assert sorted(index.tolist()) == changed.tolist()
 
 
@@ -367,15 +536,16 @@ def test_scores_are_held_in_bounded_blocks(monkeypatch):
 
     monkeypatch.setattr(negatives, "select", looked_at)
     rule = negatives.Rule()
-    negatives.conditional_loss(
-        query.requires_grad_(), query.sum(1), bank, 0.1, rule, rule.ranks(0.1, 200_000, 64)
-    ).backward()
+    comparison = negatives.Comparison(rule, rule.ranks(0.1, 200_000, 64), 0.1)
+    negatives.conditional_loss(query.requires_grad_(), query.sum(1), bank, comparison).backward()
     scored, compared = zip(*held)
     assert max(scored) <= negatives.HALF and sum(compared) == 64
-    assert max(compared) * 200_000 * 16 <= negatives.HALF  # a top-k copies the scores of a row with their numbers
+    assert (
+        max(compared) * 200_000 * 16 <= negatives.HALF
+    )  # a top-k copies the scores of a row with their numbers
 
 
-# ------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 RUNS = {  # name: flags of runs whose state is more than weights
@@ -389,11 +559,15 @@ RUNS = {  # name: flags of runs whose state is more than weights
 def whole(module_folder) -> dict:
     """The runs that nothing has interrupted, and what they logged."""
     with inside(module_folder):
-        return {name: (train(*flags.split()), records(*flags.split())) for name, flags in RUNS.items()}
+        return {
+            name: (train(*flags.split()), records(*flags.split())) for name, flags in RUNS.items()
+        }
 
 
 @pytest.mark.parametrize("name, stop_at", [("ir", 3), ("moco", 6), ("moco", 3), ("cmc", None)])
-def test_a_resume_in_the_middle_of_an_annealing_is_bit_exact(whole, workspace, capsys, name, stop_at):
+def test_a_resume_in_the_middle_of_an_annealing_is_bit_exact(
+    whole, workspace, capsys, name, stop_at
+):
     flags = RUNS[name].split()
     if stop_at:
         with stopped_at(stop_at):
@@ -412,7 +586,11 @@ def test_a_resume_in_the_middle_of_an_annealing_is_bit_exact(whole, workspace, c
 def test_pictures_without_classes(workspace, demo_set, tmp_path, monkeypatch):
     monkeypatch.setattr(script.demo, "ensure_for", lambda *_: None)
     (tmp_path / "flat").symlink_to(demo_set / "train" / sorted(os.listdir(demo_set / "train"))[0])
-    flags = ["--data", str(tmp_path / "flat"), *"--epochs 1 --batch-size 8 --exp-base made --seed 3".split()]
+    flags = [
+        "--data",
+        str(tmp_path / "flat"),
+        *"--epochs 1 --batch-size 8 --exp-base made --seed 3".split(),
+    ]
     script.main([*TINY, *flags])
     (folder,) = os.listdir("made")
     assert folder == "pretrain_ir_ring_seed_3_folder"  # jobs over seeds have a folder for each
@@ -423,7 +601,11 @@ def test_pictures_without_classes(workspace, demo_set, tmp_path, monkeypatch):
 
 def test_what_a_run_says(whole):
     linear = [r["thres_outer"] for r in whole["ir"][1] if "thres_outer" in r]
-    assert linear[0] == 1 and linear[-1] == pytest.approx(0.1) and linear == sorted(linear, reverse=True)
+    assert (
+        linear[0] == 1
+        and linear[-1] == pytest.approx(0.1)
+        and linear == sorted(linear, reverse=True)
+    )
     for _, logged in whole.values():
         record = next(r for r in logged if "ring_lowest" in r)
         assert record["candidates"] > 0 and record["thres_inner"] == 0.1
@@ -441,20 +623,30 @@ def test_an_evaluation_moves_nothing(whole, workspace):
     """The published code pulls the key network along in every batch of an evaluation, too."""
     flags = RUNS["moco"].split()
     same_run(whole["moco"][0], train(*flags, "--nn-every", 1, "--knn-every", 1, "--knn-k", 5))
-    assert sum("nn_acc1" in r for r in records(*flags)) == 2 and sum("knn_acc1" in r for r in records(*flags)) == 2
+    assert (
+        sum("nn_acc1" in r for r in records(*flags)) == 2
+        and sum("knn_acc1" in r for r in records(*flags)) == 2
+    )
 
 
 def lightning(saved: dict, path: str) -> None:
-    """A file as Lightning 1 writes it, which has the state of a callback under the callback's class."""
+    """A file as Lightning 1 writes it, with a callback's state under the callback's class."""
     state = as_published(saved, ("state_dict", "epoch", "global_step"))
-    state = {k: state[k] for k in ("state_dict", "epoch", "global_step")} | {"optimizer_states": [state["optimizer"]]}
+    state = {k: state[k] for k in ("state_dict", "epoch", "global_step")} | {
+        "optimizer_states": [state["optimizer"]]
+    }
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    parents = {name: types.ModuleType(name) for name in ("pytorch_lightning", "pytorch_lightning.callbacks")}
+    parents = {
+        name: types.ModuleType(name)
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks")
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, made in (parents | {module.__name__: module}).items():
             patch.setitem(sys.modules, name, made)
-        state["callbacks"] = {module.ModelCheckpoint: {"best_model_path": "", "best_model_score": None}}
+        state["callbacks"] = {
+            module.ModelCheckpoint: {"best_model_path": "", "best_model_score": None}
+        }
         torch.save(state | {"pytorch-lightning_version": "1.1.8", "lr_schedulers": []}, path)
 
 
@@ -463,16 +655,23 @@ def test_a_published_checkpoint_resumes(workspace, full_width, capsys, method):
     flags = [*METHODS[method], "--conv3x3"] if method == "ir" else METHODS[method]
     ours = train(*flags, "--epochs", 1)
     if method == "ir":
-        wanted = [[k, [160, 128] if "bank" in k else s, d] for k, s, d in published_keys("ring_nce_system")]
+        wanted = [
+            [k, [160, 128] if "bank" in k else s, d]
+            for k, s, d in published_keys("ring_nce_system")
+        ]
         assert keys(ours["state_dict"]) == wanted
     lightning(ours, "theirs.ckpt")
     resumed = train(*flags, "--resume", "theirs.ckpt", "--exp-name", "other")
-    assert resumed["epoch"] == 2 and "resumed theirs.ckpt: epoch 1, step 0" in capsys.readouterr().out
+    assert (
+        resumed["epoch"] == 2 and "resumed theirs.ckpt: epoch 1, step 0" in capsys.readouterr().out
+    )
     if method == "moco":
-        assert (resumed["queue_pictures"] >= 0).all()  # filled again: five batches of 32 over a queue of 64
+        assert (
+            resumed["queue_pictures"] >= 0
+        ).all()  # filled again: five batches of 32 over a queue of 64
 
 
-# --------------------------------------------------------------------------------------------------------- to look at
+# --------------------------------------------------------------------------------------- to look at
 
 
 def test_show_ring(whole, workspace, module_folder, capsys):
@@ -484,14 +683,20 @@ def test_show_ring(whole, workspace, module_folder, capsys):
         with Image.open(f"{name}.png") as sheet:
             assert sheet.width > 600 and sheet.height > 600
         assert equal(before, checkpoint.load(path)) and not (workspace / "run").exists()
-    with pytest.raises(UsageError, match="--show-ring: no checkpoint in run/pretrain_ir_ring_folder yet"):
+    with pytest.raises(
+        UsageError, match="--show-ring: no checkpoint in run/pretrain_ir_ring_folder yet"
+    ):
         script.main([*TINY, "--show-ring", "x.png"])
 
 
 def test_ranks_that_are_shown():
-    ranks = script.monitor._ranks(5, 50, 500)
-    assert ranks == {"cut out (inside)": [2, 3, 4], "the ring": [5, 27, 49], "beyond": [50, 274, 499]}
-    assert script.monitor._ranks(0, 2, 2) == {"cut out (inside)": [], "the ring": [0, 1], "beyond": []}
+    ranks = sheet.shown_ranks(5, 50, 500)
+    assert ranks == {
+        "cut out (inside)": [2, 3, 4],
+        "the ring": [5, 27, 49],
+        "beyond": [50, 274, 499],
+    }
+    assert sheet.shown_ranks(0, 2, 2) == {"cut out (inside)": [], "the ring": [0, 1], "beyond": []}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -500,14 +705,15 @@ def test_show_views(workspace, method):
     assert (workspace / "views.png").stat().st_size > 10_000 and not (workspace / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_warnings(workspace, capsys):
     train("--method", "moco", "--epochs", 1, "--k", 160)
     said = capsys.readouterr().out
     assert (
-        "warning: the queue (--k 160) is as long as the data set (160 images)" in said and "the inner cut is to" in said
+        "warning: the queue (--k 160) is as long as the data set (160 images)" in said
+        and "the inner cut is to" in said
     )
     train("--epochs", 1, "--overwrite")
     said = capsys.readouterr().out
@@ -515,7 +721,10 @@ def test_warnings(workspace, capsys):
     train("--epochs", 1, "--overwrite", "--negatives", "all")
     assert "warning: --thres-outer does nothing with --negatives all" in capsys.readouterr().out
     train("--epochs", 1, "--k", 80, "--overwrite")
-    assert "--k 80 draws more negatives than there are candidates (72 at the narrowest)" in capsys.readouterr().out
+    assert (
+        "--k 80 draws more negatives than there are candidates (72 at the narrowest)"
+        in capsys.readouterr().out
+    )
 
 
 def test_bad_checkpoints_and_settings(workspace):
@@ -529,37 +738,82 @@ def test_bad_checkpoints_and_settings(workspace):
     before = (workspace / path).read_bytes()
     fails("is of --method ir, this run of moco", "--method", "moco", "--resume", path)
     fails("made with --k 64, this run has 96", "--method", "moco", "--k", 96, "--resume", queue)
-    fewer = {**saved["state_dict"], "memory_bank._bank": saved["state_dict"]["memory_bank._bank"][:150]}
-    torch.save({k: v for k, v in saved.items() if k != "data"} | {"state_dict": fewer}, "fewer.ckpt")
+    fewer = {
+        **saved["state_dict"],
+        "memory_bank._bank": saved["state_dict"]["memory_bank._bank"][:150],
+    }
+    torch.save(
+        {k: v for k, v in saved.items() if k != "data"} | {"state_dict": fewer}, "fewer.ckpt"
+    )
     fails("made with 150 training pictures, this run has 160", "--resume", "fewer.ckpt")
     torch.save({k: v for k, v in moco.items() if k != "opt"}, "theirs.ckpt")
     fails("theirs.ckpt is of MoCo: give the --method", "--resume", "theirs.ckpt")
     fails("does not fit this model", "--conv3x3", "--resume", path)
     fails("does not fit this model", "--out-dim", 64, "--resume", path)
     fails("already holds", error=UsageError)
-    fails("an empty ring: of 160 candidates, outer threshold 0.005", "--thres-outer", 0.005, "--resume", path)
-    fails("--neighbor-views: of 160 candidates", "--neighbor-views", "--thres-inner", 0.01, "--resume", path)
-    fails("an empty ring: of 32 candidates", "--method", "moco", "--k", 32, "--thres-outer", 0.01, "--overwrite")
+    fails(
+        "an empty ring: of 160 candidates, outer threshold 0.005",
+        "--thres-outer",
+        0.005,
+        "--resume",
+        path,
+    )
+    fails(
+        "no neighbor_views: of 160 candidates",
+        "--neighbor-views",
+        "--thres-inner",
+        0.01,
+        "--resume",
+        path,
+    )
+    fails(
+        "an empty ring: of 32 candidates",
+        "--method",
+        "moco",
+        "--k",
+        32,
+        "--thres-outer",
+        0.01,
+        "--overwrite",
+    )
     assert (workspace / path).read_bytes() == before
 
 
 def test_a_settings_file_that_asks_for_missing_data(tmp_path):
-    path = written(tmp_path, data_params__root=str(tmp_path / "nowhere"), data_params__dataset="stl10")
-    found = run_script(
-        "ring/train_ring.py", path, cwd=tmp_path, https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9"
+    path = written(
+        tmp_path, data_params__root=str(tmp_path / "nowhere"), data_params__dataset="stl10"
     )
-    assert found.returncode == 1 and found.stderr.splitlines()[-1].startswith("error: STL10 could not be downloaded")
+    found = run_script(
+        "ring/train_ring.py",
+        path,
+        cwd=tmp_path,
+        https_proxy="http://127.0.0.1:9",
+        http_proxy="http://127.0.0.1:9",
+    )
+    assert found.returncode == 1 and found.stderr.splitlines()[-1].startswith(
+        "error: STL10 could not be downloaded"
+    )
     path = written(tmp_path, data_params__dataset="cifar10")
     found = run_script("ring/train_ring.py", path, cwd=tmp_path)
-    assert found.returncode == 2 and found.stderr.splitlines()[-1].startswith("error: no data: give --root")
+    assert found.returncode == 2 and found.stderr.splitlines()[-1].startswith(
+        "error: no data: give --root"
+    )
 
 
 def test_as_a_program(workspace):
-    found = run_script("ring/train_ring.py", "--root", "nowhere", "--dataset", "folder", cwd=workspace)
+    found = run_script(
+        "ring/train_ring.py", "--root", "nowhere", "--dataset", "folder", cwd=workspace
+    )
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1 and "nowhere" in found.stderr
+    assert (
+        found.stderr.startswith("error: ")
+        and found.stderr.count("\n") == 1
+        and "nowhere" in found.stderr
+    )
     shown = run_script("ring/train_ring.py", "--help", cwd=workspace)
-    assert shown.returncode == 0 and "--thres-outer" in shown.stdout and "--negatives" in shown.stdout
+    assert (
+        shown.returncode == 0 and "--thres-outer" in shown.stdout and "--negatives" in shown.stdout
+    )
 
 
 @pytest.mark.gpu
@@ -569,6 +823,7 @@ def test_a_loss_on_cuda_equals_one_on_the_cpu():
     rule, found = negatives.Rule(neighbor_views=True), []
     for device in ("cpu", "cuda"):
         q, b = query.detach().to(device).requires_grad_(), bank.to(device)
-        negatives.conditional_loss(q, (q * b[:32]).sum(1), b, 0.1, rule, (10, 100)).backward()
+        comparison = negatives.Comparison(rule, (10, 100), 0.1)
+        negatives.conditional_loss(q, (q * b[:32]).sum(1), b, comparison).backward()
         found.append(q.grad.cpu())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Texture synthesis: the engines against slow references, and preprocess/imagenet_texture_syn.py on good and bad input."""
+"""Texture synthesis: engines against slow references, the script on good and bad input."""
 
 import errno
 import json
@@ -26,8 +26,32 @@ from preprocess.workers import Interrupted
 
 SCRIPT = "preprocess/imagenet_texture_syn.py"
 SMALL = {
-    "quilt": ["--engine", "quilt", "--size", "48", "--patch", "32", "--block", "16", "--overlap", "4"],
-    "mrs": ["--engine", "mrs", "--size", "32", "--patch", "24", "--k-neighs", "12", "--m-rand", "10", "--glance", "6"],
+    "quilt": [
+        "--engine",
+        "quilt",
+        "--size",
+        "48",
+        "--patch",
+        "32",
+        "--block",
+        "16",
+        "--overlap",
+        "4",
+    ],
+    "mrs": [
+        "--engine",
+        "mrs",
+        "--size",
+        "32",
+        "--patch",
+        "24",
+        "--k-neighs",
+        "12",
+        "--m-rand",
+        "10",
+        "--glance",
+        "6",
+    ],
 }
 
 
@@ -41,7 +65,11 @@ def one_thread():
 
 def noise(count=1, examples=2, side=24, seed=0):
     return torch.randint(
-        0, 256, (count, examples, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        0,
+        256,
+        (count, examples, 3, side, side),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -50,7 +78,7 @@ def colours(pixels):
     return {tuple(c) for c in pixels.movedim(-3, -1).reshape(-1, 3).tolist()}
 
 
-# ------------------------------------------------------------------------------------------------------------------ mrs
+# ---------------------------------------------------------------------------------------------- mrs
 
 
 def test_schedule_has_the_originals_stages():
@@ -77,10 +105,18 @@ def test_neighbours_are_the_nearest_resolved_ones():
                 known[None] // size - chunk.target[:, None] // size,
                 known[None] % size - chunk.target[:, None] % size,
             )
-            nearest = (down**2 + right**2).float().topk(min(k, len(known)), largest=False).values.sort().values
+            nearest = (
+                (down**2 + right**2)
+                .float()
+                .topk(min(k, len(known)), largest=False)
+                .values.sort()
+                .values
+            )
             n, t = chunk.neighbours.long(), chunk.target[:, None]
             squared = ((n // size - t // size) ** 2 + (n % size - t % size) ** 2).float()
-            assert torch.equal(squared, nearest) and set(n.flatten().tolist()) <= set(known.tolist())
+            assert torch.equal(squared, nearest) and set(n.flatten().tolist()) <= set(
+                known.tolist()
+            )
             torch.testing.assert_close(
                 chunk.weights, torch.exp(-squared / squared.mean(1, keepdim=True).clamp(min=1e-9))
             )
@@ -89,7 +125,10 @@ def test_neighbours_are_the_nearest_resolved_ones():
 
 
 def slow_cost(examples, where, around, candidate, cauchy):
-    """The cost in the module's description, term by term. examples (M, 3, P, P); places are (example, row, column)."""
+    """Sum the cost in the module's description term by term.
+
+    examples (M, 3, P, P); places are (example, row, column).
+    """
 
     def colour(example, y, x):
         side = examples.shape[-1]
@@ -106,16 +145,22 @@ def slow_cost(examples, where, around, candidate, cauchy):
 
 @pytest.mark.parametrize("shortlist", [0, 1000])  # a list that holds all candidates changes nothing
 def test_a_visit_takes_the_cheapest_candidate_of_a_slow_loop(shortlist):
-    options = mrs.Options(k_neighs=6, m_rand=5, shortlist=shortlist, glance=3, backtrack_stages=2, cauchy=0.7)
+    options = mrs.Options(
+        k_neighs=6, m_rand=5, shortlist=shortlist, glance=3, backtrack_stages=2, cauchy=0.7
+    )
     size, patch = 16, 12
     schedule = mrs.Schedule(options, size, patch)
     patches, seeds = noise(side=patch), torch.tensor([(5 << 40) + 3])
     state, canvas = mrs._Synthesis(patches, seeds, schedule), schedule.canvas
-    position = {int(p): i for i, p in enumerate(canvas.places)}  # in the canvas -> number of the example pixel
+    position = {
+        int(p): i for i, p in enumerate(canvas.places)
+    }  # in the canvas -> number of the example pixel
 
     images = mrs.blur_levels(patches, schedule.levels)[:, 0]
     checked = 0
-    state.source[:, schedule.order[:1]] = state.random_places(torch.full((1,), -1, dtype=torch.int32))
+    state.source[:, schedule.order[:1]] = state.random_places(
+        torch.full((1,), -1, dtype=torch.int32)
+    )
     for level, chunks in schedule.stages:
         for chunk in chunks:
             before = state.source[0].clone()
@@ -124,13 +169,18 @@ def test_a_visit_takes_the_cheapest_candidate_of_a_slow_loop(shortlist):
                 continue
             where = {
                 i: (p // patch**2, p // patch % patch, p % patch)
-                for i, p in ((i, position[int(s)]) for i, s in enumerate(before) if int(s) in position)
+                for i, p in (
+                    (i, position[int(s)]) for i, s in enumerate(before) if int(s) in position
+                )
             }
             for v in range(min(3, len(chunk.target))):
                 y, x = divmod(int(chunk.target[v]), size)
-                around = [(int(n), int(n) // size - y, int(n) % size - x) for n in chunk.neighbours[v]]
+                around = [
+                    (int(n), int(n) // size - y, int(n) % size - x) for n in chunk.neighbours[v]
+                ]
                 candidates = [
-                    (e, sy - dy, sx - dx) for (e, sy, sx), dy, dx in ((where[n], dy, dx) for n, dy, dx in around)
+                    (e, sy - dy, sx - dx)
+                    for (e, sy, sx), dy, dx in ((where[n], dy, dx) for n, dy, dx in around)
                 ]
                 candidates = [c for c in candidates if 0 <= c[1] < patch and 0 <= c[2] < patch]
                 counters = torch.arange(5, dtype=torch.int32) + (chunk.first + v) * 5
@@ -139,7 +189,9 @@ def test_a_visit_takes_the_cheapest_candidate_of_a_slow_loop(shortlist):
                 costs = {c: slow_cost(images[level], where, around, c, 0.7) for c in candidates}
                 chosen = position[int(state.source[0, chunk.target[v]])]
                 chosen = chosen // patch**2, chosen // patch % patch, chosen % patch
-                assert chosen in costs and costs[chosen] == pytest.approx(min(costs.values()), abs=1e-5)
+                assert chosen in costs and costs[chosen] == pytest.approx(
+                    min(costs.values()), abs=1e-5
+                )
                 checked += 1
     assert checked >= 6
 
@@ -165,7 +217,9 @@ def test_blur_levels_end_sharp_and_keep_the_mean():
     spread = [level.float().std().item() for level in levels]
     assert all(a < b for a, b in zip(spread, spread[1:]))
     assert all(abs(level.float().mean() - patches.float().mean()) < 3 for level in levels)
-    assert torch.equal(mrs.blur_levels(torch.full_like(patches, 77), 5), torch.full((5, *patches.shape), 77).byte())
+    assert torch.equal(
+        mrs.blur_levels(torch.full_like(patches, 77), 5), torch.full((5, *patches.shape), 77).byte()
+    )
 
 
 def test_random_integers_are_even_and_belong_to_their_seed():
@@ -182,7 +236,7 @@ def test_random_integers_are_even_and_belong_to_their_seed():
     assert abs((drawn[:, 1:] == drawn[:, :-1]).float().mean() - 0.1) < 0.005
 
 
-# ---------------------------------------------------------------------------------------------------------------- quilt
+# -------------------------------------------------------------------------------------------- quilt
 
 
 def test_cheapest_path_is_that_of_an_exhaustive_search():
@@ -193,7 +247,10 @@ def test_cheapest_path_is_that_of_an_exhaustive_search():
         if rows == 0:
             return [[start]]
         return [
-            [start, *rest] for step in (-1, 0, 1) if 0 <= start + step < 4 for rest in paths(start + step, rows - 1)
+            [start, *rest]
+            for step in (-1, 0, 1)
+            if 0 <= start + step < 4
+            for rest in paths(start + step, rows - 1)
         ]
 
     found = quilt.cheapest_path(error)
@@ -214,13 +271,21 @@ def test_quilt_errors_are_the_sums_of_squares():
     under = torch.randn(1, 3, 3, 10, 10, generator=torch.Generator().manual_seed(1)) * 60
     good = work._good(under, [0, 1, 2])
     for i, mask in enumerate(work.masks):
-        places = work.pixels[0].unfold(2, 10, 1).unfold(3, 10, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 10, 10)
+        places = (
+            work.pixels[0]
+            .unfold(2, 10, 1)
+            .unfold(3, 10, 1)
+            .permute(0, 2, 3, 1, 4, 5)
+            .reshape(-1, 3, 10, 10)
+        )
         slow = ((places - under[0, i]) ** 2 * mask).sum((1, 2, 3))
         wanted = slow <= max(1.5 * slow.min().item(), 3 * mask.sum().item())
         assert torch.equal(good[0, i], wanted) and 0 < wanted.sum() < len(wanted)
     chosen = torch.tensor([[5, 11 * 11 + 23]])
     assert torch.equal(work._blocks(chosen)[0], places[chosen[0]])
-    assert work.masks[0, :, :3].all() and not work.masks[0, :, 3:].any()  # first row of blocks: only the left strip
+    assert (
+        work.masks[0, :, :3].all() and not work.masks[0, :, 3:].any()
+    )  # first row of blocks: only the left strip
 
 
 def test_quilt_copies_pixels_and_joins_blocks_without_a_seam():
@@ -250,18 +315,26 @@ def test_a_texture_depends_neither_on_its_batch_nor_its_neighbours(engine):
     together = make(patches, seeds)
     for i in range(4):
         assert torch.equal(make(patches[i : i + 1], seeds[i : i + 1])[0], together[i])
-    assert not torch.equal(make(patches[:1], seeds[1:2])[0], together[0])  # another seed, another texture
+    assert not torch.equal(
+        make(patches[:1], seeds[1:2])[0], together[0]
+    )  # another seed, another texture
 
 
 def test_batched_work_agrees_with_one_by_one():
-    """The code that a GPU runs, on the CPU: a batch in one go. Sums may round differently there, so nearly all must agree."""
+    """The code that a GPU runs, on the CPU: a batch in one go.
+
+    Sums may round differently there, so nearly all must agree.
+    """
     patches, seeds = noise(count=3), torch.tensor([1, 2, 3])
-    schedule = mrs.Schedule(mrs.Options(k_neighs=10, m_rand=10, backtrack_stages=3), size=24, patch=24)
+    schedule = mrs.Schedule(
+        mrs.Options(k_neighs=10, m_rand=10, backtrack_stages=3), size=24, patch=24
+    )
     one_by_one = mrs.synthesise(patches, seeds, schedule)
     assert (mrs._Synthesis(patches, seeds, schedule).run() == one_by_one).float().mean() > 0.9
     options = quilt.Options(block=10, overlap=3)
     assert (
-        quilt._Quilt(patches, seeds, options, 32).run() == quilt.synthesise(patches, seeds, options, 32)
+        quilt._Quilt(patches, seeds, options, 32).run()
+        == quilt.synthesise(patches, seeds, options, 32)
     ).float().mean() > 0.9
 
 
@@ -271,12 +344,14 @@ def test_engines_on_a_gpu():
     patches, seeds = noise(count=3, side=40), torch.tensor([1, 2, 3])
     schedule = mrs.Schedule(mrs.Options(), size=48, patch=40).to("cuda")
     made = mrs.synthesise(patches.cuda(), seeds.cuda(), schedule)
-    assert made.shape == (3, 3, 48, 48) and all(colours(m) <= colours(p) for m, p in zip(made, patches))
+    assert made.shape == (3, 3, 48, 48) and all(
+        colours(m) <= colours(p) for m, p in zip(made, patches)
+    )
     made = quilt.synthesise(patches.cuda(), seeds.cuda(), quilt.Options(), 48)
     assert all(colours(m) <= colours(p) for m, p in zip(made, patches))
 
 
-# ---------------------------------------------------------------------------------------------------------- one picture
+# -------------------------------------------------------------------------------------- one picture
 
 
 def photo(seed=0, size=(60, 44), mode="RGB"):
@@ -291,7 +366,9 @@ def save(path, seed=0, **options):
 
 
 def test_patches_are_the_centre_and_any_place():
-    picture = Image.fromarray(np.arange(10 * 12 * 3, dtype=np.uint16).reshape(10, 12, 3).astype(np.uint8))
+    picture = Image.fromarray(
+        np.arange(10 * 12 * 3, dtype=np.uint16).reshape(10, 12, 3).astype(np.uint8)
+    )
     whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     seen = set()
     for down in range(20):
@@ -313,7 +390,9 @@ def test_small_sides_are_enlarged_first(size):
 
 
 def settings(*flags):
-    return texture_options.settings_of(syn.parse_args(["--imagenet_path", "A", "--imagenet_t_path", "B", *flags]))
+    return texture_options.settings_of(
+        syn.parse_args(["--imagenet_path", "A", "--imagenet_t_path", "B", *flags])
+    )
 
 
 def test_patches_and_blocks_are_in_proportion_to_the_picture():
@@ -327,8 +406,12 @@ def test_patches_and_blocks_are_in_proportion_to_the_picture():
             chosen = settings("--size", str(size))
             of_its_pixels = chosen.patch / chosen.scale(side)
             assert of_its_pixels / side == pytest.approx(96 / 224, rel=0.03)
-            assert chosen.quilt.block / chosen.patch == pytest.approx(34 / 96, abs=0.5 / chosen.patch)
-            assert chosen.quilt.overlap / chosen.quilt.block == pytest.approx(6 / 34, abs=0.5 / chosen.quilt.block)
+            assert chosen.quilt.block / chosen.patch == pytest.approx(
+                34 / 96, abs=0.5 / chosen.patch
+            )
+            assert chosen.quilt.overlap / chosen.quilt.block == pytest.approx(
+                6 / 34, abs=0.5 / chosen.quilt.block
+            )
     small = settings("--size", "32")  # 32-pixel pictures: pixel by pixel
     assert (small.patch, small.quilt.block, small.quilt.overlap, small.scale(32)) == (14, 5, 1, 1)
     for size in range(1, 30):
@@ -343,23 +426,41 @@ def test_what_is_typed_wins():
     quilt = settings("--block", "20", "--overlap", "7").quilt
     assert (quilt.block, quilt.overlap) == (20, 7)
     # --patch 96 is what the published script does, and the record of it that of a tree made with it
-    assert "in_proportion" not in settings("--patch", "96").recorded() and settings().recorded()["in_proportion"]
+    assert (
+        "in_proportion" not in settings("--patch", "96").recorded()
+        and settings().recorded()["in_proportion"]
+    )
 
 
 def test_textures_of_a_small_picture_hold_no_whole_object(tmp_path, capfd):
-    """A dot in the middle of 32 pixels, as wide as a patch: no texture of it has a whole one in a frame of ground."""
+    """No texture of a dot as wide as a patch has a whole one in a frame of ground."""
     picture = np.full((32, 32, 3), 40, np.uint8)
     picture[9:23, 9:23] = 220
     (tmp_path / "set" / "train" / "dot").mkdir(parents=True)
     Image.fromarray(picture).save(tmp_path / "set" / "train" / "dot" / "d.png")
-    flags = ["--imagenet_path", str(tmp_path / "set"), "--device", "cpu", "--workers", "1", "--engine", "quilt"]
+    flags = [
+        "--imagenet_path",
+        str(tmp_path / "set"),
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+        "--engine",
+        "quilt",
+    ]
     syn.main([*flags, "--imagenet_t_path", str(tmp_path / "T")])
     warned = capfd.readouterr().err
     assert (
-        warned.startswith("warning: pictures below 96 pixels, such as ") and "d.png (32 x 32): a patch is 14" in warned
+        warned.startswith("warning: pictures below 96 pixels, such as ")
+        and "d.png (32 x 32): a patch is 14" in warned
     )
-    loaded, _ = texture_jobs.load(settings(), texture_jobs.Job(str(tmp_path / "set" / "train" / "dot" / "d.png"), "train/dot/d.png", ""))
-    assert loaded.shape == (2, 3, 96, 96) and (loaded[0] > 130).float().mean() > 0.98  # the dot, no ground around it
+    loaded, _ = texture_jobs.load(
+        settings(),
+        texture_jobs.Job(str(tmp_path / "set" / "train" / "dot" / "d.png"), "train/dot/d.png", ""),
+    )
+    assert (
+        loaded.shape == (2, 3, 96, 96) and (loaded[0] > 130).float().mean() > 0.98
+    )  # the dot, no ground around it
     syn.main([*flags, "--imagenet_t_path", str(tmp_path / "P"), "--patch", "14", "--size", "32"])
     assert "a patch is 14 of its pixels" in capfd.readouterr().err
 
@@ -374,16 +475,28 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     grey = np.linspace(0, 65535, 40 * 40).reshape(40, 40)
     Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "16.png")
     Image.fromarray(grey.astype(np.float32) / 257).save(tmp_path / "float.tif")
-    for mode, ending in (("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"), ("RGBA", "png"), ("LA", "png")):
+    for mode, ending in (
+        ("L", "jpg"),
+        ("CMYK", "jpg"),
+        ("P", "png"),
+        ("1", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+    ):
         photo(mode=mode).save(tmp_path / f"{mode}.{ending}")
     for file in tmp_path.iterdir():
         image = texture_jobs.read_rgb(str(file))
         assert image.mode == "RGB" and np.asarray(image).std() > 20, file.name
     for name in ("16.png", "float.tif"):
-        assert np.abs(np.asarray(texture_jobs.read_rgb(str(tmp_path / name)))[..., 0] - grey / 257).max() <= 1
+        assert (
+            np.abs(
+                np.asarray(texture_jobs.read_rgb(str(tmp_path / name)))[..., 0] - grey / 257
+            ).max()
+            <= 1
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture
@@ -415,7 +528,11 @@ def make(tree, out, *flags, engine="quilt", workers=1):
 
 
 def files(out):
-    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.suffix == ".png"}
+    return {
+        p.relative_to(out).as_posix(): p.read_bytes()
+        for p in sorted(Path(out).rglob("*"))
+        if p.suffix == ".png"
+    }
 
 
 def refuse(argv, *words):
@@ -439,11 +556,22 @@ def test_twin_pairs_with_the_tree_and_repeats_itself(engine, tree, tmp_path, cap
     assert f"result: 6 of 6 textures in {out}; 6 made now" in capsys.readouterr().out
     for split in ("train", "val"):
         originals, textures = pair_by_path(open_tree(out / split), original_root_of(out))
-        assert len(originals) == len(textures) == len(open_tree(tree / split)) and not originals.notes
+        assert (
+            len(originals) == len(textures) == len(open_tree(tree / split)) and not originals.notes
+        )
     make(tree, tmp_path / "four", "--batch", "4", engine=engine)
     assert files(tmp_path / "four") == made
     for i in (1, 2):
-        make(tree, tmp_path / "shards", "--shard", f"{i}/2", "--splits", "train", "val", engine=engine)
+        make(
+            tree,
+            tmp_path / "shards",
+            "--shard",
+            f"{i}/2",
+            "--splits",
+            "train",
+            "val",
+            engine=engine,
+        )
         assert len(files(tmp_path / "shards")) == 3 * i
     assert files(tmp_path / "shards") == made
     make(tree, tmp_path / "seed", "--seed", "1", engine=engine)
@@ -454,12 +582,22 @@ def test_processes_and_gpu_threads_give_the_same_files(tree, tmp_path):
     make(tree, tmp_path / "one")
     make(tree, tmp_path / "two", "--batch", "2", workers=2)
     assert files(tmp_path / "two") == files(tmp_path / "one")
-    args = syn.parse_args(["--imagenet_path", str(tree), "--imagenet_t_path", "unused", *SMALL["quilt"]])
+    args = syn.parse_args(
+        ["--imagenet_path", str(tree), "--imagenet_t_path", "unused", *SMALL["quilt"]]
+    )
     bad = tree / "train" / "fish" / "bad.JPEG"
     bad.write_bytes(b"not a picture")
-    jobs, _ = texture_tree.list_jobs(tree, texture_tree.open_splits(args.imagenet_path, None, None), tmp_path / "threads")
+    jobs, _ = texture_tree.list_jobs(
+        tree, texture_tree.open_splits(args.imagenet_path, None, None), tmp_path / "threads"
+    )
     assert len(texture_tree.missing_of(jobs, 0)) == 7
-    done = [d for batch in texture_jobs.in_threads(texture_options.settings_of(args), [jobs[:3], jobs[3:]], "cpu", 2) for d in batch]
+    done = [
+        d
+        for batch in texture_jobs.in_threads(
+            texture_options.settings_of(args), [jobs[:3], jobs[3:]], "cpu", 2
+        )
+        for d in batch
+    ]
     assert [d.name for d in done] == [job.name for job in jobs]
     assert [d.name for d in done if d.failure] == ["train/fish/bad.JPEG"]
     assert files(tmp_path / "threads") == files(tmp_path / "one")
@@ -480,10 +618,18 @@ def test_resumes_keeps_what_is_there_and_overwrites_on_request(tree, tmp_path, c
     assert "6 pictures, 2 are there" in capsys.readouterr().out
     make(tree, out, "--overwrite")
     assert files(out).items() >= whole.items()
-    refuse(["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["quilt"], "--seed", "5"], "seed 0, not 5")
-    refuse(["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["mrs"]], "engine quilt, not mrs")
+    refuse(
+        ["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["quilt"], "--seed", "5"],
+        "seed 0, not 5",
+    )
+    refuse(
+        ["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["mrs"]], "engine quilt, not mrs"
+    )
     (out / "textures.json").write_text("{")
-    refuse(["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["quilt"]], "textures.json: damaged")
+    refuse(
+        ["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["quilt"]],
+        "textures.json: damaged",
+    )
 
 
 def test_an_unfinished_overwrite_is_gone_on_with(tree, tmp_path, capsys):
@@ -512,7 +658,13 @@ def test_the_output_cannot_lie_in_a_class_of_a_tree_of_links(tree, tmp_path):
         (links / split).mkdir(parents=True)
         (links / split / "bird").symlink_to(tree / split / "bird")
     refuse(
-        ["--imagenet_path", links, "--imagenet_t_path", tree / "train" / "bird" / "T", *SMALL["quilt"]],
+        [
+            "--imagenet_path",
+            links,
+            "--imagenet_t_path",
+            tree / "train" / "bird" / "T",
+            *SMALL["quilt"],
+        ],
         "one in the other",
     )
 
@@ -537,9 +689,19 @@ def test_failures_are_listed_and_exit_with_1(tree, tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: 4 pictures failed, listed in")
-    listed = dict(line.split("\t") for line in (tmp_path / "T" / "failures.txt").read_text().splitlines())
-    assert sorted(listed) == ["train/bird/b0.JPEG", "train/bird/b0.png", "train/fish/text.jpg", "val/bird/cut.JPEG"]
-    assert listed["train/fish/text.jpg"] == "not a picture" and "b0.png" in listed["train/bird/b0.JPEG"]
+    listed = dict(
+        line.split("\t") for line in (tmp_path / "T" / "failures.txt").read_text().splitlines()
+    )
+    assert sorted(listed) == [
+        "train/bird/b0.JPEG",
+        "train/bird/b0.png",
+        "train/fish/text.jpg",
+        "val/bird/cut.JPEG",
+    ]
+    assert (
+        listed["train/fish/text.jpg"] == "not a picture"
+        and "b0.png" in listed["train/bird/b0.JPEG"]
+    )
     assert len(files(tmp_path / "T")) == 5
     for name in listed:
         (tree / name).unlink()
@@ -572,7 +734,9 @@ def test_only_regular_files_are_read_and_what_is_too_large_is_named(tree, tmp_pa
         return read(path)
 
     monkeypatch.setattr(workers, "read", read)
-    with pytest.raises(UserError, match="1 pictures failed.* val/fish/tiny.png: too large for the memory"):
+    with pytest.raises(
+        UserError, match="1 pictures failed.* val/fish/tiny.png: too large for the memory"
+    ):
         make(tree, tmp_path / "U")
     assert len(files(tmp_path / "U")) == 5
 
@@ -589,7 +753,11 @@ def test_full_disk_stops_cleanly_and_can_be_resumed(tree, tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError) as error:
         make(tree, out, "--batch", "1")
-    assert error.value.code == 1 and "No space left" in str(error.value) and "same command again" in str(error.value)
+    assert (
+        error.value.code == 1
+        and "No space left" in str(error.value)
+        and "same command again" in str(error.value)
+    )
     monkeypatch.undo()
     assert len(files(out)) == 2 and not list(out.rglob("*.partial"))
     make(tree, out)
@@ -636,7 +804,13 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     refuse([*a, *b, "--overlap", "20"], "--overlap 20")
     if not torch.cuda.is_available():
         refuse([*a, *b, "--device", "cuda"], "no GPU")
-    for flags in (["--shard", "3/2"], ["--shard", "x"], ["--backtrack-pct", "1"], ["--engine", "gan"], ["--size", "0"]):
+    for flags in (
+        ["--shard", "3/2"],
+        ["--shard", "x"],
+        ["--backtrack-pct", "1"],
+        ["--engine", "gan"],
+        ["--size", "0"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             syn.main([str(f) for f in (*a, *b, *flags)])
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -652,10 +826,13 @@ def test_splits(tree, tmp_path):
     (tree / "val").rename(tmp_path / "elsewhere")
     make(tree, tmp_path / "T2")
     assert {name.split("/")[0] for name in files(tmp_path / "T2")} == {"train"}
-    refuse(["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T3", "--splits", "val"], "no val/ folder")
+    refuse(
+        ["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T3", "--splits", "val"],
+        "no val/ folder",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- training on them
+# --------------------------------------------------------------------------------- training on them
 
 
 def test_pictures_are_not_their_own_textures(tree, tmp_path, monkeypatch):
@@ -667,35 +844,55 @@ def test_pictures_are_not_their_own_textures(tree, tmp_path, monkeypatch):
     (tmp_path / "half" / "train").symlink_to(tree / "train")
     monkeypatch.chdir(tmp_path)
     robust = ["--robust", "texture", "--texture-root"]
-    for data, textures in ((tree, tree), ("set", f"{tree}/"), ("./set/.", "set"), (tree, "link"), ("link", "set")):
-        with pytest.raises(UsageError, match="are the pictures in .*, one and the same folder: name the tree"):
+    for data, textures in (
+        (tree, tree),
+        ("set", f"{tree}/"),
+        ("./set/.", "set"),
+        (tree, "link"),
+        ("link", "set"),
+    ):
+        with pytest.raises(
+            UsageError, match="are the pictures in .*, one and the same folder: name the tree"
+        ):
             moco_non_sem_neg.main([str(data), *robust, str(textures)])
-    for flags in ([str(tree), *robust, "half"], ["half", *robust, str(tree)], ["link-texture", "--robust", "texture"]):
-        with pytest.raises(UsageError, match="are the pictures in .*, one and the same folder: name the tree"):
+    for flags in (
+        [str(tree), *robust, "half"],
+        ["half", *robust, str(tree)],
+        ["link-texture", "--robust", "texture"],
+    ):
+        with pytest.raises(
+            UsageError, match="are the pictures in .*, one and the same folder: name the tree"
+        ):
             moco_non_sem_neg.main(flags)
     for dataset in ("packed", "cifar10"):
         with pytest.raises(
-            UsageError, match=f"--robust texture does not support --dataset {dataset}: .* class folders"
+            UsageError,
+            match=f"--robust texture does not support --dataset {dataset}: .* class folders",
         ):
             moco_non_sem_neg.main([str(tree), *robust, str(out), "--dataset", dataset])
     assert not (tmp_path / "ckpts").exists()
-    for flags in ([str(tree), *robust, str(out)], [str(out), "--robust", "texture"], ["link", *robust, str(out)]):
+    for flags in (
+        [str(tree), *robust, str(out)],
+        [str(out), "--robust", "texture"],
+        ["link", *robust, str(out)],
+    ):
         assert moco_non_sem_neg.parse_args(flags).texture_root == str(out)
 
 
-# --------------------------------------------------------------------------------------------------------------- embark
+# ------------------------------------------------------------------------------------------- embark
 
 
 @pytest.fixture
 def fake_binary(tmp_path, monkeypatch):
-    """A program in the place of texture-synthesis that notes its arguments and copies its first example."""
+    """A texture-synthesis that notes its arguments and copies its first example."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / texture_engines.BINARY
     program.write_text(
         "#!/bin/sh\n"
         f'for word in "$@"; do echo "$word" >> "{tmp_path}/words"; done\n'
-        'for word in "$@"; do [ "$previous" = --out ] && out="$word"; [ "$previous" = generate ] && in="$word"; '
+        'for word in "$@"; do [ "$previous" = --out ] && out="$word"; '
+        '[ "$previous" = generate ] && in="$word"; '
         'previous="$word"; done\n'
         f'[ -e "{tmp_path}/broken" ] && {{ echo "it broke" >&2; exit 3; }}\n'
         'cp "$in" "$out"\n'
@@ -717,7 +914,9 @@ def test_embark_is_called_with_options_before_generate(fake_binary, tree, tmp_pa
     assert all(w.endswith(".png") for w in words[at + 1 :]) and words[at - 2] == "--out"
     assert words[words.index("--threads") + 1] == "1"
     assert int(words[words.index("--seed") + 1]) == texture_jobs.draws_of("val/bird/b0.JPEG", 0)[0]
-    expected = texture_jobs.patches_of(texture_jobs.read_rgb(str(tree / "val" / "bird" / "b0.JPEG")), 40, 0, 0)[0]
+    expected = texture_jobs.patches_of(
+        texture_jobs.read_rgb(str(tree / "val" / "bird" / "b0.JPEG")), 40, 0, 0
+    )[0]
     made = np.asarray(Image.open(tmp_path / "T" / "val" / "bird" / "b0.png"))
     assert np.array_equal(made, expected.permute(1, 2, 0).numpy())
     recorded = json.loads((tmp_path / "T" / "textures.json").read_text())["settings"]
@@ -732,11 +931,15 @@ def test_embark_failing_is_a_failure_of_the_picture(fake_binary, tree, tmp_path)
 
 def test_embark_missing_says_where_it_comes_from(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    refuse(["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T", "--engine", "embark"], "PATH", texture_engines.SOURCE)
+    refuse(
+        ["--imagenet_path", tree, "--imagenet_t_path", tmp_path / "T", "--engine", "embark"],
+        "PATH",
+        texture_engines.SOURCE,
+    )
     assert not (tmp_path / "T").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------- look
+# --------------------------------------------------------------------------------------------- look
 
 
 def test_sheet_and_demo(workspace, demo_set, monkeypatch, capsys):
@@ -773,5 +976,6 @@ def test_help_tells_every_flag(capsys):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(
-        flag in shown for flag in ("--imagenet_t_path", "--engine", "--shard", "--sheet", "--shortlist", "--demo")
+        flag in shown
+        for flag in ("--imagenet_t_path", "--engine", "--shard", "--sheet", "--shortlist", "--demo")
     )

@@ -1,173 +1,39 @@
-"""Two processes are one: the same losses, memories and gradients for the same global batch, a resume that is exact,
-torchrun as `--nproc`. One job of two processes makes all that is compared here.
+"""Two processes are one: the same losses, memories and gradients for the same global batch, and
+exact resumes. One job of two processes makes all that is compared here.
 
-The networks compute in float64, features and losses in float32 as ever. So rounding enters where features are compared, and is
-not blown up by batch-norm over few numbers on its way through the layers: what agrees, agrees to six digits, and what is wrong
-(the planted mistakes show it) is a thousand times further away.
+The networks compute in float64, features and losses in float32 as ever. So rounding enters where
+features are compared, and is not blown up by batch-norm over few numbers on its way through the
+layers: what agrees, agrees to six digits, and what is wrong (the planted mistakes show it) is a
+thousand times further away.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
 from unittest import mock
 
 import numpy as np
+import papers
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import Net, equal, inside, run_script, slim_networks
+from conftest import equal, inside, run_script, slim_networks
+from papers import BATCH, CASES, STEPS, WHOLE, checkpoints
 from torch import nn
 
-from cmc import train_CMC
 from common import batchnorm, cli, launch, options
 from runner import checkpoint
-from debiased import main as debiased
-from feature_transform import main_contrast
-from moco_insdis import train_moco_ins
-from nonsem_neg import moco_non_sem_neg, negatives
-from nonsem_neg.moco import MoCo
+from runner.contract import At, Batch
 
-DEMO = "--demo --device cpu --seed 0".split()
-STEP = "-b 8 --nce_k 24 --nce_t .5 --learning_rate .01 --bn-splits 2 --save_score".split()
-CASES = {  # name: (how a step is taken, flags)
-    "cmc softmax": ("cmc", ["--softmax", "--view", "YCbCr"]),
-    "cmc nce": ("cmc", ["--views", "L,a,b", "--exclude-self"]),
-    "insdis softmax": ("insdis", ["--softmax", "--exclude-self"]),
-    "insdis nce": ("insdis", []),
-    "moco": ("moco", ["--moco"]),
-    "patch": ("patch", []),
-    "patch symmetric": ("patch", ["--symmetric"]),
-    "debiased": ("debiased", ["--M", "2"]),
-    "unbiased": ("debiased", ["--loss", "unbiased"]),
-    "ft moco": ("ft", ["--dim_mask", "both"]),
-    "ft cmc": ("ft", ["--method", "CMCv2"]),
-    "ft pirl": ("ft", ["--method", "PIRL", "--dim_mask", "sample"]),
-}
-MISTAKES = {  # planted in two processes: in which cases it is one
-    "gradients are summed": ["cmc softmax", "insdis nce", "moco", "patch", "debiased"],
-    "the rows of rank 1 are those of rank 0": ["cmc softmax", "insdis nce", "moco", "patch", "debiased"],
-    "a rank keeps its own keys": ["moco", "patch"],
-    "negatives are those of the rank": ["debiased"],
-    "coefficients are those of the rank": ["ft moco", "ft pirl"],
-    "the others' features have no gradient": ["debiased", "unbiased"],
-}
-TOLERANCE = 2e-4  # relative; measured: 1e-5 of the movement of all weights, 1e-6 of memories. The mistakes: 0.2 to 2
-LONG = "-b 32 --epochs 2 --print_freq 2 --save_score".split()
-RUNS = {  # name: (script, flags, the flag that names the folder)
-    "cmc": (train_CMC, [*LONG, "--nce_k", "24"], "--model_path"),
-    "moco": (train_moco_ins, [*LONG, "--nce_k", "40", "--moco"], "--model_path"),
-    "patch": (moco_non_sem_neg, "-b 32 --epochs 2 --moco-k 64 --bn-splits 2".split(), "--ckpt_path"),
-    "debiased": (debiased, LONG, "--model_path"),
-}
+TOLERANCE = 2e-4  # relative; measured: at most 1e-5. The mistakes: 0.2 to 2
+ROWS = 8  # of the global batch of a step
+TORCHRUN = "patch"  # the Case that torchrun starts, too
+MISTAKES = [(mistake, name) for name, case in CASES.items() for mistake in case.mistakes]
 
 
-# ------------------------------------------------------------------------------------------------ steps on fixed views
-
-
-class Bank:
-    """CMC, InsDis or MoCo as their scripts make them, with a float64 network."""
-
-    def __init__(self, kind, flags, process):
-        script = train_CMC if kind == "cmc" else train_moco_ins
-        args = script.parse_args([*DEMO, *STEP, *flags])
-        make = {"cmc": "CMC", "insdis": "InsDis", "moco": "MoCo"}[kind]
-        with float64():
-            self.method = getattr(script, make)(args, 40, process)
-        self.method.memory.float()
-        self.optimizer, self.views = self.method.optimizer, 2 if kind == "moco" else 1
-
-    def step(self, views, index):
-        loss, _ = self.method.step(list(views), index)
-        return loss.detach(), self.method.scores.pop()
-
-    def weights(self) -> dict:
-        networks = {"": self.method.encoder, "key ": getattr(self.method, "encoder_ema", None)}
-        return {f"{k}{name}": v for k, net in networks.items() if net for name, v in net.named_parameters()}
-
-    def memory(self) -> dict:
-        return self.method.memory.state_dict()
-
-
-class Patch:
-    """MoCo with patch negatives on a small float64 network."""
-
-    views = 2
-
-    def __init__(self, kind, flags, process):
-        how = dict(bn_splits=2 // process.world_size, symmetric="--symmetric" in flags)
-        with float64():
-            self.model = MoCo(Net, 8, queue_size=16, momentum=0.5, temperature=0.5, alpha=2.0, **how)
-        self.model.queue = self.model.queue.float()
-        self.wrapped, self.process = self.model, process
-        if process.world_size > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
-        self.generator = torch.Generator().manual_seed(9)
-
-    def step(self, views, index):
-        ranks = dict(rank=self.process.rank, world_size=self.process.world_size)
-        made = negatives.patch_negatives(views[0], 2, (4, 9), self.generator, **ranks)
-        if self.model.symmetric:
-            made = made, negatives.patch_negatives(views[1], 2, (4, 9), self.generator, **ranks)
-        logits, keys = self.wrapped(*views, made, self.generator)
-        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.model.enqueue(keys)
-        return loss.detach(), logits.detach()[: len(views[0])]  # in the order of the pictures
-
-    def weights(self) -> dict:
-        return dict(self.model.named_parameters())
-
-    def memory(self) -> dict:
-        return {"queue": self.model.queue}
-
-
-class Transformed(Bank):
-    """A method of feature transformation, likewise."""
-
-    def __init__(self, kind, flags, process):
-        args = main_contrast.parse_args([*DEMO, *STEP, *flags])
-        with float64():
-            self.method = (main_contrast.MoCo if args.mem == "moco" else main_contrast.Bank)(args, 40, process)
-        self.method.memory.float()
-        self.optimizer, self.views = self.method.optimizer, 1 + (args.mem == "moco") + args.jigsaw
-
-    def step(self, views, index):
-        return self.method.step(list(views), index, 1)["loss"], self.method.scores
-
-
-class Pairs:
-    """The debiased loss or its oracle on a float64 network; SGD, because Adam would hide the scale of a gradient."""
-
-    def __init__(self, kind, flags, process):
-        args = debiased.parse_args([*DEMO, *"-b 8 --feature_dim 16 --bn-splits 2 --save_score".split(), *flags])
-        with float64():
-            self.method = debiased.Debiased(args, process)
-        self.optimizer = self.method.optimizer = torch.optim.SGD(self.method.model.parameters(), 0.1)
-        self.views = 1 + args.M
-
-    def step(self, views, index):
-        return self.method.step(list(views), index % 3)["loss"], self.method.scores
-
-    def weights(self) -> dict:
-        return dict(self.method.model.named_parameters())
-
-    def memory(self) -> dict:
-        return {}
-
-
-def without_others(x):
-    """What `all_gather_with_grad` returns, with a gradient for this rank's own rows alone."""
-    rows = list(launch.all_gather(x).chunk(launch.world_size()))
-    rows[launch.rank()] = x
-    return torch.cat(rows)
-
-
-GATHERED = {"negatives are those of the rank": lambda x: x, "the others' features have no gradient": without_others}
+# --------------------------------------------------------------------- steps on fixed views
 
 
 @contextlib.contextmanager
@@ -179,6 +45,68 @@ def float64():
         torch.set_default_dtype(torch.float32)
 
 
+def modules(method) -> dict[str, nn.Module]:
+    """Return {path: module} of everything in a method, each once."""
+    own = [(name, part) for name, part in vars(method).items() if isinstance(part, nn.Module)]
+    found, seen = {}, set()
+    for name, part in own:
+        for path, module in part.named_modules(prefix=name):
+            if id(module) not in seen:
+                seen.add(id(module))
+                found[path] = module
+    return found
+
+
+def weights(method) -> dict[str, torch.Tensor]:
+    """Return {path: parameter} of all networks, those that only follow another one too."""
+    return {
+        f"{path}.{name}": parameter.detach()
+        for path, module in modules(method).items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def memories(method) -> dict[str, torch.Tensor]:
+    """Return {path: buffer} of everything that is no statistic of a batch-norm layer."""
+    norms = nn.modules.batchnorm._BatchNorm
+    return {
+        f"{path}.{name}": buffer
+        for path, module in modules(method).items()
+        if not isinstance(module, norms)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def build(name: str, process):
+    """Return the method of a Case with float64 networks and float32 memories, and two batches.
+
+    The batches (views, target, index) are global ones, as one process has them. Adam would hide
+    the scale of a gradient, so every optimizer is SGD.
+    """
+    case = CASES[name]
+    args = case.module.parse_args(case.steps())
+    loader = case.module.build_loader(args, launch.Process())
+    loader.set_epoch(1)
+    batches = list(itertools.islice(loader, 2))
+    torch.manual_seed(0)
+    with float64():
+        method = case.module.build_method(args, loader.dataset, len(loader), process)
+    for path, buffer in memories(method).items():
+        owner, _, attribute = path.rpartition(".")
+        if buffer.is_floating_point():
+            setattr(modules(method)[owner], attribute, buffer.float())
+    if not isinstance(method.optimizer, torch.optim.SGD):
+        method.optimizer = torch.optim.SGD(method.optimizer.param_groups[0]["params"], 0.1)
+    return method, batches
+
+
+def without_others(x):
+    """What `all_gather_with_grad` returns, with a gradient for this rank's own rows alone."""
+    rows = list(launch.all_gather(x).chunk(launch.world_size()))
+    rows[launch.rank()] = x
+    return torch.cat(rows)
+
+
 def scale(optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
@@ -186,44 +114,57 @@ def scale(optimizer, factor: float) -> None:
                 weight.grad.mul_(factor)
 
 
-def steps(case: str, process, mistake: str | None = None) -> dict:
-    """Two steps on fixed views of which every rank has its share: losses, how far the weights moved, scores, the memory."""
-    kind, flags = CASES[case]
-    torch.manual_seed(0)
-    method = {"patch": Patch, "debiased": Pairs, "ft": Transformed}.get(kind, Bank)(kind, flags, process)
-    before = {k: v.detach().clone() for k, v in method.weights().items()}
-    rank = 0 if mistake == "the rows of rank 1 are those of rank 0" else process.rank
-    if mistake == "gradients are summed":
-        method.optimizer.register_step_pre_hook(lambda optimizer, *_: scale(optimizer, process.world_size))
-    if mistake == "coefficients are those of the rank":
-        method.method.generators["mixing"].manual_seed(process.rank)
-    losses = []
-    for step in range(2):
-        generator = torch.Generator().manual_seed(step)
-        images = torch.randn(method.views, 8, 3, 32, 32, generator=generator).double()
-        index = torch.randperm(40, generator=generator)[:8]
-        mine = slice(4 * rank, 4 * rank + 8 // process.world_size)
-        planted = contextlib.nullcontext()
-        if mistake == "a rank keeps its own keys":
-            planted = mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
-        elif mistake in GATHERED:
-            planted = mock.patch.object(processes, "all_gather_with_grad", GATHERED[mistake])
+def plant(mistake: str | None, method, process) -> contextlib.AbstractContextManager:
+    """Make a mistake in a method. Returns a context in which its steps are to be taken."""
+    if mistake == papers.SUMMED:
+        factor = process.world_size
+        method.optimizer.register_step_pre_hook(lambda optimizer, *_: scale(optimizer, factor))
+    if mistake == papers.OWN_DRAWS:
+        for generator in method.generators.values():
+            generator.manual_seed(process.rank)
+    if mistake == papers.OWN_KEYS:
+        return mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
+    if mistake == papers.OWN_NEGATIVES:
+        return mock.patch.object(launch, "all_gather_with_grad", lambda x: x)
+    if mistake == papers.CUT:
+        return mock.patch.object(launch, "all_gather_with_grad", without_others)
+    return contextlib.nullcontext()
+
+
+def steps(name: str, process, mistake: str | None = None) -> dict:
+    """Take two steps of which every rank has its share of the rows.
+
+    Returns the values that are logged, how far the weights moved, the scores and the memories, and
+    digests of what all ranks must have alike.
+    """
+    method, batches = build(name, process)
+    before = {path: value.clone() for path, value in weights(method).items()}
+    planted = plant(mistake, method, process)
+    share = ROWS // process.world_size
+    rank = 0 if mistake == papers.SAME_ROWS else process.rank
+    mine = slice(share * rank, share * (rank + 1))
+    logged, scores = [], []
+    for step, (views, target, index) in enumerate(batches):
+        own = [view[mine].double() for view in views]
         with planted:
-            loss, scores = method.step(images[:, mine], index[mine])
-            losses.append(launch.mean_ranks(loss))
-    after, memory = {k: v.detach() for k, v in method.weights().items()}, method.memory()
-    moved = torch.cat([some(after[k] - before[k]) for k in after])
+            said = method.step(Batch(own, target[mine], index[mine], At(0, step / 20, step)))
+        scores.append(launch.all_gather(said.pop("scores")))
+        logged.append(
+            [launch.mean_ranks(torch.as_tensor(value).double()) for value in said.values()]
+        )
+    after, memory = weights(method), memories(method)
+    moved = torch.cat([some(after[path] - before[path]) for path in after])
     return {
-        "losses": torch.stack(losses).double(),
+        "logged": torch.tensor(logged).double(),
         "moved": moved,
-        "scores": launch.all_gather(scores).double(),
-        **{k: v.double() for k, v in memory.items()},
+        "scores": torch.stack(scores).double().sort(1).values,  # ranks have them in another order
+        **{path: value.double() for path, value in memory.items()},
         "ranks": launch.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
     }
 
 
 def some(x):
-    """At most 2,000 or so numbers, taken evenly."""
+    """Return at most 2,000 or so numbers of x, taken evenly."""
     return x.flatten()[:: max(1, x.numel() // 2000)]
 
 
@@ -247,100 +188,111 @@ def collectives(process) -> dict:
 
 
 def job(args, process) -> None:
+    """Take the steps of all Cases, in two processes with every mistake as well, and some runs."""
     with slim_networks():
-        found = {case: steps(case, process) for case in CASES} | {"collectives": collectives(process)}
+        answers = {name: steps(name, process) for name in CASES}
+        answers["collectives"] = collectives(process)
         if process.world_size == 2:
-            for mistake, cases in MISTAKES.items():
-                found |= {(case, mistake): steps(case, process, mistake) for case in cases}
-    for name, (script, flags, folder) in RUNS.items() if process.world_size == 2 else ():
-        for where, *more in (("whole",), ("parts", "--epochs", "1"), ("parts", "--resume", "auto")):
-            start = [*DEMO, *flags, folder, f"{name}-{where}", *more]
-            width = contextlib.nullcontext() if name == "patch" else slim_networks()  # torchrun repeats that run
-            with width:
-                script.worker(script.parse_args(start), process)
+            for mistake, name in MISTAKES:
+                answers[name, mistake] = steps(name, process, mistake)
+    for name in WHOLE if process.world_size == 2 else ():
+        script, parts = CASES[name].module, f"{name}-parts"
+        runs = [
+            (f"{name}-whole", "--save_score"),
+            (parts, "--save_score", "--stop-after", "1"),
+            (parts, "--save_score", "--resume", "auto"),
+        ]
+        # torchrun repeats one of these, in a process of its own, which has no slim networks
+        with contextlib.nullcontext() if name == TORCHRUN else slim_networks():
+            for run in runs:
+                script.worker(script.parse_args(CASES[name].run_in(*run)), process)
     if process.is_main:
-        torch.save(found, f"{process.world_size}.pt")
-
-
-def one_and_two(job, folder):
-    """What `job` found in one process and in two, each of which has saved it as N.pt; and the folder of the runs of two."""
-    parser = cli.Parser()
-    options.add_hardware_arguments(parser)
-    with inside(folder):
-        for count in ("1", "2"):
-            launch.start(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
-        return torch.load("1.pt"), torch.load("2.pt"), folder
+        torch.save(answers, f"{process.world_size}.pt")
 
 
 @pytest.fixture(scope="module")
 def both(module_folder):
-    return one_and_two(job, module_folder)
+    """What `job` found in one process and in two, and the folder of the runs of two."""
+    parser = cli.Parser()
+    options.add_hardware_arguments(parser)
+    with inside(module_folder):
+        for count in ("1", "2"):
+            launch.start(job, parser.parse_args(["--device", "cpu", "--nproc", count]))
+        return torch.load("1.pt"), torch.load("2.pt"), module_folder
 
 
 def distances(a: dict, b: dict) -> dict:
-    """Relative distance of everything that must agree."""
-    return {k: ((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)).item() for k in a.keys() - {"ranks"}}
+    """Return the relative distance of everything that must agree."""
+    return {
+        k: ((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)).item()
+        for k in a.keys() - {"ranks"}
+    }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_take_the_steps_of_one(both, case):
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_take_the_steps_of_one(both, name):
     one, two, _ = both
-    found = distances(one[case], two[case])
-    assert max(found.values()) < TOLERANCE, found
-    first, second = two[case]["ranks"]
+    apart = distances(one[name], two[name])
+    assert max(apart.values()) < TOLERANCE, apart
+    first, second = two[name]["ranks"]
     assert first == second  # weights and memories agree on all ranks
 
 
-@pytest.mark.parametrize("mistake, case", [(m, c) for m, cases in MISTAKES.items() for c in cases])
-def test_a_mistake_is_far_off(both, mistake, case):
+@pytest.mark.parametrize("mistake, name", MISTAKES)
+def test_a_mistake_is_far_off(both, mistake, name):
     one, two, _ = both
-    moved = ({"moved": side["moved"]} for side in (one[case], two[case, mistake]))
+    moved = ({"moved": side["moved"]} for side in (one[name], two[name, mistake]))
     assert distances(*moved)["moved"] > 100 * TOLERANCE
 
 
 def test_collectives(both):
-    one, two, _ = (answers["collectives"] if isinstance(answers, dict) else None for answers in both)
+    one, two = (answers["collectives"] for answers in both[:2])
     assert sorted(two["shuffled"].flatten().tolist()) == [0, 1, 2, 10, 11, 12]
     assert two["shuffled"].flatten().tolist() != [0, 1, 2, 10, 11, 12]
     assert two["ragged"].tolist() == [0, 0, 1, 2] and two["any"] is True and one["any"] is False
-    torch.testing.assert_close(two["grad"], 2 * one["grad"])  # each rank's copy of the sum contributes
+    torch.testing.assert_close(two["grad"], 2 * one["grad"])  # each rank's copy contributes
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------ whole runs
 
 
-def newest(folder) -> dict:
-    (path,) = [p for name in ("current.pth", "checkpoint_last.pth.tar") for p in folder.rglob(name)]
-    return checkpoint.load(path)
-
-
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_two_processes_resume(both, name):
-    whole, parts = (newest(both[2] / f"{name}-{where}") for where in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and len(whole["generators"]) == 2 and parts["epoch"] == 2
-    for key in whole.keys() - {"opt", "args", "scaler"}:
-        assert equal(whole[key], parts[key]), key
-    written = [{p.name: np.load(p) for p in both[2].rglob(f"{name}-{w}/**/score_*.npy")} for w in ("whole", "parts")]
-    assert len(written[0]) == 2 * (name != "patch") and written[0].keys() == written[1].keys()
-    for file, scores in written[0].items():
-        assert scores.shape == (5, 32 * (1 + (name == "debiased")), 5) and np.array_equal(scores, written[1][file])
+    whole, parts = (checkpoints(both[2] / f"{name}-{part}") for part in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and whole
+    for file in whole:
+        a, b = (checkpoint.load(side[file]) for side in (whole, parts))
+        assert a.keys() == b.keys() and len(a.get("generators", (1, 2))) == 2
+        for key in a.keys() - {"opt", "args"}:
+            assert equal(a[key], b[key]), (file, key)
+    folders = (both[2] / f"{name}-{part}" for part in ("whole", "parts"))
+    here, there = ({p.name: np.load(p) for p in folder.rglob("score_*.npy")} for folder in folders)
+    assert len(here) == 2 and here.keys() == there.keys()
+    for file, scores in here.items():
+        steps, rows, statistics = scores.shape
+        assert (steps, statistics) == (STEPS, 5) and rows % BATCH == 0
+        assert np.array_equal(scores, there[file])
 
 
 def test_torchrun_gives_what_nproc_gives(both):
-    folder = both[2]
-    script, flags, where = RUNS["patch"]
-    start = [script.__file__, *DEMO, *flags, where, "torchrun", "--epochs", "1"]
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*runner, *start], cwd=folder, capture_output=True, text=True, timeout=240)
+    folder, case = both[2], CASES[TORCHRUN]
+    script = case.module.__file__
+    start = [script, *case.run_in("torchrun", "--save_score", "--stop-after", "1")]
+    runner = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    command = [sys.executable, *runner, *start]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    ours = checkpoint.load(folder / "patch-parts" / "checkpoint_0000.pth.tar")
-    assert equal(newest(folder / "torchrun")["state_dict"], ours["state_dict"])
+    ours = checkpoints(folder / f"{TORCHRUN}-whole")
+    (numbered,) = [file for file in checkpoints(folder / "torchrun") if "last" not in file]
+    a, b = checkpoint.load(ours[numbered]), checkpoint.load(folder / "torchrun" / numbered)
+    assert equal(a["state_dict"], b["state_dict"])
     assert json.loads((folder / "torchrun" / "config.json").read_text())["world_size"] == 2
 
 
 def test_a_slurm_step_without_torchrun_is_one_line(workspace):
-    slurm = dict(SLURM_STEP_NUM_TASKS="2", SLURM_JOB_ID="4711", SLURM_PROCID="0", SLURM_LOCALID="0")
-    host = dict(SLURM_STEP_NODELIST="localhost")
-    done = run_script("moco_insdis/train_moco_ins.py", *DEMO, cwd=workspace, timeout=30, **slurm, **host)
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    script = CASES[TORCHRUN].module.__file__
+    done = run_script(script, *CASES[TORCHRUN].run_in("run"), cwd=workspace, timeout=60, **slurm)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "srun torchrun" in done.stderr

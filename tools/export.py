@@ -1,8 +1,10 @@
-"""Hand a backbone to other programs: `python tools/export.py CKPT --to torchvision|timm|detectron2|safetensors`.
+"""Hand a backbone to other programs.
 
-Runs from any working directory and takes a run folder or a checkpoint of any layout that `common.checkpoint.backbone` knows;
-the projection head or classifier stays behind. The last line it prints loads the file, strictly. What a program cannot
-load is refused with the reason.
+    python tools/export.py CKPT --to torchvision|timm|detectron2|safetensors
+
+Runs from any working directory and takes a run folder or a checkpoint of any layout that
+runner.layouts knows; the projection head or classifier stays behind. The last line that it prints
+loads the file, strictly. What a program cannot load is refused with the reason.
 """
 
 import pickle
@@ -13,111 +15,172 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import common  # isort: split
 
 import torch
 import torchvision
 
 from common import UsageError, UserError, backbones, cli, files, printable
-from runner import checkpoint, layouts
+from runner import checkpoint, layouts, papers
 
-SUFFIX = {"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl", "safetensors": ".safetensors"}
+SUFFIX = {
+    "torchvision": ".pth",
+    "timm": ".pth",
+    "detectron2": ".pkl",
+    "safetensors": ".safetensors",
+}
 ANYWAY = "--to safetensors takes the tensors as they are"
+PIXELS = ["PIXEL_MEAN = [123.675, 116.28, 103.53]", "PIXEL_STD = [58.395, 57.12, 57.375]"]
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="export.py", description=__doc__.splitlines()[0])
+    about = "pre-training or linear-evaluation checkpoint, or a run folder: its newest"
+    parser.add_argument("checkpoint", help=about)
+    about = "program that is to load the file"
+    parser.add_argument("--to", choices=list(SUFFIX), required=True, help=about)
+    about = "file to write; default: beside the checkpoint, named after --to"
+    parser.add_argument("--out", help=about)
+    about = "the key encoder of a checkpoint with model_ema, not the query"
+    parser.add_argument("--ema", action="store_true", help=about)
+    about = "of a checkpoint of several towers, the one to export, as l_to_ab"
+    parser.add_argument("--tower", help=about)
+    return cli.freeze(parser.parse_args(argv))
 
 
 def main(argv=None) -> None:
-    parser = cli.Parser(prog="export.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="pre-training or linear-evaluation checkpoint, or a run folder: its newest")
-    parser.add_argument("--to", choices=list(SUFFIX), required=True)
-    parser.add_argument("--out", default=None, help="file to write; default: beside the checkpoint, named after --to")
-    parser.add_argument(
-        "--ema", action="store_true", help="the key encoder of a checkpoint with model_ema, not the query"
-    )
-    parser.add_argument("--tower", default=None, help="of a checkpoint of several towers, the one to export (l_to_ab)")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     path = find(Path(args.checkpoint))
     saved = checkpoint.load(path)
     if "classifier" in saved:
-        raise UserError(
-            f"{path} is a classifier without its network; export that: {saved.get('network', 'see its opt')}"
-        )
+        network = saved.get("network", "see its opt")
+        raise UserError(f"{path} is a classifier without its network; export that: {network}")
     if args.ema and not isinstance(saved.get("model_ema"), dict):
         raise UsageError(f"{path} has no model_ema: omit --ema")
-    state = layouts.backbone({"model": saved["model_ema"]} if args.ema else saved)
-    names = layouts.towers(state)
-    if args.tower not in names and (args.tower or names):
-        choose = f"has the towers {' and '.join(names)}: choose one with" if names else "is one network: omit"
-        if names and not args.tower:  # say first whether there is anything to choose
-            recipe(layouts.one_tower(state, names[0]), saved, args.to, "")
-        raise UsageError(f"this checkpoint {choose} --tower")
-    state = layouts.one_tower(state, args.tower) if args.tower else layouts.without_head(state)
-    out = Path(args.out or path.parent)
-    if out.is_dir():  # a name that no run takes for its own checkpoint
-        stem = re.split(r"\.pth|\.ckpt", path.name)[0]
-        out /= "_".join([args.to, *filter(None, [args.tower]), stem]) + SUFFIX[args.to]
+    inside = {"model": saved["model_ema"]} if args.ema else saved
+    state = choose_tower(layouts.backbone(inside), saved, args)
+    out = output_file(args, path)
     line = recipe(state, saved, args.to, str(out))
     try:
         with files.replacing(out) as file:
             write(state, file, args.to)
     except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
-        raise UserError(
-            f"cannot write {out}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
-        ) from None
-    print(f"{path} -> {out}: {len(state)} tensors, {sum(v.numel() for v in state.values()) / 1e6:.2f} M numbers")
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {out}: {reason}") from None
+    millions = sum(value.numel() for value in state.values()) / 1e6
+    print(f"{path} -> {out}: {len(state)} tensors, {millions:.2f} M numbers")
     print(f"to load it:\n{line}")
 
 
 def find(path: Path) -> Path:
-    """A checkpoint, or the newest of a run folder, or of the folders in it: of a pre-training where there is one."""
+    """Return a checkpoint, or the newest of a run folder or of the run folders in it.
+
+    A pre-training's is preferred to a linear evaluation's. Raises UsageError where there is none.
+    """
     if not path.is_dir():
         return path
-    found = layouts.newest(path) or layouts.newest(path, ("checkpoint_robust_*.pth.tar", "*[0-9].pth"))
-    found = found or layouts.newest_below(path)
-    if found is None:
-        raise UsageError(f"{printable(path)}: no checkpoint in this folder; give a run folder or a checkpoint file")
-    return found
+    declared = papers.find().values()
+    evaluations = tuple(pattern for paper in declared for pattern in (paper.last, paper.best))
+    newest = layouts.newest(path) or layouts.newest(path, evaluations) or layouts.newest_below(path)
+    if newest is None:
+        raise UsageError(
+            f"{printable(path)}: no checkpoint in this folder; give a run folder or a "
+            "checkpoint file"
+        )
+    return newest
+
+
+def choose_tower(state: dict, saved: dict, args) -> dict:
+    """Return the parameters of the network, of several the one that --tower names, without a head.
+
+    Raises UsageError where --tower is missing or names none, and UserError where the program would
+    load none of the towers.
+    """
+    names = layouts.towers(state)
+    if args.tower in names:
+        return layouts.one_tower(state, args.tower)
+    if names and not args.tower:  # say first whether there is anything to choose
+        recipe(layouts.one_tower(state, names[0]), saved, args.to, "")
+    if names:
+        towers = " and ".join(names)
+        raise UsageError(f"this checkpoint has the towers {towers}: choose one with --tower")
+    if args.tower:
+        raise UsageError("this checkpoint is one network: omit --tower")
+    return layouts.without_head(state)
+
+
+def output_file(args, path: Path) -> Path:
+    """Return the file to write: in a folder, a name that no run takes for its own checkpoint."""
+    out = Path(args.out or path.parent)
+    if not out.is_dir():
+        return out
+    parts = [args.to, re.split(r"\.pth|\.ckpt", path.name)[0]]
+    if args.tower:
+        parts.insert(1, args.tower)
+    return out / ("_".join(parts) + SUFFIX[args.to])
+
+
+# ---------------------------------------------------------------------------------- how to load it
 
 
 def recipe(state: dict, saved: dict, to: str, out: str) -> str:
-    """The line of Python that loads the file, strictly. UserError with the reason where there is none."""
+    """Return the line of Python that loads the file, strictly.
+
+    Raises UserError with the reason where the program has no such network.
+    """
     if to == "safetensors":
         return f"from safetensors.torch import load_file; state = load_file({out!r})"
     name, model = like_torchvision(state, saved, to)
-    first, changes = state.get("conv1.weight"), []
-    resnet = isinstance(model, torchvision.models.ResNet)
-    channels = first.shape[1] if resnet else 3
-    if resnet and first.shape != model.conv1.weight.shape:
-        small = first.shape[-1] == 3
-        shape = f"{channels}, {len(first)}, " + ("3, 1, 1" if small else "7, 2, 3")
-        changes += [f"model.conv1 = torch.nn.Conv2d({shape}, bias=False)"] * (small or to != "timm")
-        changes += ["model.maxpool = torch.nn.Identity()"] * small
+    is_resnet = isinstance(model, torchvision.models.ResNet)
+    changes = stem_changes(state["conv1.weight"], model, to) if is_resnet else []
     if to == "detectron2":
         return detectron2_settings(state, name, changes, out)
     load = f"model.load_state_dict(torch.load({out!r}, weights_only=True))"
     if to == "timm":
-        if not resnet:
+        if not is_resnet:
             raise UserError(f"timm has other parameter names than torchvision for {name}; {ANYWAY}")
-        own = f", in_chans={channels}" * (channels != 3)
-        return "; ".join(
-            ["import timm, torch", f"model = timm.create_model({name!r}, num_classes=0{own})", *changes, load]
-        )
-    extra = "aux_logits=False, init_weights=False" * (name in ("googlenet", "inception_v3"))
+        channels = state["conv1.weight"].shape[1]
+        own = f", in_chans={channels}" if channels != 3 else ""
+        model = f"model = timm.create_model({name!r}, num_classes=0{own})"
+        return "; ".join(["import timm, torch", model, *changes, load])
+    extra = ""
+    if name in ("googlenet", "inception_v3"):
+        extra = "aux_logits=False, init_weights=False"
     model = f"model = torchvision.models.{name}({extra})"
-    return "; ".join(["import torch, torchvision", model, "model.fc = torch.nn.Identity()", *changes, load])
+    no_head = "model.fc = torch.nn.Identity()"
+    return "; ".join(["import torch, torchvision", model, no_head, *changes, load])
 
 
-def like_torchvision(state: dict, saved: dict, to: str):
-    """(name, network on no device) of torchvision whose layers, the first convolution aside, are those of `state`.
+def stem_changes(stem: torch.Tensor, model: torchvision.models.ResNet, to: str) -> list[str]:
+    """Return the lines that give `model` a first convolution with the weights `stem`."""
+    if stem.shape == model.conv1.weight.shape:
+        return []
+    width, channels, side, _ = stem.shape
+    is_small = side == 3
+    shape = f"{channels}, {width}, " + ("3, 1, 1" if is_small else "7, 2, 3")
+    changes = []
+    if is_small or to != "timm":  # timm sets the number of channels itself
+        changes.append(f"model.conv1 = torch.nn.Conv2d({shape}, bias=False)")
+    if is_small:
+        changes.append("model.maxpool = torch.nn.Identity()")
+    return changes
 
-    Counters that PyTorch before 0.4.1 did not have are added to `state`. UserError where there is none such.
+
+def like_torchvision(state: dict, saved: dict, to: str) -> tuple[str, torch.nn.Module]:
+    """Return (name, network on no device) of torchvision with the layers of `state`.
+
+    The first convolution may differ. Counters that PyTorch before 0.4.1 did not have are added to
+    `state`. Raises UserError where there is none such.
     """
     if "conv_block_1.0.weight" in state:
-        raise UserError(f"this is half an AlexNet with batch-norm: {to} has no network with its layers; {ANYWAY}")
-    said = saved.get("arch")
-    depths = [f"resnet{depth}" for depth in backbones.BLOCKS]
-    depths += ["resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
-    names = [said] if said in torchvision.models.list_models(module=torchvision.models) else depths
+        raise UserError(
+            f"this is half an AlexNet with batch-norm: {to} has no network with its layers; "
+            f"{ANYWAY}"
+        )
+    names = [f"resnet{depth}" for depth in backbones.BLOCKS]
+    names += ["resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
+    if saved.get("arch") in torchvision.models.list_models(module=torchvision.models):
+        names = [saved["arch"]]
     reasons = []
     for name in names:
         with torch.device("meta"):
@@ -125,68 +188,102 @@ def like_torchvision(state: dict, saved: dict, to: str):
         wanted = model.state_dict()
         if blocks(state) != blocks(wanted):
             continue
-        counters = {k: torch.tensor(0) for k in wanted.keys() - state.keys() if k.endswith("num_batches_tracked")}
-        differing = [k for k in wanted if k in state and k != "conv1.weight" and state[k].shape != wanted[k].shape]
-        if not differing and (state.keys() | counters) == wanted.keys():
-            state.update(counters)
+        absent = [key for key in wanted.keys() - state.keys() if is_counter(key)]
+        shared = [key for key in wanted if key in state and key != "conv1.weight"]
+        differing = [key for key in shared if state[key].shape != wanted[key].shape]
+        if not differing and {*state, *absent} == {*wanted}:
+            state.update({key: torch.tensor(0) for key in absent})
             return name, model
         reasons.append(difference(state, wanted, name, differing))
-    why = reasons[0] if reasons else f"its layers are not those of {' or '.join(names)}"
-    raise UserError(f"{to} cannot load this network: {why}; {ANYWAY}")
+    reason = reasons[0] if reasons else f"its layers are not those of {' or '.join(names)}"
+    raise UserError(f"{to} cannot load this network: {reason}; {ANYWAY}")
+
+
+def is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
 
 
 def blocks(state: dict) -> set[str]:
-    """Names of the parameters that depend on the number and kind of blocks alone, not on their width."""
-    return {k for k in state if "downsample" not in k and not k.endswith("num_batches_tracked")}
+    """Return the names that depend on the number and kind of blocks alone, not on their width."""
+    return {key for key in state if "downsample" not in key and not is_counter(key)}
 
 
 def difference(state: dict, wanted: dict, name: str, differing: list[str]) -> str:
+    """Return in words how `state` differs from torchvision's network `name`."""
     key = (differing or sorted(state.keys() ^ wanted.keys()))[0]
-    what = f"{key} is {tuple(state[key].shape) if key in state else 'not there'}, unlike that of {name}"
-    if key.startswith("layer") and key in state and key in wanted and len(state[key]) != len(wanted[key]):
-        what = f"its stages are {len(state[key]) / len(wanted[key]):g} times as wide as those of {name}"
+    shape = tuple(state[key].shape) if key in state else "not there"
+    text = f"{key} is {shape}, unlike that of {name}"
+    is_stage = key.startswith("layer") and key in state and key in wanted
+    if is_stage and len(state[key]) != len(wanted[key]):
+        factor = len(state[key]) / len(wanted[key])
+        text = f"its stages are {factor:g} times as wide as those of {name}"
     channels = state["conv1.weight"].shape[1] if "conv1.weight" in state else 3
-    plural = "s" * (channels > 1)
-    return what + f", and its first convolution takes {channels} channel{plural} instead of 3" * (channels != 3)
+    if channels != 3:
+        plural = "s" if channels > 1 else ""
+        text += f", and its first convolution takes {channels} channel{plural} instead of 3"
+    return text
 
 
-def detectron2_settings(state: dict, name: str, changes: list, out: str) -> str:
-    """Lines of a detectron2 configuration, joined; the pixel statistics are ImageNet's, as the networks here have them."""
+def detectron2_settings(state: dict, name: str, changes: list[str], out: str) -> str:
+    """Return lines of a detectron2 configuration, joined.
+
+    The pixel statistics are ImageNet's, as the networks here have them.
+    """
     depth = re.search(r"\d+", name)
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or changes:
         raise UserError(
-            f"detectron2 cannot load this network: its ResNets have a 7x7 first convolution on RGB; {ANYWAY}"
+            "detectron2 cannot load this network: its ResNets have a 7x7 first convolution on "
+            f"RGB; {ANYWAY}"
         )
     settings = [f"WEIGHTS = {out!r}", f"RESNETS.DEPTH = {depth.group()}"]
-    if "layer1.0.conv3.weight" in state:  # the stride of a bottleneck is on its 3x3 convolution
+    if "layer1.0.conv3.weight" in state:
         width, per_group = state["layer1.0.conv2.weight"].shape[:2]
-        settings += ["RESNETS.STRIDE_IN_1X1 = False"]
-        settings += [f"RESNETS.NUM_GROUPS = {width // per_group}"] * (width != per_group)
-        settings += [f"RESNETS.WIDTH_PER_GROUP = {per_group}"] * (per_group != 64)
+        # The stride of a bottleneck is on its 3x3 convolution.
+        settings.append("RESNETS.STRIDE_IN_1X1 = False")
+        if width != per_group:
+            settings.append(f"RESNETS.NUM_GROUPS = {width // per_group}")
+        if per_group != 64:
+            settings.append(f"RESNETS.WIDTH_PER_GROUP = {per_group}")
     else:
-        settings += ["RESNETS.RES2_OUT_CHANNELS = 64"]
-    settings += ["PIXEL_MEAN = [123.675, 116.28, 103.53]", "PIXEL_STD = [58.395, 57.12, 57.375]"]
-    return "; ".join([*(f"cfg.MODEL.{s}" for s in settings), 'cfg.INPUT.FORMAT = "RGB"'])
+        settings.append("RESNETS.RES2_OUT_CHANNELS = 64")
+    lines = [f"cfg.MODEL.{setting}" for setting in (*settings, *PIXELS)]
+    return "; ".join([*lines, 'cfg.INPUT.FORMAT = "RGB"'])
+
+
+# ------------------------------------------------------------------------------------- the file
 
 
 def write(state: dict, file: BinaryIO, to: str) -> None:
-    state = {k: v.contiguous() for k, v in state.items()}
+    """Write the tensors in the format of a program."""
+    state = {key: value.contiguous() for key, value in state.items()}
     if to == "safetensors":
         from safetensors.torch import save
 
         file.write(save(state))
     elif to == "detectron2":  # a pickle of NumPy arrays; its own loader adds what is missing
-        model = {detectron2_name(k): v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        pickle.dump({"model": model, "__author__": "contrastive pre-training", "matching_heuristics": True}, file)
+        arrays = {
+            detectron2_name(key): value.numpy()
+            for key, value in state.items()
+            if not is_counter(key)
+        }
+        content = {
+            "model": arrays,
+            "__author__": "contrastive pre-training",
+            "matching_heuristics": True,
+        }
+        pickle.dump(content, file)
     else:  # timm's ResNets have torchvision's parameter names and accept the same file
         torch.save(state, file)
 
 
 def detectron2_name(key: str) -> str:
-    """layer1.0.downsample.1.weight -> res2.0.shortcut.norm.weight; conv1.weight -> stem.conv1.weight."""
+    """Return detectron2's name of a parameter.
+
+    layer1.0.downsample.1.weight is res2.0.shortcut.norm.weight, conv1.weight is stem.conv1.weight.
+    """
     if not key.startswith("layer"):
         key = "stem." + key
-    key = re.sub(r"^layer(\d)", lambda m: f"res{int(m.group(1)) + 1}", key)
+    key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
     key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key)
     return key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
 

@@ -1,9 +1,9 @@
 """Run what is waiting for a GPU, step by step: `make gpu`.
 
-Each step takes at most ten minutes and leaves a record in results/gpu/. A step that has its record is
-skipped, so what a first call does not reach, the next one does. Where a step needs longer than its
-time it is asked to stop, as Slurm would: those that can go on do so in the next call, of the others
-that is their record. A step that fails is recorded as such, and the others go on.
+Each step takes at most ten minutes and leaves a record in results/gpu/. A step that has its record
+is skipped, so what a first call does not reach, the next one does. Where a step needs longer than
+its time it is asked to stop, as Slurm would: those that can go on do so in the next call, of the
+others that is their record. A step that fails is recorded as such, and the others go on.
 
     python tools/gpu_day.py --list                      # the steps, their commands, their records
     python tools/gpu_day.py --cifar CIFAR               # all; CIFAR has train/CLASS/* and val/

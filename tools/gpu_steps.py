@@ -80,7 +80,7 @@ class Step:
 # ------------------------------------------------------------------------------- numbers of a step
 
 
-def test_counts(output: Output) -> dict[str, float]:
+def counts_of_tests(output: Output) -> dict[str, float]:
     """Return how many tests passed, failed, had an error and were skipped."""
     matches = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output.printed)
     if not matches:
@@ -183,7 +183,7 @@ STEPS = (
         full="tests",
         toy="tests/test_augment.py",
         aims=(Aim("failed", most=0), Aim("error", most=0), Aim("passed", least=1)),
-        read=test_counts,
+        read=counts_of_tests,
         codes=(0, 1),
     ),
     Step(

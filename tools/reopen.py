@@ -111,7 +111,7 @@ def _network_of(saved: checkpoint.Saved, spec: Spec) -> str:
 
 def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -> list[str]:
     """Return a command line with the flags that the classifier's file decides."""
-    flags = dict(saved.get("opt") or saved.get("args") or {})
+    flags = dict(spec.flags_of(saved))
     if side is not None:
         flags[spec.side] = side
     argv = [*spec.argv]
@@ -139,16 +139,7 @@ def _origin(paper: papers.Paper, spec: Spec, saved, source, args) -> dict:
     flags = saved.get("pretrained_args") if spec.whole else source.get("opt")
     flags = flags or {}
     own = spec.result(args, source)
-    if spec.whole:
-        network = saved.get("network") or saved.get("pretrained")
-        origin = {
-            "epochs": saved.get("pretrained_epoch"),
-            "seed": flags.get("seed"),
-            "pretrained": network,
-            **saved.how_far(),
-        }
-    else:
-        origin = pretrained.origin(source)
+    origin = pretrained.origin(source)
     label = spec.label(args, source)
     if not label:
         label = os.path.basename(os.path.dirname(os.path.abspath(origin["pretrained"])))

@@ -198,7 +198,8 @@ class Evaluation:
             return self.corruptions(pictures, *more, result)
         if name == "cue_conflict":
             judged = self.answers(pictures, more.judge, name, is_cropped=True)
-            result.keep(name, more.values(*judged), more.note)
+            rows = torch.arange(len(pictures))
+            result.keep(name, more.values(rows, *judged), more.note)
             return self.log.say(f"{name}: {result.told(name)} of {more.note}")
         right, masked = self.score(pictures, name, is_cropped=name == "stylized")
         values = {name: percent(right)}

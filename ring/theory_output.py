@@ -1,4 +1,4 @@
-"""The picture of ring/theory.py: estimates and their standard deviations."""
+"""The table and the picture of ring/theory.py: estimates and their standard deviations."""
 
 from __future__ import annotations
 
@@ -115,3 +115,48 @@ def chosen(rows: list[dict]) -> list[str]:
         if outer != outers[-1]:
             picked.append((outer, inners[0]))
     return list(dict.fromkeys(names[pair] for pair in picked if pair in names))[:6]
+
+
+COLUMNS = (
+    "estimator | K | estimate (nats) | below MI | minus NCE | below NCE | sd, pair fixed, / NCE | "
+    "lower | sd of the batch mean / NCE | lower | ring above the mean"
+)
+
+
+def table(rows: list[dict]) -> str:
+    """Return a Markdown table of values with their 95 % intervals."""
+
+    def cell(value, digits=3) -> str:
+        mean, low, high = (f"{v:.{digits}f}" for v in value)
+        return f"{mean} ({low} to {high})"
+
+    lines = [f"| {COLUMNS} |", "|" + "---|" * len(COLUMNS.split("|"))]
+    for row in rows:
+        cells = [
+            row["estimator"],
+            str(row["k"]),
+            cell(row["estimate"]),
+            row["below_mi"],
+            cell(row["minus_nce"]),
+            row["below_nce"],
+            cell(row["sd_ratio_given_pair"], 2),
+            row["steadier_given_pair"],
+            cell(row["sd_ratio_batch"], 2),
+            row["steadier_batch"],
+            f"{100 * row['above_mean']:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tally(rows: list[dict]) -> str:
+    """Return how many of the rings are below what the theory puts above them."""
+    rings = [row for row in rows if row["estimator"] != "NCE"]
+    questions = {
+        "below_mi": "below it",
+        "below_nce": "below NCE",
+        "steadier_given_pair": "steadier with the pair fixed",
+        "steadier_batch": "steadier over batches",
+    }
+    counts = {key: sum(row[key] == "yes" for row in rings) for key in questions}
+    return ", ".join(f"{text} {counts[key]} of {len(rings)}" for key, text in questions.items())

@@ -1,0 +1,128 @@
+"""The names of runs in a figure: what differs between their settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+
+from common import UsageError, printable
+from feature_transform.score_files import Run, find_runs, read_run
+
+TOLD = 3  # settings in a label; of more that differ, as many as tell the runs apart
+LONGEST = 46  # characters of a label
+ASIDE = {  # what differs between runs without being a setting of the method
+    "amp_backend", "ckpt_path", "compile", "config", "crop_low", "data", "data_device", "debiased",
+    "decode", "demo", "device", "dist_backend", "dist_url", "evaluate", "exp_name", "file",
+    "folder", "gpu", "knn_data", "knn_every", "knn_k", "label", "last_every", "milestones", "moco",
+    "model_path", "multiprocessing_distributed", "name", "nproc", "opt_level", "overwrite",
+    "preset", "pretrained", "print_freq", "rank", "resume", "save_freq", "save_path", "save_score",
+    "show_views", "skip_bad_images", "start_epoch", "stop_after", "tb_path", "test_size",
+    "texture_root", "workers", "world_size",
+}  # fmt: skip
+
+
+def read_runs(paths: Iterable[str], labels: list[str] | None = None) -> list[Run]:
+    """Read all runs that are named, and give each a label."""
+    runs = [read_run(folder) for folder in find_runs(paths)]
+    if labels and len(labels) != len(runs):
+        names = ", ".join(run.folder.name for run in runs)
+        raise UsageError(
+            f"--labels: {len(labels)} for {len(runs)} runs ({names}): give one for each, "
+            "with commas"
+        )
+    for run, label in zip(runs, labels or make_labels(runs)):
+        run.label = label
+    return runs
+
+
+def setting(run: Run, flag: str):
+    """Return a flag's value, None where the run has no such flag.
+
+    A run's "method" says what the flags "moco" and "debiased" do.
+    """
+    if flag == "method":
+        return run.method or None
+    return run.options.get(flag)
+
+
+def worded(flag: str, value) -> str:
+    """Return "alpha 0.99", "mlp", "no mlp", or for a method its name."""
+    if value is None or value is False:
+        return f"no {flag}"
+    if value is True:
+        return flag
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    text = f"{value:g}" if isinstance(value, float) else printable(str(value))
+    return text if flag == "method" else f"{flag} {text}"
+
+
+def make_labels(runs: list[Run]) -> list[str]:
+    """Return what tells the runs apart.
+
+    That is their settings that differ, and the folder of their script where there are several. Runs
+    that are the same in all that carry the name of their folder.
+    """
+    families = dict.fromkeys(run.family for run in runs)
+    labels = {}
+    for family in families:
+        same = [run for run in runs if run.family == family]
+        flags = differing(same)
+        for run in same:
+            words = [worded(flag, setting(run, flag)) for flag in flags]
+            if len(families) > 1 or not words:
+                method = "" if "method" in flags else run.method
+                words.insert(0, f"{family} {method}".strip())
+            words = [word for word in words if word]
+            labels[id(run)] = shortened(", ".join(words) or printable(run.folder.name))
+    labels = [labels[id(run)] for run in runs]
+    if len(set(labels)) == len(labels):
+        return labels
+    return _with_folders(runs, labels)
+
+
+def _with_folders(runs: list[Run], labels: list[str]) -> list[str]:
+    """Return the labels, and behind each that is there twice the run's folder."""
+    top = ""
+    if len(runs) > 1:
+        top = os.path.commonpath([os.path.abspath(run.folder) for run in runs])
+    longer = []
+    for run, label in zip(runs, labels):
+        name = printable(os.path.relpath(run.folder, top))
+        if labels.count(label) == 1:
+            longer.append(label)
+        elif label == run.folder.name:
+            longer.append(shortened(name))
+        else:
+            longer.append(shortened(f"{label} ({name})"))
+    return longer
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """Return the flags whose values differ, at most TOLD; of more, the fewest that tell apart."""
+    flags = ["method", *(flag for run in runs for flag in run.options if flag not in ASIDE)]
+    values = {
+        flag: [json.dumps(setting(run, flag), default=str) for run in runs]
+        for flag in dict.fromkeys(flags)
+    }
+    values = {flag: column for flag, column in values.items() if len(set(column)) > 1}
+    if len(values) <= TOLD:
+        return list(values)
+
+    def apart(flags: list[str]) -> int:
+        return len(set(zip(*(values[flag] for flag in flags))))
+
+    chosen, count = [], 1
+    for _ in range(TOLD):
+        best = max(values, key=lambda flag: apart([*chosen, flag]))
+        if apart([*chosen, best]) > count:
+            chosen.append(best)
+            count = apart(chosen)
+    return chosen
+
+
+def shortened(text: str) -> str:
+    """Return the text with its middle left out where it is too long for a label."""
+    half = (LONGEST - 1) // 2
+    return text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"

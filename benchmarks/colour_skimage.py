@@ -1,19 +1,22 @@
-"""Colour conversion of training pictures: scikit-image picture by picture, and cmc/colour.py on a batch.
+"""Colour conversion of training pictures: scikit-image picture by picture, and cmc/colour.py on a
+batch.
 
     python benchmarks/colour_skimage.py                  # one core for each side, 224 and 32 pixels
     python benchmarks/colour_skimage.py --cores 2        # two processes of scikit-image, two threads here
 
-skimage        skimage.color.rgb2SPACE on a uint8 picture, giving float64: what each loader worker of the published CMC
-               code does.
-skimage input  the same as far as the network's input: channels first, (x - mean) / std in float64, stacked to a batch,
-               float32.
-ours           cmc.colour on a batch of float RGB, as the crop before it in a recipe leaves it, to the normalised float32
-               input. Two times: alone, and with the step from uint8 to floats in [0, 1], which a recipe has at no cost.
+skimage        skimage.color.rgb2SPACE on a uint8 picture, giving float64: what each loader worker
+               of the published CMC code does.
+skimage input  the same as far as the network's input: channels first, (x - mean) / std in float64,
+               stacked to a batch, float32.
+ours           cmc.colour on a batch of float RGB, as the crop before it in a recipe leaves it, to
+               the normalised float32 input. Two times: alone, and with the step from uint8 to
+               floats in [0, 1], which a recipe has at no cost.
 
-Each repeat of a side is a fresh process per core (ours: one process, as many threads), and a time is the best of all
-calls of all repeats, per picture: other load on the machine only ever adds to it. --clock cpu counts the seconds that
-the processors spent on a side instead of those that passed: the one to use on a busy machine.
-Ends with 1 if Lab or YCbCr to the network's input is less than 10 times as fast as scikit-image's.
+Each repeat of a side is a fresh process per core (ours: one process, as many threads), and a time
+is the best of all calls of all repeats, per picture: other load on the machine only ever adds to
+it. --clock cpu counts the seconds that the processors spent on a side instead of those that passed:
+the one to use on a busy machine. Ends with 1 if Lab or YCbCr to the network's input is less than 10
+times as fast as scikit-image's.
 """
 
 import argparse
@@ -35,15 +38,30 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 32], help="sides of the pictures, pixels")
-    parser.add_argument("--batch", type=int, default=None, help="pictures per call (default 16 at 224, 256 at 32)")
-    parser.add_argument("--cores", type=int, default=1, help="threads here, processes of scikit-image there")
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each side, one after the other")
-    parser.add_argument(
-        "--clock", choices=list(CLOCKS), default="wall", help="seconds that passed, or of processor time"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--calls", type=int, default=20, help="timed conversions of a batch in each process")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[224, 32], help="sides of the pictures, pixels"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=None, help="pictures per call (default 16 at 224, 256 at 32)"
+    )
+    parser.add_argument(
+        "--cores", type=int, default=1, help="threads here, processes of scikit-image there"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="processes of each side, one after the other"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="seconds that passed, or of processor time",
+    )
+    parser.add_argument(
+        "--calls", type=int, default=20, help="timed conversions of a batch in each process"
+    )
     return parser.parse_args(argv)
 
 
@@ -59,23 +77,35 @@ def seconds_per_call(functions, calls: int, clock: str) -> np.ndarray:
     return best
 
 
-def skimage_side(size: int, batch: int, calls: int, threads: int, clock: str, barrier, answer) -> None:
-    """Puts {space: (seconds of the conversion, seconds to the network's input)} per picture on `answer`."""
+def skimage_side(
+    size: int, batch: int, calls: int, threads: int, clock: str, barrier, answer
+) -> None:
+    """Puts {space:
+
+    (seconds of the conversion, seconds to the network's input)} per picture on `answer`.
+    """
     from skimage import color
 
     torch.set_num_threads(threads)
-    pictures = list(np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8))
+    pictures = list(
+        np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    )
     times = {}
     for space in colour.SPACES:
         convert = getattr(color, f"rgb2{space.lower()}")
-        mean, std = (torch.tensor(c[space], dtype=torch.float64)[:, None, None] for c in (colour.MEAN, colour.STD))
+        mean, std = (
+            torch.tensor(c[space], dtype=torch.float64)[:, None, None]
+            for c in (colour.MEAN, colour.STD)
+        )
 
         def conversion(convert=convert):
             for picture in pictures:
                 convert(picture)
 
         def network_input(convert=convert, mean=mean, std=std):
-            views = [torch.from_numpy(convert(p)).permute(2, 0, 1).sub(mean).div_(std) for p in pictures]
+            views = [
+                torch.from_numpy(convert(p)).permute(2, 0, 1).sub(mean).div_(std) for p in pictures
+            ]
             return torch.stack(views).float()
 
         barrier.wait()  # all processes of this side at the same work
@@ -84,7 +114,10 @@ def skimage_side(size: int, batch: int, calls: int, threads: int, clock: str, ba
 
 
 def our_side(size: int, batch: int, calls: int, threads: int, clock: str, barrier, answer) -> None:
-    """Puts {space: (seconds from floats to the network's input, seconds from uint8)} per picture on `answer`."""
+    """Puts {space:
+
+    (seconds from floats to the network's input, seconds from uint8)} per picture on `answer`.
+    """
     torch.set_num_threads(threads)
     codes = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     floats = codes.float().div_(255)
@@ -106,7 +139,10 @@ def measure(side, processes: int, *arguments) -> dict[str, np.ndarray]:
     """One repeat in fresh processes: {space: seconds per picture}, of all processes together."""
     context = multiprocessing.get_context("spawn")
     barrier, answer = context.Barrier(processes), context.Queue()
-    started = [context.Process(target=side, args=(*arguments, barrier, answer), daemon=True) for _ in range(processes)]
+    started = [
+        context.Process(target=side, args=(*arguments, barrier, answer), daemon=True)
+        for _ in range(processes)
+    ]
     for process in started:
         process.start()
     answers = [answer.get(timeout=600) for _ in started]
@@ -120,7 +156,9 @@ def main(argv=None) -> int:
     try:
         import skimage
     except ImportError:
-        raise SystemExit("this comparison needs scikit-image: pip install -r requirements-dev.txt") from None
+        raise SystemExit(
+            "this comparison needs scikit-image: pip install -r requirements-dev.txt"
+        ) from None
     print(
         f"torch {torch.__version__}  scikit-image {skimage.__version__}  {args.cores} core(s) for each side, "
         f"{args.clock} time"
@@ -136,7 +174,9 @@ def main(argv=None) -> int:
             ):
                 best.update({k: np.minimum(best.get(k, np.inf), v) for k, v in made.items()})
         print(f"\n{size}x{size} pixels, {batch} pictures a call, microseconds per picture")
-        print(f"{'':8s}{'skimage':>10s}{'sk. input':>10s}{'ours':>10s}{'from uint8':>11s}   how many times as fast:")
+        print(
+            f"{'':8s}{'skimage':>10s}{'sk. input':>10s}{'ours':>10s}{'from uint8':>11s}   how many times as fast:"
+        )
         print(f"{'':8s}{'':41s}   conversion / input / from uint8")
         for space in colour.SPACES:
             (convert, to_input), (alone, from_codes) = theirs[space], ours[space]

@@ -1,14 +1,17 @@
-"""Images per second of debiased pre-training on the CPU or one GPU: this project, and lightly's SimCLR with its own loader.
+"""Images per second of debiased pre-training: this project, and lightly's SimCLR with its loader.
 
-    python benchmarks/debiased_lightly.py --data CIFAR_TREE       # or without --data: generated 32-pixel pictures
+    python benchmarks/debiased_lightly.py --data CIFAR_TREE    # default: generated 32-pixel pictures
 
-ResNet-18 (standard stem), 32 pixels, batch 256, float32 on both sides.
-ours          debiased/main.py, its own loop and loader, with the published augmentation (blur included) and Adam.
-lightly       the pieces of its SimCLR example, from its public package: SimCLRTransform without blur, LightlyDataset, a
-              DataLoader with workers, SimCLRProjectionHead, NTXentLoss, SGD; its workers persist over epochs.
+ResNet-18 (standard stem), 32 pixels, batch 256, float32 on both sides, on the CPU or one GPU.
+ours          debiased/main.py, its own loop and loader, with the published augmentation (blur
+              included) and Adam.
+lightly       the pieces of its SimCLR example, from its public package: SimCLRTransform without
+              blur, LightlyDataset, a DataLoader with workers, SimCLRProjectionHead, NTXentLoss,
+              SGD; its workers persist over epochs.
 floor         "ours" on fixed views: no loading, no augmentation. What is left is the network.
 
-Sides alternate; each repeat is a process of its own, warm before the clock runs. Ends with 1 if a ratio misses its aim.
+Sides alternate; each repeat is a process of its own, warm before the clock runs. Ends with 1 if a
+ratio misses its aim.
 """
 
 import argparse
@@ -23,19 +26,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks import side_by_side
 from benchmarks.network_alone import SCRIPTS, measure
-from benchmarks.side_by_side import add_arguments, alternate, peak, pictures, seconds
+from benchmarks.side_by_side import alternate, peak, pictures, ratios, seconds
 
 SIDES = ("ours", "lightly", "floor")
 BATCH = 256
 
 
 def ours(tree: str, steps: int, workers: int, side: str) -> dict:
-    module, flag, flags = SCRIPTS["debiased"]
-    return measure(module, [*flag, tree, *flags.split(), "-j", str(workers)], steps, side == "floor")
+    """Return the result of a side of this project."""
+    module, flags = SCRIPTS["debiased"]
+    return measure(module, tree, [*flags.split(), "-j", str(workers)], steps, side == "floor")
 
 
 def lightly(tree: str, steps: int, workers: int) -> dict:
+    """Return the result of lightly's side."""
     import torchvision
     from lightly.data import LightlyDataset
     from lightly.loss import NTXentLoss
@@ -44,16 +50,23 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    backbone = torch.nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+    layers = list(torchvision.models.resnet18().children())[:-1]
     head = SimCLRProjectionHead(512, 512, 128)
-    model = torch.nn.Sequential(backbone, torch.nn.Flatten(), head).to(device)
+    model = torch.nn.Sequential(*layers, torch.nn.Flatten(), head).to(device)
     began = time.perf_counter()
     transform = SimCLRTransform(input_size=32, gaussian_blur=0.0)
     dataset = LightlyDataset(os.path.join(tree, "train"), transform=transform)
     loading = time.perf_counter() - began
-    how = dict(shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
-    loader = torch.utils.data.DataLoader(dataset, BATCH, **how)
-    criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
     def step(batch):
         z0, z1 = (model(view.to(device)) for view in batch[0])
@@ -67,27 +80,32 @@ def lightly(tree: str, steps: int, workers: int) -> dict:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of lightly; decoding threads here")
+    side_by_side.add_arguments(parser)
+    about = "loader processes of lightly; decoding threads here"
+    parser.add_argument("--workers", type=int, default=2, help=about)
     parser.add_argument("--at-least", type=float, default=1.5, help="aim: times lightly")
-    parser.add_argument("--floor-at-least", type=float, default=0.92, help="aim: of the network alone")
+    about = "aim: of the network alone"
+    parser.add_argument("--floor-at-least", type=float, default=0.92, help=about)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
-        how = args.data, args.steps, args.workers
-        found = lightly(*how) if args.side == "lightly" else ours(*how, args.side)
-        print(json.dumps({**found, "peak": peak()}))
+        measured = (args.data, args.steps, args.workers)
+        if args.side == "lightly":
+            result = lightly(*measured)
+        else:
+            result = ours(*measured, args.side)
+        print(json.dumps({**result, "peak": peak()}))
         return 0
-
     with pictures(args) as tree:
         results = alternate(__file__, SIDES, tree, args)
-    missed = 0
+    missed = False
     for side, aim in (("lightly", args.at_least), ("floor", args.floor_at_least)):
-        ratios = [a["rate"] / b["rate"] for a, b in zip(results["ours"], results[side])]
-        ratio = statistics.median(ratios)
-        print(f"ratio of ours to {side} {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), aim {aim}")
-        missed |= ratio < aim
-    views = statistics.median(f["views"] for f in results["ours"])
+        own = ratios(results, "ours", side)
+        ratio = statistics.median(own)
+        spread = f"{min(own):.2f} to {max(own):.2f}"
+        print(f"ratio of ours to {side} {ratio:.2f} ({spread}), aim {aim}")
+        missed = missed or ratio < aim
+    views = statistics.median(result["views"] for result in results["ours"])
     print(f"views and waiting {views:.1%} of a step")
     return int(missed)
 

@@ -2,13 +2,15 @@
 
     python benchmarks/debiased_loss.py              # B 256 and 1024, D 128, t .5, tau_plus .1
 
-published     what the published code does at every step, written anew: a mask built picture by picture in Python, the negatives
-              picked out of e^s by it, sums, the bound, the logarithm of the quotient.
-ours          debiased_loss: one product, one exponential in place, the gradient in one more product.
+published     what the published code does at every step, written anew: a mask built picture by
+              picture in Python, the negatives picked out of e^s by it, sums, the bound, the
+              logarithm of the quotient.
+ours          debiased_loss: one product, one exponential in place, the gradient in one more
+              product.
 
-Both begin at unit projections that need a gradient and end with it. Sides alternate in one process, warm before the clock
-runs; the ratio is that of neighbours, its median must reach --at-least. Losses and gradients must agree to 1e-4.
-Ends with 1 if a ratio misses its aim.
+Both begin at unit projections that need a gradient and end with it. Sides alternate in one process,
+warm before the clock runs; the ratio is that of neighbours, its median must reach --at-least.
+Losses and gradients must agree to 1e-4. Ends with 1 if a ratio misses its aim.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def published(z1, z2):
     negative = torch.exp(z @ z.T / T).masked_select(keep).view(2 * b, -1)
     positive = torch.exp((z1 * z2).sum(1) / T).repeat(2)
     n = 2 * b - 2
-    g = ((negative.sum(1) - TAU_PLUS * n * positive) / (1 - TAU_PLUS)).clamp(min=n * math.exp(-1 / T))
+    g = ((negative.sum(1) - TAU_PLUS * n * positive) / (1 - TAU_PLUS)).clamp(
+        min=n * math.exp(-1 / T)
+    )
     return -torch.log(positive / (positive + g)).mean()
 
 
@@ -66,14 +70,19 @@ def main(argv=None) -> int:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5, help="steps of a repeat")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--at-least", type=float, default=3.0, help="aim: times faster than published")
+    parser.add_argument(
+        "--at-least", type=float, default=3.0, help="aim: times faster than published"
+    )
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"D {args.dim}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     missed = 0
     for b in args.batches:
         generator = torch.Generator().manual_seed(0)
-        z = [F.normalize(torch.randn(b, args.dim, generator=generator), dim=1).to(device) for _ in range(2)]
+        z = [
+            F.normalize(torch.randn(b, args.dim, generator=generator), dim=1).to(device)
+            for _ in range(2)
+        ]
         z = [x.requires_grad_() for x in z]
         seconds, answers = {ours: [], published: []}, {}
         for repeat in range(-1, args.repeats):

@@ -1,9 +1,9 @@
-"""What transformed features and saved scores add to a MoCo step: main_contrast.py, the published way.
+"""What transformed features and saved scores add to a MoCo step, here and as published.
 
     python benchmarks/feature_transform.py     # ResNet-18 at 32 pixels, batch 256, K 16,384
 
 plain         MoCo-v2 without a transformation: the other sides are compared with it.
-scalar        positives extrapolated and negatives interpolated, one coefficient each (as published).
+scalar        positives extrapolated and negatives interpolated, one coefficient each.
 element       the same with a coefficient for each of K x 128 and of B x 128 numbers.
 scores        plain, and the five statistics of the scores (--save_score).
 published     element, but as the published code has it, written anew: both Beta draws are made by
@@ -11,10 +11,10 @@ published     element, but as the published code has it, written anew: both Beta
               thrown away), and the five statistics of the scores are copied to the host one by one
               at every step.
 
-One process has a network for each side and takes steps in turn, on the same fixed views: no views are
-made, so that a step is short and a share of it large. The cost of a side is the median over steps of
-its time beyond the plain step just before it, as a share of the median plain step. Ends with what the
-memories hold at --memory-k. The exit code is 1 if an aim is missed.
+One process has a network for each side and takes steps in turn, on the same fixed views: no views
+are made, so that a step is short and a share of it large. The cost of a side is the median over
+steps of its time beyond the plain step just before it, as a share of the median plain step. Ends
+with what the memories hold at --memory-k. The exit code is 1 if an aim is missed.
 """
 
 import argparse

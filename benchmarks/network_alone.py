@@ -6,9 +6,9 @@ whole         the script as it is: loading, augmentation, the step, what it trac
 network alone the same script on one fixed batch of views: what is left is the step.
 
 ResNet-18 at 32 pixels, batch 256, in all of them, on the CPU or one GPU. The sides alternate, each
-repeat is a process of its own, warm before the clock runs. The ratio is that of a pair of neighbours;
-its median must reach --at-least. The exit code is the number of scripts that miss it. Peak memory is
-the process and the largest of its workers.
+repeat is a process of its own, warm before the clock runs. The ratio is that of a pair of
+neighbours; its median must reach --at-least. The exit code is the number of scripts that miss it.
+Peak memory is the process and the largest of its workers.
 """
 
 import argparse

@@ -2,14 +2,18 @@
 
     python benchmarks/pack.py --data /data/imagenet-100     # or without --data: generated pictures
 
-packing   one process packs pictures at --side, against the same process doing only the decoding, resizing and cutting, and
-          then only writing as many bytes and waiting for the disk. What is missing to 1 is the cost of packing itself.
-          With more workers decoding and writing overlap.
-reading   common.data in host mode cuts two 224-pixel crops per picture, shuffled, with --workers processes: from the pack's
-          memory map, and from the JPEG files. Both are in the page cache, so disks are not in these numbers.
-order     one thread cuts one crop from rows stored as height, width, RGB (as packs are) and as three planes.
+packing   one process packs pictures at --side, against the same process doing only the decoding,
+          resizing and cutting, and then only writing as many bytes and waiting for the disk. What
+          is missing to 1 is the cost of packing itself. With more workers decoding and writing
+          overlap.
+reading   common.data in host mode cuts two 224-pixel crops per picture, shuffled, with --workers
+          processes: from the pack's memory map, and from the JPEG files. Both are in the page
+          cache, so disks are not in these numbers.
+order     one thread cuts one crop from rows stored as height, width, RGB (as packs are) and as
+          three planes.
 
-Sides alternate; workers are started and warm before the clock runs. Medians of --repeats, with the range.
+Sides alternate; workers are started and warm before the clock runs. Medians of --repeats, with the
+range.
 """
 
 import argparse
@@ -63,7 +67,10 @@ def packing(pictures: FolderSet, side: int, repeats: int, folder: Path) -> dict[
     for repeat in range(repeats):
         target = folder / f"pack{repeat}"
         target.mkdir()
-        decode, write = rate_of(len(pictures), decode_only), rate_of(len(pictures), lambda t=target: write_only(t))
+        decode, write = (
+            rate_of(len(pictures), decode_only),
+            rate_of(len(pictures), lambda t=target: write_only(t)),
+        )
         rates["decode, resize, cut"].append(decode)
         rates["write and sync"].append(write)
         rates["both in turn"].append(1 / (1 / decode + 1 / write))
@@ -71,9 +78,17 @@ def packing(pictures: FolderSet, side: int, repeats: int, folder: Path) -> dict[
     return rates
 
 
-def reading(pictures: FolderSet, packed: ArraySet, workers: int, repeats: int) -> dict[str, list[float]]:
+def reading(
+    pictures: FolderSet, packed: ArraySet, workers: int, repeats: int
+) -> dict[str, list[float]]:
     crop = Compose(RandomResizedCrop(SIZE, (0.2, 1.0)))
-    options = {"device": "cpu", "seed": 0, "workers": workers, "data_device": "host", "progress": False}
+    options = {
+        "device": "cpu",
+        "seed": 0,
+        "workers": workers,
+        "data_device": "host",
+        "progress": False,
+    }
     sides = {"JPEG files": pictures, "packed": packed}
     loaders = {name: Loader(s, (crop, crop), 16, **options) for name, s in sides.items()}
     rates = {name: [] for name in sides}
@@ -92,11 +107,18 @@ def orders(packed: ArraySet, repeats: int) -> dict[str, list[float]]:
     rows = torch.arange(min(len(packed), 200))
     sides = {"three planes": packed[rows].contiguous(), "height, width, RGB": packed[rows]}
     heights = torch.full((len(rows),), packed.size[0])
-    boxes = RandomResizedCrop(SIZE, (0.2, 1.0)).sample(heights, heights, torch.Generator().manual_seed(0)).tolist()
+    boxes = (
+        RandomResizedCrop(SIZE, (0.2, 1.0))
+        .sample(heights, heights, torch.Generator().manual_seed(0))
+        .tolist()
+    )
     rates = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, images in sides.items():
-            rate = rate_of(len(rows), lambda x=images: [cut(p, b, (SIZE, SIZE, 0, 0), SIZE) for p, b in zip(x, boxes)])
+            rate = rate_of(
+                len(rows),
+                lambda x=images: [cut(p, b, (SIZE, SIZE, 0, 0), SIZE) for p, b in zip(x, boxes)],
+            )
             if repeat:
                 rates[name].append(rate)
     return rates
@@ -117,11 +139,16 @@ def measure(args, tree: Path, what: str) -> int:
     pictures = open_tree(tree)
     files = len(pictures)
     pictures = pictures.select([i * files // args.pictures for i in range(args.pictures)])
-    print(f"{what}: {files} files, {args.pictures} pictures per pass, side {args.side}; torch {torch.__version__}")
+    print(
+        f"{what}: {files} files, {args.pictures} pictures per pass, side {args.side}; torch {torch.__version__}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         packed = show("one process", packing(pictures, args.side, args.repeats, Path(folder)))
         opened = open_set(Path(folder) / "pack0", "train", dataset="packed")
-        read = show(f"two crops each, {args.workers} workers", reading(pictures, opened, args.workers, args.repeats))
+        read = show(
+            f"two crops each, {args.workers} workers",
+            reading(pictures, opened, args.workers, args.repeats),
+        )
         show("one crop each, one thread", orders(opened, args.repeats))
     print(
         f"\nresult: packing at {packed:.2f} of the rate of decoding and writing (wanted: {args.packing_at_least:g}), "
@@ -131,20 +158,40 @@ def measure(args, tree: Path, what: str) -> int:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="TREE", help="class folders of JPEG files, or the folder above with train/")
-    parser.add_argument("--side", type=int, default=256, help="side of the packed squares (default 256)")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of each side, alternating (default 3)")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes that read (default 2)")
-    parser.add_argument("--pictures", type=int, default=400, help="pictures per pass; a smaller set is repeated")
-    parser.add_argument("--packing-at-least", type=float, default=0.8, help="exit with 1 below this (default 0.8)")
-    parser.add_argument("--reading-at-least", type=float, default=2.0, help="exit with 1 below this (default 2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        metavar="TREE",
+        help="class folders of JPEG files, or the folder above with train/",
+    )
+    parser.add_argument(
+        "--side", type=int, default=256, help="side of the packed squares (default 256)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repeats of each side, alternating (default 3)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="worker processes that read (default 2)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=400, help="pictures per pass; a smaller set is repeated"
+    )
+    parser.add_argument(
+        "--packing-at-least", type=float, default=0.8, help="exit with 1 below this (default 0.8)"
+    )
+    parser.add_argument(
+        "--reading-at-least", type=float, default=2.0, help="exit with 1 below this (default 2)"
+    )
     args = parser.parse_args(argv)
     if args.data is not None:
         tree = Path(args.data)
         return measure(args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data))
     with tempfile.TemporaryDirectory() as folder:
-        return measure(args, generate(Path(folder)), "generated pictures (shapes and noise, not photographs)")
+        return measure(
+            args, generate(Path(folder)), "generated pictures (shapes and noise, not photographs)"
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="tree with train/CLASS/* of 32-pixel pictures (CIFAR-10 as files)")
+    parser.add_argument(
+        "--data", help="tree with train/CLASS/* of 32-pixel pictures (CIFAR-10 as files)"
+    )
     parser.add_argument("--photos", help="tree with train/CLASS/* of full-size photographs")
     args = parser.parse_args()
     jobs = [

@@ -3,18 +3,23 @@
     python benchmarks/soak.py --minutes 120                       # tens of thousands of steps
     python benchmarks/soak.py --minutes 3 --out runs/soak-try     # to see it work; slopes of minutes are not judged
 
-nonsem_neg/moco_non_sem_neg.py with patch negatives, its smallest network and 32-pixel pictures, and everything on that a long
-run uses: pictures read by a worker, k-NN now and then, numbered checkpoints (this program keeps the newest two), TensorBoard,
---save_score. Half way it is stopped by SIGTERM, as a scheduler does, and goes on with --resume auto. Every few seconds /proc
-says what the process holds, and the run folder what it has written.
+nonsem_neg/moco_non_sem_neg.py with patch negatives, its smallest network and 32-pixel pictures, and
+everything on that a long run uses: pictures read by a worker, k-NN now and then, numbered
+checkpoints (this program keeps the newest two), TensorBoard, --save_score. Half way it is stopped
+by SIGTERM, as a scheduler does, and goes on with --resume auto. Every few seconds /proc says what
+the process holds, and the run folder what it has written.
 
-memory       resident: slope under 20 MiB an hour, by a straight line over the second half of what each of the two processes
-             ran (the median of the slopes between all pairs of samples: a spike does not move it); of its workers, too
-descriptors  open files: that line's slope is 0, and the last quarter's median is that of the quarter before; threads, too
-step         seconds a step as metrics.jsonl tells them: the median of every later quarter within 5 % of the first one's.
-             Where it is not, but the processor time of a step is, the machine had other work: it cannot be told.
-records      bytes of metrics.jsonl, event files and scores: no sample further than 3 % of the whole from one straight line in
-             the steps, over both processes; the steps on record leave no gap, the checkpoints keep their size
+memory       resident: slope under 20 MiB an hour, by a straight line over the second half of what
+             each of the two processes ran (the median of the slopes between all pairs of samples: a
+             spike does not move it); of its workers, too
+descriptors  open files: that line's slope is 0, and the last quarter's median is that of the
+             quarter before; threads, too
+step         seconds a step as metrics.jsonl tells them: the median of every later quarter within 5
+             % of the first one's. Where it is not, but the processor time of a step is, the machine
+             had other work: it cannot be told.
+records      bytes of metrics.jsonl, event files and scores: no sample further than 3 % of the whole
+             from one straight line in the steps, over both processes; the steps on record leave no
+             gap, the checkpoints keep their size
 
 Writes OUT/soak.json and OUT/soak.png. The exit code is the number of aims missed. Linux only.
 """
@@ -36,8 +41,8 @@ import numpy as np
 
 from benchmarks.side_by_side import generate
 from common import UsageError, UserError, cli
-from runner.folder import environment
 from common.files import write_json
+from runner.folder import environment
 
 SHOWN = 10  # steps between records
 SCRIPT = "nonsem_neg/moco_non_sem_neg.py"
@@ -47,7 +52,11 @@ FLAGS = (
     "--knn-every 5 --knn-k 20 --save-freq 5 --save_score"
 )
 MIB, AIMS = 2**20, {"memory": 20.0, "step": 0.05, "records": 0.03}
-TICK, PAGE = (os.sysconf(name) for name in ("SC_CLK_TCK", "SC_PAGESIZE")) if hasattr(os, "sysconf") else (100, 4096)
+TICK, PAGE = (
+    (os.sysconf(name) for name in ("SC_CLK_TCK", "SC_PAGESIZE"))
+    if hasattr(os, "sysconf")
+    else (100, 4096)
+)
 
 
 def tree(folder: Path) -> Path:
@@ -75,7 +84,11 @@ def resident(pid: int) -> float:
 
 
 def children(pid: int) -> list[int]:
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return [
+        int(c)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for c in (task / "children").read_text().split()
+    ]
 
 
 def last_step(path: Path) -> int:
@@ -114,12 +127,18 @@ def sample(pid: int, folder: Path) -> dict:
     }
 
 
-def watch(command: list[str], folder: Path, seconds: float, every: float, part: int, start: float) -> list[dict]:
+def watch(
+    command: list[str], folder: Path, seconds: float, every: float, part: int, start: float
+) -> list[dict]:
     """Run a command for `seconds` after its first new record, then stop it by SIGTERM: the samples in between.
 
     UserError where it ends before that, writes nothing for ten minutes, or does not end as a stopped run does.
     """
-    log, samples, before = folder.parent / f"log-{part}.txt", [], last_step(folder / "metrics.jsonl")
+    log, samples, before = (
+        folder.parent / f"log-{part}.txt",
+        [],
+        last_step(folder / "metrics.jsonl"),
+    )
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
@@ -200,9 +219,16 @@ def judge(samples: list[dict], records: list[dict], short: bool) -> dict:
     figures, aims = {"steps": records[-1]["step"] if records else 0, "samples": len(samples)}, {}
     for what in ("memory", "workers", "descriptors", "threads"):
         slopes = [60 * slope(*columns(half, "minute", what)) for half in halves]
-        figures[what] = {"first": samples[0][what], "last": samples[-1][what], "slopes_per_hour": slopes}
+        figures[what] = {
+            "first": samples[0][what],
+            "last": samples[-1][what],
+            "slopes_per_hour": slopes,
+        }
     for what in ("descriptors", "threads"):
-        rises = [np.median(columns(b, what)[0]) - np.median(columns(a, what)[0]) for a, b in map(two, halves)]
+        rises = [
+            np.median(columns(b, what)[0]) - np.median(columns(a, what)[0])
+            for a, b in map(two, halves)
+        ]
         figures[what]["rises"] = list(map(float, rises))
         aims[what] = not any(rises) and not any(figures[what]["slopes_per_hour"])
     for what in ("memory", "workers"):
@@ -211,33 +237,52 @@ def judge(samples: list[dict], records: list[dict], short: bool) -> dict:
     quarters = [quarter for part in split(samples) for quarter in two(part)]
     times, ends = step_times(records), [quarter[-1]["step"] for quarter in quarters]
     starts = [0, *ends[:-1]]
-    medians = [statistics.median([t for s, t in times if a < s <= b] or [np.nan]) for a, b in zip(starts, ends)]
+    medians = [
+        statistics.median([t for s, t in times if a < s <= b] or [np.nan])
+        for a, b in zip(starts, ends)
+    ]
     used = [
-        (q[-1]["processor"] - q[0]["processor"]) / max(1, q[-1]["step"] - q[0]["step"]) if len(q) > 1 else np.nan
+        (q[-1]["processor"] - q[0]["processor"]) / max(1, q[-1]["step"] - q[0]["step"])
+        if len(q) > 1
+        else np.nan
         for q in quarters
     ]
     figures["seconds_per_step"], figures["processor_seconds_per_step"] = medians, used
-    steady, steady_processor = (max(abs(t / of[0] - 1) for t in of) < AIMS["step"] for of in (medians, used))
+    steady, steady_processor = (
+        max(abs(t / of[0] - 1) for t in of) < AIMS["step"] for of in (medians, used)
+    )
     aims["step"] = steady if steady or not steady_processor else None
 
     for what in ("metrics", "events", "scores"):
         per_step, furthest = off_line(*columns(samples, "step", what))
-        figures[what] = {"bytes_per_step": per_step, "last": samples[-1][what], "furthest_from_line": furthest}
+        figures[what] = {
+            "bytes_per_step": per_step,
+            "last": samples[-1][what],
+            "furthest_from_line": furthest,
+        }
         aims[what] = furthest < AIMS["records"]
     sizes = sorted({s["checkpoint"] for s in samples} - {0})
-    figures["checkpoint_bytes"], figures["gaps"] = [sizes[0], sizes[-1]] if sizes else [], gaps(records)
+    figures["checkpoint_bytes"], figures["gaps"] = (
+        [sizes[0], sizes[-1]] if sizes else [],
+        gaps(records),
+    )
     aims["checkpoint"] = bool(sizes) and sizes[-1] < 1.01 * sizes[0]
     aims["gaps"] = figures["gaps"] == 0
     words = {True: "met", False: "missed", None: "cannot be told"}
     return {
         **figures,
-        "aims": {what: words[None if short else bool(ok) if ok is not None else None] for what, ok in aims.items()},
+        "aims": {
+            what: words[None if short else bool(ok) if ok is not None else None]
+            for what, ok in aims.items()
+        },
     }
 
 
 def split(samples: list[dict]) -> list[list[dict]]:
     """By the process that they are of."""
-    return [[s for s in samples if s["part"] == part] for part in sorted({s["part"] for s in samples})]
+    return [
+        [s for s in samples if s["part"] == part] for part in sorted({s["part"] for s in samples})
+    ]
 
 
 def two(samples: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -261,15 +306,26 @@ def say(found: dict) -> None:
     ):
         f = found[what]
         slopes = " and ".join(f"{s:+.1f}" for s in f["slopes_per_hour"])
-        line(what, f"{f['first']:.0f} to {f['last']:.0f}{unit}, slopes {slopes}{unit} an hour, aim {aim}")
-    for what, times in (("step", found["seconds_per_step"]), ("", found["processor_seconds_per_step"])):
+        line(
+            what,
+            f"{f['first']:.0f} to {f['last']:.0f}{unit}, slopes {slopes}{unit} an hour, aim {aim}",
+        )
+    for what, times in (
+        ("step", found["seconds_per_step"]),
+        ("", found["processor_seconds_per_step"]),
+    ):
         text = f"{times[0] * 1e3:.1f} ms a step in the first quarter, then " + ", ".join(
             f"{t / times[0]:.3f}" for t in times[1:]
         )
-        line(what, f"{text} of it, aim within 5 %") if what else print(f"{'':12} processor: {text} of it")
+        line(what, f"{text} of it, aim within 5 %") if what else print(
+            f"{'':12} processor: {text} of it"
+        )
     for what in ("metrics", "events", "scores"):
         f = found[what]
-        line(what, f"{f['bytes_per_step']:.1f} bytes a step, at most {f['furthest_from_line']:.1%} off a line, aim 3 %")
+        line(
+            what,
+            f"{f['bytes_per_step']:.1f} bytes a step, at most {f['furthest_from_line']:.1%} off a line, aim 3 %",
+        )
     line("checkpoint", " to ".join(f"{b / 1e6:.2f}" for b in found["checkpoint_bytes"]) + " MB")
     line("gaps", f"{found['gaps']} in the steps on record")
 
@@ -286,12 +342,20 @@ def draw(samples: list[dict], records: list[dict], path: Path) -> None:
         held.plot(minutes, columns(part, "descriptors")[0], color="C0", lw=0.8, label="open files")
         held.plot(minutes, columns(part, "threads")[0], color="C1", lw=0.8, label="threads")
     for what, colour in (("metrics", "C0"), ("events", "C1"), ("scores", "C2")):
-        written.plot(*columns(samples, "step"), [b / 1e6 for b in columns(samples, what)[0]], color=colour, label=what)
+        written.plot(
+            *columns(samples, "step"),
+            [b / 1e6 for b in columns(samples, what)[0]],
+            color=colour,
+            label=what,
+        )
     times = step_times(records)
     if times:
         steps, seconds = zip(*times)
         width = max(1, len(times) // 200)
-        blocks = [(steps[i], statistics.median(seconds[i : i + width])) for i in range(0, len(times), width)]
+        blocks = [
+            (steps[i], statistics.median(seconds[i : i + width]))
+            for i in range(0, len(times), width)
+        ]
         time_of.plot(*zip(*((s, 1e3 * t) for s, t in blocks)), color="C0")
     for axes, title, x in (
         (memory, "resident memory, MiB", "minutes"),
@@ -311,7 +375,10 @@ def draw(samples: list[dict], records: list[dict], path: Path) -> None:
 def main(argv=None) -> int:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--minutes", type=cli.positive, default=120, help="of training, without the start of the processes"
+        "--minutes",
+        type=cli.positive,
+        default=120,
+        help="of training, without the start of the processes",
     )
     parser.add_argument("--every", type=cli.positive, default=5, help="seconds between samples")
     parser.add_argument("--out", default="runs/soak", help="folder of the run and of what is found")
@@ -334,14 +401,27 @@ def main(argv=None) -> int:
     samples = []
     for part, flags in ((1, []), (2, ["--resume", "auto"])):
         samples += watch([*command, *flags], folder, 30 * args.minutes, args.every, part, began)
-        print(f"part {part}: {samples[-1]['step']} steps after {samples[-1]['minute']:.1f} minutes", flush=True)
+        print(
+            f"part {part}: {samples[-1]['step']} steps after {samples[-1]['minute']:.1f} minutes",
+            flush=True,
+        )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = judge(samples, records, short=args.minutes < 30)
-    where = {"script": f"{SCRIPT} {FLAGS}", "minutes": args.minutes, **environment(), "load": os.getloadavg()}
-    write_json(out / "soak.json", {**where, **found, "curves": {k: columns(samples, k)[0] for k in samples[0]}})
+    where = {
+        "script": f"{SCRIPT} {FLAGS}",
+        "minutes": args.minutes,
+        **environment(),
+        "load": os.getloadavg(),
+    }
+    write_json(
+        out / "soak.json",
+        {**where, **found, "curves": {k: columns(samples, k)[0] for k in samples[0]}},
+    )
     draw(samples, records, out / "soak.png")
     say(found)
-    print(f"{found['steps']} steps, {len(samples)} samples: {out / 'soak.json'}, {out / 'soak.png'}")
+    print(
+        f"{found['steps']} steps, {len(samples)} samples: {out / 'soak.json'}, {out / 'soak.png'}"
+    )
     return sum(verdict == "missed" for verdict in found["aims"].values())
 
 

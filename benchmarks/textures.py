@@ -2,10 +2,11 @@
 
     python benchmarks/textures.py --data /data/imagenet-100     # or without --data: generated pictures
 
-Each engine makes 224-pixel textures as the command does, from reading the file to writing the PNG, in --workers processes of
-one thread. Processes are started and have made a texture before the clock runs. "mrs, all in full" is --shortlist 0, the
-comparisons of the original. Beside the rate by the clock stands the processor time per picture: on a machine that does other
-work too, only the latter says what free cores would give. On a GPU the engine alone is measured, in batches of --batch.
+Each engine makes 224-pixel textures as the command does, from reading the file to writing the PNG,
+in --workers processes of one thread. Processes are started and have made a texture before the clock
+runs. "mrs, all in full" is --shortlist 0, the comparisons of the original. Beside the rate by the
+clock stands the processor time per picture: on a machine that does other work too, only the latter
+says what free cores would give. On a GPU the engine alone is measured, in batches of --batch.
 """
 
 import argparse
@@ -60,7 +61,9 @@ def _work(side: Side, jobs: list[syn.Job], ready, answer) -> None:
     began, cores = time.perf_counter(), time.process_time()
     size = texture_engines.BATCH["cpu"][side.settings.engine]
     for start in range(0, len(jobs), size):
-        failed = [done for done in syn.do(side.settings, jobs[start : start + size]) if done.failure]
+        failed = [
+            done for done in syn.do(side.settings, jobs[start : start + size]) if done.failure
+        ]
         if failed:
             raise SystemExit(f"{failed[0].name}: {failed[0].failure}")
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -68,13 +71,21 @@ def _work(side: Side, jobs: list[syn.Job], ready, answer) -> None:
     answer.put(Share(time.perf_counter() - began, time.process_time() - cores, memory))
 
 
-def measure(side: Side, paths: list[str], workers: int, steps: int, folder: Path) -> tuple[float, float, float]:
+def measure(
+    side: Side, paths: list[str], workers: int, steps: int, folder: Path
+) -> tuple[float, float, float]:
     """(textures per second, processor seconds per texture, MiB of all processes)."""
     context = multiprocessing.get_context("spawn")
     ready, answer = context.Barrier(workers), context.SimpleQueue()
     count = side.pictures * steps
-    jobs = [syn.Job(paths[i % len(paths)], str(i), str(folder / f"{i}.png")) for i in range(count * workers)]
-    processes = [context.Process(target=_work, args=(side, jobs[i::workers], ready, answer)) for i in range(workers)]
+    jobs = [
+        syn.Job(paths[i % len(paths)], str(i), str(folder / f"{i}.png"))
+        for i in range(count * workers)
+    ]
+    processes = [
+        context.Process(target=_work, args=(side, jobs[i::workers], ready, answer))
+        for i in range(workers)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -94,12 +105,16 @@ def measure_gpu(side: Side, paths: list[str], batch: int, steps: int) -> tuple[f
     syn.synthesise(side.settings, "cuda", loaded)
     began = time.perf_counter()
     for _ in range(steps):
-        syn.synthesise(side.settings, "cuda", loaded)  # ends with a copy to the CPU: nothing is left in work
+        syn.synthesise(
+            side.settings, "cuda", loaded
+        )  # ends with a copy to the CPU: nothing is left in work
     return batch * steps / (time.perf_counter() - began), torch.cuda.max_memory_allocated() / 2**20
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--data",
         metavar="TREE",
@@ -107,9 +122,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         "(default: pictures generated in a temporary folder)",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--pictures", type=int, default=100, help="use the first so many of the pictures (default 100)")
     parser.add_argument(
-        "--steps", type=int, default=3, help="rounds of 40 quilts, 4 mrs and 2 in full per process (default 3)"
+        "--pictures",
+        type=int,
+        default=100,
+        help="use the first so many of the pictures (default 100)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="rounds of 40 quilts, 4 mrs and 2 in full per process (default 3)",
     )
     parser.add_argument("--batch", type=int, default=64, help="on a GPU (default 64)")
     return parser.parse_args(argv)
@@ -133,15 +156,22 @@ def compare(args: argparse.Namespace, tree: Path, what: str, folder: Path) -> in
             flush=True,
         )
         if side.aim:
-            ratios[side.name], by_cores[side.name] = rate / side.aim, args.workers / cores / side.aim
+            ratios[side.name], by_cores[side.name] = (
+                rate / side.aim,
+                args.workers / cores / side.aim,
+            )
     if torch.cuda.is_available():
-        print(f"\n{torch.cuda.get_device_name()}, batch {args.batch}     textures/s     GPU memory, MiB")
+        print(
+            f"\n{torch.cuda.get_device_name()}, batch {args.batch}     textures/s     GPU memory, MiB"
+        )
         for side in SIDES:
             rate, memory = measure_gpu(side, paths, args.batch, args.steps)
             print(f"  {side.name:<16}{rate:>14.1f}{memory:>20.0f}", flush=True)
             if side.name == "mrs":
                 ratios["mrs on the GPU"] = rate / AIM_GPU
-    print("peak memory: all processes, each at its own peak; pages they share (PyTorch itself) are counted repeatedly")
+    print(
+        "peak memory: all processes, each at its own peak; pages they share (PyTorch itself) are counted repeatedly"
+    )
     free = ", ".join(f"{name} {ratio:.2f}" for name, ratio in by_cores.items())
     print(f"ratio if the cores had been free ({args.workers} / processor seconds / aim): {free}")
     print(
@@ -157,7 +187,9 @@ def main(argv=None) -> int:
         out.mkdir()
         if args.data is not None:
             tree = Path(args.data)
-            return compare(args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data), out)
+            return compare(
+                args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data), out
+            )
         what = "generated pictures (shapes and noise, not photographs)"
         return compare(args, generate(Path(folder) / "pictures"), what, out)
 

@@ -42,25 +42,25 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/* and val/CLASS/*"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "data set root with train/CLASS/* and val/CLASS/*"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, ("imagenet", "imagenet100", "folder"), default="imagenet")
-    about = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
-    g.add_argument("--crop_low", type=cli.share, help=about)
+    text = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
+    g.add_argument("--crop_low", type=cli.share, help=text)
 
     g = parser.add_argument_group("model")
-    about = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
-    g.add_argument("--model_path", metavar="PATH", help=about)
-    about = "default: what the checkpoint says, or alexnet"
-    g.add_argument("--model", "--arch", choices=list(MODELS), help=about)
-    about = "colour space; default: what the checkpoint says, or Lab"
-    g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, help=about)
-    about = "ResNet: 1 the stem, 2-5 stages, 6 pooled (default); AlexNet: 1-5 blocks (5), 6, 7"
-    g.add_argument("--layer", type=int, help=about)
+    text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
+    g.add_argument("--model_path", metavar="PATH", help=text)
+    text = "default: what the checkpoint says, or alexnet"
+    g.add_argument("--model", "--arch", choices=list(MODELS), help=text)
+    text = "colour space; default: what the checkpoint says, or Lab"
+    g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, help=text)
+    text = "ResNet: 1 the stem, 2-5 stages, 6 pooled (default); AlexNet: 1-5 blocks (5), 6, 7"
+    g.add_argument("--layer", type=int, help=text)
 
     g = parser.add_argument_group("optimisation")
-    about = "not scaled with the batch; published results: AlexNet .1, resnet50v1 and v2 30, v3 50"
-    options.add_linear_sgd_arguments(g, about)
+    text = "not scaled with the batch; published results: AlexNet .1, resnet50v1 and v2 30, v3 50"
+    options.add_linear_sgd_arguments(g, text)
     linear.add_arguments(g)
     options.add_linear_run_arguments(parser, "./runs/cmc_linear")
     options.add_hardware_arguments(parser, apex=True)

@@ -56,41 +56,41 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/*, or pictures alone"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "data set root with train/CLASS/*, or pictures alone"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, ("imagenet", "imagenet100", "folder"), "imagenet", workers=18)
-    about = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
-    g.add_argument("--crop_low", type=cli.share, help=about)
+    text = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
+    g.add_argument("--crop_low", type=cli.share, help=text)
 
     g = parser.add_argument_group("model")
-    about = "network of each view; v1, v2, v3: stages of half, once, twice the width"
-    g.add_argument("--model", "--arch", choices=list(MODELS), default="alexnet", help=about)
+    text = "network of each view; v1, v2, v3: stages of half, once, twice the width"
+    g.add_argument("--model", "--arch", choices=list(MODELS), default="alexnet", help=text)
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
-    about = "colour space; its lightness is one view, the other two channels are the other"
+    text = "colour space; its lightness is one view, the other two channels are the other"
     g.add_argument(
-        "--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help=about
+        "--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help=text
     )
-    about = "views of other channels, every pair contrasted, such as L,a,b or L,ab,YCbCr:CbCr"
-    g.add_argument("--views", metavar="VIEW,VIEW,...", help=about)
+    text = "views of other channels, every pair contrasted, such as L,a,b or L,ab,YCbCr:CbCr"
+    g.add_argument("--views", metavar="VIEW,VIEW,...", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument("--nce_k", type=cli.positive_int, default=16384, help="negatives per anchor")
-    about = "temperature; default .07, on stl10 .1"
-    g.add_argument("--nce_t", "--temperature", type=cli.positive, help=about)
+    text = "temperature; default .07, on stl10 .1"
+    g.add_argument("--nce_t", "--temperature", type=cli.positive, help=text)
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="momentum of a memory row")
-    about = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
-    g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=about)
-    about = "never draw a picture as its own negative"
-    g.add_argument("--exclude-self", action="store_true", help=about)
-    about = "batch-norm groups over all processes, as on that many GPUs"
-    g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=about)
+    text = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
+    g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
+    text = "never draw a picture as its own negative"
+    g.add_argument("--exclude-self", action="store_true", help=text)
+    text = "batch-norm groups over all processes, as on that many GPUs"
+    g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
 
     options.add_sgd_arguments(parser.add_argument_group("optimisation"))
     g = parser.add_argument_group("run")
-    about = "the run gets a folder of its own in here"
-    g.add_argument("--model_path", "--out", default="./runs/cmc", help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument("--model_path", "--out", default="./runs/cmc", help=text)
     options.add_name_argument(g)
     options.add_run_arguments(g, tb_path=True)
     options.add_monitor_arguments(g, "mean over the pairs of views")

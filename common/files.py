@@ -1,4 +1,4 @@
-"""The only writer of the project: files that appear whole or not at all, and folders with an owner."""
+"""The only writer of the project: files that appear whole or not at all, folders with an owner."""
 
 from __future__ import annotations
 

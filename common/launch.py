@@ -4,7 +4,7 @@ A script calls `start(worker, args)` once; `worker(args, process)` then runs in 
 Without any flag that is this very process on the best device. The other ways in:
 
     torchrun --nproc-per-node 8 script.py ...      torchrun's environment; `srun torchrun` on Slurm
-    script.py --multiprocessing-distributed --world-size 1 --rank 0    one process per GPU of this node
+    script.py --multiprocessing-distributed --world-size 1 --rank 0  one process per GPU of this node
     script.py --nproc 2 --device cpu               that many processes here (CPU: gloo)
     script.py --world-size 4 --rank 2 --dist-url tcp://host:port       this process is rank 2 of 4
 

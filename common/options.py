@@ -38,15 +38,15 @@ def add_data_arguments(
     group.set_defaults(workers=workers)
 
 
-def add_sgd_arguments(group, about_lr: str = "not scaled with the batch", **defaults) -> None:
+def add_sgd_arguments(group, lr_help: str = "not scaled with the batch", **defaults) -> None:
     """Add batch, SGD and a schedule of steps, spelled as most published scripts do.
 
-    about_lr: what --help says of the learning rate.
+    lr_help: what --help says of the learning rate.
     """
     add = group.add_argument
     add("--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1")
     add("-b", "--batch_size", type=cli.positive_int, default=128, help="global, over all processes")
-    add("--learning_rate", "--lr", type=cli.positive, default=0.03, help=about_lr)
+    add("--learning_rate", "--lr", type=cli.positive, default=0.03, help=lr_help)
     add(
         "--lr_decay_epochs",
         default="120,160,200",
@@ -104,7 +104,7 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
     add("--seed", type=cli.seed, help="seed of everything random; drawn and recorded if not given")
 
 
-def add_linear_sgd_arguments(group, about_lr: str, **defaults) -> None:
+def add_linear_sgd_arguments(group, lr_help: str, **defaults) -> None:
     """Add batch, SGD and a schedule of steps with the usual values of a linear evaluation."""
     usual = {
         "epochs": 60,
@@ -114,7 +114,7 @@ def add_linear_sgd_arguments(group, about_lr: str, **defaults) -> None:
         "lr_decay_rate": 0.2,
         "weight_decay": 0.0,
     }
-    add_sgd_arguments(group, about_lr, **usual | defaults)
+    add_sgd_arguments(group, lr_help, **usual | defaults)
 
 
 def add_linear_run_arguments(parser, save_path: str, save_freq: int | None = 5) -> None:

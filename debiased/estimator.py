@@ -51,30 +51,30 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     two_or_more = cli.number(int, least=2)
     g = parser.add_argument_group("data")
-    about = "class folders with train/CLASS/*, or the place of a torchvision set"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "class folders with train/CLASS/*, or the place of a torchvision set"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, trees=("folder",), workers=4)
     g.set_defaults(input_res=32)
 
     g = parser.add_argument_group("estimates")
-    about = "checkpoint of main.py, or its run folder"
-    g.add_argument("--model_path", default="results", metavar="PATH", help=about)
-    about = "default: that of the pre-training, or 0.5"
-    g.add_argument("--temperature", type=cli.positive, help=about)
+    text = "checkpoint of main.py, or its run folder"
+    g.add_argument("--model_path", default="results", metavar="PATH", help=text)
+    text = "default: that of the pre-training, or 0.5"
+    g.add_argument("--temperature", type=cli.positive, help=text)
     shares = [0, 0.01, 0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2]
-    about = "values on the x-axis; 0 is the biased estimator"
-    g.add_argument("--tau_plus", type=cli.fraction, nargs="+", default=shares, help=about)
-    about = "pictures of a batch"
-    g.add_argument("--batches", type=two_or_more, nargs="+", default=[32, 128, 512], help=about)
+    text = "values on the x-axis; 0 is the biased estimator"
+    g.add_argument("--tau_plus", type=cli.fraction, nargs="+", default=shares, help=text)
+    text = "pictures of a batch"
+    g.add_argument("--batches", type=two_or_more, nargs="+", default=[32, 128, 512], help=text)
     g.add_argument("--M", type=cli.positive_int, default=1, help="positives of an estimate")
-    about = "augmented views of every picture"
-    g.add_argument("--views", type=two_or_more, default=4, help=about)
-    about = "pictures whose negative term is estimated"
-    g.add_argument("--anchors", type=cli.positive_int, default=500, help=about)
-    about = "batches that are drawn for each"
-    g.add_argument("--draws", type=two_or_more, default=200, help=about)
-    about = "the figure; its numbers go to FILE.json"
-    g.add_argument("--out", default="estimator.png", metavar="FILE.png", help=about)
+    text = "augmented views of every picture"
+    g.add_argument("--views", type=two_or_more, default=4, help=text)
+    text = "pictures whose negative term is estimated"
+    g.add_argument("--anchors", type=cli.positive_int, default=500, help=text)
+    text = "batches that are drawn for each"
+    g.add_argument("--draws", type=two_or_more, default=200, help=text)
+    text = "the figure; its numbers go to FILE.json"
+    g.add_argument("--out", default="estimator.png", metavar="FILE.png", help=text)
     g.add_argument("--seed", type=cli.seed, default=0, help="seed of views and draws")
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)

@@ -12,14 +12,14 @@ FALSE = ("false", "0", "no", "")
 
 def add_adam_arguments(group, epochs: int, batch_size: int) -> None:
     """Add batch and Adam. epochs, batch_size: the published defaults."""
-    about = "epochs to run in all, counted from 1"
-    group.add_argument("--epochs", type=cli.positive_int, default=epochs, help=about)
-    about = "pictures, global, over all processes"
-    group.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch_size, help=about)
-    about = "of Adam; constant as published, not scaled with the batch"
-    group.add_argument("--learning_rate", "--lr", type=cli.positive, default=1e-3, help=about)
-    about = "weight decay, of all parameters that are trained"
-    group.add_argument("--weight_decay", type=cli.not_negative, default=1e-6, help=about)
+    text = "epochs to run in all, counted from 1"
+    group.add_argument("--epochs", type=cli.positive_int, default=epochs, help=text)
+    text = "pictures, global, over all processes"
+    group.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch_size, help=text)
+    text = "of Adam; constant as published, not scaled with the batch"
+    group.add_argument("--learning_rate", "--lr", type=cli.positive, default=1e-3, help=text)
+    text = "weight decay, of all parameters that are trained"
+    group.add_argument("--weight_decay", type=cli.not_negative, default=1e-6, help=text)
 
 
 def truth(text: str) -> bool:

@@ -38,30 +38,30 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "class folders with train/CLASS/* and val/CLASS/*, or the place of a torchvision set"
-    g.add_argument("--data_folder", "--data", dest="data", default="data", help=about)
+    text = "class folders with train/CLASS/* and val/CLASS/*, or the place of a torchvision set"
+    g.add_argument("--data_folder", "--data", dest="data", default="data", help=text)
     options.add_data_arguments(g, trees=("folder",), default="stl10", workers=4)
-    about = "side of the pictures of val/; default: 96 for STL-10, as published, else --input-res"
-    g.add_argument("--test-size", type=cli.positive_int, help=about)
+    text = "side of the pictures of val/; default: 96 for STL-10, as published, else --input-res"
+    g.add_argument("--test-size", type=cli.positive_int, help=text)
     g.set_defaults(input_res=32)
 
     g = parser.add_argument_group("model")
-    about = "pre-training checkpoint, the authors' or ours, or a run folder: its newest"
-    g.add_argument("--model_path", default="results/model_400.pth", metavar="PATH", help=about)
+    text = "pre-training checkpoint, the authors' or ours, or a run folder: its newest"
+    g.add_argument("--model_path", default="results/model_400.pth", metavar="PATH", help=text)
 
     g = parser.add_argument_group("method")
-    about = (
+    text = (
         "clean: f in evaluation mode, crop and flip; published: the batch-norm of f in training "
         "mode while the classifier is trained, and the views of pre-training"
     )
-    g.add_argument("--protocol", choices=["clean", "published"], default="clean", help=about)
+    g.add_argument("--protocol", choices=["clean", "published"], default="clean", help=text)
 
     g = parser.add_argument_group("optimisation")
     add_adam_arguments(g, epochs=100, batch_size=512)
     linear.add_arguments(g)
     g = parser.add_argument_group("run")
-    about = "the run gets a folder of its own in here"
-    g.add_argument("--save_path", "--out", default="./runs/debiased_linear", help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument("--save_path", "--out", default="./runs/debiased_linear", help=text)
     options.add_name_argument(g, "made of its settings, and the seed where one is typed")
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")

@@ -44,38 +44,38 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "class folders with train/CLASS/*, or the place of a torchvision set; default: data"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "class folders with train/CLASS/*, or the place of a torchvision set; default: data"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, trees=("folder",), default="stl10", workers=4)
-    about = "side of the k-NN's pictures; default: 96 for STL-10, as published, else --input-res"
-    g.add_argument("--test-size", type=cli.positive_int, help=about)
+    text = "side of the k-NN's pictures; default: 96 for STL-10, as published, else --input-res"
+    g.add_argument("--test-size", type=cli.positive_int, help=text)
     g.set_defaults(input_res=32)
 
     g = parser.add_argument_group("model")
     g.add_argument("--model", "--arch", choices=list(MODELS), default="resnet50", help="encoder f")
-    about = "3x3 first convolution, no max-pool, as published; --no-small-stem: torchvision's"
-    g.add_argument("--small-stem", action=cli.OnOff, default=True, help=about)
-    about = "outputs of the projection head g"
-    g.add_argument("--feature_dim", type=cli.positive_int, default=128, help=about)
-    about = "batch-norm groups over all processes, as on that many GPUs (published: at most 2)"
-    g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=about)
+    text = "3x3 first convolution, no max-pool, as published; --no-small-stem: torchvision's"
+    g.add_argument("--small-stem", action=cli.OnOff, default=True, help=text)
+    text = "outputs of the projection head g"
+    g.add_argument("--feature_dim", type=cli.positive_int, default=128, help=text)
+    text = "batch-norm groups over all processes, as on that many GPUs (published: at most 2)"
+    g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
 
     add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
     add_adam_arguments(g, epochs=500, batch_size=256)
     g.add_argument("--cosine", action="store_true", help="cosine schedule down to 0, per step")
-    about = f"epochs of a linear warm-up from {WARM_FROM:.0%}% of the rate"
-    g.add_argument("--warmup_epochs", type=cli.count, default=0, help=about)
+    text = f"epochs of a linear warm-up from {WARM_FROM:.0%}% of the rate"
+    g.add_argument("--warmup_epochs", type=cli.count, default=0, help=text)
 
     g = parser.add_argument_group("run")
-    about = "run folder: model_EPOCH.pth in the authors' layout, current.pth to go on from, logs"
-    g.add_argument("--model_path", "--out", default="results", help=about)
+    text = "run folder: model_EPOCH.pth in the authors' layout, current.pth to go on from, logs"
+    g.add_argument("--model_path", "--out", default="results", help=text)
     options.add_run_arguments(g, save_freq=25)
     options.add_monitor_arguments(g, "a row for each view of a picture")
-    about = "--knn-k as published"
-    g.add_argument("--k", dest="knn_k", type=cli.positive_int, default=200, help=about)
-    about = "temperature of the k-NN's votes; default: that of the loss, as published"
-    g.add_argument("--knn_t", type=cli.positive, help=about)
+    text = "--knn-k as published"
+    g.add_argument("--k", dest="knn_k", type=cli.positive_int, default=200, help=text)
+    text = "temperature of the k-NN's votes; default: that of the loss, as published"
+    g.add_argument("--knn_t", type=cli.positive, help=text)
     g.set_defaults(knn_every=25)
     options.add_hardware_arguments(parser, compile=True)
     refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
@@ -87,14 +87,14 @@ def parse_args(argv=None):
 
 def add_method_arguments(g) -> None:
     """Add the loss and its numbers."""
-    about = "biased: SimCLR; unbiased: negatives of other classes, by label; default: debiased"
-    g.add_argument("--loss", choices=["debiased", "biased", "unbiased"], help=about)
-    about = "False means --loss biased (published: any text meant True)"
-    g.add_argument("--debiased", type=truth, nargs="?", const=True, metavar="BOOL", help=about)
-    about = "chance that another picture is of the anchor's class, below 1; 0: the biased loss"
-    g.add_argument("--tau_plus", type=cli.fraction, default=0.1, help=about)
-    about = "positives of an anchor in the estimate: M + 1 views of every picture"
-    g.add_argument("--M", type=cli.positive_int, default=1, help=about)
+    text = "biased: SimCLR; unbiased: negatives of other classes, by label; default: debiased"
+    g.add_argument("--loss", choices=["debiased", "biased", "unbiased"], help=text)
+    text = "False means --loss biased (published: any text meant True)"
+    g.add_argument("--debiased", type=truth, nargs="?", const=True, metavar="BOOL", help=text)
+    text = "chance that another picture is of the anchor's class, below 1; 0: the biased loss"
+    g.add_argument("--tau_plus", type=cli.fraction, default=0.1, help=text)
+    text = "positives of an anchor in the estimate: M + 1 views of every picture"
+    g.add_argument("--M", type=cli.positive_int, default=1, help=text)
     g.add_argument("--temperature", type=cli.positive, default=0.5, help="temperature of the loss")
 
 
@@ -104,8 +104,8 @@ def settle(args) -> None:
         if args.dataset != "stl10":
             raise UsageError(options.NO_DATA)
         args.data = "data"
-        about = "as published; --data_folder is for other pictures, --demo for built-in ones"
-        print(f"note: STL-10 in data/, downloaded if missing (2.6 GB), {about}", file=sys.stderr)
+        text = "as published; --data_folder is for other pictures, --demo for built-in ones"
+        print(f"note: STL-10 in data/, downloaded if missing (2.6 GB), {text}", file=sys.stderr)
     if args.test_size is None:
         args.test_size = 96 if args.dataset == "stl10" else args.input_res
     if args.loss and args.debiased is not None and args.debiased != (args.loss == "debiased"):

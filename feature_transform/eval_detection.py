@@ -50,46 +50,46 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     add_data_arguments(parser.add_argument_group("data"))
     g = parser.add_argument_group("model")
-    about = "checkpoint, or a run folder, or a folder of those: the newest; none: random weights"
-    g.add_argument("--pretrained", default="", metavar="PATH|none", help=about)
-    about = "of a checkpoint with model_ema, take that key encoder"
-    g.add_argument("--use_ema", action="store_true", help=about)
-    about = "of random weights; else the checkpoint tells"
-    g.add_argument("-a", "--arch", default="resnet50", help=about)
-    about = "batch-norm: sync: trained over all processes; plain: trained by each; frozen: as it is"
-    g.add_argument("--norm", choices=["sync", "plain", "frozen"], default="sync", help=about)
-    about = "of the feature pyramid; the layers of the box head have four times as many"
-    g.add_argument("--fpn-channels", type=cli.positive_int, default=256, help=about)
-    about = "regions of each picture that train the box head"
-    g.add_argument("--rois", type=cli.positive_int, default=512, help=about)
+    text = "checkpoint, or a run folder, or a folder of those: the newest; none: random weights"
+    g.add_argument("--pretrained", default="", metavar="PATH|none", help=text)
+    text = "of a checkpoint with model_ema, take that key encoder"
+    g.add_argument("--use_ema", action="store_true", help=text)
+    text = "of random weights; else the checkpoint tells"
+    g.add_argument("-a", "--arch", default="resnet50", help=text)
+    text = "batch-norm: sync: trained over all processes; plain: trained by each; frozen: as it is"
+    g.add_argument("--norm", choices=["sync", "plain", "frozen"], default="sync", help=text)
+    text = "of the feature pyramid; the layers of the box head have four times as many"
+    g.add_argument("--fpn-channels", type=cli.positive_int, default=256, help=text)
+    text = "regions of each picture that train the box head"
+    g.add_argument("--rois", type=cli.positive_int, default=512, help=text)
 
     g = parser.add_argument_group("optimisation")
     batch = PUBLISHED["batch"]
-    about = "global, over all processes"
-    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch, help=about)
-    about = "steps of SGD; default: 24000 for a batch of 16, else as many pictures in all"
-    g.add_argument("--iterations", type=cli.positive_int, help=about)
-    about = "default: .02 for a batch of 16, else in proportion"
-    g.add_argument("--learning_rate", "--lr", type=cli.positive, help=about)
-    about = "iterations after which the rate is a tenth; default: 3/4 and 11/12 (18000,22000)"
-    g.add_argument("--steps", help=about)
-    about = "iterations in which the rate rises from a thousandth"
-    g.add_argument("--warmup", type=cli.count, default=100, help=about)
+    text = "global, over all processes"
+    g.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch, help=text)
+    text = "steps of SGD; default: 24000 for a batch of 16, else as many pictures in all"
+    g.add_argument("--iterations", type=cli.positive_int, help=text)
+    text = "default: .02 for a batch of 16, else in proportion"
+    g.add_argument("--learning_rate", "--lr", type=cli.positive, help=text)
+    text = "iterations after which the rate is a tenth; default: 3/4 and 11/12 (18000,22000)"
+    g.add_argument("--steps", help=text)
+    text = "iterations in which the rate rises from a thousandth"
+    g.add_argument("--warmup", type=cli.count, default=100, help=text)
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    about = "of all but batch-norm"
-    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help=about)
+    text = "of all but batch-norm"
+    g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help=text)
 
     g = parser.add_argument_group("run")
-    about = "the run gets a folder of its own in here"
-    g.add_argument("--save_path", "--out", default="./runs/detection", help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument("--save_path", "--out", default="./runs/detection", help=text)
     options.add_name_argument(g, "made of its settings")
     options.add_run_arguments(g, save_freq=None)
-    about = "iterations; an `epoch` of the log"
-    g.add_argument("--checkpoint_every", type=cli.positive_int, default=1000, help=about)
-    about = "name of the run in a report; default: the folder of the network"
-    g.add_argument("--label", help=about)
-    about = "after the test, draw its first pictures and what was found in them"
-    g.add_argument("--show", metavar="FILE.png", help=about)
+    text = "iterations; an `epoch` of the log"
+    g.add_argument("--checkpoint_every", type=cli.positive_int, default=1000, help=text)
+    text = "name of the run in a report; default: the folder of the network"
+    g.add_argument("--label", help=text)
+    text = "after the test, draw its first pictures and what was found in them"
+    g.add_argument("--show", metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     options.check(args)
@@ -99,18 +99,18 @@ def parse_args(argv=None):
 
 def add_data_arguments(g) -> None:
     """Add the pictures to train and to test on, their classes and sizes."""
-    about = "folders in VOC's layout to train on, such as VOC2007 VOC2012"
-    g.add_argument("--data_folder", "--data", dest="data", nargs="+", metavar="ROOT", help=about)
-    about = "which of ImageSets/Main/*.txt is trained on"
-    g.add_argument("--split", default="trainval", help=about)
-    about = "folder to test on; default: the first of --data_folder"
-    g.add_argument("--test-data", metavar="ROOT", help=about)
+    text = "folders in VOC's layout to train on, such as VOC2007 VOC2012"
+    g.add_argument("--data_folder", "--data", dest="data", nargs="+", metavar="ROOT", help=text)
+    text = "which of ImageSets/Main/*.txt is trained on"
+    g.add_argument("--split", default="trainval", help=text)
+    text = "folder to test on; default: the first of --data_folder"
+    g.add_argument("--test-data", metavar="ROOT", help=text)
     g.add_argument("--test-split", default="test", help="which of its splits")
-    about = "names, or a file of one a line; default: VOC's 20"
-    g.add_argument("--classes", default="", metavar="A,B|FILE", help=about)
+    text = "names, or a file of one a line; default: VOC's 20"
+    g.add_argument("--classes", default="", metavar="A,B|FILE", help=text)
     pixels = {"type": cli.positive_int, "metavar": "PIXELS"}
-    about = "shorter side in training, one drawn for each picture; default 480 to 800 by 32"
-    g.add_argument("--min-size", nargs="+", default=SHORTER, help=about, **pixels)
+    text = "shorter side in training, one drawn for each picture; default 480 to 800 by 32"
+    g.add_argument("--min-size", nargs="+", default=SHORTER, help=text, **pixels)
     g.add_argument("--test-size", default=800, help="shorter side in the test", **pixels)
     g.add_argument("--max-size", default=1333, help="most that the longer side has", **pixels)
     # Of the group "hardware" in other scripts, whose default add_hardware_arguments takes.

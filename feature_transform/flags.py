@@ -29,70 +29,70 @@ BELONGS = {  # a flag that means nothing without another one
 
 def add_model_arguments(g) -> None:
     """Add the encoder and its projection head."""
-    about = "encoder; x2, x4: wider stages"
-    g.add_argument("--arch", type=networks.arch_name, default="resnet50", help=about)
+    text = "encoder; x2, x4: wider stages"
+    g.add_argument("--arch", type=networks.arch_name, default="resnet50", help=text)
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
-    about = "feature dimension"
-    g.add_argument("-d", "--feat_dim", type=cli.positive_int, default=128, help=about)
-    about = "projection head"
-    g.add_argument("--head", "--custom_head", choices=networks.HEADS, default="linear", help=about)
+    text = "feature dimension"
+    g.add_argument("-d", "--feat_dim", type=cli.positive_int, default=128, help=text)
+    text = "projection head"
+    g.add_argument("--head", "--custom_head", choices=networks.HEADS, default="linear", help=text)
 
 
 def add_method_arguments(g) -> None:
     """Add what is compared with what: method, memory, augmentation, momentum."""
-    about = "sets --modal, jigsaw, mem, aug, head and nce_t where they are not typed"
-    g.add_argument("--method", choices=list(recipes.METHODS), default="Customize", help=about)
-    about = "CMC: lightness against colour"
-    g.add_argument("--modal", choices=list(networks.MODALS), default="RGB", help=about)
-    about = "a second query from nine patches (PIRL)"
-    g.add_argument("--jigsaw", action=cli.OnOff, default=False, help=about)
-    about = "bank: a row for each picture, one view; moco: queue of keys, two views"
-    g.add_argument("--mem", choices=["bank", "moco"], default="moco", help=about)
-    about = "augmentation: MoCo's (A), MoCo-v2's (B), CMC's (C), InfoMin's (D), CMC-v2's (E)"
-    g.add_argument("--aug", choices=views.AUGMENTATIONS, default="A", help=about)
-    about = "temperature"
-    g.add_argument("-t", "--nce_t", "--temperature", type=cli.positive, default=0.07, help=about)
-    about = "negatives per query; moco: length of the queue"
-    g.add_argument("-k", "--nce_k", "--queue", type=cli.positive_int, default=65536, help=about)
-    about = "bank: momentum of a row"
-    g.add_argument("-m", "--nce_m", type=cli.fraction, default=0.5, help=about)
-    about = "moco: momentum of the key encoder"
-    g.add_argument("--alpha", "--moco-m", "--ema", type=cli.fraction, default=0.999, help=about)
+    text = "sets --modal, jigsaw, mem, aug, head and nce_t where they are not typed"
+    g.add_argument("--method", choices=list(recipes.METHODS), default="Customize", help=text)
+    text = "CMC: lightness against colour"
+    g.add_argument("--modal", choices=list(networks.MODALS), default="RGB", help=text)
+    text = "a second query from nine patches (PIRL)"
+    g.add_argument("--jigsaw", action=cli.OnOff, default=False, help=text)
+    text = "bank: a row for each picture, one view; moco: queue of keys, two views"
+    g.add_argument("--mem", choices=["bank", "moco"], default="moco", help=text)
+    text = "augmentation: MoCo's (A), MoCo-v2's (B), CMC's (C), InfoMin's (D), CMC-v2's (E)"
+    g.add_argument("--aug", choices=views.AUGMENTATIONS, default="A", help=text)
+    text = "temperature"
+    g.add_argument("-t", "--nce_t", "--temperature", type=cli.positive, default=0.07, help=text)
+    text = "negatives per query; moco: length of the queue"
+    g.add_argument("-k", "--nce_k", "--queue", type=cli.positive_int, default=65536, help=text)
+    text = "bank: momentum of a row"
+    g.add_argument("-m", "--nce_m", type=cli.fraction, default=0.5, help=text)
+    text = "moco: momentum of the key encoder"
+    g.add_argument("--alpha", "--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
     g.add_argument("--beta", type=cli.fraction, default=0.5, help="jigsaw: share of its loss")
-    about = "batch-norm groups over all processes, shuffled for keys; default: moco 8, bank 1"
-    g.add_argument("--bn-splits", type=cli.positive_int, help=about)
+    text = "batch-norm groups over all processes, shuffled for keys; default: moco 8, bank 1"
+    g.add_argument("--bn-splits", type=cli.positive_int, help=text)
 
 
 def add_transformation_arguments(g) -> None:
     """Add the feature transformation: which features are mixed, and with which coefficients."""
-    about = "transform features before they are compared"
-    g.add_argument("--mixnorm", action=cli.OnOff, default=False, help=about)
-    about = "which of them: positives, negatives, both"
-    g.add_argument("--mixnorm_target", choices=["pos", "neg", "posneg"], default="neg", help=about)
-    about = "positives: coefficients from 1 to 2, which move a pair apart; else from 0 to 1"
+    text = "transform features before they are compared"
+    g.add_argument("--mixnorm", action=cli.OnOff, default=False, help=text)
+    text = "which of them: positives, negatives, both"
+    g.add_argument("--mixnorm_target", choices=["pos", "neg", "posneg"], default="neg", help=text)
+    text = "positives: coefficients from 1 to 2, which move a pair apart; else from 0 to 1"
     spellings = ("--expolation_mask", "--extrapolation_mask")
-    g.add_argument(*spellings, action=cli.OnOff, default=False, help=about)
-    about = "distribution of the coefficients"
-    g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=about)
-    about = (
+    g.add_argument(*spellings, action=cli.OnOff, default=False, help=text)
+    text = "distribution of the coefficients"
+    g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=text)
+    text = (
         "which sides have a coefficient for each number; none: one a step; sample: one for each "
         "row; default, as published: none for posneg with --sep_alpha and beta, else both"
     )
-    g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], help=about)
+    g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], help=text)
     g.add_argument("--beta_alpha", type=cli.positive, default=2.0, help="a of Beta(a, a)")
-    about = "a of its own for positives and for negatives, the next two flags"
-    g.add_argument("--sep_alpha", action=cli.OnOff, default=False, help=about)
+    text = "a of its own for positives and for negatives, the next two flags"
+    g.add_argument("--sep_alpha", action=cli.OnOff, default=False, help=text)
     g.add_argument("--pos_alpha", type=cli.positive, default=2.0, help="a of the positives")
     g.add_argument("--neg_alpha", type=cli.positive, default=1.6, help="a of the negatives")
-    about = "bring transformed features back to unit length"
-    g.add_argument("--postmix_norm", action=cli.OnOff, default=False, help=about)
-    about = "which of them; pos: query and key (published, whatever was typed)"
-    g.add_argument("--norm_target", choices=["pos", "neg", "both"], default="pos", help=about)
-    about = "transform from the next epoch on; epochs count from 1"
-    g.add_argument("--mix_start_epoch", type=cli.count, default=0, help=about)
-    about = "the query that negatives are compared with"
+    text = "bring transformed features back to unit length"
+    g.add_argument("--postmix_norm", action=cli.OnOff, default=False, help=text)
+    text = "which of them; pos: query and key (published, whatever was typed)"
+    g.add_argument("--norm_target", choices=["pos", "neg", "both"], default="pos", help=text)
+    text = "transform from the next epoch on; epochs count from 1"
+    g.add_argument("--mix_start_epoch", type=cli.count, default=0, help=text)
+    text = "the query that negatives are compared with"
     queries = ["transformed", "original"]
-    g.add_argument("--neg_query", choices=queries, default="transformed", help=about)
+    g.add_argument("--neg_query", choices=queries, default="transformed", help=text)
 
 
 def check(args) -> None:

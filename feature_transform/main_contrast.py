@@ -46,29 +46,29 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/*, or pictures alone"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "data set root with train/CLASS/*, or pictures alone"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100", workers=8)
-    about = "as --class-list"
-    g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=about)
+    text = "as --class-list"
+    g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=text)
 
     flags.add_model_arguments(parser.add_argument_group("model"))
     flags.add_method_arguments(parser.add_argument_group("method"))
     flags.add_transformation_arguments(parser.add_argument_group("feature transformation"))
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g, epochs=200, batch_size=256, lr_decay_epochs="120,160")
-    about = "half a cosine down to the rate after three drops, in place of steps"
-    g.add_argument("--cosine", action=cli.OnOff, default=False, help=about)
-    about = f"warm up from {WARM_FROM} in 5 epochs (10 of more than 500); on for batches above 256"
-    g.add_argument("--warm", action=cli.OnOff, default=False, help=about)
+    text = "half a cosine down to the rate after three drops, in place of steps"
+    g.add_argument("--cosine", action=cli.OnOff, default=False, help=text)
+    text = f"warm up from {WARM_FROM} in 5 epochs (10 of more than 500); on for batches above 256"
+    g.add_argument("--warm", action=cli.OnOff, default=False, help=text)
 
     g = parser.add_argument_group("run")
-    about = "the run gets a folder of its own in here"
-    g.add_argument("--model_path", "--out", default="./runs/feature_transform", help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument("--model_path", "--out", default="./runs/feature_transform", help=text)
     options.add_name_argument(g)
-    about = "number at the end of that name; -1: none"
-    g.add_argument("--exp_iter", type=int, default=-1, help=about)
+    text = "number at the end of that name; -1: none"
+    g.add_argument("--exp_iter", type=int, default=-1, help=text)
     options.add_run_arguments(g, save_freq=20, tb_path=True)
     options.add_monitor_arguments(g)
     options.add_hardware_arguments(parser, apex=True, compile=True)
@@ -122,6 +122,7 @@ class Method:
             fused=True,
         )
         self.precision = Precision.of(args, process.device)
+        self.precision.choose(network, (3, args.input_res, args.input_res))
         self.network, self.optimizer = self.precision.prepare(network, optimizer)
         if args.compile:
             self.network.compile()

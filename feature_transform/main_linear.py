@@ -40,46 +40,46 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/* and val/CLASS/*"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "data set root with train/CLASS/* and val/CLASS/*"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100", workers=8)
-    about = "as --class-list; default, for imagenet100 in a tree of ImageNet: its 100 classes"
-    g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=about)
-    about = "classes there must be; default: as many as there are"
-    g.add_argument("--n_class", type=cli.positive_int, help=about)
-    about = "least share of the picture that a crop covers"
-    g.add_argument("--crop", type=cli.share, default=0.2, help=about)
-    about = "NULL: crop and flip; RA: RandAugment as well"
-    g.add_argument("--aug_linear", choices=["NULL", "RA"], default="NULL", help=about)
+    text = "as --class-list; default, for imagenet100 in a tree of ImageNet: its 100 classes"
+    g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=text)
+    text = "classes there must be; default: as many as there are"
+    g.add_argument("--n_class", type=cli.positive_int, help=text)
+    text = "least share of the picture that a crop covers"
+    g.add_argument("--crop", type=cli.share, default=0.2, help=text)
+    text = "NULL: crop and flip; RA: RandAugment as well"
+    g.add_argument("--aug_linear", choices=["NULL", "RA"], default="NULL", help=text)
 
     g = parser.add_argument_group("model")
-    about = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
-    g.add_argument("--ckpt", metavar="PATH", help=about)
-    about = "what the checkpoint must be of; default: what it is of"
-    g.add_argument("--arch", type=networks.arch_name, help=about)
-    about = "the same; CMC: two towers, side by side"
-    g.add_argument("--modal", choices=list(networks.MODALS), help=about)
-    about = "the key encoder, which follows the trained one (published: without effect)"
-    g.add_argument("--use_ema", action="store_true", help=about)
+    text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
+    g.add_argument("--ckpt", metavar="PATH", help=text)
+    text = "what the checkpoint must be of; default: what it is of"
+    g.add_argument("--arch", type=networks.arch_name, help=text)
+    text = "the same; CMC: two towers, side by side"
+    g.add_argument("--modal", choices=list(networks.MODALS), help=text)
+    text = "the key encoder, which follows the trained one (published: without effect)"
+    g.add_argument("--use_ema", action="store_true", help=text)
 
     g = parser.add_argument_group("optimisation")
-    about = "not scaled with the batch"
-    options.add_sgd_arguments(g, about, epochs=60, learning_rate=30, weight_decay=0.0)
-    about = "cosine down to rate^3 of the learning rate, in place of steps"
-    g.add_argument("--cosine", action=cli.OnOff, default=False, help=about)
+    text = "not scaled with the batch"
+    options.add_sgd_arguments(g, text, epochs=60, learning_rate=30, weight_decay=0.0)
+    text = "cosine down to rate^3 of the learning rate, in place of steps"
+    g.add_argument("--cosine", action=cli.OnOff, default=False, help=text)
     g.set_defaults(batch_size=256, lr_decay_epochs=None)
     linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
     spellings = ("--model_path", "--save_path", "--out")
     default = "./runs/feature_transform_linear"
-    about = "the run gets a folder of its own in here"
-    g.add_argument(*spellings, dest="save_path", default=default, help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument(*spellings, dest="save_path", default=default, help=text)
     options.add_name_argument(g)
     options.add_run_arguments(g, save_freq=20, tb_path=True)
-    about = "name of the run in a report; default: made of its settings"
-    g.add_argument("--label", help=about)
+    text = "name of the run in a report; default: made of its settings"
+    g.add_argument("--label", help=text)
     options.add_hardware_arguments(parser)
     parser.ignore("the checkpoint says what its network is", *OF_THE_CHECKPOINT)
     args = parser.parse_args(argv)

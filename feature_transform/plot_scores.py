@@ -57,26 +57,26 @@ def formats(text: str) -> list[str]:
 def parse_args(argv=None):
     parser = cli.Parser(prog="plot_scores.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
-    about = "folder for the figures"
-    parser.add_argument("--out", default="figures", metavar="DIR", help=about)
-    about = f"with commas: {', '.join(FORMATS)}"
-    parser.add_argument("--formats", type=formats, default="png", help=about)
-    about = "the runs' names, with commas; default: what differs between their settings"
-    parser.add_argument("--labels", metavar="A,B,...", help=about)
-    about = "a waterfall of curves over this flag of the runs, such as alpha (MoCo's momentum)"
-    parser.add_argument("--sweep", metavar="FLAG", help=about)
-    about = (
+    text = "folder for the figures"
+    parser.add_argument("--out", default="figures", metavar="DIR", help=text)
+    text = f"with commas: {', '.join(FORMATS)}"
+    parser.add_argument("--formats", type=formats, default="png", help=text)
+    text = "the runs' names, with commas; default: what differs between their settings"
+    parser.add_argument("--labels", metavar="A,B,...", help=text)
+    text = "a waterfall of curves over this flag of the runs, such as alpha (MoCo's momentum)"
+    parser.add_argument("--sweep", metavar="FLAG", help=text)
+    text = (
         "histograms at these epochs, from 1, with commas; default: the first and the last that all "
         "runs have. They are of each query's similarity to its positive, and of its mean "
         "similarity to the negatives"
     )
-    parser.add_argument("--epochs", type=numbers, metavar="N,N,...", help=about)
-    about = "moving average over so many iterations; default: off, as published"
-    parser.add_argument("--smooth", type=cli.positive_int, default=1, metavar="N", help=about)
-    about = "first iteration that is drawn (published: 550); the start dwarfs the rest"
-    parser.add_argument("--start", type=cli.positive_int, default=1, metavar="N", help=about)
-    about = "also write the curves as TensorBoard scalars, beside those of each run, or below DIR"
-    parser.add_argument("--tensorboard", nargs="?", const=True, metavar="DIR", help=about)
+    parser.add_argument("--epochs", type=numbers, metavar="N,N,...", help=text)
+    text = "moving average over so many iterations; default: off, as published"
+    parser.add_argument("--smooth", type=cli.positive_int, default=1, metavar="N", help=text)
+    text = "first iteration that is drawn (published: 550); the start dwarfs the rest"
+    parser.add_argument("--start", type=cli.positive_int, default=1, metavar="N", help=text)
+    text = "also write the curves as TensorBoard scalars, beside those of each run, or below DIR"
+    parser.add_argument("--tensorboard", nargs="?", const=True, metavar="DIR", help=text)
     return cli.freeze(parser.parse_args(argv))
 
 

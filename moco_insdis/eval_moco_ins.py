@@ -42,34 +42,34 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/* and val/CLASS/*"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "data set root with train/CLASS/* and val/CLASS/*"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100")
-    about = "least share of the picture in a crop; default .2, on imagenet .08"
-    g.add_argument("--crop", type=cli.share, help=about)
-    about = "CJ: greyscale and colour jitter here too, as published; NULL: crop and flip"
-    g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=about)
+    text = "least share of the picture in a crop; default .2, on imagenet .08"
+    g.add_argument("--crop", type=cli.share, help=text)
+    text = "CJ: greyscale and colour jitter here too, as published; NULL: crop and flip"
+    g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=text)
 
     g = parser.add_argument_group("model")
-    about = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
-    g.add_argument("--model_path", metavar="PATH", help=about)
-    about = "default: what the checkpoint says, or resnet50"
-    g.add_argument("--model", "--arch", choices=list(MODELS), help=about)
-    about = "1: after the stem, 2-5: the stages, 6: the pooled vector"
-    g.add_argument("--layer", type=int, default=6, help=about)
-    about = "batch-norm without parameters before the classifier"
-    g.add_argument("--bn", action="store_true", help=about)
-    about = "with --bn: its statistics over all processes"
-    g.add_argument("--syncBN", action="store_true", help=about)
+    text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
+    g.add_argument("--model_path", metavar="PATH", help=text)
+    text = "default: what the checkpoint says, or resnet50"
+    g.add_argument("--model", "--arch", choices=list(MODELS), help=text)
+    text = "1: after the stem, 2-5: the stages, 6: the pooled vector"
+    g.add_argument("--layer", type=int, default=6, help=text)
+    text = "batch-norm without parameters before the classifier"
+    g.add_argument("--bn", action="store_true", help=text)
+    text = "with --bn: its statistics over all processes"
+    g.add_argument("--syncBN", action="store_true", help=text)
 
     g = parser.add_argument_group("optimisation")
-    about = "not scaled with the batch; published results: 10 on ImageNet-100, 30 on ImageNet"
-    options.add_linear_sgd_arguments(g, about)
-    about = "cosine schedule down to rate^3 / 10 of the learning rate"
-    g.add_argument("--cosine", action="store_true", help=about)
-    about = f"warm up from {train_moco_ins.WARM_FROM} in {train_moco_ins.WARM_EPOCHS} epochs"
-    g.add_argument("--warm", action="store_true", help=about)
+    text = "not scaled with the batch; published results: 10 on ImageNet-100, 30 on ImageNet"
+    options.add_linear_sgd_arguments(g, text)
+    text = "cosine schedule down to rate^3 / 10 of the learning rate"
+    g.add_argument("--cosine", action="store_true", help=text)
+    text = f"warm up from {train_moco_ins.WARM_FROM} in {train_moco_ins.WARM_EPOCHS} epochs"
+    g.add_argument("--warm", action="store_true", help=text)
     g.add_argument("--adam", action="store_true", help="Adam instead of SGD")
     g.add_argument("--beta1", type=cli.fraction, default=0.5, help="of Adam")
     g.add_argument("--beta2", type=cli.fraction, default=0.999, help="of Adam")

@@ -44,48 +44,48 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/*, or pictures alone"
-    g.add_argument("--data_folder", "--data", dest="data", help=about)
+    text = "data set root with train/CLASS/*, or pictures alone"
+    g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100", workers=18)
-    about = "least share of the picture in a crop; default .2, on imagenet .08"
-    g.add_argument("--crop", type=cli.share, help=about)
-    about = "CJ: greyscale and colour jitter; NULL: crop and flip only"
-    g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=about)
+    text = "least share of the picture in a crop; default .2, on imagenet .08"
+    g.add_argument("--crop", type=cli.share, help=text)
+    text = "CJ: greyscale and colour jitter; NULL: crop and flip only"
+    g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=text)
 
     g = parser.add_argument_group("model")
-    about = "network; x2, x4: wider stages"
-    g.add_argument("--model", "--arch", choices=list(MODELS), default="resnet50", help=about)
+    text = "network; x2, x4: wider stages"
+    g.add_argument("--model", "--arch", choices=list(MODELS), default="resnet50", help=text)
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
-    about = "MoCo (two views, queue of keys); else InsDis (memory bank)"
-    g.add_argument("--moco", action="store_true", help=about)
+    text = "MoCo (two views, queue of keys); else InsDis (memory bank)"
+    g.add_argument("--moco", action="store_true", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
-    about = "negatives per query; for MoCo the length of its queue"
-    g.add_argument("--nce_k", "--queue", type=cli.positive_int, default=16384, help=about)
+    text = "negatives per query; for MoCo the length of its queue"
+    g.add_argument("--nce_k", "--queue", type=cli.positive_int, default=16384, help=text)
     g.add_argument("--nce_t", "--temperature", type=cli.positive, default=0.07, help="temperature")
-    about = "InsDis: momentum of a memory row"
-    g.add_argument("--nce_m", type=cli.fraction, default=0.5, help=about)
-    about = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
-    g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=about)
-    about = "InsDis: never draw a picture as its own negative"
-    g.add_argument("--exclude-self", action="store_true", help=about)
-    about = "MoCo: momentum of the key encoder"
-    g.add_argument("--alpha", "--ema", type=cli.fraction, default=0.999, help=about)
-    about = "batch-norm groups over all processes, as on that many GPUs; default: MoCo 4, InsDis 1"
-    g.add_argument("--bn-splits", type=cli.positive_int, help=about)
-    about = "InsDis: batch-norm statistics over all processes"
-    g.add_argument("--syncBN", action="store_true", help=about)
+    text = "InsDis: momentum of a memory row"
+    g.add_argument("--nce_m", type=cli.fraction, default=0.5, help=text)
+    text = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
+    g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
+    text = "InsDis: never draw a picture as its own negative"
+    g.add_argument("--exclude-self", action="store_true", help=text)
+    text = "MoCo: momentum of the key encoder"
+    g.add_argument("--alpha", "--ema", type=cli.fraction, default=0.999, help=text)
+    text = "batch-norm groups over all processes, as on that many GPUs; default: MoCo 4, InsDis 1"
+    g.add_argument("--bn-splits", type=cli.positive_int, help=text)
+    text = "InsDis: batch-norm statistics over all processes"
+    g.add_argument("--syncBN", action="store_true", help=text)
 
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g)
-    about = f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)"
-    g.add_argument("--warm", action="store_true", help=about)
+    text = f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)"
+    g.add_argument("--warm", action="store_true", help=text)
     g = parser.add_argument_group("run")
-    about = "the run gets a folder of its own in here"
-    g.add_argument("--model_path", "--out", default="./runs/moco_insdis", help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument("--model_path", "--out", default="./runs/moco_insdis", help=text)
     options.add_name_argument(g)
     options.add_run_arguments(g, tb_path=True)
     options.add_monitor_arguments(g)

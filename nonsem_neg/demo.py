@@ -47,14 +47,14 @@ RESULTS.md has longer runs and real pictures."""
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/demo", help="run folders")
-    about = "the built-in pictures; made if missing"
-    parser.add_argument("--data", default="data/demo", help=about)
-    about = "pre-training epochs; default: the demo preset's"
-    parser.add_argument("--epochs", type=int, default=None, help=about)
-    about = "of both methods; another one in another --out"
-    parser.add_argument("--seed", type=int, default=0, help=about)
-    about = "start over, also where results are there already"
-    parser.add_argument("--fresh", action="store_true", help=about)
+    text = "the built-in pictures; made if missing"
+    parser.add_argument("--data", default="data/demo", help=text)
+    text = "pre-training epochs; default: the demo preset's"
+    parser.add_argument("--epochs", type=int, default=None, help=text)
+    text = "of both methods; another one in another --out"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    text = "start over, also where results are there already"
+    parser.add_argument("--fresh", action="store_true", help=text)
     return parser.parse_args(argv)
 
 

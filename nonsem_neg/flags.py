@@ -18,9 +18,9 @@ class Positional(argparse.Action):
             setattr(namespace, self.dest, values)
 
 
-def add_data_argument(group, about: str) -> None:
+def add_data_argument(group, text: str) -> None:
     """Add DATA, which is published as a positional argument, and the common spelling --data."""
-    group.add_argument("data", nargs="?", action=Positional, help=about)
+    group.add_argument("data", nargs="?", action=Positional, help=text)
     group.add_argument("--data", metavar="DATA", help="the same, as an option")
 
 
@@ -41,14 +41,14 @@ def add_sgd_arguments(
     group.add_argument(
         "--epochs", type=cli.positive_int, default=epochs, help="epochs to run in all"
     )
-    about = "first epoch, counted from 0 (a resume sets it)"
-    group.add_argument("--start-epoch", type=cli.count, default=0, help=about)
-    about = "global batch over all processes"
-    group.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
-    about = "not scaled with the batch"
-    group.add_argument("--lr", "--learning-rate", type=cli.positive, default=lr, help=about)
-    about = "epochs of a 10x drop"
-    group.add_argument("--schedule", type=int, nargs="*", default=schedule, help=about)
+    text = "first epoch, counted from 0 (a resume sets it)"
+    group.add_argument("--start-epoch", type=cli.count, default=0, help=text)
+    text = "global batch over all processes"
+    group.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
+    text = "not scaled with the batch"
+    group.add_argument("--lr", "--learning-rate", type=cli.positive, default=lr, help=text)
+    text = "epochs of a 10x drop"
+    group.add_argument("--schedule", type=int, nargs="*", default=schedule, help=text)
     group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     group.add_argument(
         "--wd",
@@ -62,26 +62,26 @@ def add_sgd_arguments(
 
 def add_negatives_arguments(group) -> None:
     """Add the flags of the paper's own idea."""
-    about = "kind of non-semantic negative; none: plain MoCo"
+    text = "kind of non-semantic negative; none: plain MoCo"
     kinds = ["patch", "texture", "none"]
-    group.add_argument("--robust", choices=kinds, default="patch", type=robust_name, help=about)
-    about = "non-semantic negatives per image (0: plain MoCo)"
-    group.add_argument("--num-nonsem", type=cli.count, default=1, help=about)
-    about = "factor of their similarity, inside the exponent"
-    group.add_argument("--alpha", type=float, default=1.0, help=about)
-    about = "patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion"
+    group.add_argument("--robust", choices=kinds, default="patch", type=robust_name, help=text)
+    text = "non-semantic negatives per image (0: plain MoCo)"
+    group.add_argument("--num-nonsem", type=cli.count, default=1, help=text)
+    text = "factor of their similarity, inside the exponent"
+    group.add_argument("--alpha", type=float, default=1.0, help=text)
+    text = "patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion"
     sides = ("MIN", "MAX")
     group.add_argument(
-        "--patch-ratio", "--patch-range", type=int, nargs=2, metavar=sides, help=about
+        "--patch-ratio", "--patch-range", type=int, nargs=2, metavar=sides, help=text
     )
-    about = "also draw the last offset, which the paper's code never does"
-    group.add_argument("--patch-inclusive", action="store_true", help=about)
-    about = "mirror and rotate every patch by chance"
-    group.add_argument("--patch-turn", action="store_true", help=about)
-    about = "key batch-norm of non-semantic images: batch statistics, as published, or running ones"
-    group.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=about)
-    about = "tree of textures, paired by path; default: DATA, its originals without -texture"
-    group.add_argument("--texture-root", help=about)
+    text = "also draw the last offset, which the paper's code never does"
+    group.add_argument("--patch-inclusive", action="store_true", help=text)
+    text = "mirror and rotate every patch by chance"
+    group.add_argument("--patch-turn", action="store_true", help=text)
+    text = "key batch-norm of non-semantic images: batch statistics, as published, or running ones"
+    group.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=text)
+    text = "tree of textures, paired by path; default: DATA, its originals without -texture"
+    group.add_argument("--texture-root", help=text)
 
 
 def robust_name(kind: str) -> str:

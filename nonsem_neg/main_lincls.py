@@ -46,22 +46,22 @@ def parse_args(argv=None):
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    about = "torchvision network; default: what the checkpoint says, or resnet50"
-    g.add_argument("-a", "--arch", help=about)
-    about = "pre-training checkpoint, or a run folder: its newest"
-    g.add_argument("--pretrained", default="", metavar="PATH", help=about)
+    text = "torchvision network; default: what the checkpoint says, or resnet50"
+    g.add_argument("-a", "--arch", help=text)
+    text = "pre-training checkpoint, or a run folder: its newest"
+    g.add_argument("--pretrained", default="", metavar="PATH", help=text)
 
     g = parser.add_argument_group("optimisation")
     flags.add_sgd_arguments(g, epochs=100, lr=30.0, schedule=[30, 40, 50], weight_decay=0.0)
     linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
-    about = "run folder: checkpoints, logs, result.json"
-    g.add_argument("--ckpt_path", "--out", default="./ckpts/lincls", help=about)
+    text = "run folder: checkpoints, logs, result.json"
+    g.add_argument("--ckpt_path", "--out", default="./ckpts/lincls", help=text)
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g, save_freq=None)
-    about = "only evaluate the classifier that --resume names"
-    g.add_argument("-e", "--evaluate", action="store_true", help=about)
+    text = "only evaluate the classifier that --resume names"
+    g.add_argument("-e", "--evaluate", action="store_true", help=text)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     options.check(args)

@@ -68,8 +68,8 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data set root with train/CLASS/*, or pictures alone; for textures: their tree"
-    flags.add_data_argument(g, about)
+    text = "data set root with train/CLASS/*, or pictures alone; for textures: their tree"
+    flags.add_data_argument(g, text)
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
@@ -77,36 +77,36 @@ def parse_args(argv=None):
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
     g.add_argument("--moco-k", "--queue", type=cli.positive_int, default=65536, help="queue length")
-    about = "momentum of the key encoder"
-    g.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=about)
+    text = "momentum of the key encoder"
+    g.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
     g.add_argument("--moco-t", "--temperature", type=cli.positive, default=0.07, help="temperature")
     g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer head (MoCo-v2)")
-    about = "batch-norm groups over all processes, as on that many GPUs; keys are shuffled"
-    g.add_argument("--bn-splits", type=cli.positive_int, default=8, help=about)
-    about = "running statistics of batch-norm: of the first group, as rank 0 has them, or the mean"
-    g.add_argument("--bn-running", choices=["first", "mean"], default="first", help=about)
-    about = "add the loss with query and key exchanged; both keys enter the queue"
-    g.add_argument("--symmetric", action="store_true", help=about)
+    text = "batch-norm groups over all processes, as on that many GPUs; keys are shuffled"
+    g.add_argument("--bn-splits", type=cli.positive_int, default=8, help=text)
+    text = "running statistics of batch-norm: of the first group, as rank 0 has them, or the mean"
+    g.add_argument("--bn-running", choices=["first", "mean"], default="first", help=text)
+    text = "add the loss with query and key exchanged; both keys enter the queue"
+    g.add_argument("--symmetric", action="store_true", help=text)
     flags.add_negatives_arguments(parser.add_argument_group("method: non-semantic negatives"))
 
     g = parser.add_argument_group("optimisation")
     flags.add_sgd_arguments(g, epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4)
-    about = "cosine schedule instead of --schedule, per epoch, without warm-up"
-    g.add_argument("--cos", action=cli.OnOff, default=False, help=about)
+    text = "cosine schedule instead of --schedule, per epoch, without warm-up"
+    g.add_argument("--cos", action=cli.OnOff, default=False, help=text)
     g.add_argument("--cos-from", type=cli.count, default=0, help="its number of the first epoch")
     g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation")
-    about = "v1, v2 (as --aug-plus), or that of MoCo's CIFAR-10 notebook, normalisation included"
-    g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=about)
+    text = "v1, v2 (as --aug-plus), or that of MoCo's CIFAR-10 notebook, normalisation included"
+    g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=text)
 
     g = parser.add_argument_group("run")
-    about = "run folder: checkpoints, logs, TensorBoard events"
-    g.add_argument("--ckpt_path", "--out", default="./ckpts/moco", help=about)
+    text = "run folder: checkpoints, logs, TensorBoard events"
+    g.add_argument("--ckpt_path", "--out", default="./ckpts/moco", help=text)
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
     g.add_argument("--knn-t", type=cli.positive, default=0.07, help="temperature of its votes")
-    about = "what it compares: the pooled feature, or the output of the head"
-    g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=about)
+    text = "what it compares: the pooled feature, or the output of the head"
+    g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=text)
     options.add_hardware_arguments(parser, compile=True)
     parser.ignore("the side comes from --patch-ratio", "patch-size")
     args = parser.parse_args(argv)
@@ -185,6 +185,8 @@ class NonSemantic:
         self.process = process
         self.precision = Precision.of(args, process.device)
         self.network = build_network(args, process).train()
+        shape = (3, args.input_res, args.input_res)
+        self.precision.choose(self.network.encoder_q, shape)
         self.network.autocast = self.precision.autocast
         if args.compile:
             self.network.encoder_q.compile()

@@ -18,9 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # noqa: F401
+import common  # isort: split
 
-# isort: split
 import torch
 
 from common import UsageError, augment, backbones, cli, files, launch, options, schedule
@@ -42,41 +41,39 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    about = "data of the pre-training: where torchvision keeps it, or a tree with train/ and val/"
-    g.add_argument("--root", "--data", dest="data", help=about)
+    text = "data of the pre-training: where torchvision keeps it, or a tree with train/ and val/"
+    g.add_argument("--root", "--data", dest="data", help=text)
     options.add_data_arguments(g, default=None, workers=8)
     names = ", ".join(transfer.SETS)
-    about = f"data sets to transfer to: class folders (PATH, NAME=PATH), or of torchvision {names}"
-    g.add_argument("--transfer", nargs="+", metavar="NAME[=PATH]", default=[], help=about)
-    about = "where torchvision keeps those that are given without PATH"
-    g.add_argument("--transfer-root", default="data", help=about)
+    text = f"data sets to transfer to: class folders (PATH, NAME=PATH), or of torchvision {names}"
+    g.add_argument("--transfer", nargs="+", metavar="NAME[=PATH]", default=[], help=text)
+    text = "where torchvision keeps those that are given without PATH"
+    g.add_argument("--transfer-root", default="data", help=text)
 
     g = parser.add_argument_group("model")
-    about = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
-    g.add_argument("--model_path", metavar="PATH", help=about)
-    about = (
-        "of the pre-training; default: what the checkpoint says, or config.json beside it, or v1"
-    )
-    g.add_argument("--augmentation", choices=list(SIDES), help=about)
+    text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
+    g.add_argument("--model_path", metavar="PATH", help=text)
+    text = "of the pre-training; default: what the checkpoint says, or config.json beside it, or v1"
+    g.add_argument("--augmentation", choices=list(SIDES), help=text)
 
     g = parser.add_argument_group("evaluation")
-    about = (
+    text = (
         "standard: network in evaluation mode, crop and flip; released: in training mode (its "
         "batch-norm statistics move), the views of the pre-training, a constant learning rate"
     )
-    g.add_argument("--protocol", choices=list(released.PROTOCOLS), default="standard", help=about)
-    about = "nearest neighbours only: no classifier is trained"
-    g.add_argument("--nn-only", action="store_true", help=about)
-    about = "neighbours that vote, weighted"
-    g.add_argument("--knn-k", type=cli.positive_int, default=200, help=about)
-    about = "not scaled with the batch; default .5, released .01"
+    g.add_argument("--protocol", choices=list(released.PROTOCOLS), default="standard", help=text)
+    text = "nearest neighbours only: no classifier is trained"
+    g.add_argument("--nn-only", action="store_true", help=text)
+    text = "neighbours that vote, weighted"
+    g.add_argument("--knn-k", type=cli.positive_int, default=200, help=text)
+    text = "not scaled with the batch; default .5, released .01"
     usual = {"epochs": 100, "learning_rate": None, "weight_decay": None, "lr_decay_epochs": None}
-    options.add_sgd_arguments(g, about, batch_size=256, **usual)
+    options.add_sgd_arguments(g, text, batch_size=256, **usual)
     linear.add_arguments(g)
 
     g = parser.add_argument_group("run")
-    about = "every data set gets a folder of its own in here"
-    g.add_argument("--save_path", "--out", default="./runs/ring_linear", help=about)
+    text = "every data set gets a folder of its own in here"
+    g.add_argument("--save_path", "--out", default="./runs/ring_linear", help=text)
     options.add_name_argument(g, "made of its settings, and the seed where one is typed")
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")

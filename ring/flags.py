@@ -18,46 +18,46 @@ BELONGS = {  # flag: the --method that it belongs to
 
 def add_method_arguments(g) -> None:
     """Add what is compared with what, and the thresholds, as published where there is such."""
-    about = "ir: memory bank, one view; moco: queue, two views; cmc: lightness against colour"
-    g.add_argument("--method", choices=list(MOMENTA), default="ir", help=about)
-    about = "all candidates, the ball of the nearest, or the ring: without the very nearest"
-    g.add_argument("--negatives", choices=["all", "ball", "ring"], default="ring", help=about)
-    about = "ir, cmc: positive and negatives drawn per anchor; moco: queue length"
-    g.add_argument("--k", type=cli.positive_int, default=4096, help=about)
+    text = "ir: memory bank, one view; moco: queue, two views; cmc: lightness against colour"
+    g.add_argument("--method", choices=list(MOMENTA), default="ir", help=text)
+    text = "all candidates, the ball of the nearest, or the ring: without the very nearest"
+    g.add_argument("--negatives", choices=["all", "ball", "ring"], default="ring", help=text)
+    text = "ir, cmc: positive and negatives drawn per anchor; moco: queue length"
+    g.add_argument("--k", type=cli.positive_int, default=4096, help=text)
     g.add_argument("--queue", type=cli.positive_int, help="moco: the same as --k")
     g.add_argument("--t", "--temperature", type=cli.positive, default=0.07, help="temperature")
-    about = "momentum of a memory row (ir 0, cmc .5) or of the key network (moco .999)"
-    g.add_argument("--m", type=cli.fraction, help=f"{about}; default: those")
+    text = "momentum of a memory row (ir 0, cmc .5) or of the key network (moco .999)"
+    g.add_argument("--m", type=cli.fraction, help=f"{text}; default: those")
     g.add_argument("--ema", type=cli.fraction, help="moco: the same as --m")
-    about = "ball: share of the candidates"
-    g.add_argument("--thres-outer", type=cli.share, default=0.1, help=about)
-    about = "share of the ball that is cut out of it"
-    g.add_argument("--thres-inner", type=cli.fraction, default=0.1, help=about)
-    about = "off: --thres-inner is a share of all candidates"
-    g.add_argument("--dynamic-inner", action=cli.OnOff, default=True, help=about)
-    about = "what is cut out counts as positive"
-    g.add_argument("--neighbor-views", action=cli.OnOff, default=False, help=about)
-    about = "off: their mean score in the numerator, not their logsumexp"
-    g.add_argument("--logsumexp-inner", action=cli.OnOff, default=True, help=about)
-    about = "off: the positive is not in the denominator"
-    g.add_argument("--self-negative", action=cli.OnOff, default=True, help=about)
-    about = "ir, cmc: compare with the whole ring, without drawing"
-    g.add_argument("--all-ring", action="store_true", help=about)
-    about = "ir: batch: the published slip, a ball of a share of the batch"
-    g.add_argument("--ball-bank-size", choices=["bank", "batch"], default="bank", help=about)
-    about = "outer threshold from 1 to .1: by formula, or following the loss or the 1-NN accuracy"
-    g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=about)
-    about = "epochs that it takes"
-    g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help=about)
-    about = "exponential: decay over all of them; default: .1 per step, as published"
-    g.add_argument("--anneal-rate", type=cli.positive, help=about)
+    text = "ball: share of the candidates"
+    g.add_argument("--thres-outer", type=cli.share, default=0.1, help=text)
+    text = "share of the ball that is cut out of it"
+    g.add_argument("--thres-inner", type=cli.fraction, default=0.1, help=text)
+    text = "off: --thres-inner is a share of all candidates"
+    g.add_argument("--dynamic-inner", action=cli.OnOff, default=True, help=text)
+    text = "what is cut out counts as positive"
+    g.add_argument("--neighbor-views", action=cli.OnOff, default=False, help=text)
+    text = "off: their mean score in the numerator, not their logsumexp"
+    g.add_argument("--logsumexp-inner", action=cli.OnOff, default=True, help=text)
+    text = "off: the positive is not in the denominator"
+    g.add_argument("--self-negative", action=cli.OnOff, default=True, help=text)
+    text = "ir, cmc: compare with the whole ring, without drawing"
+    g.add_argument("--all-ring", action="store_true", help=text)
+    text = "ir: batch: the published slip, a ball of a share of the batch"
+    g.add_argument("--ball-bank-size", choices=["bank", "batch"], default="bank", help=text)
+    text = "outer threshold from 1 to .1: by formula, or following the loss or the 1-NN accuracy"
+    g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=text)
+    text = "epochs that it takes"
+    g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help=text)
+    text = "exponential: decay over all of them; default: .1 per step, as published"
+    g.add_argument("--anneal-rate", type=cli.positive, help=text)
     spaces = colour.SPACES
-    about = "cmc: colour space"
-    g.add_argument("--view", type=colour.space_name, choices=spaces, default="Lab", help=about)
-    about = "moco: keys shuffled over batch-norm groups"
-    g.add_argument("--shuffle-bn", action=cli.OnOff, default=True, help=about)
-    about = "batch-norm groups over all processes; default: moco with shuffled keys 8, else 1"
-    g.add_argument("--bn-splits", type=cli.positive_int, help=about)
+    text = "cmc: colour space"
+    g.add_argument("--view", type=colour.space_name, choices=spaces, default="Lab", help=text)
+    text = "moco: keys shuffled over batch-norm groups"
+    g.add_argument("--shuffle-bn", action=cli.OnOff, default=True, help=text)
+    text = "batch-norm groups over all processes; default: moco with shuffled keys 8, else 1"
+    g.add_argument("--bn-splits", type=cli.positive_int, help=text)
 
 
 def settle(args) -> None:

@@ -63,6 +63,7 @@ class Method:
         self.views = colour.default_views(args.view) if args.method == "cmc" else []
         network = build_network(args.resnet_version, args.out_dim, args.conv3x3, self.views)
         self.network = batchnorm.split(network, batchnorm.splits_here(args, process)).train()
+        self.precision.choose(self.network, (3, args.input_res, args.input_res))
         system = self.build_system()
         self.system = system.to(process.device, memory_format=torch.channels_last)
         self.banks: list[MemoryBank] = [getattr(system, name) for name in self.bank_names]

@@ -18,9 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # noqa: F401
+import common  # isort: split
 
-# isort: split
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,31 +36,31 @@ LEVEL = (2.5, 97.5)  # percentiles of its interval
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0])
     g = parser.add_argument_group("the pair")
-    about = "independent coordinates of each of the two"
-    g.add_argument("--dim", type=cli.positive_int, default=8, help=about)
+    text = "independent coordinates of each of the two"
+    g.add_argument("--dim", type=cli.positive_int, default=8, help=text)
     rho = cli.number(float, above=0, most=0.999)
     g.add_argument("--rho", type=rho, default=0.7, help="correlation in each")
     g = parser.add_argument_group("the estimators")
-    about = "sizes of the set that the positive is told from, itself included"
+    text = "sizes of the set that the positive is told from, itself included"
     sizes = [4, 16, 64, 256, 1024, 4096]
-    g.add_argument("--k", type=cli.number(int, least=2), nargs="+", default=sizes, help=about)
-    about = "outer thresholds: share of the pool that may be drawn, most similar first"
+    g.add_argument("--k", type=cli.number(int, least=2), nargs="+", default=sizes, help=text)
+    text = "outer thresholds: share of the pool that may be drawn, most similar first"
     shares = [0.5, 0.2, 0.1, 0.05, 0.02]
-    g.add_argument("--outer", type=cli.share, nargs="+", default=shares, help=about)
-    about = "inner thresholds: share of those that is left out, most similar first; 0 is the ball"
+    g.add_argument("--outer", type=cli.share, nargs="+", default=shares, help=text)
+    text = "inner thresholds: share of those that is left out, most similar first; 0 is the ball"
     inner = cli.number(float, least=0, most=0.99)
-    g.add_argument("--inner", type=inner, nargs="+", default=[0, 0.1], help=about)
-    about = "negatives to draw from (the bank)"
-    g.add_argument("--pool", type=cli.number(int, least=2), default=8192, help=about)
+    g.add_argument("--inner", type=inner, nargs="+", default=[0, 0.1], help=text)
+    text = "negatives to draw from (the bank)"
+    g.add_argument("--pool", type=cli.number(int, least=2), default=8192, help=text)
     g = parser.add_argument_group("run")
-    about = "folder for theory.png, theory.md and theory.json"
-    g.add_argument("--out", required=True, metavar="DIR", help=about)
-    about = "batches, each with two fresh pools"
-    g.add_argument("--repeats", type=cli.number(int, least=3), default=200, help=about)
+    text = "folder for theory.png, theory.md and theory.json"
+    g.add_argument("--out", required=True, metavar="DIR", help=text)
+    text = "batches, each with two fresh pools"
+    g.add_argument("--repeats", type=cli.number(int, least=3), default=200, help=text)
     g.add_argument("--pairs", type=cli.positive_int, default=64, help="anchors in a batch")
     g.add_argument("--seed", type=cli.seed, default=0, help="of all draws")
-    about = "repeats between progress lines"
-    g.add_argument("-p", "--print-freq", type=cli.positive_int, default=20, help=about)
+    text = "repeats between progress lines"
+    g.add_argument("-p", "--print-freq", type=cli.positive_int, default=20, help=text)
     args = parser.parse_args(argv)
     args.k = sorted(set(args.k))
     args.outer = sorted(set(args.outer), reverse=True)

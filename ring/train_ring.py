@@ -16,9 +16,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # noqa: F401
+import common  # isort: split
 
-# isort: split
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,51 +43,51 @@ PRESETS = {
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
-    about = "settings in the published format (ring/configs); what is typed beats them"
-    parser.add_argument("file", nargs="?", metavar="CONFIG.json", help=about)
+    text = "settings in the published format (ring/configs); what is typed beats them"
+    parser.add_argument("file", nargs="?", metavar="CONFIG.json", help=text)
     parser.add_argument("--config", metavar="FILE.json", help="the same as a flag")
     g = parser.add_argument_group("data")
-    about = "where torchvision keeps a data set, or a tree with train/CLASS/*"
-    g.add_argument("--root", "--data", dest="data", help=about)
+    text = "where torchvision keeps a data set, or a tree with train/CLASS/*"
+    g.add_argument("--root", "--data", dest="data", help=text)
     trees = ("folder", *(f"{name}_2views" for name in sets.TORCHVISION_SETS))
     options.add_data_arguments(g, trees, default="cifar10", workers=8)
-    about = "of IR and MoCo; mocov2: with blur, at 224 or the side named; v1: as published"
-    g.add_argument("--augmentation", choices=list(SIDES), default="v1", help=about)
+    text = "of IR and MoCo; mocov2: with blur, at 224 or the side named; v1: as published"
+    g.add_argument("--augmentation", choices=list(SIDES), default="v1", help=text)
     splits = ("train", "train+unlabeled")
     g.add_argument("--stl-split", choices=splits, default="train", help="pictures of STL-10")
 
     g = parser.add_argument_group("model")
-    about = "trunk; a two-layer head follows"
-    g.add_argument("--resnet-version", "--arch", choices=RESNETS, default="resnet18", help=about)
-    about = "3x3 first convolution, no max-pool: for small pictures"
-    g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=about)
+    text = "trunk; a two-layer head follows"
+    g.add_argument("--resnet-version", "--arch", choices=RESNETS, default="resnet18", help=text)
+    text = "3x3 first convolution, no max-pool: for small pictures"
+    g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=text)
     g.add_argument("--out-dim", type=cli.positive_int, default=128, help="feature dimension")
     flags.add_method_arguments(parser.add_argument_group("method"))
 
     g = parser.add_argument_group("optimisation")
-    about = "epochs to run in all"
-    g.add_argument("--epochs", "--num-epochs", type=cli.positive_int, default=200, help=about)
-    about = "global, over all processes"
-    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
-    about = "not scaled with the batch"
-    g.add_argument("--learning-rate", "--lr", type=cli.positive, default=0.03, help=about)
-    about = "MoCoLRScheduler: a tenth after 68 and 83 percent of the epochs"
+    text = "epochs to run in all"
+    g.add_argument("--epochs", "--num-epochs", type=cli.positive_int, default=200, help=text)
+    text = "global, over all processes"
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
+    text = "not scaled with the batch"
+    g.add_argument("--learning-rate", "--lr", type=cli.positive, default=0.03, help=text)
+    text = "MoCoLRScheduler: a tenth after 68 and 83 percent of the epochs"
     names = ("MoCoLRScheduler", "none")
-    g.add_argument("--scheduler", choices=names, default="MoCoLRScheduler", help=about)
+    g.add_argument("--scheduler", choices=names, default="MoCoLRScheduler", help=text)
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     g.add_argument("--weight-decay", type=cli.not_negative, default=1e-4, help="weight decay")
 
     g = parser.add_argument_group("run")
-    about = "the run gets a folder of its own in here"
-    g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=about)
-    about = "of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES"
-    g.add_argument("--exp-name", help=about)
+    text = "the run gets a folder of its own in here"
+    g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=text)
+    text = "of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES"
+    g.add_argument("--exp-name", help=text)
     options.add_run_arguments(g)
-    about = "epochs between 1-NN evaluations through the bank; default: 1, with class folders 0"
-    g.add_argument("--nn-every", type=cli.count, help=about)
+    text = "epochs between 1-NN evaluations through the bank; default: 1, with class folders 0"
+    g.add_argument("--nn-every", type=cli.count, help=text)
     options.add_monitor_arguments(g, "of those compared with; cmc: mean over both views")
-    about = "draw what is inside, in and beyond the ring of eight pictures of a checkpoint, and end"
-    g.add_argument("--show-ring", metavar="FILE.png", help=about)
+    text = "draw what is inside, in and beyond the ring of eight pictures of a checkpoint, and end"
+    g.add_argument("--show-ring", metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser, compile=True)
     parser.add_argument("--gpu-device", metavar="N|cpu", help="as published: --gpu or --device cpu")
     parser.set_defaults(input_res=None, seed=1337)

@@ -41,7 +41,8 @@ def by_age(folder: str | Path, patterns: tuple[str, ...] | None = None) -> list[
     """
     if patterns is None:
         patterns = pretraining_patterns()
-    there = [path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()]
+    there = [path for pattern in patterns for path in Path(folder).glob(pattern)]
+    there = [path for path in there if os.path.isfile(path)]  # a link in a circle is none
     return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 

@@ -1,4 +1,6 @@
-"""Saving that never loses a checkpoint, and the backbone in every layout that the five papers' code has written."""
+"""Saving that never loses a checkpoint, and the backbone in every layout that the five papers' code
+has written.
+"""
 
 import errno
 import json
@@ -31,7 +33,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
-    """The kernel's own refusal, in the middle of the archive: /dev/full stands for the temporary file."""
+    """The kernel's own refusal, in the middle of the archive:
+
+    /dev/full stands for the temporary file.
+    """
     path = checkpoint.save(tmp_path / "a.pth.tar", {"x": torch.ones(3)})
     monkeypatch.setattr(files, "open", lambda *_: open("/dev/full", "wb"), raising=False)
     with pytest.raises(UserError, match="cannot save .*a.pth.tar"):
@@ -44,7 +49,10 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_within_the_archive(tmp_path):
-    """Some of it is written, then no more: torch's own error hides the system's there, and the user must see the latter."""
+    """Some of it is written, then no more:
+
+    torch's own error hides the system's there, and the user must see the latter.
+    """
     path = checkpoint.save(tmp_path / "a.pth.tar", {"x": torch.ones(3)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
@@ -148,7 +156,9 @@ def state_of(keys_file: str, keep=lambda key: True) -> dict:
     }
 
 
-LAYOUTS = {  # key list of the published code -> (where the state is, names that must come out, names that must not)
+# key list of the published code -> (where the state is, names that must come out, names that must
+# not)
+LAYOUTS = {
     "nonsem_moco_resnet50_mlp_keys.json": ("state_dict", ["conv1.weight", "layer4.2.bn3.running_var", "fc.2.bias"], ["queue"]),
     "moco_insdis_backbone_resnet50_keys.json": ("model", ["conv1.weight", "fc.bias"], []),
     "ring_nce_system_keys.json": ("state_dict", ["conv1.weight", "bn1.bias", "layer4.1.conv2.weight"], ["l1.weight"]),

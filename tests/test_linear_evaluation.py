@@ -265,8 +265,9 @@ def two_ranks(args, process):
         odd = ["--data_folder", "ODD", "--batch_size", "16", "--epochs", "1", "--bn"]
         flags = [*start("moco", f"{args.out}/odd"), *odd]
         eval_moco_ins.worker(eval_moco_ins.parse_args(flags), process)
+        synchronised = eval_moco_ins.parse_args([*flags, "--syncBN", "--name", "other"])
         with pytest.raises(UsageError, match="--syncBN: PyTorch synchronises batch-norm between"):
-            eval_moco_ins.worker(eval_moco_ins.parse_args([*flags, "--syncBN"]), process)
+            eval_moco_ins.worker(synchronised, process)
 
 
 def plain(spec):

@@ -1,4 +1,7 @@
-"""tools/robustness.py: classifiers of every paper, results that are kept as they come, signals, wrong files."""
+"""tools/robustness.py:
+
+classifiers of every paper, results that are kept as they come, signals, wrong files.
+"""
 
 import argparse
 import json
@@ -11,15 +14,17 @@ from torchvision.transforms.functional import to_tensor
 
 from cmc import LinearProbing, colour, train_CMC
 from common import UsageError, UserError, backbones
-from runner import checkpoint, layouts
 from debiased import linear as debiased_linear
 from debiased.networks import Network as DebiasedNetwork
 from moco_insdis import eval_moco_ins
 from ring import eval_ring
 from ring import networks as ring_networks
+from runner import checkpoint, layouts
 from tools import report, robustness
 
-SMALL = "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder".split()
+SMALL = (
+    "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder".split()
+)
 CACHED = ["--cache-views", "1"]
 LINEAR = {  # name: (script, network, more flags)
     "cmc": (LinearProbing, "cmc-net", ["--layer", "1", *CACHED]),
@@ -28,26 +33,40 @@ LINEAR = {  # name: (script, network, more flags)
     "ring": (eval_ring, "ring-net", ["--lr", ".1", "--epochs", "60", *CACHED]),
     "released": (eval_ring, "ring-net", ["--lr", ".05", "--protocol", "released"]),
     "towers": (eval_ring, "towers-net", ["--lr", ".1", "--epochs", "60", *CACHED]),
-    "debiased": (debiased_linear, "debiased-net", ["--lr", ".003", "--test-size", "40", "--epochs", "60", *CACHED]),
+    "debiased": (
+        debiased_linear,
+        "debiased-net",
+        ["--lr", ".003", "--test-size", "40", "--epochs", "60", *CACHED],
+    ),
     "published": (debiased_linear, "debiased-net", ["--lr", ".003", "--protocol", "published"]),
 }
 MOVED = {"released": "statistics", "published": "state_dict"}  # what holds statistics that moved
 KEYS = ("opt", "epoch", "classifier", "best_acc1", "optimizer")  # of the authors' files
-SETS = ["--corruption=C", "--sketch=DATA/sketch", "--rendition=DATA/rendition", "--cue-conflict=DATA/cue-conflict"]
+SETS = [
+    "--corruption=C",
+    "--sketch=DATA/sketch",
+    "--rendition=DATA/rendition",
+    "--cue-conflict=DATA/cue-conflict",
+]
 
 
 def pretrained(folder, network, **opt):
     folder.mkdir()
     opt |= dict(softmax=True, nce_k=4096, input_res=32, seed=3, learning_rate=0.03)
     model = layouts.add_prefix(network.state_dict(), "encoder.module.")
-    torch.save({"opt": opt, "model": model, "contrast": {}, "epoch": 240, "optimizer": {}}, folder / "current.pth")
+    torch.save(
+        {"opt": opt, "model": model, "contrast": {}, "epoch": 240, "optimizer": {}},
+        folder / "current.pth",
+    )
 
 
 def pretrained_whole(folder, pictures, network, prefix, **opt):
     """A pre-training of ring or debiased."""
     folder.mkdir()
     opt |= dict(seed=3, learning_rate=0.03, dataset="folder", epochs=240)
-    for norm in (m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
+    for norm in (
+        m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+    ):
         norm.momentum = None
     with torch.no_grad():  # near the statistics of the pictures, not at them
         network.train()(pictures)
@@ -57,19 +76,28 @@ def pretrained_whole(folder, pictures, network, prefix, **opt):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, demo_set):
-    """One network of each kind in NAME-net, its classifier in NAME/RUN; C has three corruptions of ten pictures."""
+    """One network of each kind in NAME-net, its classifier in NAME/RUN; C has three corruptions of
+    ten pictures.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "DATA").symlink_to(demo_set)
     (folder / "C").mkdir()
     for name in ("fog", "frost", "snow"):
         (folder / "C" / name).symlink_to(demo_set / "corruption" / name)
     torch.manual_seed(0)
-    pretrained(folder / "moco-net", backbones.WidthResNet(18, 3, 1, 128, small_stem=True), model="resnet18", moco=True)
+    pretrained(
+        folder / "moco-net",
+        backbones.WidthResNet(18, 3, 1, 128, small_stem=True),
+        model="resnet18",
+        moco=True,
+    )
     for name, model, view in (("cmc", "resnet18v1", "YCbCr"), ("alexnet", "alexnet", "Lab")):
         network = train_CMC.build_network(model, colour.default_views(view), 128, small_stem=True)
         pretrained(folder / f"{name}-net", network, model=model, view=view)
     paths = sorted((demo_set / "train").rglob("*.png"))[::2]
-    pictures = torch.stack([to_tensor(Image.open(path).convert("RGB").resize((32, 32))) for path in paths])
+    pictures = torch.stack(
+        [to_tensor(Image.open(path).convert("RGB").resize((32, 32))) for path in paths]
+    )
     for name, method, augmentation in (
         ("ring", "ir", "mocov2_32x32"),  # whole pictures
         ("towers", "cmc", "v1"),  # the centre of resized ones
@@ -79,11 +107,15 @@ def folder(tmp_path_factory, demo_set):
         network = ring_networks.build_network("resnet18", 16, False, views)
         pretrained_whole(folder / f"{name}-net", pictures, network, "model.", **opt)
     opt = dict(loss="debiased", tau_plus=0.1, M=1, temperature=0.5, feature_dim=16)
-    pretrained_whole(folder / "debiased-net", pictures, DebiasedNetwork("resnet18", 16, False), "", **opt)
+    pretrained_whole(
+        folder / "debiased-net", pictures, DebiasedNetwork("resnet18", 16, False), "", **opt
+    )
     with inside(folder):
         for name, (script, network, more) in LINEAR.items():
             place = "--root" if script is eval_ring else "--data_folder"
-            script.main([*SMALL, place, "DATA", "--model_path", network, "--save_path", name, *more])
+            script.main(
+                [*SMALL, place, "DATA", "--model_path", network, "--save_path", name, *more]
+            )
     return folder
 
 
@@ -114,7 +146,9 @@ def fails(error, match, *flags):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_classifier_has_the_accuracy_of_its_linear_evaluation(workspace, name):
-    """In its own colours, at its own layer and size, on its own statistics; ours and as the authors' files are."""
+    """In its own colours, at its own layer and size, on its own statistics; ours and as the
+    authors' files are.
+    """
     (result,) = (workspace / name).resolve().rglob("result.json")
     run, linear = result.parent, json.loads(result.read_text())
     found = row("DATA", "--classifier", name)
@@ -131,7 +165,9 @@ def test_a_classifier_has_the_accuracy_of_its_linear_evaluation(workspace, name)
     assert found["settings"]["layer"] == linear["layer"]
     theirs = {k: saved[k] for k in KEYS}
     kept = ("model", "layer", "view", "model_path", "crop", "crop_low", "input_res")
-    theirs["opt"] = argparse.Namespace(**{k: v for k, v in saved["opt"].items() if k in kept}, bn=True)
+    theirs["opt"] = argparse.Namespace(
+        **{k: v for k, v in saved["opt"].items() if k in kept}, bn=True
+    )
     theirs["opt"].model_path = saved["network"]
     torch.save(theirs, "published.pth")
     again = row("DATA", "--classifier", "published.pth", out="again")
@@ -143,10 +179,18 @@ def loses_statistics(saved, where):
     """Without what moved there is no such network; and it did move."""
     kept = {k: v for k, v in saved[where].items() if "running_" in k}
     old = checkpoint.load(saved["network"])["state_dict"]
-    assert kept and not any(torch.equal(v, old.get(k, old.get(f"model.{k}"))) for k, v in kept.items())
-    torch.save(saved | {where: {k: v for k, v in saved[where].items() if k not in kept}}, "less.pth")
+    assert kept and not any(
+        torch.equal(v, old.get(k, old.get(f"model.{k}"))) for k, v in kept.items()
+    )
+    torch.save(
+        saved | {where: {k: v for k, v in saved[where].items() if k not in kept}}, "less.pth"
+    )
     fails(
-        UserError, "less.pth (lacks batch-norm statistics|does not fit this model)", "DATA", "--classifier", "less.pth"
+        UserError,
+        "less.pth (lacks batch-norm statistics|does not fit this model)",
+        "DATA",
+        "--classifier",
+        "less.pth",
     )
 
 
@@ -156,9 +200,12 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
     classifier = (run / "current.pth").resolve()
     expected = row("DATA", "--classifier", classifier)["clean"]
     monkeypatch.chdir("elsewhere")
-    fails(UsageError, "is a classifier on moco-net/current.pth, which is not there: give it with --network",
+    fails(UsageError, "is a classifier on moco-net/current.pth, which is not there: give it with "
+                      "--network",
           "../DATA", "--classifier", classifier)  # fmt: skip
-    moved = row("../DATA", "--classifier", classifier, "--network", "../moco-net/current.pth", out="moved")
+    moved = row(
+        "../DATA", "--classifier", classifier, "--network", "../moco-net/current.pth", out="moved"
+    )
     assert moved["clean"] == expected
     other = checkpoint.load("../moco-net/current.pth")
     other["model"]["encoder.module.conv1.weight"] += 1e-3
@@ -174,7 +221,8 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
         "--network",
         "../cmc-net/current.pth",
     )
-    fails(UserError, "holds no classifier of .*: give a checkpoint of a linear evaluation, not of pre-training",
+    fails(UserError, "holds no classifier of .*: give a checkpoint of a linear evaluation, not "
+                     "of pre-training",
           "../DATA", "--classifier", "../moco-net/current.pth")  # fmt: skip
     fails(UserError, "is of --arch resnet18, not resnet50",
           "../DATA", "--classifier", classifier, "--network", "../moco-net", "--arch", "resnet50")  # fmt: skip
@@ -216,10 +264,17 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
         with pytest.raises(UserError, match="a picture is broken"):
             row(*flags)
     half = json.loads((workspace / "row/result.json").read_text())
-    assert half["clean"] == whole["clean"] and half["pending"] == ["corruption", "sketch", "rendition", "cue_conflict"]
+    assert half["clean"] == whole["clean"] and half["pending"] == [
+        "corruption",
+        "sketch",
+        "rendition",
+        "cue_conflict",
+    ]
     assert half["missing"] == ["corruption", "sketch", "stylized", "rendition", "cue_conflict"]
     assert half["sets"]["corruption"]["folders"].keys() == {"snow/3", "frost/3"}
-    assert half["sets"]["corruption"]["folder"] == "C"  # as it was named: a record is no map of a machine
+    assert (
+        half["sets"]["corruption"]["folder"] == "C"
+    )  # as it was named: a record is no map of a machine
     report.main(["row", "--no-published"])
     assert "(unfinished: corruption, sketch, rendition, cue_conflict)" in capsys.readouterr().out
     with monkeypatch.context() as patch:
@@ -231,13 +286,16 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
     assert {k: found[k] for k in same} == {k: whole[k] for k in same} and found["pending"] == []
     with monkeypatch.context() as patch:  # one that is whole is made again; a set not given stays
         labels = looked_at(patch)
-        assert row("DATA", "--classifier", "moco")["sketch"] == whole["sketch"] and labels == ["clean"]
+        assert row("DATA", "--classifier", "moco")["sketch"] == whole["sketch"] and labels == [
+            "clean"
+        ]
 
 
 def test_a_folder_holds_the_result_of_one_classifier(workspace):
     row("DATA", "--classifier", "moco")
     before = files(workspace / "row")
-    fails(UsageError, "is of another classifier .*moco.*choose another --ckpt_path, or lose it with --overwrite",
+    fails(UsageError, "is of another classifier .*moco.*choose another --ckpt_path, or lose it "
+                      "with --overwrite",
           "DATA", "--classifier", "cmc")  # fmt: skip
     assert files(workspace / "row") == before
     assert row("DATA", "--classifier", "cmc", "--overwrite")["label"].startswith("CMC")
@@ -254,14 +312,15 @@ def test_a_signal_says_what_is_kept_and_exits_with_its_number(workspace, capsys)
     with stopped_at(2):
         row(*flags)
     assert (
-        "stopped by a signal in clean: nothing is kept, what was looked at of clean is lost" in capsys.readouterr().out
+        "stopped by a signal in clean: nothing is kept, what was looked at of clean is lost"
+        in capsys.readouterr().out
     )
     with stopped_at(steps + 4):  # three steps for each corruption
         row(*flags)
     said = capsys.readouterr().out
     assert (
-        "stopped by a signal in corruption: clean, 1 folders of corruption kept in row/result.json, what was looked"
-        in said
+        "stopped by a signal in corruption: clean, 1 folders of corruption kept in "
+        "row/result.json, what was looked" in said
     )
     assert "the same command goes on from there" in said
     assert row(*flags)["corruption"] == whole["corruption"]
@@ -290,7 +349,9 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
         raise UserError("as far as that")
 
     monkeypatch.setattr(robustness, "open_sets", open_sets)
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda state: saved["digest"])  # which takes most of the time
+    monkeypatch.setattr(
+        checkpoint, "fingerprint", lambda state: saved["digest"]
+    )  # which takes most of the time
     tracebacks = []
     for name in ("moco", "cmc", "released", "published"):
         (run,) = (workspace / name).resolve().rglob("current.pth")
@@ -311,9 +372,22 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
             if key in saved
             for value in WRONG
         ]
-        options = ("model", "layer", "view", "input_res", "crop", "bn", "protocol", "augmentation", "test_size")
+        options = (
+            "model",
+            "layer",
+            "view",
+            "input_res",
+            "crop",
+            "bn",
+            "protocol",
+            "augmentation",
+            "test_size",
+        )
         changed += [
-            {"opt": saved["opt"] | {key: value}} for key in options if key in saved["opt"] for value in WRONG[3:7]
+            {"opt": saved["opt"] | {key: value}}
+            for key in options
+            if key in saved["opt"]
+            for value in WRONG[3:7]
         ]
         for part in {"classifier", *MOVED.values()} & saved.keys():
             names = list(saved[part])[-8:]
@@ -332,6 +406,11 @@ def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, cap
 
 
 def test_a_classifier_of_a_script_that_takes_no_part(workspace):
-    torch.save({"script": "of/others.py", "state_dict": {"fc.weight": torch.zeros(3, 4)}}, "other.pth")
-    with pytest.raises(UserError, match="other.pth is of of/others.py: this evaluates those of nonsem_neg/main_lincls"):
+    torch.save(
+        {"script": "of/others.py", "state_dict": {"fc.weight": torch.zeros(3, 4)}}, "other.pth"
+    )
+    with pytest.raises(
+        UserError,
+        match="other.pth is of of/others.py: this evaluates those of nonsem_neg/main_lincls",
+    ):
         row("DATA", "--classifier", "other.pth")

@@ -73,7 +73,8 @@ FULL = "error: No space left on device writing a/current.pth; a checkpoint that 
 
 @pytest.mark.parametrize("flags, said", [
     (["--full", "--gpu", "3"], FULL),
-    ([], "error: a process of this job was ended by SIGKILL (by the system, when memory runs out)\n"),
+    ([], "error: a process of this job was ended by SIGKILL (by the system, when memory runs "
+         "out)\n"),
 ], ids=["full disk", "killed"])  # fmt: skip
 def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, said):
     (tmp_path / "job.py").write_text(JOB.format(root=str(ROOT)))

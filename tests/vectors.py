@@ -1,4 +1,6 @@
-"""Number vectors of the published code (tests/golden/README.md), found and read by name; sizes and constants come with them."""
+"""Number vectors of the published code (tests/golden/README.md), found and read by name; sizes and
+constants come with them.
+"""
 
 import json
 from pathlib import Path
@@ -20,12 +22,17 @@ def read(name: str) -> dict:
     """Arrays as tensors, single numbers as numbers."""
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
-    return {key: torch.from_numpy(array) if array.ndim else array.item() for key, array in arrays.items()}
+    return {
+        key: torch.from_numpy(array) if array.ndim else array.item()
+        for key, array in arrays.items()
+    }
 
 
 def keys(state: dict, prefix: str = "") -> list:
     """Names, shapes and types as a _keys.json holds them."""
-    return [[prefix + k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in state.items()]
+    return [
+        [prefix + k, list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in state.items()
+    ]
 
 
 def published_keys(name: str) -> list:

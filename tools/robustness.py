@@ -52,15 +52,15 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data (each set is optional)")
     g.add_argument("data", nargs="?", help="data set root with val/CLASS/*: the clean column")
-    about = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/*; the mean over all corruptions and severities"
-    g.add_argument("--corruption", metavar="DIR", help=about)
+    text = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/*; the mean over all corruptions and severities"
+    g.add_argument("--corruption", metavar="DIR", help=text)
     g.add_argument("--sketch", metavar="DIR", help="ImageNet-Sketch: CLASS/*")
     g.add_argument("--stylized", metavar="DIR", help="Stylized-ImageNet validation: CLASS/*")
     g.add_argument("--rendition", metavar="DIR", help="ImageNet-R: CLASS/*")
-    about = "pictures named SHAPE1-TEXTURE1: the share of answers that name the shape"
-    g.add_argument("--cue-conflict", metavar="DIR", help=about)
-    about = "also " + ", ".join(EXTRA_CORRUPTIONS)
-    g.add_argument("--extra-corruptions", action="store_true", help=about)
+    text = "pictures named SHAPE1-TEXTURE1: the share of answers that name the shape"
+    g.add_argument("--cue-conflict", metavar="DIR", help=text)
+    text = "also " + ", ".join(EXTRA_CORRUPTIONS)
+    g.add_argument("--extra-corruptions", action="store_true", help=text)
     g.add_argument(
         "--precropped",
         choices=["auto", "yes", "no"],
@@ -71,24 +71,24 @@ def parse_args(argv=None):
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    about = "checkpoint of a linear evaluation of any paper, or its run folder: the last epoch"
-    g.add_argument("--classifier", default="", metavar="PATH", help=about)
-    about = "of a run folder take the best epoch on val instead of the last"
-    g.add_argument("--best", action="store_true", help=about)
-    about = "network of a classifier that is a file of its own; default: where it was then"
-    g.add_argument("--network", default="", metavar="PATH", help=about)
-    about = "torchvision network; default: what the checkpoint says"
-    g.add_argument("-a", "--arch", help=about)
+    text = "checkpoint of a linear evaluation of any paper, or its run folder: the last epoch"
+    g.add_argument("--classifier", default="", metavar="PATH", help=text)
+    text = "of a run folder take the best epoch on val instead of the last"
+    g.add_argument("--best", action="store_true", help=text)
+    text = "network of a classifier that is a file of its own; default: where it was then"
+    g.add_argument("--network", default="", metavar="PATH", help=text)
+    text = "torchvision network; default: what the checkpoint says"
+    g.add_argument("-a", "--arch", help=text)
 
     g = parser.add_argument_group("run")
-    about = "global batch over all processes"
-    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
-    about = "run folder: result.json, corruption.csv"
-    g.add_argument("--ckpt_path", "--out", default="./ckpts/robustness", help=about)
-    about = "evaluate all sets anew, also in the folder of another classifier"
-    g.add_argument("--overwrite", action="store_true", help=about)
-    about = "name of the row in the table; default: made of the pre-training's flags"
-    g.add_argument("--label", help=about)
+    text = "global batch over all processes"
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
+    text = "run folder: result.json, corruption.csv"
+    g.add_argument("--ckpt_path", "--out", default="./ckpts/robustness", help=text)
+    text = "evaluate all sets anew, also in the folder of another classifier"
+    g.add_argument("--overwrite", action="store_true", help=text)
+    text = "name of the row in the table; default: made of the pre-training's flags"
+    g.add_argument("--label", help=text)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     if not args.classifier:

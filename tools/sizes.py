@@ -1,7 +1,7 @@
 """How large the project's parts are, as a reader meets them: `python tools/sizes.py`.
 
-Lines of every package, and whatever is beyond what a reader takes in at once: files above 320 lines,
-functions above 60 lines or 8 parameters, lines above 100 columns.
+Lines of every package, and whatever is beyond what a reader takes in at once: files above 320
+lines, functions above 60 lines or 8 parameters, lines above 100 columns.
 """
 
 import ast

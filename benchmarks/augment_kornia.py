@@ -1,5 +1,4 @@
-"""Speed of common/augment.py beside kornia on one recipe, and where the two libraries compute
-different things.
+"""Speed of common/augment.py beside kornia on one recipe, and where the two compute other things.
 
     python benchmarks/augment_kornia.py --size 32 --batch 256
     python benchmarks/augment_kornia.py --size 224 --batch 32
@@ -12,6 +11,7 @@ with torchvision.transforms.functional, image by image, at the parameters kornia
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torchvision.transforms.functional as TF
 
+from benchmarks.side_by_side import synchronize
 from common import augment
 
 
@@ -76,84 +77,103 @@ def kornia_view(size, cropping_mode):
 
 
 def time_side_by_side(sides, pictures, repeats):
-    """Best seconds of each side; every round calls each side once."""
+    """Return the best seconds of each side; every round calls each side once."""
     best = dict.fromkeys(sides, float("inf"))
     for step in range(repeats + 2):
         for name, view in sides.items():
             start = time.perf_counter()
             view(pictures)
-            if pictures.is_cuda:
-                torch.cuda.synchronize()
+            synchronize(pictures.device)
             if step >= 2:  # the first two rounds are warm-up
                 best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
-def compare_semantics():
-    """What kornia computes and draws.
+class Semantics:
+    """Differences of kornia from torchvision at equal parameters, on pictures x in [0, 1].
 
-    Returns the largest differences from torchvision at equal parameters, for pictures in [0, 1], as
-    (name, difference); the shape of the jitter order drawn for a batch; whether drawing it moved
-    the global random state."""
+    rows: (operation, largest difference).
+    """
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.x = torch.rand(8, 3, 48, 64)
+        self.rows = []
+
+    def add(self, name: str, op, reference) -> None:
+        """Compare an operation with reference(parameters), which gives all pictures."""
+        params = op.forward_parameters(self.x.shape)
+        difference = (op(self.x, params=params) - reference(params)).abs().max().item()
+        self.rows.append((name, difference))
+
+    def one_by_one(self, function, *parameters) -> torch.Tensor:
+        """Return function(picture, its parameters) of all pictures."""
+        numbers = zip(*(values.tolist() for values in parameters))
+        return torch.stack([function(image, *own) for image, own in zip(self.x, numbers)])
+
+    def add_colours(self, K) -> None:
+        strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+        for kind in (K.ColorJitter, K.ColorJiggle):
+            for name, strength in strengths.items():
+
+                def reference(params, name=name):
+                    adjust = getattr(TF, f"adjust_{name}")
+                    return self.one_by_one(adjust, params[f"{name}_factor"])
+
+                self.add(f"{kind.__name__} {name}", kind(**{name: strength}, p=1.0), reference)
+        self.add("RandomGrayscale", K.RandomGrayscale(p=1.0), self.grey)
+
+    def grey(self, params) -> torch.Tensor:
+        return TF.rgb_to_grayscale(self.x, 3)
+
+    def add_blur(self, K) -> None:
+        def blur(image, sigma):
+            return TF.gaussian_blur(image, [9, 9], [sigma, sigma])
+
+        op = K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=1.0)
+        self.add("RandomGaussianBlur", op, lambda params: self.one_by_one(blur, params["sigma"]))
+
+    def add_crops(self, K) -> None:
+        ways = itertools.product(((24, "shrinks"), (96, "enlarges")), (True, False), (True, False))
+        for (side, effect), corners, antialias in ways:
+            op = K.RandomResizedCrop((side, side), scale=(0.5, 1.0), align_corners=corners)
+
+            def reference(params, side=side, antialias=antialias):
+                size = [side, side]
+                parts = zip(self.x, boxes(params))
+                crops = [TF.resized_crop(x, *box, size, antialias=antialias) for x, box in parts]
+                return torch.stack(crops)
+
+            name = f"RandomResizedCrop {effect}, align_corners={corners}"
+            self.add(f"{name} / torchvision antialias={antialias}", op, reference)
+
+
+def boxes(params) -> list[list[int]]:
+    """Return [top, left, height, width] of every crop that kornia drew."""
+    left, top = params["src"][:, 0].unbind(1)
+    right, bottom = params["src"][:, 2].unbind(1)
+    return torch.stack((top, left, bottom - top + 1, right - left + 1), 1).int().tolist()
+
+
+def print_semantics() -> None:
+    """Print where kornia and torchvision differ, and what kornia draws."""
     import kornia.augmentation as K
 
-    torch.manual_seed(0)
-    x = torch.rand(8, 3, 48, 64)
-    rows = []
-
-    def per_image(function, *parameters):
-        return torch.stack(
-            [function(image, *(float(p[i]) for p in parameters)) for i, image in enumerate(x)]
-        )
-
-    def row(name, op, reference):
-        params = op.forward_parameters(x.shape)
-        rows.append((name, (op(x, params=params) - reference(params)).abs().max().item()))
-
-    for cls in (K.ColorJitter, K.ColorJiggle):
-        for name, value in (
-            ("brightness", 0.4),
-            ("contrast", 0.4),
-            ("saturation", 0.4),
-            ("hue", 0.1),
-        ):
-            adjust = getattr(TF, f"adjust_{name}")
-            row(
-                f"{cls.__name__} {name}",
-                cls(**{name: value}, p=1.0),
-                lambda q, name=name, adjust=adjust: per_image(adjust, q[f"{name}_factor"]),
-            )
-    row(
-        "RandomGaussianBlur",
-        K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=1.0),
-        lambda q: per_image(lambda image, s: TF.gaussian_blur(image, [9, 9], [s, s]), q["sigma"]),
-    )
-    row("RandomGrayscale", K.RandomGrayscale(p=1.0), lambda q: TF.rgb_to_grayscale(x, 3))
-
-    def boxes(params):
-        left, top = params["src"][:, 0].unbind(1)
-        right, bottom = params["src"][:, 2].unbind(1)
-        return [
-            [int(v) for v in box]
-            for box in torch.stack((top, left, bottom - top + 1, right - left + 1), 1)
-        ]
-
-    for side, what in ((24, "shrinks"), (96, "enlarges")):
-        for corners in (True, False):
-            for antialias in (True, False):
-                row(
-                    f"RandomResizedCrop {what}, align_corners={corners} / torchvision antialias={antialias}",
-                    K.RandomResizedCrop((side, side), scale=(0.5, 1.0), align_corners=corners),
-                    lambda q, side=side, antialias=antialias: torch.stack(
-                        [
-                            TF.resized_crop(image, *box, [side, side], antialias=antialias)
-                            for image, box in zip(x, boxes(q))
-                        ]
-                    ),
-                )
+    semantics = Semantics()
+    semantics.add_colours(K)
+    semantics.add_blur(K)
+    semantics.add_crops(K)
+    print("\nkornia against torchvision.transforms.functional at equal parameters, largest")
+    print("difference in [0, 1]:")
+    for name, difference in semantics.rows:
+        print(f"  {difference:8.1e}  {name}")
     before = torch.random.get_rng_state()
-    order = K.ColorJitter(0.4, 0.4, 0.4, 0.1).forward_parameters(x.shape)["order"]
-    return rows, tuple(order.shape), not torch.equal(before, torch.random.get_rng_state())
+    order = K.ColorJitter(0.4, 0.4, 0.4, 0.1).forward_parameters(semantics.x.shape)["order"]
+    uses_global = not torch.equal(before, torch.random.get_rng_state())
+    shape = tuple(order.shape)
+    print(
+        f"jitter order of 8 images: shape {shape}, drawn from the global generator: {uses_global}"
+    )
 
 
 def main(argv=None):
@@ -162,39 +182,23 @@ def main(argv=None):
     try:
         import kornia
     except ImportError:
-        raise SystemExit(
-            "this comparison needs kornia: pip install -r requirements-dev.txt"
-        ) from None
-    print(
-        f"torch {torch.__version__}  kornia {kornia.__version__}  {args.device}  {args.threads} threads"
-    )
+        reason = "this comparison needs kornia: pip install -r requirements-dev.txt"
+        raise SystemExit(reason) from None
+    versions = f"torch {torch.__version__}  kornia {kornia.__version__}"
+    print(f"{versions}  {args.device}  {args.threads} threads")
     print(f"{args.batch} pictures {args.source}x{args.source} -> views {args.size}x{args.size}")
+    shape = (args.batch, 3, args.source, args.source)
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.randint(
-        0, 256, (args.batch, 3, args.source, args.source), dtype=torch.uint8, generator=generator
-    )
+    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     sides = {"common/augment.py": our_view(args.size, args.source, args.batch)}
-    sides.update(
-        {f"kornia, crop by {mode}": kornia_view(args.size, mode) for mode in ("slice", "resample")}
-    )
+    for mode in ("slice", "resample"):
+        sides[f"kornia, crop by {mode}"] = kornia_view(args.size, mode)
     best = time_side_by_side(sides, pictures.to(args.device), args.repeats)
     ours = best["common/augment.py"]
     for name, seconds in best.items():
-        rate = args.batch / seconds
-        print(
-            f"{name:24s} {seconds * 1e3:8.1f} ms  {rate:8.0f} views/s  {seconds / ours:5.2f} x the first"
-        )
-
-    rows, order_shape, uses_global = compare_semantics()
-    print(
-        "\nkornia against torchvision.transforms.functional at equal parameters, largest "
-        "difference in [0, 1]:"
-    )
-    for name, difference in rows:
-        print(f"  {difference:8.1e}  {name}")
-    print(
-        f"jitter order of 8 images: shape {order_shape}, drawn from the global generator: {uses_global}"
-    )
+        rate = f"{args.batch / seconds:8.0f} views/s"
+        print(f"{name:24s} {seconds * 1e3:8.1f} ms  {rate}  {seconds / ours:5.2f} x the first")
+    print_semantics()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images per second of debiased pre-training: this project, and lightly's SimCLR with its loader.
 
-    python benchmarks/debiased_lightly.py --data CIFAR_TREE    # default: generated 32-pixel pictures
+    python benchmarks/debiased_lightly.py --data CIFAR_TREE    # default: generated pictures
 
 ResNet-18 (standard stem), 32 pixels, batch 256, float32 on both sides, on the CPU or one GPU.
 ours          debiased/main.py, its own loop and loader, with the published augmentation (blur

@@ -30,7 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.decode_jpeg import generate, spread
+from benchmarks import photographs
+from benchmarks.photographs import spread
 from common.augment import Compose, RandomResizedCrop
 from common.crops import cut
 from common.data import Loader
@@ -41,12 +42,15 @@ SIZE = 224
 
 
 def rate_of(count: int, function) -> float:
+    """Return `count` over the seconds of a call."""
     started = time.perf_counter()
     function()
     return count / (time.perf_counter() - started)
 
 
 def packing(pictures: FolderSet, side: int, repeats: int, folder: Path) -> dict[str, list[float]]:
+    """Return the rates of packing, and of its parts alone."""
+
     def decode_only():
         for row in range(len(pictures)):
             square(pictures, row, side)
@@ -67,10 +71,8 @@ def packing(pictures: FolderSet, side: int, repeats: int, folder: Path) -> dict[
     for repeat in range(repeats):
         target = folder / f"pack{repeat}"
         target.mkdir()
-        decode, write = (
-            rate_of(len(pictures), decode_only),
-            rate_of(len(pictures), lambda t=target: write_only(t)),
-        )
+        decode = rate_of(len(pictures), decode_only)
+        write = rate_of(len(pictures), lambda t=target: write_only(t))
         rates["decode, resize, cut"].append(decode)
         rates["write and sync"].append(write)
         rates["both in turn"].append(1 / (1 / decode + 1 / write))
@@ -81,6 +83,7 @@ def packing(pictures: FolderSet, side: int, repeats: int, folder: Path) -> dict[
 def reading(
     pictures: FolderSet, packed: ArraySet, workers: int, repeats: int
 ) -> dict[str, list[float]]:
+    """Return the rates of cutting two crops from each source."""
     crop = Compose(RandomResizedCrop(SIZE, (0.2, 1.0)))
     options = {
         "device": "cpu",
@@ -104,27 +107,29 @@ def reading(
 
 
 def orders(packed: ArraySet, repeats: int) -> dict[str, list[float]]:
+    """Return the rates of cutting a crop from rows in either order of numbers."""
     rows = torch.arange(min(len(packed), 200))
     sides = {"three planes": packed[rows].contiguous(), "height, width, RGB": packed[rows]}
     heights = torch.full((len(rows),), packed.size[0])
-    boxes = (
-        RandomResizedCrop(SIZE, (0.2, 1.0))
-        .sample(heights, heights, torch.Generator().manual_seed(0))
-        .tolist()
-    )
+    generator = torch.Generator().manual_seed(0)
+    crop = RandomResizedCrop(SIZE, (0.2, 1.0))
+    boxes = crop.sample(heights, heights, generator).tolist()
+    target = (SIZE, SIZE, 0, 0)
     rates = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, images in sides.items():
-            rate = rate_of(
-                len(rows),
-                lambda x=images: [cut(p, b, (SIZE, SIZE, 0, 0), SIZE) for p, b in zip(x, boxes)],
-            )
+
+            def cut_all(images=images):
+                return [cut(image, box, target, SIZE) for image, box in zip(images, boxes)]
+
+            rate = rate_of(len(rows), cut_all)
             if repeat:
                 rates[name].append(rate)
     return rates
 
 
 def show(title: str, rates: dict[str, list[float]]) -> float:
+    """Print rates; return the ratio of the last to the one before, median of pairs."""
     print(f"\n{title:<50}pictures/s, median (range)")
     for name, values in rates.items():
         print(f"  {name:<38}{spread(values):>40}")
@@ -134,25 +139,25 @@ def show(title: str, rates: dict[str, list[float]]) -> float:
     return ratio
 
 
-def measure(args, tree: Path, what: str) -> int:
+def measure(args, tree: Path, title: str) -> int:
+    """Measure all parts, print them, and return the exit code."""
     torch.set_num_threads(1)
     pictures = open_tree(tree)
     files = len(pictures)
     pictures = pictures.select([i * files // args.pictures for i in range(args.pictures)])
-    print(
-        f"{what}: {files} files, {args.pictures} pictures per pass, side {args.side}; torch {torch.__version__}"
-    )
+    setting = f"{args.pictures} pictures per pass, side {args.side}"
+    print(f"{title}: {files} files, {setting}; torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
-        packed = show("one process", packing(pictures, args.side, args.repeats, Path(folder)))
+        rates = packing(pictures, args.side, args.repeats, Path(folder))
+        packed = show("one process", rates)
         opened = open_set(Path(folder) / "pack0", "train", dataset="packed")
-        read = show(
-            f"two crops each, {args.workers} workers",
-            reading(pictures, opened, args.workers, args.repeats),
-        )
+        rates = reading(pictures, opened, args.workers, args.repeats)
+        read = show(f"two crops each, {args.workers} workers", rates)
         show("one crop each, one thread", orders(opened, args.repeats))
     print(
-        f"\nresult: packing at {packed:.2f} of the rate of decoding and writing (wanted: {args.packing_at_least:g}), "
-        f"reading at {read:.2f} times that of JPEG files (wanted: {args.reading_at_least:g})"
+        f"\nresult: packing at {packed:.2f} of the rate of decoding and writing "
+        f"(wanted: {args.packing_at_least:g}), reading at {read:.2f} times that of JPEG files "
+        f"(wanted: {args.reading_at_least:g})"
     )
     return 0 if packed >= args.packing_at_least and read >= args.reading_at_least else 1
 
@@ -161,37 +166,22 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        metavar="TREE",
-        help="class folders of JPEG files, or the folder above with train/",
-    )
-    parser.add_argument(
-        "--side", type=int, default=256, help="side of the packed squares (default 256)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="repeats of each side, alternating (default 3)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes that read (default 2)"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=400, help="pictures per pass; a smaller set is repeated"
-    )
-    parser.add_argument(
-        "--packing-at-least", type=float, default=0.8, help="exit with 1 below this (default 0.8)"
-    )
-    parser.add_argument(
-        "--reading-at-least", type=float, default=2.0, help="exit with 1 below this (default 2)"
-    )
+    parser.add_argument("--data", metavar="TREE", help=photographs.ABOUT)
+    about = "side of the packed squares (default 256)"
+    parser.add_argument("--side", type=int, default=256, help=about)
+    about = "repeats of each side, alternating (default 3)"
+    parser.add_argument("--repeats", type=int, default=3, help=about)
+    about = "worker processes that read (default 2)"
+    parser.add_argument("--workers", type=int, default=2, help=about)
+    about = "pictures per pass; a smaller set is repeated"
+    parser.add_argument("--pictures", type=int, default=400, help=about)
+    about = "exit with 1 below this (default 0.8)"
+    parser.add_argument("--packing-at-least", type=float, default=0.8, help=about)
+    about = "exit with 1 below this (default 2)"
+    parser.add_argument("--reading-at-least", type=float, default=2.0, help=about)
     args = parser.parse_args(argv)
-    if args.data is not None:
-        tree = Path(args.data)
-        return measure(args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data))
-    with tempfile.TemporaryDirectory() as folder:
-        return measure(
-            args, generate(Path(folder)), "generated pictures (shapes and noise, not photographs)"
-        )
+    with photographs.tree(args.data) as (tree, title):
+        return measure(args, tree, title)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images per second of MoCo-v2 pre-training: this project, and lightly with its own loader.
 
-    python benchmarks/pretrain_lightly.py --data CIFAR_TREE    # default: generated 32-pixel pictures
+    python benchmarks/pretrain_lightly.py --data CIFAR_TREE    # default: generated pictures
 
 ResNet-18 (standard stem), 32 pixels, batch 256, queue 4096, MoCo-v2 augmentation and head on both
 sides, on the CPU or one GPU.

@@ -1,4 +1,4 @@
-"""The figures of a soak run (benchmarks/soak.py): slopes, lines, aims, the report and the picture."""
+"""The figures of a soak run (benchmarks/soak.py): lines through samples, aims, report, picture."""
 
 import statistics
 from pathlib import Path
@@ -129,6 +129,103 @@ def judge_steps(figures: dict, aims: dict, samples: list[dict], records: list[di
         used.append(processor / steps if len(quarter) > 1 else np.nan)
     figures["seconds_per_step"] = medians
     figures["processor_seconds_per_step"] = used
-    aims["step"] = True if is_steady(medians) else None if is_steady(used) is False else None
-    if not is_steady(medians):
-        aims["step"] = None if not is_steady(used) else None
+    if is_steady(medians):
+        aims["step"] = True
+    else:
+        aims["step"] = None if is_steady(used) else False
+
+
+def is_steady(values: list[float]) -> bool:
+    """Return whether all values are near the first one."""
+    return max(abs(value / values[0] - 1) for value in values) < AIMS["step"]
+
+
+def judge_records(figures: dict, aims: dict, samples: list[dict], records: list[dict]) -> None:
+    """Judge what was written: bytes on a straight line, checkpoints of one size, no gap."""
+    for name in RECORDS:
+        per_step, furthest = off_line(*columns(samples, "step", name))
+        figures[name] = {
+            "bytes_per_step": per_step,
+            "last": samples[-1][name],
+            "furthest_from_line": furthest,
+        }
+        aims[name] = furthest < AIMS["records"]
+    sizes = sorted({sample["checkpoint"] for sample in samples} - {0})
+    figures["checkpoint_bytes"] = [sizes[0], sizes[-1]] if sizes else []
+    figures["gaps"] = gaps(records)
+    aims["checkpoint"] = bool(sizes) and sizes[-1] < 1.01 * sizes[0]
+    aims["gaps"] = figures["gaps"] == 0
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def report(figures: dict) -> str:
+    """Return the figures and verdicts as lines of text."""
+    lines = []
+
+    def add(name: str, text: str) -> None:
+        lines.append(f"{name:12} {text}: {figures['aims'][name]}")
+
+    for name in HELD:
+        unit = " MiB" if name in ("memory", "workers") else ""
+        aim = "under 20" if unit else "0"
+        held = figures[name]
+        slopes = " and ".join(f"{value:+.1f}" for value in held["slopes_per_hour"])
+        span = f"{held['first']:.0f} to {held['last']:.0f}{unit}"
+        add(name, f"{span}, slopes {slopes}{unit} an hour, aim {aim}")
+    add("step", f"{against_first(figures['seconds_per_step'])} of it, aim within 5 %")
+    processor = against_first(figures["processor_seconds_per_step"])
+    lines.append(f"{'':12} processor: {processor} of it")
+    for name in RECORDS:
+        written = figures[name]
+        furthest = f"at most {written['furthest_from_line']:.1%} off a line, aim 3 %"
+        add(name, f"{written['bytes_per_step']:.1f} bytes a step, {furthest}")
+    sizes = [f"{size / 1e6:.2f}" for size in figures["checkpoint_bytes"]]
+    add("checkpoint", f"{' to '.join(sizes)} MB")
+    add("gaps", f"{figures['gaps']} in the steps on record")
+    return "\n".join(lines)
+
+
+def against_first(times: list[float]) -> str:
+    """Return the first quarter's time of a step, and the others' as shares of it."""
+    others = ", ".join(f"{time / times[0]:.3f}" for time in times[1:])
+    return f"{times[0] * 1e3:.1f} ms a step in the first quarter, then {others}"
+
+
+def draw(samples: list[dict], records: list[dict], path: Path) -> None:
+    """Write the curves of a run as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    memory, held, written, time_of = figure.subplots(2, 2).flat
+    for part in by_part(samples):
+        minutes = columns(part, "minute")[0]
+        memory.plot(minutes, columns(part, "memory")[0], color="C0", label="main process")
+        memory.plot(minutes, columns(part, "workers")[0], color="C1", lw=0.6, label="its workers")
+        held.plot(minutes, columns(part, "descriptors")[0], color="C0", lw=0.8, label="open files")
+        held.plot(minutes, columns(part, "threads")[0], color="C1", lw=0.8, label="threads")
+    for number, name in enumerate(RECORDS):
+        steps, sizes = columns(samples, "step", name)
+        written.plot(steps, [size / 1e6 for size in sizes], color=f"C{number}", label=name)
+    times = step_times(records)
+    width = max(1, len(times) // 200)
+    blocks = [times[start : start + width] for start in range(0, len(times), width)]
+    if blocks:
+        steps = [block[0][0] for block in blocks]
+        medians = [1e3 * statistics.median(time for _, time in block) for block in blocks]
+        time_of.plot(steps, medians, color="C0")
+    titles = (
+        (memory, "resident memory, MiB", "minutes"),
+        (held, "held by the main process", "minutes"),
+        (written, "records, MB", "steps"),
+        (time_of, "milliseconds a step, medians", "steps"),
+    )
+    for axes, title, x in titles:
+        axes.set(title=title, xlabel=x, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        if axes is not time_of:
+            handles, labels = axes.get_legend_handles_labels()
+            once = dict(zip(labels, handles))
+            axes.legend(once.values(), once.keys(), fontsize="small")
+    figure.savefig(path, dpi=110)

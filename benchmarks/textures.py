@@ -1,6 +1,6 @@
-"""Textures per second of the engines of preprocess/imagenet_texture_syn.py, and the memory they take.
+"""Textures per second of the engines of preprocess/imagenet_texture_syn.py, and their memory.
 
-    python benchmarks/textures.py --data /data/imagenet-100     # or without --data: generated pictures
+    python benchmarks/textures.py --data /data/imagenet-100     # default: generated pictures
 
 Each engine makes 224-pixel textures as the command does, from reading the file to writing the PNG,
 in --workers processes of one thread. Processes are started and have made a texture before the clock
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.photographs import generate
+from benchmarks import photographs
 from common.sets import open_tree
 from preprocess import texture_engines, texture_mrs, texture_quilt
 from preprocess import texture_jobs as syn
@@ -54,7 +54,7 @@ class Share(NamedTuple):
 
 
 def _work(side: Side, jobs: list[syn.Job], ready, answer) -> None:
-    """One process: its share of the pictures; puts a `Share` on `answer`."""
+    """Make this process's share of the textures; put a `Share` on `answer`."""
     torch.set_num_threads(1)
     syn.do(side.settings, jobs[:1])
     ready.wait()
@@ -74,9 +74,10 @@ def _work(side: Side, jobs: list[syn.Job], ready, answer) -> None:
 def measure(
     side: Side, paths: list[str], workers: int, steps: int, folder: Path
 ) -> tuple[float, float, float]:
-    """(textures per second, processor seconds per texture, MiB of all processes)."""
+    """Return textures per second, processor seconds per texture, and MiB of all processes."""
     context = multiprocessing.get_context("spawn")
-    ready, answer = context.Barrier(workers), context.SimpleQueue()
+    ready = context.Barrier(workers)
+    answer = context.SimpleQueue()
     count = side.pictures * steps
     jobs = [
         syn.Job(paths[i % len(paths)], str(i), str(folder / f"{i}.png"))
@@ -98,100 +99,76 @@ def measure(
 
 
 def measure_gpu(side: Side, paths: list[str], batch: int, steps: int) -> tuple[float, float]:
-    """(textures per second of the engine alone, MiB of GPU memory)."""
+    """Return textures per second of the engine alone, and MiB of GPU memory."""
     jobs = [syn.Job(paths[i % len(paths)], str(i), "") for i in range(batch)]
     loaded = [syn.load(side.settings, job) for job in jobs]
     torch.cuda.reset_peak_memory_stats()
     syn.synthesise(side.settings, "cuda", loaded)
     began = time.perf_counter()
     for _ in range(steps):
-        syn.synthesise(
-            side.settings, "cuda", loaded
-        )  # ends with a copy to the CPU: nothing is left in work
-    return batch * steps / (time.perf_counter() - began), torch.cuda.max_memory_allocated() / 2**20
+        # It ends with a copy to the CPU, so that nothing is left in work.
+        syn.synthesise(side.settings, "cuda", loaded)
+    rate = batch * steps / (time.perf_counter() - began)
+    return rate, torch.cuda.max_memory_allocated() / 2**20
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        metavar="TREE",
-        help="class folders of photographs, or the folder above with train/ "
-        "(default: pictures generated in a temporary folder)",
-    )
+    parser.add_argument("--data", metavar="TREE", help=photographs.ABOUT)
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
-    parser.add_argument(
-        "--pictures",
-        type=int,
-        default=100,
-        help="use the first so many of the pictures (default 100)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=3,
-        help="rounds of 40 quilts, 4 mrs and 2 in full per process (default 3)",
-    )
+    about = "use the first so many of the pictures (default 100)"
+    parser.add_argument("--pictures", type=int, default=100, help=about)
+    about = "rounds of 40 quilts, 4 mrs and 2 in full per process (default 3)"
+    parser.add_argument("--steps", type=int, default=3, help=about)
     parser.add_argument("--batch", type=int, default=64, help="on a GPU (default 64)")
     return parser.parse_args(argv)
 
 
-def compare(args: argparse.Namespace, tree: Path, what: str, folder: Path) -> int:
+def compare(args: argparse.Namespace, tree: Path, title: str, folder: Path) -> int:
+    """Measure all engines, print them, and return the exit code. folder: of the textures."""
     paths = open_tree(tree).paths[: args.pictures]
+    patches = "textures of 224 x 224 from two patches of 96 x 96"
+    print(f"{title}: {len(paths)} pictures, {patches}; torch {torch.__version__}")
     print(
-        f"{what}: {len(paths)} pictures, textures of 224 x 224 from two patches of 96 x 96; torch {torch.__version__}"
+        f"\n{args.workers} processes{'textures/s':>22}{'processor s each':>20}"
+        f"{'aim on two cores':>20}{'ratio':>8}{'peak memory, MiB':>20}"
     )
-    print(
-        f"\n{args.workers} processes{'textures/s':>22}{'processor s each':>20}{'aim on two cores':>20}{'ratio':>8}"
-        f"{'peak memory, MiB':>20}"
-    )
-    ratios, by_cores = {}, {}
+    ratios = {}
+    by_cores = {}
     for side in SIDES:
         rate, cores, memory = measure(side, paths, args.workers, args.steps, folder)
+        shown = "-"
+        if side.aim:
+            ratios[side.name] = rate / side.aim
+            by_cores[side.name] = args.workers / cores / side.aim
+            shown = f"{rate / side.aim:.2f}"
         print(
-            f"  {side.name:<16}{rate:>14.2f}{cores:>20.3f}{side.aim or '-':>20}"
-            f"{f'{rate / side.aim:.2f}' if side.aim else '-':>8}{memory:>20.0f}",
+            f"  {side.name:<16}{rate:>14.2f}{cores:>20.3f}{side.aim or '-':>20}{shown:>8}"
+            f"{memory:>20.0f}",
             flush=True,
         )
-        if side.aim:
-            ratios[side.name], by_cores[side.name] = (
-                rate / side.aim,
-                args.workers / cores / side.aim,
-            )
     if torch.cuda.is_available():
-        print(
-            f"\n{torch.cuda.get_device_name()}, batch {args.batch}     textures/s     GPU memory, MiB"
-        )
+        card = f"{torch.cuda.get_device_name()}, batch {args.batch}"
+        print(f"\n{card}     textures/s     GPU memory, MiB")
         for side in SIDES:
             rate, memory = measure_gpu(side, paths, args.batch, args.steps)
             print(f"  {side.name:<16}{rate:>14.1f}{memory:>20.0f}", flush=True)
             if side.name == "mrs":
                 ratios["mrs on the GPU"] = rate / AIM_GPU
-    print(
-        "peak memory: all processes, each at its own peak; pages they share (PyTorch itself) are counted repeatedly"
-    )
+    print("peak memory: of all processes; pages that they share are counted repeatedly")
     free = ", ".join(f"{name} {ratio:.2f}" for name, ratio in by_cores.items())
     print(f"ratio if the cores had been free ({args.workers} / processor seconds / aim): {free}")
-    print(
-        f"\nresult: ratio {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())} (to the aim; wanted: 1)"
-    )
+    to_aim = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    print(f"\nresult: ratio {to_aim} (to the aim; wanted: 1)")
     return 0 if min(ratios.values()) >= 1 else 1
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        out.mkdir()
-        if args.data is not None:
-            tree = Path(args.data)
-            return compare(
-                args, tree / "train" if (tree / "train").is_dir() else tree, str(args.data), out
-            )
-        what = "generated pictures (shapes and noise, not photographs)"
-        return compare(args, generate(Path(folder) / "pictures"), what, out)
+    with tempfile.TemporaryDirectory() as folder, photographs.tree(args.data) as (tree, title):
+        return compare(args, tree, title, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Linear evaluation of the networks pre-trained by CMC: a classifier on one layer of all views.
+"""Linear evaluation of networks pre-trained by CMC: a classifier on one frozen layer of all views.
 
-The protocol published with Contrastive Multiview Coding; after `train_CMC.py --demo`, and on
-ImageNet-100:
+This is the protocol published with Contrastive Multiview Coding. The first command follows
+`train_CMC.py --demo`, the second one is for ImageNet-100:
 
     python cmc/LinearProbing.py --demo
     python cmc/LinearProbing.py --data_folder IMAGENET100 --dataset imagenet100 \\
@@ -27,9 +27,9 @@ from common import UsageError, UserError, augment, backbones, cli, launch, optio
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained
 
-# Sides of the pooled maps that are classified; the layers not named here enter as they are.
-POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # ResNet: averages
-POOLED_ALEXNET = {1: 10, 2: 6, 3: 5, 4: 5}  # AlexNet: maxima
+# {layer: side to which its map is pooled}; other layers are classified as they are.
+POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # of a ResNet, by averages
+POOLED_ALEXNET = {1: 10, 2: 6, 3: 5, 4: 5}  # of AlexNet, by maxima
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", model_path="runs/try-cmc",
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     text = "data set root with train/CLASS/* and val/CLASS/*"
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, ("imagenet", "imagenet100", "folder"), default="imagenet")
-    text = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
+    text = "least share of the picture that a crop covers; default .2, for a ResNet on imagenet .08"
     g.add_argument("--crop_low", type=cli.share, help=text)
 
     g = parser.add_argument_group("model")
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     g.add_argument("--model", "--arch", choices=list(MODELS), help=text)
     text = "colour space; default: what the checkpoint says, or Lab"
     g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, help=text)
-    text = "ResNet: 1 the stem, 2-5 stages, 6 pooled (default); AlexNet: 1-5 blocks (5), 6, 7"
+    text = "ResNet: 1 stem, 2-5 stages, 6 pooled (default); AlexNet: 1-5 blocks (default 5), 6, 7"
     g.add_argument("--layer", type=int, help=text)
 
     g = parser.add_argument_group("optimisation")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     options.add_linear_run_arguments(parser, "./runs/cmc_linear")
     options.add_hardware_arguments(parser, apex=True)
     parser.ignore("TensorBoard gets a point every epoch", "tb_freq")
-    parser.ignore("nothing reads it", "log")
+    parser.ignore("no code reads it", "log")
     parser.ignore("the classifier is trained by SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
     options.check(args)
@@ -85,16 +85,19 @@ def read(args):
     model = pretrained.agreed(args, "model", opt.get("model"), saved.path, "alexnet")
     view = pretrained.agreed(args, "view", opt.get("view"), saved.path, "Lab")
     if model not in MODELS:
-        raise UserError(f"{saved.path} is of --model {model}: known here are {', '.join(MODELS)}")
+        names = ", ".join(MODELS)
+        raise UserError(
+            f"{saved.path} was trained with --model {model}, which is not one of {names}"
+        )
     is_alexnet = MODELS[model] is None
     last = 7 if is_alexnet else 6
     layer = args.layer
-    if layer is None:  # published: 6, which AlexNet's classifier did not have
+    if layer is None:  # the published default is 6, which its own AlexNet refuses
         layer = 5 if is_alexnet else 6
     if not 1 <= layer <= last:
         raise UsageError(f"--layer {layer}: --model {model} has the layers 1 to {last}")
     crop_low = args.crop_low
-    if crop_low is None:  # published: .08 for a ResNet on ImageNet whatever was typed
+    if crop_low is None:  # the published code takes .08 there, whatever was typed
         crop_low = 0.08 if args.dataset == "imagenet" and not is_alexnet else 0.2
     return saved, cli.replace(
         args,
@@ -108,7 +111,7 @@ def read(args):
 
 
 def files(args, saved):
-    """Return the run folder, under its published name and the layer, and what goes into it."""
+    """Return the run folder (published name and layer), its files, and the best epoch's file."""
     name = (
         f"calibrated_{pretrained.parent(saved)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
         f"_decay_{args.weight_decay}_view_{args.view}"
@@ -121,7 +124,7 @@ def files(args, saved):
 
 
 class LinearClassifier(nn.Module):
-    """One linear layer: weights N(0, 0.01), bias 0, under the name that the published files use."""
+    """One linear layer under its published name; weights start as N(0, 0.01), the bias at 0."""
 
     def __init__(self, features: int, classes: int, model: str):
         super().__init__()
@@ -155,7 +158,7 @@ def build_network(saved, args, classes: int, process: launch.Process):
 
 
 def pool(feats, args):
-    """Return features of every view side by side, pooled to the published size and flat: (N, D)."""
+    """Return the features of all views side by side, pooled to the published size: (N, D)."""
     feat = torch.cat([feat.float() for feat in feats], 1)
     is_alexnet = MODELS[args.model] is None
     sides = POOLED_ALEXNET if is_alexnet else POOLED
@@ -171,7 +174,7 @@ def embed(network, images, args):
 
 
 def recipe(args, saved, train: bool) -> augment.Compose:
-    """Return crop and flip for training, the centre for val/; then the channels of all views."""
+    """Return crop and flip for training, or the centre crop for val/, and the channels of views."""
     views = colour.Views(colour.chosen_views(args))
     if not train:
         return options.plain_view(args, views)

@@ -1,7 +1,7 @@
 """The views of CMC (Tian, Krishnan & Isola, arXiv:1906.05849): channels of a colour space.
 
-CMC contrasts channels of one picture, such as L with ab, or Y with CbCr. cmc/spaces.py has the
-spaces, their channels and units.
+CMC contrasts channels of one picture, such as L with ab, or Y with CbCr. The spaces, their channels
+and their units are in cmc/spaces.py.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ ALIASES = {"CIERGB": "RGBCIE"}
 
 
 class View(NamedTuple):
-    """Some channels of one space.
+    """Channels of one colour space.
 
-    name: as --views writes it: "ab", or "YCbCr:CbCr" beside another --view.
+    name: the spelling in --views, "ab", or "YCbCr:CbCr" where --view is another space.
     """
 
     name: str
@@ -75,7 +75,7 @@ def parse_views(text: str, space: str, flag: str = "--views") -> list[View]:
     for item in text.split(","):
         view = parse_view(item.strip(), space, start)
         if any(view[1:] == other[1:] for other in views):
-            raise UsageError(f"{start}: the view {view.name} is there twice; list each view once")
+            raise UsageError(f"{start}: the view {view.name} comes twice; list each view once")
         views.append(view)
     if len(views) < 2:
         example = SPLITS.get(space, "R,GB")
@@ -87,12 +87,12 @@ def parse_views(text: str, space: str, flag: str = "--views") -> list[View]:
 
 
 def parse_view(item: str, space: str, start: str) -> View:
-    """Return the view that one item of --views means. start: of the message of a UsageError."""
+    """Return the view that one item of --views means. start: how a UsageError's message begins."""
     prefix, colon, letters = item.rpartition(":")
     own = space_name(prefix.strip()) if colon else space
     if own not in CHANNELS:
         spaces = ", ".join(CHANNELS)
-        raise UsageError(f"{start}: {prefix!r} is no colour space; there are {spaces}")
+        raise UsageError(f"{start}: {prefix!r} is no colour space; take one of {spaces}")
     names = CHANNELS[own]
     lower = [name.lower() for name in names]
     pattern = "|".join(sorted(lower, key=len, reverse=True))
@@ -109,7 +109,7 @@ def parse_view(item: str, space: str, start: str) -> View:
     channels = tuple(sorted({lower.index(name) for name in listed}))
     if len(channels) < len(listed):
         raise UsageError(
-            f"{start}: {item!r} has a channel twice; {own} has {', '.join(names)}, each once"
+            f"{start}: {item!r} has a channel twice; name each of {', '.join(names)} at most once"
         )
     name = "".join(names[channel] for channel in channels)
     return View(name if own == space else f"{own}:{name}", own, channels)
@@ -152,7 +152,8 @@ class ToColour:
 
     def __post_init__(self):
         if self.space not in CHANNELS:
-            raise ValueError(f"{self.space!r} is no colour space; there are {', '.join(CHANNELS)}")
+            spaces = ", ".join(CHANNELS)
+            raise ValueError(f"{self.space!r} is no colour space; take one of {spaces}")
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Params:
         return {}
@@ -165,9 +166,9 @@ class ToColour:
 class Views:
     """Convert RGB to all channels of all views, normalised, one view after the other.
 
-    It is the last operation of a recipe: (N, 3, H, W) in [0, 1] -> (N, C, H, W), C the sum of the
-    views' channels; `split` takes them apart again. A space that several views need is converted
-    once.
+    It is the last operation of a recipe: (N, 3, H, W) in [0, 1] -> (N, C, H, W), where C is the
+    number of channels of all views; `split` takes them apart again. A space that several views need
+    is converted once.
     """
 
     views: tuple[View, ...]
@@ -201,7 +202,7 @@ class Views:
 
     @property
     def widths(self) -> list[int]:
-        """The number of channels of each view: the input channels of its encoder."""
+        """The number of channels of each view, which are the inputs of its encoder."""
         return [len(view.channels) for view in self.views]
 
     def pictures(self, images: Tensor) -> dict[str, Tensor]:
@@ -218,7 +219,10 @@ class Views:
 
 
 def of_checkpoint(saved, towers: Sequence[str]) -> tuple[tuple, dict[str, int]]:
-    """Return what takes RGB to the input of a checkpoint's towers; see `runner.layouts.colours`."""
+    """Return the operations from RGB to a checkpoint's input, and the channels of each tower.
+
+    See `runner.layouts.colours`.
+    """
     flags = saved.get("opt") or {}
     space = space_name(str(flags.get("view") or "Lab"))
     if space in CHANNELS:
@@ -227,4 +231,5 @@ def of_checkpoint(saved, towers: Sequence[str]) -> tuple[tuple, dict[str, int]]:
         if sorted(names) == list(towers):
             widths = {name: len(view.channels) for name, view in zip(names, views)}
             return (Views(tuple(views)),), widths
-    raise UserError(f"{saved.path}: it does not say what its towers {' and '.join(towers)} look at")
+    names = " and ".join(towers)
+    raise UserError(f"{saved.path} does not say which channels its towers {names} look at")

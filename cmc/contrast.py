@@ -1,12 +1,11 @@
 """Scores, losses and memory banks of Contrastive Multiview Coding, for two views or more.
 
-Tian, Krishnan & Isola, arXiv:1906.05849. For its two views it follows NCE/ of HobbitLong/CMC at
-7b227be in what is compared with what, the order of operations, and the names and shapes of the
-buffers. Differs: any number of views, every pair of them contrasted (the paper's full graph; the
-published code has two views); the banks are written after the backward pass (their rows are
-constants in the loss, so the values are the same and no copy is needed); scores are computed
-without gathering B x (K+1) x D rows; Z may follow a moving average; any device and number of
-processes.
+Tian, Krishnan & Isola, arXiv:1906.05849. With two views, positives and negatives, the order of
+operations, and the names and shapes of the buffers are those of NCE/ of HobbitLong/CMC at 7b227be.
+It differs from that code in these ways: there may be more views, and every pair is contrasted (the
+paper's full graph); the banks are written after the backward pass (their rows are constants in the
+loss, so the values are the same and no copy is needed); scores are computed without gathering
+B x (K+1) x D rows; Z may be a moving average; it runs on any device and number of processes.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch import Tensor, nn
 
 from common import UserError, launch, memory
 
-EPS = 1e-7  # in the denominators of the NCE loss, as published
+EPS = 1e-7  # keeps the denominators of the NCE loss above 0, as published
 DECAY = 0.99  # of the moving average of Z
-LONG_AGO = 10**6  # updates of Z behind a published checkpoint, which does not record them
+LONG_AGO = 10**6  # the number of updates of Z that a published checkpoint, without one, stands for
 
 
 def softmax_loss(logits: Tensor) -> Tensor:
-    """Return InfoNCE: the mean cross-entropy, in nats, of logits (B, K+1), the positive first.
+    """Return InfoNCE, the mean cross-entropy in nats of logits (B, K+1), the positive in column 0.
 
-    Equal logits give log(K+1).
+    Check: equal logits give log(K+1).
     """
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, target)
@@ -37,9 +36,9 @@ def softmax_loss(logits: Tensor) -> Tensor:
 def nce_loss(estimate: Tensor, n: int) -> Tensor:
     """Return the binary NCE loss, summed over K and averaged over B.
 
-    It asks of every score whether it comes from the data or from uniform noise.
+    It classifies every score as one of the data or one of uniform noise.
     estimate (B, K+1): exp(s / T) / Z, the positive in column 0.
-    n: rows that noise is drawn from, so p_n = 1/n.
+    n: number of rows that noise is drawn from, so p_n = 1/n.
     """
     noise = (estimate.shape[1] - 1) / n  # K times p_n
     from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
@@ -51,11 +50,11 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
 def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, updates: int) -> Tensor:
     """Return the normalisers Z (P,) for a batch: n times the mean of exp(s / T), over all ranks.
 
-    z (P,): the ones so far, negative before the first batch. raw: exp(s / T) of every pair.
+    z (P,): those so far, negative before the first batch. raw: exp(s / T) of every pair of views.
     updates: the number of batches so far.
-    mode "oneshot": Z of the first batch is kept, as published. mode "ema": Z is a moving average
-    over all batches, the repair that was reported upstream (issue 23 of HobbitLong/CMC), since one
-    batch is a fair sample of Z only while the memory is noise. The decay is
+    With the mode "oneshot" Z of the first batch is kept, as published. With "ema" Z is a moving
+    average over all batches. That is the repair reported upstream (issue 23 of HobbitLong/CMC),
+    since one batch is a fair sample of Z only while the memory is noise. The decay is
     (1 + updates) / (10 + updates), at most .99; moco_insdis/contrast.py explains why.
     """
     fresh = n * launch.mean_ranks(torch.stack([pair.detach().mean() for pair in raw]))
@@ -65,20 +64,20 @@ def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, updates: int) ->
 
 
 def random_rows(n: int, dim: int) -> Tensor:
-    """Draw a memory before training: uniform in +-sqrt(3 / D), so that norms are about one."""
+    """Draw the rows (n, dim) of an untrained memory, uniform in +-sqrt(3 / dim): norms near one."""
     bound = 1 / math.sqrt(dim / 3)
     return torch.empty(n, dim).uniform_(-bound, bound)
 
 
 class MemoryBanks(nn.Module):
-    """Hold one bank per view, with one row per training picture.
+    """One memory bank per view, with one row per training picture.
 
-    n: pictures. dim: feature size D. views: their names. k: negatives per anchor. temperature: T.
-    momentum: m of a row. softmax: InfoNCE, else NCE with the normaliser `nce_z`, "ema" or
-    "oneshot". `pairs` are all (anchor view, view of the bank) of different views, by anchor, and
-    each has a Z of its own.
+    n: number of pictures. dim: feature size D. views: their names. k: negatives per anchor.
+    temperature: T. momentum: m of a row. softmax: True for InfoNCE, False for NCE. nce_z: mode of
+    the normaliser, "ema" or "oneshot". The attribute `pairs` lists all (anchor view, view of the
+    bank) of different views, ordered by anchor; each pair has a Z of its own.
     Buffers: `params` = [K, T, Z of every pair, m], and `memory_VIEW` (n, D). With the views l and
-    ab they are as published: Z_l, Z_ab, memory_l, memory_ab.
+    ab they are the published Z_l, Z_ab, memory_l and memory_ab.
     """
 
     def __init__(
@@ -115,9 +114,9 @@ class MemoryBanks(nn.Module):
     def logits(self, feats: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
         """Return s / T (B, K+1) of every pair, the positive in column 0.
 
-        feats: unit features (B, D) of every view. rows (B, K+1): of `common.memory.draw_rows`, the
-        same for all pairs. The positive is the other view of the same picture: the average of what
-        its earlier crops gave.
+        feats: unit features (B, D) of every view. rows (B, K+1): drawn by
+        `common.memory.draw_rows`, the same for all pairs. The positive is the row of the same
+        picture in the other view's bank, which averages the features of its earlier crops.
         """
         banks = self.banks()
         scores = [memory.bank_scores(feats[i], banks[j], rows) for i, j in self.pairs]
@@ -126,8 +125,9 @@ class MemoryBanks(nn.Module):
     def losses(self, logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return (loss (V,), out) for the logits of every pair.
 
-        The loss of a view is the sum over the pairs that it anchors, in nats; the sum over views is
-        the paper's full-graph objective. out: the logits with softmax, else exp(s / T) / Z.
+        The loss of a view is the sum over the pairs in which it is the anchor, in nats; the sum
+        over views is the paper's full-graph objective. out: for every pair the logits with softmax,
+        else exp(s / T) / Z.
         """
         if self.softmax:
             out = logits
@@ -147,24 +147,24 @@ class MemoryBanks(nn.Module):
 
     @property
     def normaliser(self) -> Tensor:
-        """Z of every pair, a view into the buffer `params`."""
+        """The Z of every pair, as a view into the buffer `params`."""
         return self.params[2:-1]
 
     @torch.no_grad()
     def update(self, feats: Sequence[Tensor], index: Tensor) -> None:
         """Set row i of each bank to unit(m * row i + (1 - m) * the feature of its view).
 
-        feats, index (B,): features of every view, and picture numbers, of all ranks.
+        feats: features (B, D) of every view. index (B,): picture numbers. Both are of all ranks.
         """
         for bank, feat in zip(self.banks(), feats):
             mixed = self.momentum * bank[index] + (1 - self.momentum) * feat.detach()
             bank.index_copy_(0, index, F.normalize(mixed, dim=1))
 
     def load(self, state: dict, updates: int, path: str) -> None:
-        """Take over rows and Z of a checkpoint; K, T and the momentum stay this run's.
+        """Load the rows and Z of a checkpoint; K, T and the momentum stay this run's.
 
-        updates: of that Z so far; LONG_AGO for a published file. Raises UserError, naming `path`,
-        where `state` is of another method, K or number of pictures.
+        updates: number of updates of that Z; LONG_AGO for a published file. Raises UserError,
+        naming `path`, where `state` is of another method, K or number of pictures.
         """
         own = self.state_dict()
         if state.keys() != own.keys():

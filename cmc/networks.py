@@ -1,7 +1,7 @@
 """The networks of Contrastive Multiview Coding (Tian et al., arXiv:1906.05849): one for each view.
 
-Half an AlexNet, or a residual network whose stages are half, once or twice as wide. Nothing is
-shared between views.
+A network is half an AlexNet, or a ResNet whose stages are half, once or twice as wide as usual.
+Views share nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODELS = {  # name: (depth, width) of each view's residual network; None: half a
 def build_network(
     model: str, views: list[colour.View], dim: int, small_stem: bool
 ) -> backbones.TwoTowers:
-    """Return one network per view, each on its channels of what `colour.Views` returns."""
+    """Return one network per view, each on its own channels of the output of `colour.Views`."""
 
     def tower(channels: int) -> nn.Module:
         if MODELS[model] is None:
@@ -44,7 +44,7 @@ def check_alexnet(args) -> None:
         raise UsageError(
             f"--bn-splits {args.bn_splits}: AlexNet's fully connected layers cannot be split"
         )
-    with torch.device("meta"):  # no numbers, only shapes: raises where the pictures are too small
+    with torch.device("meta"):  # computes shapes alone, and raises where the pictures are too small
         views = colour.chosen_views(args)
         network = build_network(args.model, views, args.feat_dim, args.small_stem)
     shape = (sum(network.channels), args.input_res, args.input_res)
@@ -55,8 +55,8 @@ class HalfAlexNet(nn.Module):
     """AlexNet with half the channels, and batch-norm: (N, in_channels, H, W) -> (N, dim).
 
     Its weights start as PyTorch draws them. It is made for 224 pixels, where the last block gives
-    6x6; at other sizes that map is averaged or repeated to 6x6. It needs 63 pixels, or 7 with
-    small_stem (3x3 stride-1 first convolution, no first pooling).
+    6x6; at other sizes that map is averaged or repeated to 6x6. A picture needs at least 63 pixels,
+    or 7 with small_stem (3x3 first convolution with stride 1, no first pooling).
     """
 
     def __init__(self, in_channels: int = 3, dim: int = 128, *, small_stem: bool = False):

@@ -3,7 +3,7 @@
 The published code of CMC (arXiv:1906.05849) converts picture by picture in float64 with
 scikit-image. Here a batch is converted at once in float32, on its device, to the same values
 (within 1e-3 in the units of each space; tests/test_cmc_colour.py). A conversion is one to three
-element-wise non-linear steps and one matrix product, or two. Normalisation and the choice of
+element-wise non-linear steps and one or two matrix products. Normalisation and the choice of
 channels are folded into the last product.
 
 space   channels  default views  channel 0 of view 1           range of the channels over sRGB
@@ -55,8 +55,8 @@ CHANNELS = {
     "RGBCIE": ("R", "G", "B"),
     "RGB": ("R", "G", "B"),
 }
-# Lowest and highest value of each channel over the sRGB cube; a test finds them again. Those of the
-# linear spaces are at corners of the cube; the lowest v of LUV is on the edge from blue to magenta,
+# Lowest and highest value of each channel over the sRGB cube; a test computes them again. Linear
+# spaces have them at corners of the cube; the lowest v of LUV is on the edge from blue to magenta,
 # at R = 0.44.
 RANGES = {
     "HSV": ((0, 1), (0, 1), (0, 1)),
@@ -147,19 +147,19 @@ _LIGHT = np.hstack([_EYE / 1.055**2.4, -_ONE * _CODE_SLOPE * _CODE_KNEE, _EYE * 
 _ROOT_KNEE = 0.008856
 _ROOT_SLOPE = 7.787
 _ROOT = np.hstack([_EYE, -_ONE * _ROOT_SLOPE * _ROOT_KNEE, _EYE * _ROOT_SLOPE])
-_DARK_LUV = 903.3  # CIE 1976, L* of dark colours: 903.3 Y / Yn
-# Of u' = 4 X / (X + 15 Y + 3 Z) and v' = 9 Y / (X + 15 Y + 3 Z).
+_DARK_LUV = 903.3  # CIE 1976: L* of dark colours is 903.3 Y / Yn
+# u' = 4 X / (X + 15 Y + 3 Z) and v' = 9 Y / (X + 15 Y + 3 Z) have this denominator.
 _DENOMINATOR = np.array([1.0, 15.0, 3.0])
 _U_WHITE = 4 * _WHITE[0] / (_DENOMINATOR @ _WHITE)
 _V_WHITE = 9 * _WHITE[1] / (_DENOMINATOR @ _WHITE)
 
 _LAB = np.array([[0.0, 116.0, 0.0], [500.0, -500.0, 0.0], [0.0, 200.0, -200.0]]) @ _ROOT
 _LAB[0, 3] -= 16
-_INNER = {  # to what the last non-linear step wants
+_INNER = {  # matrices to the input of the last non-linear step
     "Lab": (_XYZ / _WHITE[:, None]) @ _LIGHT,
     "LUV": np.stack([_XYZ[1], 4 * _XYZ[0], _DENOMINATOR @ _XYZ]) @ _LIGHT,
 }
-_FINAL = {  # to the channels; with four columns, from the first three rows and the one
+_FINAL = {  # matrices to the channels; one of four columns takes the first three rows and the one
     "XYZ": _XYZ @ _LIGHT,
     "Lab": _LAB,
     "LUV": np.hstack([np.diag([1.0, 13.0, 13.0 * 9.0]), 0 * _ONE]),
@@ -176,11 +176,11 @@ def from_rgb(
 ) -> Tensor:
     """Convert RGB in [0, 1], floats (N, 3, H, W), to channels of another space.
 
-    space: a key of CHANNELS; its units and ranges are in this module's table. normalised:
-    (value - MEAN) / STD. Returns (N, len(channels), H, W) on the same device: float32 (float64 for
-    float64 pictures), also under autocast, and in TF32 on CUDA only where
+    space: a key of CHANNELS; its units and ranges are in this module's table. normalised: whether
+    to return (value - MEAN) / STD. Returns (N, len(channels), H, W) on the same device, in float32
+    (float64 for float64 pictures), also under autocast; CUDA uses TF32 only where
     torch.backends.cuda.matmul allows it. `images` is not changed and gets no gradient.
-    Raises TypeError for integers, ValueError for another shape.
+    Raises TypeError for integers and ValueError for another shape.
     """
     if not images.is_floating_point():
         raise TypeError(
@@ -229,8 +229,8 @@ def _in_blocks(space: str, x: Tensor, inner: Tensor | None, final: Tensor, floor
     """Return final @ features(x) of x (N, 3, P).
 
     On a CPU this takes about 30,000 pixels at a time, so that the steps stay in the cache.
-    floor: what a stain of 0 becomes in HED, which has no negative ones (its RANGES begin at 0, that
-    is at -1 after normalisation).
+    floor: the least value of a stain in HED, which has no negative ones: 0, or -1 after
+    normalisation.
     """
     n, _, pixels = x.shape
     out = x.new_empty(n, final.shape[1], pixels)
@@ -306,7 +306,7 @@ def _hsv(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor | None) -> None
     torch.maximum(torch.maximum(r, g, out=value), b, out=value)
     torch.minimum(torch.minimum(r, g, out=chroma), b, out=chroma)
     torch.sub(value, chroma, out=chroma)
-    # Of grey the differences, and with them the hue, are 0.
+    # A grey pixel has differences of 0, and so the hue 0.
     torch.clamp(chroma, min=1e-12, out=inverse).reciprocal_()
     torch.sub(r, g, out=hue).mul_(inverse).add_(4)
     torch.sub(b, r, out=spare).mul_(inverse).add_(2)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Contrastive Multiview Coding: pre-training.
 
-Yonglong Tian, Dilip Krishnan, Phillip Isola. ECCV 2020, arXiv:1906.05849. Lightness is contrasted
-with colour (--view), or any number of views with each other (--views). Quick, and as published:
+Yonglong Tian, Dilip Krishnan, Phillip Isola. ECCV 2020, arXiv:1906.05849. Any number of views can
+be contrasted (--views). A minute on a laptop, and a published run:
 
     python cmc/train_CMC.py --demo --epochs 1
     python cmc/train_CMC.py --data_folder IMAGENET100 --dataset imagenet100 --model resnet50v1 \\
@@ -38,9 +38,9 @@ from common.precision import Precision
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, resume
 
-PREFIX = "encoder.module."  # of the networks' parameter names in the published files
+PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 PRESETS = {
-    # 50,000 small pictures (CIFAR): the published settings compare with a third of them every step
+    # for CIFAR's 50,000 pictures: the published K compares with a third of them at every step
     "small": dict(
         model="resnet18v1", dataset="folder", input_res=32, small_stem=True, softmax=True,
         nce_k=4096, nce_t=0.1,
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     text = "data set root with train/CLASS/*, or pictures alone"
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, ("imagenet", "imagenet100", "folder"), "imagenet", workers=18)
-    text = "least share of the picture in a crop; default .2, for a ResNet on imagenet .08"
+    text = "least share of the picture that a crop covers; default .2, for a ResNet on imagenet .08"
     g.add_argument("--crop_low", type=cli.share, help=text)
 
     g = parser.add_argument_group("model")
@@ -69,18 +69,18 @@ def parse_args(argv=None):
     g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
-    text = "colour space; its lightness is one view, the other two channels are the other"
+    text = "colour space: its lightness is one view, its other two channels are the second one"
     g.add_argument(
         "--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help=text
     )
-    text = "views of other channels, every pair contrasted, such as L,a,b or L,ab,YCbCr:CbCr"
+    text = "views instead of those two, such as L,a,b or L,ab,YCbCr:CbCr; every pair is contrasted"
     g.add_argument("--views", metavar="VIEW,VIEW,...", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     g.add_argument("--nce_k", type=cli.positive_int, default=16384, help="negatives per anchor")
     text = "temperature; default .07, on stl10 .1"
     g.add_argument("--nce_t", "--temperature", type=cli.positive, help=text)
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="momentum of a memory row")
-    text = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
+    text = "NCE: Z is a moving average over batches, or stays that of the first one, as published"
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
     text = "never draw a picture as its own negative"
     g.add_argument("--exclude-self", action="store_true", help=text)
@@ -108,12 +108,12 @@ def settle(args) -> None:
     if args.data is None:
         raise UsageError(options.NO_DATA)
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.views is not None:  # in one spelling; None where they are the default ones
+    if args.views is not None:  # gets one spelling; None stands for the default views
         views = colour.parse_views(args.views, args.view)
         args.views = ",".join(view.name for view in views)
         if views == colour.default_views(args.view):
             args.views = None
-    if args.crop_low is None:  # published: .08 for a ResNet on ImageNet whatever was typed
+    if args.crop_low is None:  # the published code takes .08 there, whatever was typed
         is_imagenet_resnet = args.dataset == "imagenet" and args.model != "alexnet"
         args.crop_low = 0.08 if is_imagenet_resnet else 0.2
     if args.nce_t is None:
@@ -145,7 +145,7 @@ def run_name(args) -> str:
 
 
 def recipe(args) -> augment.Compose:
-    """Return the view: crop and flip, then the channels of all views; no jitter, grey or blur."""
+    """Return the operations: crop, flip, conversion to all views; no jitter, grey or blur."""
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop_low, 1.0))
     flip = augment.RandomHorizontalFlip()
     return augment.Compose(crop, flip, colour.Views(colour.chosen_views(args)))
@@ -158,8 +158,8 @@ def build_loader(args, process: launch.Process):
 class CMC:
     """A network and a memory bank for every view.
 
-    A step compares each view's feature with bank rows of the other views, of this picture and of
-    drawn ones, and then writes it to its own bank.
+    A step compares each view's feature with the other views' banks (the row of the same picture is
+    the positive, drawn rows are the negatives), and then writes it to its own view's bank.
     """
 
     def __init__(self, args, n: int, process: launch.Process):
@@ -191,22 +191,22 @@ class CMC:
         images = batch.views[0].contiguous(memory_format=torch.channels_last)
         with self.precision.autocast():
             feats = self.wrapped(images)
-        feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # V times N x D
+        feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # N x D for each view
         banks = self.memory
         draws = self.generators["draws"]
         rows = memory.draw_rows(batch.index, banks.n, banks.k, draws, self.args.exclude_self)
-        logits = self.memory.logits(feats, rows)  # of every pair, N x (1 + K)
-        losses, out = self.memory.losses(logits)  # of every view
+        logits = self.memory.logits(feats, rows)  # N x (1 + K) for each pair of views
+        losses, out = self.memory.losses(logits)  # losses: one for each view
         self.precision.step(losses.sum(), self.optimizer)
         everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
         self.memory.update(everyone, launch.all_gather(batch.index))
         return self.curves(losses.detach(), [pair.detach() for pair in out], logits)
 
     def curves(self, losses, out, logits) -> dict:
-        """Return the published curves, of each view: its loss, and the mean of column 0 as "prob".
+        """Return the values to log: each view's loss, and as "prob" its mean of column 0.
 
-        With InfoNCE that is a logit, and the probability of the positive comes beside it; with NCE
-        it is Z over the number of pictures. These, and the scores, are means over pairs of views.
+        With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
+        with NCE, Z over the number of pictures is. Both, and the scores, are means over all pairs.
         """
         probs = torch.stack([pair[:, 0].mean() for pair in out]).view(len(self.names), -1).mean(1)
         values = {"loss": losses.sum()}
@@ -224,7 +224,7 @@ class CMC:
         return values
 
     def embed(self, images):
-        """Return what enters the heads, of all views side by side: (N, D)."""
+        """Return the features that enter the heads, of all views side by side: (N, D)."""
         layer = 7 if self.args.model == "alexnet" else 6
         with self.precision.autocast():
             return torch.cat(backbones.feature(self.network, images, layer), 1)
@@ -246,12 +246,12 @@ class CMC:
 
 
 def build_method(args, pictures, steps: int, process: launch.Process) -> CMC:
-    """Return the method for these training pictures, at so many steps an epoch."""
+    """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     return CMC(args, len(pictures), process)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate, which drops when 120, 160, 200 epochs are complete."""
+    """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
     return schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
 
 
@@ -283,7 +283,7 @@ def worker(args, process: launch.Process) -> None:
         if args.nce_k >= len(pictures):
             job.warn(
                 f"--nce_k {args.nce_k} draws more negatives than there are images ({len(pictures)})"
-                ", and the picture itself among them (--exclude-self); use fewer (--preset small)"
+                ": each is drawn repeatedly, the picture itself too (--exclude-self); use fewer"
             )
         for _ in job.epochs():
             for batch in job.batches(learning_rate):

@@ -1,11 +1,11 @@
-"""What a script reads, and no paper's idea: start-up, data, augmentation, networks, memories."""
+"""Provide what every script needs and no paper claims: data, augmentation, networks, memories."""
 
 import os
 import sys
 
 
 class UserError(Exception):
-    """Something the user can put right. Scripts print it as one line and exit with `code`."""
+    """An error that the user can correct. Scripts print it as one line and exit with `code`."""
 
     code = 1
 
@@ -14,13 +14,13 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A flag value or a path that cannot work, found before any work was done."""
+    """An invalid flag value or path, detected before any work was done."""
 
     code = 2
 
 
 def printable(path: str | os.PathLike) -> str:
-    """Return a path or text as one line that any terminal takes.
+    """Return a path or text as one line that any terminal can print.
 
     Bytes that are not UTF-8 and control characters become escapes.
     """
@@ -30,7 +30,7 @@ def printable(path: str | os.PathLike) -> str:
 
 
 def _leave_quietly(kind, error, trace, otherwise=sys.excepthook) -> None:
-    """End with 130 and no traceback where Ctrl-C is pressed while torch is being imported."""
+    """Exit with code 130 and no traceback if Ctrl-C is pressed while torch is being imported."""
     os._exit(130) if issubclass(kind, KeyboardInterrupt) else otherwise(kind, error, trace)
 
 

@@ -9,7 +9,7 @@
 Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n
 images, a dict of small tensors that stay on the CPU: one seed gives the same views on every device.
 `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device,
-and leaves its input unchanged; where there is nothing to do it returns the input itself. The first
+and leaves its input unchanged; if nothing changes, it returns the input itself. The first
 operation of a recipe is its geometry (common.geometry); the others need float images in [0, 1].
 
 kornia is two to three times as slow and makes other views than the torchvision recipes of the
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import ColorJitter as TorchvisionJitter
 
-from common.geometry import (  # scripts take the geometries from here
+from common.geometry import (  # scripts import the geometries from here
     Geometry,
     RandomResizedCrop,  # noqa: F401
     ResizeCenterCrop,  # noqa: F401
@@ -40,7 +40,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in torchvision's float images (ITU-R 601)
-# The numbers of ColorJitter's operations, as in torchvision; brightness is 0.
+# Numbers of ColorJitter's operations, as in torchvision; brightness is number 0.
 CONTRAST = 1
 SATURATION = 2
 HUE = 3
@@ -50,7 +50,7 @@ Params = dict[str, Tensor]
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the values as (C, 1, 1), moved to each device once."""
+    """Return the values as a tensor (C, 1, 1) on `device`, cached per device."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
@@ -97,7 +97,7 @@ class RandomGrayscale(_Sometimes):
 
 @dataclass(frozen=True)
 class Normalize:
-    """Compute (x - mean) / std per channel, as torchvision's Normalize. Nothing is random."""
+    """Compute (x - mean) / std per channel, as torchvision's Normalize does."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -112,7 +112,7 @@ class Normalize:
         return torch.addcmul(_per_channel(shift, device), images, _per_channel(slope, device))
 
     def inverse(self, images: Tensor) -> Tensor:
-        """Return normalised images back in [0, 1], for people to look at."""
+        """Map normalised images back to [0, 1], for display."""
         device = images.device
         return images * _per_channel(self.std, device) + _per_channel(self.mean, device)
 
@@ -121,10 +121,10 @@ class Normalize:
 class GaussianBlur(_Sometimes):
     """Blur with probability p, sigma (in pixels) uniform in `sigma`, as torchvision's GaussianBlur.
 
-    The Gaussian is cut off at a tenth of the shorter side, made odd, and at least 3 (the rule of
-    SimCLR's code): 23 at 224, 9 at 96, 3 at 32; the border is reflected. MoCo's own code blurs with
-    Pillow's filter, which has no cut-off: at 224 that is the same, at 32 the kernel of 3 blurs much
-    less for a large sigma. Raises ValueError for a side of one pixel.
+    The kernel is a tenth of the shorter side long, made odd, and at least 3 pixels (the rule of
+    SimCLR's code): 23 at 224, 9 at 96, 3 at 32. The border is reflected. MoCo's own code blurs with
+    Pillow's filter, which has no cut-off: at 224 the result is the same, but at 32 a kernel of 3
+    blurs much less for a large sigma. Raises ValueError for a side of one pixel.
     """
 
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -153,7 +153,7 @@ class GaussianBlur(_Sometimes):
 def _blur_matrix(sigma: Tensor, radius: int, size: int) -> Tensor:
     """Return (N, size, size) for N values of sigma: row i is the Gaussian around pixel i.
 
-    The part of it that lies beyond the border is reflected back inside.
+    Weights beyond the border are reflected back inside.
     """
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)
@@ -161,8 +161,7 @@ def _blur_matrix(sigma: Tensor, radius: int, size: int) -> Tensor:
     reach = size - 1 - radius
     # Element (i, j) is the kernel at distance j - i.
     matrix = F.pad(kernel, (reach, reach)).unfold(1, size, 1).flip(1)
-    # In the mirror of pixel 0, pixel j >= 1 is at distance i + j; at the other end it is the same
-    # turned round.
+    # Mirrored at pixel 0, pixel j >= 1 is at distance i + j; the other border is this reversed.
     mirrored = F.pad(kernel[:, radius + 1 :], (0, radius)).unfold(1, radius, 1)[:, :radius]
     matrix[:, :radius, 1 : radius + 1] += mirrored
     matrix[:, size - radius :, size - 1 - radius : size - 1] += mirrored.flip(1, 2)
@@ -179,8 +178,8 @@ class ColorJitter(_Sometimes):
     clamp(f * x + (1 - f) * other, 0, 1), where `other` is 0 for brightness, the image's mean luma
     for contrast and the pixel's luma for saturation.
 
-    params: rows (M,) are the images changed, order (M, 4) has the number of the operation at each
-    position, factors (M, 4) are in the order of the numbers.
+    params: rows (M,) index the images to change, order (M, 4) holds the operation at each
+    position, factors (M, 4) holds the factors in the order of the operations' numbers.
     """
 
     brightness: float | tuple[float, float] = 0.0
@@ -196,7 +195,7 @@ class ColorJitter(_Sometimes):
     def _ranges(self) -> list[tuple[float, float]]:
         """Return the range of each operation's factor, checked by torchvision."""
         jitter = TorchvisionJitter(self.brightness, self.contrast, self.saturation, self.hue)
-        # torchvision says None where there is nothing to do.
+        # torchvision keeps None for an operation that changes nothing.
         linear = [r or (1.0, 1.0) for r in (jitter.brightness, jitter.contrast, jitter.saturation)]
         return [*linear, jitter.hue or (0.0, 0.0)]
 
@@ -204,7 +203,7 @@ class ColorJitter(_Sometimes):
         rows = super().sample(n, generator)["rows"]
         order = torch.rand(n, 4, generator=generator, dtype=torch.float64).argsort(1)
         factors = torch.stack([uniform(n, *r, generator) for r in self._ranges()], 1).float()
-        # Sorted by the position of hue, the images whose hue turns next lie side by side.
+        # Sorted by the position of hue, images whose hue changes at the same position are adjacent.
         rows = rows[(order[rows] == HUE).byte().argmax(1).argsort(stable=True)]
         return {"rows": rows, "order": order[rows], "factors": factors[rows]}
 
@@ -212,7 +211,7 @@ class ColorJitter(_Sometimes):
         order = params["order"]
         factors = params["factors"]
         f = factors.gather(1, order).masked_fill(order == HUE, 1)  # a factor of 1 changes nothing
-        # x <- clamp(f * x + on_luma * luma + on_mean * mean luma), three numbers per image.
+        # x <- clamp(f * x + on_luma * luma + on_mean * mean luma), with three numbers per image.
         steps = torch.stack((f, (1 - f) * (order == SATURATION), (1 - f) * (order == CONTRAST)))
         steps = steps.to(x.device, non_blocking=True)[..., None, None, None]
         turns = factors[:, HUE].to(x.device, non_blocking=True)[:, None, None]
@@ -236,16 +235,16 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Move the hue of RGB images (N, 3, H, W) by `turn` (N, 1, 1) turns.
+    """Shift the hue of RGB images (N, 3, H, W) by `turn` (N, 1, 1), in turns.
 
-    HSV value and saturation stay. With the hue h in sixths of a turn, in [0, 6), a channel is
-    max - chroma * t with t = clamp(2 - |h - 3|, 0, 1) for red, clamp(|h - 2| - 1, 0, 1) for green,
-    clamp(|h - 4| - 1, 0, 1) for blue: the closed form of the usual six cases.
+    HSV value and saturation do not change. With the hue h in sixths of a turn, in [0, 6), a channel
+    is max - chroma * t with t = clamp(2 - |h - 3|, 0, 1) for red, clamp(|h - 2| - 1, 0, 1) for
+    green, clamp(|h - 4| - 1, 0, 1) for blue: the closed form of the usual six cases.
     """
     r, g, b = images.unbind(1)
     high = torch.maximum(torch.maximum(r, g), b)
     chroma = high - torch.minimum(torch.minimum(r, g), b)
-    # In grey pixels the differences are 0, and with them the hue; 1e-12 only avoids 0 / 0.
+    # In grey pixels the differences and hence the hue are 0; 1e-12 only avoids 0 / 0.
     inverse = chroma.clamp(min=1e-12).reciprocal_()
     hue = torch.where(high == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4))
     hue = torch.where(high == r, (g - b).mul_(inverse), hue)
@@ -259,22 +258,22 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 class Compose:
-    """A recipe: the geometry, then the other operations in order.
+    """A recipe: one geometry followed by other operations.
 
-    It prints as one line per operation. Raises TypeError unless the first operation, and no other,
+    Its repr is one line per operation. Raises TypeError unless the first operation, and no other,
     is a Geometry.
     """
 
     def __init__(self, geometry: Geometry, *ops):
         if not isinstance(geometry, Geometry) or any(isinstance(op, Geometry) for op in ops):
             raise TypeError(
-                f"a recipe is one geometry, then operations that are none, not {[geometry, *ops]}"
+                f"a recipe is one geometry followed by other operations, not {[geometry, *ops]}"
             )
         self.geometry = geometry
         self.ops = ops
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Params]:
-        """Draw the parameters of n images: a dict for each operation after the geometry."""
+        """Draw the parameters of n images, one dict per operation after the geometry."""
         return [op.sample(n, generator) for op in self.ops]
 
     def apply(self, images: Tensor, params: list[Params]) -> Tensor:

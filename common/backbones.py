@@ -1,11 +1,11 @@
-"""Image networks without a method: torchvision's by name, residual networks of any width, towers.
+"""Build image networks: torchvision's by name, residual networks of any width, several towers.
 
 One numbering of layers serves linear evaluation and k-NN alike:
 
 * residual networks (torchvision's and `WidthResNet`): 1 after the stem and its pooling, 2-5 the
   four stages, 6 the pooled vector, 7 the output of `fc`;
 * a network with a method `stages`: the layers are what it returns;
-* any other torchvision network whose last layer is `fc`: 6 the vector that enters it, 7 the output.
+* any other torchvision network whose last layer is `fc`: 6 the input of `fc`, 7 its output.
 
 Weights are drawn from torch's global generator, so seed it before building.
 """
@@ -33,11 +33,11 @@ BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512
 
 
 def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
-    """Return the torchvision network `arch` (constructor name in lower case), weights drawn.
+    """Build the torchvision network `arch` (a constructor name in lower case) with random weights.
 
-    num_classes: outputs of the last layer; None: torchvision's 1000; 0: `fc` is left out, and the
-    output is the pooled vector. small_stem: see `use_small_stem` (residual networks only).
-    Raises UsageError for an unknown name, or an option that this architecture does not have.
+    num_classes: outputs of the last layer; None means torchvision's 1000; 0 leaves `fc` out, so
+    that the output is the pooled vector. small_stem: see `use_small_stem` (residual networks only).
+    Raises UsageError for an unknown name or an option that this architecture does not support.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
@@ -48,7 +48,7 @@ def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False
     options = {}
     if num_classes:
         options["num_classes"] = num_classes
-    if arch in ("googlenet", "inception_v3"):  # in training they would return extra outputs too
+    if arch in ("googlenet", "inception_v3"):  # they would return extra outputs in training
         options.update(aux_logits=False, init_weights=True)
     model = torchvision.models.get_model(arch, weights=None, **options)
     if small_stem:
@@ -60,7 +60,7 @@ def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False
     if num_classes == 0:
         if not hasattr(model, "fc"):
             raise UsageError(
-                f"architecture '{arch}' has no last layer `fc` to leave out: use resnet50 or alike"
+                f"architecture '{arch}' has no last layer `fc` to leave out: use resnet50, say"
             )
         model.fc = nn.Identity()
     return model
@@ -77,9 +77,9 @@ def use_small_stem(model: ResNet) -> None:
 
 
 def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
-    """Cut a network at its numbered layers: layer n is the first n functions, one after the other.
+    """Split a network at its numbered layers: layer n is the composition of the first n functions.
 
-    Returns None for a network that cannot be cut.
+    Returns None for a network that cannot be split.
     """
     if isinstance(model, ResNet):
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
@@ -89,11 +89,11 @@ def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
 
 
 def feature(model: nn.Module, x: Tensor, layer: int | None = None):
-    """Return the output of `model` for images x (N, C, H, W) at a layer; None: at the last one.
+    """Return the output of `model` for images x (N, C, H, W) at a layer, by default the last one.
 
-    It is (N, C', H', W') up to the last stage and (N, D) after it, and for `TwoTowers` a tuple of
-    every tower's. Gradients and train/eval mode are as the caller set them. Layers are numbered as
-    at the top of this module. Raises UsageError for a layer that the model does not have.
+    The output is (N, C', H', W') up to the last stage and (N, D) after it, and for `TwoTowers` a
+    tuple with one output per tower. The caller sets gradients and train/eval mode. The docstring of
+    this module numbers the layers. Raises UsageError for a layer that the model does not have.
     """
     if isinstance(model, TwoTowers):
         return model(x, layer)
@@ -105,19 +105,19 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
         return x
     if layer not in (6, 7, None) or not hasattr(model, "fc"):
         raise UsageError(
-            f"{type(model).__name__}: only layers 6 (what enters `fc`) and 7 (output) can be read"
+            f"{type(model).__name__}: only layers 6 (input of `fc`) and 7 (its output) can be read"
         )
-    entered = []
-    with model.fc.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+    inputs_of_fc = []
+    with model.fc.register_forward_pre_hook(lambda _, inputs: inputs_of_fc.append(inputs[0])):
         output = model(x)
-    return entered[0] if layer == 6 else output
+    return inputs_of_fc[0] if layer == 6 else output
 
 
 @torch.no_grad()
 def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: int | None = None):
-    """Return the shape of `feature` of one image (C, H, W), or those of every tower of `TwoTowers`.
+    """Return the shape of `feature` for one image (C, H, W); for `TwoTowers`, one shape per tower.
 
-    Runs one black image in evaluation mode; modes and batch-norm statistics stay as they were.
+    Runs one black image in evaluation mode; modes and batch-norm statistics do not change.
     """
     training = [module for module in model.modules() if module.training]
     image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
@@ -135,12 +135,12 @@ def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: in
 class WidthResNet(ResNet):
     """torchvision's residual network with all stages scaled by `width`, and a stem of 64 channels.
 
-    depth: 18, 34, 50, 101 or 152. in_channels: of the input. width: 0.5, 1, 2, 4, ...
-    dim: length of the output; fc is Linear(512 * width * expansion -> dim), and 0 leaves it out.
+    depth: 18, 34, 50, 101 or 152. in_channels: channels of the input. width: 0.5, 1, 2, 4, ...
+    dim: length of the output; fc is Linear(512 * width * expansion -> dim), and 0 leaves fc out.
     Convolutions are drawn from N(0, 2 / (k * k * out_channels)), batch-norm starts at 1 and 0. The
-    pooling is adaptive: at 224 pixels that is the fixed 7x7 average, and other sizes work too.
-    Parameter names are torchvision's: with width 1 and 3 channels its own network takes them.
-    Raises UsageError for a depth or a width that there is none of.
+    pooling is adaptive: at 224 pixels it is the fixed 7x7 average, and other sizes work too.
+    Parameter names are torchvision's: with width 1 and 3 channels its own network loads them.
+    Raises UsageError for an unsupported depth or width.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class WidthResNet(ResNet):
     ):
         if depth not in BLOCKS:
             raise UsageError(
-                f"depth {depth}: residual networks come in {', '.join(map(str, BLOCKS))}"
+                f"depth {depth}: the depth must be one of {', '.join(map(str, BLOCKS))}"
             )
         if width <= 0 or 64 * width != int(64 * width):
             raise UsageError(
@@ -167,7 +167,7 @@ class WidthResNet(ResNet):
         if small_stem:
             use_small_stem(self)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        fc = nn.Linear(self.inplanes, dim or 1)  # drawn also where it is left out
+        fc = nn.Linear(self.inplanes, dim or 1)  # drawn even if it is left out
         self.fc = fc if dim else nn.Identity()
 
     def _make_layer(self, block, planes, *args, **kwargs):
@@ -175,15 +175,15 @@ class WidthResNet(ResNet):
 
 
 class Trunk(ResNet):
-    """torchvision's ResNet of the shapes of `state`, whose forward returns the maps of its stages.
+    """A ResNet with the shapes of `state`, whose forward returns the feature maps of its stages.
 
-    state: parameters of a ResNet under torchvision's names. Their shapes tell depth, widths,
+    state: parameters of a ResNet under torchvision's names. Their shapes determine depth, widths,
     groups, input channels, and whether the stem is the one for small pictures (3x3, no pooling).
-    The weights are drawn: loading `state` is the caller's.
-    path: names the file in the UserError that is raised where `state` is of no ResNet.
+    The weights are random until the caller loads `state`.
+    path: the file that the UserError names if `state` does not belong to a ResNet.
 
-    in_channels: of the input. planes: 64 times the width. maps: channels of the four stages.
-    forward: images (N, C, H, W) -> the list of the maps of the four stages.
+    in_channels: channels of the input. planes: 64 times the width. maps: channels of the stages.
+    forward: images (N, C, H, W) -> a list of four feature maps.
     """
 
     def __init__(self, state: dict[str, Tensor], path: str):
@@ -194,7 +194,7 @@ class Trunk(ResNet):
         if not stem or not second or not all(counts) or not all((*stem, *second)):
             names = ", ".join(name[:60] for name in list(state)[:3])
             raise UserError(
-                f"{path}: a ResNet is needed, and this is another network (it has {names})"
+                f"{path}: this must be a ResNet, but the file holds another network (with {names})"
             )
         self.stem = stem
         self.in_channels = stem[1]
@@ -211,7 +211,7 @@ class Trunk(ResNet):
         self.fc = nn.Identity()
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        if planes == 64:  # the first stage: torchvision has just built its own stem
+        if planes == 64:  # the first stage: replace the stem that torchvision has built
             self.inplanes, channels, side, _ = self.stem
             stride = 1 if side == 3 else 2
             self.conv1 = nn.Conv2d(
@@ -232,16 +232,16 @@ class Trunk(ResNet):
 
     @property
     def arch(self) -> str:
-        """The name of the network, such as resnet50, or resnet18x0.5 where it is half as wide."""
+        """The name of the network: for example resnet50, or resnet18x0.5 if it is half as wide."""
         layers = (self.layer1, self.layer2, self.layer3, self.layer4)
         name = f"resnet{_depth(type(self.layer1[0]), list(map(len, layers)))}"
         return name if self.planes == 64 else f"{name}x{self.planes / 64:g}"
 
 
 def name_of(state: dict[str, Tensor]) -> str | None:
-    """Return torchvision's name of the residual network with the parameters `state`, or None.
+    """Return torchvision's name for the residual network with the parameters `state`, or None.
 
-    Anything may stand before the names of the parameters.
+    The parameter names may have any prefix.
     """
     first = [value for name, value in state.items() if name.endswith("layer1.0.conv1.weight")]
     counts, is_deep = _blocks(state)
@@ -260,15 +260,15 @@ def _blocks(names) -> tuple[list[int], bool]:
 
 
 def _depth(block: type, counts: list[int]) -> int | str:
-    """Return the depth of the network of these blocks, or "" where BLOCKS has none such."""
+    """Return the depth of the network with these blocks, or "" if BLOCKS has no such network."""
     return next((depth for depth, value in BLOCKS.items() if value == (block, counts)), "")
 
 
 class TwoTowers(nn.Module):
-    """Two networks or more that share nothing, each on its own channels of one input.
+    """Two or more networks that share no weights, each on its own channels of one input.
 
-    make_tower(in_channels): builds one tower. channels: how many each tower takes, in their order.
-    names: of the submodules, and so the prefixes of their keys in the state dict.
+    make_tower(in_channels): builds one tower. channels: input channels of each tower, in order.
+    names: names of the submodules, which are the prefixes of their keys in the state dict.
     forward(x, layer): images (N, sum(channels), H, W) -> each tower's `feature` at that layer.
     """
 

@@ -1,4 +1,4 @@
-"""Batch-norm on one device as on several GPUs: shuffled keys, and a batch normalised in groups."""
+"""Make batch-norm on one device behave as on several GPUs: shuffle keys, normalise in groups."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from common import UsageError, UserError, launch
 
 
 class BatchShuffle:
-    """One random redistribution of the global batch over ranks and groups, and the way back.
+    """Redistribute the global batch at random over ranks and groups, and restore its order.
 
-    The batch statistics of a group then come from other images than those that the loss compares
+    The batch statistics of a group then come from other images than the loss compares
     ("shuffling BN", MoCo, He et al., arXiv:1911.05722, section 3.3).
-    rows: of one rank. generator: a CPU generator in the same state on every rank.
+    rows: images per rank. generator: a CPU generator in the same state on every rank.
     """
 
     def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
@@ -52,11 +52,11 @@ def encode_shuffled(
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch-norm that normalises `splits` contiguous parts of a batch apart, as that many GPUs do.
+    """Batch-norm that normalises `splits` contiguous parts of a batch separately, as GPUs do.
 
     Running statistics are those of the first part, as rank 0 of that many GPUs writes them to its
     checkpoint; with running = "mean" they are the mean over the parts. In evaluation mode, and with
-    one split, this is nn.BatchNorm2d. Raises UserError where the parts would not be equal.
+    one split, this is nn.BatchNorm2d. Raises UserError if the parts would not be equal.
     """
 
     splits = 1
@@ -80,9 +80,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
     def _at_once(self, x: Tensor) -> Tensor:
-        """Do as `forward` does, in operations over all parts, which a compiler fuses.
+        """Compute `forward` with operations over all parts at once, which a compiler can fuse.
 
-        There is no loop over the parts, which means a fifth of the kernel launches.
+        Without a loop over the parts it needs a fifth of the kernel launches.
         """
         parts = x.unflatten(0, (self.splits, -1)).float()  # S x n x C x H x W
         var, mean = torch.var_mean(parts, dim=(1, 3, 4), correction=0, keepdim=True)
@@ -99,9 +99,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         average.lerp_(batch.mean(0) if self.running == "mean" else batch[0], self.momentum)
 
     def _averaged(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Do as `forward` does; the running statistics become the mean of those of every part.
+        """Compute `forward`, and set the running statistics to their mean over the parts.
 
-        Every part starts from the running statistics of before.
+        Every part starts from the previous running statistics.
         """
         before = torch.stack([self.running_mean, self.running_var])
         after = before.repeat(self.splits, 1, 1)  # S x 2 x C
@@ -119,7 +119,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
     """Turn every BatchNorm2d of `module` into a SplitBatchNorm2d, in place, and return `module`.
 
-    Parameters and their names stay. With one split nothing changes.
+    Parameters and their names do not change. With one split this does nothing.
     """
     for child in module.modules():
         if splits > 1 and type(child) is nn.BatchNorm2d:
@@ -130,9 +130,9 @@ def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
 
 
 def splits_here(args, process: launch.Process) -> int:
-    """Return the batch-norm groups of this process; --bn-splits are those of all processes.
+    """Return the number of batch-norm groups per process; --bn-splits counts all processes.
 
-    Raises UsageError where the batch does not divide, or a group has less than two pictures.
+    Raises UsageError if the batch does not divide evenly or a group has fewer than two pictures.
     """
     rows = args.batch_size // process.world_size
     splits = max(1, args.bn_splits // process.world_size)

@@ -1,4 +1,4 @@
-"""The command line: a parser with presets, number types, frozen flags, one-line errors."""
+"""Parse command lines: presets, number types, frozen flags, one-line errors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from common import launch
 
 OnOff = argparse.BooleanOptionalAction
 SWITCH = {"on": True, "off": False, "auto": "auto"}  # values of a flag of type `switch`
-META = ("typed", "compared")  # what a namespace says besides the flags
+META = ("typed", "compared")  # attributes of a namespace that are not flags
 HARDWARE = ("run", "hardware")  # groups of flags that do not change what is learned
 
 
 class Flags(argparse.Namespace):
-    """The flags of a script. Nothing assigns to them after parsing; `replace` makes others.
+    """The flags of a script. They are frozen after parsing; `replace` returns a changed copy.
 
-    typed: names of the flags that were given on the command line. compared: names of those whose
-    change is worth a note when a run goes on (all but the groups "run" and "hardware").
+    typed: names of the flags that were given on the command line. compared: names of the flags
+    that a resumed run compares with the checkpoint (all but the groups "run" and "hardware").
     """
 
     def __setattr__(self, name: str, value) -> None:
@@ -30,14 +30,14 @@ class Flags(argparse.Namespace):
 
 
 def freeze(args: argparse.Namespace) -> Flags:
-    """Return the flags so that nothing can be assigned to them."""
+    """Return a copy of the flags that rejects assignment."""
     frozen = Flags()
     vars(frozen).update(vars(args))
     return frozen
 
 
 def replace(args: argparse.Namespace, **values) -> Flags:
-    """Return other flags, with these values in place of those of `args`."""
+    """Return a copy of `args` with these values replaced."""
     other = freeze(args)
     vars(other).update(values)
     return other
@@ -49,15 +49,15 @@ def flags(args: argparse.Namespace) -> dict:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with what every script here promises.
+    """An argument parser with the conventions of all scripts.
 
-    - Each long flag is taken with dashes and with underscores.
-    - A wrong flag or value is one line on stderr and exit code 2.
-    - `presets` ({name: {flag: value}}) are defaults: what is typed on the command line wins. The
-      flag `--demo` selects the preset "demo" and `--preset NAME` another one; where both set a
+    - Every long flag can be spelled with dashes or underscores.
+    - A wrong flag or value prints one line on stderr and exits with code 2.
+    - `presets` ({name: {flag: value}}) are defaults: flags typed on the command line win. The
+      flag `--demo` selects the preset "demo" and `--preset NAME` another one; if both set a
       flag, the demo wins.
 
-    What it returns also has the two attributes of `Flags`.
+    The parsed namespace also has the two attributes of `Flags`.
     """
 
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
@@ -68,19 +68,19 @@ class Parser(argparse.ArgumentParser):
         named = [name for name in self.presets if name != "demo"]
         if named:
             self.add_argument(
-                "--preset", choices=named, help="set the flags of a recipe; what is typed wins"
+                "--preset", choices=named, help="set the flags of a recipe; typed flags win"
             )
         if "demo" in self.presets:
             self.add_argument(
                 "--demo",
                 action="store_true",
-                help="built-in data and a small setting; minutes on a CPU",
+                help="use built-in data and a small setting; takes minutes on a CPU",
             )
 
     def ignore(self, reason: str, *names: str) -> None:
         """Accept published flags that had no effect there and have none here.
 
-        They are left out of what `parse_args` returns; one note names those that were typed.
+        `parse_args` leaves them out of its result, and one note names those that were typed.
         """
         for name in names:
             action = self.add_argument(
@@ -109,15 +109,15 @@ class Parser(argparse.ArgumentParser):
 
     @staticmethod
     def _chosen_presets(argv: list[str]) -> list[str | None]:
-        """Return the presets that the command line names, the winning one last."""
+        """Return the presets that the command line selects; the last one wins."""
         first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first_look.add_argument("--preset", nargs="?")
         first_look.add_argument("--demo", nargs="?", const=True)
-        found, _ = first_look.parse_known_args(argv)
-        return [found.preset, "demo" if found.demo else None]
+        selected, _ = first_look.parse_known_args(argv)
+        return [selected.preset, "demo" if selected.demo else None]
 
     def _typed(self, argv: list[str], defaults: dict) -> set[str]:
-        """Return the names of the flags that are given on the command line."""
+        """Return the names of the flags that were given on the command line."""
         unset = object()
         start = argparse.Namespace(**dict.fromkeys(defaults, unset))
         return {name for name, v in vars(super().parse_args(argv, start)).items() if v is not unset}
@@ -140,23 +140,26 @@ class Parser(argparse.ArgumentParser):
             by_reason.setdefault(reason, []).append(flag)
         if by_reason and not int(os.environ.get("RANK", 0)):
             named = "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
-            print(f"note: without effect, as in the published code: {named}", file=sys.stderr)
+            print(
+                f"note: these flags have no effect, as in the published code: {named}",
+                file=sys.stderr,
+            )
 
     def _spelling(self, token: str) -> str:
-        """Return a flag as it was declared, where it was typed with - for _ or the reverse."""
+        """Return a flag as it was declared, whether it was typed with dashes or underscores."""
         flag, equals, value = token.partition("=")
-        known = self._option_string_actions
-        if not flag.startswith("--") or flag in known:
+        declared = self._option_string_actions
+        if not flag.startswith("--") or flag in declared:
             return token
         for other in (flag[2:].replace("_", "-"), flag[2:].replace("-", "_")):
-            if f"--{other}" in known:
+            if f"--{other}" in declared:
                 return f"--{other}{equals}{value}"
         return token
 
     def _joined(self, argv: list[str]) -> list[str]:
         """Return `--amp auto` as `--amp=auto`, and `--amp` alone as `--amp=on`.
 
-        So a flag of type `switch` never takes the positional argument that comes after it.
+        This way a flag of type `switch` never consumes the positional argument after it.
         """
         switches = [name for name, a in self._option_string_actions.items() if a.type is switch]
         tokens = list(argv)
@@ -170,8 +173,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             flag = message.split()[2].partition("=")[0]
-            known = [option for option in self._option_string_actions if option.startswith("--")]
-            close = difflib.get_close_matches(flag, known, 1)
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            close = difflib.get_close_matches(flag, options, 1)
             if close:
                 message += f"; did you mean {close[0]}?"
         self.exit(2, f"error: {message} (--help lists every flag)\n")
@@ -187,21 +190,21 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def switch(text: str) -> bool | str:
-    """Parse on, off or auto for argparse: True, False or "auto"."""
+    """Convert on, off or auto to True, False or "auto", as an argparse type."""
     if text not in SWITCH:
         raise argparse.ArgumentTypeError(f"{text} must be on, off or auto")
     return SWITCH[text]
 
 
 def folder_name(text: str) -> str:
-    """Parse the name of one folder, not a path, for argparse."""
+    """Accept the name of one folder, not a path, as an argparse type."""
     if text in ("", ".", "..") or os.path.basename(text) != text:
         raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder, without {os.sep}")
     return text
 
 
 def number(kind: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf):
-    """Return an argparse type: an int or a finite float within these bounds."""
+    """Return an argparse type that accepts an int or a finite float within these bounds."""
     bounds = {"above": above, "at least": least, "at most": most}
     words = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
     wanted = " and ".join(words) or "finite"
@@ -227,21 +230,21 @@ share = number(float, above=0, most=1)
 
 
 def run(main) -> None:
-    """Run `main()` as a program: an error that the user can put right is one line on stderr."""
+    """Run `main()` as a program: print an error that the user can correct as one line on stderr."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; a checkpoint that was written before is whole", file=sys.stderr)
+        print("\ninterrupted; checkpoints that were saved before are intact", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        told = launch.in_one_line(error)
-        if told is None:
+        answer = launch.in_one_line(error)
+        if answer is None:
             raise
-        message, code = told
-        if int(os.environ.get("RANK", 0)):  # let rank 0 say what all ranks have to say
+        message, code = answer
+        if int(os.environ.get("RANK", 0)):  # rank 0 reports first what all ranks would report
             time.sleep(2)
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(code)

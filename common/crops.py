@@ -1,8 +1,8 @@
-"""The crops of one step, cut from files by a worker or from pictures on the device.
+"""Make the crops of one step, from files in a worker or from pictures on the device.
 
-JPEGs are decoded by torchvision.io where it still has its decoder (Pillow's pixels, a fifth to a
-quarter faster), all other kinds by Pillow. Crops are cut by torch's integer resize, two to three
-times as fast as Pillow's and within one grey level of it (benchmarks/decode_jpeg.py). JPEG's
+JPEGs are decoded by torchvision.io if it still has its decoder (Pillow's pixels, a fifth to a
+quarter faster), all other formats by Pillow. Crops are resized by torch's integer resize, two to
+three times as fast as Pillow's and within one grey level of it (benchmarks/decode_jpeg.py). JPEG's
 reduced-size decoding would change the pixels and is not used.
 """
 
@@ -25,14 +25,14 @@ try:  # deprecated since torchvision 0.29, and its named successor needs FFmpeg
 except ImportError:
     decode_jpeg = None
 
-# The random streams of a step. Each has its own generator: a colour operation never moves a crop.
+# Random streams of a step. Each has its own generator, so a colour operation never moves a crop.
 CROPS = 0
 COLOURS = 1
 ORDER = 2
 
 
 def step_generator(seed: int, epoch: int, step: int, rank: int, stream: int) -> torch.Generator:
-    """Return a CPU generator for one stream of this step alone; SeedSequence mixes the numbers."""
+    """Return a CPU generator for one stream of one step; SeedSequence mixes the numbers."""
     sequence = np.random.SeedSequence([abs(seed), epoch, step, rank, stream])
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -40,10 +40,10 @@ def step_generator(seed: int, epoch: int, step: int, rank: int, stream: int) -> 
 def scale_boxes(
     boxes: Tensor, heights: Tensor, widths: Tensor, to_heights: Tensor, to_widths: Tensor
 ) -> Tensor:
-    """Carry boxes (N, 4) top, left, height, width over to the same parts of other pictures.
+    """Scale boxes (N, 4) top, left, height, width to the same parts of pictures of other sizes.
 
-    They are rounded to whole pixels, at least one pixel long, and inside the other picture; equal
-    sizes give the boxes unchanged.
+    The results are whole pixels, at least one pixel long, and inside the other picture; equal
+    sizes leave the boxes unchanged.
     """
     start, length = boxes.double().split(2, dim=1)
     old = torch.stack((heights, widths), 1).double()
@@ -54,10 +54,10 @@ def scale_boxes(
 
 
 def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor:
-    """Return the RGB pixels of what source.open(row) gave, uint8 (3, H, W).
+    """Decode `image`, which source.open(row) returned, to RGB uint8 (3, H, W).
 
-    In memory they lie as H, W, 3 where they had to be decoded. EXIF orientation is ignored.
-    Raises BadPicture, and UserError where the memory does not suffice.
+    Decoded pixels are stored in the order H, W, 3. EXIF orientation is ignored.
+    Raises BadPicture, or UserError if memory runs out.
     """
     if isinstance(image, Tensor):
         return image
@@ -72,9 +72,9 @@ def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB of 8 bits; of 16 bits the high byte is taken.
+    """Convert a picture to 8-bit RGB; values of 16 bits keep their high byte.
 
-    Pillow does so with 16-bit colour, while it clips 16-bit grey at 255.
+    Pillow does this for 16-bit colour itself, but clips 16-bit grey at 255.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -82,10 +82,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def cut(picture: Tensor, box: Sequence[int], target: Sequence[int], size: int) -> Tensor:
-    """Cut uint8 (3, size, size) from uint8 (3, H, W): Geometry.apply in integers.
+    """Cut uint8 (3, size, size) from uint8 (3, H, W), as Geometry.apply does but in integers.
 
-    box: top, left, height, width. target: what Geometry.target says of it, the height and width
-    to resize to and top and left of the part to keep, negative where zeros are padded.
+    box: top, left, height, width. target: the result of Geometry.target for the box, that is the
+    height and width to resize to, and top and left of the part to keep (negative: pad zeros).
     """
     top, left, height, width = box
     new_height, new_width, cut_top, cut_left = target
@@ -106,13 +106,13 @@ def cut(picture: Tensor, box: Sequence[int], target: Sequence[int], size: int) -
 
 
 class HostCrops(torch.utils.data.Dataset):
-    """The steps of a loader, each made by one worker: item (epoch, step, rows) is one step.
+    """A data set whose item (epoch, step, rows) is one whole step, made by one worker.
 
-    An item is (crops, target, index, paths of pictures found to be unreadable); crops holds uint8
-    (B, 3, S, S) of every geometry, then of the partner set. The item of a failed step is its
-    UserError: the DataLoader would wrap one that is raised in a traceback.
+    An item is (crops, target, index, paths of unreadable pictures); crops is a list of uint8
+    (B, 3, S, S), one for each geometry and then one for the partner set. A failed step returns
+    its UserError instead, because the DataLoader would wrap a raised one in a traceback.
 
-    bad: rows that cannot be read. Each is replaced by the next row that can, with skip_bad.
+    bad: rows that cannot be read. With skip_bad each is replaced by the next readable row.
     """
 
     def __init__(
@@ -145,17 +145,17 @@ class HostCrops(torch.utils.data.Dataset):
                 except BadPicture as error:
                     if not self.skip_bad:
                         raise
-                    # The batch starts anew, so that the boxes belong to the final rows.
+                    # Draw the batch again, so that the boxes belong to the final rows.
                     self.bad.add(error.row)
                     bad_paths.append(error.path)
         except UserError as error:
             return error
 
     def _readable(self, rows: np.ndarray) -> list[int]:
-        """Replace bad rows by the next row that is not, around the end of the set."""
+        """Replace every bad row by the next readable one, wrapping around at the end of the set."""
         n = len(self.source)
         if len(self.bad) == n:
-            raise UserError(f"{self.source.name}: no readable picture in it")
+            raise UserError(f"{self.source.name}: there is no readable picture in it")
         if not self.bad:
             return rows.tolist()
         return [
@@ -164,7 +164,7 @@ class HostCrops(torch.utils.data.Dataset):
         ]
 
     def _draw(self, epoch: int, step: int, index: Tensor) -> list[Tensor]:
-        """Sample the boxes of a step and cut them, then those of view 0 from the partner set."""
+        """Sample the boxes of a step and cut them, then cut view 0 from the partner set as well."""
         pictures, heights, widths = self._open(self.source, index)
         generator = step_generator(self.seed, epoch, step, self.rank, CROPS)
         boxes = [geometry.sample(heights, widths, generator) for geometry in self.geometries]
@@ -176,7 +176,7 @@ class HostCrops(torch.utils.data.Dataset):
         return crops
 
     def _open(self, source: PictureSet, index: Tensor) -> tuple[list, Tensor, Tensor]:
-        """Return arguments of `decoded` for each row, and all heights and widths (B,)."""
+        """Return the arguments of `decoded` for each row, and the heights and widths (B,)."""
         pictures = [(source, row, source.open(row)) for row in index.tolist()]
         sizes = [
             image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
@@ -186,7 +186,7 @@ class HostCrops(torch.utils.data.Dataset):
         return pictures, heights, widths
 
     def _cut(self, pictures: list, geometries: Sequence[Geometry], boxes: list[Tensor]):
-        """Return uint8 crops (B, 3, S, S) of every geometry; each picture is decoded once."""
+        """Return uint8 crops (B, 3, S, S) for every geometry; each picture is decoded once."""
         crops = [
             torch.empty((len(pictures), 3, geometry.size, geometry.size), dtype=torch.uint8)
             for geometry in geometries
@@ -198,14 +198,14 @@ class HostCrops(torch.utils.data.Dataset):
         boxes = [box.tolist() for box in boxes]
         for i, opened in enumerate(pictures):
             picture = decoded(*opened)
-            pictures[i] = opened = None  # the decoded pixels go as soon as the crops are cut
+            pictures[i] = opened = None  # free the decoded pixels as soon as the crops are cut
             for view, geometry in enumerate(geometries):
                 crops[view][i] = cut(picture, boxes[view][i], targets[view][i], geometry.size)
         return crops
 
 
 class DeviceCrops(HostCrops):
-    """The same steps from ArraySets on the device, all pictures at once: float crops in [0, 1]."""
+    """Make the same steps from ArraySets on the device: float crops in [0, 1], a batch at once."""
 
     def _open(self, source: ArraySet, index: Tensor):
         heights, widths = (torch.full((len(index),), side) for side in source.size)

@@ -9,15 +9,15 @@
 
 A step is fed in one of two ways, chosen by `data_device`:
 
-- device: pictures of one size lie on the device as one uint8 tensor (common.resident); a step
-          gathers rows, without workers.
+- device: pictures of one size are kept on the device as one uint8 tensor (common.resident); a
+          step gathers rows, without workers.
 - host:   a worker makes a whole batch (common.crops): it samples all crop boxes, reads and decodes
           each file once, and cuts the crops of every view as uint8. Colour, blur and the rest run
           on the device.
 
 Every draw is a function of (seed, epoch, step, rank). So the views depend neither on the number of
-workers nor on the way of feeding (but host crops are rounded to uint8), and an epoch can be entered
-in the middle.
+workers nor on `data_device` (except that host crops are rounded to uint8), and a run can resume in
+the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from common.pictures import PictureSet
 
 
 def quiet_worker(_: int) -> None:
-    """Let a worker outlive the signals to its job, and compute in one thread.
+    """Make a worker survive the signals sent to its job, and compute in one thread.
 
-    They reach the workers, too, while the main process needs them for the step that it finishes.
-    Only SIGTERM ends a worker, after a minute of grace: before, the main process does, or its end.
+    A scheduler signals the workers too, but the main process still needs them to finish its step.
+    Only SIGTERM ends a worker, after a minute; normally the main process ends it sooner.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
@@ -51,7 +51,7 @@ def quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-# The loaders whose workers run. One kept in a global would else meet the interpreter's end alive.
+# Loaders with running workers, which are ended before the interpreter exits.
 _working: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -71,21 +71,22 @@ class Loader:
     drop_last   drop the incomplete global batch. When kept, it is split as evenly as can be over
                 the ranks, but dropped if it has fewer rows than there are ranks: every rank makes
                 the same number of steps. With neither shuffle nor drop_last (evaluation) rank r
-                takes rows r, r + W, r + 2W, ...: every row once; ranks may differ by a step.
-    workers     host mode: worker processes (0: this process decodes); device mode: threads.
+                takes rows r, r + W, r + 2W, ...: every row once, and ranks may differ by a step.
+    workers     host mode: worker processes (0: decode in this process); device mode: threads.
     data_device auto, host or device.
-    partner     a set of equal length, row by row the twin of `dataset` (texture images). One more
-                view follows: the twin under the parameters of view 0, its crop box scaled.
+    partner     a set of equal length whose rows are the twins of those of `dataset` (texture
+                images). It adds one view: the twin under the parameters of view 0, with its crop
+                box scaled.
     skip_bad    replace an unreadable picture by the next readable row of the set (index and target
-                are the replacement's); otherwise it ends the run with a UserError.
+                are those of the replacement); otherwise it ends the run with a UserError.
     progress    show the decoding bar and notes; default: on rank 0.
 
     Attributes: mode is 'host' or 'device'; bad_images lists the paths replaced so far; wait_seconds
-    is the time spent waiting for workers, view_seconds that of issuing the view operations (neither
-    waits for the device; set them to 0 to start anew).
+    is the time spent waiting for workers, and view_seconds the time spent issuing view operations
+    (neither waits for the device; set them to 0 to restart the count).
 
-    Raises UsageError where the set is empty or does not fill one batch, or where its sizes differ
-    and data_device is 'device'.
+    Raises UsageError if the set is empty or does not fill one batch, or if its pictures differ in
+    size and data_device is 'device'.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Loader:
         if partner is not None and len(partner) != len(dataset):
             raise ValueError(f"the partner set has {len(partner)} pictures, the set {len(dataset)}")
         if len(dataset) == 0:
-            raise UsageError(f"{dataset.name}: no pictures in it")
+            raise UsageError(f"{dataset.name}: there are no pictures in it")
         if drop_last and len(dataset) < batch_size * world_size:
             raise UsageError(
                 f"{dataset.name}: its {len(dataset)} pictures do not fill one batch of "
@@ -136,12 +137,12 @@ class Loader:
         self.view_seconds = 0.0
         self._evaluates = not shuffle and not drop_last
         self._workers = None
-        self._requests = []  # the sampler of the workers: the steps of the epoch about to start
+        self._requests = []  # the sampler of the workers: the steps of the next epoch
         self._crops = self._choose_crops(data_device)
         self.mode = "device" if isinstance(self._crops, DeviceCrops) else "host"
 
     def _choose_crops(self, data_device: str) -> HostCrops:
-        """Return the source of crops for the mode, having read the pictures to hold, if any."""
+        """Return the source of crops; in device mode, read all pictures first."""
         options = [view.geometry for view in self.views], self.seed, self.rank, self.skip_bad
         sources = [self.dataset] if self.partner is None else [self.dataset, self.partner]
         on_host = HostCrops(self.dataset, self.partner, *options)
@@ -159,7 +160,9 @@ class Loader:
             if data_device == "device":
                 raise
             if self.progress:
-                print(f"note: decoding step by step instead of once: {error}", flush=True)
+                print(
+                    f"note: pictures are decoded at every step instead of once: {error}", flush=True
+                )
             return on_host
         bad = set()
         for _, errors in parts:
@@ -179,7 +182,7 @@ class Loader:
         self.start_step = start_step
 
     def __len__(self) -> int:
-        """Return the steps of a whole epoch (of this rank, for the evaluation loader)."""
+        """Return the number of steps of an epoch (for the evaluation loader, on this rank)."""
         if self._evaluates:
             rows = len(range(self.rank, len(self.dataset), self.world_size))
             return -(-rows // self.batch_size)
@@ -225,10 +228,10 @@ class Loader:
             yield views, target, index
 
     def batches(self) -> Iterator[tuple[int, list[Tensor], Tensor, Tensor]]:
-        """Iterate over (step, crops, target, index), the geometry alone, from which views are made.
+        """Iterate over (step, crops, target, index): the crops before colour operations.
 
-        crops: (B, 3, S, S) of every view; in host mode uint8 on the host, as the workers hand them
-        over, in device mode float in [0, 1] on the device.
+        crops: a list of (B, 3, S, S), one for each view; uint8 on the host in host mode, float in
+        [0, 1] on the device in device mode.
         """
         requests = self._steps()
         started = time.perf_counter()
@@ -241,7 +244,7 @@ class Loader:
             if isinstance(batch, UserError):
                 raise batch
             crops, target, index, bad_paths = batch
-            # Workers find the same bad pictures separately.
+            # Several workers may report the same bad picture.
             self.bad_images += [path for path in bad_paths if path not in self.bad_images]
             if self.mode == "host":
                 self.wait_seconds += time.perf_counter() - started
@@ -251,7 +254,7 @@ class Loader:
             started = time.perf_counter()
 
     def _from_workers(self, requests: list[tuple[int, int, np.ndarray]]) -> Iterator:
-        """Hand the steps of an epoch to the workers, started at the first, and return batches."""
+        """Give the steps of an epoch to the workers, started if needed, and return the batches."""
         if self._workers is None:
             self._workers = torch.utils.data.DataLoader(
                 self._crops,
@@ -260,7 +263,7 @@ class Loader:
                 num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=quiet_worker,
-                generator=torch.Generator(),  # it draws a base seed at every epoch: not globally
+                generator=torch.Generator(),  # so that no base seed is drawn globally
                 persistent_workers=self.workers > 0,
             )
             _working.add(self)
@@ -268,7 +271,7 @@ class Loader:
         return iter(self._workers)
 
     def close(self) -> None:
-        """End the workers now instead of when the loader is forgotten."""
+        """End the workers now rather than when the loader is garbage collected."""
         iterator = getattr(self._workers, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()

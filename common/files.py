@@ -1,4 +1,4 @@
-"""The only writer of the project: files that appear whole or not at all, folders with an owner."""
+"""Write files completely or not at all, and give a folder to one process at a time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOCK = ".lock"  # the lock file of a folder that one process writes to
 
 @contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "wb", **options) -> Iterator:
-    """Open a file that takes the place of `path` when the block is done.
+    """Open a file that replaces `path` when the block ends.
 
-    It is written beside `path`, synced to disk and then renamed, so `path` is always the old file
-    or the whole new one: after an error in the block, a full disk or a crash, and where two
-    processes write it at once. Missing folders are made. options: passed on to `open`.
-    Raises OSError, which names `path`.
+    It is written beside `path`, synced to disk and then renamed, so `path` is always either the old
+    file or the complete new one, even after an error, a full disk or a crash, or if two processes
+    write it at once. Missing folders are created. options: keyword arguments of `open`.
+    Raises an OSError that names `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
@@ -45,7 +45,7 @@ def replacing(path: str | Path, mode: str = "wb", **options) -> Iterator:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a crash of the machine, where the file system can."""
+    """Make a rename in `folder` survive a crash of the machine, if the file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
@@ -53,9 +53,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove the partial files that killed writers left in `folder`, which the caller must hold."""
+    """Remove partial files of killed writers from `folder`, which this process must own."""
     for partial in Path(folder).glob(".*.partial"):
-        if f".{os.getpid()}-" in partial.name:  # this process is writing it
+        if f".{os.getpid()}-" in partial.name:  # this process is still writing it
             continue
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -68,7 +68,7 @@ def write_json(path: str | Path, value: dict) -> None:
 
 
 def make_folder(folder: str | Path) -> str:
-    """Make a folder and its parents. Raises UserError where that is not possible."""
+    """Create a folder and its parents. Raises UserError if that fails."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -79,9 +79,9 @@ def make_folder(folder: str | Path) -> str:
 
 @contextlib.contextmanager
 def only_writer(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Make `folder` and hold it for this process; the lock ends with the process, however it ends.
+    """Create `folder` and own it; the lock ends with the process, however that ends.
 
-    wait: wait until another process lets the folder go. Raises UserError where one holds it.
+    wait: wait for another process to release the folder. Otherwise raises UserError if one owns it.
     """
     make_folder(folder)
     lock = FileLock(Path(folder) / LOCK, timeout=-1 if wait else 0)
@@ -102,7 +102,7 @@ def only_writer(folder: str | Path, wait: bool = False) -> Iterator[None]:
 
 
 def _owner(folder: str | Path) -> str:
-    """Return " (PID on HOST)" as the newest config.json of the folder records it, or nothing."""
+    """Return " (PID on HOST)" from the newest config.json of the folder, or ""."""
     try:
         newest = max(Path(folder).glob("config*.json"), key=os.path.getmtime)
         return f" ({json.loads(newest.read_text())['process']})"

@@ -1,7 +1,7 @@
-"""Geometry: the part of a picture that a view shows, resized to the view's size.
+"""Choose the part of a picture that a view shows, and resize it to the view's size.
 
-Crops are resized by two matrix products per channel, all pictures of a batch at once, in the
-anti-aliased bilinear filter of torchvision. Scripts take these classes from common.augment.
+Crops are resized by two matrix products per channel for a whole batch, with the anti-aliased
+bilinear filter of torchvision. Scripts import these classes from common.augment.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def uniform(shape, low: float, high: float, generator: torch.Generator | None) -
 def two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
     """Return left (N, S, H) @ images (N, C, H, W) @ right (N, T, W)^T as (N, C, S, T).
 
-    The products are in float32 also under autocast. CUDA uses TF32 only where
-    torch.backends.cuda.matmul was told to allow it.
+    The products are in float32 even under autocast. CUDA uses TF32 only if
+    torch.backends.cuda.matmul allows it.
     """
     n, c, h, w = images.shape
     with torch.autocast(images.device.type, enabled=False):
@@ -39,14 +39,14 @@ def _resize_matrix(
     """Return the weights (N, size, total) that crop, resize and cut one axis of N pictures.
 
     The crop is [start, start + length); of its `resized` pixels, `size` are kept from `offset` on.
-    The filter is a triangle, widened by the scale where the picture shrinks, as in Pillow and
-    torch. It sees the crop only and is renormalised at its edges. Rows outside the resized crop
+    The filter is a triangle, widened by the scale if the picture shrinks, as in Pillow and
+    torch. It covers only the crop and is renormalised at its edges. Rows outside the resized crop
     are zero, which pads the result.
     """
     scale = length.double() / resized
     index = torch.arange(size, device=start.device) + offset[:, None]  # in the resized crop (N, S)
-    # The centre is needed to 1e-7 of a pixel, more than float32 holds at pixel 500: it is split
-    # into an integer and a fraction.
+    # The centre must be exact to 1e-7 of a pixel, which float32 cannot hold at pixel 500, so it is
+    # split into an integer and a fraction.
     centre = (index + 0.5) * scale[:, None] - 0.5 + start[:, None]
     whole = centre.floor()
     pixel = torch.arange(total, device=start.device, dtype=torch.float32)
@@ -61,8 +61,8 @@ def _resize_matrix(
 class Geometry:
     """The first operation of a recipe, which brings pictures of any size to size x size.
 
-    A subclass has `size`, `sample` and `target`. A box is the part of a picture that is used: top,
-    left, height, width in pixels. Heights, widths and boxes are int64.
+    A subclass has `size`, `sample` and `target`. A box is a part of a picture: top, left, height
+    and width in pixels. Heights, widths and boxes are int64.
     """
 
     def sample(
@@ -72,7 +72,7 @@ class Geometry:
         raise NotImplementedError
 
     def target(self, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the height and width (N,) to resize N boxes to, and top and left of the cut."""
+        """Return height and width (N,) after the resize, and top and left (N,) of the cut."""
         raise NotImplementedError
 
     def apply(self, images: Tensor, boxes: Tensor) -> Tensor:
@@ -94,9 +94,10 @@ class RandomResizedCrop(Geometry):
     """Cut a random part and resize it, as torchvision's RandomResizedCrop(antialias=True).
 
     The area is uniform in `scale` (fraction of the picture), the aspect (width / height) is
-    log-uniform in `ratio`. Of ten tries the first that fits in the picture is taken, at a uniform
-    position. If none fits, the largest central box of the allowed aspect nearest to the picture's
-    own is. Raises ValueError where scale or ratio is not (low, high) with 0 < low <= high.
+    log-uniform in `ratio`. The first of ten tries that fits in the picture is used, at a uniform
+    position. If none fits, the box is the largest central one whose aspect is in `ratio` and
+    nearest to that of the picture. Raises ValueError unless scale and ratio are (low, high) with
+    0 < low <= high.
     """
 
     size: int
@@ -112,7 +113,7 @@ class RandomResizedCrop(Geometry):
         n = len(heights)
         tries = 10
         low, high = self.ratio
-        # The draws do not depend on the sizes: a seed gives the same relative boxes on all sizes.
+        # The draws do not depend on the sizes: a seed gives the same relative boxes for all sizes.
         area = uniform((n, tries), *self.scale, generator) * (heights * widths)[:, None]
         aspect = uniform((n, tries), *np.log(self.ratio), generator).exp()
         place = torch.rand(n, 2, generator=generator, dtype=torch.float64)
@@ -137,7 +138,7 @@ class RandomResizedCrop(Geometry):
 class ResizeCenterCrop(Geometry):
     """Resize the shorter side and cut the centre, as torchvision's Resize and CenterCrop do.
 
-    resize: the length of the shorter side, None to leave pictures as they are. Pictures smaller
+    resize: the length of the shorter side; None leaves pictures as they are. Pictures smaller
     than the crop are padded with zeros. The box is the whole picture.
     """
 

@@ -1,10 +1,10 @@
-"""Start one or several processes of a script, and let them talk to each other.
+"""Start the processes of a script, and let them communicate.
 
 A script calls `start(worker, args)` once; `worker(args, process)` then runs in every process.
-Without any flag that is this very process on the best device. The other ways in:
+Without any flag this is the current process on the best device. Other ways to start:
 
     torchrun --nproc-per-node 8 script.py ...      torchrun's environment; `srun torchrun` on Slurm
-    script.py --multiprocessing-distributed --world-size 1 --rank 0  one process per GPU of this node
+    script.py --multiprocessing-distributed --world-size 1 --rank 0   one process a GPU of this node
     script.py --nproc 2 --device cpu               that many processes here (CPU: gloo)
     script.py --world-size 4 --rank 2 --dist-url tcp://host:port       this process is rank 2 of 4
 
@@ -32,11 +32,11 @@ from common import UsageError, UserError, printable
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-REPEAT = 2.0  # seconds in which a second signal is the first one arriving again by another way
+REPEAT = 2.0  # within so many seconds a second signal counts as a copy of the first
 LOST = (
     "another process of this job has ended (its own message says why); continue with --resume auto"
 )
-here = 1  # processes of this job on this node
+here = 1  # number of processes of this job on this node
 _control = None  # a gloo group for flags on the host: NCCL only moves device memory
 
 
@@ -57,7 +57,7 @@ class Process:
 def start(worker, args) -> None:
     """Run `worker(args, process)` in every process that the flags or the environment ask for.
 
-    Returns when all are done. An error that the user can put right is printed once, as one line,
+    Returns when all have finished. An error that the user can correct is printed once, as one line,
     and ends the job with its exit code.
     """
     env = os.environ
@@ -86,20 +86,20 @@ def start(worker, args) -> None:
 
 
 def _note_idle_gpus(args) -> None:
-    """Say how to use all GPUs: some published scripts put one process on all of them."""
+    """Print how to use all GPUs, since some published scripts use them all in one process."""
     if args.device == "cpu" or args.gpu is not None:
         return
     gpus = torch.cuda.device_count()
     if gpus > 1:
         print(
-            f"note: one process uses one GPU, of the {gpus} that are visible; "
-            "--multiprocessing-distributed --world-size 1 --rank 0 uses all",
+            f"note: this process uses one of {gpus} visible GPUs; "
+            "--multiprocessing-distributed --world-size 1 --rank 0 uses all of them",
             flush=True,
         )
 
 
 def _spawn(worker, args) -> None:
-    """Start one process per GPU of this node, or --nproc of them, under torch's supervision."""
+    """Start one process per GPU of this node, or --nproc processes, with torch.multiprocessing."""
     nodes = max(args.world_size, 1)
     node = max(args.rank, 0)
     nproc = args.nproc
@@ -108,7 +108,7 @@ def _spawn(worker, args) -> None:
     nproc = nproc or 1
     if node >= nodes:
         raise UsageError(
-            f"--rank {args.rank}: with --world-size {nodes} nodes it is 0 to {nodes - 1}"
+            f"--rank {args.rank}: with --world-size {nodes} nodes it must be 0 to {nodes - 1}"
         )
     if nodes > 1 and args.rank < 0:
         raise UsageError(
@@ -117,7 +117,9 @@ def _spawn(worker, args) -> None:
     if nodes > 1 and not args.dist_url:
         raise UsageError(f"--world-size {nodes} nodes need --dist-url tcp://HOST:PORT of node 0")
     if args.gpu is not None:  # as published: each process has a GPU of its own
-        print(f"note: --gpu {args.gpu} is for a single process; ignored", flush=True)
+        print(
+            f"note: --gpu {args.gpu} is ignored, since it applies to a single process", flush=True
+        )
     url = args.dist_url if nodes > 1 else f"tcp://127.0.0.1:{_free_port()}"
     _supervise(nproc, (worker, args, node * nproc, nodes * nproc, url))
 
@@ -129,10 +131,11 @@ def _free_port() -> int:
 
 
 def _supervise(nproc: int, arguments: tuple) -> None:
-    """Run `_child(i, *arguments)` in nproc processes; pass signals on, end all where one fails."""
+    """Run `_child(i, *arguments)` in nproc processes; forward signals, end all if one fails."""
     passed_on = []
 
-    def pass_on(number, frame):  # the first asks for a checkpoint, a later one means: now
+    def pass_on(number, frame):
+        # The first signal asks for a checkpoint, a later one ends the job at once.
         passed_on.append(time.monotonic())
         for child in children.processes:
             if not child.is_alive():
@@ -145,11 +148,11 @@ def _supervise(nproc: int, arguments: tuple) -> None:
     children = torch.multiprocessing.spawn(_child, arguments, nproc, join=False)
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        while not children.join(grace_period=10):  # ends the others where one fails
+        while not children.join(grace_period=10):  # ends the others if one fails
             pass
     except torch.multiprocessing.ProcessExitedException as ended:
         if ended.signal_name is None:
-            sys.exit(ended.exit_code)  # it has said why
+            sys.exit(ended.exit_code)  # the process has printed its error
         if passed_on:
             sys.exit(128 + getattr(signal, ended.signal_name))
         hint = ""
@@ -162,28 +165,28 @@ def _supervise(nproc: int, arguments: tuple) -> None:
 
 
 def _child(i: int, worker, args, first_rank: int, world_size: int, url: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch sends it if the parent dies
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for when the parent dies
     try:
         _join(worker, args, first_rank + i, world_size, i, url, gpu=None)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        told = in_one_line(error)
-        if told is None:
+        answer = in_one_line(error)
+        if answer is None:
             raise
-        message, code = told
+        message, code = answer
         is_lost = message == LOST
-        if first_rank + i or is_lost:  # most mistakes are everybody's: rank 0 says it first
+        if first_rank + i or is_lost:  # most errors are the same on all ranks: rank 0 reports first
             time.sleep(2)
-        if not is_lost or here < world_size:  # a peer on this node has said why itself
+        if not is_lost or here < world_size:  # a peer on this node has said why
             print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(code)
 
 
 def in_one_line(error: Exception) -> tuple[str, int] | None:
-    """Return (message, exit code) of an error that the user or the machine has caused.
+    """Return (message, exit code) for an error that the user or the machine caused.
 
-    None: an error of the program, which deserves its traceback.
+    Returns None for an error of the program, which deserves its traceback.
     """
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, UserError):
@@ -194,7 +197,7 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
         return f"{first} With little memory or /dev/shm, use fewer --workers", 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}; a checkpoint that was written before is whole", 1
+        return f"{error.strerror}{where}; checkpoints that were saved before are intact", 1
     refused = (errno.EACCES, errno.EPERM, errno.EROFS)
     if isinstance(error, OSError) and error.filename and error.errno in refused:
         return f"{printable(error.filename)}: {error.strerror.lower()}", 1
@@ -207,7 +210,7 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
 def _join(
     worker, args, rank: int, world_size: int, local_rank: int, url: str | None, gpu: int | None
 ) -> None:
-    """Run `worker` as this rank. url: where the ranks meet; None for a job of one process."""
+    """Run `worker` as this rank. url: address where the ranks meet; None for a single process."""
     device = _device(args.device, gpu, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -220,11 +223,11 @@ def _join(
     except SystemExit:  # all ranks have agreed to stop
         _leave()
         raise
-    _leave()  # not after an error: it could wait for ranks that never answer
+    _leave()  # not after an error, since it could wait for ranks that never answer
 
 
 def _meet(args, device: torch.device, rank: int, world_size: int, url: str) -> None:
-    """Open the process group, and the gloo group for the hosts."""
+    """Open the process group, and the gloo group for objects on the host."""
     global _control, here
     backend = "gloo"
     if device.type != "cpu":
@@ -251,7 +254,7 @@ def _leave() -> None:
 
 
 def _device(device: str, gpu: int | None, local_rank: int) -> torch.device:
-    """Return the device of a process: --device, --gpu, and its number on the node."""
+    """Return the device of a process from --device, --gpu and its rank on the node."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         if gpu is not None:
             raise UsageError(
@@ -265,16 +268,16 @@ def _device(device: str, gpu: int | None, local_rank: int) -> torch.device:
     index = local_rank if gpu is None else gpu
     if not 0 <= index < torch.cuda.device_count():
         raise UsageError(
-            f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} here; "
-            "lower --nproc"
+            f"process {local_rank} has no GPU of its own, since this node has "
+            f"{torch.cuda.device_count()}: lower --nproc"
         )
     return torch.device("cuda", index)
 
 
 def parallel(network: nn.Module, process: Process) -> nn.Module:
-    """Return `network` with its gradients averaged over all processes.
+    """Wrap `network` so that gradients are averaged over all processes.
 
-    Batch-norm statistics stay each process's own.
+    Batch-norm statistics remain separate in each process.
     """
     if process.world_size == 1:
         return network
@@ -292,7 +295,7 @@ def rank() -> int:
 
 
 def cores() -> int:
-    """Return how many processor cores this process may use, as a scheduler or `taskset` set it."""
+    """Return the number of cores this process may use, as set by a scheduler or `taskset`."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -306,7 +309,7 @@ def own_rows(x: Tensor) -> Tensor:
 def all_gather(x: Tensor) -> Tensor:
     """Gather the rows of every rank, in rank order: (n, ...) -> (n * world_size, ...).
 
-    n is the same on every rank, and no gradient flows.
+    n must be the same on every rank, and no gradient flows.
     """
     if world_size() == 1:
         return x.detach()
@@ -317,10 +320,10 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Gather as `all_gather` does; a rank's rows receive the sum of the gradients of all ranks.
+    """Gather rows as `all_gather` does, with gradients summed over all ranks.
 
-    DistributedDataParallel averages over ranks afterwards, so a loss that is a mean over the
-    gathered rows and is computed on every rank has exactly the gradient of the one-process loss.
+    DistributedDataParallel averages over ranks afterwards, so a loss that every rank computes as a
+    mean over the gathered rows has exactly the gradient of the one-process loss.
     """
     if world_size() == 1:
         return x
@@ -328,7 +331,7 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 def gather_ragged(x: Tensor) -> Tensor:
-    """Gather as `all_gather` does, where ranks have different numbers of rows (evaluations)."""
+    """Gather rows as `all_gather` does, from ranks with different numbers of rows."""
     if world_size() == 1:
         return x.detach()
     rows = all_gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
@@ -339,7 +342,7 @@ def gather_ragged(x: Tensor) -> Tensor:
 
 
 def sum_ranks(x: Tensor) -> Tensor:
-    """Return the elementwise sum over ranks, the same on all of them; `x` itself stays as it is."""
+    """Return the elementwise sum over ranks, on every rank; `x` does not change."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
@@ -352,14 +355,14 @@ def mean_ranks(x: Tensor) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, before an evaluation that all ranks share."""
+    """Copy the buffers of rank 0 to every rank, before an evaluation that all ranks share."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether `flag` is True on any rank. It travels between hosts and waits for no GPU."""
+    """Return whether `flag` is True on any rank. The exchange waits for no GPU."""
     if world_size() == 1:
         return flag
     vote = torch.tensor([int(flag)])
@@ -368,12 +371,12 @@ def any_rank(flag: bool) -> bool:
 
 
 def agree(value):
-    """Return the value that rank 0 passed in, on every rank (any picklable object)."""
+    """Return rank 0's value (any picklable object) on every rank."""
     return gather_objects(value)[0]
 
 
 def gather_objects(value) -> list:
-    """Return the values of all ranks, in rank order, on every rank (any picklable object)."""
+    """Return the values (any picklable objects) of all ranks, in rank order, on every rank."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value, group=_control)

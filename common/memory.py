@@ -1,4 +1,4 @@
-"""Memory banks and queues: scores against drawn rows, which rows are drawn, what is enqueued."""
+"""Memory banks and queues: draw rows, score queries against them, enqueue keys."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from common import launch
 
-CHUNK_BYTES = 32 << 20  # of scores against the whole bank that are held at once
-CHUNK_ROWS = 32  # or those of this many queries, where that is more
-GATHER_FROM = 256  # bank rows per drawn row from which fetching these beats scoring the whole bank
+CHUNK_BYTES = 32 << 20  # most bytes of scores against the whole bank at once
+CHUNK_ROWS = 32  # but at least this many queries at once
+GATHER_FROM = 256  # with more bank rows per drawn row, fetching beats scoring the whole bank
 
 
 class _BankScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, bank, rows):
         ctx.save_for_backward(rows)
-        ctx.bank = bank  # not by save_for_backward: it is written in place after the backward pass
+        ctx.bank = bank  # save_for_backward would forbid the in-place write that follows
         if len(bank) > GATHER_FROM * rows.shape[1]:
             return torch.stack([bank[r] @ q for q, r in zip(query, rows)])
         chunk = max(CHUNK_ROWS, CHUNK_BYTES // (4 * len(bank)))
@@ -36,8 +36,8 @@ def bank_scores(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
 
     query (B, D) float32, bank (n, D) float32 without gradient, rows (B, J) of int64 -> (B, J).
     The published code gathers B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here the drawn
-    scores are picked out of the product with the whole bank; where few rows of a huge bank are
-    drawn, these are fetched query by query. The values are equal either way.
+    scores are picked out of the product with the whole bank; if few rows of a huge bank are
+    drawn, they are fetched query by query instead. The values are equal either way.
     The bank must not be written between this call and the backward pass.
     """
     return _BankScores.apply(query, bank, rows)
@@ -50,13 +50,14 @@ def draw_rows(
     generator: torch.Generator | None = None,
     exclude_self: bool = False,
 ) -> Tensor:
-    """Draw bank rows to compare with: (B, K+1), each picture's own row and K negatives.
+    """Draw bank rows (B, K+1) to compare with: each picture's own row, then K negatives.
 
-    index (B,): the pictures of this rank, and so column 0. n: rows of the bank. The negatives are
-    drawn uniformly with replacement, for the global batch: one and several processes see the same.
-    generator: on the device of `index`, in the same state on every rank.
-    As published, the own row may be drawn as a negative, with chance 1 - (1 - 1/n)^K per picture
-    (12 % for n = 126,689 and K = 16,384); exclude_self draws from the other rows.
+    index (B,): the pictures of this rank, which become column 0. n: rows of the bank. Negatives are
+    drawn uniformly with replacement for the global batch, so they do not depend on the number of
+    processes.
+    generator: on the device of `index`, in the same state on every rank. As published, a picture's
+    own row may be drawn as a negative, with probability 1 - (1 - 1/n)^K per picture (12 % for n =
+    126,689 and K = 16,384); exclude_self draws only other rows.
     """
     shape = (len(index) * launch.world_size(), k + 1)
     rows = n - 1 if exclude_self else n
@@ -70,10 +71,10 @@ def draw_rows(
 
 @torch.no_grad()
 def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, dim: int = 0) -> None:
-    """Write keys (B, D) over the oldest entries of a queue and move its pointer on, in place.
+    """Write keys (B, D) over the oldest entries of a queue and advance its pointer, in place.
 
-    queue: (K, D), or (D, K) with dim=1. pointer: an integer tensor of one element, the entry to be
-    written next; it wraps at K. B is at most K and need not divide it.
+    queue: (K, D), or (D, K) with dim=1. pointer: an integer tensor with one element, the entry to
+    write next; it wraps at K. B is at most K and need not divide it.
     """
     length = queue.shape[dim]
     places = (pointer + torch.arange(len(keys), device=keys.device)) % length

@@ -1,4 +1,4 @@
-"""Numbers that say how good a model is: accuracy, scores, features of a data set, k-NN."""
+"""Measure a model: accuracy, score statistics, features of a data set, k-NN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
 
     logits (N, C), target (N,) class numbers -> one 0-dim tensor on their device for each k. A k
     above C counts as C, so top-5 of four classes is 100. N = 0 gives 0.
-    Never waits for the device: read the result only when it is printed.
+    This does not wait for the device.
     """
     n, classes = logits.shape
     best = logits.topk(min(max(topk), classes), dim=1).indices  # (N, max k)
@@ -31,9 +31,9 @@ def score_statistics(
     positive (B,), negatives (B, K): logits, that is similarities divided by `temperature`.
     mask (B, K): True where a column is a negative of that row; None: everywhere.
     Columns: mean and unbiased variance of the negative similarities; the positive similarity; mean
-    of exp(negative logit); exp(positive logit). They are the five of Zhu et al., arXiv:2108.02982,
-    as their code saves them (there the first three in float16).
-    Means of a query without negatives are NaN, as is the variance of fewer than two.
+    of exp(negative logit); exp(positive logit). Zhu et al., arXiv:2108.02982, save the same five
+    (the first three in float16).
+    The means of a query without negatives are NaN, and so is the variance of fewer than two.
     """
     positive = positive.detach().float()
     negatives = negatives.detach().float()
@@ -55,10 +55,10 @@ def score_statistics(
 def extract_features(
     model_fn: Callable[[Tensor], Tensor], loader: Iterable
 ) -> tuple[Tensor, Tensor]:
-    """Return features (N, D) in float32 and targets (N,) of the first view of a whole loader.
+    """Return features (N, D) in float32 and targets (N,) for the first view of every picture.
 
     Rows are in the order of the loader and stay on the device. model_fn maps a batch of images to
-    (B, D) rows; it sees to mode, layer and normalisation. Raises ValueError if the loader is empty.
+    rows (B, D) and handles mode, layer and normalisation. Raises ValueError if the loader is empty.
     """
     features, targets = [], []
     for views, target, _ in loader:
@@ -82,14 +82,14 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """Classify by the k nearest neighbours; return top-1 and top-5 accuracy in percent.
 
-    bank_features (M, D) with bank_targets (M,) vote, features (N, D) with targets (N,) are
-    classified: each of the k nearest bank rows adds exp(cosine / temperature) to the score of its
+    bank_features (M, D) with bank_targets (M,) vote; features (N, D) with targets (N,) are
+    classified. Each of the k nearest bank rows adds exp(cosine / temperature) to the score of its
     class (Wu et al., arXiv:1805.01978, section 3.4). Equal scores rank the lower class number
     first. Rows labelled -1 (unlabelled pictures) are left out on both sides. A k above the number
     of labelled bank rows means all of them.
 
-    Works on the bank's device, on a chunk of queries at a time: about 4 * chunk_elements bytes of
-    cosines (256 MiB). Returns 0-dim tensors; top-5 of fewer than five classes is 100.
+    Works on the device of the bank, one chunk of queries at a time, with about 4 * chunk_elements
+    bytes of cosines (256 MiB). Returns 0-dim tensors; top-5 of fewer than five classes is 100.
     Raises ValueError if no labelled row is left.
     """
     device = bank_features.device
@@ -116,7 +116,7 @@ def knn(
 
 
 def _labelled(features: Tensor, targets: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """Return the rows that have a label. side: names them where there are none."""
+    """Return the labelled rows. side: the name of the rows in the ValueError if none is left."""
     targets = targets.to(features.device)
     keep = targets >= 0
     if not keep.any():

@@ -1,4 +1,4 @@
-"""Flags that several scripts share, the checks between them, and what the data flags open."""
+"""Add the flags that scripts share, check them against each other, and open their data."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 from common import UsageError, augment, cli, data, launch, sets
 
 TREES = ("folder", "imagenet", "imagenet100")
-SMALL_STEM = "3x3 first convolution, no max-pool: for small pictures"
+SMALL_STEM = "use a 3x3 first convolution and no max-pooling, for small pictures"
 NO_DATA = "no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures"
 
 
 def add_data_arguments(
     group, trees: tuple[str, ...] = TREES, default: str = "folder", workers: int = 32
 ) -> None:
-    """Add which pictures there are and how they are read.
+    """Add the flags that name the data set and say how it is read.
 
-    trees: the values of --dataset that mean class folders; published flags name ImageNet apart from
-    ImageNet-100. workers: the published default.
+    trees: values of --dataset that mean class folders; some published flags distinguish ImageNet
+    from ImageNet-100. workers: the published default.
     """
     add = group.add_argument
     add(
@@ -25,9 +25,9 @@ def add_data_arguments(
         choices=[*trees, "packed", *sets.TORCHVISION_SETS],
         default=default,
         help=f"{', '.join(trees)}: class folders; packed: by preprocess/pack.py; "
-        "else a torchvision set below DATA, downloaded if missing",
+        "otherwise a torchvision set below DATA, downloaded if missing",
     )
-    add("--class-list", metavar="FILE", help="use these class folders only, one name a line")
+    add("--class-list", metavar="FILE", help="use only the class folders in FILE, one per line")
     add(
         "--input-res",
         type=cli.positive_int,
@@ -39,18 +39,18 @@ def add_data_arguments(
 
 
 def add_sgd_arguments(group, lr_help: str = "not scaled with the batch", **defaults) -> None:
-    """Add batch, SGD and a schedule of steps, spelled as most published scripts do.
+    """Add the flags of batch size, SGD and a step schedule, as most published scripts spell them.
 
-    lr_help: what --help says of the learning rate.
+    lr_help: the help text of the learning rate.
     """
     add = group.add_argument
-    add("--epochs", type=cli.positive_int, default=240, help="epochs to run in all, counted from 1")
+    add("--epochs", type=cli.positive_int, default=240, help="total number of epochs")
     add("-b", "--batch_size", type=cli.positive_int, default=128, help="global, over all processes")
     add("--learning_rate", "--lr", type=cli.positive, default=0.03, help=lr_help)
     add(
         "--lr_decay_epochs",
         default="120,160,200",
-        help="complete epochs after which the rate drops",
+        help="numbers of complete epochs after which the rate drops",
     )
     add("--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop")
     add("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
@@ -59,14 +59,14 @@ def add_sgd_arguments(group, lr_help: str = "not scaled with the batch", **defau
 
 
 def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) -> None:
-    """Add progress, checkpoints, resume and seed.
+    """Add the flags of progress, checkpoints, resume and seed.
 
-    save_freq: the published default; None: there are no numbered checkpoints. tb_path: whether
-    events may go to another folder, as some published scripts have it.
+    save_freq: the published default; None means no numbered checkpoints. tb_path: whether to add
+    --tb_path, as some published scripts have it.
     """
     add = group.add_argument
     if tb_path:
-        add("--tb_path", help="TensorBoard events go below here; default: into the run folder")
+        add("--tb_path", help="folder for TensorBoard events; default: the run folder")
     add(
         "-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines"
     )
@@ -81,31 +81,31 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
         "--last-every",
         type=cli.positive_int,
         default=1,
-        help="epochs between saves of the newest state, for epochs of seconds; "
+        help="epochs between saves of the newest state, useful if epochs take seconds; "
         "a stopped run is always saved",
     )
     add(
         "--stop-after",
         type=cli.positive_int,
         metavar="EPOCHS",
-        help="end after so many epochs of the schedule; --resume auto continues",
+        help="stop after EPOCHS epochs in all; --resume auto continues",
     )
     add(
         "--resume",
         default="",
         metavar="PATH|auto",
-        help="checkpoint to continue; auto: the newest in the run folder",
+        help="checkpoint to continue from; auto: the newest in the run folder",
     )
     add(
         "--overwrite",
         action="store_true",
         help="start over in a folder that already holds checkpoints",
     )
-    add("--seed", type=cli.seed, help="seed of everything random; drawn and recorded if not given")
+    add("--seed", type=cli.seed, help="random seed; drawn and recorded if not given")
 
 
 def add_linear_sgd_arguments(group, lr_help: str, **defaults) -> None:
-    """Add batch, SGD and a schedule of steps with the usual values of a linear evaluation."""
+    """Add the flags of `add_sgd_arguments` with the usual defaults of a linear evaluation."""
     usual = {
         "epochs": 60,
         "batch_size": 256,
@@ -118,45 +118,45 @@ def add_linear_sgd_arguments(group, lr_help: str, **defaults) -> None:
 
 
 def add_linear_run_arguments(parser, save_path: str, save_freq: int | None = 5) -> None:
-    """Add the folder of a linear evaluation, progress, resume and seed. save_path: the default."""
+    """Add --save_path with this default, and the run flags of a linear evaluation."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--save_path", "--out", default=save_path, help="the run gets a folder of its own in here")
+    add("--save_path", "--out", default=save_path, help="parent of the run folder")
     add_name_argument(group)
     add_run_arguments(group, save_freq, tb_path=True)
-    add("--label", help="name of the run in a report; default: made of its settings")
+    add("--label", help="name of the run in a report; default: derived from its settings")
 
 
 def add_name_argument(
     group, default: str = "as published, and the seed where one is typed"
 ) -> None:
-    """Add --name, of the run's folder below the folder that the published flag gives."""
+    """Add --name, the name of the run folder below the folder that the published flag gives."""
     add = group.add_argument
     add(
         "--name",
         type=cli.folder_name,
-        help=f"name of the run's folder in there; default: {default}",
+        help=f"name of the run folder; default: {default}",
     )
 
 
 def add_monitor_arguments(group, negatives: str = "of all its negatives") -> None:
-    """Add ways to look at a pre-training: k-NN, a sheet of its views, its scores.
+    """Add the flags that monitor pre-training: k-NN, a sheet of views, scores.
 
-    negatives: which of a query's negatives the scores are of.
+    negatives: says in the help which negatives of a query the scores describe.
     """
     add = group.add_argument
     add("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
     add(
         "--knn-data",
         metavar="DATA",
-        help="root of a tree or pack for that evaluation, where DATA has no labels or is "
-        "another set",
+        help="root of a labelled tree or pack for k-NN, if DATA has no labels or another set is "
+        "wanted",
     )
-    add("--knn-k", type=cli.positive_int, default=200, help="neighbours in that evaluation")
+    add("--knn-k", type=cli.positive_int, default=200, help="number of neighbours for k-NN")
     add(
         "--show-views",
         metavar="FILE.png",
-        help="draw the first batch as the networks see it, and end",
+        help="draw the first batch as the networks see it, then exit",
     )
     add(
         "--save_score",
@@ -167,35 +167,47 @@ def add_monitor_arguments(group, negatives: str = "of all its negatives") -> Non
 
 
 def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) -> None:
-    """Add processes, devices, reading and precision, as in the published launch code.
+    """Add the flags of processes, devices, data reading and precision, spelled as published.
 
-    apex: with the flags of NVIDIA apex. compile: with --compile.
+    apex: whether to add the flags of NVIDIA apex. compile: whether to add --compile.
     """
     group = parser.add_argument_group("hardware")
     add = group.add_argument
     add(
         "--multiprocessing-distributed",
         action="store_true",
-        help="one process per GPU (or --nproc)",
+        help="start one process per GPU (or --nproc processes)",
     )
-    add("--world-size", type=int, default=-1, help="nodes (with the flag above), else processes")
+    add(
+        "--world-size",
+        type=int,
+        default=-1,
+        help="number of nodes (with the flag above), otherwise of processes",
+    )
     add(
         "--rank",
         type=int,
         default=-1,
-        help="number of this node (with the flag above), else of this process",
+        help="rank of this node (with the flag above), otherwise of this process",
     )
-    add("--dist-url", help="where processes meet, e.g. tcp://10.0.0.1:10001; one node needs none")
+    add(
+        "--dist-url",
+        help="address where processes meet, such as tcp://10.0.0.1:10001; not needed on one node",
+    )
     add("--dist-backend", choices=["nccl", "gloo"], help="default: nccl on GPUs, gloo without")
-    add("--nproc", type=cli.positive_int, help="processes here; default: one per GPU, or one")
-    add("--gpu", type=int, help="use this GPU only")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add(
+        "--nproc",
+        type=cli.positive_int,
+        help="number of processes on this node; default: one per GPU, or one",
+    )
+    add("--gpu", type=int, help="use only the GPU with this number")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
     add(
         "--data-device",
         choices=["auto", "host", "device"],
         default="auto",
-        help="device: all pictures in memory as uint8 (one size only); host: workers decode them; "
-        "auto: device where they fit",
+        help="device: keep all pictures (of one size) in device memory as uint8; host: workers "
+        "decode them; auto: device if they fit",
     )
     add(
         "-j",
@@ -203,7 +215,7 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
         "--num-workers",
         type=cli.count,
         default=parser.get_default("workers") or 32,
-        help="processes per node that read pictures; at most one per core is started",
+        help="worker processes per node that read pictures, at most one per core",
     )
     add(
         "--amp",
@@ -212,31 +224,38 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
         const="on",
         default=False,
         metavar="on|off|auto",
-        help="autocast of the encoder: bfloat16, or float16 on old GPUs; alone it means on; "
-        "auto: on but on a CPU, where both ways are timed at the start",
+        help="autocast of the encoder: bfloat16, or float16 on old GPUs; --amp alone means on; "
+        "auto: on, except that a CPU times both ways first",
     )
     if apex:
         add(
             "--opt-level",
             choices=["O1", "O2"],
             default="O2",
-            help="apex's level; with torch's own --amp both mean autocast with float32 weights",
+            help="level of apex; with torch's own --amp, both mean autocast with float32 weights",
         )
-        add("--amp-backend", choices=["torch", "apex"], default="torch", help="who does --amp")
+        add(
+            "--amp-backend",
+            choices=["torch", "apex"],
+            default="torch",
+            help="implementation of --amp",
+        )
     if compile:
         add("--compile", action="store_true", help="torch.compile the encoders")
 
 
 def check(args) -> None:
-    """Check the flags above against each other, after parsing.
+    """Check the shared flags against each other, after parsing.
 
-    With --demo, its own folder may be written over. Raises UsageError.
+    With --demo, a run in the default folder may be overwritten. Raises UsageError.
     """
-    # A lone --opt-level is passed over, as published.
+    # A lone --opt-level is ignored, as in the published code.
     if "amp_backend" in args.typed and not args.amp:
-        raise UsageError(f"--amp-backend {args.amp_backend} belongs to --amp; add that, or omit it")
+        raise UsageError(
+            f"--amp-backend {args.amp_backend} needs --amp: add --amp, or omit the flag"
+        )
     if "knn_data" in args.typed and not args.knn_every:
-        raise UsageError(f"--knn-data {args.knn_data} belongs to --knn-every; add that, or omit it")
+        raise UsageError(f"--knn-data {args.knn_data} needs --knn-every: add it, or omit the flag")
     names = ("save_path", "ckpt_path", "model_path")
     own_folder = next(name for name in names if name in vars(args))
     if args.demo and not args.typed & {own_folder, "name"} and not args.resume:
@@ -244,46 +263,47 @@ def check(args) -> None:
 
 
 def check_batch(args, process: launch.Process) -> None:
-    """Raise UsageError unless every process gets an equal share of the batch."""
+    """Raise UsageError unless the batch divides evenly among the processes."""
     if args.batch_size % process.world_size:
         raise UsageError(
-            f"--batch_size {args.batch_size} must be a multiple of the "
-            f"{process.world_size} processes"
+            f"--batch_size {args.batch_size} must be a multiple of the number of processes, "
+            f"{process.world_size}"
         )
 
 
 def run_folder(args, parent: str, published: str) -> str:
-    """Return PARENT/NAME as --name says, else the published name with the seed where one is typed.
+    """Return PARENT/NAME from --name, or the published name with the seed if one was typed.
 
-    So an array of jobs over seeds has a folder for each.
+    Jobs that differ only in the seed then have a folder each.
     """
     return os.path.join(parent, args.name or published + seed_suffix(args))
 
 
 def seed_suffix(args) -> str:
-    """Return what the seed adds to the name of a run's folder."""
+    """Return the suffix that a typed seed adds to the name of a run folder."""
     return f"_seed_{args.seed}" if "seed" in args.typed else ""
 
 
 def events(args, folder: str) -> bool | str:
-    """Return where TensorBoard events go: below --tb_path, or into the run folder (True)."""
+    """Return the folder of TensorBoard events below --tb_path, or True for the run folder."""
     if not args.tb_path:
         return True
     return os.path.join(args.tb_path, os.path.basename(folder))
 
 
-# --------------------------------------------------------------------- what the data flags open
+# ------------------------------------------------------------------------------- opening the data
 
 
 def open_split(args, split: str, classes: list[str] | None = None, **options) -> sets.PictureSet:
     """Open the split ("train", "val") of the data set that the flags name.
 
-    classes: the order of classes that it must have. options: passed on to sets.open_set.
+    classes: class names in label order, which the split must have. options: passed to
+    sets.open_set.
     """
     dataset = args.dataset
     if dataset not in ("packed", *sets.TORCHVISION_SETS):
         dataset = "folder"
-    if dataset in sets.TORCHVISION_SETS:  # one process fetches it, the others find it there
+    if dataset in sets.TORCHVISION_SETS:  # rank 0 downloads the set, the others wait
         if launch.rank() == 0:
             sets.open_set(args.data, split, dataset=dataset)
         launch.barrier()
@@ -298,13 +318,13 @@ def open_split(args, split: str, classes: list[str] | None = None, **options) ->
 
 
 def open_pretraining(args) -> sets.PictureSet:
-    """Open the training pictures, labelled or not; of STL-10 also its 100,000 unlabelled ones."""
+    """Open the training pictures, labelled or not; for STL-10 with its 100,000 unlabelled ones."""
     split = "train+unlabeled" if args.dataset == "stl10" else "train"
     return open_split(args, split, unlabelled=True)
 
 
 def reading_workers(args) -> int:
-    """Return the workers of one process; --workers are of the node, at most one a core."""
+    """Return the workers per process; --workers counts those of a node, at most one per core."""
     return -(-min(args.workers, launch.cores()) // launch.here)
 
 
@@ -316,10 +336,10 @@ def make_loader(
     batch_size: int | None = None,
     **options,
 ) -> data.Loader:
-    """Return a loader that reads as the flags say.
+    """Return a loader with the settings of the flags.
 
-    batch_size: pictures per process; default: the share of --batch-size. options: further ones of
-    data.Loader, or others than those of the flags.
+    batch_size: pictures per process; default: the share of --batch-size. options: arguments of
+    data.Loader, which replace those of the flags.
     """
     settings = {
         "device": process.device,
@@ -342,17 +362,17 @@ def evaluation_loader(
     batch_size: int | None = None,
     **options,
 ) -> data.Loader:
-    """Return a loader of every picture once, in order, under one view. batch_size: per process."""
+    """Return a loader that yields every picture once, in order. batch_size: per process."""
     fixed = {"seed": 0, "shuffle": False, "drop_last": False}
     return make_loader(args, process, pictures, (view,), batch_size, **fixed | options)
 
 
 def eval_resize(input_res: int) -> int:
-    """Return the shorter side before the centre crop: 256 for 224, in proportion elsewhere."""
+    """Return the shorter side before the centre crop: 256 for 224 and in proportion otherwise."""
     return round(input_res * 256 / 224)
 
 
 def plain_view(args, *colours) -> augment.Compose:
-    """Return the view of an evaluation: shorter side resized, centre crop, then `colours`."""
+    """Return the view of an evaluation: resize, centre crop, then the operations `colours`."""
     geometry = augment.ResizeCenterCrop(eval_resize(args.input_res), args.input_res)
     return augment.Compose(geometry, *colours)

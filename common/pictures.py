@@ -1,4 +1,4 @@
-"""Sets of pictures as the loader sees them: files to decode, or arrays of one size."""
+"""Represent sets of pictures for the loader: files to decode, or arrays of one size."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from common import UserError, printable
 
 
 class BadPicture(UserError):
-    """A file that cannot be decoded: its `row`, its `path`, and the `reason` in a few words."""
+    """A file that cannot be decoded. It has a `row`, a `path` and a short `reason`."""
 
 
 class PictureSet:
     """Pictures with labels.
 
-    targets: int64 (N,), the class index of each picture, -1 where there is none.
-    classes: the class names in the order of their indices.
-    notes: lines worth printing at the start of a run.
+    targets: int64 (N,), the class index of each picture, or -1 for an unlabelled one.
+    classes: class names in the order of their indices.
+    notes: lines to print at the start of a run.
 
-    A subclass has `open(row)`, which returns a picture, and `path(row)`, which says where it lies.
+    A subclass has `open(row)`, which returns a picture, and `path(row)`, which names its place.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class PictureSet:
         self.name = name
         self.notes = []
         self.held = None  # common.data keeps the decoded pictures here
-        self._places = places  # where every picture lies
+        self._places = places  # the place of every picture: a path or a row
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -48,9 +48,9 @@ class PictureSet:
         return {**self.__dict__, "held": None}  # the copy on the device stays in this process
 
     def select(self, rows: Sequence[int]) -> PictureSet:
-        """Return the same set restricted to these rows, in this order; class indices stay."""
+        """Return this set restricted to these rows, in this order; class indices do not change."""
         rows = np.asarray(rows, dtype=np.int64)
-        part = copy.copy(self)  # leaves out what __getstate__ does
+        part = copy.copy(self)  # without `held`, by __getstate__
         part.targets = self.targets[torch.from_numpy(rows)]
         part.notes = list(self.notes)
         part._places = self._places[rows]
@@ -58,7 +58,7 @@ class PictureSet:
 
 
 class FolderSet(PictureSet):
-    """Pictures on disk; paths are relative to root, or absolute."""
+    """Picture files on disk; paths are relative to root, or absolute."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class FolderSet(PictureSet):
         classes: Sequence[str],
         root: str | Path,
     ):
-        # Workers share one byte array without copying it. Of a million str objects they would
-        # write the reference counts, and pickling them takes long.
+        # Workers share one byte array without copying it. With a million str objects they would
+        # copy the memory pages of reference counts, and pickling would take long.
         places = np.array([os.fsencode(path) for path in paths] or [b""])
         super().__init__(targets, classes, "/".join(Path(root).parts[-2:]), places)
         self.root = str(root)
@@ -82,7 +82,7 @@ class FolderSet(PictureSet):
         return [self.path(row) for row in range(len(self))]
 
     def open(self, row: int) -> Image.Image:
-        """Return the picture, its header read and its pixels not yet decoded. Raises BadPicture."""
+        """Open the picture: read its header, but do not decode pixels. Raises BadPicture."""
         try:
             with open(self.path(row), "rb") as file:
                 return Image.open(BytesIO(file.read()))
@@ -90,13 +90,13 @@ class FolderSet(PictureSet):
             raise self.bad_picture(row, error) from None
 
     def bad_picture(self, row: int, error: Exception) -> UserError:
-        """Return the error to raise where a decoder raised `error`.
+        """Return the error to raise after a decoder raised `error`.
 
-        It is a BadPicture, which may be skipped, unless the memory does not suffice.
+        It is a BadPicture, which may be skipped, unless memory ran out.
         """
         path = printable(self.path(row))
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the latter of torch
-            return UserError(f"{path}: too large for the memory: remove it, or make it smaller")
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch says this
+            return UserError(f"{path}: the picture does not fit in memory: remove or shrink it")
         if isinstance(error, Image.DecompressionBombError):
             reason = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow refuses"
         elif isinstance(error, OSError) and error.errno is not None:
@@ -115,8 +115,8 @@ class FolderSet(PictureSet):
 class ArraySet(PictureSet):
     """Pictures of one size that need no decoding, in memory or in a memory-mapped file.
 
-    images: uint8 (N, 3, H, W), or an .npy file (N, H, W, 3) of which only what is asked for is
-    read, and which processes share. sources: the file each picture was made from.
+    images: uint8 (N, 3, H, W), or the path of an .npy file (N, H, W, 3), which is read on demand
+    and shared by processes. sources: the file that each picture was made from.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ class ArraySet(PictureSet):
 
     @property
     def images(self) -> Tensor:
-        """uint8 (M, 3, H, W), with those that `select` left out; a file is mapped read only."""
-        if self._images is None:  # every process maps the file anew
-            with warnings.catch_warnings():  # torch has no read-only tensors and warns of that
+        """All pictures uint8 (M, 3, H, W), before `select`; a file is mapped read-only."""
+        if self._images is None:  # every process maps the file itself
+            with warnings.catch_warnings():  # torch warns that the array is read-only
                 warnings.simplefilter("ignore", UserWarning)
                 pixels = torch.from_numpy(np.load(self.file, mmap_mode="r"))
             self._images = pixels.permute(0, 3, 1, 2)
@@ -149,7 +149,7 @@ class ArraySet(PictureSet):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of every picture."""
+        """Height and width of every picture."""
         return tuple(self.images.shape[-2:])
 
     def path(self, row: int) -> str:
@@ -158,7 +158,7 @@ class ArraySet(PictureSet):
         return f"{text} ({self._sources[place]})" if self._sources else text
 
     def open(self, row: int) -> Tensor:
-        """Return uint8 (3, H, W), part of `images`."""
+        """Return a picture uint8 (3, H, W), a slice of `images`."""
         return self.images[self._places[row]]
 
     def __getitem__(self, rows: Tensor) -> Tensor:
@@ -171,5 +171,5 @@ class ArraySet(PictureSet):
         return pixels.permute(0, 3, 1, 2)
 
     def __getstate__(self) -> dict:
-        # A map is not pickled: the copy would be all pixels.
+        # A map is not pickled, since that would copy all pixels.
         return {**super().__getstate__(), "_images": self._images if self.file is None else None}

@@ -1,4 +1,4 @@
-"""Mixed precision of the encoders: torch.autocast, or NVIDIA apex where it is installed."""
+"""Run encoders in mixed precision, by torch.autocast or NVIDIA apex."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from common import UserError, launch
 
-PICTURES = 16  # in a batch that is timed, or two in each batch-norm group where that is more
-REPEATS = 2  # timed passes each way, after one that is not timed; the fastest counts
+PICTURES = 16  # in a timed batch, but at least two in each batch-norm group
+REPEATS = 2  # timed passes each way, after a warm-up pass; the fastest counts
 
 
 class Precision:
@@ -19,9 +19,9 @@ class Precision:
     Only encoders belong inside `autocast()`; logits, losses and memories are float32. `scaler` does
     nothing unless float16.
 
-    amp: False, as published; True; or "auto", which is True but on a CPU, where `choose` settles it
-    and until then it is False. remark: one line about that choice for the log, "" without one.
-    backend "apex": NVIDIA apex does it at `opt_level`. Raises UserError where it is not installed.
+    amp: False, True or "auto", which is True except on a CPU, where it is False until `choose`
+    decides. backend: "torch", or "apex" for NVIDIA apex at `opt_level`; raises UserError if apex is
+    not installed. remark: one line for the log about the choice of `choose`, or "".
     """
 
     def __init__(self, amp: bool | str, device: torch.device, backend="torch", opt_level="O2"):
@@ -37,17 +37,17 @@ class Precision:
 
     @classmethod
     def of(cls, args, device: torch.device) -> Precision:
-        """Return what the flags of common.options say."""
+        """Return the precision that the flags of common.options ask for."""
         backend = getattr(args, "amp_backend", "torch")
         return cls(args.amp, device, backend, getattr(args, "opt_level", "O2"))
 
     def choose(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        """Settle `--amp auto` on a CPU: time the network both ways and take the faster.
+        """Decide `--amp auto` on a CPU: time the network both ways and take the faster.
 
-        It is timed forward and backward, or forward only where no parameter wants a gradient, on
+        The passes run forward and backward, or only forward if no parameter needs a gradient, on
         random images of image_shape (C, H, W). Call this before the network is compiled or wrapped
-        for several processes. Parameters, gradients, buffers and torch's generator stay as they
-        are, and all ranks take the choice of rank 0. Does nothing where nothing is open.
+        for several processes. Parameters, gradients, buffers and torch's generator do not change,
+        and all ranks take the choice of rank 0. Does nothing unless `--amp auto` is undecided.
         """
         if not self.is_open:
             return
@@ -72,7 +72,7 @@ class Precision:
         )
 
     def _seconds(self, network: nn.Module, images: Tensor) -> float:
-        """Time one pass of the network. Gradients are computed, but not kept."""
+        """Time one pass of the network in seconds. Gradients are computed but not kept."""
         trained = [p for p in network.parameters() if p.requires_grad]
         start = time.perf_counter()
         with torch.set_grad_enabled(bool(trained)):
@@ -85,7 +85,7 @@ class Precision:
         return time.perf_counter() - start
 
     def prepare(self, model, optimizer):
-        """Return (model, optimizer), wrapped by apex where it is used, before launch.parallel."""
+        """Return (model, optimizer), wrapped by apex if it is used. Call before launch.parallel."""
         if self.apex is None:
             return model, optimizer
         return self.apex.initialize(model, optimizer, opt_level=self.opt_level)
@@ -94,7 +94,7 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype, enabled=self.enabled)
 
     def step(self, loss: Tensor, optimizer) -> None:
-        """Compute fresh gradients of `loss`, and take one step of the optimizer."""
+        """Compute the gradients of `loss` and take one optimizer step."""
         optimizer.zero_grad(set_to_none=True)
         if self.apex is not None:
             with self.apex.scale_loss(loss, optimizer) as scaled:
@@ -112,14 +112,13 @@ class Precision:
 
 
 def _import_apex():
-    """Return NVIDIA's apex.amp. Raises UserError where no apex is installed that still has it."""
+    """Return NVIDIA's apex.amp. Raises UserError if no apex that has it is installed."""
     try:
         from apex import amp
     except ImportError:
         raise UserError(
-            "--amp-backend apex: no NVIDIA apex with `amp` is installed (upstream removed amp in "
-            "2025, and the apex of the package index is another project); omit the flag to use "
-            "torch's own autocast"
+            "--amp-backend apex: no NVIDIA apex with `amp` is installed (NVIDIA removed amp in "
+            "2025, and the apex on PyPI is another project): omit the flag to use torch's autocast"
         ) from None
     if not hasattr(amp, "scale_loss"):
         raise UserError("--amp-backend apex: the installed `apex` is not NVIDIA's; omit the flag")

@@ -1,4 +1,4 @@
-"""Keep the pictures of small sets on the device: decoded once, as one uint8 tensor."""
+"""Keep the pictures of small sets on the device, decoded once into one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common import UsageError, UserError
 from common.crops import decoded
 from common.pictures import ArraySet, BadPicture, PictureSet
 
-CPU_BYTES = 4 << 30  # most that 'auto' keeps in main memory; on CUDA a third of what is free
+CPU_BYTES = 4 << 30  # the most that 'auto' keeps in main memory; on CUDA a third of what is free
 
 
 class SizesDiffer(UsageError):
@@ -24,7 +24,7 @@ class SizesDiffer(UsageError):
 def fits(sources: list[PictureSet], device: torch.device) -> bool:
     """Return whether 'auto' keeps these sets on the device."""
     if device.type == "cpu" and any(isinstance(s, ArraySet) and s.file for s in sources):
-        return False  # on a CPU workers read a pack faster: their crops are cut in integers
+        return False  # on a CPU workers are faster, since they cut crops in integers
     total = 0
     for source in sources:
         size = _common_size(source)
@@ -37,15 +37,15 @@ def fits(sources: list[PictureSet], device: torch.device) -> bool:
 
 
 def _common_size(source: PictureSet) -> tuple[int, int] | None:
-    """Return the (height, width) that 512 pictures spread over the set share, or None.
+    """Return the (height, width) shared by 512 pictures spread over the set, or None.
 
-    Only their headers are read.
+    Only headers are read.
     """
     if isinstance(source, ArraySet):
         return source.size
     sizes = set()
     for row in range(0, len(source), max(1, len(source) // 512)):
-        # Decoding will say what is wrong with a damaged file.
+        # A damaged file is reported when it is decoded.
         with contextlib.suppress(Exception), Image.open(source.path(row)) as image:
             sizes.add(image.size[::-1])
         if len(sizes) > 1:
@@ -56,10 +56,10 @@ def _common_size(source: PictureSet) -> tuple[int, int] | None:
 def hold(
     source: PictureSet, device: torch.device, threads: int, skip_bad: bool, progress: bool
 ) -> tuple[ArraySet, dict[int, BadPicture]]:
-    """Return the set on the device, and the error of each row that cannot be read.
+    """Return the set on the device, and {row: error} for the pictures that cannot be read.
 
-    It is read once per device and kept in source.held. Raises SizesDiffer, BadPicture (without
-    skip_bad), and UserError where the memory does not suffice.
+    The set is read once per device and kept in source.held. Raises SizesDiffer, BadPicture (without
+    skip_bad), and UserError if memory runs out.
     """
     if isinstance(source, ArraySet) and device.type == "cpu":
         return source, {}
@@ -95,7 +95,7 @@ def _load(
 
     first = next((row for row in range(len(source)) if read(row) is not None), None)
     if first is None:
-        raise UserError(f"{source.name}: no readable picture in it")
+        raise UserError(f"{source.name}: there is no readable picture in it")
     blank = torch.zeros_like(read(first))
 
     def block(rows: Tensor) -> Tensor:  # in a thread: decoders release the interpreter lock

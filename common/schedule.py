@@ -1,6 +1,6 @@
-"""Learning rates as functions of time, in epochs or steps. There is no state to save.
+"""Compute learning rates as functions of time, in epochs or steps; `set_lr` applies one.
 
-Compute one, then `set_lr`.
+They have no state to save.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common import UsageError
 
 
 def cosine(base: float, t: float, total: float, floor: float = 0.0) -> float:
-    """Return half a cosine from `base` at t = 0 to `floor` at t = total, flat outside.
+    """Return a half cosine from `base` at t = 0 to `floor` at t = total, constant outside.
 
     Equation (5) of SGDR, Loshchilov and Hutter, arXiv:1608.03983. Raises ValueError if total <= 0.
     """
@@ -32,18 +32,17 @@ def step(
     rate: float = 0.1,
     inclusive: bool = True,
 ) -> float:
-    """Return `base` times `rate` for each milestone that is passed.
+    """Multiply `base` by `rate` for each milestone that is passed.
 
     A milestone m is passed at epoch >= m (inclusive, for epochs counted from 0) or at epoch > m
-    (for epochs counted from 1). Either way the first epoch at the lower rate is the one after m
-    complete ones.
+    (for epochs counted from 1). Either way the rate drops after m complete epochs.
     """
     passed = sum(epoch >= m if inclusive else epoch > m for m in milestones)
     return base * rate**passed
 
 
 def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
-    """Return a straight line from `start` at t = 0 to `base` at t = total, and `base` after it.
+    """Interpolate linearly from `start` at t = 0 to `base` at t = total, constant afterwards.
 
     total <= 0 means no warm-up.
     """
@@ -53,9 +52,9 @@ def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate `lr`.
+    """Set the learning rate of every parameter group to `lr`.
 
-    A rate that is kept in a tensor (capturable optimizers) is filled.
+    A rate that is a tensor (in capturable optimizers) is changed in place.
     """
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -67,8 +66,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs") -> tuple[int, ...]:
     """Return milestones in increasing order, from "120,160,200" or a list of integers.
 
-    Spaces are allowed, and "" means none. Raises UsageError, naming `flag`, unless they are
-    different whole epochs of at least 0.
+    Spaces are allowed, and "" means none. Raises UsageError, which names `flag`, unless they are
+    distinct whole numbers of at least 0.
     """
     is_filled = isinstance(text, str) and text.strip()
     try:
@@ -79,6 +78,6 @@ def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs")
         ) from None
     if min(milestones, default=0) < 0 or len(set(milestones)) < len(milestones):
         raise UsageError(
-            f"{flag} '{text}': epochs must be different and not negative, like 120,160,200"
+            f"{flag} '{text}': epochs must be distinct and not negative, like 120,160,200"
         )
     return tuple(milestones)

@@ -3,8 +3,8 @@
     train_set = open_set("/data/imagenet-100", "train")
     val_set = open_set("/data/imagenet-100", "val", classes=train_set.classes)
 
-common.pictures says what a set is, common.trees reads folders; scripts take the names of both from
-here. common.data turns pictures into views.
+common.pictures defines the sets and common.trees reads folders; scripts import the names of both
+from here. common.data turns pictures into views.
 """
 
 from __future__ import annotations
@@ -52,15 +52,17 @@ def open_set(
     """Open a split of a data set.
 
     root        folder: the directory that holds train/ and val/ (or test/ or validation/), each
-                with one folder per class. packed: what preprocess/pack.py wrote. cifar10, cifar100,
-                stl10: where torchvision keeps the files, or puts them (let one process do it).
-    split       'train' or 'val'; stl10 has 'unlabeled' and 'train+unlabeled', too. 'test' is 'val'.
-    class_list  file with one class folder per line, the only ones to use, of folders and packs.
-    classes     class names in label order that this split must have: those of the training set.
-    unlabelled  pictures may lie in train/, or below a root without splits, without class folders:
-                they make a set without classes, every target -1.
+                with one folder per class. packed: the output folder of preprocess/pack.py.
+                cifar10, cifar100, stl10: where torchvision keeps the files, and downloads them to
+                if they are missing (in one process only).
+    split       'train' or 'val'; stl10 also has 'unlabeled' and 'train+unlabeled'. 'test' means
+                'val'.
+    class_list  a file with one class folder per line: use only these, of folders and packs.
+    classes     class names of the training set in label order, which this split must have.
+    unlabelled  accept pictures without class folders, in train/ or below a root without splits;
+                the set then has no classes, and every target is -1.
 
-    Raises UsageError where a path, a name or a class does not fit, UserError where a download fails
+    Raises UsageError if a path, a name or a class does not fit, and UserError if a download fails
     or a pack is damaged.
     """
     root = Path(root)
@@ -77,7 +79,9 @@ def open_set(
                     return open_unlabelled(root, folder, paths)
         return open_tree(split_folder(root, split), class_list=class_list, classes=classes)
     if class_list is not None:
-        raise UsageError(f"--class-list selects class folders and {dataset} has none: leave it out")
+        raise UsageError(
+            f"--class-list selects class folders, but {dataset} has none: omit the flag"
+        )
     opened = _open_torchvision(root, split, dataset)
     if classes is not None and list(classes) != opened.classes:
         names = few(opened.classes)
@@ -86,10 +90,10 @@ def open_set(
 
 
 def _open_torchvision(root: Path, split: str, dataset: str) -> ArraySet:
-    """Open CIFAR or STL-10 in memory, fetched where it is not there. Raises UserError."""
+    """Open CIFAR or STL-10 in memory; download it if it is missing. Raises UserError."""
     if dataset not in TORCHVISION_SETS:
         names = ", ".join(TORCHVISION_SETS)
-        raise UsageError(f"--dataset {dataset}: known are folder, {names}, packed")
+        raise UsageError(f"--dataset {dataset} is not one of folder, {names}, packed")
     splits = ["train", "val"]
     selection = {"train": split == "train"}
     if dataset == "stl10":
@@ -101,7 +105,7 @@ def _open_torchvision(root: Path, split: str, dataset: str) -> ArraySet:
     try:
         try:
             opened = opener(str(root), download=False, **selection)
-        except Exception:  # RuntimeError when files are absent or their checksums differ
+        except Exception:  # RuntimeError if files are absent or their checksums differ
             root.mkdir(parents=True, exist_ok=True)
             opened = opener(str(root), download=True, **selection)
     except Exception as error:
@@ -119,7 +123,7 @@ def _open_torchvision(root: Path, split: str, dataset: str) -> ArraySet:
 
 
 def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | None) -> ArraySet:
-    """Open a split that preprocess/pack.py wrote. Raises UserError where it is not whole."""
+    """Open a split that preprocess/pack.py wrote. Raises UserError if it is not complete."""
     if split not in ("train", "val"):
         raise UsageError(f"a packed set has the splits train and val, not {split!r}")
     listing = existing(root) / f"{split}.json"
@@ -140,12 +144,14 @@ def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | No
 
 
 def _read_pack(listing: Path) -> ArraySet:
-    """Open all pictures of a pack by its .json file. Raises UserError."""
+    """Open all pictures of a pack from its .json file. Raises UserError."""
     pixels = listing.with_suffix(".npy")
     try:
         content = json.loads(listing.read_text())
         if content["format"] != PACK_FORMAT or content["version"] > PACK_VERSION:
-            raise UserError(f"{listing}: not a list of packed pictures that this version reads")
+            raise UserError(
+                f"{listing} is not a list of packed pictures that this version can read"
+            )
         sources = content["files"]
         targets = torch.tensor(content["targets"])
         failed = len(content["failed"])
@@ -162,7 +168,7 @@ def _read_pack(listing: Path) -> ArraySet:
         whole = False
     if not whole:
         raise UserError(
-            f"{listing}: damaged, or not of the pixels in {pixels.name}: copy both again, or pack "
+            f"{listing} is damaged or does not belong to {pixels.name}: copy both again, or pack "
             "again with --force"
         )
     if failed:
@@ -171,13 +177,13 @@ def _read_pack(listing: Path) -> ArraySet:
 
 
 def _no_pack(root: Path, split: str) -> UserError:
-    """Return the error for a split that is not packed, or not wholly."""
+    """Return the error for a split that is not packed, or not completely."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads((root / f"{split}.packing.json").read_text())
         progress = f"{state['done']} of {state['settings']['pictures']} pictures"
         command = state["command"]
         return UserError(f"{root}: packing of {split} is unfinished ({progress}): run {command}")
     if (root / split).is_dir():
-        return UsageError(f"{root}: class folders, not a packed set: leave out --dataset packed")
+        return UsageError(f"{root} holds class folders, not a packed set: omit --dataset packed")
     command = f"python preprocess/pack.py TREE {root}"
-    return UsageError(f"{root}: no packed {split} ({split}.json) in it: run {command}")
+    return UsageError(f"{root} has no packed {split} ({split}.json): run {command}")

@@ -1,4 +1,4 @@
-"""Trees of picture files: folders of splits and classes, the files in them, and class lists."""
+"""Read trees of picture files: folders of splits and classes, their files, and class lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from common import UsageError, printable
 from common.pictures import FolderSet
 
-SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folders of a split; the first there wins
+SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folder names; the first found wins
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 
 
@@ -27,17 +27,14 @@ def open_tree(
 ) -> FolderSet:
     """Open all pictures under folder/<class>/, in the order of torchvision's ImageFolder.
 
-    class_list leaves other folders out: a file that names folders which must be there, or a
-    sequence of names of which some may be missing. classes fixes the class names and their labels;
-    the folders must be exactly these, or with subset=True some of them (ImageNet-R has 19 of the
-    ImageNet-100 classes). Raises UsageError.
+    class_list: the only folders to use; a file names folders that must exist, a sequence may name
+    missing ones. classes: class names in label order; the folders must be exactly these, or with
+    subset=True some of them (ImageNet-R has 19 of the ImageNet-100 classes). Raises UsageError.
     """
     folder = existing(folder)
     names = folders_in(folder)
     if not names:
-        raise UsageError(
-            f"{folder}: no class folders in it; expected {folder}/<class>/<picture>.jpg"
-        )
+        raise UsageError(f"{folder} has no class folders; expected {folder}/<class>/<picture>.jpg")
     if isinstance(class_list, (str, Path)):
         names = listed(folder, names, class_list)
     elif class_list is not None:
@@ -56,29 +53,29 @@ def open_tree(
             empty.append(name)
     if empty:
         raise UsageError(
-            f"{folder}: class folder without any picture: {few(empty)}; put pictures in, remove "
-            "the folder, or name the classes to use with --class-list "
+            f"{folder}: these class folders have no picture: {few(empty)}; add pictures, remove "
+            "the folders, or name the classes to use with --class-list "
             f"(pictures end in {' '.join(IMG_EXTENSIONS)})"
         )
     return FolderSet(paths, targets, classes, folder)
 
 
 def open_unlabelled(root: Path, folder: Path, paths: list[str]) -> FolderSet:
-    """Open pictures without classes; `folder` is root or its train/, paths are relative to it."""
+    """Open pictures without classes; paths are relative to `folder`, root or its train/."""
     others = sorted({*folders_in(root)} - {"train", *SPLIT_NAMES["val"]})
     if folder != root and others:  # a class may be called train
         raise UsageError(
-            f"{root}: train/ holds no class folders, and beside it is {few(others)}: give {folder} "
-            "for its pictures alone, or move class folders into a new train/"
+            f"{root}: train/ holds no class folders, but is beside {few(others)}: give {folder} "
+            "to use only its pictures, or move class folders into a new train/"
         )
     opened = FolderSet(paths, [-1] * len(paths), [], folder)
-    note = f"no train/CLASS/*, so its {len(paths)} pictures are taken without labels"
+    note = f"there is no train/CLASS/*, so its {len(paths)} pictures are used without labels"
     opened.notes.append(f"{folder}: {note}")
     return opened
 
 
 class Folder(NamedTuple):
-    """One folder of a tree: its path relative to the tree, and the names of what lies in it."""
+    """One folder of a tree: its path relative to the tree, and the names of its entries."""
 
     path: str
     folders: list[str]
@@ -111,8 +108,8 @@ def walk(tree: str | Path, below: str = "") -> list[Folder]:
 def _kind(entry: os.DirEntry, trail: Sequence[str | Path]) -> str:
     """Return the field of Folder that the entry belongs to.
 
-    A link to nothing is a file, so that opening it names it. Pipes and devices, which may not be
-    opened, and links back to a folder that contains one of `trail` are others.
+    A broken link is a file, so that the error of opening it names it. Pipes, devices and links
+    back to a folder that contains one of `trail` are others, which must not be opened.
     """
     try:
         if not entry.is_dir():
@@ -127,12 +124,12 @@ def _kind(entry: os.DirEntry, trail: Sequence[str | Path]) -> str:
 
 
 def folders_in(folder: str | Path) -> list[str]:
-    """Return the names of the folders directly in it, sorted."""
+    """Return the sorted names of the folders directly in `folder`."""
     return sorted(entry.name for entry in os.scandir(folder) if _kind(entry, [folder]) == "folders")
 
 
 def pictures_below(tree: str | Path, class_name: str = "") -> list[str]:
-    """Return paths relative to tree, of all depths, in the order of torchvision's make_dataset."""
+    """Return paths relative to tree of all pictures below tree/class_name, as torchvision sorts."""
     return [
         os.path.join(folder.path, name)
         for folder in walk(tree, class_name)
@@ -144,7 +141,7 @@ def pictures_below(tree: str | Path, class_name: str = "") -> list[str]:
 def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
     """Return the folder of a split below `root`: train/, or val/ (else test/, else validation/).
 
-    bare: a root in which there is no split is itself the folder. Raises UsageError.
+    bare: return `root` itself if it has no splits. Raises UsageError.
     """
     if split not in ("train", "val", "test"):
         raise UsageError(f"a folder of pictures has the splits train and val, not {split!r}")
@@ -154,8 +151,10 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
         if (root / name).is_dir():
             return root / name
     if (root / "train.json").exists() or (root / "val.json").exists():
-        raise UsageError(f"{root}: a packed set, not class folders: add --dataset packed")
-    absent = f"{root}: no {names[0]}/ folder"
+        raise UsageError(
+            f"{root} is a packed set, not a tree of class folders: add --dataset packed"
+        )
+    absent = f"{root} has no {names[0]}/ folder"
     for dataset, class_name in TORCHVISION_SETS.items():
         files = getattr(tv_datasets, class_name).base_folder
         if (root / files).is_dir():
@@ -170,11 +169,13 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
         raise UsageError(f"{absent}: if it holds class folders, give its parent {root.parent}")
     if len(names) > 1:
         absent += f" (nor {'/, '.join(names[1:])}/)"
-    raise UsageError(f"{absent}: move class folders into it, or say with --dataset what {root} is")
+    raise UsageError(
+        f"{absent}: move class folders into it, or name the kind of {root} with --dataset"
+    )
 
 
 def existing(folder: str | Path) -> Path:
-    """Return the folder as a Path. Raises UsageError where there is none."""
+    """Return the folder as a Path. Raises UsageError if it does not exist."""
     folder = Path(folder)
     if not folder.is_dir():
         reason = "is a file, not a folder" if folder.exists() else "no such folder"
@@ -192,19 +193,20 @@ def require_classes(
     if missing and not subset:
         differences.append(f"lacks {few(missing)}")
     if extra:
-        differences.append(f"has {few(extra)} on top")
+        differences.append(f"also has {few(extra)}")
     if differences:
         raise UsageError(
-            f"{place}: not the class folders of the training set: it {' and '.join(differences)}; "
-            "make them the same, or name the classes to use with --class-list"
+            f"{place} does not have the class folders of the training set: it "
+            f"{' and '.join(differences)}; make them the same, or name the classes to use with "
+            "--class-list"
         )
 
 
 def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> list[str]:
-    """Return class names, sorted as labels are: the first word of every line ("n01558993 robin").
+    """Return the sorted class names in a file, the first word of every line ("n01558993 robin").
 
-    present: names that count as a whole line, for class folders with spaces in their names.
-    Raises UsageError where the file is no text.
+    present: class folders, whose names may be a whole line with spaces.
+    Raises UsageError if the file is not text.
     """
     try:
         text = Path(class_list).read_text(encoding="utf-8-sig")
@@ -217,19 +219,19 @@ def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> li
 
 
 def listed(place: Path, names: Sequence[str], class_list: str | Path) -> list[str]:
-    """Return the classes of a class list, all of which must be in `names`. Raises UsageError."""
+    """Return the classes of a class list. Raises UsageError unless all of them are in `names`."""
     classes = read_class_list(class_list, set(names))
     unknown = sorted(set(classes) - set(names))
     if unknown:
         reason = f"no such class folder in {place}: {few(unknown)}"
         raise UsageError(f"--class-list {class_list}: {reason}")
     if not classes:
-        reason = "names no class; expected one class folder per line"
+        reason = "the file names no class; expected one class folder per line"
         raise UsageError(f"--class-list {class_list}: {reason}")
     return classes
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names of a list as a message shows them, and how many there are."""
+    """Return the first names of a list for a message, and their number if some are left out."""
     text = ", ".join(map(printable, names[:most]))
     return f"{text}, ... ({len(names)} in all)" if len(names) > most else text

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How well the negative term of the loss is estimated: the paper's argument as a figure.
+"""Measure how well a batch estimates the negative term of the loss, and draw it as a figure.
 
-For an anchor the truth is the mean of e^s over the pictures of other classes, which labels tell. A
-batch estimates it by the mean over all pictures (biased), or by the debiased estimator for a
-tau_plus. After `main.py --demo`, and on other pictures:
+For an anchor the true term is the mean of e^s over the pictures of other classes, which the labels
+tell. A batch estimates it by the mean over all pictures (biased), or by the debiased estimator with
+some tau_plus. The first command follows `main.py --demo`, the second one is for other pictures:
 
     python debiased/estimator.py --demo --out estimator.png
     python debiased/estimator.py --data_folder data --dataset cifar10 \\
@@ -12,7 +12,7 @@ tau_plus. After `main.py --demo`, and on other pictures:
 The figure shows, over tau_plus and for several batch sizes, the bias and the standard deviation
 over batches, both relative to the truth and averaged over anchors, and how often the estimate is at
 its lower bound. tau_plus 0 is the biased estimator. Positives are views of the anchor's picture, as
-in training, or pictures of its class, as the theory has them.
+in training, or other pictures of its class, as in the theory.
 """
 
 import math
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     two_or_more = cli.number(int, least=2)
     g = parser.add_argument_group("data")
-    text = "class folders with train/CLASS/*, or the place of a torchvision set"
+    text = "tree with train/CLASS/*, or where torchvision keeps its sets"
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, trees=("folder",), workers=4)
     g.set_defaults(input_res=32)
@@ -59,19 +59,19 @@ def parse_args(argv=None):
     g = parser.add_argument_group("estimates")
     text = "checkpoint of main.py, or its run folder"
     g.add_argument("--model_path", default="results", metavar="PATH", help=text)
-    text = "default: that of the pre-training, or 0.5"
+    text = "temperature; default: that of the pre-training, or 0.5"
     g.add_argument("--temperature", type=cli.positive, help=text)
     shares = [0, 0.01, 0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2]
     text = "values on the x-axis; 0 is the biased estimator"
     g.add_argument("--tau_plus", type=cli.fraction, nargs="+", default=shares, help=text)
-    text = "pictures of a batch"
+    text = "batch sizes, in pictures"
     g.add_argument("--batches", type=two_or_more, nargs="+", default=[32, 128, 512], help=text)
     g.add_argument("--M", type=cli.positive_int, default=1, help="positives of an estimate")
     text = "augmented views of every picture"
     g.add_argument("--views", type=two_or_more, default=4, help=text)
     text = "pictures whose negative term is estimated"
     g.add_argument("--anchors", type=cli.positive_int, default=500, help=text)
-    text = "batches that are drawn for each"
+    text = "batches that are drawn for each anchor"
     g.add_argument("--draws", type=two_or_more, default=200, help=text)
     text = "the figure; its numbers go to FILE.json"
     g.add_argument("--out", default="estimator.png", metavar="FILE.png", help=text)
@@ -89,7 +89,7 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def embed(args, saved: checkpoint.Saved, pictures, process: launch.Process) -> torch.Tensor:
-    """Return unit projections (n, views, D) of augmented views, the network in evaluation mode."""
+    """Return unit projections (n, views, D) of augmented views by the pre-trained network."""
     state = saved.get("state_dict", saved)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     state = layouts.strip_prefix(tensors)
@@ -114,13 +114,13 @@ def embed(args, saved: checkpoint.Saved, pictures, process: launch.Process) -> t
 
 
 def draw(size: int, n: int, others: torch.Tensor, generator) -> torch.Tensor:
-    """Draw numbers below n, uniform, without that of `others` in each row: (len(others), size)."""
+    """Draw uniform numbers (len(others), size) below n, in row i without the number others[i]."""
     drawn = torch.randint(n - 1, (len(others), size), generator=generator)
     return drawn + (drawn >= others[:, None])
 
 
 def same_class(targets, anchors, m: int, generator) -> torch.Tensor:
-    """Draw pictures of the class of every anchor, other than itself: (len(anchors), m)."""
+    """Draw m pictures of the class of every anchor, but never itself: (len(anchors), m)."""
     order = targets.argsort(stable=True)
     place = order.argsort()
     counts = targets.bincount()
@@ -132,10 +132,10 @@ def same_class(targets, anchors, m: int, generator) -> torch.Tensor:
 
 
 class Scores:
-    """Scores of anchors to all views of all pictures, and what batches drawn from them estimate.
+    """Scores of anchors with all views of all pictures, and batches that are drawn from them.
 
-    z (n, V, D): unit projections of V views of n pictures; targets (n,). View 0 of a picture is the
-    anchor. Draws follow from args.seed.
+    z (n, V, D): unit projections of V views of n pictures. targets (n,): their classes. View 0 of a
+    picture is the anchor. Draws follow from args.seed.
     """
 
     def __init__(self, z: torch.Tensor, targets: torch.Tensor, args, temperature: float):
@@ -152,7 +152,7 @@ class Scores:
         self.scores = scores.flatten(1)
 
     def log_mean_of_batch(self, batch: int) -> torch.Tensor:
-        """Draw a batch for every anchor; return log of the mean of e^s over its negatives."""
+        """Draw a batch for every anchor; return the log of the mean of e^s over its negatives."""
         pictures = draw(batch - 1, self.n, self.anchors, self.generator) * self.v
         one = torch.randint(self.v, pictures.shape, generator=self.generator)
         step = torch.randint(1, self.v, pictures.shape, generator=self.generator)
@@ -161,7 +161,7 @@ class Scores:
         return self.scores.gather(1, negatives).logsumexp(1) - math.log(2 * batch - 2)
 
     def log_mean_of_positives(self) -> dict[str, torch.Tensor]:
-        """Draw M positives of each kind; return log of the mean of e^s over them."""
+        """Draw M positives of each kind; return the log of the mean of e^s over them."""
         order = torch.rand(len(self.anchors), self.v - 1, generator=self.generator).argsort(1)
         own_views = self.anchors[:, None] * self.v + order[:, : self.m] + 1
         of_class = same_class(self.targets, self.anchors, self.m, self.generator) * self.v
@@ -174,10 +174,9 @@ class Scores:
 
 
 def estimates(z: torch.Tensor, targets: torch.Tensor, args, temperature: float) -> list[dict]:
-    """Return bias, standard deviation and share at the bound of the estimates of log g.
+    """Return the bias, the standard deviation, and the share at the bound, of estimates of g.
 
-    There is one row for each kind of positive, batch size and tau_plus. For the tensors see
-    `Scores`.
+    There is one row for each kind of positive, batch size and tau_plus. z, targets: as in `Scores`.
     """
     scores = Scores(z, targets, args, temperature)
     rows = []
@@ -204,8 +203,8 @@ def estimates(z: torch.Tensor, targets: torch.Tensor, args, temperature: float) 
 
 
 def figure(rows: list[dict], share: float, temperature: float, path: str) -> None:
-    """Draw what `estimates` returned. share: the true tau_plus."""
-    from matplotlib.figure import Figure  # half a second to import: not at start
+    """Draw the rows of `estimates` as a PNG. share: the true tau_plus."""
+    from matplotlib.figure import Figure  # imported here, as it takes half a second
 
     drawing = Figure(figsize=(12, 3.8), layout="constrained")
     for axis, panel in zip(drawing.subplots(1, len(PANELS)), PANELS):
@@ -238,7 +237,7 @@ def draw_lines(axis, panel: str, rows: list[dict]) -> None:
 
 def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
-        raise UsageError("the estimates are made by one process: omit --nproc")
+        raise UsageError("the estimates are computed by one process: omit --nproc")
     demo.ensure_for(args, process)
     first = "debiased/main.py --demo" if args.demo else "debiased/main.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
@@ -249,12 +248,12 @@ def worker(args, process: launch.Process) -> None:
     counts = pictures.targets.bincount(minlength=2) if (pictures.targets >= 0).all() else None
     if counts is None or counts.count_nonzero() < 2 or counts[counts > 0].min() < 2:
         raise UserError(
-            f"{pictures.name}: needs two labelled pictures or more of each of two classes"
+            f"{pictures.name} must have two classes or more, each with two pictures or more"
         )
     with saved.within():
         z = embed(args, saved, pictures, process)
     rows = estimates(z, pictures.targets, args, temperature)
-    # the chance that two pictures are of one class
+    # The chance that two pictures are of one class.
     share = (counts / counts.sum()).square().sum().item()
     content = {
         **environment(),

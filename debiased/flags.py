@@ -1,4 +1,4 @@
-"""Flags that both scripts have, and spellings of the published ones that argparse does not know."""
+"""Flags that both scripts share, and published spellings that argparse would misread."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ FALSE = ("false", "0", "no", "")
 
 
 def add_adam_arguments(group, epochs: int, batch_size: int) -> None:
-    """Add batch and Adam. epochs, batch_size: the published defaults."""
+    """Add the batch and Adam. epochs, batch_size: the published defaults."""
     text = "epochs to run in all, counted from 1"
     group.add_argument("--epochs", type=cli.positive_int, default=epochs, help=text)
-    text = "pictures, global, over all processes"
+    text = "global, over all processes"
     group.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch_size, help=text)
-    text = "of Adam; constant as published, not scaled with the batch"
+    text = "learning rate of Adam, not scaled with the batch"
     group.add_argument("--learning_rate", "--lr", type=cli.positive, default=1e-3, help=text)
-    text = "weight decay, of all parameters that are trained"
+    text = "weight decay"
     group.add_argument("--weight_decay", type=cli.not_negative, default=1e-6, help=text)
 
 
 def truth(text: str) -> bool:
-    """Parse True or False; in the published code every text but the empty one was true."""
+    """Parse True or False; the published code takes every text but the empty one as True."""
     if text.lower() not in TRUE + FALSE:
         raise argparse.ArgumentTypeError(f"{text} must be True or False")
     return text.lower() in TRUE

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Linear evaluation of a debiased pre-training: a classifier on its frozen encoder f.
 
-After `main.py --demo`; the clean protocol on STL-10; and the published one, whose batch-norm goes
-on adapting:
+The first command follows `main.py --demo`; the others are for STL-10, with the clean protocol and
+with the published one, whose batch-norm goes on adapting:
 
     python debiased/linear.py --demo
     python debiased/linear.py --model_path results/model_400.pth
@@ -38,15 +38,15 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    text = "class folders with train/CLASS/* and val/CLASS/*, or the place of a torchvision set"
+    text = "tree with train/CLASS/* and val/CLASS/*, or where torchvision keeps its sets"
     g.add_argument("--data_folder", "--data", dest="data", default="data", help=text)
     options.add_data_arguments(g, trees=("folder",), default="stl10", workers=4)
-    text = "side of the pictures of val/; default: 96 for STL-10, as published, else --input-res"
+    text = "side of the pictures of val/, pixels; default: 96 for STL-10, else --input-res"
     g.add_argument("--test-size", type=cli.positive_int, help=text)
     g.set_defaults(input_res=32)
 
     g = parser.add_argument_group("model")
-    text = "pre-training checkpoint, the authors' or ours, or a run folder: its newest"
+    text = "pre-training checkpoint, or a run folder: its newest"
     g.add_argument("--model_path", default="results/model_400.pth", metavar="PATH", help=text)
 
     g = parser.add_argument_group("method")
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     if args.protocol == "published":
         if "cache_views" in args.typed and args.cache_views:
             raise UsageError(
-                "--cache-views: with --protocol published features depend on the batch; "
+                "--cache-views: with --protocol published a feature depends on its batch; "
                 "omit one of the two"
             )
         args.cache_views = 0
@@ -85,11 +85,11 @@ def read(args):
     saved = pretrained.read(args.model_path, "--model_path", first)
     if "best_acc1" in saved:
         raise UserError(
-            f"{saved.path} is a classifier of a linear evaluation: give the network to "
-            "--model_path, this to --resume"
+            f"{saved.path} is a classifier of a linear evaluation: give a pre-training checkpoint "
+            "to --model_path, and this one to --resume"
         )
     number = re.search(r"model_(\d+)", os.path.basename(saved.path))
-    if "epoch" not in saved and number:  # the published files carry it in their name alone
+    if "epoch" not in saved and number:  # published files have it in their names alone
         saved["epoch"] = int(number[1])
     with saved.within():
         side = pretrained.input_res(args, saved.get("opt") or {})
@@ -101,13 +101,13 @@ def read(args):
 
 
 def with_model(saved, args):
-    """Return the flags with the name of the encoder in a file, which may be a classifier's."""
+    """Return the flags with the encoder's name, from a pre-training's or a classifier's file."""
     model, _ = described(encoder_state(saved), saved.path)
     return cli.replace(args, model=model)
 
 
 def encoder_state(saved) -> dict:
-    """Return the parameters of f, as `f.0.weight` and so on, of the authors' files and ours."""
+    """Return the parameters of f (`f.0.weight` and so on) in the authors' files or ours."""
     state = saved.get("state_dict", saved)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     state = layouts.strip_prefix(tensors)
@@ -115,7 +115,7 @@ def encoder_state(saved) -> dict:
 
 
 def files(args, saved):
-    """Return the run folder, what goes into it, and the file name of the best epoch."""
+    """Return the run folder, its files, and the best epoch's file."""
     file = os.path.basename(saved.path).partition(".")[0]
     name = (
         f"{pretrained.parent(saved)}_{file}_{args.protocol}"
@@ -137,9 +137,12 @@ def build_network(saved, args, classes: int, process: launch.Process):
 
 
 def embed(network: LinearNet, images, args):
-    """Return features, not normalised. Published: f is in training mode while the classifier is."""
+    """Return features (N, D), not normalised.
+
+    With --protocol published f is in training mode while the classifier is.
+    """
     is_adapting = args.protocol == "published" and network.fc.training
-    if network.f.training and not is_adapting:  # an evaluation begins: take rank 0's statistics
+    if network.f.training and not is_adapting:  # an evaluation begins with rank 0's statistics
         launch.broadcast_buffers(network)
     network.f.train(is_adapting)
     return network.f(images)
@@ -159,7 +162,7 @@ def adam(args, parameters) -> torch.optim.Optimizer:
 
 
 def label(args, saved) -> str:
-    """Return "debiased, tau_plus 0.1, t 0.5" of the network in `saved`, or behind a classifier."""
+    """Return "debiased, tau_plus 0.1, t 0.5", from the flags of the pre-training."""
     opt = saved.get("pretrained_args") or saved.get("opt") or {}
     name = os.path.basename(saved.get("network", saved.path))
     if opt.keys() >= {"loss", "tau_plus", "M", "temperature"}:
@@ -177,10 +180,10 @@ def settings(args, saved) -> dict:
 
 
 class Classifier(linear.Classifier):
-    """A classifier on f; with the published protocol only the parameters of f do not change."""
+    """A classifier on f, whose parameters are frozen, and with the clean protocol its buffers."""
 
     def frozen(self):
-        """Yield (name, tensor) of everything in the network that must not change."""
+        """Yield (name, tensor) of all parameters and buffers that must not change."""
         buffers = {name for name, _ in self.network.named_buffers()}
         for name, tensor in super().frozen():
             if self.args.protocol == "clean" or name not in buffers:
@@ -188,7 +191,7 @@ class Classifier(linear.Classifier):
 
 
 def recorded(args, saved) -> dict:
-    """Return what a classifier's checkpoint says of the pre-training."""
+    """Return the entries of a classifier's checkpoint that describe the pre-training."""
     values = {f"pretrained_{key}": saved[key] for key in ("epoch", "step") if key in saved}
     return {"pretrained_args": saved.get("opt"), **values}
 

@@ -1,4 +1,4 @@
-"""The debiased contrastive loss and its supervised oracle: functions that need torch alone.
+"""The debiased contrastive loss and its supervised oracle. This file needs torch alone.
 
 A batch of B pictures in two views gives 2B anchors. The positive of an anchor is the other view of
 its picture, and its negatives are the N = 2B - 2 views of the other pictures. About one negative in
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The least temperature at which e^{-2/t}, the smallest over the largest e^s, is a normal float32.
+# The least temperature at which the ratio e^{-2/t} of the extreme e^s is a normal float32.
 SAFE = 0.025
 
 
@@ -33,26 +33,26 @@ def debiased_loss(
         loss, parts = debiased_loss(z1, z2, temperature=0.5, tau_plus=0.1)
         loss.backward()
 
-    An anchor z has the scores s = z.z' / t: s+ to its positive, s_1 ... s_N to its negatives.
+    An anchor z has the scores s = z.z' / t: s+ with its positive, s_1 ... s_N with its negatives.
 
         loss = mean of  -log  e^{s+} / (e^{s+} + N g)
         g = max( (mean_j e^{s_j} - tau_plus * mean_m e^{s_m}) / (1 - tau_plus),  e^{-1/t} )
 
-    s_m are the scores to M positives of the anchor: its positive above, and the rows of `extra`.
+    s_m are the scores with M positives of the anchor: that above, and M - 1 rows of `extra`.
 
-    z1, z2 (B, D), B >= 2: unit rows; row i of both is of picture i. extra (M - 1, B, D): more views
-    of the pictures, unit rows, positives of both; None: M = 1, as published. tau_plus, in [0, 1):
-    the chance that another picture is of the anchor's class; 0 is the biased loss (NT-Xent of
+    z1, z2 (B, D), B >= 2: unit rows; row i of both shows picture i. extra (M - 1, B, D): unit rows
+    of further views, which are positives of both; None: M = 1, as published. tau_plus, in [0, 1):
+    the chance that another picture is of the anchor's class; 0 gives the biased loss (NT-Xent of
     SimCLR). temperature t > 0; e^{-1/t} is the least value of e^s.
 
     Gradient flows through everything, also through the positive within g, as published
     (chingyaoc/DCL, main.py at 7d6345f). Where g is at its bound, only s+ has a gradient.
 
-    Returns the loss (nats, float32 also under autocast) and {name: (2B,)} of all anchors, first
-    those of z1, without gradient: `rows` the losses; `clamped` where g is at its bound; `positive`
-    the cosine to the positive; `negative` = t log g, the cosine of a negative with e^s = g (-1 at
-    the bound). All is computed in logarithms: small temperatures do not overflow.
-    Raises ValueError where a shape or a number is not as above.
+    Returns the loss (nats, float32 also under autocast) and {name: (2B,)} of all anchors, those of
+    z1 first, without gradient: `rows` are the losses; `clamped` is True where g is at its bound;
+    `positive` is the cosine with the positive; `negative` = t log g is the cosine of a negative
+    with e^s = g (-1 at the bound). The computation is in logarithms, so that small temperatures do
+    not overflow. Raises ValueError where a shape or a number is not as above.
     Check: equal unit vectors give log(1 + N), 6.24 for B = 256, whatever tau_plus and temperature.
     """
     _check(z1, z2, temperature)
@@ -82,17 +82,17 @@ def debiased_loss(
 def log_debiased(
     log_mean: Tensor, log_same: Tensor, temperature: float, tau_plus: float
 ) -> tuple[Tensor, Tensor]:
-    """Return log g (Section 4 of the paper), and where g is at its bound.
+    """Return log g (Section 4 of the paper), and a mask that is True where g is at its bound.
 
     log_mean, log_same, of one shape: logarithms of the mean of e^s over negatives and over
-    positives. With tau_plus 0 the first result is `log_mean` itself: a mean of e^s is never below
-    the bound.
+    positives. With tau_plus 0 the first result is `log_mean` itself, since a mean of e^s is never
+    below the bound.
     """
     if not tau_plus:
         return log_mean, torch.zeros_like(log_mean, dtype=torch.bool)
-    gap = math.log(tau_plus) + log_same - log_mean  # log of what is taken off, relative to the mean
+    gap = math.log(tau_plus) + log_same - log_mean  # log of the subtrahend's share of the mean
     is_estimable = gap < 0
-    # The -1 is not used: it keeps the gradient finite where the difference has no logarithm.
+    # The -1 is never used; it keeps the gradient finite where the difference has no logarithm.
     log_rest = torch.log(-torch.expm1(torch.where(is_estimable, gap, -1)))
     log_g = log_mean + log_rest - math.log1p(-tau_plus)
     clamped = ~is_estimable | (log_g < -1 / temperature)
@@ -102,14 +102,15 @@ def log_debiased(
 def unbiased_loss(
     z1: Tensor, z2: Tensor, labels: Tensor, temperature: float = 0.5
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of the oracle that knows the labels, arXiv:2007.00224, Section 3, Q = N.
+    """Return the loss of the oracle, which knows the labels (arXiv:2007.00224, Section 3, Q = N).
 
-    It is `debiased_loss` with g the mean of e^s over the vectors of the batch whose label differs
-    from the anchor's. N g is then what N negatives of other classes would come to. Where all labels
-    differ it is the biased loss.
+    It is `debiased_loss` with another g, the mean of e^s over the vectors of the batch whose label
+    differs from the anchor's. N g is then the sum over N negatives of other classes. Where all
+    labels differ, this is the biased loss.
 
     labels (B,): the class of each picture. An anchor without a vector of another class in the batch
-    has loss 0, and `negative` -1. `clamped` is False everywhere. Raises ValueError as there.
+    has the loss 0, and `negative` -1. `clamped` is False everywhere. Raises ValueError as
+    `debiased_loss` does.
     """
     _check(z1, z2, temperature)
     if labels.shape != z1.shape[:1]:
@@ -132,14 +133,13 @@ def unbiased_loss(
 
 
 def clamp_threshold(temperature: float) -> float:
-    """Return 1 / (1 + e^{1/t}).
+    """Return 1 / (1 + e^{1/t}), the tau_plus from which on negatives can lose their gradient.
 
-    From this tau_plus on, g is at its bound where positives are aligned (cosine 1) and negatives
-    orthogonal.
+    Then g is at its bound where positives are aligned (cosine 1) and negatives orthogonal.
     """
     if temperature > 0.01:
         return 1 / (1 + math.exp(1 / temperature))
-    return math.exp(-1 / temperature)  # the same number, and nothing overflows
+    return math.exp(-1 / temperature)  # the same number, without an overflow
 
 
 def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
@@ -153,7 +153,7 @@ def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _no_negatives(size: int, device: torch.device) -> Tensor:
-    """Return where the flat scores of anchors to self and to their positive are, (2 * size,)."""
+    """Return the places (2 * size,), in flat scores, of every anchor's own and its positive's."""
     row = torch.arange(size, device=device)
     return torch.cat((row * (size + 1), row * size + row.roll(size // 2)))
 
@@ -165,7 +165,7 @@ def _positive(z: Tensor, temperature: float) -> Tensor:
 
 
 def _log_same(z: Tensor, positive: Tensor, extra: Tensor, temperature: float) -> Tensor:
-    """Return log of the mean of e^s over the M positives of all anchors, (2B,)."""
+    """Return, for each anchor, the log of the mean of e^s over its M positives: (2B,)."""
     both_views = z.view(2, len(z) // 2, -1)
     more = torch.einsum("vbd,mbd->mvb", both_views, extra) / temperature
     positives = torch.cat((positive[None], more.flatten(1)))  # M x 2B
@@ -173,9 +173,9 @@ def _log_same(z: Tensor, positive: Tensor, extra: Tensor, temperature: float) ->
 
 
 def _log_sum(z: Tensor, temperature: float, blank: Callable[[Tensor, float], None]) -> Tensor:
-    """Return log of each row's sum of e^{z.z' / t} over its negatives, (2B,).
+    """Return the log of each row's sum of e^{z.z' / t} over its negatives: (2B,).
 
-    blank(scores, value): fill in place the entries that are no negatives, a symmetric set.
+    blank(scores, value): fills in place the entries that are no negatives, a symmetric set.
     """
     if temperature >= SAFE:
         return _LogSum.apply(z, temperature, blank)
@@ -216,7 +216,7 @@ class _LogSum(torch.autograd.Function):
 def _result(
     positive: Tensor, log_g: Tensor, n: int, temperature: float, clamped: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss and its parts, from log g and the scores of the positives, all (2B,)."""
+    """Return the loss and its parts from the scores of the positives and log g, both (2B,)."""
     # -log(pos / (pos + N g)) = log(1 + N g / pos)
     rows = F.softplus(math.log(n) + log_g - positive)
     with torch.no_grad():

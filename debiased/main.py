@@ -2,8 +2,8 @@
 """Debiased Contrastive Learning: pre-training.
 
 Ching-Yao Chuang, Joshua Robinson, Lin Yen-Chen, Antonio Torralba, Stefanie Jegelka. NeurIPS 2020,
-arXiv:2007.00224. A minute on a laptop; the published runs, on STL-10 below data/; and the oracle
-that knows the labels:
+arXiv:2007.00224. A minute on a laptop; the published runs, on STL-10 below data/; and the oracle,
+which knows the labels:
 
     python debiased/main.py --demo --epochs 1
     python debiased/main.py --tau_plus 0.1
@@ -31,7 +31,7 @@ from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, resume
 from runner.folder import refuse_to_overwrite
 
-WARM_FROM = 0.01  # of the learning rate, at the start of a warm-up
+WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
 PRESETS = {
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", small_stem=False, epochs=6,
@@ -44,18 +44,18 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    text = "class folders with train/CLASS/*, or the place of a torchvision set; default: data"
+    text = "tree with train/CLASS/*, or where torchvision keeps its sets; default: data"
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     options.add_data_arguments(g, trees=("folder",), default="stl10", workers=4)
-    text = "side of the k-NN's pictures; default: 96 for STL-10, as published, else --input-res"
+    text = "side of the k-NN's pictures, pixels; default: 96 for STL-10, else --input-res"
     g.add_argument("--test-size", type=cli.positive_int, help=text)
     g.set_defaults(input_res=32)
 
     g = parser.add_argument_group("model")
     g.add_argument("--model", "--arch", choices=list(MODELS), default="resnet50", help="encoder f")
-    text = "3x3 first convolution, no max-pool, as published; --no-small-stem: torchvision's"
+    text = f"{options.SMALL_STEM}; --no-small-stem: torchvision's"
     g.add_argument("--small-stem", action=cli.OnOff, default=True, help=text)
-    text = "outputs of the projection head g"
+    text = "feature dimension: outputs of the projection head g"
     g.add_argument("--feature_dim", type=cli.positive_int, default=128, help=text)
     text = "batch-norm groups over all processes, as on that many GPUs (published: at most 2)"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
@@ -63,16 +63,16 @@ def parse_args(argv=None):
     add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
     add_adam_arguments(g, epochs=500, batch_size=256)
-    g.add_argument("--cosine", action="store_true", help="cosine schedule down to 0, per step")
-    text = f"epochs of a linear warm-up from {WARM_FROM:.0%}% of the rate"
+    g.add_argument("--cosine", action="store_true", help="cosine schedule per step, down to 0")
+    text = f"epochs of a linear warm-up from {WARM_FROM:.0%}% of the learning rate"
     g.add_argument("--warmup_epochs", type=cli.count, default=0, help=text)
 
     g = parser.add_argument_group("run")
-    text = "run folder: model_EPOCH.pth in the authors' layout, current.pth to go on from, logs"
+    text = "run folder: model_EPOCH.pth (the authors' layout), current.pth (for --resume), logs"
     g.add_argument("--model_path", "--out", default="results", help=text)
     options.add_run_arguments(g, save_freq=25)
     options.add_monitor_arguments(g, "a row for each view of a picture")
-    text = "--knn-k as published"
+    text = "the published spelling of --knn-k"
     g.add_argument("--k", dest="knn_k", type=cli.positive_int, default=200, help=text)
     text = "temperature of the k-NN's votes; default: that of the loss, as published"
     g.add_argument("--knn_t", type=cli.positive, help=text)
@@ -86,14 +86,14 @@ def parse_args(argv=None):
 
 
 def add_method_arguments(g) -> None:
-    """Add the loss and its numbers."""
+    """Add the choice of the loss, and its parameters."""
     text = "biased: SimCLR; unbiased: negatives of other classes, by label; default: debiased"
     g.add_argument("--loss", choices=["debiased", "biased", "unbiased"], help=text)
-    text = "False means --loss biased (published: any text meant True)"
+    text = "False means --loss biased (in the published code any text means True)"
     g.add_argument("--debiased", type=truth, nargs="?", const=True, metavar="BOOL", help=text)
-    text = "chance that another picture is of the anchor's class, below 1; 0: the biased loss"
+    text = "tau+, the chance that another picture is of the anchor's class; 0: the biased loss"
     g.add_argument("--tau_plus", type=cli.fraction, default=0.1, help=text)
-    text = "positives of an anchor in the estimate: M + 1 views of every picture"
+    text = "positives of an anchor in the estimate; every picture has M + 1 views"
     g.add_argument("--M", type=cli.positive_int, default=1, help=text)
     g.add_argument("--temperature", type=cli.positive, default=0.5, help="temperature of the loss")
 
@@ -104,8 +104,8 @@ def settle(args) -> None:
         if args.dataset != "stl10":
             raise UsageError(options.NO_DATA)
         args.data = "data"
-        text = "as published; --data_folder is for other pictures, --demo for built-in ones"
-        print(f"note: STL-10 in data/, downloaded if missing (2.6 GB), {text}", file=sys.stderr)
+        text = "STL-10 in data/ is used, and downloaded if missing (2.6 GB)"
+        print(f"note: {text}; --data_folder is for other pictures", file=sys.stderr)
     if args.test_size is None:
         args.test_size = 96 if args.dataset == "stl10" else args.input_res
     if args.loss and args.debiased is not None and args.debiased != (args.loss == "debiased"):
@@ -114,11 +114,11 @@ def settle(args) -> None:
         args.loss = "biased" if args.debiased is False else "debiased"
     args.debiased = args.loss == "debiased"
     if args.tau_plus == 1:
-        raise UsageError("--tau_plus 1.0: must be below 1, the chance of a picture of the class")
+        raise UsageError("--tau_plus 1.0: must be below 1, or all negatives are of one class")
     for flag in ("tau_plus", "M"):
         if args.loss != "debiased" and flag in args.typed:
             raise UsageError(
-                f"--{flag} belongs to --loss debiased, this is --loss {args.loss}; omit it"
+                f"--{flag} belongs to --loss debiased, and this is --loss {args.loss}; omit it"
             )
     if args.loss == "unbiased" and args.dataset == "stl10":
         raise UsageError(
@@ -132,7 +132,7 @@ def settle(args) -> None:
 
 
 def recipe(args) -> augment.Compose:
-    """Return the view. The blur of 3x3 pixels equals OpenCV's, with which it was published."""
+    """Return the operations of one view; the blur equals OpenCV's of 3x3 pixels, as published."""
     return augment.Compose(
         augment.RandomResizedCrop(args.input_res),
         augment.RandomHorizontalFlip(),
@@ -144,7 +144,7 @@ def recipe(args) -> augment.Compose:
 
 
 def whole_view(args) -> augment.Compose:
-    """Return the view of an evaluation: whole pictures, resized where not of --test-size."""
+    """Return the view of an evaluation: whole pictures, resized to --test-size."""
     return augment.Compose(augment.ResizeCenterCrop(args.test_size, args.test_size), NORMALIZE)
 
 
@@ -154,9 +154,9 @@ def build_loader(args, process: launch.Process):
 
 
 def build_knn(args, process: launch.Process, pictures):
-    """Return the loaders of the k-NN, whose bank is the labelled ones of these pictures.
+    """Return the loaders of the k-NN, whose bank holds those of these pictures that have a label.
 
-    None where --knn-every is 0, and where there is no val/ and the flag was not typed.
+    Return None where --knn-every is 0, or where there is no val/ and the flag was not typed.
     """
     labelled = (pictures.targets >= 0).nonzero().flatten()
     bank = pictures if len(labelled) == len(pictures) else pictures.select(labelled)
@@ -166,17 +166,18 @@ def build_knn(args, process: launch.Process, pictures):
         if "knn_every" in args.typed:
             raise
         if process.is_main:
-            print(f"note: no k-NN every {args.knn_every} epochs: {error}", flush=True)
+            print(f"note: there is no k-NN in this run: {error}", flush=True)
         return None
 
 
 class Debiased:
-    """One network, two views of every picture, or M + 1.
+    """One network, and M + 1 views of every picture.
 
-    All other pictures of the global batch are an anchor's negatives.
+    A step compares each of the first two views with the other one (the positive) and with both
+    views of all other pictures of the global batch (the negatives).
     """
 
-    generators: dict = {}  # nothing is drawn but the views
+    generators: dict = {}  # a step draws nothing
 
     def __init__(self, args, process: launch.Process):
         self.args = args
@@ -198,7 +199,7 @@ class Debiased:
     def step(self, batch: loop.Batch) -> dict:
         args = self.args
         projections = torch.stack([self.project(view) for view in batch.views], 1)
-        projections = launch.all_gather_with_grad(projections)  # B x (1 + M) x D, of all processes
+        projections = launch.all_gather_with_grad(projections)  # B x (1 + M) x D, of all ranks
         z1, z2, *extra = projections.unbind(1)
         labels = None
         if args.loss == "unbiased":
@@ -217,13 +218,13 @@ class Debiased:
         return values
 
     def project(self, view):
-        """Return the unit projections of one view: batch-norm sees it alone, a group at a time."""
+        """Return the unit projections of one view; batch-norm sees one group of it at a time."""
         view = view.contiguous(memory_format=torch.channels_last)
         with self.precision.autocast():
             return torch.cat([self.wrapped(group)[1] for group in view.chunk(self.groups)])
 
     def embed(self, images):
-        """Return the features that enter g: (N, D)."""
+        """Return the features that enter the head g: (N, D)."""
         with self.precision.autocast():
             return self.network.f(images)
 
@@ -240,12 +241,12 @@ class Debiased:
 
 
 def build_method(args, pictures, steps: int, process: launch.Process) -> Debiased:
-    """Return the method for these training pictures, at so many steps an epoch."""
+    """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     return Debiased(args, process)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate: constant as published, or with a warm-up and a cosine that follows it."""
+    """Return the learning rate: constant as published, or a linear warm-up and then a cosine."""
     done = at.epoch + at.part
     rate, warm = args.learning_rate, args.warmup_epochs
     if done < warm:
@@ -255,41 +256,8 @@ def learning_rate(args, at: loop.At) -> float:
     return rate
 
 
-def worker(args, process: launch.Process) -> None:
-    keep_published(args)
-    files = loop.Files(
-        __file__, last="current.pth", same=(*resume.PICTURES, "model", "loss", "feature_dim")
-    )
-    with loop.Job(args, process, args.model_path, files) as job:
-        args = job.args
-        demo.ensure_for(args, process)
-        loader = build_loader(args, process)
-        check_labels(args, loader.dataset)
-        neighbours = build_knn(args, process, loader.dataset)
-        if neighbours is None:  # the rest of the run is as with --knn-every 0
-            args = cli.replace(args, knn_every=0)
-            job.args = args
-        method = build_method(args, loader.dataset, len(loader), process)
-        job.begin(
-            loader,
-            method,
-            negatives=2 * args.batch_size - 2,
-            clamp_threshold=clamp_threshold(args.temperature),
-            bn_groups=method.groups * process.world_size,
-        )
-        warn_of_bound(args, job)
-        for epoch in job.epochs():
-            for batch in job.batches(learning_rate):
-                job.track(**method.step(batch))
-            if job.due(args.save_freq) and process.is_main:  # the authors' file: the network alone
-                path = os.path.join(args.model_path, f"model_{epoch}.pth")
-                checkpoint.save(path, method.state_dict()["state_dict"])
-            if job.due(args.knn_every):
-                knn.evaluate(job, method, neighbours, args.knn_t or args.temperature)
-
-
 def keep_published(args) -> None:
-    """Raise UsageError where the run would write over model_EPOCH.pth that are not its own."""
+    """Raise UsageError where the run would overwrite model_EPOCH.pth files of another run."""
     is_own = os.path.exists(os.path.join(args.model_path, "config.json"))
     if not args.show_views:
         earlier = args.resume if is_own else ""
@@ -297,7 +265,7 @@ def keep_published(args) -> None:
 
 
 def check_labels(args, pictures) -> None:
-    """Raise UsageError where the oracle has pictures without a class, or of one class only."""
+    """Raise UsageError where --loss unbiased has pictures without a class, or only one class."""
     has_labels = len(pictures.classes) >= 2 and (pictures.targets >= 0).all()
     if args.loss == "unbiased" and not has_labels:
         raise UsageError(
@@ -313,9 +281,42 @@ def warn_of_bound(args, job: loop.Job) -> None:
         job.warn(
             f"--tau_plus {args.tau_plus} is at or above 1/(1+e^(1/t)) = {threshold:.2g} for "
             f"--temperature {args.temperature}: where positives are aligned, the estimate is at "
-            "its lower bound and negatives have no gradient; lower the one or raise the other "
-            "(the log has that fraction as `clamped`)"
+            "its lower bound and negatives have no gradient (the log has the share of such anchors "
+            "as `clamped`); lower --tau_plus or raise --temperature"
         )
+
+
+def worker(args, process: launch.Process) -> None:
+    keep_published(args)
+    files = loop.Files(
+        __file__, last="current.pth", same=(*resume.PICTURES, "model", "loss", "feature_dim")
+    )
+    with loop.Job(args, process, args.model_path, files) as job:
+        args = job.args
+        demo.ensure_for(args, process)
+        loader = build_loader(args, process)
+        check_labels(args, loader.dataset)
+        neighbours = build_knn(args, process, loader.dataset)
+        if neighbours is None:  # the run goes on as with --knn-every 0
+            args = cli.replace(args, knn_every=0)
+            job.args = args
+        method = build_method(args, loader.dataset, len(loader), process)
+        job.begin(
+            loader,
+            method,
+            negatives=2 * args.batch_size - 2,
+            clamp_threshold=clamp_threshold(args.temperature),
+            bn_groups=method.groups * process.world_size,
+        )
+        warn_of_bound(args, job)
+        for epoch in job.epochs():
+            for batch in job.batches(learning_rate):
+                job.track(**method.step(batch))
+            if job.due(args.save_freq) and process.is_main:  # the authors' file, a network alone
+                path = os.path.join(args.model_path, f"model_{epoch}.pth")
+                checkpoint.save(path, method.state_dict()["state_dict"])
+            if job.due(args.knn_every):
+                knn.evaluate(job, method, neighbours, args.knn_t or args.temperature)
 
 
 def main(argv=None) -> None:

@@ -18,9 +18,9 @@ NORMALIZE = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
 class Encoder(nn.Sequential):
     """torchvision's ResNet without `fc`, numbered: 0 conv1, 1 bn1, 2 relu, 3-6 stages, 7 avgpool.
 
-    With the small stem (published) conv1 is 3x3 with stride 1, drawn as nn.Conv2d draws it, and
-    there is no max-pool; without it, the max-pool is in 2, so that the stages keep their numbers.
-    Images of any size (N, 3, H, W) -> features (N, dim), not normalised.
+    It maps images of any size (N, 3, H, W) to features (N, dim), which are not normalised. With the
+    small stem (published) conv1 is 3x3 with stride 1, initialised as nn.Conv2d does, and there is
+    no max-pool. Without it, the max-pool is in 2, so that the stages keep their numbers.
     """
 
     def __init__(self, model: str, small_stem: bool = True):
@@ -36,7 +36,10 @@ class Encoder(nn.Sequential):
 
 
 class Network(nn.Module):
-    """f and g. Images (N, 3, H, W) -> unit rows in float32: features (N, D), projections (N, d)."""
+    """The encoder f and the head g: images (N, 3, H, W) -> features (N, D), projections (N, d).
+
+    Both have unit rows in float32.
+    """
 
     def __init__(self, model: str = "resnet50", feature_dim: int = 128, small_stem: bool = True):
         super().__init__()
@@ -55,7 +58,7 @@ class Network(nn.Module):
 
 
 class LinearNet(nn.Module):
-    """f, which is not trained, and a classifier fc, named as in the published linear evaluation."""
+    """The frozen encoder f and a classifier fc, named as in the published linear evaluation."""
 
     def __init__(self, f: Encoder, classes: int):
         super().__init__()
@@ -64,9 +67,9 @@ class LinearNet(nn.Module):
 
 
 def described(state: dict[str, Tensor], path: str) -> tuple[str, bool]:
-    """Return (model, small_stem) of a state dict with the names above.
+    """Return (model, small_stem) of a state dict with the names of `Network`.
 
-    Raises UserError, naming the file `path`, where it is no such network.
+    Raises UserError, naming the file `path`, where it holds no such network.
     """
     counts = [_blocks(state, stage) for stage in (3, 4, 5, 6)]
     has_bottlenecks = "f.3.0.conv3.weight" in state
@@ -76,8 +79,8 @@ def described(state: dict[str, Tensor], path: str) -> tuple[str, bool]:
         if is_alike and "f.0.weight" in state:
             return model, state["f.0.weight"].shape[-1:] == (3,)
     raise UserError(
-        f"{path} holds no network of this method (f.0.weight, f.3.0.conv1.weight, ...): "
-        "is it of another script?"
+        f"{path} holds no network of this method, which has f.0.weight, f.3.0.conv1.weight, ...; "
+        "give a checkpoint of debiased/main.py"
     )
 
 
@@ -88,5 +91,5 @@ def _blocks(state: dict[str, Tensor], stage: int) -> int:
 
 
 def colours(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
-    """Return what takes RGB to the input of f; see `runner.layouts.colours`."""
+    """Return the operations from RGB to the input, and its channels; see `layouts.colours`."""
     return (NORMALIZE,), {"": 3}

@@ -1,4 +1,4 @@
-"""What --save_score keeps of a step: statistics of the scores of both views of every picture."""
+"""The scores that --save_score keeps of a step: statistics for both views of every picture."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from common import launch, metrics
 def pair_statistics(
     z1: Tensor, z2: Tensor, temperature: float, labels: Tensor | None = None
 ) -> Tensor:
-    """Return metrics.score_statistics of this process's anchors, rows 2 b and 2 b + 1 of picture b.
+    """Return metrics.score_statistics of this rank's anchors; rows 2b and 2b + 1 are of picture b.
 
-    z1, z2 (B, D): unit rows of all processes. Negatives are the 2B - 2 vectors of other pictures,
-    or with labels (B,) those of other classes.
+    z1, z2 (B, D): unit rows of all ranks. Negatives are the 2B - 2 vectors of other pictures, or
+    with labels (B,) those of other classes.
     """
     z = torch.stack((z1, z2), 1).flatten(0, 1).float()
     group = torch.arange(len(z1), device=z1.device) if labels is None else labels

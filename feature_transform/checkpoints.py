@@ -1,4 +1,4 @@
-"""What the files of this paper hold: a network, whose tensors describe it, and a memory."""
+"""Read this paper's checkpoints: a network, which its tensors describe, and a memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from runner import checkpoint, layouts
 
 
 def backbone_state(saved: checkpoint.Saved, ema: bool = False) -> dict[str, Tensor]:
-    """Return the parameters of the encoder under torchvision's names, CMC's behind their tower.
+    """Return the encoder's parameters under torchvision's names, CMC's behind their tower's name.
 
-    saved: our checkpoint or the authors'. ema: take the key encoder. Raises UserError where there
-    is none.
+    saved: our checkpoint or the authors'. ema: whether to take the key encoder. Raises UserError
+    where there is none.
     """
     if not ema:
         return layouts.backbone(saved)
     if "model_ema" not in saved:
         raise UserError(
-            f"{saved.path} has no model_ema, a key encoder that follows the trained one, which "
-            "only --mem moco has: omit --use_ema"
+            f"{saved.path} has no model_ema, the key encoder of --mem moco: omit --use_ema"
         )
     return layouts.backbone({"model": saved["model_ema"]})
 
@@ -31,9 +30,9 @@ def backbone_state(saved: checkpoint.Saved, ema: bool = False) -> dict[str, Tens
 def read_resnet(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
     """Return the checkpoint that --pretrained of eval_detection.py names, and its network.
 
-    The network is its parameters, under torchvision's names. For "none" they are random, and the
-    checkpoint is None. Raises UsageError where there is no checkpoint, and UserError where it holds
-    no network.
+    The network is a dict of its parameters under torchvision's names. For "none" they are random,
+    and the checkpoint is None. Raises UsageError where there is no checkpoint, and UserError where
+    it holds no network.
     """
     path = args.pretrained
     if path == "none":
@@ -46,19 +45,20 @@ def read_resnet(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
             )
     elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
         raise UsageError(
-            f"{path}: no network to start from yet; run feature_transform/main_contrast.py --demo "
-            "first, or say --pretrained none"
+            f"{path} holds no network to start from yet; run feature_transform/main_contrast.py "
+            "--demo first, or give --pretrained none"
         )
     saved = checkpoint.Saved(path)
     if "classifier" in saved:
         raise UserError(
-            f"{path} is a classifier without its network: give the pre-training to --pretrained"
+            f"{path} is a classifier without its network: give a pre-training checkpoint to "
+            "--pretrained"
         )
     return saved, backbone_state(saved, args.use_ema)
 
 
 def described(state: dict[str, Tensor], path: str) -> tuple[str, str, bool]:
-    """Return (arch, modal, small_stem) of the parameters that `backbone_state` returned.
+    """Return (arch, modal, small_stem) for the parameters that `backbone_state` returned.
 
     Raises UserError, naming `path`, where they are of no network of this family.
     """
@@ -100,7 +100,7 @@ def _shapes_of(tower: dict[str, tuple]) -> tuple | None:
 
 
 def encoders(state: dict[str, Tensor], path: str) -> Network:
-    """Return the network with these parameters, for `encode`; its head is not to be used."""
+    """Return the network with these parameters, for `encode` alone, as its head is random."""
     arch, modal, small_stem = described(state, path)
     network = Network(arch, "linear", modal, feat_dim=1, small_stem=small_stem)
     if modal == "RGB":
@@ -110,11 +110,13 @@ def encoders(state: dict[str, Tensor], path: str) -> Network:
 
 
 def load_memory(memory: KeyQueue | MemoryBank, saved: checkpoint.Saved) -> None:
-    """Put the rows of a checkpoint back. Raises UserError where they are of another memory."""
+    """Load the rows of a checkpoint. Raises UserError where they are of another memory."""
     mem = "moco" if isinstance(memory, KeyQueue) else "bank"
     then = "moco" if "model_ema" in saved else "bank"
     if mem != then:
-        raise UserError(f"{saved.path} is of --mem {then}, this run of {mem}: add --mem {then}")
+        raise UserError(
+            f"{saved.path} was trained with --mem {then}, this run has {mem}: add --mem {then}"
+        )
     rows = saved["contrast"]
     if set(rows) != set(memory.names):
         names = ", ".join(rows)[:80] or "nothing"
@@ -127,7 +129,7 @@ def load_memory(memory: KeyQueue | MemoryBank, saved: checkpoint.Saved) -> None:
 
 
 def load_pointer(memory: KeyQueue, saved: checkpoint.Saved) -> None:
-    """Put the pointer of a queue back; it is 0 for the authors' files, which have none."""
+    """Load the pointer of a queue; it is 0 for the authors' files, which have none."""
     queue = saved.get("queue", {"pointer": 0})
     if queue.keys() != {"pointer"} or not 0 <= queue["pointer"] < memory.n:
         raise UserError(f"{saved.path}: its queue is {queue}, expected a pointer below {memory.n}")

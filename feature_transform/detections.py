@@ -1,4 +1,4 @@
-"""What a detector finds in pictures: the test, average precision, and a sheet to look at."""
+"""The test of a detector: its detections, their average precision, and a sheet of pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from feature_transform.voc import Pictures
 from runner import loop
 from runner.progress import Progress
 
-RECALLS = 10  # of COCO's 101 recalls every tenth: the eleven of VOC 2007
-DETECTIONS = 100  # of a class in a picture at most
+RECALLS = 10  # every tenth of COCO's 101 recalls is one of the eleven of VOC 2007
+DETECTIONS = 100  # the most that count of a class in a picture
 Found = dict[int, dict[str, Tensor]]  # {row: boxes (n, 4), labels (n,), scores (n,)} on the CPU
 
 
@@ -54,9 +54,9 @@ def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
 class _Evaluation(COCOeval_faster):
     """COCO's evaluation with VOC's difficult objects.
 
-    They need not be found, and any number of detections may lie on one without being false. COCO
-    has that for crowds, but divides the intersection by the detection alone there; here the overlap
-    is intersection over union for all.
+    Difficult objects need not be found, and any number of detections may lie on one without being
+    false. COCO treats crowds like that, but divides the intersection by the detection's area there;
+    here the overlap is intersection over union for all objects.
     """
 
     boxes: dict  # (picture, class): (detections in order of their scores, objects)
@@ -82,7 +82,7 @@ class _Tables:
                 self._add(row, kind, found[row])
 
     def _add(self, row: int, kind: int, found: dict[str, Tensor]) -> None:
-        """Enter class `kind` of picture `row`."""
+        """Add the objects and detections of class `kind` in picture `row`."""
         order = found["scores"].sort(descending=True, stable=True).indices
         mine = order[found["labels"][order] == kind][:DETECTIONS]
         objects = self.pictures.objects[row]
@@ -115,13 +115,13 @@ def average_precision(pictures: Pictures, found: Found) -> dict:
 
     Each is a mean over the classes that have objects. At most 100 detections of a class in a
     picture count. Precision is interpolated at COCO's 101 recalls, for AP50_11 at the eleven of VOC
-    2007, as detectron2's evaluation of that year does. classes: {name: AP50}.
-    Raises UserError where there is nothing to find.
+    2007, as in detectron2's evaluation of that year. The entry `classes` is {name: AP50}.
+    Raises UserError where the test pictures have no objects to find.
     """
     tables = _Tables(pictures, found)
     if all(thing["iscrowd"] for thing in tables.objects):
         raise UserError(
-            "the test pictures have no objects, or difficult ones only: there is nothing to find"
+            "the test pictures have no objects, or difficult ones only, so AP is undefined"
         )
     objects, detections = tables.coco(tables.objects), tables.coco(tables.detections)
     evaluation = _Evaluation(objects, detections, "bbox")
@@ -146,12 +146,12 @@ def average_precision(pictures: Pictures, found: Found) -> dict:
 
 
 def draw(path: str, pictures: Pictures, found: Found, least: float = 0.5) -> None:
-    """Write the first pictures as PNG, with their objects and what was found in them.
+    """Draw the first pictures with their objects and the detections in them, as a PNG.
 
     Objects are dashed, difficult ones dotted; detections with a score of at least `least` are solid
     and carry class and score. Raises UsageError where `path` cannot be written.
     """
-    from matplotlib.figure import Figure  # takes half a second: not at start
+    from matplotlib.figure import Figure  # imported here, as it takes half a second
 
     rows = sorted(found)[:8]
     lines = -(-len(rows) // 4)

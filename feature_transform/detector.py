@@ -1,7 +1,7 @@
 """torchvision's Faster R-CNN on the ResNet in a checkpoint of this project, or on CMC's towers.
 
 This is `fasterrcnn_resnet50_fpn` with its parameter names (`backbone.body.*`, `backbone.fpn.*`,
-`rpn.*`, `roi_heads.*`). Of several towers each has a body, and the pyramid stands on all of them.
+`rpn.*`, `roi_heads.*`). Each of several towers is a body, and one pyramid takes the maps of all.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from runner import layouts
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on one trunk, or on several, whose maps lie side by side.
+    """A feature pyramid on one trunk, or on several trunks, whose maps are concatenated.
 
     forward: images (N, C, H, W) -> {"0": finest map, ..., "pool": coarsest}. Each trunk takes its
-    own channels of the images. norm: batch-norm of the pyramid's layers, or None.
+    own channels of the images. norm: class of the batch-norm in the pyramid's layers, or None.
     """
 
     def __init__(self, trunks: dict[str, Trunk], out_channels: int, norm):
@@ -47,10 +47,10 @@ class Pyramid(nn.Module):
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Resize and pad as torchvision does, after the operations that views in pre-training end with.
+    """torchvision's resizing and padding, after the last operations of the pre-training's views.
 
-    operations: of common.augment. min_size: shorter side in pixels, one of them drawn in training.
-    max_size: the longer side is at most this.
+    operations: of common.augment. min_size: shorter sides in pixels, of which training draws one.
+    max_size: the most that the longer side has.
     """
 
     def __init__(self, operations, min_size, max_size: int):
@@ -85,14 +85,13 @@ def build(
     channels: int,
     rois: int,
 ) -> FasterRCNN:
-    """Return the detector of `classes` classes and the background; all but its body is new.
+    """Return the detector of `classes` classes and the background; all but its body is random.
 
-    saved: the checkpoint that `state`, the parameters of its ResNet or towers, is from; None: from
-    no checkpoint. view: has the min_size and max_size of `Transform`. norm: "sync" or "plain", with
-    which the pyramid has batch-norm, too, or "frozen". channels: of the pyramid. rois: regions of
-    each picture that train the box head.
-    Raises UserError, naming `path`, where there is no ResNet, or one on other channels than those
-    of a picture.
+    state: parameters of the ResNet or towers. saved: their checkpoint, or None. view: has the
+    min_size and max_size of `Transform`. norm: "frozen", or "sync" or "plain", which give the
+    pyramid batch-norm, too. channels: those of the pyramid. rois: regions of each picture that
+    train the box head.
+    Raises UserError, naming `path`, where `state` is no ResNet on the channels of a picture.
     """
     operations, trunks = layouts.open_trunks(saved, state, path)
     body = Pyramid(trunks, channels, None if norm == "frozen" else nn.BatchNorm2d)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Transfer to object detection: fine-tune Faster R-CNN on a pre-trained ResNet, on Pascal VOC.
 
-The evaluation of Improving Contrastive Learning by Visualizing Feature Transformation (Zhu et al.,
-ICCV 2021) and of MoCo, with torchvision's detector, a ResNet and a feature pyramid. The published
-AP is of R50-C4, which torchvision does not have.
+This is the evaluation of Improving Contrastive Learning by Visualizing Feature Transformation (Zhu
+et al., ICCV 2021) and of MoCo, with torchvision's detector (a ResNet and a feature pyramid). The
+published AP is of R50-C4, a detector that torchvision does not have.
 
     python feature_transform/eval_detection.py --demo --pretrained none
     python feature_transform/eval_detection.py --data_folder VOC2007 VOC2012 \\
@@ -29,11 +29,11 @@ from feature_transform import checkpoints, detections, detector, voc, voc_batche
 from preprocess import demo_voc
 from runner import checkpoint, loop, pretrained
 
-# pascal_voc_R_50_C4_24k.yaml of facebookresearch/moco.
+# The settings of pascal_voc_R_50_C4_24k.yaml of facebookresearch/moco.
 PUBLISHED = {"batch": 16, "learning_rate": 0.02, "iterations": 24000}
 SHORTER = list(range(480, 801, 32))
-WARMUP_FROM = 1e-3  # of the learning rate, as in detectron2
-SAME = (  # where one of these differs it is another run
+WARMUP_FROM = 1e-3  # share of the learning rate at the start, as in detectron2
+SAME = (  # flags that a resumed run may not change
     "batch_size", "iterations", "checkpoint_every", "classes", "norm", "fpn_channels", "rois",
 )  # fmt: skip
 PRESETS = {
@@ -52,13 +52,13 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     text = "checkpoint, or a run folder, or a folder of those: the newest; none: random weights"
     g.add_argument("--pretrained", default="", metavar="PATH|none", help=text)
-    text = "of a checkpoint with model_ema, take that key encoder"
+    text = "take the key encoder of the checkpoint (model_ema)"
     g.add_argument("--use_ema", action="store_true", help=text)
-    text = "of random weights; else the checkpoint tells"
+    text = "network with random weights; otherwise the checkpoint determines it"
     g.add_argument("-a", "--arch", default="resnet50", help=text)
-    text = "batch-norm: sync: trained over all processes; plain: trained by each; frozen: as it is"
+    text = "batch-norm: sync: trained over all processes; plain: over each; frozen: not trained"
     g.add_argument("--norm", choices=["sync", "plain", "frozen"], default="sync", help=text)
-    text = "of the feature pyramid; the layers of the box head have four times as many"
+    text = "channels of the feature pyramid; the box head has four times as many"
     g.add_argument("--fpn-channels", type=cli.positive_int, default=256, help=text)
     text = "regions of each picture that train the box head"
     g.add_argument("--rois", type=cli.positive_int, default=512, help=text)
@@ -69,14 +69,14 @@ def parse_args(argv=None):
     g.add_argument("-b", "--batch_size", type=cli.positive_int, default=batch, help=text)
     text = "steps of SGD; default: 24000 for a batch of 16, else as many pictures in all"
     g.add_argument("--iterations", type=cli.positive_int, help=text)
-    text = "default: .02 for a batch of 16, else in proportion"
+    text = "learning rate; default: .02 for a batch of 16, else in proportion"
     g.add_argument("--learning_rate", "--lr", type=cli.positive, help=text)
     text = "iterations after which the rate is a tenth; default: 3/4 and 11/12 (18000,22000)"
     g.add_argument("--steps", help=text)
     text = "iterations in which the rate rises from a thousandth"
     g.add_argument("--warmup", type=cli.count, default=100, help=text)
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    text = "of all but batch-norm"
+    text = "weight decay of all parameters but batch-norm's"
     g.add_argument("--weight_decay", type=cli.not_negative, default=1e-4, help=text)
 
     g = parser.add_argument_group("run")
@@ -84,11 +84,11 @@ def parse_args(argv=None):
     g.add_argument("--save_path", "--out", default="./runs/detection", help=text)
     options.add_name_argument(g, "made of its settings")
     options.add_run_arguments(g, save_freq=None)
-    text = "iterations; an `epoch` of the log"
+    text = "iterations between checkpoints, which the log counts as epochs"
     g.add_argument("--checkpoint_every", type=cli.positive_int, default=1000, help=text)
     text = "name of the run in a report; default: the folder of the network"
     g.add_argument("--label", help=text)
-    text = "after the test, draw its first pictures and what was found in them"
+    text = "after the test, draw its first pictures with objects and detections"
     g.add_argument("--show", metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
@@ -101,20 +101,19 @@ def add_data_arguments(g) -> None:
     """Add the pictures to train and to test on, their classes and sizes."""
     text = "folders in VOC's layout to train on, such as VOC2007 VOC2012"
     g.add_argument("--data_folder", "--data", dest="data", nargs="+", metavar="ROOT", help=text)
-    text = "which of ImageSets/Main/*.txt is trained on"
+    text = "split to train on, one of ImageSets/Main/*.txt"
     g.add_argument("--split", default="trainval", help=text)
     text = "folder to test on; default: the first of --data_folder"
     g.add_argument("--test-data", metavar="ROOT", help=text)
-    g.add_argument("--test-split", default="test", help="which of its splits")
-    text = "names, or a file of one a line; default: VOC's 20"
+    g.add_argument("--test-split", default="test", help="split to test on")
+    text = "names of the classes, or a file with one a line; default: VOC's 20"
     g.add_argument("--classes", default="", metavar="A,B|FILE", help=text)
     pixels = {"type": cli.positive_int, "metavar": "PIXELS"}
     text = "shorter side in training, one drawn for each picture; default 480 to 800 by 32"
     g.add_argument("--min-size", nargs="+", default=SHORTER, help=text, **pixels)
     g.add_argument("--test-size", default=800, help="shorter side in the test", **pixels)
-    g.add_argument("--max-size", default=1333, help="most that the longer side has", **pixels)
-    # Of the group "hardware" in other scripts, whose default add_hardware_arguments takes.
-    g.set_defaults(workers=8)
+    g.add_argument("--max-size", default=1333, help="greatest longer side", **pixels)
+    g.set_defaults(workers=8)  # add_hardware_arguments takes this default
 
 
 def settle(args) -> None:
@@ -139,7 +138,7 @@ def settle(args) -> None:
         drops = sorted({args.iterations * part // 12 for part in (9, 11)})
         args.steps = ",".join(map(str, drops))
     args.milestones = schedule.parse_milestones(args.steps, "--steps")
-    args.epochs = -(-args.iterations // args.checkpoint_every)  # what the run counts
+    args.epochs = -(-args.iterations // args.checkpoint_every)  # which the job counts
 
 
 def run_name(args) -> str:
@@ -163,7 +162,7 @@ def recipe(args, train: bool) -> voc_batches.View:
 def build_network(
     args, classes: int, process: launch.Process
 ) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
-    """Return the detector, the checkpoint of its ResNet, and what is recorded of that ResNet."""
+    """Return the detector, the checkpoint of its ResNet, and the records about that ResNet."""
     saved, state = checkpoints.read_resnet(args)
     path = args.arch if saved is None else saved.path
     view = recipe(args, train=True)
@@ -172,14 +171,14 @@ def build_network(
     if args.norm == "sync" and process.world_size > 1:
         if process.device.type != "cuda":
             raise UsageError(
-                "--norm sync: PyTorch has that on GPUs only; give --norm plain or frozen, or one "
-                "process"
+                "--norm sync: PyTorch synchronises batch-norm between GPUs only; give --norm plain "
+                "or frozen, or run one process"
             )
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     shortest = min(args.min_size)
     if args.norm != "frozen" and args.batch_size == process.world_size and shortest <= 32:
         raise UsageError(
-            f"--min-size {shortest}: of one picture that leaves batch-norm one number; give more"
+            f"--min-size {shortest} leaves batch-norm one number of one picture; give more pixels"
         )
     recorded = {
         "arch": backbones.name_of(state) or "ResNet",
@@ -190,7 +189,7 @@ def build_network(
 
 
 class Detector:
-    """Faster R-CNN, its four losses and SGD. recorded: what its checkpoints say besides."""
+    """Faster R-CNN, its four losses and SGD. recorded: further entries of its checkpoints."""
 
     def __init__(self, args, network: FasterRCNN, process: launch.Process, recorded: dict):
         self.network = network
@@ -201,14 +200,14 @@ class Detector:
         layers = [module for module in network.modules() if isinstance(module, kind)]
         of_norms = {id(param) for layer in layers for param in layer.parameters()}
         groups = []
-        # Batch-norm is without weight decay, as in detectron2.
+        # Batch-norm has no weight decay, as in detectron2.
         for is_norm, decay in ((False, args.weight_decay), (True, 0)):
             params = [p for p in network.parameters() if (id(p) in of_norms) == is_norm]
             if params:
                 groups.append({"params": params, "weight_decay": decay})
         self.optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
         self.generators = {}
-        if process.device.type == "cuda":  # proposals are drawn from PyTorch's own generator
+        if process.device.type == "cuda":  # torchvision draws proposals from PyTorch's generator
             own = torch.cuda.default_generators[process.device.index or 0]
             self.generators = {"cuda": own}
 
@@ -228,13 +227,13 @@ class Detector:
         if saved["digest"] != self.recorded["digest"]:
             raise UserError(
                 f"{saved.path} started from another network ({saved['network']}): "
-                "give that with --pretrained"
+                "give that to --pretrained"
             )
         checkpoint.load_into(self.network, saved["model"], saved.path)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate of an iteration: steps, after a warm-up."""
+    """Return the learning rate of an iteration: steps, after a linear warm-up."""
     rate = schedule.step(args.learning_rate, at.global_step, args.milestones)
     return schedule.warmup(rate, at.global_step, args.warmup, rate * WARMUP_FROM)
 
@@ -280,11 +279,11 @@ def worker(args, process: launch.Process) -> None:
             report(job, saved, detections.average_precision(test_set, found))
             if args.show:
                 detections.draw(args.show, test_set, found)
-                job.log.say(f"the first test pictures and what was found in them: {args.show}")
+                job.log.say(f"the first test pictures with detections are drawn in {args.show}")
 
 
 def report(job: loop.Job, saved: checkpoint.Saved | None, values: dict) -> None:
-    """Write result.json. A report shows the published numbers, of another detector, beside it."""
+    """Write result.json, beside which a report shows the published numbers of another detector."""
     args, recorded = job.args, job.method.recorded
     classes = values["classes"]
     width = max(map(len, classes))

@@ -1,11 +1,11 @@
-"""The flags of main_contrast.py that are the method's, and the checks between them."""
+"""The flags of model, method and transformation of main_contrast.py, and the checks between them."""
 
 from __future__ import annotations
 
 from common import UsageError, cli, options
 from feature_transform import networks, recipes, views
 
-OF_MIXNORM = (  # flags that mean nothing without --mixnorm
+OF_MIXNORM = (  # flags that have no effect without --mixnorm
     "mixnorm_target",
     "expolation_mask",
     "mask_distribution",
@@ -19,7 +19,7 @@ OF_MIXNORM = (  # flags that mean nothing without --mixnorm
     "mix_start_epoch",
     "neg_query",
 )
-BELONGS = {  # a flag that means nothing without another one
+BELONGS = {  # {flag: the flag without which it has no effect}
     "pos_alpha": "sep_alpha",
     "neg_alpha": "sep_alpha",
     "norm_target": "postmix_norm",
@@ -29,7 +29,7 @@ BELONGS = {  # a flag that means nothing without another one
 
 def add_model_arguments(g) -> None:
     """Add the encoder and its projection head."""
-    text = "encoder; x2, x4: wider stages"
+    text = "network; x2, x4: stages of twice, four times the width"
     g.add_argument("--arch", type=networks.arch_name, default="resnet50", help=text)
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     text = "feature dimension"
@@ -39,14 +39,14 @@ def add_model_arguments(g) -> None:
 
 
 def add_method_arguments(g) -> None:
-    """Add what is compared with what: method, memory, augmentation, momentum."""
-    text = "sets --modal, jigsaw, mem, aug, head and nce_t where they are not typed"
+    """Add the method, its modality, memory, augmentation, temperature and momenta."""
+    text = "sets --modal, --jigsaw, --mem, --aug, --head and --nce_t where they are not typed"
     g.add_argument("--method", choices=list(recipes.METHODS), default="Customize", help=text)
-    text = "CMC: lightness against colour"
+    text = "RGB: one network; CMC: two, lightness against colour"
     g.add_argument("--modal", choices=list(networks.MODALS), default="RGB", help=text)
-    text = "a second query from nine patches (PIRL)"
+    text = "a second query, encoded from nine patches of a picture (PIRL)"
     g.add_argument("--jigsaw", action=cli.OnOff, default=False, help=text)
-    text = "bank: a row for each picture, one view; moco: queue of keys, two views"
+    text = "bank: memory bank, one view; moco: queue of keys, two views"
     g.add_argument("--mem", choices=["bank", "moco"], default="moco", help=text)
     text = "augmentation: MoCo's (A), MoCo-v2's (B), CMC's (C), InfoMin's (D), CMC-v2's (E)"
     g.add_argument("--aug", choices=views.AUGMENTATIONS, default="A", help=text)
@@ -54,12 +54,12 @@ def add_method_arguments(g) -> None:
     g.add_argument("-t", "--nce_t", "--temperature", type=cli.positive, default=0.07, help=text)
     text = "negatives per query; moco: length of the queue"
     g.add_argument("-k", "--nce_k", "--queue", type=cli.positive_int, default=65536, help=text)
-    text = "bank: momentum of a row"
+    text = "bank: momentum of a memory row"
     g.add_argument("-m", "--nce_m", type=cli.fraction, default=0.5, help=text)
     text = "moco: momentum of the key encoder"
     g.add_argument("--alpha", "--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
-    g.add_argument("--beta", type=cli.fraction, default=0.5, help="jigsaw: share of its loss")
-    text = "batch-norm groups over all processes, shuffled for keys; default: moco 8, bank 1"
+    g.add_argument("--beta", type=cli.fraction, default=0.5, help="jigsaw: weight of its loss")
+    text = "batch-norm groups over all processes, as on that many GPUs; default: moco 8, bank 1"
     g.add_argument("--bn-splits", type=cli.positive_int, help=text)
 
 
@@ -67,7 +67,7 @@ def add_transformation_arguments(g) -> None:
     """Add the feature transformation: which features are mixed, and with which coefficients."""
     text = "transform features before they are compared"
     g.add_argument("--mixnorm", action=cli.OnOff, default=False, help=text)
-    text = "which of them: positives, negatives, both"
+    text = "features that are transformed: positives, negatives, both"
     g.add_argument("--mixnorm_target", choices=["pos", "neg", "posneg"], default="neg", help=text)
     text = "positives: coefficients from 1 to 2, which move a pair apart; else from 0 to 1"
     spellings = ("--expolation_mask", "--extrapolation_mask")
@@ -75,28 +75,28 @@ def add_transformation_arguments(g) -> None:
     text = "distribution of the coefficients"
     g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=text)
     text = (
-        "which sides have a coefficient for each number; none: one a step; sample: one for each "
+        "sides that have one coefficient for each number; none: one a step; sample: one for each "
         "row; default, as published: none for posneg with --sep_alpha and beta, else both"
     )
     g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], help=text)
     g.add_argument("--beta_alpha", type=cli.positive, default=2.0, help="a of Beta(a, a)")
-    text = "a of its own for positives and for negatives, the next two flags"
+    text = "take --pos_alpha and --neg_alpha in place of --beta_alpha"
     g.add_argument("--sep_alpha", action=cli.OnOff, default=False, help=text)
     g.add_argument("--pos_alpha", type=cli.positive, default=2.0, help="a of the positives")
     g.add_argument("--neg_alpha", type=cli.positive, default=1.6, help="a of the negatives")
     text = "bring transformed features back to unit length"
     g.add_argument("--postmix_norm", action=cli.OnOff, default=False, help=text)
-    text = "which of them; pos: query and key (published, whatever was typed)"
+    text = "features that --postmix_norm normalises; pos: query and key"
     g.add_argument("--norm_target", choices=["pos", "neg", "both"], default="pos", help=text)
-    text = "transform from the next epoch on; epochs count from 1"
+    text = "transform after this epoch; epochs count from 1"
     g.add_argument("--mix_start_epoch", type=cli.count, default=0, help=text)
-    text = "the query that negatives are compared with"
+    text = "query that negatives are compared with"
     queries = ["transformed", "original"]
     g.add_argument("--neg_query", choices=queries, default="transformed", help=text)
 
 
 def check(args) -> None:
-    """Raise UsageError for flags that contradict each other, or mean nothing."""
+    """Raise UsageError for flags that contradict each other or have no effect together."""
     typed = args.typed
     alone = [flag for flag in OF_MIXNORM if flag in typed]
     if alone and not args.mixnorm:
@@ -106,9 +106,9 @@ def check(args) -> None:
             raise UsageError(f"--{flag} belongs to --{other}; add that, or omit it")
     check_coefficients(args)
     if args.mem == "bank" and "alpha" in typed:
-        raise UsageError("--alpha belongs to a queue: --mem moco; take that, or omit it")
+        raise UsageError("--alpha belongs to a queue, --mem moco; take that, or omit it")
     if args.mem == "moco" and "nce_m" in typed:
-        raise UsageError("--nce_m belongs to a bank: --mem bank; take that, or omit it")
+        raise UsageError("--nce_m belongs to a bank, --mem bank; take that, or omit it")
     if args.mem == "moco" and args.nce_k < args.batch_size:
         raise UsageError(
             f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys "
@@ -119,7 +119,7 @@ def check(args) -> None:
 def check_coefficients(args) -> None:
     """Raise UsageError for flags of the coefficients that contradict each other.
 
-    --expolation_mask of a preset means nothing, and is off, where positives stay as they are.
+    The --expolation_mask of a preset is turned off where positives are not transformed.
     """
     typed = args.typed
     if args.mixnorm_target == "neg":
@@ -132,11 +132,11 @@ def check_coefficients(args) -> None:
     if "dim_mask" in typed and {args.dim_mask, args.mixnorm_target} == {"pos", "neg"}:
         raise UsageError(
             f"--dim_mask {args.dim_mask}: with --mixnorm_target {args.mixnorm_target} those are "
-            "not mixed"
+            "not transformed"
         )
     if "beta_alpha" in typed and args.sep_alpha:
         raise UsageError(
-            "--beta_alpha: with --sep_alpha there are --pos_alpha and --neg_alpha; "
+            "--beta_alpha: --sep_alpha takes --pos_alpha and --neg_alpha instead; "
             "omit one of the two"
         )
     if args.mask_distribution == "uniform" and typed & {"beta_alpha", "pos_alpha", "neg_alpha"}:

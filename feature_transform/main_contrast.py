@@ -50,7 +50,7 @@ def parse_args(argv=None):
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100", workers=8)
-    text = "as --class-list"
+    text = "the published spelling of --class-list"
     g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=text)
 
     flags.add_model_arguments(parser.add_argument_group("model"))
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     flags.add_transformation_arguments(parser.add_argument_group("feature transformation"))
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g, epochs=200, batch_size=256, lr_decay_epochs="120,160")
-    text = "half a cosine down to the rate after three drops, in place of steps"
+    text = "cosine schedule per epoch in place of steps, down to the rate after three drops"
     g.add_argument("--cosine", action=cli.OnOff, default=False, help=text)
     text = f"warm up from {WARM_FROM} in 5 epochs (10 of more than 500); on for batches above 256"
     g.add_argument("--warm", action=cli.OnOff, default=False, help=text)
@@ -67,14 +67,15 @@ def parse_args(argv=None):
     text = "the run gets a folder of its own in here"
     g.add_argument("--model_path", "--out", default="./runs/feature_transform", help=text)
     options.add_name_argument(g)
-    text = "number at the end of that name; -1: none"
+    text = "number at the end of the folder's name; -1: none"
     g.add_argument("--exp_iter", type=int, default=-1, help=text)
     options.add_run_arguments(g, save_freq=20, tb_path=True)
     options.add_monitor_arguments(g)
     options.add_hardware_arguments(parser, apex=True, compile=True)
-    parser.ignore("the augmentation has its own least crop", "crop")
-    parser.ignore("of the linear evaluation", "aug_linear")
-    parser.ignore("never written", "feature_mix", "mix_ratio", "mix_alpha", "time_mix", "only_mix")
+    parser.ignore("--aug and --mem set the least crop", "crop")
+    parser.ignore("it belongs to main_linear.py", "aug_linear")
+    dead = ("feature_mix", "mix_ratio", "mix_alpha", "time_mix", "only_mix")
+    parser.ignore("the published code has no such method", *dead)
     args = parser.parse_args(argv)
     options.check(args)
     settle(args)
@@ -96,7 +97,7 @@ def settle(args) -> None:
 
 
 def build_loader(args, process: launch.Process):
-    """Return the loader of one view (bank) or two (moco), and of a jigsaw's; see views.py."""
+    """Return the loader of one view (bank) or two (moco), and with --jigsaw of one more."""
     seen = [views.recipe(args)]
     if args.mem == "moco":
         seen = 2 * seen
@@ -106,7 +107,7 @@ def build_loader(args, process: launch.Process):
 
 
 class Method:
-    """What bank and queue have in common: a network, its optimizer and its loss."""
+    """The part that methods with a bank and with a queue share: network, optimizer and loss."""
 
     def __init__(self, args, process: launch.Process):
         self.args = args
@@ -129,8 +130,8 @@ class Method:
         self.wrapped = launch.parallel(self.network, process)
         self.rule = recipes.rule(args)
         self.modalities = len(networks.MODALS[args.modal])
-        # Each is in the same state on every rank: coefficients and permutations; bank rows or
-        # shuffles of keys; cuts and orders of jigsaws.
+        # Generators are in the same state on every rank. `mixing` draws coefficients and
+        # permutations, `draws` bank rows or shuffles of keys, `patches` the jigsaws.
         mixing = torch.Generator(process.device).manual_seed(args.seed)
         draws = torch.Generator(process.device if args.mem == "bank" else "cpu")
         patches = torch.Generator().manual_seed(args.seed)
@@ -138,7 +139,7 @@ class Method:
         self.generators = {"mixing": mixing, "draws": draws, "patches": patches}
 
     def encode(self, images, squares) -> list:
-        """Return features (B, V D) of V modalities: of the pictures, then of their jigsaws."""
+        """Return features (B, V D) of V modalities, of the pictures and then of their jigsaws."""
         with self.precision.autocast():
             if not squares:
                 return [self.wrapped(images)]
@@ -149,16 +150,16 @@ class Method:
             return list(self.wrapped(images, patches, order.to(images.device)))
 
     def draw(self, batch: loop.Batch) -> tuple:
-        """Return the rule of this step, None before --mix_start_epoch, and this rank's draws."""
+        """Return the rule of this step (None before --mix_start_epoch) and this rank's draws."""
         rule = self.rule if batch.at.epoch + 1 > self.args.mix_start_epoch else None
         pairs = len(batch.index) * self.process.world_size
         drawn = self.memory.draw(rule, pairs, self.generators["mixing"])
         return rule, [one.part(self.process.rank, self.process.world_size) for one in drawn]
 
     def loss(self, logits) -> tuple:
-        """Return the loss of logits (B, 1 + K) of every query and modality, and values to log.
+        """Return the loss of logits (B, 1 + K) of every query and modality, and the values to log.
 
-        It is InfoNCE in nats, summed over modalities; a jigsaw has the share --beta.
+        The loss is InfoNCE in nats, summed over modalities; a jigsaw's loss has the weight --beta.
         """
         losses = [info_nce(of_query) for of_query in logits]
         loss, values = losses[0], {}
@@ -171,13 +172,13 @@ class Method:
         return loss, {"loss": loss.detach(), "contrast_acc1": hits(pictures), **values}
 
     def statistics(self, logits):
-        """Return statistics (B, 5) of the pictures' scores in the loss, mean over modalities."""
+        """Return statistics (B, 5) of the pictures' scores in the loss, means over modalities."""
         t = self.args.nce_t
         scores = [metrics.score_statistics(out[:, 0], out[:, 1:], t) for out in logits]
         return sum(scores) / len(scores)
 
     def embed(self, images):
-        """Return the pooled features (N, F), of two towers side by side."""
+        """Return the pooled features (N, F); those of two towers are side by side."""
         with self.precision.autocast():
             return self.network.encode(images)
 
@@ -216,7 +217,7 @@ class Bank(Method):
 
 
 class MoCo(Method):
-    """Two views and a queue of keys, of an encoder that follows the trained one after a step."""
+    """Two views, a key encoder that follows the trained one after a step, and a queue of keys."""
 
     def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, process)
@@ -231,7 +232,8 @@ class MoCo(Method):
         seen = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
         im_q, im_k, *squares = seen
         draws = self.generators["draws"]
-        key, keys = batchnorm.encode_shuffled(self.encode_keys, im_k, draws)  # own, of all ranks
+        # key: N x D, keys: those of all ranks
+        key, keys = batchnorm.encode_shuffled(self.encode_keys, im_k, draws)
         queries = self.encode(im_q, squares)
         logits = self.memory(queries, key, *self.draw(batch))
         loss, values = self.loss(logits)
@@ -258,13 +260,13 @@ class MoCo(Method):
 
 
 def build_method(args, pictures, steps: int, process: launch.Process) -> Method:
-    """Return the method for these training pictures, at so many steps an epoch."""
+    """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     kind = MoCo if args.mem == "moco" else Bank
     return kind(args, len(pictures), process)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate: a cosine over epochs, or steps; before that a straight line up to it."""
+    """Return the learning rate: steps or a cosine per epoch, after an optional linear warm-up."""
     floor = args.learning_rate * args.lr_decay_rate**3
     warm_epochs = 10 if args.epochs > 500 else 5
     if args.warm and at.epoch < warm_epochs:

@@ -117,7 +117,7 @@ def read(args):
     for flag, value in (("arch", arch), ("modal", modal)):
         typed = getattr(args, flag)
         if typed not in (None, value):
-            raise UserError(f"{saved.path} is of --{flag} {value}, not {typed}: omit it")
+            raise UserError(f"{saved.path} was trained with --{flag} {value}, not {typed}: omit it")
     if args.use_ema:
         saved["model"] = layouts.add_prefix(saved["model_ema"], "module.")
     side = pretrained.input_res(args, saved.get("opt") or {})

@@ -1,12 +1,12 @@
 """The memories that a query is compared with, and its logits: a queue of keys, or a memory bank.
 
-Follows memory/ of DTennant/CL-Visualizing-Feature-Transformation at c53d1be, and so PyContrast:
-names and shapes of the buffers, what is compared with what. Differs: a memory is written after the
-backward pass, from the features of all ranks; every memory can be transformed; a queue has a
-pointer that can be saved.
+Positives, negatives, and the names and shapes of the buffers are those of memory/ of
+DTennant/CL-Visualizing-Feature-Transformation at c53d1be, and so of PyContrast. It differs from
+that code in these ways: a memory is written after the backward pass, from the features of all
+ranks; every memory can be transformed; the pointer of a queue can be saved.
 
-Features of two modalities lie side by side, (B, 2 D). Each is compared with the memory of the
-other one.
+Features of two modalities are side by side, (B, 2 D). Each modality is compared with the memory of
+the other one.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def info_nce(logits: Logits) -> Tensor:
 
 
 def hits(logits: Logits) -> Tensor:
-    """Return how often the positive has the highest score, in percent, mean over modalities."""
+    """Return the percentage of positives with the highest score, mean over modalities."""
     shares = [(one[:, 0] > one[:, 1:].amax(1)).float().mean() * 100 for one in logits]
     return sum(shares) / len(shares)
 
 
 class Memory(nn.Module):
-    """Unit vectors: the buffer `memory` (n, dim), or `memory_1` and `memory_2` of two modalities.
+    """Unit rows in the buffer `memory` (n, dim), or in `memory_1` and `memory_2` of two modalities.
 
     Before training they have random directions.
     """
@@ -56,18 +56,15 @@ class Memory(nn.Module):
             self.names = [f"memory_{number + 1}" for number in range(modalities)]
         for name in self.names:
             self.register_buffer(name, F.normalize(torch.randn(n, dim), dim=1))
-        # Transformed rows, written anew at every step.
+        # Storage of the transformed rows, which are computed anew at every step.
         self.scratch: list[Tensor | None] = [None] * modalities
 
     def rows(self) -> list[Tensor]:
-        """Return the memory that each modality of a query is compared with.
-
-        Where there are two modalities, that is the memory of the other one.
-        """
+        """Return the memory that each modality is compared with: of two, that of the other one."""
         return [getattr(self, name) for name in reversed(self.names)]
 
     def candidates(self, rule: Rule) -> int:
-        """Return how many rows the negatives are made of, which have coefficients and an order."""
+        """Return the number of rows that become negatives, each with a coefficient and a partner."""
         return self.n
 
     def draw(self, rule: Rule | None, pairs: int, generator: torch.Generator) -> list[Draws]:
@@ -81,9 +78,9 @@ class Memory(nn.Module):
         return [rule.draw(pairs, self.dim, count, generator) for _ in self.names]
 
     def mixed(self, number: int, rule: Rule, draws: Draws) -> Tensor:
-        """Return all rows that modality `number` is compared with, transformed.
+        """Return the transformed rows that modality `number` is compared with.
 
-        They are one copy of the rows, whose storage is kept for the next step.
+        They are one copy of its memory, whose storage is kept for the next step.
         """
         rows = self.rows()[number]
         if draws.negative is not None and self.scratch[number] is None:
@@ -100,7 +97,7 @@ class Memory(nn.Module):
 class KeyQueue(Memory):
     """The queue of MoCo: the last n keys, first in, first out.
 
-    `pointer` is the row that is written next. It is not in the authors' files.
+    `pointer` is the row to be written next; the authors' files lack it.
     """
 
     def __init__(self, modalities: int, n: int, dim: int, temperature: float):
@@ -112,8 +109,8 @@ class KeyQueue(Memory):
     ) -> list[Logits]:
         """Return [q'.k', q'.queue'] / T of every query (B, V D) with the key (B, V D).
 
-        There are V modalities. The queries (the picture, and its jigsaw) share the draws and the
-        transformed queue.
+        V is the number of modalities. The queries (of the picture, and of its jigsaw) share the
+        draws and the transformed queue.
         """
         if rule is None:
             rule = Rule(None, None)
@@ -140,7 +137,7 @@ class KeyQueue(Memory):
 class MemoryBank(Memory):
     """The bank of InsDis, CMC and PIRL: a row for each of n training pictures, at its number.
 
-    k: drawn rows that are the negatives of a query. momentum m: a row becomes
+    k: number of drawn rows, the negatives of a query. momentum: m in the update of a row to
     unit(m row + (1 - m) feature).
     """
 
@@ -154,9 +151,9 @@ class MemoryBank(Memory):
     def candidates(self, rule: Rule) -> int:
         """Return k, or n where the whole bank is mixed.
 
-        The drawn rows of a query are mixed with each other, slot by slot, so that a score is a
-        mixture of two scores. That is not possible with a coefficient for each number, or with
-        negatives of unit length: then the whole bank is mixed, like a queue.
+        The drawn rows of a query are mixed with each other, so that a score is a mixture of two
+        scores. That is impossible with a coefficient for each number, or with negatives of unit
+        length; then the whole bank is mixed, like a queue.
         """
         return self.n if self.is_mixed_whole(rule) else self.k
 
@@ -170,8 +167,8 @@ class MemoryBank(Memory):
     ) -> list[Logits]:
         """Return [x'.w0', x'.w1', ...] / T of every query (B, V D) with the drawn rows.
 
-        rows (B, K + 1): of common.memory.draw_rows; the positive w0 is the picture's own row. The
-        queries (the picture, and its jigsaw) share the draws.
+        rows (B, K + 1): drawn by `common.memory.draw_rows`; the positive w0 is the picture's own
+        row. The queries (of the picture, and of its jigsaw) share the draws.
         """
         logits: list[Logits] = [[] for _ in queries]
         for number, bank in enumerate(self.rows()):
@@ -204,7 +201,7 @@ class MemoryBank(Memory):
 
     @torch.no_grad()
     def update(self, feat: Tensor, index: Tensor) -> None:
-        """Move rows `index` (B,) towards the untransformed features (B, V D) of all ranks."""
+        """Update the rows `index` (B,) with the untransformed features (B, V D) of all ranks."""
         for name, part in zip(self.names, feat.split(self.dim, 1)):
             bank = getattr(self, name)
             mixed = self.momentum * bank[index] + (1 - self.momentum) * part

@@ -1,10 +1,10 @@
 """The networks of Feature Transformation, which are PyContrast's: an encoder and its heads.
 
-Zhu et al., arXiv:2108.02982. Names and order of the parameters are as published (networks/ of
-DTennant/CL-Visualizing-Feature-Transformation at c53d1be): `encoder.*` is torchvision's ResNet
-without `fc`, `head.*` the projection head, `head_jig.*` that of the jigsaw. With the colours of CMC
-there are two of each, which share nothing: `encoder1`, `encoder2`, `head1`, `head2`, `head1_jig`,
-`head2_jig`.
+The paper is Zhu et al., arXiv:2108.02982. Names and order of the parameters are published
+(networks/ of DTennant/CL-Visualizing-Feature-Transformation at c53d1be): `encoder.*` is
+torchvision's ResNet without `fc`, `head.*` the projection head, `head_jig.*` that of the jigsaw.
+With the colours of CMC there are two of each, which share nothing: `encoder1`, `encoder2`, `head1`,
+`head2`, `head1_jig`, `head2_jig`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torchvision.models.resnet import ResNet
 
 from common import backbones
 
-PATCHES = 9  # of a jigsaw
-BACKBONES = {  # name: (depth, groups of the 3x3 convolutions, their width per group)
+PATCHES = 9  # the number of patches of a jigsaw
+BACKBONES = {  # {name: (depth, groups of the 3x3 convolutions, their width per group)}
     "resnet18": (18, 1, 64),
     "resnet50": (50, 1, 64),
     "resnet101": (101, 1, 64),
@@ -33,33 +33,33 @@ BACKBONES = {  # name: (depth, groups of the 3x3 convolutions, their width per g
     "resnext152v2": (152, 32, 8),
     "resnext152v3": (152, 64, 4),
 }
-WIDTHS = {"": 1, "x2": 2, "x4": 4}  # the towers of CMC have half of that
+WIDTHS = {"": 1, "x2": 2, "x4": 4}  # {suffix: width}; CMC's towers have half of it
 ARCHS = [name + suffix for suffix in WIDTHS for name in BACKBONES]
 HEADS = ("linear", "linear_wo_norm", "mlp", "mlp_bn", "2mlp_bn")
-MODALS = {
+MODALS = {  # {--modal: {suffix of a tower's names: its input channels}}
     "RGB": {"": 3},
     "CMC": {"1": 1, "2": 2},
-}  # what the towers are called, and their input channels
+}
 
 
 def arch_name(text: str) -> str:
     """Parse --arch for argparse."""
     if text.startswith("resnest"):
         raise argparse.ArgumentTypeError(
-            f"{text}: torchvision has no split-attention networks; use resnet50 or resnext50"
+            f"{text}: torchvision has no split-attention networks; take resnet50 or resnext50"
         )
     if text not in ARCHS:
         known = f"{', '.join(BACKBONES)}, each also with x2 or x4 after it"
-        raise argparse.ArgumentTypeError(f"unknown network {text}: there are {known}")
+        raise argparse.ArgumentTypeError(f"{text} is unknown; take one of {known}")
     return text
 
 
 class Encoder(ResNet):
-    """Turn images (N, in_channels, H, W) into the pooled feature (N, dim) of torchvision's ResNet.
+    """torchvision's ResNet without `fc`: images (N, in_channels, H, W) -> pooled feature (N, dim).
 
-    It has no last layer. width: factor of the channels of all stages, and above 1 of the stem,
-    which is never narrower than 64. small_stem: 3x3 first convolution with stride 1 and no pooling,
-    for small pictures (not in the published code). Weights are drawn as torchvision draws them.
+    width: factor of the channels of all stages, and above 1 of the stem, too, which has at least
+    64. small_stem: 3x3 first convolution with stride 1 and no pooling, for small pictures (not in
+    the published code). Weights are drawn as torchvision draws them.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Encoder(ResNet):
 
 
 class Unit(nn.Module):
-    """Scale rows to length one, in float32 also under autocast."""
+    """A layer that scales rows to unit length, in float32 also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x.float(), dim=1)
 
 
 def projection(head: str, inputs: int, outputs: int) -> list[nn.Module]:
-    """Return the layers of a head up to the normalisation, which `linear_wo_norm` does not have."""
+    """Return the layers of a head without its normalisation, which `linear_wo_norm` lacks."""
     hidden = {"linear": 0, "linear_wo_norm": 0, "mlp": 1, "mlp_bn": 1, "2mlp_bn": 2}[head]
     layers = []
     for _ in range(hidden):
@@ -105,11 +105,11 @@ def projection(head: str, inputs: int, outputs: int) -> list[nn.Module]:
 
 
 class JigsawHead(nn.Module):
-    """Project every patch, then nine projections side by side in a drawn order once more.
+    """The head of PIRL (Misra and van der Maaten, arXiv:1912.01991).
 
-    This is the head of PIRL (Misra and van der Maaten, arXiv:1912.01991).
-    forward(features, order): features (9 N, inputs) of N pictures, patch by patch, and order (N, 9)
-    with a permutation in each row -> (N, outputs).
+    It projects every patch, puts a picture's nine projections side by side in a drawn order, and
+    projects the result. forward(features, order): features (9 N, inputs) of N pictures, patch by
+    patch, and order (N, 9) with a permutation in each row -> (N, outputs).
     """
 
     def __init__(self, head: str, inputs: int, outputs: int):
@@ -126,12 +126,12 @@ class JigsawHead(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder and head for each tower: one on RGB, or two with CMC, on Y and on Db and Dr.
+    """An encoder and a head for each tower: one on RGB, or two with CMC, on Y and on Db and Dr.
 
-    network(x): images (N, 3, S, S) -> features (N, D), float32 unit rows (with `linear_wo_norm` not
-    normalised); with CMC (N, 2 D), those of Y first. network(x, patches, order): that, and
-    `jigsaw(patches, order)`, in the one call that data parallelism needs.
-    encode(x): the pooled features (N, F), of two towers side by side. dim: F.
+    network(x): images (N, 3, S, S) -> features (N, D), float32 unit rows (not normalised with
+    `linear_wo_norm`); with CMC (N, 2 D), those of Y first. network(x, patches, order): these, and
+    the result of `jigsaw(patches, order)`, in the one call that data parallelism needs.
+    encode(x): the pooled features (N, F), those of two towers side by side. dim: F.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
 """Scores, losses and memories of Instance Discrimination and MoCo, as in the code of CMC.
 
-InsDis: Wu et al., arXiv:1805.01978. MoCo: He et al., arXiv:1911.05722. Follows NCE/ of
-HobbitLong/CMC at 7b227be in what is compared with what, the order of operations, and the names and
-shapes of the buffers. Differs: a memory is written after the backward pass (its rows are constants
-in the loss, so the values are the same and no copy is needed); scores are computed without
-gathering B x (K+1) x D rows; Z may follow a moving average; any device and number of processes.
+InsDis is Wu et al., arXiv:1805.01978, MoCo He et al., arXiv:1911.05722. Positives and negatives,
+the order of operations, and the names and shapes of the buffers are those of NCE/ of HobbitLong/CMC
+at 7b227be. It differs from that code in these ways: a memory is written after the backward pass
+(its rows are constants in the loss, so the values are the same and no copy is needed); scores are
+computed without gathering B x (K+1) x D rows; Z may be a moving average; it runs on any device and
+number of processes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 
 from common import UserError, launch, memory
 
-EPS = 1e-7  # in the denominators of the NCE loss, as published
+EPS = 1e-7  # keeps the denominators of the NCE loss above 0, as published
 DECAY = 0.99  # of the moving average of Z
-LONG_AGO = 10**6  # updates of Z behind a published checkpoint, which does not record them
+LONG_AGO = 10**6  # the number of updates of Z that a published checkpoint, without one, stands for
 
 
 def softmax_loss(logits: Tensor) -> Tensor:
-    """Return InfoNCE: the mean cross-entropy, in nats, of logits (B, K+1), the positive first.
+    """Return InfoNCE, the mean cross-entropy in nats of logits (B, K+1), the positive in column 0.
 
-    Equal logits give log(K+1).
+    Check: equal logits give log(K+1).
     """
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, target)
@@ -34,9 +35,9 @@ def softmax_loss(logits: Tensor) -> Tensor:
 def nce_loss(estimate: Tensor, n: int) -> Tensor:
     """Return the binary NCE loss of Wu et al., Eq. (7), summed over K and averaged over B.
 
-    It asks of every score whether it comes from the data or from uniform noise.
+    It classifies every score as one of the data or one of uniform noise.
     estimate (B, K+1): P(i|v) = exp(s / T) / Z, the positive in column 0.
-    n: rows that noise is drawn from, so p_n = 1/n.
+    n: number of rows that noise is drawn from, so p_n = 1/n.
     """
     noise = (estimate.shape[1] - 1) / n  # K times p_n
     from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
@@ -48,14 +49,14 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
 def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
     """Return the normaliser Z for a batch: n times the mean of exp(s / T), over all ranks.
 
-    z: the one so far, negative before the first batch. raw (B, K+1): exp(s / T). updates: the
-    number of batches so far.
-    mode "oneshot": Z of the first batch is kept, as published (and in Wu et al.).
-    mode "ema": Z is a moving average over all batches, the repair that the author of MoCo reported
-    upstream (issue 23 of HobbitLong/CMC), since one batch is a fair sample of Z only while the
-    memory is noise. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that is
-    less. In MoCo's first twenty steps the true Z grows several hundredfold (RESULTS.md). A Z that
-    lags behind makes the negatives' gradients as many times too large, and a network with
+    z: that so far, negative before the first batch. raw (B, K+1): exp(s / T). updates: the number
+    of batches so far.
+    With the mode "oneshot" Z of the first batch is kept, as published (and in Wu et al.).
+    With "ema" Z is a moving average over all batches. That is the repair that the author of MoCo
+    reported upstream (issue 23 of HobbitLong/CMC), since one batch is a fair sample of Z only while
+    the memory is noise. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that
+    is less. In MoCo's first twenty steps the true Z grows several hundredfold (RESULTS.md). A Z
+    that lags behind makes the negatives' gradients as many times too large, and a network with
     batch-norm whose weights have blown up hardly moves afterwards.
     """
     fresh = n * launch.mean_ranks(raw.detach().mean())
@@ -65,7 +66,7 @@ def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
 
 
 def random_rows(n: int, dim: int) -> Tensor:
-    """Draw a memory before training: uniform in +-sqrt(3 / D), so that norms are about one."""
+    """Draw the rows (n, dim) of an untrained memory, uniform in +-sqrt(3 / dim): norms near one."""
     bound = 1 / math.sqrt(dim / 3)
     return torch.empty(n, dim).uniform_(-bound, bound)
 
@@ -81,10 +82,11 @@ def check_state(state: dict, own: dict, path: str) -> None:
 
 
 class MemoryBank(nn.Module):
-    """Hold one row per training picture, addressed by its number in the data set (InsDis).
+    """The memory bank of InsDis: one row per training picture, at its number in the data set.
 
-    n: pictures. dim: feature size D. k: negatives per query. temperature: T. momentum: m of a row.
-    softmax: InfoNCE, else NCE with the normaliser `nce_z`, "ema" or "oneshot".
+    n: number of pictures. dim: feature size D. k: negatives per query. temperature: T. momentum: m
+    of a row. softmax: True for InfoNCE, False for NCE. nce_z: mode of the normaliser, "ema" or
+    "oneshot".
     Buffers, as published: `params` = [K, T, Z, m], and `memory` (n, D).
     """
 
@@ -112,8 +114,8 @@ class MemoryBank(nn.Module):
     def logits(self, feat: Tensor, rows: Tensor) -> Tensor:
         """Return s / T (B, K+1) of unit features (B, D), the positive in column 0.
 
-        rows (B, K+1): of `common.memory.draw_rows`. The positive is the picture's own row, which is
-        the average of the features of its earlier crops.
+        rows (B, K+1): drawn by `common.memory.draw_rows`. The positive is the picture's own row,
+        which averages the features of its earlier crops.
         """
         return memory.bank_scores(feat, self.memory, rows).div_(self.temperature)
 
@@ -134,7 +136,7 @@ class MemoryBank(nn.Module):
 
     @property
     def normaliser(self) -> Tensor:
-        """Z, a view into the buffer `params`."""
+        """The normaliser Z, as a view into the buffer `params`."""
         return self.params[2]
 
     @torch.no_grad()
@@ -147,10 +149,10 @@ class MemoryBank(nn.Module):
         self.memory.index_copy_(0, index, F.normalize(mixed, dim=1))
 
     def load(self, state: dict, updates: int, path: str) -> None:
-        """Take over rows and Z of a checkpoint; K, T and the momentum stay this run's.
+        """Load the rows and Z of a checkpoint; K, T and the momentum stay this run's.
 
-        updates: of that Z so far; LONG_AGO for a published file. Raises UserError, naming `path`,
-        where `state` is of another method, K or number of pictures.
+        updates: number of updates of that Z; LONG_AGO for a published file. Raises UserError,
+        naming `path`, where `state` is of another method, K or number of pictures.
         """
         check_state(state, self.state_dict(), path)
         k = int(state["params"][0])
@@ -167,12 +169,12 @@ class MemoryBank(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """Hold the last K keys, first in, first out (MoCo).
+    """The queue of MoCo: the last K keys, first in, first out.
 
-    n: training pictures; the noise of the NCE loss is 1/n here, too. The other arguments are those
-    of `MemoryBank`. Buffers, as published: `params` = [Z as an integer], and `memory` (K, D). The
-    published file lacks `z`, the normaliser as a float, and `pointer`, the row to be written next;
-    `extra_state` has them.
+    n: number of training pictures; p_n of the NCE loss is 1/n here, too. The other arguments are
+    those of `MemoryBank`. Buffers, as published: `params` = [Z as an integer], and `memory` (K, D).
+    The buffers `z`, the normaliser as a float, and `pointer`, the row to be written next, are not
+    in the published file; `extra_state` returns them.
     """
 
     def __init__(self, n: int, dim: int, k: int, temperature: float, softmax: bool, nce_z: str):
@@ -189,15 +191,15 @@ class KeyQueue(nn.Module):
         self.register_buffer("pointer", torch.tensor(0), persistent=False)
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return s / T (B, 1+K) of unit queries and keys (B, D), row by row a positive pair."""
+        """Return s / T (B, 1+K) of unit queries and keys (B, D); equal rows are positive pairs."""
         positive = (query * key).sum(1, keepdim=True)
         return torch.cat([positive, query @ self.memory.T], 1).div_(self.temperature)
 
     def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, out); out (B, 1+K): the logits with softmax, else exp(s / T) / Z.
 
-        With nce_z "oneshot" Z is cut down to a whole number, as published: the buffer that keeps it
-        there is an integer.
+        With nce_z "oneshot" Z is rounded down to a whole number, as in the published code, which
+        keeps it in an integer buffer.
         """
         if self.softmax:
             return softmax_loss(logits), logits
@@ -224,15 +226,15 @@ class KeyQueue(nn.Module):
         memory.enqueue(self.memory, self.pointer, keys)
 
     def extra_state(self) -> dict:
-        """Return what an exact resume needs beside the published buffers."""
+        """Return the state that an exact resume needs beside the published buffers."""
         return {"z": self.z.clone(), "pointer": self.pointer.clone(), "updates": self.updates}
 
     def load(self, state: dict, extra: dict | None, path: str) -> None:
-        """Take over the queue of a checkpoint.
+        """Load the queue of a checkpoint.
 
-        extra: what `extra_state` returned. Without it, as in a published file, Z is its integer and
-        the pointer starts at 0. Raises UserError, naming `path`, where `state` is of another method
-        or length.
+        extra: the result of `extra_state`. Without it, as in a published file, Z is the integer of
+        that file and the pointer starts at 0. Raises UserError, naming `path`, where `state` is of
+        another method or length.
         """
         check_state(state, self.state_dict(), path)
         k = len(state["memory"])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Linear evaluation of a network pre-trained by MoCo or InsDis: a classifier on one frozen layer.
 
-The protocol published with Contrastive Multiview Coding; after `train_moco_ins.py --demo --moco`,
-and on ImageNet-100 (--model_path: a checkpoint, a run folder, or a folder of those):
+This is the protocol published with Contrastive Multiview Coding. The first command follows
+`train_moco_ins.py --demo --moco`, the second one is for ImageNet-100:
 
     python moco_insdis/eval_moco_ins.py --demo
     python moco_insdis/eval_moco_ins.py --data_folder IMAGENET100 --model resnet50 \\
@@ -27,7 +27,7 @@ from moco_insdis.networks import MODELS, NORMALIZE, synchronised
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained
 
-# Sides of the averaged maps that are classified; layer 5 enters as it is, layer 6 is a vector.
+# {layer: side to which its map is averaged}; other layers are classified as they are.
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}
 PRESETS = {
     "demo": dict(
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100")
-    text = "least share of the picture in a crop; default .2, on imagenet .08"
+    text = "least share of the picture that a crop covers; default .2, on imagenet .08"
     g.add_argument("--crop", type=cli.share, help=text)
     text = "CJ: greyscale and colour jitter here too, as published; NULL: crop and flip"
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=text)
@@ -56,11 +56,11 @@ def parse_args(argv=None):
     g.add_argument("--model_path", metavar="PATH", help=text)
     text = "default: what the checkpoint says, or resnet50"
     g.add_argument("--model", "--arch", choices=list(MODELS), help=text)
-    text = "1: after the stem, 2-5: the stages, 6: the pooled vector"
+    text = "1 stem, 2-5 stages, 6 pooled"
     g.add_argument("--layer", type=int, default=6, help=text)
     text = "batch-norm without parameters before the classifier"
     g.add_argument("--bn", action="store_true", help=text)
-    text = "with --bn: its statistics over all processes"
+    text = "with --bn: batch-norm statistics over all processes"
     g.add_argument("--syncBN", action="store_true", help=text)
 
     g = parser.add_argument_group("optimisation")
@@ -95,8 +95,8 @@ def settle(args) -> None:
         raise UsageError(f"--layer {args.layer}: a ResNet has the layers 1 (stem) to 6 (pooled)")
     if args.syncBN and not args.bn:
         raise UsageError(
-            "--syncBN: the frozen network uses stored statistics and the classifier has no "
-            "batch-norm; add --bn"
+            "--syncBN has no batch-norm to synchronise: the frozen network uses stored statistics "
+            "and the classifier has none; add --bn"
         )
     for flag in ("beta1", "beta2"):
         if flag in args.typed and not args.adam:
@@ -106,7 +106,7 @@ def settle(args) -> None:
     if args.cosine and "lr_decay_epochs" in args.typed:
         raise UsageError("--cosine has no --lr_decay_epochs; omit one of the two")
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.crop is None:  # published: .08 for ImageNet whatever was typed
+    if args.crop is None:  # the published code takes .08 there, whatever was typed
         args.crop = 0.08 if args.dataset == "imagenet" else 0.2
 
 
@@ -119,12 +119,15 @@ def read(args):
     opt = saved.setdefault("opt", {})
     model = pretrained.agreed(args, "model", opt.get("model"), saved.path, "resnet50")
     if model not in MODELS:
-        raise UserError(f"{saved.path} is of --model {model}: known here are {', '.join(MODELS)}")
+        names = ", ".join(MODELS)
+        raise UserError(
+            f"{saved.path} was trained with --model {model}, which is not one of {names}"
+        )
     return saved, cli.replace(args, model=model, input_res=pretrained.input_res(args, opt))
 
 
 def files(args, saved):
-    """Return the run folder, under its published name and the layer, and what goes into it."""
+    """Return the run folder (published name and layer), its files, and the best epoch's file."""
     name = (
         f"{pretrained.parent(saved)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
         f"_decay_{args.weight_decay}_crop_{args.crop}"
@@ -139,7 +142,7 @@ def files(args, saved):
 
 
 class LinearClassifier(nn.Module):
-    """One linear layer: weights N(0, 0.01), bias 0, under the name that the published files use."""
+    """One linear layer under its published name; weights start as N(0, 0.01), the bias at 0."""
 
     def __init__(self, features: int, classes: int, bn: bool):
         super().__init__()
@@ -176,7 +179,7 @@ def build_network(saved, args, classes: int, process: launch.Process):
 
 
 def pool(feat, layer: int):
-    """Return the feature averaged to the published size and flat: (N, D)."""
+    """Return the feature, averaged to the published size: (N, D)."""
     side = POOLED.get(layer)
     if side and feat.shape[-1] > side:  # small pictures give small maps
         feat = F.adaptive_avg_pool2d(feat, side)
@@ -188,12 +191,12 @@ def embed(network, images, args):
 
 
 def recipe(args, saved, train: bool) -> augment.Compose:
-    """Return the view of the pre-training, with --aug of this run, or for val/ the centre."""
+    """Return the pre-training's view with this run's --aug, or the centre crop for val/."""
     return train_moco_ins.recipe(args) if train else options.plain_view(args, NORMALIZE)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate; the published cosine is an epoch ahead, and the last one is at its floor."""
+    """Return the learning rate; the published cosine is an epoch ahead and ends at its floor."""
     if not args.cosine:
         return train_moco_ins.learning_rate(args, at)
     floor = args.learning_rate * args.lr_decay_rate**3 * 0.1

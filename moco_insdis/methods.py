@@ -1,4 +1,4 @@
-"""InsDis and MoCo: what a step does, and what a checkpoint holds."""
+"""The two methods, InsDis and MoCo: their training step and the content of their checkpoints."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank
 from moco_insdis.networks import NORMALIZE, build_network
 from runner import checkpoint, layouts, loop
 
-PREFIX = "encoder.module."  # of the networks' parameter names in the published files
+PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 
 
 class InstanceMethod:
-    """What InsDis and MoCo share: the network of the queries, its optimizer, the values to log."""
+    """The part that InsDis and MoCo share: query network, optimizer, and the values to log."""
 
     memory: MemoryBank | KeyQueue
 
@@ -40,10 +40,10 @@ class InstanceMethod:
         self.wrapped = launch.parallel(self.network, process)
 
     def curves(self, loss, out, logits) -> dict:
-        """Return the published curves: the loss, and the mean of column 0 as "prob".
+        """Return the values to log: the loss, and as "prob" the mean of column 0 of `out`.
 
-        With InfoNCE that is a logit, and the probability of the positive comes beside it; with NCE
-        it is Z over the number of pictures. logits: for --save_score.
+        With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
+        with NCE, Z over the number of pictures is. logits: the scores that --save_score describes.
         """
         out = out.detach()
         values = {"ins_loss": loss, "ins_prob": out[:, 0].mean()}
@@ -57,7 +57,7 @@ class InstanceMethod:
         return values
 
     def embed(self, images):
-        """Return what enters the head: (N, D)."""
+        """Return the features that enter the head: (N, D)."""
         with self.precision.autocast():
             return backbones.feature(self.network, images, 6)
 
@@ -69,8 +69,8 @@ class InstanceMethod:
 class InsDis(InstanceMethod):
     """A network and a memory bank.
 
-    A step compares each picture's feature with its own bank row and with drawn ones, and then
-    writes it to its own row.
+    A step compares each picture's feature with the bank (the picture's own row is the positive,
+    drawn rows are the negatives), and then writes it to that row.
     """
 
     def __init__(self, args, n: int, process: launch.Process):
@@ -104,7 +104,7 @@ class InsDis(InstanceMethod):
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         contrast = saved["contrast"]
         if "model_ema" in saved:
-            raise UserError(f"{saved.path} is of MoCo: add --moco")
+            raise UserError(f"{saved.path} is a checkpoint of MoCo: add --moco")
         self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
         load_network(self.network, saved, "model")
 
@@ -112,8 +112,8 @@ class InsDis(InstanceMethod):
 class MoCo(InstanceMethod):
     """A query network, a key network that follows it, and a queue of keys.
 
-    A step compares each query with the key of the same picture and with the queue, lets the key
-    network follow, and writes the keys to the queue.
+    A step compares each query with the key of the same picture (the positive) and with the queue
+    (the negatives), writes the keys to the queue, and moves the key network.
     """
 
     def __init__(self, args, n: int, process: launch.Process):
@@ -124,7 +124,7 @@ class MoCo(InstanceMethod):
         queue = (args.nce_k, args.nce_t, args.softmax, args.nce_z)
         self.memory = KeyQueue(n, args.feat_dim, *queue).to(process.device)
         self.average = get_ema_multi_avg_fn(args.alpha)
-        draws = torch.Generator().manual_seed(args.seed)  # batch shuffles, the same on every rank
+        draws = torch.Generator().manual_seed(args.seed)  # shuffles keys, the same on every rank
         self.generators = {"draws": draws}
 
     def step(self, batch: loop.Batch) -> dict:
@@ -132,8 +132,9 @@ class MoCo(InstanceMethod):
         with self.precision.autocast():
             query = self.wrapped(im_q)
         query = F.normalize(query.float(), dim=1)  # N x D
+        # key: N x D, keys: those of all ranks
         key, keys = batchnorm.encode_shuffled(self.encode_key, im_k, self.generators["draws"])
-        logits = self.memory.logits(query, key)  # N x (1 + K); keys: (N * world size) x D
+        logits = self.memory.logits(query, key)  # N x (1 + K)
         loss, out = self.memory.loss(logits)
         self.precision.step(loss, self.optimizer)
         self.memory.enqueue(keys)
@@ -156,7 +157,7 @@ class MoCo(InstanceMethod):
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         if "model_ema" not in saved and "memory" in saved["contrast"]:
-            raise UserError(f"{saved.path} is of InsDis: omit --moco")
+            raise UserError(f"{saved.path} is a checkpoint of InsDis: omit --moco")
         load_network(self.network, saved, "model")
         load_network(self.key_network, saved, "model_ema")
         self.memory.load(saved["contrast"], saved.get("queue"), saved.path)

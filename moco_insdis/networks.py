@@ -15,7 +15,7 @@ NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
 
 def build_network(args, process: launch.Process) -> nn.Module:
-    """Return the network with its head of --feat_dim, on the device and in training mode."""
+    """Return the network with a head of --feat_dim outputs, on the device and in training mode."""
     depth, width = MODELS[args.model]
     network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
     batchnorm.split(network, batchnorm.splits_here(args, process))
@@ -27,7 +27,7 @@ def build_network(args, process: launch.Process) -> nn.Module:
 def synchronised(module: nn.Module, process: launch.Process) -> nn.Module:
     """Return the module with batch-norm statistics over all processes.
 
-    Raises UsageError on CPUs, between which PyTorch does not synchronise them.
+    Raises UsageError for several processes on CPUs, where PyTorch cannot synchronise them.
     """
     if process.world_size == 1:
         return module
@@ -39,5 +39,5 @@ def synchronised(module: nn.Module, process: launch.Process) -> nn.Module:
 
 
 def colours(saved, towers) -> tuple[tuple, dict[str, int]]:
-    """Return what takes RGB to a network's input; see `runner.layouts.colours`."""
+    """Return the operations from RGB to the input, and its channels; see `layouts.colours`."""
     return (NORMALIZE,), {"": 3}

@@ -3,7 +3,7 @@
 
 Momentum Contrast: Kaiming He, Haoqi Fan, Yuxin Wu, Saining Xie, Ross Girshick. CVPR 2020,
 arXiv:1911.05722. Instance Discrimination (InsDis): Zhirong Wu, Yuanjun Xiong, Stella Yu, Dahua Lin.
-CVPR 2018, arXiv:1805.01978. Both in the form that was published with Contrastive Multiview Coding.
+CVPR 2018, arXiv:1805.01978. Both follow the code published with Contrastive Multiview Coding.
 A minute on a laptop, and a published run (without --moco it is InsDis):
 
     python moco_insdis/train_moco_ins.py --demo --moco --epochs 1
@@ -27,7 +27,7 @@ from runner import knn, loop, resume
 WARM_FROM = 0.01  # learning rate at the start of --warm, as in the author's later code (PyContrast)
 WARM_EPOCHS = 10
 PRESETS = {
-    # 50,000 small pictures (CIFAR): the published settings compare with a third of them every step
+    # for CIFAR's 50,000 pictures: the published K compares with a third of them at every step
     "small": dict(
         model="resnet18", dataset="folder", input_res=32, small_stem=True, softmax=True,
         nce_k=4096, nce_t=0.1, alpha=0.99,
@@ -48,27 +48,27 @@ def parse_args(argv=None):
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100", workers=18)
-    text = "least share of the picture in a crop; default .2, on imagenet .08"
+    text = "least share of the picture that a crop covers; default .2, on imagenet .08"
     g.add_argument("--crop", type=cli.share, help=text)
     text = "CJ: greyscale and colour jitter; NULL: crop and flip only"
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=text)
 
     g = parser.add_argument_group("model")
-    text = "network; x2, x4: wider stages"
+    text = "network; x2, x4: stages of twice, four times the width"
     g.add_argument("--model", "--arch", choices=list(MODELS), default="resnet50", help=text)
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
 
     g = parser.add_argument_group("method")
-    text = "MoCo (two views, queue of keys); else InsDis (memory bank)"
+    text = "MoCo (two views, queue of keys); else InsDis (one view, memory bank)"
     g.add_argument("--moco", action="store_true", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
-    text = "negatives per query; for MoCo the length of its queue"
+    text = "negatives per query; MoCo: length of the queue"
     g.add_argument("--nce_k", "--queue", type=cli.positive_int, default=16384, help=text)
     g.add_argument("--nce_t", "--temperature", type=cli.positive, default=0.07, help="temperature")
     text = "InsDis: momentum of a memory row"
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help=text)
-    text = "NCE: Z follows a moving average, or stays that of the first batch, as first published"
+    text = "NCE: Z is a moving average over batches, or stays that of the first one, as published"
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
     text = "InsDis: never draw a picture as its own negative"
     g.add_argument("--exclude-self", action="store_true", help=text)
@@ -103,7 +103,7 @@ def settle(args) -> None:
     if args.data is None:
         raise UsageError(options.NO_DATA)
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.crop is None:  # published: .08 for ImageNet whatever was typed
+    if args.crop is None:  # the published code takes .08 there, whatever was typed
         args.crop = 0.08 if args.dataset == "imagenet" else 0.2
     if args.bn_splits is None:  # published on four GPUs, over which MoCo shuffles its keys
         args.bn_splits = 4 if args.moco else 1
@@ -121,7 +121,10 @@ def settle(args) -> None:
         if flag in args.typed:
             raise UsageError(f"--{flag.replace('_', '-')} belongs to {owner}, or omit it")
     if args.syncBN and args.bn_splits > 1:
-        raise UsageError("--syncBN joins what --bn-splits takes apart; omit one of the two")
+        raise UsageError(
+            "--syncBN takes batch-norm statistics over all processes, --bn-splits over parts of a "
+            "batch; omit one of the two"
+        )
     if "nce_z" in args.typed and "softmax" not in args.typed:
         args.softmax = False  # whatever the preset says
     if args.softmax and "nce_z" in args.typed:
@@ -147,7 +150,7 @@ def run_name(args) -> str:
 
 
 def recipe(args) -> augment.Compose:
-    """Return one view: greyscale before the jitter, which is always applied; no blur."""
+    """Return the operations of one view: greyscale before the jitter, which all get; no blur."""
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0))
     flip = augment.RandomHorizontalFlip()
     if args.aug == "NULL":
@@ -162,26 +165,26 @@ def build_loader(args, process: launch.Process):
 
 
 def build_method(args, pictures, steps: int, process: launch.Process) -> InsDis | MoCo:
-    """Return the method for these training pictures, at so many steps an epoch."""
+    """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     kind = MoCo if args.moco else InsDis
     return kind(args, len(pictures), process)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate, which drops when 120, 160, 200 epochs are complete."""
+    """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
     lr = schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
     return warmed(args, lr, at)
 
 
 def warmed(args, lr: float, at: loop.At) -> float:
-    """Return the rate `lr`, or what --warm makes of it in the first epochs."""
+    """Return `lr`, or with --warm in the first epochs the rate of a linear warm-up to it."""
     if args.warm and at.epoch < WARM_EPOCHS:
         return schedule.warmup(lr, at.epoch + at.part, WARM_EPOCHS, start=min(WARM_FROM, lr))
     return lr
 
 
 def warn(args, n: int, job: loop.Job) -> None:
-    """Warn about settings of a memory for n pictures that are legal but known to fail."""
+    """Warn about memories for n pictures that are legal but known to fail."""
     if args.nce_k >= n and args.moco:
         loss = "" if args.softmax else " --softmax,"
         preset = "" if args.preset == "small" else " (--preset small)"
@@ -193,13 +196,13 @@ def warn(args, n: int, job: loop.Job) -> None:
     elif args.nce_k >= n:
         job.warn(
             f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn "
-            "again and again, the picture itself too (--exclude-self); use fewer"
+            "repeatedly, the picture itself too (--exclude-self); use fewer"
         )
     if args.moco and not args.softmax and args.nce_z == "oneshot":
         job.warn(
-            "MoCo with NCE and the Z of the first batch does not learn (11.6 % published): a fresh "
-            "network gives nearly the same feature to every picture, and Z stays at that; "
-            "use --nce_z ema or --softmax"
+            "MoCo with NCE and the Z of the first batch does not learn (11.6 % published), because "
+            "a fresh network gives nearly the same feature to every picture and Z stays as it is "
+            "then; use --nce_z ema or --softmax"
         )
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The paper in miniature: MoCo-v2 with and without patch negatives, evaluations, and one table.
+"""Run the paper in miniature: MoCo-v2 with and without patch negatives, evaluations, and a table.
 
-    python nonsem_neg/demo.py            (what `make demo` runs)
+    python nonsem_neg/demo.py            (`make demo` runs this)
 
-Every step is a command that is printed and that can be run by hand. Steps whose result is there
-already are skipped.
+Every step is a command, which is printed and can be run by hand. A step whose result exists is
+skipped.
 """
 
 import json
@@ -24,9 +24,9 @@ from common import UserError, cli
 from runner.progress import clock
 
 SETS = ("corruption", "sketch", "stylized", "rendition", "cue-conflict")
-# Lowest and highest of six runs each (seeds 0, 1, 2 with two threads, and with one; corruption:
-# with two alone) on two CPU cores. Other hardware rounds differently, which alone moved the clean
-# accuracy of one seed by 5 points. Shape bias: of seed 0 with one thread alone.
+# Each range is the lowest and the highest of six runs on two CPU cores (seeds 0, 1, 2, with two
+# threads and with one; corruption with two alone). Other hardware rounds differently, which alone
+# moved the clean accuracy of one seed by 5 points. Shape bias is of seed 0 with one thread alone.
 EXPECTED = """\
 This should have given, within a few points (top-1 in percent; chance is 10, and an untrained
 network has 24 clean):
@@ -39,21 +39,21 @@ It shows that every step of the paper runs. In all runs patch negatives helped o
 7 to 14 points), on corrupted ones (by 7 to 9) and where textures are those of another class
 (stylized, by 6 to 13).
 It is too small to show anything about sketch and rendition, where the sign changes from run to run,
-or about shape bias (of the answers that name a picture's shape or its texture, the share that names
-the shape; one run), or how large the gain is: 138 training steps are the beginning of a training.
+about shape bias (the share that names the shape, among the answers that name a picture's shape or
+its texture; one run), or about the size of the gain: 138 steps are the beginning of a training.
 RESULTS.md has longer runs and real pictures."""
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="runs/demo", help="run folders")
-    text = "the built-in pictures; made if missing"
+    parser.add_argument("--out", default="runs/demo", help="folder of the run folders")
+    text = "folder of the built-in pictures, which are made if missing"
     parser.add_argument("--data", default="data/demo", help=text)
     text = "pre-training epochs; default: the demo preset's"
     parser.add_argument("--epochs", type=int, default=None, help=text)
-    text = "of both methods; another one in another --out"
+    text = "seed of both methods; give another --out with another seed"
     parser.add_argument("--seed", type=int, default=0, help=text)
-    text = "start over, also where results are there already"
+    text = "start over where results exist"
     parser.add_argument("--fresh", action="store_true", help=text)
     return parser.parse_args(argv)
 
@@ -71,7 +71,7 @@ def main(argv=None) -> None:
 
 
 def evaluated(args, kind: str) -> str:
-    """Pre-train with one kind of negatives and evaluate; return the folder of the row."""
+    """Pre-train with one kind of negatives and evaluate; return the folder of the table's row."""
     run = os.path.join(args.out, kind)
     lincls = f"{run}-lincls"
     row = f"{run}-robustness"
@@ -91,7 +91,7 @@ def evaluated(args, kind: str) -> str:
 
 
 def is_done(lincls: str, pretrained: str) -> bool:
-    """Return whether a linear evaluation is there and newer than the backbone it evaluated."""
+    """Return whether a linear evaluation exists and is newer than the backbone it evaluated."""
     result = os.path.join(lincls, "result.json")
     try:
         with open(result) as file:

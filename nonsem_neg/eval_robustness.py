@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""The robustness row of a classifier: clean, corrupted, sketch, stylized, rendition, shape bias.
+"""Measure a classifier's robustness: clean, corrupted, sketch, stylized, rendition, shape bias.
 
-Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189), who released no evaluation code; each set
-follows the protocol of its own authors (docs/nonsem_neg.md). Every set is optional; pictures are
-mapped to classes by folder name (WordNet id):
+These are the columns of Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189), who released no
+evaluation code; each set follows the protocol of its own authors (docs/nonsem_neg.md). Every set is
+optional; a picture's class is given by the name of its folder (WordNet id):
 
     python nonsem_neg/eval_robustness.py --demo
     python nonsem_neg/eval_robustness.py IMAGENET100 --classifier ckpts/patch-lin \\
         --corruption IMAGENET-C --sketch IMAGENET-SKETCH --stylized STYLIZED \\
         --rendition IMAGENET-R --cue-conflict CUE-CONFLICT
 
-This command is kept for its name: it hands over to tools/robustness.py, which takes classifiers of
-every paper and so cannot be part of this one.
+This script is another name for tools/robustness.py, which evaluates classifiers of every paper.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Flags of the paper's own idea, and those that both scripts share, in their published spelling."""
+"""Flags of the paper's idea, flags that both scripts share, and the checks between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nonsem_neg.negatives import check_patch_range
 
 
 class Positional(argparse.Action):
-    """An optional positional argument which leaves alone what an option of its name has set."""
+    """An optional positional argument that does not overwrite an option of the same name."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if values is not self.default:
@@ -19,13 +19,13 @@ class Positional(argparse.Action):
 
 
 def add_data_argument(group, text: str) -> None:
-    """Add DATA, which is published as a positional argument, and the common spelling --data."""
+    """Add DATA, which the published code takes as a positional argument, and --data."""
     group.add_argument("data", nargs="?", action=Positional, help=text)
     group.add_argument("--data", metavar="DATA", help="the same, as an option")
 
 
 def settle_paths(args) -> None:
-    """Put --name below the run folder. Raises UsageError where there is no data."""
+    """Append --name to the run folder. Raises UsageError where there is no data."""
     if args.name:
         args.ckpt_path = os.path.join(args.ckpt_path, args.name)
     if args.data is None:
@@ -38,16 +38,15 @@ def add_sgd_arguments(
     group, *, epochs: int, lr: float, schedule: list[int], weight_decay: float
 ) -> None:
     """Add batch, SGD and a schedule of steps. The values are the published defaults."""
-    group.add_argument(
-        "--epochs", type=cli.positive_int, default=epochs, help="epochs to run in all"
-    )
-    text = "first epoch, counted from 0 (a resume sets it)"
+    text = "epochs to run in all"
+    group.add_argument("--epochs", type=cli.positive_int, default=epochs, help=text)
+    text = "first epoch, counted from 0; --resume sets it"
     group.add_argument("--start-epoch", type=cli.count, default=0, help=text)
-    text = "global batch over all processes"
+    text = "global, over all processes"
     group.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
     text = "not scaled with the batch"
     group.add_argument("--lr", "--learning-rate", type=cli.positive, default=lr, help=text)
-    text = "epochs of a 10x drop"
+    text = "complete epochs after which the rate drops to a tenth"
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, help=text)
     group.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     group.add_argument(
@@ -62,30 +61,30 @@ def add_sgd_arguments(
 
 def add_negatives_arguments(group) -> None:
     """Add the flags of the paper's own idea."""
-    text = "kind of non-semantic negative; none: plain MoCo"
+    text = "kind of the non-semantic negatives; none: plain MoCo"
     kinds = ["patch", "texture", "none"]
     group.add_argument("--robust", choices=kinds, default="patch", type=robust_name, help=text)
-    text = "non-semantic negatives per image (0: plain MoCo)"
+    text = "M, non-semantic negatives per query; 0: plain MoCo"
     group.add_argument("--num-nonsem", type=cli.count, default=1, help=text)
-    text = "factor of their similarity, inside the exponent"
+    text = "factor of their similarities, inside the exponent"
     group.add_argument("--alpha", type=float, default=1.0, help=text)
-    text = "patch side in pixels, both ends drawn; default 16 56 of 224, else in proportion"
+    text = "least and greatest side of a patch, pixels; default 16 56 at 224, else in proportion"
     sides = ("MIN", "MAX")
     group.add_argument(
         "--patch-ratio", "--patch-range", type=int, nargs=2, metavar=sides, help=text
     )
-    text = "also draw the last offset, which the paper's code never does"
+    text = "also draw the last offset that fits, which the published code never does"
     group.add_argument("--patch-inclusive", action="store_true", help=text)
-    text = "mirror and rotate every patch by chance"
+    text = "mirror and rotate every patch at random"
     group.add_argument("--patch-turn", action="store_true", help=text)
-    text = "key batch-norm of non-semantic images: batch statistics, as published, or running ones"
+    text = "key batch-norm of non-semantic images: batch statistics (as published), or running ones"
     group.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=text)
-    text = "tree of textures, paired by path; default: DATA, its originals without -texture"
+    text = "tree of textures, paired by path; default: DATA, the originals' path lacks -texture"
     group.add_argument("--texture-root", help=text)
 
 
 def robust_name(kind: str) -> str:
-    """Return --robust from its spelling in the README of October 2021."""
+    """Return the value of --robust for its spelling here or in the README of October 2021."""
     return {"nonsem": "patch", "texture_syn": "texture"}.get(kind, kind)
 
 
@@ -94,9 +93,7 @@ def settle_textures(args) -> None:
     if args.demo and not args.texture_root and "-texture" not in args.data:
         args.texture_root = args.data + "-texture"
     if args.num_nonsem > 1:
-        raise UsageError(
-            f"--num-nonsem {args.num_nonsem}: there is one texture per picture, at most 1"
-        )
+        raise UsageError(f"--num-nonsem {args.num_nonsem}: a picture has one texture; give 1, or 0")
     if not args.texture_root:  # DATA is the texture tree, as published
         args.texture_root = args.data
         args.data = str(textures.original_root_of(args.data))

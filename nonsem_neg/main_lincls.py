@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Linear evaluation of a pre-trained backbone: only the last layer is trained, on frozen features.
 
-The protocol of MoCo (He et al., CVPR 2020) with the settings of Ge et al. (NeurIPS 2021,
-arXiv:2110.14189); after `moco_non_sem_neg.py --demo`, and the paper's command:
+This is the protocol of MoCo (He et al., CVPR 2020) with the settings of Ge et al. (NeurIPS 2021,
+arXiv:2110.14189). The first command follows `moco_non_sem_neg.py --demo`, the second one is the
+published one:
 
     python nonsem_neg/main_lincls.py --demo
     python nonsem_neg/main_lincls.py IMAGENET100 --pretrained ckpts/patch/checkpoint_0199.pth.tar \\
@@ -29,7 +30,7 @@ from runner.features import FreshViews, validate
 from runner.folder import RunFolder
 
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
-CLASSIFIERS = "checkpoint_robust_*.pth.tar"  # of this script
+CLASSIFIERS = "checkpoint_robust_*.pth.tar"  # the files that this script writes
 FIND = loop.Files(__file__, patterns=(CLASSIFIERS,), flags="args", first=0)
 PRESETS = {
     "demo": dict(
@@ -77,9 +78,10 @@ def parse_args(argv=None):
 
 
 def read(args):
-    """Return the checkpoint of the network, and the flags with what it says.
+    """Return the checkpoint with the network, and the flags with its network and picture size.
 
-    It is the classifier that goes on, as it holds the network as well, or the pre-training's.
+    A resumed run reads its own checkpoint, which holds the network as well; a new one reads that
+    of the pre-training.
     """
     saved, _ = resume.find(args, args.ckpt_path, FIND)
     if saved is None:
@@ -94,7 +96,8 @@ def read(args):
         saved = pretrained.read(args.pretrained, "--pretrained", first, any_resnet=True)
     elif "best_acc1" not in saved:
         raise UserError(
-            f"{saved.path} is not a checkpoint of this script; pre-trained ones go to --pretrained"
+            f"{saved.path} is not a checkpoint of this script; give a pre-trained one to "
+            "--pretrained"
         )
     elif "pretrained" in args.typed:
         check_backbone(saved, args.pretrained)
@@ -105,7 +108,7 @@ def read(args):
 
 
 def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
-    """Raise UserError where the classifier is on another backbone than --pretrained names."""
+    """Raise UserError where the resumed classifier has another backbone than --pretrained."""
     if os.path.isdir(path):
         path = layouts.newest(path) or path
     if not os.path.isfile(path):
@@ -116,8 +119,8 @@ def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
     both = [layouts.without_head(layouts.backbone(saved)) for saved in (resumed, named)]
     if checkpoint.fingerprint(both[0]) != checkpoint.fingerprint(both[1]):
         raise UserError(
-            f"{resumed.path} is a classifier on another backbone ({resumed.get('pretrained')} as "
-            f"it was then), not on {path}: start over with --overwrite, or choose another "
+            f"{resumed.path} is a classifier on another backbone ({resumed.get('pretrained')} at "
+            f"that time), not on {path}: start over with --overwrite, or choose another "
             "--ckpt_path"
         )
 
@@ -128,10 +131,11 @@ def epochs_before(saved) -> int:
 
 
 def files(args, saved):
-    """Return the run folder and its files, which carry the number of the pre-training's.
+    """Return the run folder, its files, and the best epoch's file.
 
-    As published, checkpoint_0199 gives checkpoint_robust_0199. Where a folder is shared with a
-    pre-training, as the published commands do, the records of that stay as they are.
+    Files carry the number of the pre-trained one: checkpoint_0199 gives checkpoint_robust_0199, as
+    published. In a folder that holds a pre-training, as in the published commands, the records get
+    a suffix, so that those of the pre-training stay.
     """
     with saved.within():
         number = f"{max(0, epochs_before(saved) - 1):04d}.pth.tar"
@@ -149,9 +153,9 @@ def files(args, saved):
 
 
 def build_network(saved, args, classes: int, process: launch.Process):
-    """Return the network, frozen but for its last layer, and that layer.
+    """Return the network, frozen except for its last layer, and that layer.
 
-    The layer is fresh, or that of the classifier that goes on: published ones have 1000 outputs
+    The layer is fresh, or that of a resumed classifier. A published classifier has 1000 outputs
     whatever the number of classes.
     """
     state = layouts.backbone(saved)
@@ -178,7 +182,7 @@ def embed(network, images, args):
 
 
 def recipe(args, saved, train: bool) -> augment.Compose:
-    """Return random crop and flip for training, nothing else; the centre for val/."""
+    """Return crop and flip for training, or the centre crop for val/."""
     before = pretraining_flags(saved)
     if not train:
         return plain_view(args, before)
@@ -210,7 +214,7 @@ def label(args, saved) -> str | None:
 
 
 def recorded(args, saved) -> dict:
-    """Return what a classifier's file says of the pre-training."""
+    """Return the entries of a classifier's checkpoint that describe the pre-training."""
     path = saved.get("pretrained", saved.path)
     return {
         "arch": args.arch,
@@ -249,7 +253,7 @@ SPEC = linear.Spec(
 
 
 def evaluate(args, process: launch.Process) -> None:
-    """Write the accuracy of the trained classifier that --resume names on val/."""
+    """Write the accuracy on val/ of the trained classifier that --resume names."""
     saved, args = read(args)
     # A published file does not name its classes.
     classes = saved.get("classes") or options.open_split(args, "train").classes

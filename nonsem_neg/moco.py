@@ -1,9 +1,10 @@
 """MoCo with non-semantic negatives: two encoders and a queue of keys (arXiv:2110.14189).
 
-Follows moco/builder.py of SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at 5fbdc4d (a
-descendant of facebookresearch/moco): order of operations, key names, what enters the queue.
-Differs: runs on any device and any number of processes; keys are written to the queue after the
-backward pass, which saves the copy of the queue at every step.
+The order of operations, the key names and the content of the queue are those of moco/builder.py of
+SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at 5fbdc4d (a descendant of
+facebookresearch/moco). It differs from that code in two ways: it runs on any device and number of
+processes, and keys are written to the queue after the backward pass, which saves a copy of the
+queue at every step.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from nonsem_neg.negatives import contrast_logits
 class MoCo(nn.Module):
     """Query encoder, key encoder and queue; parameter and buffer names of the published files.
 
-    make_encoder(dim): a network whose `fc` is its last layer, called twice. dim D: feature size.
-    queue_size K: keys kept. momentum m of the key encoder. temperature T. mlp: the two-layer head
-    of MoCo-v2. alpha: factor of a non-semantic similarity, inside the exponent. symmetric: see
-    `forward`.
+    make_encoder(dim): returns a network whose last layer is `fc`; it is called twice. dim: feature
+    size D. queue_size: number K of keys. momentum: m of the key encoder. temperature: T. mlp:
+    whether the head has the two layers of MoCo-v2. alpha: factor of a non-semantic similarity,
+    inside the exponent. symmetric: see `forward`.
 
-    Two attributes are the script's to set: `autocast`, its precision (features leave it as
+    The script sets two attributes: `autocast`, a context of its precision (features leave it as
     float32), and `nonsem_bn`. With "train" non-semantic images are normalised by their own batch
     statistics and enter the key encoder's running statistics, as published; with "eval" they are
-    normalised by those running statistics and leave no trace.
+    normalised by those running statistics and do not change them.
     """
 
     def __init__(
@@ -66,14 +67,15 @@ class MoCo(nn.Module):
     def forward(
         self, im_q: Tensor, im_k: Tensor, im_t: Tensor | None | tuple, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return the logits (N, 1 + K + M) of a step, and the keys that `enqueue` takes after it.
+        """Return the logits (N, 1 + K + M) of a step, and the keys for `enqueue` after it.
 
         im_q, im_k (N, 3, S, S): two views. im_t (N, M, 3, S, S) or None: negatives of im_q.
-        generator: draws the batch shuffles; in the same state on every rank. The keys
+        generator: shuffles the keys, and is in the same state on every rank. The keys
         (N * world size, D) are those of all ranks.
 
-        Symmetric: the same once more with im_q and im_k exchanged, both against the same queue;
-        im_t is a pair, negatives of im_q and of im_k. There are twice as many logits and keys.
+        With `symmetric` the same is done once more with im_q and im_k exchanged, against the same
+        queue. Then im_t is a pair, the negatives of im_q and those of im_k, and there are twice as
+        many logits and keys.
         """
         if not self.symmetric:
             return self.one_way(im_q, im_k, im_t, generator)
@@ -82,7 +84,7 @@ class MoCo(nn.Module):
         return torch.cat([logits_q, logits_k]), torch.cat([keys_q, keys_k])
 
     def one_way(self, im_q, im_k, im_t, generator, update: bool = True) -> tuple[Tensor, Tensor]:
-        """Return logits and keys with im_q as the query. update: let the key encoder follow."""
+        """Return logits and keys with im_q as the query. update: whether the key encoder moves."""
         query = self.encode(self.encoder_q, im_q)  # N x D
         with torch.no_grad():
             if update:
@@ -112,7 +114,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
-        """Set the key parameters to m * key + (1 - m) * query; batch-norm statistics stay apart."""
+        """Set the key parameters to m * key + (1 - m) * query; batch-norm buffers do not change."""
         average = get_ema_multi_avg_fn(self.momentum)
         average(
             list(self.encoder_k.parameters()),

@@ -3,7 +3,7 @@
 
 Robust Contrastive Learning Using Negative Samples with Diminished Semantics. Songwei Ge, Shlok
 Mishra, Chun-Liang Li, Haohan Wang, David Jacobs. NeurIPS 2021, arXiv:2110.14189. A minute on a
-laptop, and the paper's run (one process per GPU; omit the last line for a single one):
+laptop, and the published run (one process per GPU; omit the last line for a single one):
 
     python nonsem_neg/moco_non_sem_neg.py --demo --epochs 1
     python nonsem_neg/moco_non_sem_neg.py --preset table1 --ckpt_path ckpts/patch IMAGENET100 \\
@@ -46,11 +46,11 @@ PAPER = dict(
     alpha=2.0, patch_ratio=[16, 72],
 )  # fmt: skip
 PRESETS = {
-    # README table of October 2021, first six rows
+    # for the first six rows of the published table (README of October 2021)
     "table1": dict(PAPER, lr=0.03, batch_size=128, moco_m=0.999, moco_k=16384),
-    # the commands since December 2021: the recipe of Robinson et al. (IFM); last three rows
+    # for its last three rows: the commands since December 2021, recipe of Robinson et al. (IFM)
     "ifm": dict(PAPER, lr=0.8, batch_size=512, moco_m=0.99, moco_k=65536),
-    # the notebook of MoCo's authors: facebookresearch/moco, branch colab-notebook at f736491
+    # for the notebook of MoCo's authors: facebookresearch/moco, branch colab-notebook at f736491
     "moco-cifar": dict(
         dataset="cifar10", input_res=32, aug="cifar", arch="resnet18", small_stem=True,
         robust="none", moco_k=4096, moco_m=0.99, moco_t=0.1, bn_splits=8, bn_running="mean",
@@ -68,7 +68,7 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    text = "data set root with train/CLASS/*, or pictures alone; for textures: their tree"
+    text = "data set root with train/CLASS/*, or pictures alone; --robust texture: its textures"
     flags.add_data_argument(g, text)
     options.add_data_arguments(g)
 
@@ -81,9 +81,9 @@ def parse_args(argv=None):
     g.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
     g.add_argument("--moco-t", "--temperature", type=cli.positive, default=0.07, help="temperature")
     g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer head (MoCo-v2)")
-    text = "batch-norm groups over all processes, as on that many GPUs; keys are shuffled"
+    text = "batch-norm groups over all processes, as on that many GPUs"
     g.add_argument("--bn-splits", type=cli.positive_int, default=8, help=text)
-    text = "running statistics of batch-norm: of the first group, as rank 0 has them, or the mean"
+    text = "running statistics of batch-norm: of the first group (as published), or the mean of all"
     g.add_argument("--bn-running", choices=["first", "mean"], default="first", help=text)
     text = "add the loss with query and key exchanged; both keys enter the queue"
     g.add_argument("--symmetric", action="store_true", help=text)
@@ -93,9 +93,9 @@ def parse_args(argv=None):
     flags.add_sgd_arguments(g, epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4)
     text = "cosine schedule instead of --schedule, per epoch, without warm-up"
     g.add_argument("--cos", action=cli.OnOff, default=False, help=text)
-    g.add_argument("--cos-from", type=cli.count, default=0, help="its number of the first epoch")
+    g.add_argument("--cos-from", type=cli.count, default=0, help="--cos: number of the first epoch")
     g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation")
-    text = "v1, v2 (as --aug-plus), or that of MoCo's CIFAR-10 notebook, normalisation included"
+    text = "augmentation: MoCo-v1's, MoCo-v2's (as --aug-plus), or MoCo's CIFAR-10 notebook's"
     g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=text)
 
     g = parser.add_argument_group("run")
@@ -104,11 +104,11 @@ def parse_args(argv=None):
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
-    g.add_argument("--knn-t", type=cli.positive, default=0.07, help="temperature of its votes")
-    text = "what it compares: the pooled feature, or the output of the head"
+    g.add_argument("--knn-t", type=cli.positive, default=0.07, help="temperature of k-NN votes")
+    text = "feature that the k-NN compares: the pooled one, or the output of the head"
     g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=text)
     options.add_hardware_arguments(parser, compile=True)
-    parser.ignore("the side comes from --patch-ratio", "patch-size")
+    parser.ignore("--patch-ratio sets the side of patches", "patch-size")
     args = parser.parse_args(argv)
     options.check(args)
     settle(args)
@@ -129,14 +129,14 @@ def settle(args) -> None:
         flags.settle_textures(args)
     if args.robust == "patch" and args.num_nonsem:
         flags.check_patches(args)
-    keys = 2 * args.batch_size if args.symmetric else args.batch_size  # of a step
+    keys = 2 * args.batch_size if args.symmetric else args.batch_size  # that a step enqueues
     if args.moco_k % keys:
         name = "twice the global batch" if args.symmetric else "the global batch"
         raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {name} {args.batch_size}")
 
 
 def recipe(args) -> augment.Compose:
-    """Return one view. Negatives are made from it afterwards and so share all of it."""
+    """Return the operations of one view; patch negatives are cut from their result."""
     flip = augment.RandomHorizontalFlip()
     grey = augment.RandomGrayscale(0.2)
     normal = normalize(vars(args))
@@ -178,7 +178,10 @@ def build_network(args, process: launch.Process) -> MoCo:
 
 
 class NonSemantic:
-    """MoCo whose queries have negatives of their own besides the queue: textures without object."""
+    """MoCo whose queries have, besides the queue, negatives of their own: textures without shape.
+
+    A step compares a query with its key (the positive), and with the queue and these (negatives).
+    """
 
     def __init__(self, args, process: launch.Process):
         self.args = args
@@ -199,7 +202,7 @@ class NonSemantic:
             weight_decay=args.weight_decay,
             fused=True,
         )
-        # for patches and batch shuffles
+        # It draws patches and shuffles keys, and is in the same state on every rank.
         self.generators = {"generator": torch.Generator().manual_seed(args.seed)}
 
     def step(self, batch: loop.Batch) -> dict:
@@ -208,7 +211,7 @@ class NonSemantic:
         im_t = self.negatives(im_q, texture)  # N x M x 3 x S x S
         if self.args.symmetric:
             im_t = im_t, self.negatives(im_k, texture)
-        # N x (1 + K + M) and (N * world) x D; twice as many rows where symmetric
+        # N x (1 + K + M), and keys of all ranks x D; twice as many rows where symmetric
         logits, keys = self.wrapped(im_q, im_k, im_t, self.generators["generator"])
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         loss = F.cross_entropy(logits, labels)
@@ -227,7 +230,7 @@ class NonSemantic:
     def negatives(self, view, texture):
         """Return the non-semantic negatives of a view, (N, M, 3, S, S); None where M = 0.
 
-        texture: [the view's texture picture], or nothing where they are patches of the view.
+        texture: a list with the textures of the batch, or an empty one for patches of the view.
         """
         args = self.args
         if texture:
@@ -240,7 +243,7 @@ class NonSemantic:
         return patch_negatives(view, args.num_nonsem, args.patch_ratio, draws, **shapes, **ranks)
 
     def embed(self, images):
-        """Return what k-NN compares, of the query encoder: (N, D)."""
+        """Return the query encoder's features that the k-NN compares: (N, D)."""
         layer = 6 if self.args.knn_on == "feature" else 7
         with self.precision.autocast():
             return backbones.feature(self.network.encoder_q, images, layer)
@@ -262,19 +265,20 @@ class NonSemantic:
         arch = saved.get("arch", self.args.arch)
         if arch != self.args.arch:
             raise UserError(
-                f"{saved.path} is of --arch {arch}, this run of {self.args.arch}: add -a {arch}"
+                f"{saved.path} was trained with --arch {arch}, this run has {self.args.arch}: "
+                f"add -a {arch}"
             )
         state = layouts.strip_prefix(saved["state_dict"], "module.")
         checkpoint.load_into(self.network, state, saved.path, flag="-a")
 
 
 def build_method(args, pictures, steps: int, process: launch.Process) -> NonSemantic:
-    """Return the method for these training pictures, at so many steps an epoch."""
+    """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     return NonSemantic(args, process)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate of an epoch: steps, or the published cosine per epoch without warm-up."""
+    """Return the learning rate: steps, or the published cosine per epoch, without a warm-up."""
     if args.cos:
         return schedule.cosine(args.lr, at.epoch + args.cos_from, args.epochs)
     return schedule.step(args.lr, at.epoch, args.schedule)
@@ -291,20 +295,25 @@ def worker(args, process: launch.Process) -> None:
     )
     with loop.Job(args, process, args.ckpt_path, files) as job:
         args = job.args
-        groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
         pictures = loader.dataset
         neighbours = knn.loaders(args, process, pictures, plain_view(args, vars(args)))
         method = build_method(args, pictures, len(loader), process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
-        ways = 1 + args.moco_k + args.num_nonsem
-        job.begin(loader, method, contrast_ways=ways, bn_groups=groups, **sides)
+        job.begin(
+            loader,
+            method,
+            contrast_ways=1 + args.moco_k + args.num_nonsem,
+            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+            **sides,
+        )
         if args.moco_k >= len(pictures):
             times = args.moco_k / len(pictures)
             job.warn(
                 f"the queue (--moco-k {args.moco_k}) is {times:.1f} times as long as the data set "
-                f"({len(pictures)} images): a picture's own earlier keys are among its negatives"
+                f"({len(pictures)} images): a picture's own earlier keys are among its negatives; "
+                "use fewer"
             )
         for _ in job.epochs():
             for batch in job.batches(learning_rate):

@@ -1,10 +1,10 @@
-"""Negatives with diminished semantics (Ge et al., arXiv:2110.14189): the loss, and patches.
+"""Negatives with diminished semantics (Ge et al., arXiv:2110.14189): the logits, and patches.
 
-A picture is cut up and laid out again from random square patches of itself: its textures survive,
-its shapes do not. The ranges follow `NonSemanticAug` and the logits moco/builder.py of
-SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at 5fbdc4d. Differs: the whole batch is
-laid out at once by one gather on the device, instead of up to 225 copies per picture in a loader.
-This file needs torch alone.
+A picture is laid out anew from random square patches of itself: its textures survive, its shapes do
+not. The ranges are those of `NonSemanticAug`, the logits those of moco/builder.py, of
+SongweiGe/Contrastive-Learning-with-Non-Semantic-Negatives at 5fbdc4d. It differs from that code in
+laying out the whole batch by one gather on the device, where the published loader makes up to 225
+copies per picture. This file needs torch alone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def contrast_logits(
     columns. Returns (N, 1 + K + M) = [q.k, q.queue, alpha * q.t_1 .. alpha * q.t_M] / temperature;
     cross-entropy with label 0 gives the loss in nats.
     alpha is inside the exponent: it is an inverse temperature of these negatives, not a weight of
-    their terms. nonsem[i] is a negative of query i alone. None, or M = 0, gives MoCo, Eq. (1) of
-    He et al., arXiv:1911.05722.
+    their terms. The rows nonsem[i] are negatives of query i alone. None, or M = 0, gives MoCo,
+    Eq. (1) of He et al., arXiv:1911.05722.
     """
     columns = [(query * key).sum(dim=1, keepdim=True), query @ queue]
     if nonsem is not None:
@@ -39,11 +39,11 @@ def contrast_logits(
 
 
 class PatchGrid(NamedTuple):
-    """Where the patches of N pictures come from. The cells of one picture share one size.
+    """The sources of the patches of N pictures; the patches of one picture share one size.
 
-    side (N,): patch side in pixels. top, left (N, G, G): upper left corner of the patch that fills
-    grid cell (row, column); cells beyond a picture's own grid are unused. turn (N, G, G): 0 keeps a
-    patch as it is; bit 1 mirrors it left-right, bit 2 upside down, bit 4 swaps its axes.
+    side (N,): side of a patch in pixels. top, left (N, G, G): upper left corner of the patch that
+    fills grid cell (row, column); cells beyond a picture's own grid are unused. turn (N, G, G): 0
+    keeps a patch as it is; bit 1 mirrors it left-right, bit 2 upside down, bit 4 swaps its axes.
     """
 
     side: Tensor
@@ -52,7 +52,7 @@ class PatchGrid(NamedTuple):
     turn: Tensor | None = None
 
     def rows(self, part: slice) -> PatchGrid:
-        """Return the grids of some of the pictures."""
+        """Return the grids of the pictures in a slice."""
         return PatchGrid(*(None if field is None else field[part] for field in self))
 
     def to(self, device: torch.device) -> PatchGrid:
@@ -61,7 +61,7 @@ class PatchGrid(NamedTuple):
 
 
 def check_patch_range(smallest: int, largest: int, size: int, inclusive: bool = False) -> None:
-    """Raise ValueError unless such patches can be drawn from a picture; all sides are in pixels."""
+    """Raise ValueError unless patches of these sides fit a picture; all sizes are in pixels."""
     limit = size if inclusive else size - 1
     if not 1 <= smallest <= largest <= limit:
         raise ValueError(
@@ -79,18 +79,18 @@ def sample_patches(
     inclusive: bool = False,
     turn: bool = False,
 ) -> PatchGrid:
-    """Draw where the patches of `n` negatives of `size` x `size` pixels come from.
+    """Draw the sources of the patches of `n` negatives of `size` x `size` pixels.
 
-    patch_range: smallest and largest patch side, both drawn. As published, an offset is uniform
-    over 0 .. size - side - 1: the last one that would fit is never drawn; `inclusive` draws it as
-    well. `turn` also mirrors and rotates every patch by chance (the published code has this
-    commented out). Draws are made on the generator's device.
+    patch_range: smallest and largest patch side; both can be drawn. As published, an offset is
+    uniform over 0 .. size - side - 1, so that the last one that fits is never drawn; with
+    `inclusive` it is. With `turn` every patch is mirrored and rotated at random (the published code
+    has this commented out). Draws are made on the generator's device.
     """
     smallest, largest = patch_range
     check_patch_range(smallest, largest, size, inclusive)
     device = generator.device
     side = torch.randint(smallest, largest + 1, (n,), generator=generator, device=device)
-    cells = size // smallest + 1  # of the finest grid; a coarser one uses its upper left part
+    cells = size // smallest + 1  # a side of the finest grid; coarser ones use its upper left part
     offsets = size - side + 1 if inclusive else size - side
     span = offsets.view(n, 1, 1)
     drawn = torch.rand((2, n, cells, cells), generator=generator, device=device)
@@ -105,9 +105,9 @@ def sample_patches(
 def tile_patches(images: Tensor, grid: PatchGrid) -> Tensor:
     """Lay out every picture from patches of itself: (N, C, S, S) -> (N, C, S, S), channels last.
 
-    Row r, column c of the grid of side p holds images[:, top : top + p, left : left + p]; what the
-    last row and column have too much is cut off. One index per pixel and one gather: N * S * S *
-    (8 + 8 C) bytes move for float32.
+    With patches of side p, cell (r, c) of a picture's grid shows its pixels [top : top + p,
+    left : left + p]; the last row and column are cut off at S. There is one index per pixel and one
+    gather, which moves N * S * S * (8 + 8 C) bytes for float32.
     """
     n, channels, size, _ = images.shape
     grid = grid.to(images.device)
@@ -150,10 +150,10 @@ def patch_negatives(
 ) -> Tensor:
     """Return `count` patch negatives of every picture: (N, C, S, S) -> (N, count, C, S, S).
 
-    images: the augmented and normalised query view, so a negative shares the crop, colours and flip
-    of its query. generator is in the same state on every rank: each draws for the global batch and
-    keeps its own rows, so that N processes make the negatives that one would make.
-    options: those of `sample_patches`.
+    images: the augmented and normalised query view, so that a negative shares the crop, colours and
+    flip of its query. generator: in the same state on every rank; each rank draws for the global
+    batch and keeps its own rows, so that N processes make the same negatives as one.
+    options: passed on to `sample_patches`.
     """
     n = images.shape[0]
     size = images.shape[-1]

@@ -1,4 +1,4 @@
-"""What this folder is, for the tools."""
+"""Declare this paper for the tools: its scripts, files, layouts and settings."""
 
 from runner.papers import Layout, Paper
 

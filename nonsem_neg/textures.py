@@ -1,4 +1,4 @@
-"""Texture pictures and the photographs they were made from: which belongs to which."""
+"""Pair texture pictures with the photographs that they were made from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from common import UsageError, files, launch, printable
 from common.sets import TORCHVISION_SETS, FolderSet, few, open_set, pictures_below
 
-PATCH_PREFIXES = ("texture1_", "texture2_")  # files that an interrupted synthesis leaves behind
+PATCH_PREFIXES = ("texture1_", "texture2_")  # begin the files that an interrupted synthesis leaves
 
 
 def original_root_of(texture_root: str | Path) -> Path:
@@ -19,25 +19,25 @@ def original_root_of(texture_root: str | Path) -> Path:
     text = str(texture_root)
     if "-texture" not in text:
         raise UsageError(
-            f"{text}: no '-texture' in the path to derive the originals' folder from: name both "
-            "folders"
+            f"{text} has no '-texture', which is left out to find the originals' folder; name both "
+            "folders (DATA and --texture-root)"
         )
     return Path(text.replace("-texture", ""))
 
 
 def check_roots(data_root: str | Path, texture_root: str | Path, dataset: str) -> None:
-    """Raise UsageError where these cannot be paired: no class folders, or one folder twice."""
+    """Raise UsageError where two trees cannot be paired: no class folders, or the same folder."""
     if dataset in ("packed", *TORCHVISION_SETS):
         raise UsageError(
-            f"--robust texture does not support --dataset {dataset}: pictures and textures are "
+            f"--robust texture does not support --dataset {dataset}, as pictures and textures are "
             "paired by the names of their files: give both as trees of class folders"
         )
     for below in ("", "train"):
         if _same(os.path.join(data_root, below), os.path.join(texture_root, below)):
             raise UsageError(
-                f"the textures in {printable(texture_root)} are the pictures in "
-                f"{printable(data_root)}, one and the same folder: name the tree of their textures "
-                "with --texture-root"
+                f"the textures in {printable(texture_root)} and the pictures in "
+                f"{printable(data_root)} are the same folder: name the tree of textures with "
+                "--texture-root"
             )
 
 
@@ -49,7 +49,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def open_pairs(args) -> tuple[FolderSet, FolderSet]:
-    """Return (originals, textures), row by row the same picture; unmatched.txt lists the rest."""
+    """Return (originals, textures), paired row by row; unmatched.txt lists the rest."""
     texture_set = open_set(args.texture_root, "train", class_list=args.class_list)
     listing = None
     if launch.rank() == 0 and not args.show_views:
@@ -64,14 +64,14 @@ def pair_by_path(
     *,
     unmatched_listing: str | Path | None = None,
 ) -> tuple[FolderSet, FolderSet]:
-    """Return (originals, textures), row by row the same picture.
+    """Return (originals, textures), paired row by row.
 
-    A pair has the same class folder and the same stem, and any extensions.
+    A pair has the same class folder and the same stem; extensions may differ.
     original_root: the originals' data folder (its split is that of the texture set, as in
     .../train) or the class tree. unmatched_listing: a file that receives one line per texture
     without an original and per original without a texture.
     Left-over patch files among the textures are ignored, and originals without a texture are left
-    out; `notes` of the returned originals count both. Raises UsageError where a texture has no
+    out; the `notes` of the returned originals count both. Raises UsageError where a texture has no
     original.
     """
     original_root = Path(original_root)
@@ -79,7 +79,7 @@ def pair_by_path(
     tree = below if below.is_dir() else original_root
     if not tree.is_dir():
         raise UsageError(
-            f"{tree}: no such folder; it should hold the originals of {texture_set.root}"
+            f"{tree} does not exist; it should hold the originals of {texture_set.root}"
         )
     originals, labels = _by_stem(tree, texture_set.classes)
     rows, stems, lonely, patches = [], [], [], 0
@@ -121,7 +121,7 @@ def _by_stem(tree: Path, classes: list[str]) -> tuple[dict[str, str], dict[str, 
             stem = os.path.splitext(path)[0]
             if stem in originals:
                 both = few([originals[stem], path])
-                raise UsageError(f"{tree}: {both} share one name: keep one of them")
+                raise UsageError(f"{tree}: {both} have the same name; keep one of them")
             originals[stem] = path
             labels[stem] = label
     return originals, labels
@@ -141,7 +141,7 @@ def _check_pairs(
         textures = len(lonely)
         first = f"; first: {few(lonely, 3)}" if lonely else ""
         raise UsageError(
-            f"{texture_set.root}: none of its {textures} textures has its original in {tree} "
+            f"{texture_set.root}: none of its {textures} textures has an original in {tree} "
             f"(same class folder and name){first}"
         )
     if lonely:

@@ -1,4 +1,4 @@
-"""How pictures enter a network: the normalisation of its run, and the view of an evaluation."""
+"""The normalisation of a run, and the view of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
 
 
 def normalize(flags: dict) -> augment.Normalize:
-    """Return the last operation of every view of a run with these flags."""
+    """Return the normalisation that ends every view of a run with these flags."""
     return CIFAR if flags.get("aug") == "cifar" else IMAGENET
 
 
 def pretraining_flags(saved: dict) -> dict:
-    """Return the flags of the pre-training, from its file or a classifier's; {} without any."""
+    """Return the flags of the pre-training, from its file or a classifier's; {} if it has none."""
     key = "pretrained_args" if "best_acc1" in saved else "args"
     return saved.get(key) or {}
 
 
 def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
-    """Return what takes RGB to the input of a checkpoint's network; see `runner.layouts.colours`.
+    """Return the operations from RGB to the input, and its channels; see `layouts.colours`.
 
     towers: always empty, as the files hold one network that is evaluated.
     """
@@ -30,7 +30,7 @@ def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
 def plain_view(args, flags: dict) -> augment.Compose:
     """Return the view of an evaluation at --input-res, for a network trained with `flags`.
 
-    Pictures of the notebook lose no margin.
+    With the augmentation of the CIFAR-10 notebook it shows whole pictures.
     """
     if flags.get("aug") == "cifar":
         whole = augment.ResizeCenterCrop(args.input_res, args.input_res)

@@ -3,9 +3,9 @@
     python preprocess/check_images.py IMAGENET100
     python preprocess/check_images.py IMAGENET100/val --json val.json
 
-TREE is a root with train/ and val/ (or test/, validation/), or one folder of class folders, or of
-pictures without classes, which pre-training takes. Pictures are read as the data loader reads them;
-nothing is changed. The exit code is 1 if something would break training:
+TREE is a root with train/ and val/ (or test/, validation/), one folder of class folders, or a
+folder of pictures without classes, for pre-training. Pictures are read as the data loader reads
+them, and nothing is changed. The exit code is 1 if something would break training:
 
     unreadable       not a picture, an empty file, a broken link, no permission
     truncated        the header is whole, the pixels end early or cannot be decoded
@@ -95,47 +95,51 @@ def parse_args(argv=None):
         help="root with train/CLASS/* and val/CLASS/*, or a folder of class folders",
     )
     group.add_argument(
-        "--class-list", metavar="FILE", help="look at these class folders only, one name a line"
+        "--class-list", metavar="FILE", help="check only the class folders in FILE, one per line"
     )
     group.add_argument(
         "--min-side",
         type=cli.count,
         default=32,
         metavar="PIXELS",
-        help="a shorter side is called tiny",
+        help="pictures with a shorter side are reported as tiny",
     )
     group.add_argument(
         "--limit",
         type=cli.positive_int,
         metavar="N",
         help="open only N pictures, spread evenly over the tree "
-        "(a quick look; class counts stay complete, duplicates are sought among these)",
+        "for a quick check (class counts stay complete, duplicates are sought among these)",
     )
     group = parser.add_argument_group("report")
     group.add_argument(
-        "--json", metavar="FILE", help="also write everything found, file by file, to FILE"
+        "--json", metavar="FILE", help="also write all findings, file by file, to FILE"
     )
     group.add_argument(
         "--examples",
         type=cli.count,
         default=3,
         metavar="N",
-        help="files named per kind in the table",
+        help="example files per kind of finding",
     )
     group = parser.add_argument_group("run")
     group.add_argument(
-        "-j", "--workers", type=cli.positive_int, metavar="N", help="processes (one per core)"
+        "-j",
+        "--workers",
+        type=cli.positive_int,
+        metavar="N",
+        help="number of processes (default: one per core)",
     )
     args = parser.parse_args(argv)
     if not args.tree:
         raise UsageError(
-            "no TREE to check: give a folder with train/ and val/ or with class folders, or --demo"
+            "there is no TREE to check: give a folder with train/ and val/ or class folders, or --demo"
         )
     return cli.freeze(args)
 
 
 def open_splits(args) -> list[Split]:
-    """Return the splits of the tree, with what is wrong with their folders. Raises UsageError."""
+    """Return the splits of the tree, with findings about their folders. Raises UsageError."""
     folders = find_splits(args.tree)
     class_list = None
     if args.class_list:
@@ -148,7 +152,7 @@ def open_splits(args) -> list[Split]:
 
 
 def open_pictures(pictures: Pictures, min_side: int, processes: int) -> float:
-    """Examine all pictures, and return the seconds it took. Raises Interrupted on Ctrl-C."""
+    """Examine all pictures and return the seconds that it took. Raises Interrupted on Ctrl-C."""
     bar = workers.Rate("checking", len(pictures), "pictures")
     try:
         for start, seen in workers.in_processes(examine_rows, pictures.jobs(min_side), processes):
@@ -196,7 +200,7 @@ def print_report(splits: list[Split], numbers: list[dict], examples: int) -> Non
             by_kind[kind].append((os.path.join(split.name, path), detail))
     for level in (ERROR, WARNING, NOTE):
         kinds = [kind for kind in KINDS if KINDS[kind][0] == level and kind in by_kind]
-        print(f"\n{level}" if kinds else f"\n{level}: nothing")
+        print(f"\n{level}" if kinds else f"\n{level}: none")
         for kind in kinds:
             findings = sorted(by_kind[kind])
             print(f"{len(findings):>8}  {KINDS[kind][1]}")

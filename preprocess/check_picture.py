@@ -1,4 +1,4 @@
-"""Open and decode one picture as the data loader does, and return everything wrong with it."""
+"""Open and decode one picture as the data loader does, and return its defects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 class Seen(NamedTuple):
-    """One file as it was examined. Numbers are 0 and the digest is empty where it was unreadable.
+    """The result of examining a file. Numbers are 0 and the digest is empty if it is unreadable.
 
     findings: (kind, detail) each; check_images.KINDS lists the kinds.
     """
@@ -54,9 +54,9 @@ class Seen(NamedTuple):
 
 
 def examine(path: str, min_side: int = 32) -> Seen:
-    """Read, decode and describe one picture; everything wrong with it is a finding, not an error.
+    """Read, decode and describe one picture; a defect is a finding, not an error.
 
-    min_side: a shorter side is a finding, pixels.
+    min_side: shortest side in pixels that is not reported.
     """
     try:
         return _examine(path, min_side)
@@ -127,7 +127,7 @@ def _scratch_file():
 
 @contextlib.contextmanager
 def _caught_stderr() -> Iterator[list[str]]:
-    """Collect what C code prints on file descriptor 2: libjpeg tells of damage in no other way."""
+    """Collect output on file descriptor 2, the only way in which libjpeg reports damage."""
     lines: list[str] = []
     file = _scratch_file()
     saved = os.dup(2)
@@ -172,7 +172,7 @@ def _describe(image: Image.Image, content: bytes, path: str, turned: int) -> lis
     if turned in range(2, 9):
         findings.append(("EXIF rotation", f"orientation {turned}"))
     if image.format != "JPEG":
-        with contextlib.suppress(Exception):  # damage in a second frame matters to nobody
+        with contextlib.suppress(Exception):  # damage in a second frame does not matter
             if getattr(image, "is_animated", False):
                 findings.append(("animated", f"{image.n_frames} frames"))
     return findings

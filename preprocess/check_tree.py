@@ -1,4 +1,4 @@
-"""Walk a tree of pictures and find what is wrong with its folders, names, counts and copies."""
+"""Walk a tree of pictures and find defects of its folders, names, counts and duplicates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK = 32  # pictures per job
 
 @dataclass
 class Split:
-    """A folder of class folders: its pictures by class, and what is wrong with it."""
+    """A folder of class folders: its pictures by class, and its findings."""
 
     name: str
     folder: Path
@@ -33,9 +33,9 @@ class Split:
 def find_splits(tree: str | Path) -> dict[str, Path]:
     """Return {"train": folder, "val": folder} of a root, or {name: folder} of a folder of classes.
 
-    One of train and val may be missing. A folder of that name counts as a split if it has folders
-    in it, or if there is the other one, too, or nothing else: a class may be called train. Raises
-    UsageError.
+    One of train and val may be missing. Because a class may be called train, a folder of that name
+    is a split only if it contains folders, if the other split exists too, or if nothing else does.
+    Raises UsageError.
     """
     tree = Path(tree)
     if not tree.is_dir():
@@ -60,10 +60,10 @@ def find_splits(tree: str | Path) -> dict[str, Path]:
 def list_split(
     name: str, folder: Path, class_list: list[str] | None = None, unlabelled: bool = False
 ) -> Split:
-    """Walk a split once and return it; symbolic links are followed, as the loader does.
+    """Walk a split once and return it; symbolic links are followed, as in the loader.
 
-    unlabelled: pictures without class folders are those of one class without a name, except in
-    val/. Raises UsageError where `class_list` names a folder that is not there.
+    unlabelled: whether pictures without class folders form one class without a name, except in
+    val/. Raises UsageError if `class_list` names a missing folder.
     """
     split = Split(name, folder)
     classes = sets.folders_in(folder)
@@ -85,7 +85,7 @@ def list_split(
 
 
 def _list_without_classes(split: Split, unlabelled: bool) -> bool:
-    """Tell of a folder without class folders, and return whether its pictures are to be taken."""
+    """Report a split without class folders, and return whether its pictures are used."""
     count = len(sets.pictures_below(split.folder))
     is_val = split.name in SPLIT_NAMES["val"]
     if count and unlabelled and not is_val:
@@ -101,7 +101,7 @@ def _list_without_classes(split: Split, unlabelled: bool) -> bool:
 
 
 def _list_beside_classes(split: Split, classes: list[str]) -> None:
-    """Tell of what lies beside the class folders."""
+    """Report the files beside the class folders."""
     for name in sorted(set(os.listdir(split.folder)) - set(classes)):
         if os.path.isdir(split.folder / name):
             split.findings.append(("not a file", name, ""))
@@ -110,7 +110,7 @@ def _list_beside_classes(split: Split, classes: list[str]) -> None:
 
 
 def _list_class(split: Split, class_name: str) -> None:
-    """Take the pictures of a class, and tell of everything else in its folder."""
+    """Add the pictures of a class, and report everything else in its folder."""
     pictures: list[str] = []
     folders: list[tuple] = []
     try:
@@ -140,7 +140,7 @@ def _list_class(split: Split, class_name: str) -> None:
 
 
 def _compare_counts(split: Split) -> None:
-    """Tell of classes with under half or over twice the median number of pictures."""
+    """Report classes with under half or over twice the median number of pictures."""
     counts = {name: len(pictures) for name, pictures in split.classes.items() if pictures}
     if not counts:
         return
@@ -152,7 +152,7 @@ def _compare_counts(split: Split) -> None:
 
 
 def compare_classes(splits: list[Split]) -> None:
-    """Tell of the classes that only one of two splits has, in the split that lacks them."""
+    """Report the classes that only one of two splits has, in the split that lacks them."""
     if len(splits) != 2 or not all(any(split.classes) for split in splits):
         return
     for one, other in (splits, splits[::-1]):
@@ -163,9 +163,9 @@ def compare_classes(splits: list[Split]) -> None:
 
 
 class Pictures:
-    """All pictures of the splits in one row of arrays: a million take about 100 MB.
+    """All pictures of the splits, in arrays: a million pictures take about 100 MB.
 
-    limit: only so many of them, evenly taken. total counts all.
+    limit: number of pictures to keep, evenly spaced. total: number of all pictures.
     """
 
     def __init__(self, splits: list[Split], limit: int | None = None):
@@ -191,7 +191,7 @@ class Pictures:
         return len(self.paths)
 
     def jobs(self, min_side: int) -> Iterator[tuple[int, list[str], int]]:
-        """Yield (first row, paths, min_side), the jobs of `examine_rows`."""
+        """Yield the jobs of `examine_rows`: (first row, paths, min_side)."""
         for start in range(0, len(self), CHUNK):
             rows = range(start, min(start + CHUNK, len(self)))
             paths = [os.path.join(self._split_of(row).folder, self.paths[row]) for row in rows]
@@ -201,7 +201,7 @@ class Pictures:
         return self.splits[self.split[row]]
 
     def record(self, start: int, seen: list[Seen]) -> None:
-        """Take the answer to a job."""
+        """Record the result of a job."""
         for row, one in enumerate(seen, start):
             self.sides[row] = (one.width, one.height)
             self.bytes[row] = one.bytes
@@ -210,13 +210,13 @@ class Pictures:
                 self._split_of(row).findings.append((kind, self.paths[row], detail))
 
     def name(self, row: int) -> str:
-        """Return the name of a split and the path below it."""
+        """Return SPLIT/PATH of a picture."""
         return os.path.join(self._split_of(row).name, self.paths[row])
 
     def find_same(self) -> list[list[str]]:
-        """Return the groups of files of equal content.
+        """Return the groups of files with equal content, and report them.
 
-        Each is a finding per file beyond the first, of the gravest kind.
+        Every file of a group except the first becomes a finding of the gravest kind.
         """
         whole = np.flatnonzero(self.digest != b"")
         order = whole[np.argsort(self.digest[whole], kind="stable")]
@@ -242,6 +242,6 @@ class Pictures:
 
 
 def examine_rows(job: tuple[int, list[str], int]) -> tuple[int, list[Seen]]:
-    """Examine the pictures of a job of `Pictures.jobs`; return (first row, an answer each)."""
+    """Examine the pictures of a job of `Pictures.jobs`; return (first row, one Seen per picture)."""
     start, paths, min_side = job
     return start, [examine(path, min_side) for path in paths]

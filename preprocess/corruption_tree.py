@@ -1,4 +1,4 @@
-"""Find the pictures to corrupt, and which of their corrupted files are missing, and name these."""
+"""Find the pictures to corrupt, name their corrupted files, and list the missing ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("corrupt-tta", "numpy", "pillow", "opencv-python", "scikit-image", "
 
 
 class Settings(NamedTuple):
-    """All that a corrupted picture depends on besides its source and the corruption."""
+    """Settings that decide a corrupted picture besides its source and the corruption."""
 
     root: str  # of the pictures
     out: str
@@ -41,9 +41,9 @@ class Job(NamedTuple):
 
 
 def key_of(seed: int, relative: str) -> tuple[int, int]:
-    """Return what the random draws of a picture depend on: the seed, and its class and name.
+    """Return the key of a picture's random draws, made of the seed, its class and its name.
 
-    Corruption and severity are added to it later.
+    Corruption and severity are added later.
     """
     name = os.fsencode(relative.replace(os.sep, "/"))
     return seed, int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
@@ -52,7 +52,7 @@ def key_of(seed: int, relative: str) -> tuple[int, int]:
 def source_folder(tree: str) -> Path:
     """Return the folder of class folders to corrupt.
 
-    It is val/ (else test/, validation/) of a root, or else the tree itself. Raises UsageError.
+    It is val/ (else test/, validation/) of a root, or the tree itself. Raises UsageError.
     """
     tree = Path(tree)
     if not workers.split_folders(tree):
@@ -71,9 +71,9 @@ def _is_split(folder: Path) -> bool:
 def target_names(sources: list[str], format: str) -> dict[str, str]:
     """Return {path of a picture: path of its file below OUT/<corruption>/<severity>}.
 
-    A name keeps its ending where that fits the format, else the ending is replaced; where this
-    would give two pictures one name (a.png beside a.JPEG), the new ending is put behind the old one
-    (a.png.JPEG). Raises UsageError where two names would still be the same.
+    A name keeps its ending if that fits the format; otherwise the ending is replaced. If this would
+    give two pictures the same name (a.png beside a.JPEG), the new ending follows the old one
+    (a.png.JPEG). Raises UsageError if two names would still be the same.
     """
     ending, fitting = ENDINGS[format]
     names = {path: path for path in sources if path.lower().endswith(fitting)}
@@ -91,11 +91,11 @@ def target_names(sources: list[str], format: str) -> dict[str, str]:
 
 
 def check_out(out: Path, source: Path, tree: Path) -> None:
-    """Raise UsageError where OUT lies among the pictures, or holds something else."""
+    """Raise UsageError if OUT lies among the pictures, or holds other files."""
     folder = workers.lies_in(out, source, [source, *workers.split_folders(tree)])
     if folder:
         raise UsageError(
-            f"{out}: lies in the folder of the pictures {folder}, where it would become a class: "
+            f"{out} lies in the folder of the pictures {folder}, where it would become a class: "
             "name a folder outside it"
         )
     workers.check_own(out, SETTINGS)
@@ -123,18 +123,18 @@ def settle(out: Path, settings: dict) -> list[str]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"{file}: damaged; remove it together with the corrupted pictures"
+            f"{file} is damaged: remove it together with the corrupted pictures"
         ) from None
     if differences:
         raise UsageError(
-            f"{out}: was begun with {'; '.join(differences)}: give the same, or name another folder"
+            f"{out} was begun with {'; '.join(differences)}: give the same, or name another folder"
         )
     if before.get("versions") == versions:
         return []
     return [
         f"note: {out} was begun with other versions of "
-        f"{_changed(before.get('versions') or {}, versions)}; what is made now may differ in a "
-        "grey level from what another rerun would have given"
+        f"{_changed(before.get('versions') or {}, versions)}; new files may differ by a "
+        "grey level from those of the earlier versions"
     ]
 
 
@@ -150,7 +150,7 @@ def plan(
 ) -> list[Job]:
     """Return a job for every picture that lacks a variant.
 
-    Makes the folders; each is listed once, and rid of what a killed process left in it.
+    Creates the folders, lists each of them once, and removes what a killed process left there.
     """
     by_folder: dict[str, list[str]] = {}
     for path in sources:

@@ -1,10 +1,10 @@
-"""--config: settings files in the published format, as flags.
+"""Read settings files in the published format (--config) as flags.
 
 The format is that of config/pretrain/*/*.json of mhw32/contrastive-ring-public at fb3e1c2. Every
-key of those files is known. A key without effect there has none here, and is named once. What the
-published code ignored by mistake (`exponential_anneal`, a false `dynamic_inner`, `logsumexp_inner`
-or `self_negative`) counts here. A missing key or null means the default. A key that is not known is
-an error, as it would be a setting that is silently not made.
+key of those files is known. A key that has no effect there has none here, and one warning names
+such keys. Settings that the published code ignores by mistake (`exponential_anneal`, a false
+`dynamic_inner`, `logsumexp_inner` or `self_negative`) have an effect here. A missing key or null
+means the default. An unknown key is an error, as its setting would silently be ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from common import UsageError
 
-FLAGS = {  # key: flag
+FLAGS = {  # {key: flag}
     "exp_base": "exp_base",
     "exp_name": "exp_name",
     "seed": "seed",
@@ -44,7 +44,7 @@ FLAGS = {  # key: flag
     "optim_params.momentum": "momentum",
     "optim_params.weight_decay": "weight_decay",
 }
-CHOICES = {  # key of a switch: what it chooses where it is true; of several the first, as published
+CHOICES = {  # {key of a switch: (flag, value where it is true)}; the first true one wins
     "data_params.mocov2_transforms": ("augmentation", "mocov2"),
     "data_params.mocov2_32x32_transforms": ("augmentation", "mocov2_32x32"),
     "data_params.mocov2_64x64_transforms": ("augmentation", "mocov2_64x64"),
@@ -56,7 +56,7 @@ CHOICES = {  # key of a switch: what it chooses where it is true; of several the
     "loss_params.exponential_decay_anneal": ("anneal", "exponential"),
     "loss_params.exponential_anneal": ("anneal", "exponential"),
 }
-METHODS = {"NCE": "ir", "MoCo": "moco", "CMC": "cmc"}  # CMC: not published, named like the others
+METHODS = {"NCE": "ir", "MoCo": "moco", "CMC": "cmc"}  # CMC, which is not published, is by analogy
 LOSSES = {
     f"{name}{negatives}": (method, negatives.lower() or "all")
     for name, method in METHODS.items()
@@ -80,10 +80,10 @@ OTHERS = ("system", "loss_params.loss", "optim_params.scheduler")
 
 
 def parse(parser, argv) -> argparse.Namespace:
-    """Return the flags of the command line, above those of the file that it names.
+    """Return the flags of the command line and of the settings file that it names.
 
-    The file is that of --config or the first argument. What is typed beats it, and so does --demo.
-    Raises UsageError for a file that cannot be read, or says what is not known.
+    The file is that of --config or the first argument. Typed flags win over it, and so does --demo.
+    Raises UsageError for a file that cannot be read or has an unknown key or value.
     """
     args = parser.parse_args(argv)
     path = args.config or args.file
@@ -93,7 +93,9 @@ def parse(parser, argv) -> argparse.Namespace:
         args = parser.parse_args(argv)
         if dead:
             names = ", ".join(dead)
-            warning = f"warning: {path}: without effect, as in the published code: {names}"
+            warning = (
+                f"warning: {path}: these keys have no effect, as in the published code: {names}"
+            )
             print(warning, file=sys.stderr)
     del args.config, args.file
     _take_gpu_device(args)
@@ -125,8 +127,8 @@ def read(path: str, parser) -> tuple[dict, list[str]]:
         method = _one_of(path, "system", given, SYSTEMS)
         if values.setdefault("method", method) != method:
             raise UsageError(
-                f"{path}: system {given['system']} and loss {given['loss_params.loss']} do not go "
-                "together"
+                f"{path}: system {given['system']} and loss {given['loss_params.loss']} are of "
+                "different methods"
             )
     if "optim_params.scheduler" in items:  # null: none, as published
         values["scheduler"] = _one_of(path, "optim_params.scheduler", items, SCHEDULERS)
@@ -147,12 +149,12 @@ def _load(path: str) -> dict:
         raise UsageError(f"{path}: not JSON at {place}: {error.msg.lower()}") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise UsageError(f"{path}: settings are an object {{...}}, not a {kind}")
+        raise UsageError(f"{path}: settings must be an object {{...}}, not a {kind}")
     return content
 
 
 def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (key, value) of an object and those inside, such as "loss_params.k" for {"k"} in it."""
+    """Yield (key, value) of an object and the objects in it, with keys such as "loss_params.k"."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -162,7 +164,7 @@ def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def _switch(path: str, key: str, value) -> bool:
     if not isinstance(value, bool):
-        raise UsageError(f"{path}: {key} is true or false, not {json.dumps(value)}")
+        raise UsageError(f"{path}: {key} must be true or false, not {json.dumps(value)}")
     return value
 
 
@@ -170,16 +172,16 @@ def _one_of(path: str, key: str, values: dict, choices: dict):
     value = values[key]
     if not isinstance(value, (str, type(None))) or value not in choices:
         names = ", ".join(str(choice) for choice in choices if choice)
-        raise UsageError(f"{path}: {key} {json.dumps(value)}: there are {names}")
+        raise UsageError(f"{path}: {key} {json.dumps(value)} must be one of {names}")
     return choices[value]
 
 
 def _value(path: str, key: str, value, action: argparse.Action, parser):
-    """Return the value as the flag would have it: of the same type, choices and bounds."""
+    """Return a value, converted and checked as the flag's own values are."""
     if action.nargs == 0:
         return _switch(path, key, value)
     if isinstance(value, (bool, list, dict)):
-        raise UsageError(f"{path}: {key} is a number or a text, not {json.dumps(value)}")
+        raise UsageError(f"{path}: {key} must be a number or a text, not {json.dumps(value)}")
     try:
         return parser._get_values(action, [str(value)])
     except argparse.ArgumentError as error:
@@ -194,7 +196,7 @@ def _take_gpu_device(args) -> None:
     elif given is not None and args.device != "cpu":
         if not given.isdecimal():
             raise UsageError(
-                f"--gpu-device {given}: a number, or cpu; several GPUs: "
+                f"--gpu-device {given} must be a number or cpu; for several GPUs give "
                 "--multiprocessing-distributed"
             )
         args.gpu = int(given)

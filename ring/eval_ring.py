@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Evaluation of the networks of train_ring.py: linear, nearest neighbours, other data sets.
+"""Evaluation of networks pre-trained by train_ring.py: linear, nearest neighbours, transfer.
 
-All on the frozen pooled feature, of CMC on those of both towers. After `train_ring.py --demo`; the
-published settings; and a table over several data sets, in the place of the paper's Meta-Dataset:
+All use the frozen pooled feature (of both towers of CMC). The first command follows
+`train_ring.py --demo`; the second one has the published settings; the third one makes a table over
+several data sets, in the place of the paper's Meta-Dataset:
 
     python ring/eval_ring.py --demo
     python ring/eval_ring.py --root data --protocol released \\
@@ -41,30 +42,32 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data")
-    text = "data of the pre-training: where torchvision keeps it, or a tree with train/ and val/"
+    text = (
+        "data of the pre-training: tree with train/ and val/, or where torchvision keeps its sets"
+    )
     g.add_argument("--root", "--data", dest="data", help=text)
     options.add_data_arguments(g, default=None, workers=8)
     names = ", ".join(transfer.SETS)
-    text = f"data sets to transfer to: class folders (PATH, NAME=PATH), or of torchvision {names}"
+    text = f"data sets to transfer to: class folders (PATH, NAME=PATH), or torchvision's {names}"
     g.add_argument("--transfer", nargs="+", metavar="NAME[=PATH]", default=[], help=text)
-    text = "where torchvision keeps those that are given without PATH"
+    text = "where torchvision keeps the sets that are given without PATH"
     g.add_argument("--transfer-root", default="data", help=text)
 
     g = parser.add_argument_group("model")
     text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
     g.add_argument("--model_path", metavar="PATH", help=text)
-    text = "of the pre-training; default: what the checkpoint says, or config.json beside it, or v1"
+    text = "augmentation of the pre-training; default: that of the checkpoint or its config.json"
     g.add_argument("--augmentation", choices=list(SIDES), help=text)
 
     g = parser.add_argument_group("evaluation")
     text = (
-        "standard: network in evaluation mode, crop and flip; released: in training mode (its "
-        "batch-norm statistics move), the views of the pre-training, a constant learning rate"
+        "standard: network in evaluation mode, crop and flip; released: network in training mode "
+        "(its batch-norm statistics move), views of the pre-training, constant learning rate"
     )
     g.add_argument("--protocol", choices=list(released.PROTOCOLS), default="standard", help=text)
-    text = "nearest neighbours only: no classifier is trained"
+    text = "evaluate nearest neighbours only, without training a classifier"
     g.add_argument("--nn-only", action="store_true", help=text)
-    text = "neighbours that vote, weighted"
+    text = "neighbours that vote in the weighted k-NN"
     g.add_argument("--knn-k", type=cli.positive_int, default=200, help=text)
     text = "not scaled with the batch; default .5, released .01"
     usual = {"epochs": 100, "learning_rate": None, "weight_decay": None, "lr_decay_epochs": None}
@@ -99,7 +102,7 @@ def settle(args) -> None:
 
 
 def read(args):
-    """Return the pre-training checkpoint, and the flags with what it says; typed flags win."""
+    """Return the pre-training checkpoint, and the flags with what it says about its network."""
     first = "ring/train_ring.py --demo" if args.demo else "ring/train_ring.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
     with saved.within():
@@ -124,21 +127,21 @@ def read(args):
 
 
 def run_files(args, saved):
-    """Return the folder of this data set, which `worker` has settled, and what goes into it."""
+    """Return the folder of this data set, its files, and the best epoch's file."""
     own = loop.Files(__file__, last="current.pth", same=("protocol",), by_epoch=True)
     return args.folder, own, "best.pth"
 
 
 def build_network(saved, args, classes: int, process: launch.Process):
-    """Return the frozen network, and a fresh classifier of its pooled feature."""
-    with torch.random.fork_rng(devices=[]):  # the classifier's weights follow from the seed alone
+    """Return the frozen network, and a fresh classifier on its pooled feature."""
+    with torch.random.fork_rng(devices=[]):  # so that the classifier follows from the seed alone
         network = networks.of_checkpoint(saved)
     classifier = networks.linear(network, classes).to(process.device)
     return linear.freeze(network, process), classifier
 
 
 def embed(network, images, args, layer: int = nearest.POOLED):
-    """Return features (N, D) in float32, of CMC's towers side by side."""
+    """Return features (N, D) in float32; those of CMC's towers are side by side."""
     feat = backbones.feature(network, images, layer)
     if isinstance(feat, tuple):
         return torch.cat([part.float() for part in feat], 1)
@@ -146,7 +149,7 @@ def embed(network, images, args, layer: int = nearest.POOLED):
 
 
 def recipe(args, saved, train: bool) -> augment.Compose:
-    """Return crop and flip for training (released: the pre-training's view), else the whole."""
+    """Return crop and flip (released: the pre-training's view), or the plain view for val/."""
     if not train:
         return plain_view(args)
     if args.protocol == "released":
@@ -160,7 +163,7 @@ def learning_rate(args, at: loop.At) -> float:
 
 
 def load(network, classifier, saved) -> None:
-    """Put a trained classifier back, and the batch-norm statistics that its protocol has moved."""
+    """Load a trained classifier, and the batch-norm statistics that its protocol has moved."""
     checkpoint.load_into(classifier, saved["classifier"], saved.path)
     if (saved.get("opt") or {}).get("protocol") == "released":
         released.restore(network, saved)
@@ -189,7 +192,7 @@ SPEC = linear.Spec(
     rate=learning_rate,
     label=label,
     load=load,
-    # Of the network as it was pre-trained, before its statistics have moved.
+    # The digest is of the pre-trained network, before its statistics have moved.
     digest=lambda saved, network: checkpoint.fingerprint(networks.parameters(saved)),
     result=protocol_of,
     derived=protocol_of,
@@ -205,8 +208,8 @@ RELEASED = dataclasses.replace(SPEC, method=released.Released, drop_last=True)
 def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
     """Return the accuracies of nearest neighbours, and a note to print.
 
-    pictures: those that vote and those that are classified. The memory bank is of the pictures of
-    the pre-training alone.
+    pictures: the set that votes and the set that is classified. The memory bank is used for the
+    pre-training's own data set alone.
     """
     banks, labels, note = [], None, ""
     if not args.is_transfer:
@@ -246,7 +249,7 @@ def evaluate(args, process, saved, pictures) -> dict:
 
 
 def evaluate_neighbours(args, process, saved, pictures, row: dict) -> dict:
-    """--nn-only: write result-nn.json of one data set; return its accuracies."""
+    """Write result-nn.json of one data set (--nn-only); return its accuracies."""
     log = RunFolder(args.folder, args, process, suffix="-nn", tensorboard=False)
     network, _ = build_network(saved, args, 1, process)
     values, note = neighbours(args, process, saved, network, pictures)
@@ -268,7 +271,7 @@ def evaluate_neighbours(args, process, saved, pictures, row: dict) -> dict:
 def worker(args, process: launch.Process) -> None:
     if args.protocol == "released" and process.world_size > 1:
         raise UsageError(
-            "--protocol released: batch-norm statistics are those of the whole batch: one process"
+            "--protocol released takes batch-norm statistics of the whole batch: run one process"
         )
     demo.ensure_for(args, process)
     saved, args = read(args)

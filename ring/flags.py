@@ -6,8 +6,8 @@ from cmc import colour
 from common import UsageError, cli
 from ring import thresholds
 
-MOMENTA = {"ir": 0.0, "cmc": 0.5, "moco": 0.999}  # --m: published; Tian et al.; published
-BELONGS = {  # flag: the --method that it belongs to
+MOMENTA = {"ir": 0.0, "cmc": 0.5, "moco": 0.999}  # defaults of --m; that of cmc is Tian et al.'s
+BELONGS = {  # {flag: the --method that it belongs to}
     "ball_bank_size": "ir",
     "view": "cmc",
     "shuffle_bn": "moco",
@@ -17,39 +17,39 @@ BELONGS = {  # flag: the --method that it belongs to
 
 
 def add_method_arguments(g) -> None:
-    """Add what is compared with what, and the thresholds, as published where there is such."""
+    """Add the method, its memory, the choice of negatives and the thresholds."""
     text = "ir: memory bank, one view; moco: queue, two views; cmc: lightness against colour"
     g.add_argument("--method", choices=list(MOMENTA), default="ir", help=text)
-    text = "all candidates, the ball of the nearest, or the ring: without the very nearest"
+    text = "all candidates; the ball: the nearest; or the ring: the ball without the very nearest"
     g.add_argument("--negatives", choices=["all", "ball", "ring"], default="ring", help=text)
     text = "ir, cmc: positive and negatives drawn per anchor; moco: queue length"
     g.add_argument("--k", type=cli.positive_int, default=4096, help=text)
     g.add_argument("--queue", type=cli.positive_int, help="moco: the same as --k")
     g.add_argument("--t", "--temperature", type=cli.positive, default=0.07, help="temperature")
-    text = "momentum of a memory row (ir 0, cmc .5) or of the key network (moco .999)"
-    g.add_argument("--m", type=cli.fraction, help=f"{text}; default: those")
+    text = "momentum of a memory row (default: ir 0, cmc .5) or of the key network (moco .999)"
+    g.add_argument("--m", type=cli.fraction, help=text)
     g.add_argument("--ema", type=cli.fraction, help="moco: the same as --m")
-    text = "ball: share of the candidates"
+    text = "share of the candidates that is in the ball"
     g.add_argument("--thres-outer", type=cli.share, default=0.1, help=text)
     text = "share of the ball that is cut out of it"
     g.add_argument("--thres-inner", type=cli.fraction, default=0.1, help=text)
     text = "off: --thres-inner is a share of all candidates"
     g.add_argument("--dynamic-inner", action=cli.OnOff, default=True, help=text)
-    text = "what is cut out counts as positive"
+    text = "the candidates that are cut out count as positives"
     g.add_argument("--neighbor-views", action=cli.OnOff, default=False, help=text)
-    text = "off: their mean score in the numerator, not their logsumexp"
+    text = "off: the numerator has the mean of their scores, not the logsumexp"
     g.add_argument("--logsumexp-inner", action=cli.OnOff, default=True, help=text)
     text = "off: the positive is not in the denominator"
     g.add_argument("--self-negative", action=cli.OnOff, default=True, help=text)
-    text = "ir, cmc: compare with the whole ring, without drawing"
+    text = "ir, cmc: compare with the whole ring, not with draws from it"
     g.add_argument("--all-ring", action="store_true", help=text)
-    text = "ir: batch: the published slip, a ball of a share of the batch"
+    text = "ir: the ball is a share of the bank, or of the batch (a slip of the published code)"
     g.add_argument("--ball-bank-size", choices=["bank", "batch"], default="bank", help=text)
     text = "outer threshold from 1 to .1: by formula, or following the loss or the 1-NN accuracy"
     g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=text)
-    text = "epochs that it takes"
+    text = "epochs of the annealing"
     g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help=text)
-    text = "exponential: decay over all of them; default: .1 per step, as published"
+    text = "exponential: decay over all of these epochs; default: .1 per step, as published"
     g.add_argument("--anneal-rate", type=cli.positive, help=text)
     spaces = colour.SPACES
     text = "cmc: colour space"
@@ -61,18 +61,18 @@ def add_method_arguments(g) -> None:
 
 
 def settle(args) -> None:
-    """Fill in what the method decides, before the flags are frozen, and check the flags."""
+    """Fill in the defaults that depend on the method, and check flags against each other."""
     args.k = args.queue or args.k
     args.m = args.m if args.ema is None else args.ema
     args.m = MOMENTA[args.method] if args.m is None else args.m
     if args.bn_splits is None:
         args.bn_splits = 8 if args.method == "moco" and args.shuffle_bn else 1
     check(args)
-    del args.queue, args.ema  # other names of the same
+    del args.queue, args.ema  # other names of --k and --m
 
 
 def check(args) -> None:
-    """Raise UsageError where flags together mean nothing, or nothing could be learned with them."""
+    """Raise UsageError for flags that contradict each other or have no effect together."""
     for name in BELONGS.keys() & args.typed:
         if BELONGS[name] != args.method:
             flag = name.replace("_", "-")
@@ -88,13 +88,12 @@ def check(args) -> None:
         )
     if args.anneal != "constant" and args.negatives == "all":
         raise UsageError(
-            f"--anneal {args.anneal}: with --negatives all there is no threshold; omit one of the "
-            "two"
+            f"--anneal {args.anneal}: --negatives all has no threshold; omit one of the two"
         )
     if args.anneal == "accuracy" and (args.knn_every or not args.nn_every):
         raise UsageError(
-            "--anneal accuracy follows --nn-every 1, without --knn-every, before which epochs are "
-            "kept"
+            "--anneal accuracy follows the 1-NN accuracy of every epoch: give --nn-every 1, and "
+            "omit --knn-every"
         )
 
 
@@ -110,7 +109,7 @@ def _check_queue(args) -> None:
 def _check_thresholds(args) -> None:
     if args.dynamic_inner:
         limit = 1.0
-        name = "1, all of the ball"
+        name = "1, the whole ball"
     else:
         limit = args.thres_outer if args.anneal == "constant" else thresholds.END
         name = f"the outer threshold {limit}"

@@ -1,8 +1,8 @@
 """A memory bank (IR, CMC) and a queue of keys (MoCo), under their published names.
 
-Follows src/objectives/memory.py and src/systems/systems.py of mhw32/contrastive-ring-public at
-fb3e1c2. Differs: the memories are written after the backward pass, from the features of all ranks,
-so that every rank has the same; a queue knows which pictures its keys are of.
+They follow src/objectives/memory.py and src/systems/systems.py of mhw32/contrastive-ring-public at
+fb3e1c2, with two differences: memories are written after the backward pass from the features of all
+ranks, so that every rank has the same; a queue knows the pictures of its keys.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ class MemoryBank(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """The last k keys, first in, first out: `queue` (k, dim), `queue_ptr` the next row to write.
+    """The last k keys, first in, first out.
 
-    `pictures` (k,): the numbers of the pictures that the keys are of, -1 for the random rows of the
-    start. The published file lacks it; it is saved beside the state dict.
+    Buffers: `queue` (k, dim), and `queue_ptr`, the next row to write. `pictures` (k,): the numbers
+    of the keys' pictures, -1 for the random rows of the start. It is not in the published file and
+    is saved beside the state dict.
     """
 
     def __init__(self, k: int, dim: int):
@@ -63,10 +64,10 @@ class KeyQueue(nn.Module):
         return torch.where(self.pictures >= 0, of_pictures[self.pictures], -1)
 
     def load_pictures(self, pictures: Tensor, n: int) -> None:
-        """Put back the numbers (k,) of the pictures, or -1 for all. n: pictures in all.
+        """Load the numbers (k,) of the keys' pictures, or -1 for all. n: number of pictures.
 
         Raises ValueError for other numbers.
         """
         if pictures.is_floating_point() or not ((pictures >= -1) & (pictures < n)).all():
-            raise ValueError(f"numbers of pictures, -1 to {n - 1}, are expected")
+            raise ValueError(f"the pictures of a queue must be numbers from -1 to {n - 1}")
         self.pictures.copy_(pictures)

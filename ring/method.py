@@ -1,4 +1,4 @@
-"""What IR, CMC and MoCo have in common in ring/train_ring.py: everything but the step."""
+"""The part that IR, CMC and MoCo of ring/train_ring.py share: everything but the step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ring.networks import build_network
 from ring.views import NORMALIZE
 from runner import checkpoint, loop
 
-LOOKED_AT = 32  # anchors of a batch whose rings are described in the logs
+LOOKED_AT = 32  # the number of anchors of a batch whose rings are described in the logs
 
 
 class Observer:
-    """Statistics of the rings of one `negatives.conditional_loss`, for the logs.
+    """A recorder of the rings in one call of `negatives.conditional_loss`, for the logs.
 
     own (B,), labels (n,): classes of the anchors and of the candidates, or None.
-    `description` is that of the first anchors, at most LOOKED_AT; `scores` are the statistics
-    (b, 5) of all anchors, block by block, where --save_score asks for them.
+    `description` describes the rings of at most LOOKED_AT anchors; `scores` are the statistics
+    (b, 5) of all anchors, block by block, with --save_score.
     """
 
     def __init__(self, args, own: Tensor | None, labels: Tensor | None):
@@ -50,8 +50,8 @@ class Method:
     """A network, its optimizer, the rule for negatives and the policy of its outer threshold.
 
     system: the network and the memories, under their published names. banks: the memory banks.
-    candidates: how many a query is compared with. labels: classes of the training pictures, or
-    None.
+    candidates: the number of rows among which a query's negatives are chosen. labels: classes of
+    the training pictures, or None.
     """
 
     bank_names: tuple[str, ...] = ("memory_bank",)
@@ -89,7 +89,7 @@ class Method:
         )
         length = args.max_anneal_epoch * steps
         self.policy = thresholds.build(args.anneal, args.thres_outer, length, args.anneal_rate)
-        # Negatives are drawn on the device, batch shuffles on the CPU; the same on every rank.
+        # Draws are the same on every rank: negatives on the device, shuffles of keys on the CPU.
         draws = torch.Generator("cpu" if args.method == "moco" else process.device)
         self.generators = {"draws": draws.manual_seed(args.seed)}
         has_labels = (pictures.targets >= 0).any()
@@ -117,7 +117,7 @@ class Method:
     def draws(self, ranks: tuple[int, int], rows: int) -> Tensor | None:
         """Draw positions (rows, J) in the rings of this rank's anchors; None with --all-ring.
 
-        Those of the global batch are drawn, so that one and several processes see the same.
+        The draws are made for the global batch, so that one and several processes have the same.
         """
         if self.args.all_ring:
             return None
@@ -126,12 +126,12 @@ class Method:
         return launch.own_rows(negatives.draw(everyone, count, ranks, self.generators["draws"]))
 
     def observer(self, index: Tensor, labels: Tensor | None) -> Observer:
-        """Return an observer of the rings of these pictures. labels: of all candidates."""
+        """Return an observer of the rings of these pictures. labels: classes of all candidates."""
         own = None if labels is None else self.labels[index]
         return Observer(self.args, own, labels)
 
     def adapt(self, loss: Tensor) -> None:
-        """Tell the loss to the threshold that follows it; no other policy waits for the device."""
+        """Give the loss to a threshold that follows it; no other policy waits for the device."""
         if self.args.anneal == "loss":
             self.policy.record(float(launch.mean_ranks(loss)))
 
@@ -142,7 +142,7 @@ class Method:
         ranks: tuple[int, int],
         observers: Sequence[Observer],
     ) -> dict:
-        """Return the values to log. observers: of every view; their mean is taken."""
+        """Return the values to log, with the means over the observers, one for each view."""
         seen = [observer.description for observer in observers]
         means = {key: sum(one[key] for one in seen) / len(seen) for key in seen[0]}
         kind = self.rule.kind
@@ -167,7 +167,7 @@ class Method:
             return backbones.feature(self.network, images, 6)
 
     def project(self, images: Tensor) -> Tensor:
-        """Return what the banks hold of images (N, 3, S, S): unit rows (N, D)."""
+        """Return the features of images (N, 3, S, S) that the banks hold: unit rows (N, D)."""
         return self.encode(self.network, images)
 
     def pictures(self, views) -> dict:
@@ -184,7 +184,7 @@ class Method:
         has_queue = "queue" in state
         is_moco = self.args.method == "moco"
         if has_queue != is_moco:
-            which = "of MoCo" if has_queue else "not of MoCo"
+            which = "a checkpoint of MoCo" if has_queue else "not a checkpoint of MoCo"
             raise UserError(f"{saved.path} is {which}: give the --method that it was trained with")
         if is_moco and len(state["queue"]) != self.args.k:
             rows = len(state["queue"])

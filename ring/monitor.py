@@ -1,4 +1,4 @@
-"""Looking at a training with conditional negatives: warnings, and 1-NN through the memory bank."""
+"""Watch a training with conditional negatives: warnings, and 1-NN through the memory bank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runner import checkpoint, knn
 
 
 def adopt_published(saved: checkpoint.Saved | None) -> None:
-    """Put the optimizer of a checkpoint that Lightning has written where a run looks for it."""
+    """Move the optimizer in a checkpoint written by Lightning to where a run looks for it."""
     if saved is not None and "optimizer" not in saved:
         optimizers = saved.get("optimizer_states")
         if type(optimizers) is list and optimizers:
@@ -20,7 +20,7 @@ def adopt_published(saved: checkpoint.Saved | None) -> None:
 def narrowest_ring(args, method) -> tuple[int, int]:
     """Return the (inner, outer) ranks of the narrowest ring of the training.
 
-    Raises UserError where it is empty, or leaves no neighbours to --neighbor-views.
+    Raises UserError where it is empty, or --neighbor-views would have no neighbours.
     """
     try:
         return method.rule.narrowest(method.policy.least, method.candidates, args.batch_size)
@@ -29,15 +29,15 @@ def narrowest_ring(args, method) -> tuple[int, int]:
 
 
 def no_ring(args, error: ValueError) -> UserError:
-    """Return what `negatives.Rule` says of an empty ring, with the flags that help."""
+    """Return the error of `negatives.Rule` for an empty ring, with the flags that help."""
     flags = f"--thres-outer {args.thres_outer}, --thres-inner {args.thres_inner}"
     return UserError(f"{flags}: {error}; change those, or take a longer queue or more data")
 
 
 def warn(job, method, ranks: tuple[int, int]) -> None:
-    """Warn of what is allowed and known to be less than what was meant.
+    """Warn about flags without effect, and about memories that are legal but known to fail.
 
-    ranks: of the narrowest ring.
+    ranks: the (inner, outer) ranks of the narrowest ring.
     """
     args = job.args
     unused = {"all": ("thres_outer", "thres_inner"), "ball": ("thres_inner",)}
@@ -49,7 +49,7 @@ def warn(job, method, ranks: tuple[int, int]) -> None:
         job.warn(f"--{flag} does nothing with --negatives {args.negatives}")
     candidates = ranks[1] - ranks[0]
     if args.method == "moco" and args.k >= method.n:
-        remedy = "; the inner cut is to leave them out"
+        remedy = "; the inner cut is there to leave them out"
         if ranks[0] == 0:
             remedy = ", which only an inner cut leaves out (--negatives ring)"
         job.warn(
@@ -59,7 +59,7 @@ def warn(job, method, ranks: tuple[int, int]) -> None:
     elif args.method != "moco" and not args.all_ring and candidates < args.k:
         job.warn(
             f"--k {args.k} draws more negatives than there are candidates ({candidates} at the "
-            "narrowest): each again and again"
+            "narrowest): each is drawn repeatedly; use fewer"
         )
 
 
@@ -68,13 +68,13 @@ def val_loader(
 ) -> data.Loader | None:
     """Return a loader of the pictures that `evaluate_nearest` classifies.
 
-    None where --nn-every is 0. Raises UsageError where there are no labels.
+    Return None where --nn-every is 0. Raises UsageError where there are no labels.
     """
     if not args.nn_every:
         return None
     if not train_set.classes:
         raise UsageError(
-            "--nn-every needs labels, and the data has none: give a labelled tree, or omit it"
+            "--nn-every needs labels, and the data has none: give a labelled tree, or --nn-every 0"
         )
     val_set = options.open_split(args, "val", classes=train_set.classes)
     return options.evaluation_loader(args, process, val_set, view, knn.BATCH)
@@ -85,7 +85,7 @@ def bank_accuracy(
 ) -> Tensor:
     """Return the 1-NN accuracy in percent (0-dim): the most similar bank row gives the class.
 
-    banks: rows (n, D) of one view, or of each of the V views of CMC, whose similarities add up.
+    banks: one bank (n, D), or one for each of the V views of CMC, whose similarities are added.
     feats (B, V * D): unit features, view by view. Rows without a class (-1) are left out.
     """
     bank = torch.cat(banks, 1)
@@ -94,9 +94,9 @@ def bank_accuracy(
 
 @torch.no_grad()
 def evaluate_nearest(job, method, loader: data.Loader) -> None:
-    """Classify val/ by the nearest bank row of each projection, as published; print and log it.
+    """Classify val/ by the nearest bank row of each projection, as published; log the accuracy.
 
-    --anneal accuracy follows the result.
+    --anneal accuracy follows it.
     """
     pictures = job.source.dataset
     feats, targets = knn.features(method, loader, method.project)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of features: in a checkpoint's memory bank, as published, and by vote."""
+"""Nearest-neighbour evaluations: 1-NN in a checkpoint's memory bank, as published, and k-NN."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def in_bank(
 ) -> float:
     """Return the percentage of pictures whose most similar bank row is of their class.
 
-    projections (N, V * D), of any length, side by side for each of the V banks (n, D). labels (n,)
-    of the rows, of which -1 are passed over; targets (N,). Similarity is the cosine; that of
-    several banks is added up.
+    projections (N, V * D), of any norm: side by side for the V banks (n, D). labels (n,): classes
+    of the rows; rows with -1 are left out. targets (N,): classes of the pictures. Similarity is the
+    cosine, added over the banks.
     """
     units = [F.normalize(z, dim=1) for z in projections.chunk(len(banks), 1)]
     return float(monitor.bank_accuracy(banks, labels, torch.cat(units, 1), targets, classes))
@@ -37,8 +37,8 @@ def is_matrix(value) -> bool:
 def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], Tensor, str]:
     """Return the memory banks of a checkpoint, labels of their rows, and a note to print.
 
-    pictures: the training set, in the order of the rows; without as many rows there are no banks.
-    stl10: a bank may go on with the unlabelled pictures, which come last.
+    pictures: the training set, in the order of the rows; where the numbers differ, no banks are
+    returned. stl10: whether a bank may go on with rows of the unlabelled pictures.
     """
     tensors = [
         value.float()
@@ -46,14 +46,14 @@ def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], 
         if name.startswith("memory_bank") and name.endswith("_bank") and is_matrix(value)
     ]
     if not tensors:
-        note = "note: no memory bank in this checkpoint: no 1-NN through it"
+        note = "note: this checkpoint has no memory bank, so there is no 1-NN through it"
         return [], pictures.targets, note
     n = len(pictures)
     rows = len(tensors[0])
     if rows < n or (rows > n and not stl10):
         note = (
-            f"note: the memory bank has {rows} rows, train/ {n} pictures, so it is of others: "
-            "no 1-NN through it"
+            f"note: the memory bank has {rows} rows and train/ {n} pictures, so it is of other "
+            "pictures, and there is no 1-NN through it"
         )
         return [], pictures.targets, note
     unlabelled = pictures.targets.new_full((rows - n,), -1)
@@ -71,9 +71,9 @@ def neighbours(
 ) -> dict[str, float]:
     """Return top-1 accuracies in percent: knn_acc1, and bank_acc1 where there are banks.
 
-    The first is weighted k-NN (--knn-k) on the pooled feature, the second 1-NN on the projection.
-    embed(images, layer) -> features (N, D) of a network in evaluation mode. both: the pictures that
-    vote and those that are classified, seen through `view`.
+    The first is of the weighted k-NN (--knn-k) on the pooled feature, the second of the 1-NN on the
+    projection. embed(images, layer): returns features (N, D) of a network in evaluation mode. both:
+    the set that votes and the set that is classified, seen through `view`.
     """
 
     def features(loader: data.Loader, layer: int) -> list[Tensor]:

@@ -1,14 +1,14 @@
-"""Which negatives: the ring around an anchor, and the loss over it. Needs torch alone.
+"""The ring of negatives around an anchor, and the loss over it. This file needs torch alone.
 
-Wu, Mosse, Zhuang, Yamins and Goodman, arXiv:2010.02037: of all candidates the most similar ones are
-kept (the ball), and the very nearest of these, which are likely to show the same thing, are left
-out (the ring). Follows src/objectives/ of mhw32/contrastive-ring-public at fb3e1c2 in its counts,
-draws and numerators. Differs:
+Wu, Mosse, Zhuang, Yamins and Goodman, arXiv:2010.02037, keep the most similar of all candidates
+(the ball), and leave out the very nearest of these, which are likely to show the same thing (the
+ring). Counts, draws and numerators are those of src/objectives/ of mhw32/contrastive-ring-public at
+fb3e1c2. It differs from that code in these ways:
 
 - the nearest are found by a top-k, not by sorting all candidates, which gives the same ranks;
 - a few anchors are scored at a time, so that a batch needs less than 64 MB beside a bank of up to
   two million rows (and 24 bytes for each row of a longer one);
-- a ball is a share of its bank, where the published one of IR is a share of the batch.
+- the size of a ball is a share of its bank, where IR's published one is a share of the batch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = 10 << 20  # bytes of scores held at once, and again as much for finding and comparing
-DENSE_FROM = 4  # from a quarter of the bank's rows in a sum, the product with all rows is faster
+HALF = 10 << 20  # bytes of scores held at once, and as many for selecting and comparing
+DENSE_FROM = 4  # with 1/4 of the bank's rows or more in a sum, the product with all is faster
 
 
 class Ring(NamedTuple):
-    """The candidates of B anchors, the nearest first: those cut out, and those left as negatives.
+    """The nearest candidates of B anchors in order: i that are cut out, then o - i negatives.
 
-    inner (B, i), scores (B, o - i): their scores. inner_rows, rows: their rows in the bank.
+    inner (B, i), scores (B, o - i): scores of the two parts. inner_rows, rows: their bank rows.
     """
 
     inner: Tensor
@@ -40,8 +40,7 @@ class Ring(NamedTuple):
 def select(scores: Tensor, inner: int, outer: int) -> Ring:
     """Select the ring of scores (B, n): the ranks [inner, outer), rank 0 being the largest score.
 
-    0 <= inner < outer <= n. With (0, n) all candidates are returned as they stand, without an
-    order.
+    0 <= inner < outer <= n. With (0, n) all candidates are returned, in the order of the bank.
     """
     if (inner, outer) == (0, scores.shape[1]):
         rows = torch.arange(outer, device=scores.device).expand_as(scores)
@@ -52,14 +51,14 @@ def select(scores: Tensor, inner: int, outer: int) -> Ring:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which candidates are negatives, and what is positive; published names and defaults.
+    """The rule that makes candidates negatives or positives; names and defaults are published.
 
     kind: "all" candidates, the "ball" of the nearest, or the "ring".
-    thres_inner: share that is cut out, of the ball (dynamic_inner), or of all candidates.
-    neighbor_views: what was cut out counts as positive, too. The numerator is then the logsumexp of
-    the positive and of these, or with logsumexp_inner False the mean of their scores.
+    thres_inner: share of the ball (with dynamic_inner), or of all candidates, that is cut out.
+    neighbor_views: the candidates that are cut out count as positives, too. The numerator is then
+    the logsumexp of the positive and of these, or with logsumexp_inner False their mean score.
     self_negative: the positive is in the denominator.
-    ball_of_batch: the published slip of IR's ball, whose size is a share of the batch.
+    ball_of_batch: the size of IR's ball is a share of the batch, a slip of the published code.
     """
 
     kind: str = "ring"
@@ -71,7 +70,7 @@ class Rule:
     ball_of_batch: bool = False
 
     def inside(self, outer: int, n: int) -> int:
-        """Return how many of the nearest candidates thres_inner means."""
+        """Return the number of nearest candidates that thres_inner cuts out."""
         return int(self.thres_inner * (outer if self.dynamic_inner else n))
 
     def ranks(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
@@ -86,8 +85,8 @@ class Rule:
         inner = 0 if self.kind == "ball" else self.inside(outer, n)
         if inner >= outer:
             raise ValueError(
-                f"an empty ring: of {n} candidates, outer threshold {thres_outer:.4g} and inner "
-                f"{self.thres_inner:.4g} leave the ranks {inner} to {outer}"
+                f"the ring is empty: of {n} candidates, outer threshold {thres_outer:.4g} and "
+                f"inner {self.thres_inner:.4g} leave the ranks {inner} to {outer}"
             )
         return inner, outer
 
@@ -99,18 +98,18 @@ class Rule:
         inner, outer = self.ranks(thres_outer, n, batch)
         if self.neighbor_views and self.inside(outer, n) == 0:
             raise ValueError(
-                f"no neighbor_views: of {n} candidates, outer threshold {thres_outer:.4g} and "
-                f"inner {self.thres_inner:.4g} cut out none"
+                f"--neighbor-views has no neighbours: of {n} candidates, outer threshold "
+                f"{thres_outer:.4g} and inner {self.thres_inner:.4g} cut out none"
             )
         return inner, outer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the B queries of a step are compared with.
+    """The settings by which the B queries of a step are compared with their candidates.
 
-    ranks: (inner, outer), of `Rule.ranks`. temperature: divides the cosines.
-    draws (B, k): positions among the negatives of `select` to compare with; None: all of them.
+    ranks: (inner, outer), from `Rule.ranks`. temperature: divides the cosines.
+    draws (B, k): positions of the compared ones among the negatives of `select`; None: all.
     """
 
     rule: Rule
@@ -119,14 +118,14 @@ class Comparison:
     draws: Tensor | None = None
 
 
-# observer(ring, positive (B,), negatives (B, J)), the scores divided by the temperature
+# observer(ring, positive (B,), negatives (B, J)); all scores are divided by the temperature
 Observer = Callable[[Ring, Tensor, Tensor], None]
 
 
 def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw positions (b, k) among the negatives of b anchors, uniform, with replacement.
+    """Draw positions (b, k) among the negatives of b anchors, uniformly with replacement.
 
-    generator: on the device that the positions are wanted on. As published.
+    The positions are on the generator's device.
     """
     size = ranks[1] - ranks[0]
     return torch.randint(size, (b, k), generator=generator, device=generator.device)
@@ -146,8 +145,8 @@ def conditional_loss(
     query (B, D): unit rows. positive (B,): their cosines with their positives, which may carry a
     gradient. bank (n, D): unit rows of all candidates, float32, without a gradient.
     observer: called once for each block of anchors, in order.
-    A block of anchors is scored, and a part of it is compared and differentiated before the next
-    one, so that of B x n scores only a few rows exist at a time.
+    Anchors are scored in blocks, and each part of a block is compared and differentiated before the
+    next one, so that only a few rows of the B x n scores exist at a time.
     """
     n = len(bank)
     drawn = 0 if comparison.draws is None else comparison.draws.shape[1]
@@ -178,7 +177,8 @@ def _compare(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses (b,) and their gradients to queries (b, D) and positives (b,).
 
-    scores (b, n), divided by the temperature, and positive (b,): of these anchors of the batch.
+    scores (b, n): divided by the temperature. positive (b,): cosines. anchors: the place of these b
+    anchors in the batch.
     """
     rule = comparison.rule
     inner, outer = comparison.ranks
@@ -209,8 +209,9 @@ def _compare(
 def row_losses(negatives: Tensor, inner: Tensor, positive: Tensor, rule: Rule) -> Tensor:
     """Return the loss of every anchor (B,), in nats: logsumexp(negatives, positive) - positive.
 
-    negatives (B, J), all or drawn ones, inner (B, i), what was cut out, and positive (B,): scores
-    divided by the temperature. `Rule` says what else the numerator and the denominator can be.
+    negatives (B, J), inner (B, i), positive (B,): scores of the compared negatives, of the
+    candidates that are cut out, and of the positives, divided by the temperature. `Rule` describes
+    the other forms of numerator and denominator.
     """
     positive = positive[:, None]
     if rule.self_negative:
@@ -254,12 +255,12 @@ def description(
     labels: Tensor | None = None,
     has_cut: bool = True,
 ) -> dict[str, Tensor]:
-    """Describe the rings of B anchors in 0-dim tensors, for the logs.
+    """Return 0-dim tensors that describe the rings of B anchors, for the logs.
 
     ring_lowest, ring_highest: cosine of the last and of the first candidate, mean over anchors.
-    With own (B,) and labels (n,), classes of the anchors and of the candidates, -1 where there is
-    none: ring_own_class, the share of the ring that is of its anchor's class, and with has_cut
-    inner_own_class, the same share of what was cut out.
+    own (B,), labels (n,): classes of the anchors and of the candidates, -1 where unknown. With
+    them, ring_own_class is the share of the ring that is of its anchor's class, and with has_cut
+    inner_own_class is that share of the candidates that are cut out.
     """
     values = {
         "ring_lowest": ring.scores.amin(1).mean() * temperature,
@@ -274,7 +275,7 @@ def description(
 
 
 def _own_share(classes: Tensor, own: Tensor) -> Tensor:
-    """Return the share of classes (B, J) that equal own (B,), where both are known; 0 for none."""
+    """Return the share of known classes (B, J) that equal own (B,); 0 where none is known."""
     own = own[: len(classes), None]
     is_known = (classes >= 0) & (own >= 0)
     return ((classes == own) & is_known).sum() / is_known.sum().clamp(min=1)

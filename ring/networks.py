@@ -1,8 +1,8 @@
 """The network of Conditional Negative Sampling: a torchvision ResNet and a two-layer head.
 
 Names are those of the published checkpoints (src/models/resnet2.py of mhw32/contrastive-ring-public
-at fb3e1c2): the ResNet's children numbered in `features` (0 convolution, 1 batch-norm, 2 ReLU, 3
-pooling, 4-7 the stages, 8 average), the projection head `l1`, `l2`. CMC, whose code is not
+at fb3e1c2): `features` numbers the ResNet's children (0 convolution, 1 batch-norm, 2 ReLU, 3
+pooling, 4-7 stages, 8 average), and `l1`, `l2` are the projection head. CMC, whose code is not
 published, has one such network for each view.
 """
 
@@ -18,15 +18,15 @@ from common import UserError, backbones
 from runner import checkpoint
 
 RESNETS = ("resnet18", "resnet50")  # the published ones
-PREFIX = "model."  # of the network's parameter names in a checkpoint's state_dict
+PREFIX = "model."  # begins the network's parameter names in a checkpoint's state_dict
 
 
 class Network(nn.Module):
-    """Images (N, in_channels, S, S) -> projections (N, out_dim), not normalised.
+    """A ResNet and its head: images (N, in_channels, S, S) -> projections (N, out_dim).
 
-    Of its layers (common.backbones) 6 is the pooled feature h, which enters the head, and 7 the
-    projection z. conv3x3: 3x3 stride-1 first convolution and no pooling after it, for small
-    pictures.
+    Projections are not normalised. Layer 6 (see common.backbones) is the pooled feature h, which
+    enters the head, and layer 7 the projection z. conv3x3: 3x3 first convolution with stride 1 and
+    no pooling after it, for small pictures.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ def build_network(
 ) -> nn.Module:
     """Return the network of IR and MoCo, or with `views` the towers of CMC.
 
-    Each tower looks at its channels of `colour.Views`.
+    Each tower takes its own channels of the output of `colour.Views`.
     """
     if not views:
         return Network(arch, out_dim, conv3x3)
@@ -83,11 +83,11 @@ def build_network(
 def parameters(saved: dict) -> dict[str, Tensor]:
     """Return the network's parameters in a checkpoint of train_ring.py, without `model.`.
 
-    The layout is the published one. `state_dict`: the network's parameters after `model.` (those of
-    CMC's towers after `model.l_to_ab.` and `model.ab_to_l.`); `memory_bank._bank` (n, out_dim),
-    with CMC one bank for each view (`memory_bank_l._bank`, `memory_bank_ab._bank`); with MoCo
-    `queue` (k, out_dim), `queue_ptr` and the key network after `model_k.`. `opt`: the flags; a
-    published file has none. Raises UserError where there is no such network.
+    The layout is the published one. `state_dict` has the network behind the prefix `model.` (CMC's
+    towers behind `model.l_to_ab.` and `model.ab_to_l.`); `memory_bank._bank` (n, out_dim), or with
+    CMC a bank for each view (`memory_bank_l._bank`, `memory_bank_ab._bank`); with MoCo `queue`
+    (k, out_dim), `queue_ptr`, and the key network behind `model_k.`. `opt` has the flags, which a
+    published file lacks. Raises UserError where there is no such network.
     """
     state = {
         name.removeprefix(PREFIX): value
@@ -99,13 +99,13 @@ def parameters(saved: dict) -> dict[str, Tensor]:
         if name not in state:
             path = getattr(saved, "path", "the checkpoint")
             raise UserError(
-                f"{path} holds no network of ring/train_ring.py: there is no {PREFIX}{name}"
+                f"{path} holds no network of ring/train_ring.py: it has no {PREFIX}{name}"
             )
     return state
 
 
 def arch(saved: dict) -> str:
-    """Return which of RESNETS a checkpoint holds, as its tensors tell."""
+    """Return the name (one of RESNETS) of a checkpoint's network, from its tensors."""
     deep = f"{_first_tower(saved)}features.4.0.conv3.weight"
     return "resnet50" if deep in parameters(saved) else "resnet18"
 
@@ -113,7 +113,7 @@ def arch(saved: dict) -> str:
 def of_checkpoint(saved: dict) -> nn.Module:
     """Return the network in a checkpoint of train_ring.py, with its weights.
 
-    What the flags do not say the tensors do. Raises UserError where they do not fit.
+    Its stem and sizes follow from the tensors. Raises UserError where they do not fit.
     """
     state = parameters(saved)
     first = _first_tower(saved)
@@ -132,12 +132,12 @@ def _views(saved: dict) -> Sequence[colour.View]:
 
 
 def _first_tower(saved: dict) -> str:
-    """Return what stands before the names of the first network: "" for a single one."""
+    """Return the prefix of the first network's parameter names, "" for a single network."""
     views = _views(saved)
     return f"{colour.tower_names(views)[0]}." if views else ""
 
 
 def linear(network: nn.Module, classes: int) -> nn.Linear:
-    """Return a fresh classifier of the pooled feature, of towers of those side by side."""
+    """Return a fresh classifier on the pooled feature, or on those of all towers side by side."""
     towers = network.towers() if isinstance(network, backbones.TwoTowers) else (network,)
     return nn.Linear(sum(tower.l1.in_features for tower in towers), classes)

@@ -1,4 +1,4 @@
-"""The released code's Lightning checkpoints and its linear evaluation, and ours beside it.
+"""The Lightning checkpoints and the linear evaluation of the released code.
 
 In mhw32/contrastive-ring-public at fb3e1c2 an experiment is a folder with config.json and
 checkpoints/epoch=E-step=S.ckpt.
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from common import UsageError, UserError, schedule
 from runner import checkpoint, linear
 
-PROTOCOLS = {  # released: TransferSystem and config/transfer.json of the published code
+PROTOCOLS = {  # "released" is TransferSystem and config/transfer.json of the published code
     "standard": {"learning_rate": 0.5, "weight_decay": 0.0, "drops": (0.6, 0.8)},
     "released": {"learning_rate": 0.01, "weight_decay": 1e-5, "drops": ()},
 }
 
 
 def settle(args) -> None:
-    """Fill in what --protocol says and is not typed, before the flags are frozen."""
+    """Fill in the settings of --protocol that are not typed, before the flags are frozen."""
     if args.protocol == "released":
         if "cache_views" in args.typed:
             raise UsageError(
-                "--cache-views: with --protocol released a feature depends on its batch; omit one "
-                "of the two"
+                "--cache-views: with --protocol released a feature depends on its batch; "
+                "omit one of the two"
             )
         args.cache_views = 0
     protocol = PROTOCOLS[args.protocol]
@@ -41,9 +41,9 @@ def settle(args) -> None:
 
 
 def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:
-    """Return the method and the augmentation of a published checkpoint, as far as it tells.
+    """Return the method and, where it is known, the augmentation of a published checkpoint.
 
-    Its tensors tell the method, the config.json of its experiment which of `augmentations`.
+    Its tensors tell the method; the config.json of its experiment tells one of `augmentations`.
     """
     values = {"method": "moco" if "queue" in saved["state_dict"] else "ir"}
     try:
@@ -58,7 +58,7 @@ def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:
 
 
 def experiment(path: str) -> str:
-    """Return the folder of the run that a checkpoint is of."""
+    """Return the folder of the run that wrote a checkpoint."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.basename(folder) == "checkpoints":
         return os.path.dirname(folder)
@@ -68,8 +68,8 @@ def experiment(path: str) -> str:
 class Released(linear.Classifier):
     """The released linear evaluation, in which the network's batch-norm statistics move.
 
-    Lightning puts the whole module into training mode, the frozen network with it, and into
-    evaluation mode to validate. So the statistics follow the training views, and are saved.
+    Lightning puts the whole module, with the frozen network, into training mode, and into
+    evaluation mode to validate. So the statistics follow the training views; they are saved.
     """
 
     def __init__(self, spec, args, process, network, classifier, embed, recorded: dict):
@@ -91,15 +91,15 @@ class Released(linear.Classifier):
 
 
 def restore(network: nn.Module, saved: checkpoint.Saved) -> None:
-    """Give the pre-trained `network` the batch-norm statistics in a file of `Released`.
+    """Load the batch-norm statistics of a file of `Released` into the pre-trained `network`.
 
-    Raises UserError where the file lacks some: its classifier is of no other network.
+    Raises UserError where the file lacks some, as its classifier was trained with them.
     """
     statistics = saved.get("statistics") or {}
     if not dict(network.named_buffers()).keys() <= statistics.keys():
         raise UserError(
-            f"{saved.path}: its statistics lack batch-norm statistics of its network, which "
-            "--protocol released has moved: train that classifier again"
+            f"{saved.path} lacks the batch-norm statistics of its network, which --protocol "
+            "released has moved: train that classifier again"
         )
     state = dict(network.named_parameters()) | statistics
     checkpoint.load_into(network, state, saved.path)

@@ -1,4 +1,4 @@
-"""--show-ring: a picture of what lies inside, in and beyond the ring of some training pictures."""
+"""Draw the candidates inside, in and beyond the rings of eight training pictures (--show-ring)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from common import UsageError, augment, files, launch, options, sets
 from ring.monitor import no_ring
 from ring.views import last_operation
 
-ANCHORS = 8  # pictures whose ring is drawn
-OF_EACH = 3  # candidates shown of each part of their neighbourhood
+ANCHORS = 8  # the number of pictures whose ring is drawn
+OF_EACH = 3  # the number of candidates drawn of each part of their neighbourhood
 PARTS = {
     "anchor": "black",
     "cut out (inside)": "tab:red",
@@ -23,15 +23,15 @@ PARTS = {
 def show_ring(job, method, pictures: sets.PictureSet) -> None:
     """Draw the neighbourhoods of eight training pictures and write them to --show-ring.
 
-    They are those of the bank of the checkpoint that --resume names, with the threshold of its
+    Candidates are the bank rows of the checkpoint that --resume names, with the threshold of its
     step. With MoCo the bank of its queries stands for the queue; with CMC the anchor's lightness is
     compared with the bank of colours. Raises UsageError where there is no checkpoint.
     """
     args = job.args
     if job.saved is None:
         raise UsageError(
-            f"--show-ring: no checkpoint in {job.folder} yet; train first, or name one with "
-            "--resume"
+            f"--show-ring: there is no checkpoint in {job.folder} yet; train first, or name one "
+            "with --resume"
         )
     with job.saved.within():
         method.load_state_dict(job.saved)
@@ -68,13 +68,13 @@ def show_ring(job, method, pictures: sets.PictureSet) -> None:
             title=f"{args.method}, {args.negatives}: ranks {inner} to {outer} of {len(bank)}; "
             f"{job.saved.path}",
         )
-        print(f"eight pictures and their ring: {args.show_ring}")
+        print(f"eight pictures and their rings are drawn in {args.show_ring}")
 
 
 def shown_ranks(inner: int, outer: int, n: int) -> dict[str, list[int]]:
-    """Return the ranks to be shown of each part of a neighbourhood.
+    """Return the ranks that are drawn of each part of a neighbourhood.
 
-    They are the last ones inside, and the first, a middle and the last of the ring and beyond it.
+    They are the last three inside; the first, a middle and the last of the ring; and those beyond.
     """
 
     def spread(part: range) -> list[int]:
@@ -109,18 +109,18 @@ def _draw(
     names: list[str],
     title: str,
 ) -> None:
-    """Write a row for each anchor, the anchor first. A thick frame: of the anchor's class.
+    """Draw a row for each anchor, which comes first; a thick frame marks the anchor's class.
 
-    images (anchors, 1 + columns, 3, S, S) in [0, 1]. parts: of every column. same (anchors,
-    columns): whether the class is the anchor's. names: of the anchors' classes.
+    images (anchors, 1 + columns, 3, S, S) in [0, 1]. parts: part of the neighbourhood, for every
+    column. same (anchors, columns): whether the class is the anchor's. names: the anchors' classes.
     """
-    from matplotlib.figure import Figure  # half a second to import: not at start
+    from matplotlib.figure import Figure  # imported here, as it takes half a second
 
     rows, columns = images.shape[:2]
     parts = ["anchor", *parts]
     size = (1.15 * columns + 0.8, 1.3 * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
-    explanation = "similarity and rank; a thick frame: of the anchor's class"
+    explanation = "similarity and rank; a thick frame marks the anchor's class"
     figure.suptitle(f"{title}\n{explanation}", fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):

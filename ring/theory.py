@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""The theory of conditional negatives by numbers: is the ring's estimate a lower bound, and steady?
+"""Test the theory of conditional negatives: is the ring's estimate a lower bound of less variance?
 
 Conditional Negative Sampling (Wu et al., ICLR 2021, arXiv:2010.02037) proves that an estimate of
 mutual information whose negatives are drawn near the anchor stays below the one with random
-negatives (NCE), and so below mutual information, with more bias and less variance. The proof asks
-that every candidate scores above the mean of exp(score) over all. Here the two sides are known: a
-Gaussian pair, the critic that is optimal for it, and the ring that trains (`ring.negatives`).
+negatives (NCE), and so below mutual information, with more bias and less variance. The proof
+requires that exp(score) of every candidate is above its mean over all negatives. Here both sides
+are known, as the data are a Gaussian pair and the critic is optimal for it; the ring is selected by
+the function that trains (`ring.negatives`).
 
     python ring/theory.py --out runs/ring-theory
     python ring/theory.py --out runs/ring-theory-easy --dim 8 --rho 0.5
@@ -29,36 +30,36 @@ from ring import negatives, theory_output
 from runner.folder import environment
 from runner.progress import Progress
 
-RESAMPLES = 1000  # of the bootstrap over repeats
+RESAMPLES = 1000  # the number of samples in the bootstrap over repeats
 LEVEL = (2.5, 97.5)  # percentiles of its interval
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0])
     g = parser.add_argument_group("the pair")
-    text = "independent coordinates of each of the two"
+    text = "independent coordinates of each vector"
     g.add_argument("--dim", type=cli.positive_int, default=8, help=text)
     rho = cli.number(float, above=0, most=0.999)
-    g.add_argument("--rho", type=rho, default=0.7, help="correlation in each")
+    g.add_argument("--rho", type=rho, default=0.7, help="correlation in each coordinate")
     g = parser.add_argument_group("the estimators")
-    text = "sizes of the set that the positive is told from, itself included"
+    text = "sizes of the set of the positive and its negatives"
     sizes = [4, 16, 64, 256, 1024, 4096]
     g.add_argument("--k", type=cli.number(int, least=2), nargs="+", default=sizes, help=text)
-    text = "outer thresholds: share of the pool that may be drawn, most similar first"
+    text = "outer thresholds: shares of the pool, most similar first, that form the ball"
     shares = [0.5, 0.2, 0.1, 0.05, 0.02]
     g.add_argument("--outer", type=cli.share, nargs="+", default=shares, help=text)
-    text = "inner thresholds: share of those that is left out, most similar first; 0 is the ball"
+    text = "inner thresholds: shares of the ball, most similar first, that are cut out; 0: the ball"
     inner = cli.number(float, least=0, most=0.99)
     g.add_argument("--inner", type=inner, nargs="+", default=[0, 0.1], help=text)
-    text = "negatives to draw from (the bank)"
+    text = "number of candidates (the bank)"
     g.add_argument("--pool", type=cli.number(int, least=2), default=8192, help=text)
     g = parser.add_argument_group("run")
     text = "folder for theory.png, theory.md and theory.json"
     g.add_argument("--out", required=True, metavar="DIR", help=text)
-    text = "batches, each with two fresh pools"
+    text = "number of batches, each with two fresh pools"
     g.add_argument("--repeats", type=cli.number(int, least=3), default=200, help=text)
     g.add_argument("--pairs", type=cli.positive_int, default=64, help="anchors in a batch")
-    g.add_argument("--seed", type=cli.seed, default=0, help="of all draws")
+    g.add_argument("--seed", type=cli.seed, default=0, help="seed of all draws")
     text = "repeats between progress lines"
     g.add_argument("-p", "--print-freq", type=cli.positive_int, default=20, help=text)
     args = parser.parse_args(argv)
@@ -69,8 +70,8 @@ def parse_args(argv=None):
         candidates = int(outer * args.pool)
         if candidates - int(inner * candidates) < 1:
             raise UsageError(
-                f"--outer {outer} --inner {inner}: no candidate in a pool of {args.pool}; raise "
-                "--pool"
+                f"--outer {outer} --inner {inner}: a pool of {args.pool} has no candidate; "
+                "raise --pool"
             )
     return cli.freeze(args)
 
@@ -92,7 +93,7 @@ def name(outer: float, inner: float) -> str:
 
 
 def mutual_information(dim: int, rho: float) -> float:
-    """Return that of the pair, in nats: -dim/2 log(1 - rho^2)."""
+    """Return the mutual information of the pair, -dim/2 log(1 - rho^2), in nats."""
     return -0.5 * dim * math.log1p(-rho * rho)
 
 
@@ -122,11 +123,11 @@ def critic(x: Tensor, y: Tensor, rho: float) -> Tensor:
 def estimates(
     positive: Tensor, candidates: Tensor, sizes: list[int], generator: torch.Generator
 ) -> Tensor:
-    """Return log K minus the loss that trains, in nats, of every anchor and every K of `sizes`.
+    """Return log K minus the loss, in nats, for every K of `sizes` and anchor: (len(sizes), B).
 
-    positive (B,), candidates (B, M): scores of the positives, and of the negatives that may be
-    drawn. -> (len(sizes), B). The set is the positive and K - 1 draws with replacement, as IR draws
-    them; a smaller set is the beginning of a larger one.
+    positive (B,), candidates (B, M): scores of the positives and of their candidates. The set is
+    the positive and K - 1 draws with replacement, as in IR; a smaller set is the beginning of a
+    larger one.
     """
     b, m = candidates.shape
     rows = torch.randint(m, (b, max(sizes) - 1), generator=generator)
@@ -141,21 +142,21 @@ def estimates(
 
 
 def candidates(scores: Tensor, outer: float, inner: float) -> Tensor:
-    """Return those of the scores (B, N) of a pool that are in the ring: (B, M)."""
+    """Return the scores (B, M) in the ring, from those (B, N) of a pool."""
     ranks = negatives.Rule("ring", inner).ranks(outer, scores.shape[1], len(scores))
     return negatives.select(scores, *ranks).scores
 
 
 def simulate(args) -> dict[str, np.ndarray]:
-    """Return means over a batch, for every setting S, size K and repeat R.
+    """Return means over a batch, for S settings, K sizes and R repeats.
 
-    bias (S, K, R): estimate minus the positives' own log ratio, whose expectation is mutual
-    information exactly, so that the luck of the pairs drops out.
-    whole (S, K, R): the estimate as it is.
-    given (S, K, R): variance over pools and draws with the pair held fixed, half the squared
-    difference between two.
-    above (S,): share of anchors whose ring lies above the mean of exp(score), which the proof asks
-    for.
+    bias (S, K, R): the estimate minus the positives' own log ratio. The expectation of that ratio
+    is exactly mutual information, so that the luck of the pairs drops out.
+    whole (S, K, R): the estimate.
+    given (S, K, R): the variance over pools and draws with the pair held fixed: half the squared
+    difference between two estimates.
+    above (S,): the share of anchors whose ring lies above the mean of exp(score), as the proof
+    requires.
     """
     generator = torch.Generator().manual_seed(args.seed)
     rings = settings(args)
@@ -192,22 +193,22 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def spread(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the standard deviation over repeats of `values` (R,) for every resample.
+    """Return the standard deviation over repeats of `values` (R,), for every resample: (n,).
 
-    weights (n, R): of the repeats in each resample, with the sum 1.
+    weights (n, R): weights of the repeats in each resample, with the sum 1.
     """
     return np.sqrt(np.maximum(weights @ values**2 - (weights @ values) ** 2, 0))
 
 
 def with_interval(values: np.ndarray) -> list[float]:
-    """Return the first of `values`, and the interval of the others, its resamples."""
+    """Return [values[0], low, high]: a value, and the interval of its resamples, the others."""
     return [values[0], *np.percentile(values[1:], LEVEL)]
 
 
 def compare(args, means: dict[str, np.ndarray]) -> list[dict]:
-    """Return one row for every setting and size: the estimate, and how it compares.
+    """Return one row for every setting and size, compared with mutual information and with NCE.
 
-    means: of `simulate`. It is compared with mutual information and with NCE.
+    means: the result of `simulate`.
     """
     known = mutual_information(args.dim, args.rho)
     equal = [1 / args.repeats] * args.repeats
@@ -246,7 +247,7 @@ def compare(args, means: dict[str, np.ndarray]) -> list[dict]:
 
 
 def verdict(value, bound: float) -> str:
-    """Return whether it is below the bound: yes, no, or ? where the interval holds both."""
+    """Return whether a (value, low, high) is below the bound: "yes", "no", or "?" for both."""
     _, low, high = value
     if high <= bound:
         return "yes"

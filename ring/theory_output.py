@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 LINE = {"markersize": 5, "capsize": 2.5, "linewidth": 1.4}
-GREYS = ("0.0", "0.0", "0.35", "0.35", "0.6", "0.6")  # told apart by line and marker
+GREYS = ("0.0", "0.0", "0.35", "0.35", "0.6", "0.6")  # line and marker tell equal ones apart
 MARKERS = "oosDv^"
 LINES = ("-", "--", "-", "-.", ":", "--")
-OVER_MARKERS = "sD^v"  # over the outer threshold, one for each inner one
+OVER_MARKERS = "sD^v"  # in the panel over the outer threshold, one for each inner threshold
 OVER_LINES = ("-", "--", "-.", ":")
 
 
 def draw(args, rows: list[dict], known: float, path: str) -> None:
     """Draw four panels with 95 % intervals.
 
-    They are the estimate over K, its standard deviation with the pair fixed and over batches, and
-    the estimate over the outer threshold. rows: of `theory.compare`. known: mutual information.
+    They show the estimate over K, its standard deviation with the pair fixed and over batches, and
+    the estimate over the outer threshold. rows: those of `theory.compare`. known: the mutual
+    information.
     """
-    from matplotlib.figure import Figure  # half a second to import: not at start
+    from matplotlib.figure import Figure  # imported here, as it takes half a second
 
     figure = Figure(figsize=(11, 8.6), layout="constrained")
     (top, given), (over, batch) = figure.subplots(2, 2)
@@ -93,7 +94,7 @@ def _over_thresholds(args, rows: list[dict], known: float, axes) -> None:
 
 
 def _bars(axes, x, values, **style) -> None:
-    """Draw a line with intervals. values: of (value, low, high)."""
+    """Draw a line with intervals. values: a (value, low, high) for each x."""
     middle, low, high = np.array(values).T
     axes.errorbar(x, middle, yerr=np.maximum([middle - low, high - middle], 0), **style)
 
@@ -101,8 +102,8 @@ def _bars(axes, x, values, **style) -> None:
 def chosen(rows: list[dict]) -> list[str]:
     """Return the estimators of the panels over K, at most six.
 
-    They are NCE, and the widest, middle and narrowest outer thresholds, each with the largest inner
-    one, and but for the narrowest also with the smallest.
+    They are NCE, and the widest, a middle and the narrowest outer threshold with the largest inner
+    one; the widest and the middle one come with the smallest inner one, too.
     """
     names = {(row["outer"], row["inner"]): row["estimator"] for row in rows}
     thresholds = [pair for pair, name in names.items() if name != "NCE"]
@@ -124,7 +125,7 @@ COLUMNS = (
 
 
 def table(rows: list[dict]) -> str:
-    """Return a Markdown table of values with their 95 % intervals."""
+    """Return a Markdown table of the rows, with 95 % intervals."""
 
     def cell(value, digits=3) -> str:
         mean, low, high = (f"{v:.{digits}f}" for v in value)
@@ -150,7 +151,7 @@ def table(rows: list[dict]) -> str:
 
 
 def tally(rows: list[dict]) -> str:
-    """Return how many of the rings are below what the theory puts above them."""
+    """Return, as text, the number of rings for which each statement of the theory holds."""
     rings = [row for row in rows if row["estimator"] != "NCE"]
     questions = {
         "below_mi": "below it",

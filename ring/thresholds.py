@@ -1,9 +1,9 @@
-"""The outer threshold over a training: constant, annealed by formula, or following a measure.
+"""The outer threshold over a training: constant, annealed by a formula, or adaptive.
 
-Follows src/utils/policy.py of mhw32/contrastive-ring-public at fb3e1c2. Differs: formulas instead
-of tables, so that any number of steps, and any length of the annealing, has a threshold at every
-step (published: an annealing longer than the run, or one that its ten levels do not divide, ends in
-an error); the history of the adaptive policies is saved with the run.
+Policies follow src/utils/policy.py of mhw32/contrastive-ring-public at fb3e1c2, with two
+differences. Formulas replace its tables, so that there is a threshold at every step of any run (in
+the published code an annealing that is longer than the run, or that its ten levels do not divide,
+ends in an error). The history of the adaptive policies is saved with the run.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-START = 1.0  # of every policy that anneals; --thres-outer is the constant one's, as published
+START = 1.0  # of every policy but the constant one, which has --thres-outer, as published
 END = 0.1
 POLICIES = ("constant", "linear", "step", "exponential", "loss", "accuracy")
 
 
 @dataclass
 class Constant:
-    """The same threshold at every step, and what all policies have."""
+    """The same threshold at every step; the base of all policies."""
 
     value: float
 
@@ -32,18 +32,18 @@ class Constant:
         return self.value
 
     def record(self, value: float) -> None:
-        """Take note of a measured loss or accuracy, as the adaptive policies do."""
+        """Record a measured loss or accuracy, which adaptive policies follow."""
 
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Put `state_dict` back. Raises LookupError, TypeError or ValueError if it does not fit."""
+        """Load a `state_dict`. Raises LookupError, TypeError or ValueError if it does not fit."""
 
 
 @dataclass
 class Annealed(Constant):
-    """From `value` down to `least` in `length` steps, and `least` after them."""
+    """A threshold that falls from `value` to `least` in `length` steps, and stays there."""
 
     value: float = START
     length: int = 1
@@ -60,7 +60,7 @@ class Linear(Annealed):
 
 @dataclass
 class Step(Annealed):
-    """Levels `drop` apart, each held for the same whole number of steps."""
+    """A fall in levels that are `drop` apart, each held for the same whole number of steps."""
 
     drop: float = 0.1
 
@@ -73,7 +73,7 @@ class Step(Annealed):
 
 @dataclass
 class Exponential(Annealed):
-    """Decay at `rate` per step; the published .1 is below .11 after 45 steps, whatever `length`."""
+    """An exponential fall at `rate` per step; the published .1 reaches .11 within 45 steps."""
 
     rate: float = 0.1
 
@@ -83,10 +83,11 @@ class Exponential(Annealed):
 
 @dataclass
 class Adaptive(Constant):
-    """Moves by `delta` with every recorded value, and starts with the first one.
+    """A threshold that moves by `delta` with every recorded value but the first.
 
-    Where that is worse than the mean of the last `window` values the threshold rises, which makes
-    the negatives easier; else it falls. lower_is_better: the values are losses, not accuracies.
+    Where the value is worse than the mean of the last `window` ones the threshold rises, which
+    makes the negatives easier; else it falls. lower_is_better: the values are losses, not
+    accuracies.
     """
 
     value: float = START
@@ -110,7 +111,7 @@ class Adaptive(Constant):
         return {"value": self.value, "history": list(self.history)}
 
     def load_state_dict(self, state: dict) -> None:
-        if not state:  # of a run without this policy, which begins here
+        if not state:  # the checkpoint is of a run without this policy, which begins here
             return
         value = float(state["value"])
         history = [float(number) for number in state["history"]]
@@ -123,8 +124,8 @@ class Adaptive(Constant):
 def build(name: str, thres_outer: float, length: int, rate: float | None = None) -> Constant:
     """Return the policy `name` of POLICIES. Raises ValueError for another name.
 
-    length: of the annealing, in steps. rate: of the exponential decay over its whole length; None:
-    .1 per step, as published.
+    length: steps of the annealing. rate: exponential decay over the whole length; None: .1 per
+    step, as published.
     """
     if name == "constant":
         return Constant(thres_outer)
@@ -138,4 +139,4 @@ def build(name: str, thres_outer: float, length: int, rate: float | None = None)
         return Adaptive()
     if name == "accuracy":
         return Adaptive(delta=0.05, window=5, lower_is_better=False)
-    raise ValueError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
+    raise ValueError(f"policy {name!r} must be one of {', '.join(POLICIES)}")

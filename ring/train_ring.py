@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Conditional Negative Sampling: pre-training.
 
-Mike Wu, Milan Mosse, Chengxu Zhuang, Daniel Yamins, Noah Goodman. ICLR 2021, arXiv:2010.02037. On
-top of IR, CMC or MoCo (--method). A minute on a laptop, and runs like those published:
+Mike Wu, Milan Mosse, Chengxu Zhuang, Daniel Yamins, Noah Goodman. ICLR 2021, arXiv:2010.02037. It
+selects the negatives of IR, CMC or MoCo. A minute on a laptop, and runs like the published ones:
 
     python ring/train_ring.py --demo --epochs 1
     python ring/train_ring.py ring/configs/cifar10_ir_ring.json --root data --gpu-device 0
@@ -43,23 +43,23 @@ PRESETS = {
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
-    text = "settings in the published format (ring/configs); what is typed beats them"
+    text = "settings in the published format (ring/configs); typed flags win over them"
     parser.add_argument("file", nargs="?", metavar="CONFIG.json", help=text)
-    parser.add_argument("--config", metavar="FILE.json", help="the same as a flag")
+    parser.add_argument("--config", metavar="FILE.json", help="the same, as an option")
     g = parser.add_argument_group("data")
-    text = "where torchvision keeps a data set, or a tree with train/CLASS/*"
+    text = "tree with train/CLASS/*, or where torchvision keeps its sets"
     g.add_argument("--root", "--data", dest="data", help=text)
     trees = ("folder", *(f"{name}_2views" for name in sets.TORCHVISION_SETS))
     options.add_data_arguments(g, trees, default="cifar10", workers=8)
-    text = "of IR and MoCo; mocov2: with blur, at 224 or the side named; v1: as published"
+    text = "augmentation of IR and MoCo: MoCo-v1's, or MoCo-v2's at 224 or the named side"
     g.add_argument("--augmentation", choices=list(SIDES), default="v1", help=text)
     splits = ("train", "train+unlabeled")
     g.add_argument("--stl-split", choices=splits, default="train", help="pictures of STL-10")
 
     g = parser.add_argument_group("model")
-    text = "trunk; a two-layer head follows"
+    text = "network; a two-layer head follows it"
     g.add_argument("--resnet-version", "--arch", choices=RESNETS, default="resnet18", help=text)
-    text = "3x3 first convolution, no max-pool: for small pictures"
+    text = options.SMALL_STEM
     g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=text)
     g.add_argument("--out-dim", type=cli.positive_int, default=128, help="feature dimension")
     flags.add_method_arguments(parser.add_argument_group("method"))
@@ -80,16 +80,17 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
     g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=text)
-    text = "of that folder, the data set is added; default: pretrain_METHOD_NEGATIVES"
+    text = "name of that folder, to which the data set is added; default: pretrain_METHOD_NEGATIVES"
     g.add_argument("--exp-name", help=text)
     options.add_run_arguments(g)
-    text = "epochs between 1-NN evaluations through the bank; default: 1, with class folders 0"
+    text = "epochs between 1-NN evaluations by the bank; 0: never; default: 1, class folders 0"
     g.add_argument("--nn-every", type=cli.count, help=text)
-    options.add_monitor_arguments(g, "of those compared with; cmc: mean over both views")
-    text = "draw what is inside, in and beyond the ring of eight pictures of a checkpoint, and end"
+    options.add_monitor_arguments(g, "of those in the loss; cmc: mean over both views")
+    text = "draw pictures inside, in and beyond the rings of eight of a checkpoint's, and end"
     g.add_argument("--show-ring", metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser, compile=True)
-    parser.add_argument("--gpu-device", metavar="N|cpu", help="as published: --gpu or --device cpu")
+    text = "the published spelling of --gpu N and --device cpu"
+    parser.add_argument("--gpu-device", metavar="N|cpu", help=text)
     parser.set_defaults(input_res=None, seed=1337)
     args = config.parse(parser, argv)
     options.check(args)
@@ -101,10 +102,10 @@ def settle(args) -> None:
     """Fill in the defaults that depend on other flags, and check flags against each other."""
     if args.data is None:
         raise UsageError(
-            "no data: give --root (and --dataset), a CONFIG.json that says it, or --demo for "
-            "built-in pictures"
+            "no data: give --root (and --dataset), a CONFIG.json with both, or --demo for built-in "
+            "pictures"
         )
-    args.dataset = args.dataset.removesuffix("_2views")  # the method knows how many
+    args.dataset = args.dataset.removesuffix("_2views")  # the method decides how many views
     args.input_res = args.input_res or SIDES[args.augmentation]
     if args.nn_every is None:
         is_labelled = args.dataset in sets.TORCHVISION_SETS
@@ -112,19 +113,19 @@ def settle(args) -> None:
     flags.settle(args)
     args.exp_name = args.exp_name or run_name(args)
     args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
-    if args.show_ring:  # nothing is written but the picture
+    if args.show_ring:  # the run writes that picture alone
         args.resume = args.resume or "auto"
         args.overwrite = True
 
 
 def run_name(args) -> str:
-    """Return the name of the run folder, to which the data set is added, as published."""
+    """Return the published name of the run folder, to which the data set is added."""
     annealed = "" if args.anneal == "constant" else f"_{args.anneal}"
     return f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
 
 
 def recipe(args) -> augment.Compose:
-    """Return one view. That of CMC is Tian et al.'s: crop, flip, the channels of both views."""
+    """Return the operations of one view; CMC has Tian et al.'s, crop, flip and both views."""
     crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
     grey = augment.RandomGrayscale(0.2)
     flip = augment.RandomHorizontalFlip()
@@ -146,7 +147,7 @@ def build_loader(args, process: launch.Process):
 
 
 class IR(Method):
-    """One view and a memory bank; the positive is the picture's own row, which is an older crop."""
+    """One view and a memory bank; the positive is the picture's own row, of an earlier crop."""
 
     def step(self, batch: loop.Batch) -> dict:
         images = batch.views[0].contiguous(memory_format=torch.channels_last)
@@ -165,7 +166,7 @@ class IR(Method):
 
 
 class CMC(Method):
-    """Two views of colour, a network and a bank for each, compared with the other view's rows."""
+    """Two views of colour, each with a network and a bank, compared with the other view's bank."""
 
     bank_names = ("memory_bank_l", "memory_bank_ab")
 
@@ -181,7 +182,7 @@ class CMC(Method):
         comparison = negatives.Comparison(self.rule, ranks, self.args.t, draws)
         losses, observers = [], []
         for query, memory in zip(feats.chunk(2, 1), reversed(self.banks)):
-            bank = memory._bank  # of the other view, n x D
+            bank = memory._bank  # n x D, of the other view
             positive = (query * bank[batch.index]).sum(1)
             seen = self.observer(batch.index, self.labels)
             losses.append(negatives.conditional_loss(query, positive, bank, comparison, seen))
@@ -203,7 +204,7 @@ class CMC(Method):
 
 
 class MoCo(Method):
-    """Two views, a key network and a queue; the bank holds queries and serves 1-NN alone."""
+    """Two views, a key network and a queue; the bank holds queries and is used for 1-NN alone."""
 
     def build_system(self) -> nn.Module:
         system = KeyQueue(self.args.k, self.args.out_dim)
@@ -218,7 +219,7 @@ class MoCo(Method):
         im_q, im_k = (v.contiguous(memory_format=torch.channels_last) for v in batch.views)
         query = self.encode(self.wrapped, im_q)  # N x D
         self.follow()
-        key, keys = self.encode_keys(im_k)  # N x D, (N * world) x D
+        key, keys = self.encode_keys(im_k)  # key: N x D, keys: those of all ranks
         queue = self.system.queue  # k x D
         positive = (query * key).sum(1)
         threshold, ranks = self.ring(batch.at)
@@ -259,13 +260,13 @@ class MoCo(Method):
 
 
 def build_method(args, pictures, steps: int, process: launch.Process) -> Method:
-    """Return the method for these training pictures, at so many steps an epoch."""
+    """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     kind = {"ir": IR, "cmc": CMC, "moco": MoCo}[args.method]
     return kind(args, pictures, steps, process)
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate, which drops after 68 and 83 percent of the epochs."""
+    """Return the learning rate, which drops after 68 and 83 percent of the epochs."""
     if args.scheduler == "none":
         return args.learning_rate
     drops = [max(1, int(share * args.epochs)) for share in (0.68, 0.83)]
@@ -282,7 +283,6 @@ def worker(args, process: launch.Process) -> None:
     )
     with loop.Job(args, process, args.folder, files) as job:
         args = job.args
-        groups = batchnorm.splits_here(args, process) * process.world_size
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
@@ -299,7 +299,7 @@ def worker(args, process: launch.Process) -> None:
             method,
             candidates=method.candidates,
             narrowest_ring=f"ranks {inner} to {outer}",
-            bn_groups=groups,
+            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
         )
         monitor.warn(job, method, (inner, outer))
         for _ in job.epochs():

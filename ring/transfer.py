@@ -1,9 +1,9 @@
-"""The data sets that features are transferred to: torchvision's near the paper's, class folders.
+"""The data sets of transfer evaluations: class folders, and torchvision's sets near the paper's.
 
-The paper (arXiv:2010.02037) transfers to Meta-Dataset: linear classifiers on aircraft, textures,
-traffic signs, flowers, handwritten characters and so on, with frozen features. Its collection is a
-set of TensorFlow records and its code is not released; here the same sources are read as
-torchvision keeps them, with their own splits.
+The paper (arXiv:2010.02037) transfers frozen features to Meta-Dataset, with linear classifiers on
+aircraft, textures, traffic signs, flowers, handwritten characters and so on. That collection is a
+set of TensorFlow records, and the paper's code for it is not released; here the same sources are
+read as torchvision keeps them, with their own splits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchvision import datasets as tv_datasets
 from common import UsageError, UserError, cli, launch, sets
 from runner import linear
 
-# name: (splits that are trained on, splits that are tested on), as arguments of torchvision's class
+# {name: (splits to train on, splits to test on)}, as arguments of torchvision's class
 SETS = {
     "FGVCAircraft": ([{"split": "trainval"}], [{"split": "test"}]),
     "DTD": ([{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
@@ -28,17 +28,17 @@ SETS = {
     "OxfordIIITPet": ([{"split": "trainval"}], [{"split": "test"}]),
     "Food101": ([{"split": "train"}], [{"split": "test"}]),
     "SVHN": ([{"split": "train"}], [{"split": "test"}]),
-    # All characters on both sides; those of each are drawn by other writers.
+    # Both sides have all characters, drawn by different writers.
     "Omniglot": ([{"background": True}, {"background": False}],) * 2,
 }
-OMNIGLOT_WRITERS = 16  # of the 20 writers of a character are trained on, the others tested on
+OMNIGLOT_WRITERS = 16  # the first 16 of a character's 20 writers are trained on, the others tested
 
 
 def parse(words: list[str], root: str) -> dict[str, str]:
-    """Return {name: path} of NAME, NAME=PATH and PATH.
+    """Return {name: path} for words of the form NAME, NAME=PATH or PATH.
 
-    root: where torchvision's files are kept if no path is given. Raises UsageError for a name that
-    is unknown or comes twice, and for a folder that is not there or has no train/ and val/.
+    root: path of a torchvision set without one. Raises UsageError for a name that is unknown or
+    comes twice, and for a folder that does not exist or has no train/ and val/.
     """
     places = {}
     for word in words:
@@ -46,17 +46,17 @@ def parse(words: list[str], root: str) -> dict[str, str]:
         if not equals and name not in SETS:
             if not os.path.isdir(name):
                 raise UsageError(
-                    f"--transfer {word}: no such folder, and no data set of that name: "
+                    f"--transfer {word} is neither a folder nor a data set such as "
                     f"{', '.join(_like(name))}"
                 )
             name = os.path.basename(os.path.abspath(word))
             path = word
         path = path or root
         if name in places:
-            raise UsageError(f"--transfer {name}: twice; tell them apart with NAME=PATH")
+            raise UsageError(f"--transfer {name} comes twice; tell them apart with NAME=PATH")
         if not name or name in (".", "..") or os.sep in name:
             raise UsageError(
-                f"--transfer {word}: the name before = becomes a folder: one word, such as "
+                f"--transfer {word}: the name before = becomes a folder, so give one word, such as "
                 "birds=PATH"
             )
         if name not in SETS:
@@ -67,16 +67,16 @@ def parse(words: list[str], root: str) -> dict[str, str]:
 
 
 def _like(name: str) -> list[str]:
-    """Return the names of SETS that `name` may have been meant for, or all of them."""
+    """Return the names of SETS that are like `name`, or all of them."""
     lower = {known.lower(): known for known in SETS}
     close = difflib.get_close_matches(name.lower(), lower, 1)
     return [lower[match] for match in close] or list(SETS)
 
 
 def data_sets(args) -> dict[str, cli.Flags]:
-    """Return {name: the flags of its evaluation}: that of the pre-training, and of --transfer.
+    """Return {name: the flags of its evaluation} of the pre-training's data set and of --transfer.
 
-    The first is called "own", or by torchvision's name. Raises UsageError for a name that is there
+    The former is called "own", or by torchvision's name. Raises UsageError for a name that comes
     twice.
     """
     places = {}
@@ -86,8 +86,7 @@ def data_sets(args) -> dict[str, cli.Flags]:
     twice = places.keys() & args.transfer.keys()
     if twice:
         raise UsageError(
-            f"--transfer {min(twice)}: is the name of the data set of the pre-training; use "
-            "NAME=PATH"
+            f"--transfer {min(twice)} is the name of the pre-training's data set; use NAME=PATH"
         )
     runs = {}
     for name, path in (places | args.transfer).items():
@@ -97,14 +96,14 @@ def data_sets(args) -> dict[str, cli.Flags]:
             data=path,
             dataset=name if is_transfer else args.dataset,
             is_transfer=is_transfer,
-            transfer=None,  # no setting of this run: a resume may ask for other data sets
+            transfer=None,  # not recorded, as a resume may name other data sets
             folder=os.path.join(args.folder, name),
         )
     return runs
 
 
 def open_pictures(args) -> tuple[sets.PictureSet, sets.PictureSet]:
-    """Return the pictures to train on and those to test on, of one data set of `data_sets`."""
+    """Return the pictures to train and to test on, for one of the flags of `data_sets`."""
     if args.is_transfer:
         return open_both(args.dataset, args.data)
     return linear.open_both(args, {})
@@ -113,9 +112,9 @@ def open_pictures(args) -> tuple[sets.PictureSet, sets.PictureSet]:
 def open_both(name: str, path: str) -> tuple[sets.PictureSet, sets.PictureSet]:
     """Return the pictures that a classifier is trained on and those that it is tested on.
 
-    path: for a name of SETS where torchvision keeps its files or shall put them, else a tree of
-    class folders. One process fetches, the others wait. Raises UserError where files are missing
-    and cannot be fetched, UsageError where class folders do not fit.
+    path: the folder of torchvision's files for a name of SETS, else a tree of class folders. One
+    process fetches, the others wait. Raises UserError where files are missing and cannot be
+    fetched, and UsageError where class folders do not fit.
     """
     if name not in SETS:
         train = sets.open_set(path, "train")
@@ -141,19 +140,19 @@ def _open(name: str, root: str) -> tuple[sets.PictureSet, sets.PictureSet]:
 
 
 def _omniglot_writer(path: str) -> int:
-    """Return who has drawn a picture of Omniglot: 17 for 0709_17.png."""
+    """Return the writer of a picture of Omniglot: 17 for 0709_17.png."""
     return int(Path(path).stem.rpartition("_")[2])
 
 
 def _torchvision(name: str, root: str, split: dict):
-    """Return torchvision's set, fetched if it is not there. Raises UserError."""
+    """Return torchvision's set, fetched if it is missing. Raises UserError where it cannot be."""
     opener = getattr(tv_datasets, name)
     try:
         try:
             return opener(root, download=False, **split)
         except ImportError:
             raise
-        except Exception:  # of whatever kind, where files are missing or damaged
+        except Exception:  # torchvision raises several kinds where files are missing or damaged
             os.makedirs(root, exist_ok=True)
             return opener(root, download=True, **split)
     except ImportError as error:
@@ -170,7 +169,7 @@ def _torchvision(name: str, root: str, split: dict):
 
 
 def _joined(name: str, root: str, parts: list) -> sets.PictureSet:
-    """Return what torchvision opened, one split or several, as one set of pictures."""
+    """Return the opened splits of torchvision as one set of pictures."""
     if name == "SVHN":  # the only one that comes as an array
         (opened,) = parts
         digits = [str(digit) for digit in range(10)]
@@ -193,7 +192,7 @@ def _joined(name: str, root: str, parts: list) -> sets.PictureSet:
 
 
 def _files(name: str, opened) -> tuple[list, list[int]]:
-    """Return the paths and the labels in a set of torchvision, which has no one name for them."""
+    """Return the paths and labels of a torchvision set, whose attributes have several names."""
     if name == "GTSRB":
         return [path for path, _ in opened._samples], [label for _, label in opened._samples]
     paths = opened._images if name == "OxfordIIITPet" else opened._image_files
@@ -201,7 +200,7 @@ def _files(name: str, opened) -> tuple[list, list[int]]:
 
 
 def _omniglot(parts: list) -> tuple[list[str], list[int], list[str]]:
-    """Return paths, labels and classes, sorted: torchvision lists as the file system does."""
+    """Return sorted paths, labels and classes, as torchvision lists in the file system's order."""
     drawn = []
     for opened in parts:
         for file, label in opened._flat_character_images:
@@ -214,7 +213,7 @@ def _omniglot(parts: list) -> tuple[list[str], list[int], list[str]]:
     return [path for _, path in drawn], [number[character] for character, _ in drawn], classes
 
 
-COLUMNS = {  # key in a row: head of the column
+COLUMNS = {  # {key in a row: head of the column}
     "data": "data set",
     "classes": "classes",
     "train": "train",

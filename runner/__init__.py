@@ -1,5 +1,5 @@
-"""A run from start to finish, and what is done with a finished network.
+"""Manage a run from start to finish, and evaluate a finished network.
 
 `runner` imports `common`, never the other way round, and neither names a paper. Scripts call these
-modules; these modules never call a script, except through the declarations that `papers` finds.
+modules; these modules reach scripts only through the declarations that `papers` finds.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: no crash breaks one that is being written, and reading one never runs code."""
+"""Write checkpoints that survive a crash, and read them without running code."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from common import UsageError, UserError, backbones, files, printable
 from runner import papers
 
-# Lightning 1 files the state of a callback under its class, which is not needed here.
+# Lightning 1 stores the state of a callback under its class, which is not needed here.
 LIGHTNING = [(dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-DEPTH = 20  # of containers in containers that are followed; a checkpoint has four or five
+DEPTH = 20  # most levels of nested containers; a checkpoint has four or five
 
 
 def save(path: str | Path, payload: dict) -> Path:
-    """Write `payload` to `path`, everything or nothing. Raises UserError where the disk refuses."""
+    """Write `payload` to `path` completely or not at all. Raises UserError if the disk refuses."""
     path = Path(path)
     try:
         with files.replacing(path) as file:
             torch.save(payload, file)
     except (OSError, RuntimeError) as error:
-        cause = error  # torch.save raises its own error where it cannot close its archive
+        cause = error  # torch.save raises its own error if it cannot close its archive
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         if cause is None:
             raise
-        kept = " (the file from before is untouched)" if path.exists() else ""
+        kept = " (the earlier file is untouched)" if path.exists() else ""
         raise UserError(
             f"cannot save {path}: {cause.strerror or _first_line(cause)}{kept}; "
             "free some space and continue with --resume auto"
@@ -43,30 +43,30 @@ def save(path: str | Path, payload: dict) -> Path:
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint, ours or the authors', as data only and to the CPU; code in it is refused.
+    """Read a checkpoint, ours or the authors', to the CPU and as data only.
 
-    A Namespace in it comes as a dict. Raises UsageError where there is no such file, and UserError
-    where it is truncated, damaged or no checkpoint, or contains code.
+    A Namespace in it becomes a dict. Raises UsageError if the file does not exist, and UserError if
+    it is truncated, damaged, not a checkpoint, or contains code.
     """
     path = Path(path)
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; give a checkpoint file in it")
+        raise UsageError(f"{path} is a folder: give a checkpoint file in it")
     if not path.is_file():
         siblings = sorted(sibling.name for sibling in path.parent.glob("*.pth*"))
-        there = f"; in {path.parent} there are {', '.join(siblings[-4:])}" if siblings else ""
-        raise UsageError(f"no checkpoint at {path}{there}")
+        hint = f"; {path.parent} has {', '.join(siblings[-4:])}" if siblings else ""
+        raise UsageError(f"no checkpoint at {path}{hint}")
     try:
         loaded = _copied(_read(path))
-    except Exception as error:  # torch raises whatever a byte leads it to
+    except Exception as error:  # damaged bytes can make torch raise anything
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"cannot read {path}: {error.strerror.lower()}") from None
         code = re.search(r"(?:GLOBAL|Unsupported class)\s+`?([\w.]+)", str(error))
         if code:
             raise UserError(
-                f"{path} contains code ({code[1]}), not only tensors and numbers: refused"
+                f"{path} contains code ({code[1]}), not only tensors and numbers: it is refused"
             ) from None
         cause = _first_line(error)
-        if cause.startswith("Weights only load failed"):  # torch goes on to advise against safety
+        if cause.startswith("Weights only load failed"):  # torch then suggests an unsafe load
             cause = "it does not hold tensors and numbers alone"
         raise UserError(f"{path} is truncated or not a checkpoint ({cause})") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
@@ -75,30 +75,31 @@ def load(path: str | Path) -> dict:
 
 
 def _read(path: Path):
-    """Return what torch reads from `path`, its tensors mapped from the file."""
+    """Load `path` by torch, with tensors mapped from the file."""
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         is_archive = file.read(4) == b"PK\3\4"
         if is_archive:
             archive = zipfile.ZipFile(file)
             if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is not what was written")
+                raise ValueError(f"its part {damaged} is damaged")
             if any(part.compress_type for part in archive.infolist()):
-                raise ValueError("it is compressed")  # its numbers could not be mapped
-        # torch takes names in UTF-8 only.
+                raise ValueError("it is compressed")  # and cannot be mapped
+        # torch accepts only file names in UTF-8.
         name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"
         with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
-            # Mapped: torch would else believe a storage's size and read past the end of the file.
+            # Without mapping, torch trusts the size of a storage and reads past the end of the
+            # file.
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def _copied(value, depth: int = 0):
-    """Return `value` in plain containers, its tensors in memory, a Namespace as a dict.
+    """Copy `value` into plain containers, with tensors in memory and a Namespace as a dict.
 
-    Raises ValueError where it is nested without end, or a tensor claims more than the file holds.
+    Raises ValueError if it is nested too deeply or a tensor claims more than the file holds.
     """
     if depth > DEPTH:
-        raise ValueError(f"nested more than {DEPTH} times")
+        raise ValueError(f"it is nested more than {DEPTH} times")
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, dict):
@@ -108,14 +109,14 @@ def _copied(value, depth: int = 0):
     if isinstance(value, Tensor):
         is_here = value.layout == torch.strided and value.device.type == "cpu"
         if not is_here or value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor {tuple(value.shape)} has not all the numbers that it needs")
+            raise ValueError(f"a tensor {tuple(value.shape)} lacks some of its numbers")
         return value.detach().clone()
     return value
 
 
 @contextlib.contextmanager
 def in_one_line(subject: Callable[[], str]) -> Iterator[None]:
-    """Raise one UserError for anything that goes wrong in the block: what it was, and the cause."""
+    """Turn any error in the block into one UserError with `subject()` and the cause."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -128,8 +129,8 @@ def in_one_line(subject: Callable[[], str]) -> Iterator[None]:
 class Saved(dict):
     """The content of the checkpoint at `path`.
 
-    Asking for a key that it lacks raises a UserError that says which script wrote the file.
-    `within` turns whatever else goes wrong with the content into one line.
+    Asking for a missing key raises a UserError that says which script wrote the file.
+    `within` turns any other error with the content into one line.
     """
 
     def __init__(self, path: str | Path):
@@ -148,16 +149,16 @@ class Saved(dict):
     def __missing__(self, key):
         origin = "it is not a checkpoint of this script"
         if self.paper:
-            origin = f"it is of {self.script}"
+            origin = f"it was written by {self.script}"
         raise UserError(f"{self.path} has no {key}: {origin}")
 
     def within(self) -> contextlib.AbstractContextManager:
-        """Raise one UserError for anything that goes wrong in the block: file, key and cause."""
+        """Turn any error in the block into one UserError with file, key and cause."""
         return in_one_line(lambda: f"{self.path}: its {self.key}")
 
     @property
     def paper(self) -> papers.Paper | None:
-        """The paper whose script wrote this file, or whose authors' files look like it."""
+        """The paper whose script, or whose authors' code, wrote this file."""
         script = super().get("script")
         if isinstance(script, str):
             return papers.of_script(script)
@@ -168,17 +169,17 @@ class Saved(dict):
             for name in super(Saved, self).get(key)
         ]
         names = "\n".join([*self, *inside])
-        known = papers.find().values()
-        return next((p for p in known if re.search(p.signs, names, re.MULTILINE)), None)
+        declared = papers.find().values()
+        return next((p for p in declared if re.search(p.signs, names, re.MULTILINE)), None)
 
     @property
     def script(self) -> str:
-        """The script that wrote this file, or for an authors' file the one that would."""
+        """The script that wrote this file, or its counterpart for an authors' file."""
         paper = self.paper
         return super().get("script") or (paper.pretraining if paper else "")
 
     def how_far(self) -> dict:
-        """Return how far the pre-training in this file, or behind this classifier, had come."""
+        """Return the progress of the pre-training in this file, or behind this classifier."""
         behind = "pretrained_" if "pretrained_epoch" in self else ""
         flags = self.get(f"{behind}args") or self.get("opt") or {}
         return {
@@ -195,17 +196,17 @@ def load_into(
     allowed_missing: tuple[str, ...] = (),
     flag: str = "",
 ) -> None:
-    """Load `state` into `module`, everything or nothing.
+    """Load `state` into `module` completely or not at all.
 
     path: the file that a UserError names. allowed_missing: prefixes of names that may be absent
-    from `state`, such as those of a head that is trained afresh; the step counters of batch-norm
-    may be absent, too (PyTorch before 0.4.1). flag: the one that chooses the architecture.
+    from `state`, such as those of a newly trained head; the step counters of batch-norm may be
+    absent too (PyTorch before 0.4.1). flag: the flag that selects the architecture, for the hint.
     """
     own = module.state_dict()
     problem = _misfit(own, state, allowed_missing)
     if problem:
         name = backbones.name_of(state)
-        hint = f"add {flag} {name}" if flag and name else "is it of another architecture?"
+        hint = f"add {flag} {name}" if flag and name else "is it from another architecture?"
         raise UserError(f"{path} does not fit this model ({problem}): {hint}")
     for name in own.keys() & state.keys():
         if not state[name].isfinite().all():
@@ -214,7 +215,7 @@ def load_into(
 
 
 def _misfit(own: dict, state: dict, allowed_missing: tuple[str, ...]) -> str:
-    """Return in words what of `state` does not fit `own`, or nothing."""
+    """Describe why `state` does not fit `own`, or return ""."""
     optional = (*allowed_missing,)
     missing = [k for k in own if k not in state and not k.startswith(optional)]
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
@@ -226,17 +227,17 @@ def _misfit(own: dict, state: dict, allowed_missing: tuple[str, ...]) -> str:
         parts.append(f"unexpected {unexpected[0][:80]} and {len(unexpected) - 1} more")
     for name in own:
         if name in state and state[name].shape != own[name].shape:
-            there, here = tuple(state[name].shape), tuple(own[name].shape)
-            parts.append(f"{name} is {there}, expected {here}")
+            saved_shape, own_shape = tuple(state[name].shape), tuple(own[name].shape)
+            parts.append(f"{name} is {saved_shape}, expected {own_shape}")
             break
     return "; ".join(parts)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Load the state of every parameter; learning rate, momentum and so on stay as they are.
+    """Load the state of every parameter; keep the optimizer's learning rate, momentum and so on.
 
-    `optimizer.load_state_dict` takes tensors of any shape, and a fused optimizer would then work
-    past their end, so shapes are compared first. Raises UserError where they differ.
+    `optimizer.load_state_dict` accepts tensors of any shape, and a fused optimizer would then write
+    past their end, so shapes are compared first. Raises UserError if they differ.
     """
     groups = saved["optimizer"]["param_groups"]
     state = saved["optimizer"]["state"]
@@ -254,20 +255,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         )
     if not fits:
         raise UserError(
-            f"{saved.path}: its optimizer is not one of this network's parameters "
-            "(their number or their shapes differ)"
+            f"{saved.path}: the state of its optimizer does not fit this network "
+            "(the number or the shapes of parameters differ)"
         )
     merged = [own | {"params": group["params"]} for own, group in zip(own_groups, groups)]
     optimizer.load_state_dict({"state": kept, "param_groups": merged})
     for param, values in optimizer.state.items():
         for key, value in values.items():
-            # In another memory layout than its parameter's it would be applied in the wrong order.
+            # A fused optimizer needs the memory layout of the parameter.
             if isinstance(value, Tensor) and value.shape == param.shape:
                 values[key] = torch.empty_like(param).copy_(value)
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """Return a digest that is the same for the same names, types and values, on whatever device."""
+    """Return a digest of names, types and values that does not depend on the device."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

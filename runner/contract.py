@@ -1,4 +1,4 @@
-"""What a script's method is, and what a step gets: the contract between scripts and the loop."""
+"""Define the contract between scripts and the loop: a method, and the batch that a step gets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class At:
-    """What time it is: complete epochs (from 0), the part of this one that is done, all steps."""
+    """The time of a step: complete epochs, the finished part of this epoch, steps of the run."""
 
     epoch: int
     part: float
@@ -19,9 +19,9 @@ class At:
 
 
 class Batch(NamedTuple):
-    """What a step gets. views: a list of images (B, 3, S, S) on the device, or features (B, D).
+    """The input of a step. views: a list of images (B, 3, S, S) on the device, or features (B, D).
 
-    target (B,): class numbers, -1 for none. index (B,): row numbers of the pictures in their set.
+    target (B,): class numbers, -1 for none. index (B,): rows of the pictures in their set.
     """
 
     views: list[Tensor] | Tensor
@@ -31,28 +31,28 @@ class Batch(NamedTuple):
 
 
 class Method(Protocol):
-    """What a script's method says of itself. Other than `step` and the two states, all is read."""
+    """The members of a script's method that the loop uses."""
 
     optimizer: torch.optim.Optimizer
-    generators: dict[str, torch.Generator]  # whose draws must go on exactly after a resume
-    network: nn.Module  # what k-NN evaluates, in training mode between evaluations
+    generators: dict[str, torch.Generator]  # saved, so that a resume continues their draws
+    network: nn.Module  # the network of k-NN, in training mode otherwise
     precision: Any  # common.precision.Precision; a linear evaluation has none
 
     def step(self, batch: Batch) -> dict:
         """Take one optimizer step and return the values to log.
 
-        0-dim tensors are means over the batch, plain numbers are shown as they are, and `scores`
-        (B, 5), of common.metrics.score_statistics, are kept for --save_score.
+        0-dim tensors are means over the batch, and plain numbers are shown as they are. `scores`
+        (B, 5), from common.metrics.score_statistics, are kept for --save_score.
         """
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the features (N, D) that k-NN compares, of images (N, 3, S, S)."""
+        """Return the features (N, D) of images (N, 3, S, S) for k-NN."""
 
     def pictures(self, views: list[Tensor]) -> dict[str, Tensor]:
-        """Return {label: images (N, C, H, W) in [0, 1]} of a batch, for --show-views."""
+        """Return {label: images (N, C, H, W) in [0, 1]} for --show-views."""
 
     def state_dict(self) -> dict:
-        """Return the authors' keys and values, and what they lack for an exact resume."""
+        """Return the authors' keys, and what an exact resume needs besides."""
 
     def load_state_dict(self, saved) -> None:
-        """Put that back, from our files or the authors'. Raises UserError if it does not fit."""
+        """Load a state, from our files or the authors'. Raises UserError if it does not fit."""

@@ -1,4 +1,4 @@
-"""Features of a frozen network, of fresh views at every epoch or of views embedded once."""
+"""Compute features of a frozen network, from fresh views or from views embedded once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from common import UserError, data, launch, metrics
 from runner.progress import Progress
 
-CACHE_BYTES = 32 << 30  # more than this is refused: memory would run out an hour later
+CACHE_BYTES = 32 << 30  # larger caches are refused, since memory would run out an hour later
 
 Embed = Callable[[Tensor], Tensor]  # images (N, 3, S, S) on the device -> features (N, ...)
 
@@ -23,7 +23,7 @@ def embed_images(embed: Embed, images: Tensor) -> Tensor:
 
 
 class FreshViews:
-    """Compute features of the batches of a loader as they are asked for: new views every epoch."""
+    """Iterate over the features of a loader's batches; every epoch has new views."""
 
     def __init__(self, embed: Embed, loader: data.Loader):
         self.embed = embed
@@ -39,12 +39,12 @@ class FreshViews:
 
 
 class CachedViews:
-    """Features of several augmented views of every picture of this rank, gone through in turn.
+    """Iterate over features of several augmented views of this rank's pictures, one view per epoch.
 
-    loader: of rows in order (shuffle=False, drop_last=False); every `set_epoch` draws other views.
-    views: how many. The order of an epoch is drawn from the seed, its number and the rank.
-    until(batches): may end the embedding early, by an exception. flag: what asked for it.
-    Raises UserError where the features would need more than CACHE_BYTES.
+    loader: yields rows in order (shuffle=False, drop_last=False); `set_epoch` draws other views.
+    views: number of views. The order of an epoch is drawn from its number, the seed and the rank.
+    until(batches): yields the batches, and may end the embedding early by an exception. flag: the
+    flag that asked for it. Raises UserError if the features need more than CACHE_BYTES.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class CachedViews:
             kept.append(torch.cat(feats))
         self.features = torch.stack(kept)  # (views, n, ...)
         self.targets = torch.cat(targets)  # (n,)
-        # As many rows per epoch as every rank has, so that all of them take the same steps.
+        # Every rank uses the same number of rows per epoch, so that all take the same steps.
         self.rows = min(launch.gather_objects(len(self.targets)))
         self.batch = loader.batch_size
         self.seed = seed
@@ -108,9 +108,9 @@ class CachedViews:
 
 @torch.no_grad()
 def validate(classifier: Callable[[Tensor], Tensor], batches) -> tuple[float, float, float]:
-    """Return (top-1, top-5) accuracy in percent and the mean cross-entropy, all ranks together.
+    """Return top-1 and top-5 accuracy in percent and the mean cross-entropy over all ranks.
 
-    batches: (features, targets, index).
+    batches: an iterable of (features, targets, index).
     """
     sums = []
     for feats, target, _ in batches:

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, TensorBoard events and result.json."""
+"""Write the records of a run: config.json, metrics.jsonl, TensorBoard events, result.json."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from common import UsageError, UserError, cli, files, launch, printable
 
 
 def environment() -> dict:
-    """Return versions, commit and hardware, which are recorded with every run.
+    """Return the versions, commit and hardware to record with a run.
 
-    commit ends in `-dirty` where tracked files differ, and is `unknown` without git.
+    commit ends in `-dirty` if tracked files have changed, and is `unknown` without git.
     """
     has_cuda = torch.cuda.is_available()
     return {
@@ -58,7 +58,7 @@ def _processor() -> str:
 def refuse_to_overwrite(
     folder: str | Path, pattern: str, resume: str = "", overwrite: bool = False
 ) -> None:
-    """Raise UsageError where a new run would write over the checkpoints of an earlier one."""
+    """Raise UsageError if a new run would overwrite the checkpoints of an earlier one."""
     earlier = sorted(Path(folder).glob(pattern))
     if earlier and not resume and not overwrite:
         raise UsageError(
@@ -68,14 +68,13 @@ def refuse_to_overwrite(
 
 
 class RunFolder:
-    """The records of one run. Rank 0 alone writes and prints; on other ranks every call is silent.
+    """The records of one run. Only rank 0 writes and prints; other ranks may make the same calls.
 
-    folder: created with its parents. options: the flags to record, a dict. typed: names of those
-    that were given on the command line.
-    suffix: added to config.json, metrics.jsonl and result.json where a second kind of run shares
-    the folder; events then go into a folder of that name.
+    folder: created with its parents. args: the flags to record.
     tensorboard: False for no events, True for events in the folder, or the folder to write them to.
-    keep: leave an existing config.json as it is, for a run that has nothing left to do.
+    suffix: added to the names config.json, metrics.jsonl and result.json if a second kind of run
+    shares the folder; its events go into a folder of that name.
+    keep: leave an existing config.json unchanged, for a run that has nothing left to do.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class RunFolder:
             ) from None
 
     def _echo(self, process: launch.Process, typed) -> None:
-        """Print what this run is: command, code, machine, options and folder."""
+        """Print the command, code version, machine, options and folder of this run."""
         config = self.config
         names = ("Python", "torch", "torchvision", "CUDA")
         versions = [f"{name} {config[name.lower()] or '-'}" for name in names]
@@ -142,7 +141,7 @@ class RunFolder:
         self.say(f"folder   {self.folder}")
 
     def say(self, text: str) -> None:
-        """Print a line, once per job."""
+        """Print text once per job."""
         if self.main:
             lines = [printable(line) for line in text.split("\n")]
             tqdm.write("\n".join(lines), file=sys.stdout)
@@ -155,10 +154,10 @@ class RunFolder:
             self.say(_wrap("derived", [f"{key}={value}" for key, value in values.items()]))
 
     def rewind(self, step: int, drop_evaluation: bool = False) -> None:
-        """Drop what was logged after global step `step`, as a resumed run logs it again.
+        """Remove records after global step `step`, because a resumed run logs them again.
 
-        A negative step drops everything, an old result.json too. drop_evaluation: also drop the
-        k-NN evaluation that was logged at `step` itself.
+        A negative step removes everything, including an old result.json. drop_evaluation: also
+        remove the k-NN evaluation that was logged at `step` itself.
         """
         if not self.main:
             return
@@ -173,7 +172,9 @@ class RunFolder:
             raise UserError(f"cannot read {self._metrics_path}: {reason}") from None
         with files.replacing(self._metrics_path, "w") as file:
             for line in lines:
-                with contextlib.suppress(ValueError, AttributeError, TypeError):  # a half line
+                with contextlib.suppress(
+                    ValueError, AttributeError, TypeError
+                ):  # an incomplete line
                     record = json.loads(line)
                     last = step - 1 if drop_evaluation and "knn_acc1" in record else step
                     if record.get("step", 0) <= last:
@@ -193,13 +194,13 @@ class RunFolder:
             self._metrics.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self._metrics_path}: {error.strerror}; checkpoints so far are whole"
+                f"cannot write {self._metrics_path}: {error.strerror}; saved checkpoints are intact"
             ) from None
         if self._events:
             self._log_events(step, record)
 
     def _log_events(self, step: int, record: dict) -> None:
-        """Write TensorBoard scalars; where that fails, warn once and continue without them."""
+        """Write TensorBoard scalars; if that fails, warn once and continue without them."""
         try:
             if self._writer is None:
                 self._writer = _event_writer(self._events, step)
@@ -207,16 +208,16 @@ class RunFolder:
                 if key not in ("step", "epoch") and isinstance(value, (int, float)):
                     self._writer.add_scalar(key, value, step)
         except Exception as error:
-            self._without_events(error)
+            self._stop_events(error)
 
-    def _without_events(self, error: Exception) -> None:
+    def _stop_events(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
-        self.say(f"warning: no more TensorBoard events in {self._events}: {reason}")
+        self.say(f"warning: cannot write TensorBoard events to {self._events} any more: {reason}")
         self._events = False
         self._writer = None
 
     def result(self, **values) -> None:
-        """Write result.json and print the final line: what was evaluated, on what, the numbers."""
+        """Write result.json, and print its path and its numbers as the final line."""
         if not self.main:
             return
         values = {key: _plain(value) for key, value in values.items()}
@@ -226,12 +227,12 @@ class RunFolder:
         self.say(f"result: {', '.join(numbers)} ({self._result_path})")
 
     def say_replaced(self, *loaders) -> None:
-        """Say how many pictures --skip-bad-images has replaced. Every rank must call this."""
+        """Print how many pictures --skip-bad-images has replaced. Every rank must call this."""
         mine = {path for loader in loaders for path in loader.bad_images}
         paths = sorted(set().union(*launch.gather_objects(mine)))
         if paths:
             first = printable(paths[0])
-            self.say(f"replaced {len(paths)} unreadable pictures, the first {first}")
+            self.say(f"replaced {len(paths)} unreadable pictures, the first of them {first}")
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -240,11 +241,11 @@ class RunFolder:
             try:
                 self._writer.close()
             except Exception as error:
-                self._without_events(error)
+                self._stop_events(error)
 
 
 def _check_events_folder(folder: str) -> None:
-    """Raise UsageError where the folder of --tb_path cannot be written to, before any training."""
+    """Raise UsageError, before any training, if the folder of --tb_path is not writable."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -256,12 +257,12 @@ def _check_events_folder(folder: str) -> None:
 def _event_writer(folder: str, step: int):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second: not at start
+        from torch.utils.tensorboard import SummaryWriter  # this import takes a second
     return SummaryWriter(folder, purge_step=step)
 
 
 def _from_root(script: str) -> str:
-    """Return a script of this project as it is called from the project's root."""
+    """Return the path of a script relative to the project's root, if it lies there."""
     path = Path(script).resolve()
     if path.is_relative_to(files.ROOT):
         return str(path.relative_to(files.ROOT))
@@ -269,7 +270,7 @@ def _from_root(script: str) -> str:
 
 
 def _plain(value):
-    """Return tensors as numbers or lists, and floats rounded to six digits."""
+    """Convert a tensor to a number or a list, and round a float to six digits."""
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, float) and math.isfinite(value):
@@ -278,7 +279,7 @@ def _plain(value):
 
 
 def _wrap(label: str, words: list[str], width: int = 110) -> str:
-    """Return `label` and the words in lines of at most `width` columns, indented below it."""
+    """Return `label` followed by the words, wrapped at `width` columns and indented."""
     lines = [""]
     for word in words:
         if lines[-1] and len(lines[-1]) + len(word) > width:

@@ -1,4 +1,4 @@
-"""k-NN of a network's features while it is being trained."""
+"""Evaluate a network by k-NN on its features during training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def loaders(
 ) -> tuple[data.Loader, data.Loader] | None:
     """Return loaders of the bank (train_set, or train/ of --knn-data) and of the queries (val/).
 
-    None where --knn-every is 0. Raises UsageError where there are no labels.
+    Returns None if --knn-every is 0. Raises UsageError if there are no labels.
     """
     if not args.knn_every:
         return None
@@ -28,8 +28,8 @@ def loaders(
         train_set = options.open_split(args, "train")
     elif not train_set.classes:
         raise UsageError(
-            "--knn-every needs labels, and DATA has none: give a labelled tree with --knn-data, "
-            "or omit it"
+            "--knn-every needs labels, but DATA has none: give a labelled tree with --knn-data, "
+            "or omit the flag"
         )
     val_set = options.open_split(args, "val", classes=train_set.classes)
     bank = options.evaluation_loader(args, process, train_set, view, BATCH)
@@ -37,22 +37,22 @@ def loaders(
 
 
 def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[Tensor, Tensor]:
-    """Return features (N, D) and targets (N,) of all ranks, the network in evaluation mode.
+    """Return features (N, D) and targets (N,) of all ranks, with the network in evaluation mode.
 
-    Its batch-norm statistics are those of rank 0. embed: default, that of the method.
+    Batch-norm uses the statistics of rank 0. embed: default, the method's own.
     """
     embed = embed or method.embed
     launch.broadcast_buffers(method.network)
     method.network.eval()
-    found = metrics.extract_features(lambda images: embed_images(embed, images), loader)
+    rows = metrics.extract_features(lambda images: embed_images(embed, images), loader)
     method.network.train()
-    return tuple(map(launch.gather_ragged, found))
+    return tuple(map(launch.gather_ragged, rows))
 
 
 def evaluate(job, method, both: tuple[data.Loader, data.Loader], temperature: float = 0.07) -> None:
-    """Let the training pictures vote on those of val/; print and log the accuracy of this epoch.
+    """Classify val/ by k-NN among the training pictures; print and log the accuracy.
 
-    both: what `loaders` returned.
+    both: the result of `loaders`.
     """
     bank, bank_targets = features(method, both[0])
     queries, targets = features(method, both[1])

@@ -1,4 +1,4 @@
-"""The network inside anyone's checkpoint: where it is and what it looks at; the files of a run."""
+"""Find checkpoints of a run, the network inside any checkpoint, and its input channels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common import UserError, augment, backbones
 from runner import checkpoint, papers
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-HEADS = ("fc.", "classifier.", "head.", "heads.")  # what a network's last layers are called
+HEADS = ("fc.", "classifier.", "head.", "heads.")  # names of a network's last layers
 
 
 def add_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def add_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    """Return `state` without `prefix` before the names that carry it."""
+    """Return `state` with `prefix` removed from its names."""
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
@@ -29,21 +29,21 @@ def strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str,
 
 
 def pretraining_patterns() -> tuple[str, ...]:
-    """Return the patterns of the file names of all papers' pre-trainings."""
+    """Return the file name patterns of all papers' pre-training checkpoints."""
     every = (pattern for paper in papers.find().values() for pattern in paper.checkpoints)
     return tuple(dict.fromkeys(every))
 
 
 def by_age(folder: str | Path, patterns: tuple[str, ...] | None = None) -> list[Path]:
-    """Return the checkpoints of a run folder, the newest first.
+    """Return the checkpoints of a run folder, newest first.
 
-    patterns: of their names; default: those of all papers' pre-trainings.
+    patterns: file name patterns; default: those of all papers' pre-training checkpoints.
     """
     if patterns is None:
         patterns = pretraining_patterns()
-    there = [path for pattern in patterns for path in Path(folder).glob(pattern)]
-    there = [path for path in there if os.path.isfile(path)]  # a link in a circle is none
-    return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
+    paths = [path for path in paths if os.path.isfile(path)]  # not a circular link
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def newest(folder: str | Path, patterns: tuple[str, ...] | None = None) -> Path | None:
@@ -54,8 +54,8 @@ def newest(folder: str | Path, patterns: tuple[str, ...] | None = None) -> Path 
 def newest_below(folder: str | Path) -> Path | None:
     """Return the newest pre-training checkpoint of a run folder, or of a folder of run folders."""
     folders = [folder, *sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())]
-    found = [path for path in map(newest, folders) if path]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    paths = [path for path in map(newest, folders) if path]
+    return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 # ------------------------------------------------------------------------- the network in a file
@@ -64,21 +64,21 @@ def newest_below(folder: str | Path) -> Path | None:
 def backbone(saved: dict) -> dict[str, Tensor]:
     """Return the (query) network inside a checkpoint of any paper, under torchvision's names.
 
-    saved: what `checkpoint.load` returned. `module.` is dropped wherever a data-parallel wrapper
-    put it. A bare state dict of a torchvision network passes through. Several towers keep their
-    names in front (`l_to_ab.conv1.weight`). Raises UserError where no network is found.
+    saved: the result of `checkpoint.load`. The `module.` of data-parallel wrappers is removed. A
+    bare state dict of a torchvision network passes through. Several towers keep their names as
+    prefixes (`l_to_ab.conv1.weight`). Raises UserError if no network is found.
     """
     state = _state_dict(saved)
     for paper in papers.find().values():
         for layout in paper.layouts:
             if inside := _inside(state, layout):
                 return inside
-    is_bare = ("features.", "conv_proj", "patch_embed")
-    if "conv1.weight" in state or any(name.startswith(is_bare) for name in state):
+    first_layers = ("features.", "conv_proj", "patch_embed")
+    if "conv1.weight" in state or any(name.startswith(first_layers) for name in state):
         return state
-    some = ", ".join(name[:80] for name in list(state)[:3]) or "no tensors at all"
+    names = ", ".join(name[:80] for name in list(state)[:3]) or "no tensors at all"
     raise UserError(
-        f"found no backbone in {getattr(saved, 'path', 'this checkpoint')} (it has {some})"
+        f"found no backbone in {getattr(saved, 'path', 'this checkpoint')} (it has {names})"
     )
 
 
@@ -93,7 +93,7 @@ def _state_dict(saved: dict) -> dict[str, Tensor]:
 
 
 def _inside(state: dict[str, Tensor], layout: papers.Layout) -> dict[str, Tensor]:
-    """Return the network that `layout` finds in `state`, under torchvision's names; {} for none."""
+    """Return the network that `layout` finds in `state`, under torchvision's names, or {}."""
     inside = {}
     for name, value in state.items():
         match = re.match(layout.prefix, name)
@@ -115,7 +115,7 @@ def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def towers(state: dict[str, Tensor]) -> list[str]:
-    """Return the sorted names of the towers in what `backbone` returned; [] for one network."""
+    """Return the sorted tower names in a result of `backbone`; [] for a single network."""
     first = r"\w+\.(conv1|conv_block_1)\."
     return sorted({name.partition(".")[0] for name in state if re.match(first, name)})
 
@@ -126,23 +126,23 @@ def one_tower(state: dict[str, Tensor], tower: str) -> dict[str, Tensor]:
     return without_head(strip_prefix(inside, f"{tower}."))
 
 
-# --------------------------------------------------------------------- the pictures it looks at
+# ------------------------------------------------------------------ the input of the network
 
 
 def colours(saved: checkpoint.Saved | None, names: list[str]) -> tuple[tuple, dict[str, int]]:
-    """Return what takes RGB in [0, 1] to what a network was trained on.
+    """Return the operations that turn RGB in [0, 1] into the input of a network.
 
-    names: of its towers, [] for a single network. Returns (operations of common.augment,
-    {tower: its number of channels}, in their order; "" is the name of a single network). A file of
-    no known paper is taken for a network on ImageNet's normalisation.
-    Raises UserError where a file does not say what its towers look at.
+    names: names of its towers, [] for a single network. Returns (operations of common.augment,
+    {tower: number of input channels}); a single network has the name "". A file of no known paper
+    is assumed to use ImageNet's normalisation.
+    Raises UserError if a file does not describe the input of its towers.
     """
     paper = saved.paper if saved is not None else None
     if paper is not None:
         return paper.function("colours")(saved, names)
     if names:
         path = getattr(saved, "path", "this checkpoint")
-        raise UserError(f"{path} does not say what its towers {' and '.join(names)} look at")
+        raise UserError(f"{path} does not describe the input of its towers {' and '.join(names)}")
     return (IMAGENET,), {"": 3}
 
 
@@ -151,8 +151,8 @@ def open_trunks(
 ) -> tuple[tuple, dict[str, backbones.Trunk]]:
     """Return (the operations of `colours`, {tower: its ResNet with the weights of `state`}).
 
-    state: what `backbone` returned. Raises UserError, naming `path`, where there is no ResNet, or
-    one on other channels than those of the pictures.
+    state: the result of `backbone`. Raises a UserError that names `path` if a tower is not a ResNet
+    or has another number of input channels.
     """
     operations, channels = colours(saved, towers(state))
     trunks = {}
@@ -161,7 +161,7 @@ def open_trunks(
         trunk = backbones.Trunk(inside, path)
         checkpoint.load_into(trunk, inside, path)
         if trunk.in_channels != count:
-            what = f"{name} of {path}" if name else path
-            raise UserError(f"{what} takes {trunk.in_channels} channels, {count} are expected")
+            network = f"{name} of {path}" if name else path
+            raise UserError(f"{network} takes {trunk.in_channels} channels, {count} are expected")
         trunks[name] = trunk
     return operations, trunks

@@ -1,7 +1,7 @@
-"""Linear evaluation: a classifier on the features of a network that does not change.
+"""Run a linear evaluation: train a classifier on the features of a frozen network.
 
-A script says what is its own in a `Spec`; `run` is the rest. tools/robustness.py reopens a trained
-classifier by the same `Spec`.
+A script supplies its own parts in a `Spec`, and `run` does the rest. tools/robustness.py reopens a
+trained classifier by the same `Spec`.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ from runner.features import CachedViews, Embed, FreshViews, validate
 
 @dataclass(frozen=True)
 class Spec:
-    """What one script's linear evaluation adds to `run`.
+    """The parts of a linear evaluation that differ between scripts.
 
-    What is needed of every script:
+    Every script sets these:
     script: its `__file__`.
-    parse_args(argv): the flags. flag: the name of the one that says where the network is.
-    read(args) -> (saved, args): the checkpoint of the network, and the flags with what it says
-    filled in. Raises UserError where typed flags do not agree with it.
+    parse_args(argv) -> the flags. flag: name of the flag that gives the network's checkpoint.
+    read(args) -> (saved, args): the checkpoint of the network, and the flags completed from it.
+    Raises UserError if typed flags do not agree with it.
     files(args, saved) -> (folder, loop.Files, file name of the best epoch).
-    network(saved, args, classes, process) -> (network, classifier), on the device: frozen and in
-    evaluation mode, and what is trained, which may be a part of the network.
+    network(saved, args, classes, process) -> (network, classifier) on the device. The network is
+    frozen and in evaluation mode; the classifier is trained, and may be a part of the network.
     embed(network, images, args) -> features (N, ...) that enter the classifier.
     recipe(args, saved, train) -> the view of a training picture (train), or of one of val/.
     optimizer(args, parameters) -> the optimizer of the classifier.
     rate(args, at) -> the learning rate.
-    label(args, saved) -> name of the run in a report; None: that of the network's folder.
+    label(args, saved) -> name of the run in a report; None: the name of the network's folder.
 
-    What some scripts need:
-    weights(network, classifier), load(network, classifier, saved): the published file's layout.
-    digest(saved, network) -> a digest of the network; a classifier goes on only with the same.
-    recorded(args, saved), result(args, saved) -> more for the checkpoint, and for result.json.
-    derived(args, saved, network, classifier) -> more to print and record at the start.
+    Some scripts set these:
+    weights(network, classifier) -> state, load(network, classifier, saved): the published layout.
+    digest(saved, network) -> a digest of the network; a classifier resumes only on the same
+    network.
+    recorded(args, saved) -> more entries of the checkpoint. result(args, saved) -> more entries of
+    result.json. derived(args, saved, network, classifier) -> more values to print at the start.
     published: path of the table of published numbers, from the root.
     method: the class of the method. drop_last: leave out the last, smaller batch of an epoch.
 
-    What `reopen` needs: argv, flags without which `parse_args` refuses; reopened, names of flags
-    that the classifier's file decides; side, the one that is the side of the input in pixels;
-    whole(saved, args) -> args, where a classifier's file holds the network too; flags_of(saved) ->
-    the flags that a classifier's file was written with.
+    tools/reopen.py uses these:
+    argv: flags that `parse_args` requires. reopened: names of flags that the classifier's file
+    decides. side: name of the flag with the side of the input in pixels.
+    whole(saved, args) -> args, if the classifier's file also holds the network.
+    is_published(saved): whether the authors' code wrote this classifier.
+    flags_of(saved) -> the flags that the classifier's file was written with.
     """
 
     script: str
@@ -90,13 +93,13 @@ def add_arguments(group) -> None:
         type=cli.count,
         default=0,
         metavar="N",
-        help="embed N augmented views of every picture once and train on those in turn; "
+        help="embed N augmented views of every picture once and train on them in turn; "
         "0: fresh views, as published",
     )
 
 
 def files(args, script: str, folder: str, **others) -> loop.Files:
-    """Return what most linear evaluations write: current.pth, and ckpt_epoch_N.pth."""
+    """Return the files of most linear evaluations: current.pth and ckpt_epoch_N.pth."""
     settings = {
         "last": "current.pth",
         "numbered": "ckpt_epoch_{}.pth" if getattr(args, "save_freq", None) else "",
@@ -107,13 +110,13 @@ def files(args, script: str, folder: str, **others) -> loop.Files:
 
 
 def freeze(network: nn.Module, process: launch.Process) -> nn.Module:
-    """Return the network on the device, in evaluation mode and without gradients."""
+    """Move the network to the device, in evaluation mode and without gradients."""
     network = network.requires_grad_(False).eval()
     return network.to(process.device, memory_format=torch.channels_last)
 
 
 def sgd(args, parameters) -> torch.optim.Optimizer:
-    """Return SGD with the flags of options.add_sgd_arguments."""
+    """Return SGD with the settings of options.add_sgd_arguments."""
     return torch.optim.SGD(
         parameters,
         lr=args.learning_rate,
@@ -125,9 +128,9 @@ def sgd(args, parameters) -> torch.optim.Optimizer:
 class Classifier:
     """The method of a linear evaluation: a classifier on features of a frozen network.
 
-    embed: images on the device -> features (B, ...), float32, of which `classifier` makes logits
-    (B, C). recorded: what the checkpoint says besides: a classifier goes on only with the same
-    `classes`, names in label order, and the same `digest` of the network.
+    embed: maps images on the device to float32 features (B, ...), and `classifier` maps those to
+    logits (B, C). recorded: more entries of the checkpoint; a run resumes only with the same
+    `classes` (names in label order) and the same `digest` of the network.
     """
 
     generators: dict = {}
@@ -156,7 +159,7 @@ class Classifier:
             "acc1": float("nan"),
             "acc5": float("nan"),
             "best_acc1": -1.0,
-            "best_epoch": 0,  # complete epochs then
+            "best_epoch": 0,  # number of complete epochs
         }
         self.before = {name: tensor.cpu().clone() for name, tensor in self.frozen()}
 
@@ -168,7 +171,7 @@ class Classifier:
                 yield name, tensor.detach()
 
     def check_frozen(self) -> None:
-        """Raise UserError unless the network is what it was, batch-norm statistics included."""
+        """Raise UserError if the network, batch-norm statistics included, has changed."""
         for name, tensor in self.frozen():
             if not torch.equal(tensor.cpu(), self.before[name]):
                 raise UserError(
@@ -179,8 +182,8 @@ class Classifier:
     def step(self, batch: loop.Batch) -> dict[str, Tensor]:
         """Take one optimizer step on features and return the values to log.
 
-        With batch-norm in the classifier nothing happens where a rank has one row: it has no
-        statistics.
+        If the classifier has batch-norm and a rank has a single row, which has no statistics, it
+        does nothing and returns {}.
         """
         target = batch.target
         if self.has_norm and launch.any_rank(len(target) == 1):
@@ -203,13 +206,13 @@ class Classifier:
         if then != now:
             raise UserError(
                 f"{saved.path} was trained on other classes "
-                f"({len(then)}; here there are {len(now)})"
+                f"({len(then)}, and here there are {len(now)})"
             )
         digest = self.recorded.get("digest")
         if saved.get("digest", digest) != digest:
             raise UserError(
                 f"{saved.path} is a classifier on another network "
-                f"({saved.get('network')} as it was then): start over with --overwrite, "
+                f"({saved.get('network')} at that time): start over with --overwrite, "
                 "or choose another --save_path"
             )
         self.spec.load(self.network, self.classifier, saved)
@@ -223,13 +226,13 @@ class Classifier:
 def run(spec: Spec, args, process: launch.Process) -> None:
     """Evaluate the network that the flags name, in a run folder of its own."""
     path = getattr(args, spec.flag)
-    with checkpoint.in_one_line(lambda: f"--{spec.flag} {path}: what it says of its network"):
+    with checkpoint.in_one_line(lambda: f"--{spec.flag} {path}: its description of the network"):
         saved, args = spec.read(args)
     fit(spec, args, process, saved, open_both)
 
 
 def open_both(args, saved: checkpoint.Saved) -> tuple[sets.PictureSet, sets.PictureSet]:
-    """Return train/ and val/, with the classes of a classifier that goes on with its network."""
+    """Open train/ and val/, with the class order of the checkpoint if it records one."""
     train_set = options.open_split(args, "train", classes=saved.get("classes"))
     return train_set, options.open_split(args, "val", classes=train_set.classes)
 
@@ -237,10 +240,10 @@ def open_both(args, saved: checkpoint.Saved) -> tuple[sets.PictureSet, sets.Pict
 def fit(
     spec: Spec, args, process: launch.Process, saved: checkpoint.Saved, open_sets, look=None
 ) -> Classifier:
-    """Train and evaluate a classifier; write result.json unless a signal has stopped it.
+    """Train and evaluate a classifier; write result.json unless a signal stopped the run.
 
-    open_sets(args, saved) -> (training pictures, those of val/). look(job, network, embed) -> more
-    for result.json, found before the training.
+    open_sets(args, saved) -> (training set, val set). look(job, network, embed) -> more entries of
+    result.json, computed before the training.
     """
     folder, files, best = spec.files(args, saved)
     with loop.Job(args, process, folder, files) as job:
@@ -277,26 +280,26 @@ def fit(
             precision=str(precision),
             **spec.derived(args, saved, network, classifier),
         )
-        found = look(job, network, embed) if look else {}
+        measured = look(job, network, embed) if look else {}
         train(job, method, val_loader, best)
         if not job.stopped:
-            report(job, saved, **found)
+            report(job, saved, **measured)
     return method
 
 
 def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str) -> None:
     """Train a classifier to the end, or until a signal stops it.
 
-    job has begun with `method`. best: file name of the best epoch on val/. Raises UserError where
-    the network turns out not to be frozen, after the first epoch.
+    job: has begun with `method`. best: file name for the best epoch on val/. Raises UserError after
+    the first epoch if the network was not frozen.
     """
     args, scores, rate = job.args, method.scores, method.spec.rate
     val = FreshViews(method.embed, val_loader)
     job.loader = FreshViews(method.embed, job.source)
     if args.cache_views and not job.finished:
-        lost = "the features embedded so far, which are kept in memory only, are lost"
+        lost = "the features embedded so far are lost, because they are kept in memory only"
         until = functools.partial(job.until_stopped, lost=lost)
-        val = list(until(val))  # nothing random: embedded once for all epochs
+        val = list(until(val))  # val/ is not augmented, so it is embedded once
         job.loader = CachedViews(
             method.embed,
             job.source,
@@ -312,7 +315,7 @@ def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str)
         method.classifier.train()
         first_rate = rate(args, loop.At(job.done, 0.0, job.global_step))
         for batch in job.batches(rate):
-            if values := method.step(batch):  # none where it could not be taken
+            if values := method.step(batch):  # empty if no step was taken
                 job.track(**values)
         if not job.complete:
             continue
@@ -344,10 +347,10 @@ def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str)
     job.log.say_replaced(val_loader)
 
 
-def report(job: loop.Job, saved: checkpoint.Saved, **found) -> None:
-    """Write result.json with the last and the best epoch; best is chosen on val/: quote the last.
+def report(job: loop.Job, saved: checkpoint.Saved, **measured) -> None:
+    """Write result.json with the last and the best epoch. Quote the last: best is chosen on val/.
 
-    saved: the checkpoint of the network. found: further values.
+    saved: the checkpoint of the network. measured: further entries.
     """
     args, spec, scores = job.args, job.method.spec, job.method.scores
     with saved.within():
@@ -369,7 +372,7 @@ def report(job: loop.Job, saved: checkpoint.Saved, **found) -> None:
         "linear_seed": args.seed,
         "seed": args.seed if seed is None else seed,
         **more,
-        **found,
+        **measured,
     }
     if spec.published:
         values["table"] = spec.published

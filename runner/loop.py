@@ -1,13 +1,13 @@
-"""A run from start to finish: the script owns its loops, the job remembers where it is.
+"""Manage a run from start to finish: the script owns its loops, the job keeps its position.
 
 files = loop.Files(__file__, last="current.pth", numbered="ckpt_epoch_{}.pth")
-with loop.Job(args, process, folder, files) as job:  # reads what --resume names
+with loop.Job(args, process, folder, files) as job:  # reads the checkpoint of --resume
     args = job.args  # with the seed of the run
     loader = build_loader(args, process)
     method = CMC(args, len(loader.dataset), process)
     job.begin(loader, method)  # restores; then opens the run folder
-    for epoch in job.epochs():  # from where the last run stopped
-        for batch in job.batches(learning_rate):  # saves at the end, or where a signal asks
+    for epoch in job.epochs():  # from where the earlier run stopped
+        for batch in job.batches(learning_rate):  # saves at the end, or after a signal
             job.track(**method.step(batch))
         if job.due(args.knn_every):
             knn.evaluate(job, method, neighbours)
@@ -40,8 +40,8 @@ __all__ = ["At", "Batch", "Files", "Job", "Method"]
 class Job:
     """One run in `folder`.
 
-    Constructing it reads the checkpoint that --resume names and settles the seed. `args` is then
-    the flags with that seed, `saved` the checkpoint or None, and `log` the run folder's records.
+    The constructor reads the checkpoint that --resume names and decides the seed. `args` is then
+    the flags with that seed, and `saved` the checkpoint or None. `begin` opens `log`, the records.
     """
 
     def __init__(self, args, process: launch.Process, folder: str, files: Files):
@@ -50,7 +50,7 @@ class Job:
         self.folder = folder
         self.files = files
         self.at_work = Position(done=getattr(args, "start_epoch", 0))
-        self.complete = False  # whether all steps of the current epoch are taken
+        self.complete = False  # whether all steps of the current epoch are done
         self.finished = False  # whether nothing is left to train
         self.stopped = False  # whether a signal, or --stop-after, has ended the run
         self.exit_code = 0
@@ -68,7 +68,7 @@ class Job:
         self._refuse_to_overwrite(args, args.resume)
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._context.close)
-            if os.path.isdir(folder):  # say that another run is in it before the work of starting
+            if os.path.isdir(folder):  # fail early if another run owns it
                 self._hold_folder()
             self.saved, self.remarks = resume.find(args, folder, files)
             with self.saved.within() if self.saved else contextlib.nullcontext():
@@ -77,22 +77,22 @@ class Job:
 
     @property
     def done(self) -> int:
-        """Complete epochs."""
+        """Number of complete epochs."""
         return self.at_work.done
 
     @property
     def step(self) -> int:
-        """Steps of the current epoch that are taken."""
+        """Number of steps done in the current epoch."""
         return self.at_work.step
 
     @property
     def global_step(self) -> int:
-        """Steps of the whole run that are taken."""
+        """Number of steps done in the whole run."""
         return self.at_work.global_step
 
     @property
     def at(self) -> At:
-        """What time it is, for a method and a schedule."""
+        """The time of the next step, for the method and the learning rate."""
         return At(self.done, self.step / len(self.loader), self.global_step)
 
     def __enter__(self) -> Job:
@@ -111,7 +111,7 @@ class Job:
                 refuse_to_overwrite(self.folder, pattern, resumed, args.overwrite)
 
     def _hold_folder(self) -> None:
-        """Make the run folder this run's alone."""
+        """Lock the run folder, and remove partial files in it."""
         if self.process.is_main and not self._holds_folder and not self._sheet:
             self._context.enter_context(files.only_writer(self.folder))
             self._holds_folder = True
@@ -120,12 +120,12 @@ class Job:
     # ------------------------------------------------------------------------------------ start
 
     def begin(self, loader: data.Loader, method: Method, /, **derived) -> None:
-        """Restore `method` where a run goes on, then open the run folder and say what this run is.
+        """Restore `method` from a checkpoint if there is one, then open the run folder.
 
-        derived: values that follow from the flags and the data, to be printed and recorded.
+        derived: values that follow from the flags and the data, to print and record.
         """
         self.loader: Iterable = loader
-        self.source = loader  # counts replaced pictures and the time of views and workers
+        self.source = loader  # keeps counts of replaced pictures and times of views and workers
         self.method = method
         self.steps = len(loader)
         self.at_work.global_step = self.done * self.steps
@@ -138,8 +138,8 @@ class Job:
         }
         continues_here = False
         if self.saved:
-            there = os.path.realpath(os.path.dirname(self.saved.path))
-            continues_here = there == os.path.realpath(self.folder)
+            saved_in = os.path.realpath(os.path.dirname(self.saved.path))
+            continues_here = saved_in == os.path.realpath(self.folder)
             with self.saved.within():
                 self._restore()
             if not continues_here:
@@ -155,7 +155,7 @@ class Job:
         if self.args.resume == "auto" and self.files.last and self.saved:
             if Path(self.saved.path).name != self.files.last:
                 self.epoch = self.done - 1 + self.files.first
-                self.save(self.files.last)  # the newest state was not written then
+                self.save(self.files.last)  # which was not written
 
     def _restore(self) -> None:
         saved = self.saved
@@ -168,7 +168,7 @@ class Job:
         self.remarks += resume.restore_draws(saved, self.method.generators, self.process)
         self.remarks.append(f"resumed {saved.path}: epoch {self.done}, step {self.step}")
         is_pending = saved.get("pending") is True and self.done and not self.step
-        if self.args.resume == "auto" and is_pending:  # the evaluation of this epoch was cut short
+        if self.args.resume == "auto" and is_pending:  # repeat the evaluation of this epoch
             self.at_work.done -= 1
             self.at_work.step = self.steps
 
@@ -186,7 +186,7 @@ class Job:
         self.log.say(f"view     {view}")
         for note in pictures.notes:
             self.log.say(f"note: {note}")
-        known = {
+        values = {
             "images": len(pictures),
             "classes": len(pictures.classes),
             "steps_per_epoch": self.steps,
@@ -194,18 +194,18 @@ class Job:
             "data_device": loader.mode,
         }
         if hasattr(self.method, "precision"):
-            known["precision"] = str(self.method.precision)
+            values["precision"] = str(self.method.precision)
             if self.method.precision.remark:
                 self.remarks.append(self.method.precision.remark)
-        self.log.derived(**known | derived)
+        self.log.derived(**values | derived)
         for remark in self.remarks:
             self.log.say(remark)
 
     def _rewind(self, continues_here: bool) -> None:
-        """Drop the records of what this run takes anew."""
+        """Remove the records of steps that this run repeats."""
         if self.finished:
             path = self.saved.path
-            self.log.say(f"nothing to train: {path} has {self.done} epochs already")
+            self.log.say(f"nothing is left to train: {path} already has {self.done} epochs")
         else:
             last = self.done if self.files.by_epoch else self.global_step
             at_evaluation = self.step == self.steps
@@ -214,26 +214,26 @@ class Job:
             self.scores.drop_from(kept if continues_here else 0)
         if self.args.resume and not self.saved:
             self.log.say(
-                f"--resume auto: no checkpoint in {self.folder} yet, starting from scratch"
+                f"--resume auto: {self.folder} has no checkpoint yet, starting from scratch"
             )
 
     def _write_sheet(self) -> None:
-        """--show-views: draw the first batch as the networks see it, instead of training."""
+        """Draw the first batch as the networks see it, instead of training (--show-views)."""
         self.finished = True
         self.source.set_epoch(self.files.first)
         views.write_first_batch(self._sheet, self.source, self.method, self.process.is_main)
 
     def warn(self, text: str) -> None:
-        """Print a warning, where the run folder is open."""
+        """Print a warning if the run folder is open."""
         if self.log is not None:
             self.log.say(f"warning: {text}")
 
     # ---------------------------------------------------------------------------------- the loops
 
     def epochs(self) -> Iterator[int]:
-        """Yield the numbers of the epochs that are left, counted from `files.first`.
+        """Yield the numbers of the remaining epochs, counted from `files.first`.
 
-        An epoch is saved when the script is done with it.
+        An epoch is saved when the script asks for the next one.
         """
         if self.finished:
             return
@@ -267,9 +267,9 @@ class Job:
         self.exit_code = self.stop.exit_code
 
     def batches(self, learning_rate: Callable[[Any, At], float]) -> Iterator[Batch]:
-        """Yield the batches of this epoch that are left; fewer where a signal asks to stop.
+        """Yield the remaining batches of this epoch; stop early after a signal.
 
-        learning_rate(args, at): set before every step, and logged.
+        learning_rate(args, at) -> the rate, which is set before every step and logged.
         """
         loader, started = self.loader, self.step
         loader.set_epoch(self.epoch, started)
@@ -301,13 +301,13 @@ class Job:
         self.at_work.done += 1
         self.at_work.step = 0
         self.complete = True
-        if self._knn_is_due():  # an evaluation that is cut short is made again
+        if self._knn_is_due():  # so that an interrupted evaluation is repeated
             self._save_numbered(pending=True)
             before = Position(self.done - 1, len(loader), self.global_step)
             self.save(self.files.last, position=before)
 
     def track(self, scores: Tensor | None = None, **values: Tensor | float) -> None:
-        """Log the values of a step, as `Method.step` returns them, every --print-freq steps."""
+        """Add up the values that `Method.step` returned, and log them every --print-freq steps."""
         if scores is not None:
             self.scores.keep(scores)
         shown = self.progress.update(self._rows, **values, learning_rate=self._rate)
@@ -320,18 +320,18 @@ class Job:
             self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
 
     def until_stopped(self, batches: Iterable, lost: str) -> Iterator:
-        """Yield from `batches`; on a signal to stop, end the program and say what is lost."""
+        """Yield from `batches`; after a signal to stop, print what is lost and exit."""
         for batch in batches:
             yield batch
             if self.stop.received:
                 self.log.say(
-                    f"stopped by a signal: {lost}; checkpoints so far are whole, "
+                    f"stopped by a signal: {lost}; saved checkpoints are intact, "
                     "continue with --resume auto"
                 )
                 raise SystemExit(128 + self.stop.received)
 
     def due(self, every: int) -> bool:
-        """Return whether an epoch is complete that is an `every`-th one or the last; 0: never."""
+        """Return whether a complete epoch is the last or a multiple of `every` (0: never)."""
         if not every or not self.complete:
             return False
         return self.done % every == 0 or self.done == self.args.epochs
@@ -355,8 +355,8 @@ class Job:
     def save(self, name: str, position: Position | None = None, pending: bool = False) -> None:
         """Write the state to the run folder: the authors' keys and what an exact resume needs.
 
-        position: default, where the run is. pending: the last epoch is still to be evaluated.
-        Every rank must call this. Raises UserError where a weight is not finite.
+        position: default, the current one. pending: whether the last epoch is not evaluated yet.
+        Every rank must call this. Raises UserError if a weight is not finite.
         """
         method, position = self.method, position or self.at_work
         when = f"epoch {self.epoch}, after {self.global_step} steps in all"

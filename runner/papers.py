@@ -1,7 +1,7 @@
-"""What each paper's folder says about itself: `PAPER = Paper(...)` in its paper.py.
+"""Find the declarations of papers: `PAPER = Paper(...)` in the paper.py of each folder.
 
-Tools and runner learn everything about a paper from there. The declarations are found by glob and
-imported without torch, so a new paper is entered nowhere else.
+Tools and runner learn everything about a paper from its declaration. Declarations are found by glob
+and imported without torch, so a new paper needs no other entry.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SEQUENTIAL = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a checkpoint's state dict keeps a network that torchvision calls `conv1`, `layer1`, ...
+    """The place of a network (`conv1`, `layer1`, ... in torchvision) in a checkpoint's state dict.
 
-    prefix: regular expression of what stands before those names, without `module.`; a group in it
-    is the name of a tower, which stays in front. children: the names behind numbered children.
+    prefix: regular expression for the prefix of those names, without `module.`; a group in it is
+    the name of a tower, which is kept. children: torchvision's names of numbered children.
     """
 
     prefix: str
@@ -40,16 +40,16 @@ class Layout:
 class Paper:
     """One paper's folder.
 
-    title: as a table names it.
-    pretraining, evaluation: the scripts, as FOLDER/SCRIPT.py, that write and evaluate a network.
-    checkpoints: patterns of the pre-training's file names. last, best: of the linear evaluation's,
-    for the newest epoch and for the best one on val/.
-    layouts: where these files, the authors' too, keep the network.
-    signs: regular expression that only names in this paper's files match (state dict names and
-    flags, one a line); for the authors' files, which do not name their script.
+    title: the name of the paper in tables.
+    pretraining, evaluation: the scripts, as FOLDER/SCRIPT.py, that train and evaluate a network.
+    checkpoints: file name patterns of pre-training checkpoints. last, best: file names of the
+    linear evaluation, for the newest epoch and for the best one on val/.
+    layouts: where these files and those of the authors keep the network.
+    signs: a regular expression that matches only names in this paper's files (state dict names and
+    flags, one per line); it recognises the authors' files, which do not name their script.
     colours: "module:function", called with (saved, names of towers); see `runner.layouts.colours`.
-    settings: flags of the pre-training that two seeds of one experiment have in common.
-    settles: what its claims at a GPU's scale would settle, for people.
+    settings: pre-training flags that runs of one experiment with different seeds share.
+    settles: a sentence on what its claims at a GPU's scale would decide.
     folder: the name of the folder; `find` fills it in.
     """
 
@@ -67,7 +67,7 @@ class Paper:
     folder: str = ""
 
     def function(self, name: str) -> Callable:
-        """Return the function that the field `name` names as "module:function"."""
+        """Import the function in the field `name`, which has the form "module:function"."""
         module, _, function = getattr(self, name).partition(":")
         return getattr(importlib.import_module(module), function)
 
@@ -79,7 +79,7 @@ class Paper:
 
 @functools.cache
 def find() -> dict[str, Paper]:
-    """Return {folder: its declaration} of all papers, sorted by folder."""
+    """Return {folder: declaration} of all papers, sorted by folder."""
     folders = sorted(path.parent.name for path in ROOT.glob("*/paper.py"))
     return {
         folder: replace(importlib.import_module(f"{folder}.paper").PAPER, folder=folder)
@@ -88,5 +88,5 @@ def find() -> dict[str, Paper]:
 
 
 def of_script(script: str) -> Paper | None:
-    """Return the paper that a script, FOLDER/SCRIPT.py, belongs to; None where there is none."""
+    """Return the paper of a script FOLDER/SCRIPT.py, or None."""
     return find().get(script.partition("/")[0])

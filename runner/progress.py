@@ -1,4 +1,4 @@
-"""Progress of one epoch: a live bar on a terminal, plain lines in a pipe."""
+"""Show the progress of an epoch: a live bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tqdm import tqdm
 
 from common import UserError, launch
 
-# One process of a job prints. The lock that tqdm would make is shared between processes.
+# Only one process prints. The default lock of tqdm would be shared between processes.
 tqdm.set_lock(threading.RLock())
 
 
 class Progress:
-    """Mean values of the steps of an epoch, added up on their device; rank 0 alone prints.
+    """Average the values of an epoch's steps on their device, and print them on rank 0.
 
-    label: how lines begin. total: steps of the epoch. every: steps between two read-backs.
-    start: steps that an earlier run has taken.
+    label: first word of a line. total: steps of the epoch. every: steps between two read-backs.
+    start: steps that an earlier run has done.
 
-    `update` takes the values of one step. Only at the first step, at every `every`-th and at the
-    last one are the sums read back, which is the one moment that waits for the device. A value that
-    is not finite is found there: UserError, on every rank and before it could be saved.
+    `update` takes the values of one step. The sums are read back only at the first step, at every
+    `every`-th step and at the last one; nothing else waits for the device. A value that is not
+    finite then raises a UserError on every rank, before it could be saved.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Progress:
         self.every = max(1, every)
         self.enabled = enabled
         self.done = self.first = self._shown_at = start
-        self.rows = 0  # of the epoch, all ranks together, as far as they were read back
+        self.rows = 0  # read back so far in this epoch, of all ranks
         self.numbers: dict[str, float] = {}  # the newest values that are plain numbers
         self._names: list[str] = []
         self._pending: Tensor | None = None  # sums since the last read-back, on the device
@@ -56,9 +56,9 @@ class Progress:
         """Count one step of `rows` rows on this rank.
 
         values: 0-dim tensors, which are means over the rows, and plain numbers, which are shown as
-        they are. Returns None, or where the sums are read back: the means since the last time over
-        the rows of all ranks, the plain numbers, `seconds_per_step`, and at the end of the epoch
-        `epoch_NAME`, the means over it. Every rank must make the same number of calls.
+        they are. Returns None unless the sums are read back. Otherwise it returns the means since
+        the last read-back over the rows of all ranks, the plain numbers, `seconds_per_step`, and
+        at the end of the epoch its means `epoch_NAME`. Every rank must make the same calls.
         """
         self.done += 1
         self._pending_rows += rows
@@ -79,7 +79,7 @@ class Progress:
         if not torch.isfinite(sums).all():
             raise UserError(
                 f"{self.label}: the loss is not finite at step {self.done}; the last checkpoint "
-                "is from before it. Lower the learning rate, raise the temperature, or try "
+                "is older than that. Lower the learning rate, raise the temperature, or try "
                 "without --amp"
             )
         self._sums = self._sums + sums if len(self._sums) else sums
@@ -99,7 +99,7 @@ class Progress:
         return shown
 
     def _sum_over_ranks(self) -> tuple[Tensor, float]:
-        """Return the sums since the last time (float64, on the CPU) and the rows behind them."""
+        """Return the sums since the last read-back (float64, on the CPU) and their row count."""
         if self._pending is None:
             return torch.zeros(len(self._names), dtype=torch.float64), self._pending_rows
         mine = torch.cat([self._pending, self._pending.new_tensor([self._pending_rows])])
@@ -118,16 +118,16 @@ class Progress:
 
     @property
     def means(self) -> dict[str, float]:
-        """Means over the epoch as far as it was read back, all ranks together."""
+        """Means over the part of the epoch that was read back, of all ranks."""
         return dict(zip(self._names, (self._sums / max(self.rows, 1)).tolist()))
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the first step of this run in this epoch."""
+        """Seconds since this run started the epoch."""
         return time.perf_counter() - self.began
 
     def close(self) -> dict[str, float]:
-        """End the epoch, or the part of it that was run, and return the means over it."""
+        """Finish the epoch, or the part that was run, and return its means."""
         if self._pending_rows:
             self._read_back()
         self.bar.close()
@@ -135,7 +135,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Return 75 as "1:15" and 3675 as "1:01:15"."""
+    """Format seconds: 75 as "1:15", 3675 as "1:01:15"."""
     minutes, seconds = divmod(int(seconds), 60)
     if minutes < 60:
         return f"{minutes}:{seconds:02d}"

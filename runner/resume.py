@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is one of this run, and putting it back."""
+"""Find the checkpoint to resume from, check that it fits this run, and restore the state."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch
 from common import UserError, cli, launch, printable
 from runner import checkpoint, layouts
 
-PICTURES = ("dataset", "class_list")  # flags that say which pictures a run is trained on
+PICTURES = ("dataset", "class_list")  # flags that select the training pictures
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a script writes into its run folder, and what makes another run of it.
+    """The files in a script's run folder, and the flags that identify a run.
 
-    script: `__file__` of the script, whose name goes into every checkpoint.
-    last: file name of the newest state, saved after every epoch and where a signal stops the run.
-    numbered: file name of the states that are kept every --save-freq epochs, {} for the epoch.
-    patterns: what --resume auto looks for and a new run must not write over; default: those two.
-    flags: key under which the authors' files keep the flags.
+    script: `__file__` of the script, whose name is saved in every checkpoint.
+    last: file name of the newest state, saved after every epoch and after a signal.
+    numbered: file name of the states kept every --save-freq epochs, with {} for the epoch.
+    patterns: files that --resume auto looks for and a new run must not overwrite; default: these.
+    flags: key of the flags in the authors' files.
     first: number of the first epoch in names, lines and records, as the published script counts.
-    same: flags that make another run where they differ.
+    same: flags that must not differ from the checkpoint when a run resumes.
     by_epoch: log one record per epoch instead of one per progress line.
     events: TensorBoard events: True (in the folder), False, or the folder to write them to.
-    suffix: added to config.json and so on where another kind of run has the same folder.
+    suffix: added to config.json and so on if another kind of run shares the folder.
     """
 
     script: str
@@ -53,7 +53,7 @@ class Files:
 
 @dataclass
 class Position:
-    """Where a run is: complete epochs, steps of the next one, steps in all."""
+    """The position of a run: complete epochs, steps of the next epoch, steps in all."""
 
     done: int = 0
     step: int = 0
@@ -61,7 +61,7 @@ class Position:
 
 
 def state_of(method, files: Files, args, position: Position, draws: list[dict]) -> dict:
-    """Return what a checkpoint holds: the authors' keys, and what an exact resume needs besides.
+    """Return the content of a checkpoint: the authors' keys and what an exact resume needs.
 
     draws: the states of the generators of every rank.
     """
@@ -81,21 +81,21 @@ def state_of(method, files: Files, args, position: Position, draws: list[dict]) 
 
 
 def check_weights(optimizer: torch.optim.Optimizer, when: str) -> None:
-    """Raise UserError where a weight is not finite, before it could be saved. when: in words."""
+    """Raise UserError if a weight is not finite, before it is saved. when: names the moment."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     weights = [param.detach() for param in params if param.requires_grad]
     if not torch.nn.utils.get_total_norm(weights).isfinite():
         raise UserError(
-            f"the weights are not finite in {when}; the last checkpoint is from before it. Lower "
+            f"the weights are not finite in {when}; the last checkpoint is older than that. Lower "
             "the learning rate, raise the temperature, or try without --amp"
         )
 
 
 def find(args, folder: str, files: Files) -> tuple[checkpoint.Saved | None, list[str]]:
-    """Return the checkpoint that --resume names, None for none, and lines to print about it.
+    """Return the checkpoint that --resume names, or None, and lines to print about it.
 
-    With --resume auto a broken file is passed over for an older one. Raises UserError where the
-    file is of another run.
+    --resume auto skips a broken file for an older one. Raises UserError if the file belongs to
+    another run.
     """
     remarks = []
     paths = [args.resume] if args.resume else []
@@ -107,7 +107,7 @@ def find(args, folder: str, files: Files) -> tuple[checkpoint.Saved | None, list
         except UserError as error:
             if number + 1 == len(paths):
                 raise
-            remarks.append(f"note: {error}; going on from {paths[number + 1]}")
+            remarks.append(f"note: {error}; continuing from {paths[number + 1]}")
             continue
         with saved.within():
             _check_same(saved, args, files)
@@ -116,9 +116,9 @@ def find(args, folder: str, files: Files) -> tuple[checkpoint.Saved | None, list
 
 
 def _check_same(saved: checkpoint.Saved, args, files: Files) -> None:
-    """Raise UserError where a flag that makes another run differs from the checkpoint's."""
+    """Raise UserError if a flag that identifies the run differs from the checkpoint."""
     names = files.same
-    if args.resume == "auto" and "seed" in args.typed:  # a run that was found, not named
+    if args.resume == "auto" and "seed" in args.typed:  # which was found, not named
         names = (*names, "seed")
     then = saved.get(files.flags) or {}
     for name in names:
@@ -126,17 +126,17 @@ def _check_same(saved: checkpoint.Saved, args, files: Files) -> None:
         if name in then and comparable(then[name]) != comparable(now):
             was = comparable(then[name]) or "the default"
             here = comparable(now) or "the default"
-            way_out = f"add --{name} {was}" if then[name] else "give the same"
+            way_out = f"add --{name} {was}" if then[name] else "use the same"
             raise UserError(
-                f"{saved.path} is of --{name} {was}, this run of {here}: "
+                f"{saved.path} was trained with --{name} {was}, this run has {here}: "
                 f"{way_out}, or start another run"
             )
 
 
 def settle_seed(args, saved: checkpoint.Saved | None, files: Files):
-    """Return `args` with the seed of the run: typed, that of the run that goes on, or a drawn one.
+    """Return `args` with the seed: the typed one, that of the checkpoint, or a random one.
 
-    Everything that torch's and Python's own generators draw afterwards follows from it.
+    It also seeds Python's generator and torch's.
     """
     seed = args.seed
     if seed is None and saved is not None:
@@ -144,14 +144,15 @@ def settle_seed(args, saved: checkpoint.Saved | None, files: Files):
     if seed is None:
         seed = launch.agree(random.SystemRandom().randrange(2**31))
     random.seed(seed)
-    torch.manual_seed(seed)  # equal weights on every rank; what a rank draws alone is its loader's
+    torch.manual_seed(seed)  # equal weights on every rank; views are drawn by the loader
     return cli.replace(args, seed=seed)
 
 
 def position(saved: checkpoint.Saved, steps: int) -> Position:
-    """Return where the run stopped; steps: of an epoch of this run. Raises UserError.
+    """Return the position at which the run stopped. steps: steps per epoch of this run.
 
-    After all steps of an epoch what is left is the evaluation of that epoch.
+    A position after all steps of an epoch means that only its evaluation is left. Raises UserError
+    if the numbers in the checkpoint do not fit together or this run has other epochs.
     """
     done = operator.index(saved["epoch"])
     step = operator.index(saved.get("step", 0))
@@ -160,8 +161,8 @@ def position(saved: checkpoint.Saved, steps: int) -> Position:
     if 0 < step < steps_then and steps_then != steps:
         raise UserError(
             f"{saved.path} stopped at step {step} of an epoch of {steps_then} steps, here it has "
-            f"{steps}: resume with the batch size and pictures of then, or from a checkpoint of a "
-            "whole epoch"
+            f"{steps}: resume with the same batch size and pictures, or from a checkpoint of a "
+            "complete epoch"
         )
     step = steps if is_whole and step else step
     global_step = operator.index(saved.get("global_step", done * steps + step))
@@ -174,21 +175,21 @@ def position(saved: checkpoint.Saved, steps: int) -> Position:
 
 
 def check_pictures(saved: checkpoint.Saved, data: dict) -> None:
-    """Raise UserError where the run that goes on was trained on other pictures.
+    """Raise UserError if the checkpoint was trained on other pictures.
 
-    data: {"pictures", "classes", "names"}: their number, that of the classes, a digest of these.
+    data: {"pictures": their number, "classes": number of classes, "names": digest of class names}.
     """
     then = saved.get("data", data)
     if then != data:
-        there, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (then, data))
+        was, here = (f"{d['pictures']} pictures of {d['classes']} classes" for d in (then, data))
         raise UserError(
-            f"{saved.path} was trained on {there}, here there are {here}, or other classes: "
+            f"{saved.path} was trained on {was}, here there are {here}, or other classes: "
             "give the same data"
         )
 
 
 def differing_flags(saved: checkpoint.Saved, args, files: Files) -> list[str]:
-    """Return a note on flags of the method and the data that differ from the run that goes on."""
+    """Return a note about compared flags that differ from the checkpoint, or []."""
     then = saved.get(files.flags) or {}
     now = cli.flags(args)
     names = sorted(args.compared & now.keys() & then.keys(), key=lambda n: (n == "epochs", n))
@@ -200,19 +201,19 @@ def differing_flags(saved: checkpoint.Saved, args, files: Files) -> list[str]:
     if not differing:
         return []
     listed = ", ".join(differing)
-    return [printable(f"note: unlike the run that wrote the checkpoint: {listed}")]
+    return [printable(f"note: these flags differ from the checkpoint: {listed}")]
 
 
 def restore_draws(saved: checkpoint.Saved, generators: dict, process: launch.Process) -> list[str]:
-    """Put every generator where it stopped. Returns notes on those that draw something else."""
+    """Restore the generators. Returns notes about those that cannot continue exactly."""
     if "generators" not in saved:
         return []
     remarks = []
     states = saved["generators"]
     if len(states) != process.world_size:
         remarks.append(
-            f"note: {process.world_size} processes go on where there were {len(states)}: "
-            "other draws"
+            f"note: {process.world_size} processes continue a run of {len(states)}, "
+            "so random draws differ"
         )
     mine = states[process.rank % len(states)]
     for name, generator in {**generators, "torch": torch.default_generator}.items():
@@ -221,24 +222,24 @@ def restore_draws(saved: checkpoint.Saved, generators: dict, process: launch.Pro
         if len(mine[name]) == len(generator.get_state()):
             generator.set_state(mine[name])
         elif len(mine[name]) in (16, len(torch.get_rng_state())):  # of a GPU, of a CPU
-            remarks.append("note: the run began on another kind of device: other draws")
+            remarks.append("note: the run began on another kind of device, so random draws differ")
         else:
-            raise ValueError(f"no state of a random generator: {name}")
+            raise ValueError(f"{name} is not the state of a random generator")
     return remarks
 
 
 def restore_scaler(saved: checkpoint.Saved, method) -> None:
-    """Put the scale of float16 gradients back where this run and the one before have one."""
+    """Restore the scale of float16 gradients, if this run and the checkpoint have one."""
     scaler = getattr(getattr(method, "precision", None), "scaler", None)
     if scaler is not None and scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])
 
 
 def comparable(value):
-    """Return a flag's value as it is compared.
+    """Return a flag's value in a form that can be compared.
 
-    Published scripts keep "120,160,200" as a list and call class folders by the name of a data set,
-    and a path can be spelled in two ways.
+    Published scripts keep "120,160,200" as a list and name class folders after a data set, and a
+    path can be spelled in two ways.
     """
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))

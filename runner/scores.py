@@ -1,4 +1,4 @@
-"""Scores of positives and negatives of every step of an epoch, for --save_score."""
+"""Save statistics of positive and negative scores of every step, for --save_score."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from common import files, launch
 
-COLUMNS = 5  # of common.metrics.score_statistics
+COLUMNS = 5  # as in common.metrics.score_statistics
 
 
 class Scores:
     """Write scores/score_EPOCH.npy: (steps, global batch, 5), as Zhu et al. (arXiv:2108.02982) do.
 
-    Rows are NaN where a batch was shorter, and in steps whose scores an earlier run did not keep.
+    Rows beyond a shorter batch, and steps whose scores an earlier run did not keep, are NaN.
     first: number of the first epoch.
     """
 
@@ -28,11 +28,11 @@ class Scores:
         self.steps: list[Tensor] = []  # (B, 5) of this rank, on the device
 
     def keep(self, statistics: Tensor) -> None:
-        """Keep common.metrics.score_statistics (B, 5) of the step just taken, on its device."""
+        """Keep the statistics (B, 5) of the last step, on their device."""
         self.steps.append(statistics)
 
     def write(self, epoch: int, started: int) -> None:
-        """Write the scores of this epoch, whose first `started` steps an earlier run has taken."""
+        """Write the scores of this epoch, whose first `started` steps an earlier run has done."""
         if not self.steps:
             return
         pad = torch.nn.utils.rnn.pad_sequence
@@ -48,13 +48,13 @@ class Scores:
         for rank, part in enumerate(ranks):
             rows[started:, rank, : part.shape[1]] = part
         rows = rows.reshape(len(rows), -1, COLUMNS)
-        with contextlib.suppress(ValueError):  # of another number of processes or pictures
+        with contextlib.suppress(ValueError):  # another number of processes or pictures
             rows[: len(earlier)] = earlier
         with files.replacing(path) as file:
             np.save(file, rows)
 
     def drop_from(self, done: int) -> None:
-        """Remove the scores of epochs after `done` complete ones, which this run takes anew."""
+        """Remove the scores of epochs after `done` complete ones, which this run repeats."""
         if not self.process.is_main:
             return
         for path in self.folder.glob("score_[0-9]*.npy"):
@@ -64,7 +64,7 @@ class Scores:
 
 
 def _read(path: Path) -> np.ndarray:
-    """Return the scores in `path`; no rows where there is no such file, or not one of ours."""
+    """Return the scores in `path`, or no rows if it is missing or not a file of scores."""
     with contextlib.suppress(OSError, EOFError, ValueError):
         scores = np.load(path, allow_pickle=False)
         if scores.shape[2:] == (COLUMNS,):

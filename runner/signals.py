@@ -1,4 +1,4 @@
-"""The signals that ask a run to save and end."""
+"""Handle the signals that ask a run to save and end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class StopSignal:
             ...
             if stop.asked():  # the same answer on every rank
 
-    A further signal more than launch.REPEAT seconds later has its usual effect. A sooner one is the
-    same request again: a scheduler signals the whole process group, and its leader passes it on.
+    A second signal more than launch.REPEAT seconds later has its usual effect. A sooner one counts
+    as a copy: a scheduler signals the whole process group, and its leader forwards the signal.
     """
 
     def __init__(self):
@@ -50,6 +50,6 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """128 + the number of the signal, the same on every rank; 0 where there was none."""
+        """128 + the number of the signal, the same on every rank; 0 without a signal."""
         number = max(launch.gather_objects(self.received))
         return 128 + number if number else 0

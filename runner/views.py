@@ -1,4 +1,4 @@
-"""--show-views: a sheet of the first batch as the networks see it."""
+"""Draw a sheet of the first batch as the networks see it, for --show-views."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from common import UsageError, files, printable
 
-ROWS = 8  # pictures of a sheet
+ROWS = 8  # pictures per sheet, at most
 INCHES = 1.2  # side of a picture
 
 
 def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = ()) -> None:
-    """Write the first rows of several batches side by side, a labelled column each, as PNG.
+    """Write the first rows of several batches as labelled columns of a PNG.
 
     columns: label -> (N, C, H, W) in [0, 1] with C 1 (grey) or 3. names: paths of the rows, whose
-    last two parts are shown. Raises UsageError where `path` cannot be written.
+    last two parts are shown. Raises UsageError if `path` cannot be written.
     """
-    from matplotlib.figure import Figure  # takes half a second: not at start
+    from matplotlib.figure import Figure  # this import takes half a second
 
     rows = min(ROWS, *(len(images) for images in columns.values()))
     size = (INCHES * (len(columns) + 1), INCHES * rows)
@@ -42,9 +42,9 @@ def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = (
 
 
 def write_first_batch(path: str, loader, method, is_main: bool) -> None:
-    """Write the sheet of the loader's first batch, whose columns `method.pictures` makes."""
+    """Write the sheet of the loader's first batch, with the columns of `method.pictures`."""
     seen, _, index = next(iter(loader))
     columns = method.pictures(seen)
     if is_main:
         write(path, columns, [loader.dataset.path(row) for row in index.tolist()])
-        print(f"the first batch as the networks see it: {path}")
+        print(f"wrote the first batch as the networks see it to {path}")

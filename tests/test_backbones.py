@@ -452,7 +452,7 @@ def test_a_trunk_of_another_network_is_refused():
         strangers = [build("squeezenet1_1").state_dict(), {"conv1.weight": torch.zeros(2, 3, 7, 7)}]
         empty = build("resnet18").state_dict() | {"conv1.weight": torch.zeros(0, 3, 7, 7)}
         for state in (*strangers, empty, {}):
-            with pytest.raises(UserError, match="^file.pth: a ResNet is needed"):
+            with pytest.raises(UserError, match="^file.pth: this must be a ResNet"):
                 backbones.Trunk(state, "file.pth")
 
 

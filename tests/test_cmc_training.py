@@ -202,15 +202,21 @@ def test_bad_checkpoints_and_settings(workspace, capsys):
     saved = train("--epochs", 1)
     path = f"run/{NAME}/current.pth"
     before = (workspace / path).read_bytes()
-    fails("is of --view Lab, this run of YCbCr", "--view", "YCbCr", "--resume", path)
+    fails("was trained with --view Lab, this run has YCbCr", "--view", "YCbCr", "--resume", path)
     fails(
-        "is of --model resnet18v1, this run of resnet18v2",
+        "was trained with --model resnet18v1, this run has resnet18v2",
         "--model",
         "resnet18v2",
         "--resume",
         path,
     )
-    fails("is of --views the default, this run of L,a,b", "--views", "L,a,b", "--resume", path)
+    fails(
+        "was trained with --views the default, this run has L,a,b",
+        "--views",
+        "L,a,b",
+        "--resume",
+        path,
+    )
     fails(
         "made with --nce_k 24 and 160 training pictures, this run has 30",
         "--nce_k",

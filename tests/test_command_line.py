@@ -169,10 +169,9 @@ def test_on_several_gpus_one_process_says_how_to_use_all(monkeypatch, capsys):
         launch._note_idle_gpus(parser.parse_args(flags))
         return capsys.readouterr().out
 
-    assert said(4) == (
-        "note: one process uses one GPU, of the 4 that are visible; "
-        "--multiprocessing-distributed --world-size 1 --rank 0 uses all\n"
-    )
+    note = said(4)
+    assert note.startswith("note: ") and note.count("\n") == 1 and " 4 " in note
+    assert "--multiprocessing-distributed --world-size 1 --rank 0" in note
     assert said(1) == said(0) == said(4, "--gpu", "2") == said(4, "--device", "cpu") == ""
 
 

@@ -260,7 +260,7 @@ def test_without_val_there_is_no_knn_unless_it_is_asked_for(workspace, demo_set,
     flags = [*TINY[1:], "--epochs", "1", *tree.split()]
     with stopped_at(5):  # after the last step: no evaluation is still to come
         script.main(flags)
-    assert "note: no k-NN every 25 epochs: TREE: no val/ folder" in capsys.readouterr().out
+    assert "note: there is no k-NN in this run: TREE: no val/ folder" in capsys.readouterr().out
     saved = checkpoint.load("run/current.pth")
     assert (saved["epoch"], saved["step"], saved["opt"]["knn_every"]) == (1, 0, 0)
     assert json.loads((workspace / "run/config.json").read_text())["options"]["knn_every"] == 0
@@ -307,9 +307,11 @@ def test_bad_checkpoints_and_settings(workspace):
     path = workspace / "run" / "current.pth"
     before = path.read_bytes()
     resume = ["--resume", path]
-    fails("is of --feature_dim 16, this run of 32", "--feature_dim", 32, *resume)
-    fails("is of --model resnet18, this run of resnet34", "--model", "resnet34", *resume)
-    fails("is of --loss debiased, this run of biased", "--loss", "biased", *resume)
+    fails("was trained with --feature_dim 16, this run has 32", "--feature_dim", 32, *resume)
+    fails(
+        "was trained with --model resnet18, this run has resnet34", "--model", "resnet34", *resume
+    )
+    fails("was trained with --loss debiased, this run has biased", "--loss", "biased", *resume)
     fails("does not fit this model", "--small-stem", *resume)
     torch.save({k: v for k, v in saved.items() if k != "state_dict"}, "empty.pth")
     fails("has no state_dict", "--resume", "empty.pth")
@@ -481,7 +483,9 @@ def test_a_classifier_is_no_network_and_goes_on_with_its_own_protocol(trained, t
     (own,) = tmp_path.glob("*/current.pth")
     refused("is a classifier of a linear evaluation", own, tmp_path)
     torch.save(saved | {"opt": saved["opt"] | {"protocol": "published"}}, own)
-    with pytest.raises(UserError, match="is of --protocol published, this run of clean"):
+    with pytest.raises(
+        UserError, match="was trained with --protocol published, this run has clean"
+    ):
         evaluate(tmp_path, "--model_path", "run", "--resume", "auto")
 
 

@@ -444,11 +444,11 @@ def test_what_is_no_resnet_is_refused(tmp_path):
     for state, message in (
         (
             torchvision.models.squeezenet1_1().state_dict(),
-            "a ResNet is needed, and this is another network",
+            "this must be a ResNet, but the file holds another network",
         ),
         (
             {"conv1.weight": torch.zeros(2, 3, 7, 7), "fc.weight": torch.zeros(2, 2)},
-            "a ResNet is needed",
+            "this must be a ResNet",
         ),
         (backbones.WidthResNet(18, 1).state_dict(), "the file takes 1 channels, 3 are expected"),
         (
@@ -461,7 +461,7 @@ def test_what_is_no_resnet_is_refused(tmp_path):
     alexnet = cmc_networks.build_network(
         "alexnet", colour.default_views("Lab"), 128, False
     ).state_dict()
-    with pytest.raises(UserError, match="a ResNet is needed"):
+    with pytest.raises(UserError, match="this must be a ResNet"):
         build({"model": layouts.add_prefix(alexnet, "encoder."), "opt": {"view": "Lab"}})
     for content, flags, message in (
         (
@@ -548,15 +548,16 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
     (inside / "runs/b/result.json").unlink()  # of a finished run the test is made again
     eval_detection.main([*RUN, "--name", "b", "--resume", "auto"])
     assert (
-        "nothing to train" in capsys.readouterr().out and (inside / "runs/b/result.json").exists()
+        "nothing is left to train" in capsys.readouterr().out
+        and (inside / "runs/b/result.json").exists()
     )
     for flags, message in (
         (
             ["--classes", "disc,heart,square,star,cow"],
-            "--classes data/demo-voc/classes.txt, this run of disc,heart",
+            "--classes data/demo-voc/classes.txt, this run has disc,heart",
         ),
-        (["--iterations", "8"], "--iterations 4, this run of 8"),
-        (["--norm", "plain"], "--norm sync, this run of plain"),
+        (["--iterations", "8"], "--iterations 4, this run has 8"),
+        (["--norm", "plain"], "--norm sync, this run has plain"),
     ):
         with pytest.raises(UserError) as caught:
             eval_detection.main([*RUN, "--name", "b", "--resume", "auto", *flags])

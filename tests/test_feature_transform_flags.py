@@ -102,7 +102,7 @@ def test_published_flags_without_effect_are_taken(capsys):
         "--crop .3 --aug_linear NULL --feature_mix --mix_ratio .5 --time_mix --only_mix "
         "--mix_alpha 1"
     )
-    assert capsys.readouterr().err.count("without effect, as in the published code") == 1
+    assert capsys.readouterr().err.count("have no effect, as in the published code") == 1
 
 
 def rate(args, epoch: int, part: float = 0.0) -> float:
@@ -148,10 +148,10 @@ BAD = {
         "--dim_mask pos: with --mixnorm_target neg those are not mixed",
     ),
     "no jigsaw": (["--beta", ".3"], "--beta belongs to --jigsaw"),
-    "a bank's": (["--nce_m", ".3"], "--nce_m belongs to a bank: --mem bank"),
+    "a bank's": (["--nce_m", ".3"], "--nce_m belongs to a bank, --mem bank"),
     "a queue's": (
         ["--method", "InsDis", "--alpha", ".9"],
-        "--alpha belongs to a queue: --mem moco",
+        "--alpha belongs to a queue, --mem moco",
     ),
     "short queue": (
         ["--nce_k", "64"],

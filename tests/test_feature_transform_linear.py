@@ -194,13 +194,24 @@ def test_wrong_input_is_one_line(workspace, tmp_path):
         "--n_class",
         "100",
     )
-    refused(UserError, "is of --arch resnet18, not resnet50x2: omit it", "--arch", "resnet50x2")
-    refused(UserError, "is of --modal CMC, not RGB: omit it", "--modal", "RGB", network="towers")
+    refused(
+        UserError,
+        "was trained with --arch resnet18, not resnet50x2: omit it",
+        "--arch",
+        "resnet50x2",
+    )
+    refused(
+        UserError,
+        "was trained with --modal CMC, not RGB: omit it",
+        "--modal",
+        "RGB",
+        network="towers",
+    )
     nowhere = tmp_path / "nowhere"
     nowhere.mkdir()
     refused(
         UsageError,
-        "no checkpoint in this folder; run feature_transform/main_contrast.py",
+        "this folder has no checkpoint; run feature_transform/main_contrast.py",
         network=str(nowhere),
     )
     state = {"model": {"module.encoder.conv1.weight": torch.zeros(64, 3, 7, 7)}, "epoch": 1}
@@ -215,7 +226,9 @@ def test_wrong_input_is_one_line(workspace, tmp_path):
         tmp_path / "cmc.pth",
     )
     refused(
-        UserError, "is of cmc/train_CMC.py: evaluate it with", network=str(tmp_path / "cmc.pth")
+        UserError,
+        "was written by cmc/train_CMC.py: evaluate it with",
+        network=str(tmp_path / "cmc.pth"),
     )
     paper = checkpoint.Saved("theirs/ckpt_epoch_200.pth").paper
     assert paper.evaluation == "feature_transform/main_linear.py"
@@ -242,7 +255,7 @@ def test_published_command_lines(capsys):
     args = main_linear.parse_args([*imagenet.split(), "--epochs", "100"])
     assert (args.milestones, args.dataset, args.n_class) == ((60, 80), "imagenet100", 1000)
     assert capsys.readouterr().err.startswith(
-        "note: without effect, as in the published code: --method (the checkpoint"
+        "note: these flags have no effect, as in the published code: --method (the checkpoint"
     )
     assert [round(rate(args, e), 6) for e in (1, 60, 61, 81)] == [30, 30, 3, 0.3]
     args = main_linear.parse_args(

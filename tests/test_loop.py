@@ -299,7 +299,7 @@ def test_scores_of_a_stopped_run_are_those_of_a_whole_one(stop_at, capsys):
 def test_scores_that_were_not_kept_are_nan(capsys):
     assert train(stop_at=(2, 1)) == 143 and not Path("run/scores").exists()
     assert train("--resume", "auto", "--save_score") == 0
-    assert "unlike the run that wrote the checkpoint" not in capsys.readouterr().out
+    assert "these flags differ from the checkpoint" not in capsys.readouterr().out
     found = scores()
     assert (
         sorted(found) == [2, 3]
@@ -386,9 +386,11 @@ def test_a_broken_file_is_passed_over_for_a_whole_one(capsys):
     said = capsys.readouterr().out
     assert (
         "note: run/last.pth is truncated or not a checkpoint" in said
-        and "going on from run/epoch_3.pth" in said
+        and "continuing from run/epoch_3.pth" in said
     )
-    assert "note: run/epoch_3.pth is truncated" in said and "going on from run/epoch_2.pth" in said
+    assert (
+        "note: run/epoch_3.pth is truncated" in said and "continuing from run/epoch_2.pth" in said
+    )
     assert "resumed run/epoch_2.pth: epoch 2, step 0" in said and whole["epoch"] == 2
     assert last()["epoch"] == 3 and [p.name for p in Path("run").glob(".*")] == [files.LOCK]
     for path in Path("run").glob("*.pth"):
@@ -466,7 +468,9 @@ def test_a_failing_event_writer_is_one_line_and_the_run_continues(capfd):
         patch.setattr("runner.folder._event_writer", lambda *_: open("/no/such/folder", "w"))
         assert train(tensorboard="events") == 0
     out, _ = capfd.readouterr()
-    assert out.count("warning: no more TensorBoard events in events: No such file") == 1
+    assert (
+        out.count("warning: cannot write TensorBoard events to events any more: No such file") == 1
+    )
     assert last()["epoch"] == 3 and records()[-1]["step"] == 12
 
 
@@ -475,7 +479,10 @@ def test_a_finished_run_is_left_as_it_is(capsys):
     before = contents()
     assert train("--resume", "auto", "--lr", "0.5") == 0
     said = capsys.readouterr().out
-    assert "nothing to train: run/last.pth has 3 epochs already" in said and before == contents()
+    assert (
+        "nothing is left to train: run/last.pth already has 3 epochs" in said
+        and before == contents()
+    )
 
 
 def test_other_settings_are_named_and_free_ones_are_not(capsys):
@@ -497,8 +504,7 @@ def test_other_settings_are_named_and_free_ones_are_not(capsys):
     )
     said = capsys.readouterr().out
     assert (
-        "note: unlike the run that wrote the checkpoint: lr=0.2 (was 0.1), epochs=2 (was 1)\n"
-        in said
+        "note: these flags differ from the checkpoint: lr=0.2 (was 0.1), epochs=2 (was 1)\n" in said
     )
     assert last()["optimizer"]["param_groups"][0]["lr"] == 0.2
 
@@ -507,13 +513,17 @@ REFUSED = {
     "model": (
         ["--model", "two"],
         {},
-        "is of --model one, this run of two: add --model one, or start another run",
+        "was trained with --model one, this run has two: add --model one, or start another run",
     ),
-    "data set": (["--dataset", "cifar10"], {}, "is of --dataset folder, this run of cifar10"),
+    "data set": (
+        ["--dataset", "cifar10"],
+        {},
+        "was trained with --dataset folder, this run has cifar10",
+    ),
     "class list": (
         ["--class-list", "five.txt"],
         {},
-        "is of --class_list the default, this run of five.txt",
+        "was trained with --class_list the default, this run has five.txt",
     ),
     "fewer pictures": (
         [],
@@ -528,7 +538,7 @@ REFUSED = {
     "batch": (
         ["--batch-size", "4"],
         {},
-        "stopped at step 2 of an epoch of 4 steps, here it has 2: resume with the batch",
+        "stopped at step 2 of an epoch of 4 steps, here it has 2: resume with",
     ),
 }
 
@@ -569,7 +579,7 @@ def test_an_optimizer_of_other_parameters_is_refused(buffer):
     saved["optimizer"]["state"][0]["momentum_buffer"] = buffer
     torch.save(saved, "run/last.pth")
     with pytest.raises(
-        UserError, match="run/last.pth: its optimizer is not one of this network's parameters"
+        UserError, match="run/last.pth: the state of its optimizer does not fit this network"
     ):
         train("--resume", "auto")
 
@@ -648,7 +658,8 @@ def test_a_run_that_is_found_goes_on_with_its_own_seed():
     """Of jobs over seeds that share a folder the second would go on with the first one's run."""
     train("--epochs", "1")
     with pytest.raises(
-        UserError, match="is of --seed 1, this run of 2: add --seed 1, or start another run"
+        UserError,
+        match="was trained with --seed 1, this run has 2: add --seed 1, or start another run",
     ):
         train("--epochs", "1", "--resume", "auto", "--seed", "2")
     assert train("--resume", "run/last.pth", "--seed", "2") == 0
@@ -676,7 +687,7 @@ def test_show_views(workspace, capsys):
     case = CASES["moco"]
     flags = case.run_in("runs", "-b", "16")
     case.module.main([*flags, "--show-views", "views.png"])
-    assert "the first batch as the networks see it: views.png" in capsys.readouterr().out
+    assert "the first batch as the networks see it to views.png" in capsys.readouterr().out
     with Image.open("views.png") as picture:
         assert picture.height > 500 and picture.width > 100 * (len(case.sheet) + 1)
     assert not Path("runs").exists()  # nothing was trained

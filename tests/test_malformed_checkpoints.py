@@ -301,7 +301,7 @@ def saved_to(path, value) -> bytes:
 def test_tensors_larger_than_the_file_are_refused_before_they_are_made(tmp_path):
     path = tmp_path / "a.pth"
     expanded = {"model": {"fc.weight": torch.zeros(1).expand(2**40)}}
-    assert "has not all the numbers" in read(path, saved_to(path, expanded))
+    assert "lacks some of its numbers" in read(path, saved_to(path, expanded))
     content = saved_to(path, {"model": {"fc.weight": torch.ones(300)}})
     # its size, of storage and shape
     longer = rewritten(content, lambda part: part.replace(b"M\x2c\x01", b"M\xe8\xff"))
@@ -311,7 +311,7 @@ def test_tensors_larger_than_the_file_are_refused_before_they_are_made(tmp_path)
     assert "it is compressed" in read(path, squeezed)
     sparse = torch.ones(2, 2).to_sparse()
     for odd in (sparse, torch.ones(2, device="meta")):
-        assert "has not all the numbers" in read(path, saved_to(path, {"model": {"w": odd}}))
+        assert "lacks some of its numbers" in read(path, saved_to(path, {"model": {"w": odd}}))
 
 
 def test_structures_that_lead_nowhere(tmp_path):
@@ -322,4 +322,4 @@ def test_structures_that_lead_nowhere(tmp_path):
     path = tmp_path / "a.pth"
     for value in (circle, {"x": shared}):
         said = read(path, saved_to(path, {"opt": value}))
-        assert "truncated or not a checkpoint (nested more than" in said
+        assert "not a checkpoint" in said and "nested more than" in said

@@ -67,8 +67,11 @@ BAD = {
     "InsDis's": ("--moco --exclude-self", "--exclude-self belongs to InsDis"),
     "its own batch-norm": ("--moco --syncBN", "--syncBN belongs to InsDis"),
     "its own memory": ("--moco --nce_m 0.4", "--nce-m belongs to InsDis"),
-    "joined and split": ("--syncBN --bn-splits 2", "--syncBN joins what --bn-splits takes apart"),
-    "apex for nothing": ("--amp-backend apex", "--amp-backend apex belongs to --amp"),
+    "joined and split": (
+        "--syncBN --bn-splits 2",
+        "--syncBN takes batch-norm statistics over all processes",
+    ),
+    "apex for nothing": ("--amp-backend apex", "--amp-backend apex needs --amp"),
     "milestones": ("--lr_decay_epochs 1,x", "--lr-decay-epochs '1,x'"),
 }
 

@@ -190,7 +190,9 @@ def test_a_run_from_another_kind_of_device_goes_on_with_other_draws(workspace, c
     saved["generators"][0]["draws"] = of_cuda
     torch.save(saved, "from-cuda.pth")
     assert train("--resume", "from-cuda.pth", "--overwrite")["epoch"] == 2
-    assert "the run began on another kind of device: other draws" in capsys.readouterr().out
+    assert (
+        "the run began on another kind of device, so random draws differ" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -231,9 +233,15 @@ def test_bad_checkpoints_and_settings(workspace):
     saved, queue = train("--epochs", 1), train("--epochs", 1, "--moco")
     path, moco = f"run/InsDis_nce{TAIL}/current.pth", f"run/MoCo0.99_nce{TAIL}/current.pth"
     before = (workspace / path).read_bytes()
-    fails("is of InsDis: omit --moco", "--moco", "--resume", path)
-    fails("is of MoCo: add --moco", "--resume", moco)
-    fails("is of --model resnet18, this run of resnet34", "--model", "resnet34", "--resume", path)
+    fails("is a checkpoint of InsDis: omit --moco", "--moco", "--resume", path)
+    fails("is a checkpoint of MoCo: add --moco", "--resume", moco)
+    fails(
+        "was trained with --model resnet18, this run has resnet34",
+        "--model",
+        "resnet34",
+        "--resume",
+        path,
+    )
     fails("made with --nce_k 40, this run has 30", "--nce_k", 30, "--resume", path)
     fails("made with --nce_k 40, this run has 50", "--nce_k", 50, "--moco", "--resume", moco)
     fails("does not fit this model", "--small-stem", "--resume", path)

@@ -96,7 +96,7 @@ def test_bad_folders(workspace):
     (workspace / "empty" / "train").mkdir(parents=True)
     fails("no class folders", "empty", *TREE)
     (workspace / "holes" / "train" / "cat").mkdir(parents=True)
-    fails("without any picture: cat", "holes", *TREE)
+    fails("have no picture: cat", "holes", *TREE)
     (workspace / "flat" / "cat").mkdir(parents=True)
     fails("train", "flat", *TREE)
     fails("--bn-splits", *DEMO, "--bn-splits", "5")
@@ -114,7 +114,7 @@ def test_bad_checkpoints(workspace):
     script.main([*DEMO, "--epochs", "1"])
     fails("already holds checkpoint_", *DEMO)
     resumed = [*DEMO, "--resume", "auto"]
-    message = "is of --arch resnet18, this run of resnet34"
+    message = "was trained with --arch resnet18, this run has resnet34"
     fails(message, *resumed, "--arch", "resnet34", error=UserError)
     fails("does not fit this model", *resumed, "--moco-k", "128", error=UserError)
     whole = (workspace / "run/checkpoint_last.pth.tar").read_bytes()

@@ -160,7 +160,7 @@ def test_wrong_classifiers_and_sets(workspace):
     fails("no classifier", "data/demo", error=UsageError)
     fails("nothing to evaluate on", "--classifier", "lin", error=UsageError)
     fails("no such folder", *ROB, "--sketch", "nowhere", error=UsageError)
-    layout = "not the ImageNet-C layout"
+    layout = "does not have the layout of ImageNet-C"
     fails(layout, *ROB, "--corruption", "data/demo/sketch", error=UsageError)
     fails("none of the 10 class folders", *ROB, "--sketch", "data", error=UsageError)
 

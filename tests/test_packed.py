@@ -312,7 +312,7 @@ def test_deep_large_and_special_files(copy_of_tree, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(crops, "as_rgb", full)
-    with pytest.raises(UserError, match="too large for the memory: remove it") as error:
+    with pytest.raises(UserError, match="the picture does not fit in memory: remove") as error:
         run_pack(copy_of_tree, tmp_path / "other", "--side", 30, "--splits", "train")
     assert "\n" not in str(error.value)
     monkeypatch.undo()
@@ -446,7 +446,7 @@ def test_class_list_and_class_order(packed, tmp_path):
     with pytest.raises(UsageError, match=r"ids.txt: no such class folder in .*pack: yak"):
         open_set(packed, "train", dataset="packed", class_list=listing)
     with pytest.raises(
-        UsageError, match=r"\(val\): not the class.*lacks dog.*has ant, bee, cow on top"
+        UsageError, match=r"\(val\) does not have the class.*lacks dog.*also has ant, bee, cow"
     ):
         open_set(packed, "val", dataset="packed", classes=["dog"])
 
@@ -477,7 +477,7 @@ def damaged(packed, folder, change):
         (
             lambda f: os.truncate(f / "train.npy", 5000),
             1,
-            "train.json: damaged, or not of the pixels in train.npy",
+            "train.json is damaged or does not belong to train.npy",
         ),
         (
             lambda f: [p.unlink() for p in f.glob("train*")],
@@ -498,9 +498,7 @@ def test_damaged_packs(packed, tmp_path, change, code, message):
 
 
 def test_a_tree_for_a_pack_and_a_pack_for_a_tree(tree, packed, tmp_path):
-    with pytest.raises(
-        UsageError, match="class folders, not a packed set: leave out --dataset packed"
-    ):
+    with pytest.raises(UsageError, match="class folders, not a packed set: omit --dataset packed"):
         open_set(tree, "train", dataset="packed")
     with pytest.raises(UsageError, match="add --dataset packed"):
         open_set(packed, "train")
@@ -539,7 +537,9 @@ def test_training_and_evaluation_run_on_a_packed_set(demo_set, tmp_path, monkeyp
         [*common, "--pretrained", "run", "--epochs", "1", "-b", "80", "--ckpt_path", "lincls"]
     )
     assert (tmp_path / "lincls/result.json").exists()
-    with pytest.raises(UsageError, match="a packed set, not class folders: add --dataset packed"):
+    with pytest.raises(
+        UsageError, match="a packed set, not a tree of class folders: add --dataset packed"
+    ):
         moco_non_sem_neg.main([*common[:1], *common[3:], *small.split(), "--ckpt_path", "other"])
 
 

@@ -244,7 +244,7 @@ def test_a_published_call_says_what_flags_say(tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(
-        f"warning: {path}: without effect, as in the published code: "
+        f"warning: {path}: these flags have no effect, as in the published code: "
     )
     for key in (
         "cuda",
@@ -736,7 +736,7 @@ def test_bad_checkpoints_and_settings(workspace):
     saved, moco = train("--epochs", 1), train("--epochs", 1, "--method", "moco")
     path, queue = "run/pretrain_ir_ring_folder/last.ckpt", "run/pretrain_moco_ring_folder/last.ckpt"
     before = (workspace / path).read_bytes()
-    fails("is of --method ir, this run of moco", "--method", "moco", "--resume", path)
+    fails("was trained with --method ir, this run has moco", "--method", "moco", "--resume", path)
     fails("made with --k 64, this run has 96", "--method", "moco", "--k", 96, "--resume", queue)
     fewer = {
         **saved["state_dict"],
@@ -747,7 +747,7 @@ def test_bad_checkpoints_and_settings(workspace):
     )
     fails("made with 150 training pictures, this run has 160", "--resume", "fewer.ckpt")
     torch.save({k: v for k, v in moco.items() if k != "opt"}, "theirs.ckpt")
-    fails("theirs.ckpt is of MoCo: give the --method", "--resume", "theirs.ckpt")
+    fails("theirs.ckpt is a checkpoint of MoCo: give the --method", "--resume", "theirs.ckpt")
     fails("does not fit this model", "--conv3x3", "--resume", path)
     fails("does not fit this model", "--out-dim", 64, "--resume", path)
     fails("already holds", error=UsageError)

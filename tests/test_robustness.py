@@ -200,8 +200,8 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
     classifier = (run / "current.pth").resolve()
     expected = row("DATA", "--classifier", classifier)["clean"]
     monkeypatch.chdir("elsewhere")
-    fails(UsageError, "is a classifier on moco-net/current.pth, which is not there: give it with "
-                      "--network",
+    fails(UsageError, "is a classifier on moco-net/current.pth, which does not exist: give the "
+                      "network with --network",
           "../DATA", "--classifier", classifier)  # fmt: skip
     moved = row(
         "../DATA", "--classifier", classifier, "--network", "../moco-net/current.pth", out="moved"
@@ -214,7 +214,7 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
           "../DATA", "--classifier", classifier, "--network", "other.pth")  # fmt: skip
     fails(
         UserError,
-        "is of cmc/train_CMC.py: evaluate it with",
+        "was written by cmc/train_CMC.py: evaluate it with",
         "../DATA",
         "--classifier",
         classifier,
@@ -224,7 +224,7 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
     fails(UserError, "holds no classifier of .*: give a checkpoint of a linear evaluation, not "
                      "of pre-training",
           "../DATA", "--classifier", "../moco-net/current.pth")  # fmt: skip
-    fails(UserError, "is of --arch resnet18, not resnet50",
+    fails(UserError, "was trained with --arch resnet18, not resnet50",
           "../DATA", "--classifier", classifier, "--network", "../moco-net", "--arch", "resnet50")  # fmt: skip
 
 
@@ -234,8 +234,8 @@ def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch
     (workspace / "some" / "heart").mkdir()  # a class without a picture
     for flag, path, why in (
         ("sketch", "nowhere", "nowhere: no such folder"), ("rendition", "DATA", "none of the 10 class folders"),
-        ("stylized", "some", "class folder without any picture: heart"),
-        ("corruption", "DATA/sketch", "not the ImageNet-C layout"), ("cue-conflict", "nowhere", "nowhere: no such folder"),
+        ("stylized", "some", "these class folders have no picture: heart"),
+        ("corruption", "DATA/sketch", "does not have the layout of ImageNet-C"), ("cue-conflict", "nowhere", "nowhere: no such folder"),
         ("cue-conflict", "DATA/val", "40 of 40 pictures do not tell shape and texture"),
     ):  # fmt: skip
         fails(UsageError, why, "DATA", "--classifier", "moco", *SETS, f"--{flag}={path}")
@@ -281,7 +281,7 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
         labels = looked_at(patch)
         found = row(*flags)
     assert labels == ["corruption fog", "sketch", "rendition"]
-    assert "kept from the evaluation that was stopped" in capsys.readouterr().out
+    assert "kept from the stopped evaluation" in capsys.readouterr().out
     same = set(whole) - {"command", "commit"}
     assert {k: found[k] for k in same} == {k: whole[k] for k in same} and found["pending"] == []
     with monkeypatch.context() as patch:  # one that is whole is made again; a set not given stays
@@ -294,7 +294,7 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
 def test_a_folder_holds_the_result_of_one_classifier(workspace):
     row("DATA", "--classifier", "moco")
     before = files(workspace / "row")
-    fails(UsageError, "is of another classifier .*moco.*choose another --ckpt_path, or lose it "
+    fails(UsageError, "belongs to another classifier .*moco.*another --ckpt_path, or replace it "
                       "with --overwrite",
           "DATA", "--classifier", "cmc")  # fmt: skip
     assert files(workspace / "row") == before
@@ -312,15 +312,15 @@ def test_a_signal_says_what_is_kept_and_exits_with_its_number(workspace, capsys)
     with stopped_at(2):
         row(*flags)
     assert (
-        "stopped by a signal in clean: nothing is kept, what was looked at of clean is lost"
+        "stopped by a signal in clean: nothing is kept, the progress in clean is lost"
         in capsys.readouterr().out
     )
     with stopped_at(steps + 4):  # three steps for each corruption
         row(*flags)
     said = capsys.readouterr().out
     assert (
-        "stopped by a signal in corruption: clean, 1 folders of corruption kept in "
-        "row/result.json, what was looked" in said
+        "stopped by a signal in corruption: row/result.json keeps clean, 1 folders of "
+        "corruption, further progress in corruption is lost" in said
     )
     assert "the same command goes on from there" in said
     assert row(*flags)["corruption"] == whole["corruption"]
@@ -411,6 +411,6 @@ def test_a_classifier_of_a_script_that_takes_no_part(workspace):
     )
     with pytest.raises(
         UserError,
-        match="other.pth is of of/others.py: this evaluates those of nonsem_neg/main_lincls",
+        match="other.pth was written by of/others.py, but only files of nonsem_neg/main_lincls",
     ):
         row("DATA", "--classifier", "other.pth")

@@ -68,7 +68,10 @@ if __name__ == "__main__":
 """
 
 
-FULL = "error: No space left on device writing a/current.pth; a checkpoint that was written before is whole\n"
+FULL = (
+    "error: No space left on device writing a/current.pth; "
+    "checkpoints that were saved before are intact\n"
+)
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -80,7 +83,9 @@ def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, sai
     (tmp_path / "job.py").write_text(JOB.format(root=str(ROOT)))
     done = run_script(tmp_path / "job.py", "--nproc", 2, "--device", "cpu", *flags)
     assert (done.returncode, done.stderr) == (1, said)
-    assert ("note: --gpu 3 is for a single process; ignored\n" in done.stdout) == ("--gpu" in flags)
+    assert ("note: --gpu 3 is ignored, since it applies to a single process\n" in done.stdout) == (
+        "--gpu" in flags
+    )
 
 
 class Pictures:

@@ -1,4 +1,4 @@
-"""Open a trained classifier of any paper again, by the Spec of its linear evaluation."""
+"""Reopen a trained classifier of any paper by the Spec of its linear evaluation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from runner.linear import Spec
 class Classifier:
     """A trained classifier with its network.
 
-    logits: images (N, 3, S, S) on the device -> float32 (N, outputs). view: that of the evaluation,
-    geometry included. digest: of all weights. origin: what result.json says of the classifier.
+    logits: images (N, 3, S, S) on the device -> float32 (N, outputs). view: the view of its
+    evaluation, with the geometry. digest: digest of all weights. origin: entries for result.json.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -39,9 +39,9 @@ def reopen(
 ) -> Classifier:
     """Open the classifier in `saved`, a file of any linear evaluation, ours or the authors'.
 
-    network: path of its network, for files that hold a classifier alone; "": where it was then.
-    side: of the input in pixels; None: that of the linear evaluation. Raises UserError where the
-    file holds no classifier, or its network is not there or another one.
+    network: path of its network, for files that hold only a classifier; "" means the recorded path.
+    side: side of the input in pixels; None means that of the linear evaluation. Raises UserError if
+    the file holds no classifier, or its network is missing or a different one.
     """
     paper = _paper_of(saved)
     spec = paper.linear()
@@ -60,7 +60,7 @@ def reopen(
     if digest and saved.get("digest", digest) != digest:
         raise UserError(
             f"{saved.path} is a classifier on another network than {network}: "
-            "give that with --network"
+            "give the right one with --network"
         )
 
     def logits(images: Tensor) -> Tensor:
@@ -79,19 +79,21 @@ def reopen(
 
 def _paper_of(saved: checkpoint.Saved) -> papers.Paper:
     """Return the paper whose linear evaluation wrote this file. Raises UserError."""
-    known = papers.find()
+    declared = papers.find()
     script = saved.get("script")
-    for paper in known.values():
+    for paper in declared.values():
         spec = paper.linear()
         is_whole = "classifier" not in saved
         if script == paper.evaluation:
             return paper
         if script is None and is_whole == bool(spec.whole) and spec.is_published(saved):
             return paper
-    evaluations = ", ".join(paper.evaluation for paper in known.values())
+    evaluations = ", ".join(paper.evaluation for paper in declared.values())
     if script is not None and papers.of_script(script) is None:
         name = printable(str(script))[:80]
-        raise UserError(f"{saved.path} is of {name}: this evaluates those of {evaluations}")
+        raise UserError(
+            f"{saved.path} was written by {name}, but only files of {evaluations} can be evaluated"
+        )
     raise UserError(
         f"{saved.path} holds no classifier of {evaluations}: give a checkpoint of a linear "
         "evaluation, not of pre-training"
@@ -99,18 +101,18 @@ def _paper_of(saved: checkpoint.Saved) -> papers.Paper:
 
 
 def _network_of(saved: checkpoint.Saved, spec: Spec) -> str:
-    """Return where the network of a classifier was then. Raises UsageError where it is gone."""
+    """Return the recorded path of a classifier's network. Raises UsageError if it is gone."""
     network = saved.get("network") or str((saved.get("opt") or {}).get(spec.flag, ""))
     if not spec.whole and not os.path.exists(network):
         raise UsageError(
-            f"{saved.path} is a classifier on {printable(network)}, which is not there: "
-            "give it with --network"
+            f"{saved.path} is a classifier on {printable(network)}, which does not exist: "
+            "give the network with --network"
         )
     return network
 
 
 def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -> list[str]:
-    """Return a command line with the flags that the classifier's file decides."""
+    """Return the arguments for spec.parse_args, with the flags that the file decides."""
     flags = dict(spec.flags_of(saved))
     if side is not None:
         flags[spec.side] = side
@@ -132,9 +134,9 @@ def _weights(saved: checkpoint.Saved) -> dict[str, Tensor]:
 
 
 def _origin(paper: papers.Paper, spec: Spec, saved, source, args) -> dict:
-    """Return what result.json says of the classifier: network, pre-training, settings, label.
+    """Return the entries of result.json about the classifier: label, pre-training, settings.
 
-    settings: flags of the pre-training that two seeds of one experiment have in common.
+    settings: pre-training flags that runs of one experiment with different seeds share.
     """
     flags = saved.get("pretrained_args") if spec.whole else source.get("opt")
     flags = flags or {}

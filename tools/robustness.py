@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""The robustness row of a classifier of any paper: clean to stylized accuracy, and shape bias.
+"""Measure the robustness of a classifier of any paper: accuracy on shifted sets, and shape bias.
 
-Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189): clean, corrupted, sketch, stylized and
-rendition accuracy; and the share of shape decisions of Geirhos et al. (arXiv:1811.12231). Every set
-is optional; pictures are mapped to classes by folder name (WordNet id):
+The columns are those of Table 1 of Ge et al. (NeurIPS 2021, arXiv:2110.14189): clean, corrupted,
+sketch, stylized and rendition accuracy; and the share of shape decisions of Geirhos et al.
+(arXiv:1811.12231). Every set is optional; pictures are mapped to classes by folder name (WordNet
+id):
 
     python tools/robustness.py IMAGENET100 --classifier runs/linear --ckpt_path runs/row \\
         --corruption IMAGENET-C
     python tools/robustness.py --demo
 
-All paths are looked at before the first picture. result.json grows with every set (and every
-corruption), so the same command continues what was stopped. A folder holds the result of one
-classifier. Classifiers are opened by the linear.Spec of their script (tools/reopen.py).
+All paths are checked before the first picture. result.json grows with every set (and every
+corruption), so the same command continues after a stop. A folder holds the result of one
+classifier. tools/reopen.py opens the classifier by the linear.Spec of its script.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from tools.reopen import Classifier, reopen
 from tools.robustness_result import Result, earlier, write_corruptions
 from tools.robustness_sets import EXTRA_CORRUPTIONS, SETS, class_names, geometry, open_sets
 
-TABLE = "published.json"  # of the folder whose table has these columns
+TABLE = "published.json"  # in the folder of the paper whose table has these columns
 PRESETS = {
     "demo": dict(
         data="data/demo", classifier="runs/try-lincls", corruption="data/demo/corruption",
@@ -51,56 +52,58 @@ PRESETS = {
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data (each set is optional)")
-    g.add_argument("data", nargs="?", help="data set root with val/CLASS/*: the clean column")
-    text = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/*; the mean over all corruptions and severities"
+    g.add_argument("data", nargs="?", help="data set root with val/CLASS/*, for the clean column")
+    text = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/*; gives the mean over all folders"
     g.add_argument("--corruption", metavar="DIR", help=text)
     g.add_argument("--sketch", metavar="DIR", help="ImageNet-Sketch: CLASS/*")
     g.add_argument("--stylized", metavar="DIR", help="Stylized-ImageNet validation: CLASS/*")
     g.add_argument("--rendition", metavar="DIR", help="ImageNet-R: CLASS/*")
-    text = "pictures named SHAPE1-TEXTURE1: the share of answers that name the shape"
+    text = "pictures named SHAPE1-TEXTURE1; gives the share of answers that name the shape"
     g.add_argument("--cue-conflict", metavar="DIR", help=text)
-    text = "also " + ", ".join(EXTRA_CORRUPTIONS)
+    text = "also evaluate " + ", ".join(EXTRA_CORRUPTIONS)
     g.add_argument("--extra-corruptions", action="store_true", help=text)
     g.add_argument(
         "--precropped",
         choices=["auto", "yes", "no"],
         default="auto",
-        help="whether corrupted, stylized and cue-conflict pictures were resized and cropped "
-        "before (as ImageNet-C is), and are not resized again; auto: yes if they are 224 x 224",
+        help="whether corrupted, stylized and cue-conflict pictures are already resized and cropped"
+        " (as in ImageNet-C) and must not be resized again; auto: yes if they are 224 x 224",
     )
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    text = "checkpoint of a linear evaluation of any paper, or its run folder: the last epoch"
+    text = "checkpoint of a linear evaluation of any paper, or its run folder (last epoch)"
     g.add_argument("--classifier", default="", metavar="PATH", help=text)
-    text = "of a run folder take the best epoch on val instead of the last"
+    text = "take the best epoch on val from a run folder instead of the last"
     g.add_argument("--best", action="store_true", help=text)
-    text = "network of a classifier that is a file of its own; default: where it was then"
+    text = "network of a classifier whose file holds no network; default: its recorded path"
     g.add_argument("--network", default="", metavar="PATH", help=text)
-    text = "torchvision network; default: what the checkpoint says"
+    text = "torchvision network; default: as in the checkpoint"
     g.add_argument("-a", "--arch", help=text)
 
     g = parser.add_argument_group("run")
     text = "global batch over all processes"
     g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
-    text = "run folder: result.json, corruption.csv"
+    text = "run folder for result.json and corruption.csv"
     g.add_argument("--ckpt_path", "--out", default="./ckpts/robustness", help=text)
-    text = "evaluate all sets anew, also in the folder of another classifier"
+    text = "evaluate all sets again, even in the folder of another classifier"
     g.add_argument("--overwrite", action="store_true", help=text)
-    text = "name of the row in the table; default: made of the pre-training's flags"
+    text = "name of the row in the table; default: derived from the pre-training's flags"
     g.add_argument("--label", help=text)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     if not args.classifier:
-        raise UsageError("no classifier: give --classifier CHECKPOINT of a linear evaluation")
+        raise UsageError(
+            "there is no classifier: give --classifier CHECKPOINT of a linear evaluation"
+        )
     if not any((args.data, *(getattr(args, name) for name in SETS[1:]))):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in SETS[1:])
-        raise UsageError(f"nothing to evaluate on: give DATA (clean) or some of {flags}")
+        raise UsageError(f"there is nothing to evaluate on: give DATA (clean) or some of {flags}")
     return cli.freeze(args)
 
 
 def read_classifier(args) -> checkpoint.Saved:
-    """Return the classifier's checkpoint, of a run folder the newest file."""
+    """Read the checkpoint of the classifier; in a run folder, read the newest one."""
     path = args.classifier
     if args.demo and "classifier" not in args.typed and not os.path.exists(path):
         raise UsageError(f"{path}: nothing to evaluate yet; run its linear evaluation first")
@@ -113,7 +116,7 @@ def read_classifier(args) -> checkpoint.Saved:
             newest = newest or layouts.newest(path, tuple(depth + name for name in patterns))
         if newest is None:
             raise UsageError(
-                f"--classifier {path}: no {' or '.join(patterns)} in this folder; "
+                f"--classifier {path}: this folder has no {' or '.join(patterns)}; "
                 "run a linear evaluation first"
             )
         path = newest
@@ -124,11 +127,11 @@ def read_classifier(args) -> checkpoint.Saved:
 
 
 class Stopped(Exception):
-    """Raised on all ranks where a signal asks to stop."""
+    """Signal on all ranks that the evaluation was asked to stop."""
 
 
 class Evaluation:
-    """One classifier, looking at one set after the other."""
+    """Evaluate one classifier on one set after another."""
 
     def __init__(self, args, process, classifier: Classifier, stop: StopSignal, log: RunFolder):
         self.args = args
@@ -139,10 +142,10 @@ class Evaluation:
 
     @torch.no_grad()
     def answers(self, pictures, judge, label: str, is_cropped: bool = False) -> list[torch.Tensor]:
-        """Return what judge(logits (B, C), targets (B,)) says of every picture of a set, in order.
+        """Apply judge(logits (B, C), targets (B,)) to all n pictures of a set, in order.
 
         judge returns tensors (B,); the result is a list of float tensors (n,) on the CPU.
-        is_cropped: see `geometry`. Raises Stopped where a signal asks to stop.
+        is_cropped: see `geometry`. Raises Stopped after a signal to stop.
         """
         plain = self.classifier.view
         crop = geometry(self.args.precropped, plain.geometry, pictures, is_cropped)
@@ -163,11 +166,11 @@ class Evaluation:
             loader.close()
         self.log.say_replaced(loader)
         rows, *judged = (launch.gather_ragged(torch.cat(part).float()) for part in zip(*parts))
-        order = rows.double().argsort()  # ranks hold interleaved shares
+        order = rows.double().argsort()  # ranks hold interleaved rows
         return [values[order].cpu() for values in judged]
 
     def _batches(self, loader):
-        """Yield this rank's batches, as many steps as the rank with the most."""
+        """Yield this rank's batches; all ranks make the same number of steps."""
         batches = iter(loader)
         for _ in range(max(launch.gather_objects(len(loader)))):
             if self.stop.asked():
@@ -177,9 +180,10 @@ class Evaluation:
                 yield batch
 
     def score(self, pictures, label: str, is_cropped: bool = False) -> list[torch.Tensor]:
-        """Return for every picture whether the answer is right: of all classes, and of those there.
+        """Return two float tensors (n,): 1 where the answer is right, else 0.
 
-        Two float tensors (n,) of 0 and 1; "masked" answers are among the classes of the set.
+        In the first, answers are among all classes; in the second, "masked" one, they are among the
+        classes of the set.
         """
         absent = torch.ones(len(pictures.classes), dtype=torch.bool)
         absent[pictures.targets.unique()] = False
@@ -192,15 +196,15 @@ class Evaluation:
 
         return self.answers(pictures, judge, label, is_cropped)
 
-    def look_at(self, name: str, pictures, more, result: Result) -> None:
-        """Evaluate one set and keep its numbers."""
+    def evaluate(self, name: str, pictures, more, result: Result) -> None:
+        """Evaluate one set and record its numbers. more: what `open_sets` returned with it."""
         if name == "corruption":
             return self.corruptions(pictures, *more, result)
         if name == "cue_conflict":
             judged = self.answers(pictures, more.judge, name, is_cropped=True)
             rows = torch.arange(len(pictures))
             result.keep(name, more.values(rows, *judged), more.note)
-            return self.log.say(f"{name}: {result.told(name)} of {more.note}")
+            return self.log.say(f"{name}: {result.in_words(name)} of {more.note}")
         right, masked = self.score(pictures, name, is_cropped=name == "stylized")
         values = {name: percent(right)}
         classes, present = len(pictures.classes), len(pictures.targets.unique())
@@ -216,9 +220,9 @@ class Evaluation:
         self.log.say(f"{name}: {values[name]:.2f} % of {len(pictures)} pictures{remark}")
 
     def corruptions(self, pictures, folders, group, result: Result) -> None:
-        """Evaluate one corruption after the other; keep the mean over the folders, as published.
+        """Evaluate one corruption after another; record the mean over the folders, as published.
 
-        folders: (corruption, severity) of each. group (n,): the folder of every picture.
+        folders: (corruption, severity) of each folder. group (n,): folder number of every picture.
         """
         accuracies = dict(result.sets.get("corruption", {}).get("folders", {}))
         names = [f"{corruption}/{severity}" for corruption, severity in folders]
@@ -231,7 +235,7 @@ class Evaluation:
                 accuracies |= {names[i]: percent(right[group[rows] == i]) for i in mine}
                 result.keep("corruption", folders=accuracies)
             mean = statistics.mean(accuracies[names[i]] for i in mine)
-            self.log.say(f"corruption {corruption}: {mean:.2f} % of {len(mine)} severities")
+            self.log.say(f"corruption {corruption}: {mean:.2f} % over {len(mine)} severities")
         by_folder = [accuracies[name] for name in names]
         values, note = summary(folders, by_folder)
         if self.log.main:
@@ -242,7 +246,7 @@ class Evaluation:
 
 
 def summary(folders: list[tuple[str, int]], accuracies: list[float]) -> tuple[dict, str]:
-    """Return the columns of the corruptions, and a note on the folders behind them."""
+    """Return the columns of the corruptions, and a note on the folders that they average."""
     pairs = [(name, accuracy) for (name, _), accuracy in zip(folders, accuracies)]
     published = [accuracy for name, accuracy in pairs if name in CORRUPTIONS]
     extra = [accuracy for name, accuracy in pairs if name in EXTRA_CORRUPTIONS]
@@ -251,7 +255,7 @@ def summary(folders: list[tuple[str, int]], accuracies: list[float]) -> tuple[di
     missing = [name for name in CORRUPTIONS if name not in dict(folders)]
     if missing:
         note += f"; missing {', '.join(missing)}"
-    if extra:  # not in the published number
+    if extra:  # these do not enter the published number
         values["corruption_extra"] = statistics.mean(extra)
         note += f"; corruption_extra {values['corruption_extra']:.2f} over {len(extra)} of 20"
     return values, note
@@ -262,7 +266,7 @@ def percent(x: torch.Tensor) -> float:
 
 
 def published_table() -> str:
-    """Return the path, from the root, of the published table that has these columns."""
+    """Return the path, relative to the root, of the published table with these columns."""
     path = next(path for path in files.ROOT.glob(f"*/{TABLE}") if '"sketch"' in path.read_text())
     return str(path.relative_to(files.ROOT))
 
@@ -277,11 +281,11 @@ def worker(args, process: launch.Process) -> None:
         classifier = reopen(saved, args.network, side, process, precision)
         arch = classifier.origin["arch"]
         if args.arch and arch != args.arch:
-            raise UserError(f"{saved.path} is of --arch {arch}, not {args.arch}")
+            raise UserError(f"{saved.path} was trained with --arch {arch}, not {args.arch}")
         classes = class_names(saved, args)
         if classifier.outputs < len(classes):
             raise UserError(
-                f"{saved.path} tells {classifier.outputs} classes apart, here there are "
+                f"{saved.path} distinguishes {classifier.outputs} classes, here there are "
                 f"{len(classes)}"
             )
         opened = open_sets(args, classes)
@@ -316,9 +320,9 @@ def worker(args, process: launch.Process) -> None:
 
 
 def open_folder(args, process, saved, classifier: Classifier, context: contextlib.ExitStack):
-    """Return the run folder's records, the path of result.json and what it has already.
+    """Return the run folder's records, the path of result.json, and its content so far.
 
-    The folder of a training is shared: its own records stay as they are.
+    If the folder belongs to a training run, its own records do not change.
     """
     folder = Path(args.ckpt_path)
     is_shared = any(folder.glob("*.pth*"))
@@ -335,7 +339,7 @@ def open_folder(args, process, saved, classifier: Classifier, context: contextli
 
 
 def evaluate_all(evaluation: Evaluation, opened: dict, result: Result) -> None:
-    """Look at every set that is given and not done yet; on a signal, say what is kept and end."""
+    """Evaluate every given set that is not done; after a signal, report what is kept and exit."""
     log = evaluation.log
     name = "the first set"
     try:
@@ -343,14 +347,14 @@ def evaluate_all(evaluation: Evaluation, opened: dict, result: Result) -> None:
             if name not in opened:
                 state = "left out"
                 if name not in result.missing():
-                    state = f"{result.told(name)} from before"
+                    state = f"{result.in_words(name)} from an earlier evaluation"
                 log.say(f"{name}: not given, {state}")
             elif name not in result.pending:
-                kept = "kept from the evaluation that was stopped"
-                log.say(f"{name}: {result.told(name)}, {kept}")
+                kept = "kept from the stopped evaluation"
+                log.say(f"{name}: {result.in_words(name)}, {kept}")
             else:
                 _, pictures, more = opened[name]
-                evaluation.look_at(name, pictures, more, result)
+                evaluation.evaluate(name, pictures, more, result)
     except Stopped:
         log.say(result.stopped(name))
         raise SystemExit(evaluation.stop.exit_code) from None

@@ -1,4 +1,4 @@
-"""result.json of a robustness row, which grows with every set and goes on where it was stopped."""
+"""Write the result.json of a robustness evaluation set by set, so that a stop loses little."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tools.robustness_sets import COLUMNS, SETS
 
 
 class Result:
-    """result.json of one classifier, written again whenever a set is done.
+    """The result.json of one classifier, rewritten whenever a set is done.
 
-    log: of the run folder. path: of the file. origin: what it says of the classifier. before: what
-    `earlier` found in it. wanted: {set: how it is to be looked at}.
+    log: records of the run folder. path: path of the file. origin: entries about the classifier.
+    before: the result of `earlier`. wanted: {set: settings of its evaluation}.
 
-    values: numbers by column. sets: {name: how it was looked at}, of the corruptions also the
-    accuracy of each folder. pending: sets that were asked for and are not done.
+    values: numbers by column. sets: {set: settings of its evaluation}; for corruptions they include
+    the accuracy of each folder. pending: sets that were asked for and are not done.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class Result:
         self.sets = dict(before.get("sets", {}))
         stopped = before.get("pending", [])
         for name, settings in wanted.items():
-            # What a stopped run has done is kept; a whole row is made again.
+            # Sets of a stopped run are kept; a complete row is evaluated again.
             if not stopped or _comparable(self.sets.get(name, {})) != _comparable(settings):
                 self.sets.pop(name, None)
         self.pending = [name for name in wanted if name not in self.sets or name in stopped]
         self.environment = {"command": log.command, **environment()}
 
     def missing(self) -> list[str]:
-        """Return the sets of which nothing is known."""
+        """Return the sets without any number."""
         return [name for name in SETS if not self.values.keys() & set(COLUMNS[name])]
 
-    def told(self, name: str) -> str:
-        """Return the number of a set that has one, in words."""
+    def in_words(self, name: str) -> str:
+        """Describe the numbers of an evaluated set."""
         if name != "cue_conflict":
             return f"{self.values[name]:.2f} %"
         share, shape, texture = (self.values.get(column) for column in COLUMNS[name])
@@ -67,9 +67,9 @@ class Result:
         }
 
     def keep(self, name: str, values: dict | None = None, note: str = "", **more) -> None:
-        """Record what is known of a set, and write the file.
+        """Record the progress of a set, and write the file.
 
-        values: all its numbers, when it is done. note: a remark on them. more: with the settings.
+        values: its numbers, once it is done. note: a remark on them. more: further settings.
         """
         self.sets[name] = self.wanted[name] | more
         if values is not None:
@@ -83,33 +83,33 @@ class Result:
             files.write_json(self.path, self.environment | self.everything())
 
     def stopped(self, name: str) -> str:
-        """Return what to say where a signal ends the evaluation of this set."""
+        """Describe what is kept and lost when a signal ends the evaluation of this set."""
         folders = len(self.sets.get(name, {}).get("folders", {}))
         kept = [other for other in self.wanted if other not in self.pending]
-        lost = f"what was looked at of {name} is lost"
+        lost = f"the progress in {name} is lost"
         if folders:
             kept.append(f"{folders} folders of {name}")
-            lost = f"what was looked at of {name} beyond them is lost"
-        state = f"{', '.join(kept)} kept in {self.path}" if kept else "nothing is kept"
+            lost = f"further progress in {name} is lost"
+        state = f"{self.path} keeps {', '.join(kept)}" if kept else "nothing is kept"
         return f"stopped by a signal in {name}: {state}, {lost}; the same command continues"
 
 
 def _comparable(settings: dict) -> dict:
-    """Return what must be equal for a set to be the same: its folder however it is spelled."""
+    """Return the settings that must agree to keep a set, with the real path of its folder."""
     others = {key: value for key, value in settings.items() if key != "folders"}
     return others | {"folder": os.path.realpath(str(settings.get("folder", "")))}
 
 
 def earlier(path: Path, classifier: str, digest: str, overwrite: bool, is_own: bool) -> dict:
-    """Return what an existing result.json has of this classifier; {} for nothing.
+    """Return the content of an existing result.json of this classifier, or {}.
 
-    classifier: path of its checkpoint. digest: of its weights. is_own: whether the folder is the
-    demo's own, which may be written over. Raises UsageError where the file is of another
-    classifier, or of another kind of run.
+    classifier: path of its checkpoint. digest: digest of its weights. is_own: whether the folder is
+    the demo's own, which may be overwritten. Raises UsageError if the file belongs to another
+    classifier or another kind of run.
     """
     if overwrite or not path.exists():
         return {}
-    way_out = "choose another --ckpt_path, or lose it with --overwrite"
+    way_out = "choose another --ckpt_path, or replace it with --overwrite"
     try:
         content = json.loads(path.read_text())
         evaluated = str(content["evaluated"])
@@ -118,7 +118,9 @@ def earlier(path: Path, classifier: str, digest: str, overwrite: bool, is_own: b
     if content.get("digest") == digest:
         return content if _is_whole(content) else {}
     if not is_own and os.path.realpath(evaluated) != os.path.realpath(classifier):
-        raise UsageError(f"{path} is of another classifier ({printable(evaluated)}): {way_out}")
+        raise UsageError(
+            f"{path} belongs to another classifier ({printable(evaluated)}): {way_out}"
+        )
     return {}
 
 

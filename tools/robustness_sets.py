@@ -1,4 +1,4 @@
-"""The sets of pictures of a robustness row, and how each is looked at."""
+"""Open the picture sets of a robustness evaluation, and choose the crop of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import shape_bias
 
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SETS = ("clean", "corruption", "sketch", "stylized", "rendition", "cue_conflict")
-# The columns of each set in result.json; the first is in the table.
+# The columns of each set in result.json; the first one appears in the table.
 COLUMNS = {name: (name, f"{name}_masked", f"{name}_extra") for name in SETS}
 COLUMNS["cue_conflict"] = ("shape_bias", "cue_shape", "cue_texture")
 
@@ -22,7 +22,7 @@ COLUMNS["cue_conflict"] = ("shape_bias", "cue_shape", "cue_texture")
 def class_names(saved: checkpoint.Saved, args) -> list[str]:
     """Return the names of the class folders in label order.
 
-    They are in the checkpoint; for an authors' file they are those of the clean set or of a list.
+    They come from the checkpoint, or for an authors' file from the clean set or --class-list.
     """
     if "classes" in saved:
         return saved["classes"]
@@ -36,14 +36,14 @@ def class_names(saved: checkpoint.Saved, args) -> list[str]:
 
 
 def open_by_class(folder: str, classes: list[str]) -> sets.FolderSet:
-    """Open the class folders that the classifier knows; others (ImageNet has 1000) are left out."""
+    """Open the classifier's class folders and ignore others (ImageNet has 1000)."""
     if not os.path.isdir(folder):
         raise UsageError(f"{folder}: no such folder")
     present = [name for name in classes if os.path.isdir(os.path.join(folder, name))]
     if not present:
         raise UsageError(
-            f"{folder}: none of the {len(classes)} class folders of the classifier "
-            f"({printable(classes[0])}, ...) is in it"
+            f"{folder} has none of the {len(classes)} class folders of the classifier "
+            f"({printable(classes[0])}, ...)"
         )
     return sets.open_tree(folder, class_list=present, classes=classes, subset=True)
 
@@ -75,11 +75,11 @@ def open_corruptions(
     ]
     if not folders:
         raise UsageError(
-            f"{root}: not the ImageNet-C layout: expected folders such as "
+            f"{root} does not have the layout of ImageNet-C: expected folders such as "
             f"{root}/gaussian_noise/1/CLASS"
         )
     if not any(name in CORRUPTIONS for name, _ in folders):
-        raise UsageError(f"{root}: none of the 15 corruptions of the published number is in it")
+        raise UsageError(f"{root} has none of the 15 corruptions of the published number")
     parts = [open_by_class(str(root / name / str(level)), classes) for name, level in folders]
     group = torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])
     paths = [os.path.relpath(path, root) for part in parts for path in part.paths]
@@ -88,9 +88,10 @@ def open_corruptions(
 
 
 def open_sets(args, classes: list[str]) -> dict:
-    """Open every set that is given, so that a wrong path is an error before the first picture.
+    """Open every given set, so that a wrong path is an error before the first picture.
 
-    Returns {name: (path, set, what else its evaluation needs)}.
+    Returns {name: (path, set, more)}. For corruptions, more is (folders, group) of
+    `open_corruptions`; for cue_conflict it is the CueConflict; otherwise None.
     """
     opened = {}
     for name in SETS:
@@ -115,9 +116,9 @@ def geometry(
 ) -> augment.ResizeCenterCrop:
     """Return the resize and centre crop of a set.
 
-    precropped: --precropped. plain: the geometry of the classifier's evaluation. is_cropped:
-    whether the set may have been through resize and crop already (as ImageNet-C has), to 224
-    pixels; it is then not resized again.
+    precropped: value of --precropped. plain: geometry of the classifier's own evaluation.
+    is_cropped: whether the pictures may be resized and cropped to 224 pixels already, as those of
+    ImageNet-C are; they are then not resized again.
     """
     side = plain.size
     if not is_cropped or precropped == "no":

@@ -1,7 +1,7 @@
-"""How large the project's parts are, as a reader meets them: `python tools/sizes.py`.
+"""List the lines of every package, and what is too large to read: `python tools/sizes.py`.
 
-Lines of every package, and whatever is beyond what a reader takes in at once: files above 320
-lines, functions above 60 lines or 8 parameters, lines above 100 columns.
+Too large are files above 320 lines, functions above 60 lines or 8 parameters, and lines above 100
+columns.
 """
 
 import ast
@@ -25,7 +25,7 @@ AIMS = {"common": 2400, "runner": 1400}  # lines
 
 @dataclass(frozen=True)
 class Function:
-    """A function or method: where it is, its lines, and the parameters besides self and cls."""
+    """A function or method: its place, its lines, and its parameters without self and cls."""
 
     place: str
     lines: int
@@ -50,18 +50,18 @@ def lines_of(path: Path) -> list[str]:
 def functions(path: Path) -> list[Function]:
     """Return all functions of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = []
+    measured = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = sum(argument.arg not in ("self", "cls") for argument in named)
             place = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
-            found.append(Function(place, node.end_lineno - node.lineno + 1, count))
-    return found
+            measured.append(Function(place, node.end_lineno - node.lineno + 1, count))
+    return measured
 
 
-def beyond(path: Path) -> list[str]:
-    """Return, in words, what of a file is larger than a reader takes in at once."""
+def oversized(path: Path) -> list[str]:
+    """Return a remark for everything in a file that is above a limit."""
     lines = lines_of(path)
     name = path.relative_to(ROOT)
     remarks = []
@@ -88,7 +88,7 @@ def main(argv=None) -> None:
     print()
     for package in packages():
         for path in sources(package):
-            for remark in beyond(path):
+            for remark in oversized(path):
                 print(remark)
 
 

@@ -86,7 +86,7 @@ class Folder(NamedTuple):
 def walk(tree: str | Path, below: str = "") -> list[Folder]:
     """List the folder tree/below and all folders in it, sorted by path. Links are followed.
 
-    Raises OSError where a folder cannot be read.
+    Raises OSError if a folder cannot be read.
     """
     listing = []
     waiting = [(below, [])]

@@ -1,4 +1,4 @@
-"""The flags of model, method and transformation of main_contrast.py, and the checks between them."""
+"""Flags of model, method and transformation for main_contrast.py, and the checks between them."""
 
 from __future__ import annotations
 

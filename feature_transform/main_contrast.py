@@ -75,7 +75,7 @@ def parse_args(argv=None):
     parser.ignore("--aug and --mem set the least crop", "crop")
     parser.ignore("it belongs to main_linear.py", "aug_linear")
     dead = ("feature_mix", "mix_ratio", "mix_alpha", "time_mix", "only_mix")
-    parser.ignore("the published code has no such method", *dead)
+    parser.ignore("the published code never implemented it", *dead)
     args = parser.parse_args(argv)
     options.check(args)
     settle(args)

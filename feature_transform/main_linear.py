@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Linear evaluation of a network pre-trained by main_contrast.py, its encoder frozen.
+"""Linear evaluation of a network pre-trained by main_contrast.py: a classifier on its encoder.
 
-The protocol of PyContrast and its fork (arXiv:2108.02982); after `main_contrast.py --demo`, and the
-published one on ImageNet-100:
+This is the protocol of PyContrast and its fork (arXiv:2108.02982). The first command follows
+`main_contrast.py --demo`, the second one is published, for ImageNet-100:
 
     python feature_transform/main_linear.py --demo
     python feature_transform/main_linear.py --method MoCov2 --data_folder IMAGENET \\
@@ -44,9 +44,9 @@ def parse_args(argv=None):
     g.add_argument("--data_folder", "--data", dest="data", help=text)
     trees = ("imagenet100", "imagenet", "folder")
     options.add_data_arguments(g, trees, default="imagenet100", workers=8)
-    text = "as --class-list; default, for imagenet100 in a tree of ImageNet: its 100 classes"
+    text = "the published spelling of --class-list; default for imagenet100: its 100 classes"
     g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=text)
-    text = "classes there must be; default: as many as there are"
+    text = "number of classes, which is checked; default: not checked"
     g.add_argument("--n_class", type=cli.positive_int, help=text)
     text = "least share of the picture that a crop covers"
     g.add_argument("--crop", type=cli.share, default=0.2, help=text)
@@ -56,17 +56,17 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
     g.add_argument("--ckpt", metavar="PATH", help=text)
-    text = "what the checkpoint must be of; default: what it is of"
+    text = "network of the checkpoint, which is checked; default: not checked"
     g.add_argument("--arch", type=networks.arch_name, help=text)
-    text = "the same; CMC: two towers, side by side"
+    text = "modality of the checkpoint, which is checked; default: not checked"
     g.add_argument("--modal", choices=list(networks.MODALS), help=text)
-    text = "the key encoder, which follows the trained one (published: without effect)"
+    text = "evaluate the key encoder, not the trained one (published: no effect)"
     g.add_argument("--use_ema", action="store_true", help=text)
 
     g = parser.add_argument_group("optimisation")
     text = "not scaled with the batch"
     options.add_sgd_arguments(g, text, epochs=60, learning_rate=30, weight_decay=0.0)
-    text = "cosine down to rate^3 of the learning rate, in place of steps"
+    text = "cosine schedule per epoch in place of steps, down to the rate after three drops"
     g.add_argument("--cosine", action=cli.OnOff, default=False, help=text)
     g.set_defaults(batch_size=256, lr_decay_epochs=None)
     linear.add_arguments(g)
@@ -91,7 +91,7 @@ def parse_args(argv=None):
 def settle(args) -> None:
     """Fill in the defaults that depend on other flags, and check flags against each other.
 
-    --lr_decay_epochs is 30,40,50 where it is not typed, and 60,80 of more than 60 epochs, the
+    Where --lr_decay_epochs is not typed it is 30,40,50, or for more than 60 epochs 60,80, the
     published values.
     """
     if args.data is None:
@@ -108,7 +108,7 @@ def settle(args) -> None:
 def read(args):
     """Return the pre-training checkpoint, and the flags with what it says about its network.
 
-    With --use_ema, `model` of the checkpoint is its key encoder.
+    With --use_ema, the entry `model` of the returned checkpoint is its key encoder.
     """
     first = "feature_transform/main_contrast.py"
     saved = pretrained.read(args.ckpt, "--ckpt", f"{first} --demo" if args.demo else first)
@@ -125,7 +125,7 @@ def read(args):
 
 
 def run_name(args, parent: str) -> str:
-    """Return the published name of the run folder, and whether it is of the key encoder."""
+    """Return the published name of the run folder, with "ema" for the key encoder."""
     parts = [f"{parent}_linear_{args.aug_linear}_{args.crop}_lr{args.learning_rate}"]
     if args.cosine:
         parts.append("cosine")
@@ -136,26 +136,26 @@ def run_name(args, parent: str) -> str:
 
 
 def files(args, saved):
-    """Return the run folder, what goes into it, and the file name of the best epoch."""
+    """Return the run folder, its files, and the best epoch's file."""
     name = run_name(args, pretrained.parent(saved))
     folder = options.run_folder(args, args.save_path, name)
-    if len(os.path.basename(folder)) > 240:  # the lock and the events beside it have a little more
+    if len(os.path.basename(folder)) > 240:  # the lock beside it has a longer name
         raise UsageError(
-            f"{saved.path}: with its name the run's folder has one of more than 240 letters: "
-            "give it a --name"
+            f"{saved.path}: the name of the run's folder, which contains its own, has more than "
+            "240 letters; give --name"
         )
     return folder, linear.files(args, __file__, folder), "best.pth"
 
 
 def open_sets(args, saved):
-    """Return train/ and val/. Raises UsageError where there are other than --n_class classes."""
+    """Return train/ and val/. Raises UsageError unless they have --n_class classes."""
     train_set, val_set = linear.open_both(args, saved)
     count = len(train_set.classes)
     if args.n_class not in (None, count):
         listed = f" in {args.class_list}" if args.class_list else ""
         raise UsageError(
-            f"--n_class {args.n_class}: {args.data} has {count} classes{listed}; omit it, or say "
-            "with --dataset and --class-list which classes are meant"
+            f"--n_class {args.n_class}: {args.data} has {count} classes{listed}; omit it, or "
+            "select the classes with --dataset and --class-list"
         )
     return train_set, val_set
 
@@ -172,7 +172,7 @@ def embed(network, images, args):
 
 
 def recipe(args, saved, train: bool) -> augment.Compose:
-    """Return crop and flip for training, with --aug_linear RA also RandAugment; else the centre."""
+    """Return crop and flip (RA: and RandAugment) for training, or the centre crop for val/."""
     if not train:
         return views.plain_view(args)
     operations = [augment.RandomHorizontalFlip()]
@@ -183,7 +183,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the rate. The published cosine is one epoch ahead: the last epoch is at its floor."""
+    """Return the learning rate; the published cosine is an epoch ahead and ends at its floor."""
     if args.cosine:
         floor = args.learning_rate * args.lr_decay_rate**3
         return schedule.cosine(args.learning_rate, at.epoch + 1, args.epochs, floor)
@@ -191,13 +191,13 @@ def learning_rate(args, at: loop.At) -> float:
 
 
 def warn(job, network, embed) -> dict:
-    """Warn where the learning rate never drops. There is nothing to add to the result."""
+    """Warn where the learning rate never drops; return {}, as it adds nothing to the result."""
     args = job.args
     never = args.milestones and min(args.milestones) >= args.epochs
     if never and not args.cosine:
         job.warn(
             f"no milestone of --lr_decay_epochs {args.lr_decay_epochs} lies inside the run of "
-            f"{args.epochs} epochs: the learning rate stays {args.learning_rate:g} to the end"
+            f"{args.epochs} epochs, so the learning rate stays {args.learning_rate:g} to the end"
         )
     return {}
 
@@ -216,7 +216,7 @@ def label(args, saved) -> str | None:
 
 
 def derived(args, saved, network, classifier) -> dict:
-    """Return what is printed and recorded at the start."""
+    """Return the values that are printed and recorded at the start."""
     values = {
         "model": args.model,
         "modal": args.modal,

@@ -64,7 +64,7 @@ class Memory(nn.Module):
         return [getattr(self, name) for name in reversed(self.names)]
 
     def candidates(self, rule: Rule) -> int:
-        """Return the number of rows that become negatives, each with a coefficient and a partner."""
+        """Return the number of rows that become negatives, each with a coefficient and partner."""
         return self.n
 
     def draw(self, rule: Rule | None, pairs: int, generator: torch.Generator) -> list[Draws]:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Figures of the scores that runs have kept: similarities of positives and of negatives.
+"""Draw the scores that runs have kept: similarities of positives and of negatives.
 
 Rui Zhu, Bingchen Zhao, Jingen Liu, Zhenglong Sun, Chang Wen Chen. Improving Contrastive Learning by
-Visualizing Feature Transformation. ICCV 2021, arXiv:2108.02982. It draws runs of every paper here,
-trained with --save_score, and the authors' own files; runs of different methods and lengths go into
-one figure. It writes a figure of each statistic over iterations, all of them in a panel, histograms
-at some epochs, and with --sweep a waterfall over a setting.
+Visualizing Feature Transformation. ICCV 2021, arXiv:2108.02982. The script draws runs of every
+paper here that were trained with --save_score, and the authors' own files; runs of different
+methods and lengths go into one figure. It writes a figure of each statistic over iterations, a
+panel of all of them, histograms at some epochs, and with --sweep a waterfall over a setting.
 
     python feature_transform/plot_scores.py runs/moco0.99 runs/moco0.5 --out figures
     python feature_transform/plot_scores.py runs --sweep alpha --smooth 50 --epochs 1,5,10 \\
@@ -59,9 +59,9 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
     text = "folder for the figures"
     parser.add_argument("--out", default="figures", metavar="DIR", help=text)
-    text = f"with commas: {', '.join(FORMATS)}"
+    text = f"formats of the figures, with commas: {', '.join(FORMATS)}"
     parser.add_argument("--formats", type=formats, default="png", help=text)
-    text = "the runs' names, with commas; default: what differs between their settings"
+    text = "names of the runs, with commas; default: the settings in which they differ"
     parser.add_argument("--labels", metavar="A,B,...", help=text)
     text = "a waterfall of curves over this flag of the runs, such as alpha (MoCo's momentum)"
     parser.add_argument("--sweep", metavar="FLAG", help=text)
@@ -71,9 +71,9 @@ def parse_args(argv=None):
         "similarity to the negatives"
     )
     parser.add_argument("--epochs", type=numbers, metavar="N,N,...", help=text)
-    text = "moving average over so many iterations; default: off, as published"
+    text = "moving average over N iterations; default: off, as published"
     parser.add_argument("--smooth", type=cli.positive_int, default=1, metavar="N", help=text)
-    text = "first iteration that is drawn (published: 550); the start dwarfs the rest"
+    text = "first iteration that is drawn (published: 550), as the first ones dwarf the rest"
     parser.add_argument("--start", type=cli.positive_int, default=1, metavar="N", help=text)
     text = "also write the curves as TensorBoard scalars, beside those of each run, or below DIR"
     parser.add_argument("--tensorboard", nargs="?", const=True, metavar="DIR", help=text)
@@ -89,16 +89,16 @@ def swept(runs: list[Run], flag: str) -> list[tuple[str, int]]:
     values = []
     for number, run in enumerate(runs):
         if name not in run.options:
-            reason = "its config.json has no such flag"
+            reason = "has no such flag in its config.json"
             if not run.options:
-                reason = "no config.json in it"
+                reason = "has no config.json"
             raise UsageError(
-                f"--sweep {flag}: {run.folder}: {reason}; there is {differing_flags(runs)}"
+                f"--sweep {flag}: {run.folder} {reason}; runs differ in {differing_flags(runs)}"
             )
         values.append((run.options[name], number))
     if len({str(value) for value, _ in values}) < 2:
         raise UsageError(
-            f"--sweep {flag}: {values[0][0]} in every run; there is {differing_flags(runs)}"
+            f"--sweep {flag} is {values[0][0]} in every run; runs differ in {differing_flags(runs)}"
         )
     if all(isinstance(value, (int, float)) for value, _ in values):
         values.sort()
@@ -119,7 +119,7 @@ def differing_flags(runs: list[Run]) -> str:
         if all(flag in run.options for run in runs)
         and len({str(run.options[flag]) for run in runs}) > 1
     ]
-    return ", ".join(flags[:8]) or "none that differs"
+    return ", ".join(flags[:8]) or "no flag"
 
 
 def chosen_epochs(runs: list[Run], asked: list[int] | None) -> list[int]:
@@ -130,7 +130,7 @@ def chosen_epochs(runs: list[Run], asked: list[int] | None) -> list[int]:
         missing = [epoch for epoch in asked if epoch not in every]
         if missing:
             raise UsageError(
-                f"--epochs {missing[0]}: of no run; there are epochs {min(every)} to {max(every)}"
+                f"--epochs {missing[0]}: no run has it; they have {min(every)} to {max(every)}"
             )
         return asked
     common_ones = set.intersection(*there) or every
@@ -162,7 +162,7 @@ def _short(mean: float) -> str:
 
 
 def events_folder(run: Run, folder: str | None) -> str:
-    """Return where TensorBoard reads the run's scalars: below `folder`, or as its flags say."""
+    """Return the folder of the run's TensorBoard events: below `folder`, or where its flags say."""
     name = run.folder.resolve().name
     if folder is not None:
         return os.path.join(folder, name)
@@ -173,8 +173,8 @@ def events_folder(run: Run, folder: str | None) -> str:
 
 
 def write_events(run: Run, folder: str | None) -> str:
-    """Write the curves as scalars, beside those of the run, in place of earlier ones of this."""
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+    """Write the curves as TensorBoard scalars in place of earlier ones; return their folder."""
+    from torch.utils.tensorboard import SummaryWriter  # imported here, as it takes a second
 
     events = events_folder(run, folder)
     with files.only_writer(events):
@@ -200,7 +200,7 @@ def write(figure, args, name: str) -> list[str]:
 
 
 def write_figures(runs: list[Run], args, order: list, epochs: list[int]) -> list[str]:
-    """Write all figures, and return the names of the files. order: that of the waterfalls."""
+    """Write all figures, and return the names of the files. order: the result of `swept`."""
     import matplotlib
 
     written = []

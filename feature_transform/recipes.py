@@ -8,8 +8,7 @@ import sys
 from feature_transform.transform import Rule
 
 FIELDS = ("modal", "jigsaw", "mem", "aug", "head", "nce_t")
-# RGB or two towers, with a jigsaw or not, bank or queue, augmentation, head, temperature.
-METHODS = {
+METHODS = {  # {--method: values of FIELDS}
     "InsDis": ("RGB", False, "bank", "A", "linear", 0.07),
     "CMC": ("CMC", False, "bank", "C", "linear", 0.07),
     "PIRL": ("RGB", True, "bank", "A", "linear", 0.07),
@@ -29,9 +28,9 @@ PUBLISHED = dict(  # the published transformation
 
 
 def fill(args) -> None:
-    """Fill in what --method says for the flags that were not typed.
+    """Fill in the values of --method for the flags that were not typed.
 
-    One note names those that were typed and say something else.
+    One note names the flags that were typed with another value.
     """
     differing = []
     for flag, value in zip(FIELDS, METHODS[args.method]):
@@ -43,13 +42,14 @@ def fill(args) -> None:
         args.dim_mask = published_dims(args)
     if differing and not int(os.environ.get("RANK", 0)):
         listed = ", ".join(differing)
-        print(f"note: what is typed beats --method {args.method}: {listed}", file=sys.stderr)
+        print(f"note: typed flags win over --method {args.method}: {listed}", file=sys.stderr)
 
 
 def published_dims(args) -> str:
-    """Return --dim_mask where it is not typed.
+    """Return the published --dim_mask for flags that do not set it.
 
-    The published code reads it in one case only; in all others every number has a coefficient.
+    The published code reads the flag in one case only; in all others every number of a feature has
+    a coefficient.
     """
     is_read = args.sep_alpha and args.mixnorm_target == "posneg"
     return "none" if is_read and args.mask_distribution == "beta" else "both"
@@ -89,8 +89,8 @@ def _shape(args, side: str) -> str | None:
 def run_name(args) -> str:
     """Return the published name of the run folder.
 
-    Added to it, where it is not the published setting: the shape of the coefficients, what is
-    normalised, the query of the negatives, and the epoch after which features are transformed.
+    Where they are not published settings, it also has the shape of the coefficients, the side that
+    is normalised, the query of the negatives, and the epoch after which features are transformed.
     """
     parts = [
         f"{args.method}_{args.arch}_{args.modal}_Jig_{args.jigsaw}_{args.mem}",
@@ -134,7 +134,7 @@ def _transformation_names(args) -> list[str]:
 
 
 def too_many(args, n: int) -> str:
-    """Return a warning for a run with as many negatives as there are pictures (n), or more."""
+    """Return a warning for a run with n pictures and at least as many negatives."""
     if args.mem == "moco":
         return (
             f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data "
@@ -142,5 +142,5 @@ def too_many(args, n: int) -> str:
         )
     return (
         f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn "
-        "again and again, the picture itself too; use fewer"
+        "repeatedly, the picture itself too; use fewer"
     )

@@ -9,27 +9,28 @@ import numpy as np
 from feature_transform.score_files import STATISTICS, Run
 
 NAMES = list(STATISTICS)
-LOGARITHMIC = ("exp_neg", "exp_pos")  # their sizes differ by orders of magnitude with temperature
-# From dark to light, so that they differ in grey, too; with seven markers 56 kinds of lines.
+LOGARITHMIC = ("exp_neg", "exp_pos")  # temperature changes their sizes by orders of magnitude
+# Colours go from dark to light, so that they differ in grey, too; seven markers make 56 kinds.
 COLOURS = (
     "#000000", "#0a5ea8", "#c8371a", "#0f9172", "#b3629b", "#e08f00", "#4fb0e6", "#8c8c8c",
 )  # fmt: skip
-MARKERS = {"o": 6, "s": 5.5, "^": 6.5, "D": 5.5, "v": 6.5, "P": 8, "X": 8}  # and their sizes
-DASHES = ("-", "--", ":", "-.")  # of histograms
-MARKS = 9  # markers on a line
-BINS = 50  # of a histogram
-THIN = 800  # points on a line of the waterfall
-DROP = {"linestyle": (0, (4, 3)), "linewidth": 0.9, "zorder": 0.5}  # where a learning rate falls
-SIDES = {  # what histograms are of
+MARKERS = {"o": 6, "s": 5.5, "^": 6.5, "D": 5.5, "v": 6.5, "P": 8, "X": 8}  # {marker: size}
+DASHES = ("-", "--", ":", "-.")  # line styles of histograms
+MARKS = 9  # the number of markers on a line
+BINS = 50  # the number of bins of a histogram
+THIN = 800  # the number of points on a line of the waterfall
+DROP = {"linestyle": (0, (4, 3)), "linewidth": 0.9, "zorder": 0.5}  # line at a learning rate's fall
+SIDES = {  # {statistic in a histogram: its description}
     "pos_mean": "similarity of a query to its positive",
     "neg_mean": "mean similarity of a query to its negatives",
 }
 
 
 def style(number: int, points: int, runs: int) -> dict:
-    """Return the look of a run's line in every figure: its colour and its marker.
+    """Return the style of a run's line in every figure: its colour and its marker.
 
-    Markers of different runs are at different places. points: of the line. runs: in the figure.
+    Markers of different runs are at different places. number: that of the run. points: those on the
+    line. runs: the number of runs in the figure.
     """
     step = max(1, points // MARKS)
     marker = list(MARKERS)[number % len(MARKERS)]
@@ -45,7 +46,7 @@ def style(number: int, points: int, runs: int) -> dict:
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Return the mean over `width` iterations around each, of the values that are there.
+    """Return for each iteration the mean of the finite values within `width` iterations around it.
 
     Windows are shorter at both ends.
     """
@@ -87,7 +88,7 @@ def draw_curves(axes, runs: list[Run], name: str, args) -> None:
 
 
 def _draw_drops(axes, runs: list[Run], start: int) -> None:
-    """Draw a vertical line where learning rates fall, in the run's colour where it is one run's."""
+    """Draw a vertical line where a learning rate falls, in a run's colour if it is its alone."""
     schedules = [tuple(run.drops) for run in runs]
     for number, drops in enumerate(schedules):
         if schedules.index(drops) != number:
@@ -101,9 +102,9 @@ def _draw_drops(axes, runs: list[Run], start: int) -> None:
 
 
 def entries(runs: list[Run], dashes=("-",)) -> tuple[list, list]:
-    """Return handles and labels of a legend: the runs, and the vertical lines where there are any.
+    """Return handles and labels of a legend: the runs, and the vertical lines if there are any.
 
-    dashes: line styles of the runs, in turn; with several of them there are no vertical lines.
+    dashes: line styles of the runs in turn; with several styles there are no vertical lines.
     """
     from matplotlib.lines import Line2D
 
@@ -119,7 +120,7 @@ def entries(runs: list[Run], dashes=("-",)) -> tuple[list, list]:
 
 
 def legend_below(figure, width: float, handles: list, labels: list, height: float) -> None:
-    """Put the legend under what is `height` inches high, in as many columns as fit in `width`."""
+    """Put the legend below axes `height` inches high, in as many columns as fit in `width`."""
     from matplotlib.textpath import TextPath
 
     points = [TextPath((0, 0), label, size=8).get_extents().width for label in labels]
@@ -142,7 +143,7 @@ def curves(runs: list[Run], name: str, args):
 
 
 def panel(runs: list[Run], args):
-    """Return all five statistics; the sixth place is the legend's, where that is small enough."""
+    """Return the figure of all five statistics; the legend takes the sixth place if it fits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, 6.8), layout="constrained")
@@ -156,7 +157,7 @@ def panel(runs: list[Run], args):
     high = 200 / (1.3 * len(lines) + 0.7 * len(labels))
     wide = 265 / (0.62 * max(map(len, lines)) + 3.5)
     size = min(10.5, high, wide)
-    if size < 7:  # more than it has room for
+    if size < 7:  # the legend does not fit
         legend_below(figure, 12.6, handles, labels, 6.8)
     else:
         last.legend(
@@ -169,9 +170,9 @@ def panel(runs: list[Run], args):
 
 
 def histograms(runs: list[Run], epochs: list[int]):
-    """Return histograms of all queries, a row for each epoch.
+    """Return the figure of the histograms over all queries, with a row for each epoch.
 
-    They are of the similarity to the positive, and of the mean similarity to the negatives.
+    They show the similarity to the positive, and the mean similarity to the negatives.
     """
     from matplotlib.figure import Figure
 
@@ -201,7 +202,7 @@ def histograms(runs: list[Run], epochs: list[int]):
 
 
 def _edges(values: dict) -> np.ndarray:
-    """Return the edges of BINS bins over all values, and of an empty bin at each end."""
+    """Return the edges of BINS bins over all values, with an empty bin at each end."""
     low = min((queries.min() for queries in values.values()), default=0)
     high = max((queries.max() for queries in values.values()), default=0)
     width = max(high - low, 1e-3) / BINS
@@ -226,9 +227,9 @@ def _draw_histogram(axes, queries: np.ndarray, edges: np.ndarray, number: int, r
 
 
 def waterfall(order: list[tuple[str, int]], runs: list[Run], name: str, flag: str, args):
-    """Return the curves of one statistic one behind the other, by the value of a flag.
+    """Return the figure of one statistic's curves, one behind the other, by the value of a flag.
 
-    order: (value, number of the run). None where no run has values.
+    order: (value, number of the run). Return None where no run has values.
     """
     from matplotlib.figure import Figure
     from mpl_toolkits import mplot3d  # noqa: F401, which makes the projection known
@@ -263,7 +264,7 @@ def waterfall(order: list[tuple[str, int]], runs: list[Run], name: str, flag: st
 
 
 def _line(run: Run, name: str, args) -> tuple[np.ndarray, np.ndarray]:
-    """Return iterations and values of a run as the waterfall shows them."""
+    """Return the iterations and values of a run's line in the waterfall."""
     column = NAMES.index(name)
     shown = (run.iterations >= args.start) & np.isfinite(run.curves[:, column])
     values = smooth(run.curves[shown, column], args.smooth)
@@ -273,12 +274,12 @@ def _line(run: Run, name: str, args) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _thin(x: np.ndarray) -> slice:
-    """Return every n-th place of x, some THIN of them."""
+    """Return a slice that leaves about THIN places of x."""
     return slice(None, None, max(1, len(x) // THIN))
 
 
 def _draw_line(axes, place: int, x: np.ndarray, z: np.ndarray, low: float, look: dict) -> None:
-    """Draw one line of the waterfall, and shade what is under it down to `low`."""
+    """Draw one line of the waterfall, and shade the area under it down to `low`."""
     from matplotlib.collections import PolyCollection
 
     outline = [(x[0], low), *zip(x, z), (x[-1], low)]

@@ -1,8 +1,8 @@
-"""The scores that runs have kept (--save_score), and what their folders say of them.
+"""Read the scores that runs have kept (--save_score), and the records in their folders.
 
-The files are those of DTennant/CL-Visualizing-Feature-Transformation (`Visualization Tools.ipynb`
-reads them): one for each epoch, (iterations, batch, 5), with the columns of
-common.metrics.score_statistics. Those of the authors' code are read, too.
+The files have the format of DTennant/CL-Visualizing-Feature-Transformation (`Visualization
+Tools.ipynb` reads them): one for each epoch, (iterations, batch, 5), with the columns of
+common.metrics.score_statistics. Those of the authors' code can be read, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from common import UsageError, UserError
 
-STATISTICS = {  # name: (column of the files, description)
+STATISTICS = {  # {name: (column of the files, description)}
     "neg_variance": (1, "variance of the negative similarities"),
     "neg_mean": (0, "mean of the negative similarities"),
     "pos_mean": (2, "similarity to the positive"),
@@ -34,11 +34,11 @@ COLUMNS = [column for column, _ in STATISTICS.values()]  # of `Run.curves`, in t
 class Run:
     """A run with scores. Epochs and iterations count from 1, whatever its script counts from.
 
-    files: of each epoch that has one. iterations (T,): of the curves. curves (T, 5): means over the
-    batch, in the order of STATISTICS, NaN where nothing was kept. starts: first iteration of each
-    epoch. drops: first iterations at a lower learning rate, of a schedule in steps. accuracy: (its
-    kind, percent), or None. options, method, family: flags, method and script's folder of
-    config.json; {} and "" without one.
+    files: {epoch: score file}. iterations (T,): those of the curves. curves (T, 5): means over the
+    batch, in the order of STATISTICS, NaN where nothing was kept. starts: {epoch: first iteration}.
+    drops: first iterations at a lower learning rate, for a schedule in steps. accuracy: (kind,
+    percent), or None. options, method, family: flags, method and script's folder in config.json;
+    {} and "" without one.
     """
 
     folder: Path
@@ -55,16 +55,16 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The label and the final accuracy."""
+        """The label, with the final accuracy if it is known."""
         if self.accuracy is None:
             return self.label
         kind, percent = self.accuracy
         return f"{self.label}, {kind}\u00a0{percent:.1f}\u00a0%"
 
     def queries(self, epoch: int, number: int) -> np.ndarray:
-        """Return a statistic of all queries of an epoch that have it: (queries,).
+        """Return the finite values (queries,) of a statistic in an epoch.
 
-        number: of the statistic in STATISTICS.
+        number: place of the statistic in STATISTICS.
         """
         column = read_array(self.files[epoch])[:, :, COLUMNS[number]]
         values = np.asarray(column, np.float64).ravel()
@@ -75,7 +75,7 @@ class Run:
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """Return the score files of a run folder, by their number."""
+    """Return {number: score file} of a run folder."""
     paths = {}
     for path in folder.glob("scores/score_*.npy"):
         match = re.fullmatch(r"score_(\d+)\.npy", path.name, re.ASCII)
@@ -85,7 +85,7 @@ def numbered(folder: Path) -> dict[int, Path]:
 
 
 def find_runs(paths: Iterable[str]) -> list[Path]:
-    """Return the run folders that are named, or that lie one or two below a folder that is.
+    """Return the named run folders, and those one or two levels below a named folder.
 
     Raises UsageError or UserError where there are none.
     """
@@ -109,9 +109,10 @@ def _runs_below(path: Path) -> list[Path]:
         if runs:
             return runs
     if (path / "config.json").exists():
-        raise UserError(f"{path}: no scores of this run; train it with --save_score")
+        raise UserError(f"{path}: this run has no scores; train it with --save_score")
     raise UserError(
-        f"{path}: not a run folder (no config.json), and no scores/score_EPOCH.npy in or below it"
+        f"{path} is no run folder (it has no config.json), and there is no scores/score_EPOCH.npy "
+        "in or below it"
     )
 
 
@@ -140,9 +141,9 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_curves(run: Run, steps) -> int:
-    """Fill in iterations, curves and starts. Returns the steps of an epoch.
+    """Fill in iterations, curves and starts; return the number of steps of an epoch.
 
-    steps: those that config.json says, or None. A point without values stands for epochs without a
+    steps: that number in config.json, or None. A point without values stands for epochs without a
     file, so that no line is drawn across them.
     """
     iterations, curves = [], []
@@ -167,9 +168,9 @@ def _read_curves(run: Run, steps) -> int:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Return (iterations, batch, 5), mapped and not read.
+    """Return the array (iterations, batch, 5) of a file, as a memory map.
 
-    Raises UserError where that is not what is in the file.
+    Raises UserError where the file holds anything else.
     """
     try:
         with open(path, "rb") as file:
@@ -177,9 +178,9 @@ def read_array(path: Path) -> np.ndarray:
         is_pickle = head[:1] == b"\x80"
         if is_pickle or (head[:6] == b"\x93NUMPY" and b"|O" in head):
             raise UserError(
-                f"{path}: holds Python objects, which run code when they are read (NumPy before "
-                "1.24 wrote batches of unequal size so); where you trust it, save it again as one "
-                "array (iterations, batch, 5)"
+                f"{path} holds Python objects, which can run code when they are read (NumPy before "
+                "1.24 wrote batches of unequal size like that); if you trust it, save it again as "
+                "one array (iterations, batch, 5)"
             )
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except OSError as error:
@@ -187,26 +188,26 @@ def read_array(path: Path) -> np.ndarray:
         raise UserError(f"cannot read {path}: {reason}") from None
     except (ValueError, EOFError, SyntaxError):
         raise UserError(
-            f"{path}: cut short, or not an array of NumPy; delete it to draw the other epochs"
+            f"{path} is cut short, or no array of NumPy; delete it to draw the other epochs"
         ) from None
     wanted = "expected (iterations, batch, 5) of floats"
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: an archive, {wanted}")
+        raise UserError(f"{path} is an archive, {wanted}")
     if array.ndim != 3 or array.shape[2] != 5 or array.dtype.kind != "f":
-        raise UserError(f"{path}: {array.shape} of {array.dtype}, {wanted}")
+        raise UserError(f"{path} is {array.shape} of {array.dtype}, {wanted}")
     return array
 
 
 def batch_means(array: np.ndarray) -> np.ndarray:
-    """Return means over the batch of what is there: (iterations, 5) in the order of STATISTICS."""
+    """Return means of the finite values over the batch: (iterations, 5), ordered as STATISTICS."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of steps that nothing was kept of
+        warnings.simplefilter("ignore", RuntimeWarning)  # a step may have no values
         means = np.nanmean(np.asarray(array, np.float64), axis=1)[:, COLUMNS]
     return np.where(np.isfinite(means), means, np.nan)
 
 
 def read_config(folder: Path) -> dict:
-    """Return the content of config.json; {} where there is none, as of the authors' code."""
+    """Return the content of config.json; {} where there is none, as in the authors' folders."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -218,8 +219,7 @@ def read_config(folder: Path) -> dict:
         config = None
     if not isinstance(config, dict):
         raise UserError(
-            f"{path}: not the settings of a run; without that file the run is named after its "
-            "folder"
+            f"{path} does not hold the settings of a run; delete it to name the run by its folder"
         )
     return config
 
@@ -239,7 +239,8 @@ def read_records(folder: Path) -> list[dict]:
 def drops(records: list[dict], first: int) -> list[int]:
     """Return the epochs, from 1, that begin at a lower learning rate than the one before.
 
-    There are none where most epochs do, as in a smooth schedule. first: number of the first epoch.
+    The list is empty where most epochs do, as in a smooth schedule. first: number of the first
+    epoch in the records.
     """
     rates = {}
     for record in records:
@@ -257,7 +258,7 @@ def drops(records: list[dict], first: int) -> list[int]:
 def accuracy(folder: Path, records: list[dict]) -> tuple[str, float] | None:
     """Return ("linear", top-1) of the newest linear evaluation of this run, below or beside it.
 
-    Without one, ("k-NN", top-1) of its last k-NN evaluation.
+    Without one, return ("k-NN", top-1) of its last k-NN evaluation, or None.
     """
     name = "result*.json"
     paths = {path for deep in ("", "*/", "*/*/") for path in folder.glob(deep + name)}
@@ -282,9 +283,9 @@ def _is_number(value) -> bool:
 
 
 def _is_of(checkpoint, folder: Path) -> bool:
-    """Return whether a checkpoint, as a result names it, lies in the run folder.
+    """Return whether the checkpoint that a result names lies in the run folder.
 
-    Where the folder has moved, its name tells.
+    Where the folder has moved, names are compared.
     """
     if not isinstance(checkpoint, str):
         return False

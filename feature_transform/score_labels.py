@@ -1,4 +1,4 @@
-"""The names of runs in a figure: what differs between their settings."""
+"""Name the runs of a figure after the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from common import UsageError, printable
 from feature_transform.score_files import Run, find_runs, read_run
 
-TOLD = 3  # settings in a label; of more that differ, as many as tell the runs apart
-LONGEST = 46  # characters of a label
-ASIDE = {  # what differs between runs without being a setting of the method
+TOLD = 3  # the most settings in a label
+LONGEST = 46  # the most characters in a label
+ASIDE = {  # flags that may differ between runs without being a setting of the method
     "amp_backend", "ckpt_path", "compile", "config", "crop_low", "data", "data_device", "debiased",
     "decode", "demo", "device", "dist_backend", "dist_url", "evaluate", "exp_name", "file",
     "folder", "gpu", "knn_data", "knn_every", "knn_k", "label", "last_every", "milestones", "moco",
@@ -23,12 +23,12 @@ ASIDE = {  # what differs between runs without being a setting of the method
 
 
 def read_runs(paths: Iterable[str], labels: list[str] | None = None) -> list[Run]:
-    """Read all runs that are named, and give each a label."""
+    """Read all named runs, and give each a label."""
     runs = [read_run(folder) for folder in find_runs(paths)]
     if labels and len(labels) != len(runs):
         names = ", ".join(run.folder.name for run in runs)
         raise UsageError(
-            f"--labels: {len(labels)} for {len(runs)} runs ({names}): give one for each, "
+            f"--labels has {len(labels)} names for {len(runs)} runs ({names}): give one for each, "
             "with commas"
         )
     for run, label in zip(runs, labels or make_labels(runs)):
@@ -37,9 +37,9 @@ def read_runs(paths: Iterable[str], labels: list[str] | None = None) -> list[Run
 
 
 def setting(run: Run, flag: str):
-    """Return a flag's value, None where the run has no such flag.
+    """Return a flag's value, or None where the run has no such flag.
 
-    A run's "method" says what the flags "moco" and "debiased" do.
+    The value of "method" is the run's method, which stands for the flags "moco" and "debiased".
     """
     if flag == "method":
         return run.method or None
@@ -47,7 +47,7 @@ def setting(run: Run, flag: str):
 
 
 def worded(flag: str, value) -> str:
-    """Return "alpha 0.99", "mlp", "no mlp", or for a method its name."""
+    """Return a setting in words: "alpha 0.99", "mlp", "no mlp", or the name of a method."""
     if value is None or value is False:
         return f"no {flag}"
     if value is True:
@@ -59,10 +59,10 @@ def worded(flag: str, value) -> str:
 
 
 def make_labels(runs: list[Run]) -> list[str]:
-    """Return what tells the runs apart.
+    """Return labels that tell the runs apart.
 
-    That is their settings that differ, and the folder of their script where there are several. Runs
-    that are the same in all that carry the name of their folder.
+    A label has the settings that differ, and the folder of the script where there are several. Runs
+    that do not differ in these are named after their folders.
     """
     families = dict.fromkeys(run.family for run in runs)
     labels = {}
@@ -83,7 +83,7 @@ def make_labels(runs: list[Run]) -> list[str]:
 
 
 def _with_folders(runs: list[Run], labels: list[str]) -> list[str]:
-    """Return the labels, and behind each that is there twice the run's folder."""
+    """Return the labels, with the run's folder added to each label that comes twice."""
     top = ""
     if len(runs) > 1:
         top = os.path.commonpath([os.path.abspath(run.folder) for run in runs])
@@ -100,7 +100,7 @@ def _with_folders(runs: list[Run], labels: list[str]) -> list[str]:
 
 
 def differing(runs: list[Run]) -> list[str]:
-    """Return the flags whose values differ, at most TOLD; of more, the fewest that tell apart."""
+    """Return the flags whose values differ; of more than TOLD, those that separate most runs."""
     flags = ["method", *(flag for run in runs for flag in run.options if flag not in ASIDE)]
     values = {
         flag: [json.dumps(setting(run, flag), default=str) for run in runs]
@@ -123,6 +123,6 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """Return the text with its middle left out where it is too long for a label."""
+    """Return the text, without its middle where it is too long for a label."""
     half = (LONGEST - 1) // 2
     return text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"

@@ -7,11 +7,11 @@ Zhu, Zhao, Liu, Sun and Chen, arXiv:2108.02982, sections 4.1 and 4.2. This file 
                                                 m in [0, 1] moves them towards each other
     queue' = m queue + (1 - m) queue[order]     negatives: `order` is one permutation of the rows
 
-Follows memory/mem_moco.py of DTennant/CL-Visualizing-Feature-Transformation at c53d1be: what is
-mixed with what, what is normalised, and that the transformed query is compared with the negatives.
-Differs: coefficients are drawn on the device from the run's generator (published: with NumPy,
-without a seed, by each rank for itself); there may be one coefficient for each row; the negatives
-may be compared with the original query, and may be normalised again.
+The mixtures, their normalisation, and the comparison of the transformed query with the negatives
+are those of memory/mem_moco.py of DTennant/CL-Visualizing-Feature-Transformation at c53d1be. It
+differs from that code in these ways: coefficients are drawn on the device from the run's generator
+(there by NumPy, without a seed, on each rank); there may be one coefficient for each row; the
+negatives may be compared with the original query, and may be normalised again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEVELS = 2**16  # quantiles of a Beta distribution that are told apart
-KNOTS = 2**17  # points at which its density is evaluated
-SHAPES = ("scalar", "sample", "element")  # a coefficient for all rows, each row, each number
+LEVELS = 2**16  # the number of quantiles of a Beta distribution in its table
+KNOTS = 2**17  # the number of points at which its density is evaluated
+SHAPES = ("scalar", "sample", "element")  # one coefficient for all rows, each row, each number
 
 
 class Draws(NamedTuple):
@@ -42,9 +42,9 @@ class Draws(NamedTuple):
     order: Tensor | None = None
 
     def part(self, number: int, count: int) -> Draws:
-        """Return the draws of process `number` of `count`: its share of the positive pairs.
+        """Return the draws of process `number` of `count`, with its share of the positive pairs.
 
-        A scalar, and what belongs to the candidates for negatives, are the same for all processes.
+        A scalar, and the draws for the candidates for negatives, are the same for all processes.
         """
         if self.positive is None or self.positive.dim() == 0:
             return self
@@ -61,8 +61,8 @@ class Rule:
     positives, negatives: one of SHAPES, or None for a side that stays as it is.
     extrapolate: add 1 to the coefficients of the positives.
     distribution: "beta" for Beta(a, a), with a = pos_alpha or neg_alpha, or "uniform".
-    normalise: which of "pos" and "neg" are brought back to unit length.
-    original_query: compare the negatives with the query as it was (published: the transformed one).
+    normalise: sides, "pos" or "neg", that are brought back to unit length.
+    original_query: compare the negatives with the original query (published: the transformed one).
     """
 
     positives: str | None = "scalar"
@@ -77,9 +77,9 @@ class Rule:
     def draw(self, pairs: int, dim: int, candidates: int, generator: torch.Generator) -> Draws:
         """Draw the coefficients of a step, and the permutation of the candidates for negatives.
 
-        pairs: positive pairs of the global batch. dim: length of a feature. candidates: rows that
-        negatives are made of. generator: on the device; where it is in the same state on every
-        process, several processes draw what one would (`Draws.part`).
+        pairs: number of positive pairs in the global batch. dim: feature size. candidates: number
+        of rows that become negatives. generator: on the device; in the same state on every process,
+        so that several processes draw the same as one (see `Draws.part`).
         """
         positive = negative = order = None
         if self.positives:
@@ -104,15 +104,14 @@ def coefficients(
     """Draw independent numbers in [0, 1], float32, on the generator's device.
 
     distribution: "uniform", or "beta" for Beta(alpha, alpha).
-    A Beta draw is a uniform one that looks up its quantile in a table of 65,536. The distribution
-    function is then at most 1/131,072 away from the true one, which is as far as float32 can tell
-    numbers near 1 apart, and the mean is exact. Two Gamma draws, which is torch's way, take some
-    thirty times as long.
+    A Beta draw is a uniform draw that looks up its quantile in a table of 65,536. The distribution
+    function is then at most 1/131,072 away from the true one, and the mean is exact. torch's own
+    way, two Gamma draws, takes some thirty times as long.
     """
     uniform = torch.rand(shape, generator=generator, device=generator.device)
     if distribution == "uniform":
         return uniform
-    # Below 1, float32 holds multiples of 2^-24, so a place is never LEVELS itself.
+    # The draws are multiples of 2^-24 below 1, so that no place is LEVELS itself.
     places = uniform.mul_(LEVELS).long().view(-1)
     return beta_quantiles(alpha, generator.device).index_select(0, places).view(shape)
 
@@ -145,7 +144,7 @@ def pair(
     """Return (query', key') of positive pairs (B, D): m query + (1 - m) key and the reverse.
 
     coefficient: m, of shape () or (B, 1) or (B, D); None or 1 leaves the pair as it is.
-    normalise: bring both to unit length afterwards. Gradients flow through the query into both.
+    normalise: bring both to unit length afterwards. The gradient flows from both to the query.
     Check: for unit vectors, a scalar m and S = query . key,
     query' . key' = S + 2 m (1 - m) (1 - S).
     """
@@ -168,8 +167,8 @@ def negatives(
     """Return m rows + (1 - m) rows[order]: (n, D), without gradient. `rows` are not changed.
 
     coefficient: m, of shape () or (n, 1) or (n, D); None returns the rows themselves. order (n,).
-    normalise: bring the result to unit length. out (n, D): where the result is written, which is
-    the only copy of the rows that is made.
+    normalise: bring the result to unit length. out (n, D): storage of the result, the only copy of
+    the rows that is made.
     """
     if coefficient is None:
         return F.normalize(rows, dim=1) if normalise else rows

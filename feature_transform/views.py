@@ -1,8 +1,8 @@
 """The views of Feature Transformation, which are PyContrast's.
 
-They are the augmentations A to E, RandAugment, and the pieces of a jigsaw. Follows dataset/util.py
-of DTennant/CL-Visualizing-Feature-Transformation at c53d1be, whose order of operations is kept.
-With --modal CMC the last operations make Y, Db, Dr of RGB; the encoders split these channels.
+They are the augmentations A to E, RandAugment, and the patches of a jigsaw. Operations and their
+order are those of dataset/util.py of DTennant/CL-Visualizing-Feature-Transformation at c53d1be.
+With --modal CMC the last operations convert RGB to Y, Db, Dr; the encoders split these channels.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from preprocess.imagenet_splits import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-# Of Y, Db, Dr, as published.
+# The published mean and deviation of Y, Db, Dr.
 COLOURS = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))
 LAST = {  # operations that take RGB to the normalised channels of the networks, by --modal
     "RGB": (NORMALIZE,),
     "CMC": (colour.ToColour("YDbDr"), COLOURS),
 }
-SMALLEST_CROP = {"bank": 0.08, "moco": 0.2}  # share of the picture
+SMALLEST_CROP = {"bank": 0.08, "moco": 0.2}  # {--mem: least share of the picture}
 GRID = 3  # a jigsaw has 3 x 3 cells
 
 MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-ENHANCE = {  # the picture at a factor of 0; an operation is the line from there through the picture
+ENHANCE = {  # {operation: the picture at the factor 0}; the factor 1 is the picture itself
     "Color": lambda x: tv.adjust_saturation(x, 0.0),
     "Contrast": lambda x: tv.adjust_contrast(x, 0.0),
     "Brightness": torch.zeros_like,
     "Sharpness": lambda x: tv.adjust_sharpness(x, 0.0),
 }
 TABLES = ("AutoContrast", "Equalize", "Invert", "PosterizeTpu", "Solarize", "SolarizeAdd")
-OPERATIONS = {  # of RandAugment; those of CMC leave the colours alone
+OPERATIONS = {  # RandAugment's, by --modal; those of CMC leave the colours alone
     "RGB": (*TABLES, *ENHANCE, *MOVES),
     "CMC": ("AutoContrast", "Identity", "Sharpness", *MOVES),
 }
-FILL = (124 / 255, 116 / 255, 104 / 255)  # where a moved picture leaves nothing: ImageNet's mean
+FILL = (124 / 255, 116 / 255, 104 / 255)  # ImageNet's mean, outside of a moved picture
 
 
 def choose_classes(args):
-    """Return the flags with the project's list of ImageNet-100's classes, where that is meant.
+    """Return the flags, with the list of ImageNet-100's classes where a tree has more than these.
 
-    It is with --dataset imagenet100 (the default) on a tree of more than those classes. A tree
-    without all of them is taken as it is. A published command names ImageNet by the number of its
-    classes alone: --n_class beside a --dataset that was not typed. Raises UsageError where there is
-    no such folder.
+    That is so for --dataset imagenet100 (the default). A tree without all of these classes is used
+    as it is, and so is one with as many classes as --n_class where --dataset was not typed, which
+    is how a published command means all of ImageNet. Raises UsageError where there is no such
+    folder.
     """
     if args.dataset != "imagenet100" or args.class_list:
         return args
@@ -63,16 +63,17 @@ def choose_classes(args):
 
 
 def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
-    """Return what takes RGB to the input of a checkpoint's towers; see `runner.layouts.colours`."""
+    """Return the operations from RGB to the input, and its channels; see `layouts.colours`."""
     if not towers:
         return LAST["RGB"], {"": 3}
     if towers == ["encoder1", "encoder2"]:
         return LAST["CMC"], {"encoder1": 1, "encoder2": 2}
-    raise UserError(f"{saved.path}: it does not say what its towers {' and '.join(towers)} look at")
+    names = " and ".join(towers)
+    raise UserError(f"{saved.path} does not say which channels its towers {names} look at")
 
 
 def recipe(args) -> augment.Compose:
-    """Return the augmentation of one view: args.aug, at args.input_res, for args.mem, args.modal.
+    """Return the operations of one view: the augmentation --aug at --input-res.
 
     A is that of InsDis, MoCo and PIRL, B of MoCo-v2, C of CMC, D of InfoMin, E of CMC-v2. Blurs
     have taps up to a tenth of the side (published: B by PIL, D and E with 23 taps at 224).
@@ -97,12 +98,12 @@ def recipe(args) -> augment.Compose:
 
 
 def plain_view(args) -> augment.Compose:
-    """Return the view of k-NN and evaluation: the picture as it is."""
+    """Return the view of k-NN and evaluation: the centre crop."""
     return options.plain_view(args, *LAST[args.modal])
 
 
 def pictures(args, seen: list[Tensor]) -> dict[str, Tensor]:
-    """Return the views of a batch in [0, 1] to look at, by name; those of CMC by channel."""
+    """Return {name: pictures in [0, 1]} of the views of a batch; those of CMC by channel."""
     names = ("query", "key", "jigsaw") if args.mem == "moco" else ("picture", "jigsaw")
     columns = {}
     for name, images in zip(names, seen):
@@ -122,12 +123,12 @@ class RandAugment:
     HobbitLong/PyContrast at d72bb9a, of the timm family). Operations are drawn with replacement
     from OPERATIONS and applied with probability .5 each, at a level from N(10, .5) cut to [0, 10];
     signs, and bilinear or bicubic interpolation, are drawn as well.
-    params, one column for each operation: op (-1: not applied), level, sign, bicubic.
+    params has one column for each operation: op (-1: not applied), level, sign, bicubic.
 
     torchvision's RandAugment has other operations and one draw for a batch; its functions are used
-    where they take a batch. Pillow works on whole grey levels: the difference is at most 2 levels,
-    and in bicubic moves some 16 beside sharp edges (torch's cubic has a = -.75, Pillow's -1).
-    Pictures are (N, 3, S, S) in [0, 1], square.
+    where they take a batch. Pillow works on whole grey levels, from which the results differ by at
+    most 2 levels, and in bicubic moves by some 16 beside sharp edges (torch's cubic has a = -.75,
+    Pillow's -1). Pictures (N, 3, S, S) in [0, 1] are square.
     """
 
     modal: str = "RGB"
@@ -185,11 +186,11 @@ class RandAugment:
 
 
 def move_matrices(names: list[str], amount: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (theta (N, 2, 3), moved (N,)): for affine_grid, and which pictures move at all.
+    """Return theta (N, 2, 3) for affine_grid, and the mask (N,) of the pictures that move.
 
-    theta says where each pixel of the moved picture comes from. amount: level and sign, -10 to 10,
-    each of which is 3 degrees of rotation, 3 percent of shear, 4.5 percent of the side of
-    translation. A shear leaves the upper left corner where it is, as Pillow's does.
+    theta maps the pixels of the moved picture to their sources. amount: level with sign, -10 to 10;
+    1 stands for 3 degrees of rotation, 3 percent of shear, or a translation by 4.5 percent of the
+    side. A shear leaves the upper left corner where it is, as Pillow's does.
     """
     theta = torch.eye(2, 3).repeat(len(names), 1, 1)
     moved = torch.zeros(len(names), dtype=torch.bool)
@@ -221,7 +222,7 @@ def change(name: str, x: Tensor, level: Tensor, theta: Tensor) -> Tensor:
         return tv.autocontrast(x)
     if name == "Invert":
         return 1 - x
-    grey_levels = (x * 255).round()  # the others are tables of 8 bits
+    grey_levels = (x * 255).round()  # the other operations are tables of 8 bits
     if name == "Equalize":
         out = tv.equalize(grey_levels.to(torch.uint8)).float()
     elif name == "PosterizeTpu":
@@ -237,7 +238,7 @@ def change(name: str, x: Tensor, level: Tensor, theta: Tensor) -> Tensor:
 
 
 def move(x: Tensor, theta: Tensor, mode: str) -> Tensor:
-    """Return x seen through `theta` (see `move_matrices`), and FILL beyond the picture."""
+    """Return x moved by `theta` (see `move_matrices`), with FILL outside of the picture."""
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     out = F.grid_sample(x, grid, mode, padding_mode="border", align_corners=False).clamp_(0, 1)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
@@ -249,7 +250,7 @@ def move(x: Tensor, theta: Tensor, mode: str) -> Tensor:
 
 
 def jigsaw_recipe(args) -> augment.Compose:
-    """Return the view that `cut_patches` cuts: 255 pixels at an input of 224, in proportion else.
+    """Return the view that `cut_patches` cuts: 255 pixels at an input of 224, else in proportion.
 
     At an input of 32 it has 36 pixels.
     """
@@ -261,11 +262,11 @@ def jigsaw_recipe(args) -> augment.Compose:
 def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Cut images (N, 3, S, S) into nine patches each: (N, 9, 3, s, s).
 
-    A patch lies at a random place in its cell of a 3 x 3 grid. generator: of the CPU, in the same
-    state on every rank, so that the places are those of the global batch. Cells of 85 pixels give
-    patches of 64, at offsets of 0 to 21; others are in proportion (cells of 12 give 9). Any network
-    takes them, as its pooling is adaptive. Below 64 pixels patches are small for the strides of a
-    ResNet; with --small-stem, which has a quarter of them, more is left of a patch than one place.
+    A patch lies at a random place in its cell of a 3 x 3 grid. generator: on the CPU, in the same
+    state on every rank, so that the places are drawn for the global batch. Cells of 85 pixels give
+    patches of 64, at offsets of 0 to 21; others are in proportion (cells of 12 give 9). Every
+    network takes them, as its pooling is adaptive. A ResNet's strides leave one pixel of a patch
+    below 64; --small-stem, with a quarter of the strides, leaves more.
     """
     n, cell = len(images), images.shape[-1] // GRID
     size = max(1, round(cell * 64 / 85))

@@ -1,4 +1,4 @@
-"""Pictures in the layout of Pascal VOC with their objects.
+"""Read pictures and their objects in the layout of Pascal VOC.
 
 ROOT/Annotations/ID.xml         objects: name, bndbox (from 1, its last pixel included), difficult
 ROOT/ImageSets/Main/SPLIT.txt   IDs, one a line; what follows an ID is ignored
@@ -37,7 +37,7 @@ def class_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()] or list(CLASSES)
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise UsageError(f"--classes: {twice[0]} is there twice")
+        raise UsageError(f"--classes: {twice[0]} comes twice; name each class once")
     return names
 
 
@@ -45,8 +45,8 @@ class Objects(NamedTuple):
     """The objects of one picture.
 
     boxes (n, 4): float32 (x1, y1, x2, y2) in pixels, from 0 at the left and upper edge to width and
-    height. labels (n,): from 1, as 0 is the background. difficult (n,): VOC does not count whether
-    these are found.
+    height. labels (n,): classes from 1, as 0 is the background. difficult (n,): True for objects
+    that VOC does not count, found or not.
     """
 
     boxes: Tensor
@@ -82,13 +82,13 @@ class Pictures:
                 below = [*sorted(root.glob("VOC*")), *sorted(root.glob("*/VOC*"))]
                 inside = [folder for folder in below if folder.is_dir()]
                 hint = f"; give the folders in it, such as {inside[0]}" if inside else ""
-                raise UsageError(f"{root}: no {part}/{pattern} in it, as Pascal VOC has{hint}")
+                raise UsageError(f"{root} has no {part}/{pattern}, as Pascal VOC has{hint}")
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
         pictures = {path.stem: path for path in sorted((root / "JPEGImages").iterdir())}
         for name in read_split(listed):
             if name not in pictures:
                 missing = f"{root / 'JPEGImages' / name}.jpg"
-                raise UsageError(f"{listed} names {printable(name)}, and there is no {missing}")
+                raise UsageError(f"{listed} names {printable(name)}, but there is no {missing}")
             self.paths.append(str(pictures[name]))
             annotation = root / "Annotations" / f"{name}.xml"
             size, objects = read_annotation(annotation, self.paths[-1], self.classes)
@@ -111,8 +111,8 @@ class Pictures:
         if (width, height) != self.sizes[row]:
             annotated = "{} x {}".format(*self.sizes[row])
             raise UserError(
-                f"{path} is {width} x {height} pixels, of {annotated} in its annotation: "
-                "another picture?"
+                f"{path} has {width} x {height} pixels, but {annotated} in its annotation, which "
+                "may be of another picture"
             )
         if flip:
             pixels = pixels.flip(2)
@@ -131,7 +131,7 @@ def read_split(path: Path) -> list[str]:
         listed = sets.few(splits) or "none"
         raise UsageError(f"{path}: {reason}; the splits there are {listed}") from None
     if not names:
-        raise UsageError(f"{path}: a split without pictures; expected one picture's name a line")
+        raise UsageError(f"{path} names no pictures; it must have one picture's name a line")
     return names
 
 
@@ -141,9 +141,9 @@ def read_split(path: Path) -> list[str]:
 def read_annotation(
     path: Path, picture: str, classes: Sequence[str]
 ) -> tuple[tuple[int, int], Objects]:
-    """Return ((width, height), objects) of an annotation; without a size that of the picture.
+    """Return ((width, height), objects) of an annotation, or if it has no size the picture's.
 
-    Raises UserError for what is broken, unknown or outside the picture.
+    Raises UserError for a broken file, an unknown class, or a box outside the picture.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -157,8 +157,8 @@ def read_annotation(
         name = (thing.findtext("name") or "").strip()
         if name not in classes:
             raise UserError(
-                f"{path} has an object of class {name!r}: known are {sets.few(classes)}; "
-                "say others with --classes"
+                f"{path} has an object of class {name!r}, which is not one of "
+                f"{sets.few(classes)}; name all classes with --classes"
             )
         try:
             corners = [float(thing.findtext(f"bndbox/{corner}")) for corner in CORNERS]
@@ -174,7 +174,7 @@ def read_annotation(
 
 
 def _size(root: ElementTree.Element, picture: str) -> tuple[int, int]:
-    """Return (width, height) as an annotation says, else as the picture has it."""
+    """Return (width, height) from an annotation, or if it has none from the picture."""
     try:
         size = tuple(int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
     except (TypeError, ValueError, OverflowError):
@@ -192,8 +192,8 @@ def _box(corners: list[float], size: tuple[int, int], subject: str) -> tuple[flo
     """Return the box of VOC's corners, from 0 at the left and upper edge, cut to the picture.
 
     VOC's corners are pixels that belong to the box, counted from 1, so 1 is subtracted from the
-    left and upper one. A box may begin at pixel 0, or end one pixel late. Raises UserError, which
-    begins with `subject`, where it is outside the picture or empty.
+    left and upper ones. A box may begin at pixel 0, or end one pixel late. Raises UserError, whose
+    message begins with `subject`, where the box is outside the picture or empty.
     """
     width, height = size
     left, top = corners[0] - 1, corners[1] - 1

@@ -1,4 +1,4 @@
-"""Batches of pictures of different sizes with their objects, for a detector."""
+"""Load batches of pictures of different sizes, with their objects, for a detector."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from feature_transform.voc import Objects, Pictures
 
 
 class View(NamedTuple):
-    """How a picture reaches the network.
+    """The view of a picture.
 
-    flip: probability of mirroring. min_size: the shorter side in pixels, one of them drawn.
-    max_size: the longer side is at most this.
+    flip: probability of mirroring. min_size: shorter sides in pixels, of which one is drawn.
+    max_size: the most that the longer side has.
     """
 
     flip: float
@@ -30,12 +30,13 @@ class View(NamedTuple):
 class Loader:
     """Batches of (pictures, objects, rows) on the device, for runner.loop.Job.
 
-    Pictures (3, H, W) in [0, 1] have different sizes. They are an endless stream: all pictures in
-    an order drawn from `seed`, then all in another one. Step i of the run takes the `batch_size` of
-    each rank that come next, wherever the run was stopped. An "epoch" of the job is `part` steps.
+    Pictures (3, H, W) in [0, 1] have different sizes. They form an endless stream: all pictures in
+    an order drawn from `seed`, then all in another one. Step i of the run takes the next
+    `batch_size` pictures of each rank, wherever the run was stopped. schedule: the steps of the
+    run, and of one "epoch" of the job.
     """
 
-    mode = "host"  # what the job asks of a loader
+    mode = "host"  # the job reads this and the next two
     bad_images = ()
     view_seconds = 0.0
 
@@ -57,7 +58,7 @@ class Loader:
         self.process = process
         self.workers = workers
         self.wait_seconds = 0.0
-        self.rounds: dict[int, tuple[Tensor, Tensor]] = {}  # the last two: order, mirrored or not
+        self.rounds: dict[int, tuple[Tensor, Tensor]] = {}  # the last two: (order, mirrored)
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -78,7 +79,7 @@ class Loader:
         return planned
 
     def _round(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the order of the pictures in a round, and which of its places are mirrored."""
+        """Return the order of the pictures in a round, and the mask of its mirrored places."""
         if number not in self.rounds:
             n = len(self.dataset)
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
@@ -100,7 +101,7 @@ class Loader:
 
 
 class _Decoded:
-    """What a worker does: a row of the plan becomes a picture, or the error that it raises."""
+    """A data set that maps an item of the plan to a picture, or to the error in reading it."""
 
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
@@ -120,7 +121,7 @@ def decoded(pictures: Pictures, plans: list, workers: int, device) -> Iterator:
         collate_fn=list,
         num_workers=workers,
         worker_init_fn=quiet_worker,
-        generator=torch.Generator(),  # a number is drawn for the workers: not from the run's own
+        generator=torch.Generator(),  # DataLoader draws a number from it, not from the run's own
     )
     for items in batches:
         for item in items:

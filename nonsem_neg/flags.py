@@ -26,6 +26,10 @@ def add_data_argument(group, text: str) -> None:
 
 def settle_paths(args) -> None:
     """Append --name to the run folder. Raises UsageError where there is no data."""
+    if args.start_epoch >= args.epochs:
+        raise UsageError(
+            f"--start-epoch {args.start_epoch}: with --epochs {args.epochs} nothing is left to do"
+        )
     if args.name:
         args.ckpt_path = os.path.join(args.ckpt_path, args.name)
     if args.data is None:

@@ -146,6 +146,7 @@ def files(args, saved):
         patterns=(CLASSIFIERS,),
         flags="args",
         first=0,
+        start=args.start_epoch,
         by_epoch=True,
         suffix="-lincls" if is_shared else "",
     )

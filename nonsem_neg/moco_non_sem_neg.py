@@ -291,6 +291,7 @@ def worker(args, process: launch.Process) -> None:
         numbered="checkpoint_{:04d}.pth.tar",
         flags="args",
         first=0,
+        start=args.start_epoch,
         same=(*resume.PICTURES, "texture_root", "arch"),
     )
     with loop.Job(args, process, args.ckpt_path, files) as job:

@@ -79,7 +79,7 @@ def pair_by_path(
     tree = below if below.is_dir() else original_root
     if not tree.is_dir():
         raise UsageError(
-            f"{tree} does not exist; it should hold the originals of {texture_set.root}"
+            f"{tree}: no such folder; it should hold the originals of {texture_set.root}"
         )
     originals, labels = _by_stem(tree, texture_set.classes)
     rows, stems, lonely, patches = [], [], [], 0

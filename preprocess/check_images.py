@@ -133,7 +133,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.tree:
         raise UsageError(
-            "there is no TREE to check: give a folder with train/ and val/ or class folders, or --demo"
+            "no TREE to check: give a folder with train/ and val/ or with class folders, or --demo"
         )
     return cli.freeze(args)
 
@@ -200,7 +200,7 @@ def print_report(splits: list[Split], numbers: list[dict], examples: int) -> Non
             by_kind[kind].append((os.path.join(split.name, path), detail))
     for level in (ERROR, WARNING, NOTE):
         kinds = [kind for kind in KINDS if KINDS[kind][0] == level and kind in by_kind]
-        print(f"\n{level}" if kinds else f"\n{level}: none")
+        print(f"\n{level}" if kinds else f"\n{level}: nothing")
         for kind in kinds:
             findings = sorted(by_kind[kind])
             print(f"{len(findings):>8}  {KINDS[kind][1]}")

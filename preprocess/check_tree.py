@@ -242,6 +242,6 @@ class Pictures:
 
 
 def examine_rows(job: tuple[int, list[str], int]) -> tuple[int, list[Seen]]:
-    """Examine the pictures of a job of `Pictures.jobs`; return (first row, one Seen per picture)."""
+    """Examine the pictures of a job of `Pictures.jobs`; return (first row, list of Seen)."""
     start, paths, min_side = job
     return start, [examine(path, min_side) for path in paths]

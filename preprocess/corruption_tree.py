@@ -104,7 +104,7 @@ def check_out(out: Path, source: Path, tree: Path) -> None:
 def settle(out: Path, settings: dict) -> list[str]:
     """Write OUT/corruptions.json, or compare the settings with the one that is there.
 
-    Returns lines to print. Raises UsageError where the settings differ or the file is damaged.
+    Returns lines to print. Raises UsageError if the settings differ or the file is damaged.
     """
     file = out / SETTINGS
     versions = {}

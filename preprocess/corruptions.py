@@ -2,12 +2,11 @@
 
     corrupted = corrupt(picture, "motion_blur", 3, key=(0, 17))  # uint8 (H, W, 3), in and out
 
-arXiv:1903.12261. Nine are those of the package corrupt-tta. Six are written here, because there the
-package has other strengths than ImageNet-C (fog, glass blur, motion blur, snow, elastic transform)
-or is slow (zoom blur). Compared were the constants and operations of hendrycks/robustness,
-ImageNet-C/create_c/make_imagenet_c.py at 8190fe3; what still differs is listed in
-preprocess/README.md. Where it names 224, the side of its pictures, the picture's own height and
-width are taken.
+arXiv:1903.12261. Nine come from the package corrupt-tta. Six are written here, because
+the package has other strengths than ImageNet-C (fog, glass blur, motion blur, snow, elastic
+transform) or is slow (zoom blur). The constants and operations were compared with those of
+hendrycks/robustness, ImageNet-C/create_c/make_imagenet_c.py at 8190fe3; preprocess/README.md lists
+the remaining differences. The picture's own height and width replace the 224 of that code.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ CORRUPTIONS = (
     *("snow", "frost", "fog", "brightness"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-# The strengths of these are lengths in pixels of a 224-pixel picture: a defocus of radius 10 would
-# wipe out a 64-pixel one. They are applied to the picture enlarged to 224 pixels, which is then
-# reduced again.
+# The strengths of these corruptions are lengths in pixels of a 224-pixel picture: a defocus of
+# radius 10 would destroy a 64-pixel one. A smaller picture is enlarged to 224 pixels, corrupted,
+# and reduced again.
 AT_224 = ("defocus_blur", "glass_blur", "motion_blur", "snow", "frost", "elastic_transform")
-STREAM = 4  # sets these draws apart from others of the same key
+STREAM = 4  # separates these draws from others with the same key
 # Strengths, severities 1 to 5
 GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, reach, rounds
 MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))  # radius, sigma
@@ -57,10 +56,10 @@ ELASTIC_UNIT = 244  # pixels (meant was 224, the authors say)
 def corrupt(picture: np.ndarray, name: str, severity: int, key: tuple[int, ...]) -> np.ndarray:
     """Corrupt a picture uint8 (H, W, 3) and return one of the same shape.
 
-    name: one of CORRUPTIONS. severity: 1 to 5. key: whole numbers from 0 on; the same key gives the
-    same result.
+    name: one of CORRUPTIONS. severity: 1 to 5. key: whole numbers of at least 0; the same key gives
+    the same result.
     """
-    from corrupt_tta import corruptions as package  # scikit-image: a second to import
+    from corrupt_tta import corruptions as package  # imports scikit-image, which takes a second
 
     size = (picture.shape[1], picture.shape[0])
     is_enlarged = name in AT_224 and max(size) < 224
@@ -79,11 +78,10 @@ def corrupt(picture: np.ndarray, name: str, severity: int, key: tuple[int, ...])
 
 @contextlib.contextmanager
 def _seeded(module, seed):
-    """Make the corruptions in `module` draw from `seed`, and leave NumPy's generator as it was.
+    """Make the corruptions in `module` draw from `seed`, then restore NumPy's generator.
 
-    They draw from NumPy's global generator, except impulse noise, whose `random_noise`
-    (scikit-image) makes a fresh unseeded one unless it is handed one: while this lasts, it is
-    handed one.
+    They draw from NumPy's global generator, except impulse noise: its `random_noise` (scikit-image)
+    makes an unseeded generator unless it gets one, so it gets one inside this context.
     """
     state = np.random.get_state()
     random_noise = getattr(module, "random_noise", None)
@@ -107,7 +105,7 @@ def motion_kernel(radius: float, sigma: float) -> np.ndarray:
 
     float64 (2 ceil(radius) + 1,), sum 1. They are one side of a Gaussian, as in ImageMagick's
     MotionBlurImage (MagickCore/effect.c at 00bb7ed), which made ImageNet-C:
-    w(i) ~ exp(-i^2 / (2 sigma^2)). `radius` is one of the whole Gaussian, hence twice as many
+    w(i) ~ exp(-i^2 / (2 sigma^2)). `radius` refers to the whole Gaussian, hence twice as many
     pixels.
     """
     weights = np.exp(-((np.arange(2 * math.ceil(radius) + 1) / sigma) ** 2) / 2)
@@ -118,8 +116,8 @@ def streak(pixels: np.ndarray, radius: float, sigma: float, angle: float) -> np.
     """Blur uint8 (H, W) or (H, W, 3) along `angle` (degrees), as ImageMagick does.
 
     Returns the same shape, again in whole levels. Each pixel is the weighted sum of those at
-    i (cos angle, sin angle) to the right and below, rounded to whole pixels (halves down); beyond
-    the edge the picture goes on as at the edge.
+    i (cos angle, sin angle) to the right and below, rounded to whole pixels (halves down); pixels
+    beyond the edge repeat the edge.
     """
     weights = motion_kernel(radius, sigma)
     i = np.arange(len(weights))
@@ -156,7 +154,7 @@ def glass_blur(picture, severity):
     """Copy pixels over others nearby, between two blurs.
 
     The published line that should swap two pixels copies one over the other, because both sides are
-    views: so does this.
+    views. This code copies as well.
     """
     from skimage.filters import gaussian
 
@@ -166,7 +164,9 @@ def glass_blur(picture, severity):
     places = np.arange(height * width).reshape(height, width)
     visited = places[far + 1 : height - far + 1, far + 1 : width - far + 1]
     visited = visited[::-1, ::-1]  # from the last to the first
-    shown = list(range(height * width))  # whose colour a place has: indices are moved, not pixels
+    shown = list(
+        range(height * width)
+    )  # source index of every place: indices are moved, not pixels
     for _ in range(rounds):
         right, down = np.random.randint(-far, far, (2, *visited.shape))
         sources = visited + down * width + right
@@ -187,7 +187,7 @@ def zoom_blur(picture, severity):
 def clipped_zoom(image: np.ndarray, factor: float) -> np.ndarray:
     """Enlarge the middle of (H, W, C) to H x W.
 
-    One channel at a time is half of the work of all together, and gives the same sums.
+    Working on one channel at a time takes half the time and gives the same sums.
     """
     from scipy.ndimage import zoom
 

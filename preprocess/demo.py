@@ -1,4 +1,4 @@
-"""The built-in data set: ten shapes whose textures go with the class in train and val only.
+"""Make the built-in data set: ten shapes, with textures of the class in train and val only.
 
     OUT/train/<shape>/         textures of its class with probability 0.9 (shape and ground each)
     OUT/val/<shape>/           drawn the same way, other pictures
@@ -9,11 +9,11 @@
     OUT/rendition/<shape>/     the val pictures as flat cartoons without texture
     OUT/cue-conflict/<shape>/  the val shapes in the textures of every other class in turn, named
                                SHAPE-TEXTURE as the set of Geirhos et al. is: disc7-star7.png
-    OUT-texture/train/<shape>/ on request: for each train picture its texture without the shape
+    OUT-texture/train/<shape>/ on request, the texture of each train picture without the shape
 
-`OUT/demo.json` is written last; a folder that has it is complete. Every picture depends on the seed
-and its own place in the set only, so the files are the same for any number of worker processes.
-Colours are nearly grey and say next to nothing of the class.
+`OUT/demo.json` is written last; a folder that has it is complete. Every picture depends only on the
+seed and its place in the set, so the files are the same for any number of worker processes. Colours
+are nearly grey and reveal next to nothing about the class.
 """
 
 import errno
@@ -42,29 +42,29 @@ DEFAULTS = {
     "seed": 0,
     "size": 64,  # side of the pictures in pixels
     "train_per_class": 300,
-    "val_per_class": 50,  # of sketch, stylized, rendition and cue-conflict, too
+    "val_per_class": 50,  # also of sketch, stylized, rendition and cue-conflict
     "severities": (3,),  # of the corruptions, out of 1 to 5; (): no corrupted pictures
-    "corruption_per_class": 10,  # that many of each class's val pictures are corrupted
+    "corruption_per_class": 10,  # number of corrupted val pictures per class
     "texture": False,  # also make the tree OUT-texture
 }
 LEAST = {"seed": 0, "size": 32, "train_per_class": 1, "val_per_class": 1}
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether it is a demo folder, complete or not, or one that is empty or not there."""
+    """Return whether `folder` is a demo folder (complete or not), empty, or missing."""
     if any((folder / name).is_file() for name in (MARK, UNFINISHED)):
         return True
     return not folder.exists() or is_empty(folder)
 
 
 def _checked(settings: dict) -> dict:
-    """Return all settings that decide which pictures are made. Raises UsageError.
+    """Return all settings that decide the pictures. Raises UsageError.
 
-    settings: in place of those of DEFAULTS.
+    settings: replace those of DEFAULTS.
     """
     extra = set(settings) - set(DEFAULTS)
     if extra:
-        raise TypeError(f"no such setting of the demo data: {', '.join(sorted(extra))}")
+        raise TypeError(f"the demo data has no setting {', '.join(sorted(extra))}")
     settings = {**DEFAULTS, **settings}
     for name, least in LEAST.items():
         if settings[name] < least:
@@ -73,7 +73,7 @@ def _checked(settings: dict) -> dict:
     severities = sorted(set(settings["severities"]))
     if not set(severities) <= {1, 2, 3, 4, 5}:
         words = " ".join(map(str, settings["severities"]))
-        raise UsageError(f"--severities {words}: a severity is 1, 2, 3, 4 or 5")
+        raise UsageError(f"--severities {words}: a severity must be 1, 2, 3, 4 or 5")
     corrupted = settings["corruption_per_class"]
     if severities and not 1 <= corrupted <= settings["val_per_class"]:
         raise UsageError(
@@ -89,7 +89,7 @@ def _checked(settings: dict) -> dict:
 
 
 def read(out: str | Path) -> dict | None:
-    """Return the content of OUT/demo.json, or None where there is no complete demo data set."""
+    """Return the content of OUT/demo.json, or None if the demo data set is not complete."""
     try:
         content = json.loads((Path(out) / MARK).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -100,11 +100,11 @@ def read(out: str | Path) -> dict | None:
 def make(
     out: str | Path, *, workers: int | None = None, progress: bool = True, **settings
 ) -> dict[str, int]:
-    """Make the data set in folder `out`, replacing a demo data set that is there.
+    """Make the data set in folder `out`, replacing an earlier demo data set.
 
-    Returns the number of files per set. settings: any of DEFAULTS. workers: processes, by default
-    one per core. progress: report on standard error. Raises UsageError for a setting that cannot
-    work or a folder that holds other files, UserError if it cannot write.
+    Returns the number of files per set. settings: any of DEFAULTS. workers: number of
+    processes, by default one per core. progress: report on standard error. Raises UsageError for an
+    invalid setting or a folder that holds other files, UserError if it cannot write.
     """
     content = _make(Path(out), _checked(settings), workers, progress, lambda: False)
     return content["counts"]
@@ -115,8 +115,8 @@ def ensure(
 ) -> Path:
     """Make the data set as `make` does, unless `out` is complete with these settings.
 
-    An interrupted one is made again. Raises UsageError where a complete one has other settings: it
-    may be in use.
+    An incomplete set is made again. Raises UsageError if a complete set has other settings, since
+    it may be in use.
     """
     out = Path(out)
     settings = _checked(settings)
@@ -128,13 +128,13 @@ def ensure(
 
 
 def _is_complete(out: Path, settings: dict) -> bool:
-    """Return whether `out` is complete with these settings. Raises UsageError where they differ."""
+    """Return whether `out` is complete with these settings. Raises UsageError if they differ."""
     content = read(out)
     if content is None:
         return False
     have = content["settings"]
     want = settings
-    if have.get("texture"):  # texture twins do not disturb those who did not ask for them
+    if have.get("texture"):  # texture twins do no harm if they were not asked for
         want = {**settings, "texture": True}
     if content.get("format") == FORMAT and have == want:
         return True
@@ -144,16 +144,16 @@ def _is_complete(out: Path, settings: dict) -> bool:
         if have.get(name) != value
     ]
     raise UsageError(
-        f"{out}: holds a demo data set made with other settings "
+        f"{out} holds a demo data set made with other settings "
         f"({', '.join(differences) or 'by another version'}): "
         "name another folder, or replace it with preprocess/make_demo.py --force"
     )
 
 
 def add_cues(out: str | Path) -> None:
-    """Add OUT/cue-conflict to a complete set of a version that had none, and change nothing else.
+    """Add OUT/cue-conflict to a complete set of an older version, and change nothing else.
 
-    Raises UserError where it cannot write.
+    Raises UserError if it cannot write.
     """
     out = Path(out)
     if not _lacks_cues(read(out)):
@@ -175,7 +175,7 @@ def _lacks_cues(content: dict | None) -> bool:
 
 
 def _add_cues(out: Path, content: dict) -> None:
-    shutil.rmtree(out / CUES, ignore_errors=True)  # of an interruption
+    shutil.rmtree(out / CUES, ignore_errors=True)  # left by an interruption
     for name in CLASSES:
         (out / CUES / name).mkdir(parents=True)
     settings = content["settings"]
@@ -188,7 +188,7 @@ def _add_cues(out: Path, content: dict) -> None:
 
 
 def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_complete) -> dict:
-    """Make the set unless `is_complete()` once this process holds the folder.
+    """Lock the folder, then make the set unless `is_complete()`.
 
     Returns the content of demo.json.
     """
@@ -199,12 +199,12 @@ def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_com
     for folder in folders:
         if not _is_ours(folder):
             raise UsageError(
-                f"{folder}: is not empty and not a demo data set; name a new or empty folder"
+                f"{folder} is neither empty nor a demo data set: name a new or empty folder"
             )
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(out, wait=True):  # several programs may ask for the same pictures at once
+        with only_writer(out, wait=True):  # several programs may want the same pictures at once
             if is_complete():
                 return read(out)
             clear(folders)
@@ -222,9 +222,9 @@ def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_com
 
 
 def ensure_for(args, process: launch.Process, texture: bool = False, cues: bool = False) -> None:
-    """With --demo, make the built-in pictures at DATA unless a whole set of them is there.
+    """With --demo, make the built-in pictures at DATA unless a complete set of any size exists.
 
-    A set of any size will do. cues: cue-conflict, too, which an older set lacks.
+    cues: also make cue-conflict, which an older set lacks.
     """
     if args.demo and process.is_main:
         content = read(args.data)

@@ -1,4 +1,4 @@
-"""The pictures of the built-in data set: content, file name and rendering of each."""
+"""Choose the content and file name of every built-in picture, and draw it."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from preprocess.demo_shapes import CLASSES
 from preprocess.demo_textures import texture_twin
 
 CUES = "cue-conflict"
-SHIFTED = ("sketch", "stylized", "rendition", CUES)  # one picture each of every val picture
-# sets apart the random draws of pictures that have the same seed, class and index
+SHIFTED = ("sketch", "stylized", "rendition", CUES)  # each has one picture per val picture
+# separates the random draws of pictures with the same seed, class and index
 STREAMS = {"train": 0, "val": 1, "sketch": 2, "stylized": 3, "texture": 5, CUES: 6}
 Job = tuple[str, int, int]  # (kind, class number, index)
 
@@ -21,10 +21,10 @@ def _rng(seed: int, stream: str, *key: int) -> np.random.Generator:
 
 
 def spec(seed: int, split: str, shape: int, index: int) -> demo_shapes.Spec:
-    """Return the content of picture `index` of class number `shape` in a set; draws no picture."""
+    """Return the content of picture `index` of class number `shape`, without rendering it."""
     source = "train" if split == "train" else "val"
     drawn = demo_shapes.draw(_rng(seed, source, shape, index), shape)
-    if split == CUES:  # the textures take turns, so that all of them are there equally often
+    if split == CUES:  # the textures take turns, so that all are equally frequent
         others = demo_shapes.others(shape)
         other = others[(shape + index) % len(others)]
         return demo_shapes.restyle(drawn, _rng(seed, split, shape, index), other)
@@ -34,9 +34,9 @@ def spec(seed: int, split: str, shape: int, index: int) -> demo_shapes.Spec:
 
 
 def file_name(drawn: demo_shapes.Spec, split: str, index: int) -> str:
-    """Return `disc_0007.png`, and the class of the textures where the set has others.
+    """Return a file name such as `disc_0007.png`, with the class of a foreign texture if any.
 
-    In those of the star: `disc_0007-star.png` in stylized, `disc7-star7.png` in cue-conflict.
+    With textures of the star: `disc_0007-star.png` in stylized, `disc7-star7.png` in cue-conflict.
     """
     name = CLASSES[drawn.shape]
     texture = CLASSES[drawn.texture_class]
@@ -62,7 +62,7 @@ def render(seed: int, split: str, shape: int, index: int, size: int) -> np.ndarr
 def make_pictures(job: Job, out: Path, twin: Path | None, settings: dict):
     """Yield (set, path, picture) of every picture made from one train or val picture.
 
-    job: its kind is train, val, corruption, or CUES alone. twin: the tree of textures.
+    job: its kind is train, val, corruption or CUES. twin: folder of the texture tree, or None.
     """
     kind, shape, index = job
     seed = settings["seed"]

@@ -1,7 +1,7 @@
 """Draw the pictures of the demo data set: a textured shape on a textured ground.
 
-A picture is described by a `Spec`, which is drawn at random from a seed, and made from it by one of
-the `render_*` functions. Lengths in a `Spec` are fractions of the picture side, so one `Spec` gives
+A `Spec`, drawn at random from a seed, describes a picture, and one of the `render_*` functions
+draws it. Lengths in a `Spec` are fractions of the picture side, so one `Spec` gives
 the same picture at every size. Only NumPy and Pillow are used; no fonts, no files.
 """
 
@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 
 from preprocess.demo_textures import TextureSpec, pattern, to_uint8
 
-MASK_SUPERSAMPLING = 4  # masks are drawn at 4x
+MASK_SUPERSAMPLING = 4  # masks are drawn at four times the size
 OWN_TEXTURE = 0.9  # probability of the class's texture in train and val, for shape and ground each
-OUTLINE_COLOUR = (0.06, 0.06, 0.08)  # of a cartoon
+OUTLINE_COLOUR = (0.06, 0.06, 0.08)  # of cartoons
 
 
 # Shapes: closed outlines in the plane, y downwards, inside [-1, 1]^2. The second one is a hole.
@@ -78,8 +78,8 @@ SHAPES = {
     for name, outlines in _OUTLINES.items()
 }
 CLASSES = tuple(sorted(SHAPES))  # folder names; sorted, so that an index is ImageFolder's label
-# Class i owns one texture for the shape and another for the ground: with one for both, the shape
-# would hide in it.
+# Class i owns one texture for the shape and another for the ground: with the same one, the shape
+# would be invisible.
 SHAPE_TEXTURE = tuple(range(10))
 GROUND_TEXTURE = tuple((i + 3) % 10 for i in range(10))
 
@@ -89,8 +89,8 @@ class Spec:
     """The content of one picture.
 
     `shape` indexes CLASSES. `colours` (4, 3) in [0, 1]: two of the shape, then two of the ground.
-    `texture_class`: the class whose textures were meant, which is the class itself except in the
-    stylized and cue-conflict sets.
+    `texture_class`: the class that owns the intended textures, which differs from the class itself
+    only in the stylized and cue-conflict sets.
     """
 
     shape: int
@@ -114,10 +114,10 @@ def _draw_texture(kind, rng):
 def _draw_colours(rng):
     """Draw four nearly grey colours: a light and a dark pair, for shape and ground or reversed.
 
-    Vivid colours would name the picture: contrastive learning then tells pictures apart by their
-    colours alone and has no use for textures or shapes. The draw is the same for every class, and
-    which colour of a pair is the pattern's is a fair coin, so the mean colour of a picture says
-    nothing of its class.
+    Vivid colours would identify the picture: contrastive learning would then distinguish pictures
+    by colour alone and ignore textures and shapes. The draw is the same for every class, and a fair
+    coin decides which colour of a pair the pattern has, so the mean colour of a picture reveals
+    nothing about its class.
     """
     pairs = [rng.permutation([0.95, 0.58]), rng.permutation([0.42, 0.05])]
     grey = np.concatenate(pairs if rng.random() < 0.5 else pairs[::-1])

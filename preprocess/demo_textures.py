@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SUPERSAMPLING = 3  # texture values are computed at 3x and averaged
-TWIN_PATCH = 96 / 224  # of the side; as in the paper's texture data
+SUPERSAMPLING = 3  # textures are computed at three times the size and averaged
+TWIN_PATCH = 96 / 224  # fraction of the side, as in the paper's texture data
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TextureSpec:
     seed: int
 
 
-# Each pattern takes coordinates (u, v) in periods and gives the share of the second colour.
+# Each pattern maps coordinates (u, v) in periods to the share of the second colour.
 
 
 def _fraction(x):
@@ -115,16 +115,16 @@ def pattern(texture: TextureSpec, size: int) -> np.ndarray:
 
 
 def to_uint8(picture: np.ndarray) -> np.ndarray:
-    """Return values in [0, 1] as whole levels."""
+    """Convert values in [0, 1] to uint8 levels."""
     return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)
 
 
 def texture_twin(picture: np.ndarray, rng, block: int | None = None, tries: int = 12) -> np.ndarray:
-    """Quilt a picture (H, W, 3) uint8 of the same texture without the shape.
+    """Quilt a picture (H, W, 3) uint8 with the same texture but without the shape.
 
-    It is made of two patches of `picture`, 3/7 of the side each: the centre and a random place.
-    Blocks are laid in rows; each is the best of `tries` random cuts at continuing what lies left
-    and above.
+    It consists of two patches of `picture`, 3/7 of the side each: the centre and a random place.
+    Blocks are placed in rows; of `tries` random cuts, each block is the one that best continues the
+    pixels to its left and above.
     """
     side = picture.shape[0]
     patch = max(8, round(side * TWIN_PATCH))

@@ -1,14 +1,14 @@
-"""Make a small set for object detection, textured shapes, in the layout of Pascal VOC.
+"""Make a small object detection set of textured shapes in the layout of Pascal VOC.
 
     OUT/Annotations/000001.xml              boxes, 1-based and inclusive as in VOC; a shape that is
-                                            mostly behind another one is marked `difficult`
+                                            mostly hidden is marked `difficult`
     OUT/ImageSets/Main/{trainval,test}.txt  numbers of the pictures of a split
     OUT/JPEGImages/000001.jpg
-    OUT/classes.txt                         the classes, one a line; written last: a folder that has
-                                            it is complete
+    OUT/classes.txt                         the classes, one per line; written last, so a folder
+                                            that has it is complete
 
-Shapes and textures are those of preprocess/demo_shapes.py. Every picture depends on the seed and
-its own number only.
+Shapes and textures are those of preprocess/demo_shapes.py. Every picture depends only on the
+seed and its number.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ from preprocess.demo_textures import TEXTURE_NAMES, pattern, to_uint8
 from preprocess.workers import is_empty
 
 CLASSES = ("disc", "heart", "square", "star")
-SEEN = 0.5  # a shape of which less is seen is marked difficult
+SEEN = 0.5  # a shape with a smaller visible share is marked difficult
 MARK = "classes.txt"
 UNFINISHED = "classes.txt.partial"
 
@@ -37,9 +37,9 @@ def draw(seed: int, number: int, size: int) -> tuple[np.ndarray, list[tuple[str,
     rng = np.random.default_rng([seed, number])
     names = [CLASSES[kind] for kind in rng.integers(0, len(CLASSES), rng.integers(1, 4))]
     specs = [demo_shapes.draw(rng, demo_shapes.CLASSES.index(name)) for name in names]
-    # all shapes have the colours of the first: they are lighter than the ground, or darker
+    # all shapes have the colours of the first: all are lighter than the ground, or all are darker
     shape, shape_too, ground, ground_too = specs[0].colours
-    kind = int(rng.integers(len(TEXTURE_NAMES)))  # says nothing of the shapes
+    kind = int(rng.integers(len(TEXTURE_NAMES)))  # independent of the shapes
     texture = replace(specs[0].bg, kind=kind)
     picture = ground + (ground_too - ground) * pattern(texture, size)[..., None]
     insides = []
@@ -64,7 +64,7 @@ def draw(seed: int, number: int, size: int) -> tuple[np.ndarray, list[tuple[str,
 
 
 def annotation(name: str, size: int, objects) -> str:
-    """Return VOC's XML of a picture. objects: as `draw` returns them."""
+    """Return the VOC annotation (XML) of a picture. objects: the shapes that `draw` returned."""
     sides = f"<width>{size}</width><height>{size}</height><depth>3</depth>"
     lines = ["<annotation>", f"  <filename>{name}</filename>", f"  <size>{sides}</size>"]
     for kind, box, difficult in objects:
@@ -79,17 +79,17 @@ def annotation(name: str, size: int, objects) -> str:
 def ensure(
     out: str | Path, trainval: int = 240, test: int = 60, size: int = 96, seed: int = 0
 ) -> Path:
-    """Make the set in folder `out` unless a complete one is there, of whatever size.
+    """Make the set in folder `out` unless a complete one of any size exists.
 
-    Raises UsageError where other files are, UserError where it cannot write.
+    Raises UsageError if `out` holds other files, UserError if it cannot write.
     """
     out = Path(out)
     if (out / MARK).exists():
         return out
     if out.exists() and not (out / UNFINISHED).exists() and not is_empty(out):
-        raise UsageError(f"{out}: is not a demo data set; name a new or empty folder")
+        raise UsageError(f"{out} is not a demo data set: name a new or empty folder")
     try:
-        with only_writer(out, wait=True):  # several programs may ask for it at once
+        with only_writer(out, wait=True):  # several programs may want it at once
             if not (out / MARK).exists():
                 _make(out, {"trainval": trainval, "test": test}, size, seed)
     except OSError as error:
@@ -100,7 +100,7 @@ def ensure(
 
 
 def _make(out: Path, splits: dict[str, int], size: int, seed: int) -> None:
-    """Write all files in place: the folder is marked as unfinished until they are whole."""
+    """Write all files in place; the folder counts as unfinished until all are complete."""
     (out / UNFINISHED).touch()
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (out / folder).mkdir(parents=True, exist_ok=True)

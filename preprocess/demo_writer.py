@@ -18,14 +18,14 @@ from preprocess.demo_shapes import CLASSES
 from preprocess.demo_textures import TEXTURE_NAMES
 from preprocess.workers import Rate, default_workers, in_processes
 
-FORMAT = 2  # raise it when the same settings give other pictures
+FORMAT = 2  # increase it if the same settings give other pictures
 SETS = ("train", "val", "corruption", *SHIFTED)
 PER_CLASS = {
     "corruption": "corruption_per_class",
     "val": "val_per_class",
     "train": "train_per_class",
 }
-CHUNKS = {"corruption": 1, "val": 10, "train": 25}  # pictures of a job; the slow ones first
+CHUNKS = {"corruption": 1, "val": 10, "train": 25}  # pictures per job; the slow kinds first
 MOST_WORKERS = 16
 MARK = "demo.json"
 UNFINISHED = "demo.json.partial"
@@ -34,7 +34,7 @@ UNFINISHED = "demo.json.partial"
 def _write(path: Path, picture: np.ndarray) -> int:
     """Write one PNG and return its size in bytes.
 
-    Pictures are written in place, because the set counts as unfinished until all of them are whole.
+    Pictures are written in place, because the set counts as unfinished until all are complete.
     """
     encoded = io.BytesIO()
     Image.fromarray(picture).save(encoded, "PNG")

@@ -1,4 +1,4 @@
-"""Several lists of 100 classes go by the name of ImageNet-100: tell which one a tree has."""
+"""Tell which of the several lists of 100 classes called ImageNet-100 a tree has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 WORDNET_ID = re.compile(r"n\d{8}")
 NAMED = 3  # classes that a line names
-# The list of CMC, MoCo / InsDis and the papers after them. Read and found the same, in another
-# order or not: solo-learn, solo/data/dataset_subset/imagenet100_classes.txt at 9187ea3;
+# The list of CMC, MoCo / InsDis and later papers. These files have the same classes, in the same or
+# another order: solo-learn, solo/data/dataset_subset/imagenet100_classes.txt at 9187ea3;
 # ssnl/moco_align_uniform, scripts/imagenet100_classes.txt at 7698785;
 # danielchyeh/ImageNet-100-Pytorch, IN100.txt at 5ae5a42.
 CMC = "CMC"
@@ -32,10 +32,11 @@ def imagenet100_lists() -> dict[str, frozenset[str]]:
 
 
 def compare_with_lists(class_names: Iterable[str]) -> dict | None:
-    """Return which list of 100 ImageNet classes these are, and how they differ from a list.
+    """Return the name of the list with these classes, and a comparison with the nearest list.
 
-    list: its name, or None. compared_with: CMC, or another list that they nearly are. in_both,
-    extra and missing: of that comparison. Returns None unless they are 2 to 999 WordNet ids.
+    list: the name, or None. compared_with: CMC, or another list if that is nearly equal. in_both,
+    extra and missing: results of that comparison. Returns None unless they are 2 to 999 WordNet
+    ids.
     """
     classes = set(class_names)
     if not (2 <= len(classes) <= 999 and all(map(WORDNET_ID.fullmatch, classes))):
@@ -55,7 +56,7 @@ def compare_with_lists(class_names: Iterable[str]) -> dict | None:
 
 
 def in_words(comparison: dict) -> str:
-    """Return the answer of `compare_with_lists` in one line."""
+    """Describe the result of `compare_with_lists` in one line."""
     if comparison["list"] == CMC:
         return f"ImageNet-100: the list of {CMC} ({CMC_USERS}), as in the papers here"
     other = comparison["compared_with"]

@@ -4,11 +4,11 @@
     python preprocess/imagenet100_subset.py --imagenet_path IMAGENET --imagenet100_path OUT --copy
     python preprocess/imagenet100_subset.py --imagenet_path IMAGENET --imagenet100_path PACK --pack
 
-By default nothing is copied: each class folder becomes one symbolic link, which is instant. The
-links are absolute: the two trees are usually on different disks, and either the new one can be
-moved, or the old one, after which this command mends the links. A program that writes into a linked
-folder writes into ImageNet, and tar or rsync copy links as links unless told otherwise: --copy
-makes a tree of its own. --pack writes one memory-mapped file per split (preprocess/pack.py).
+By default nothing is copied: each class folder becomes one symbolic link, which is instant. Links
+are absolute, because the two trees are usually on different disks. So the new tree can be moved; if
+the old one moves, run this command again to repair the links. A program that writes into a linked
+folder writes into ImageNet, and tar and rsync copy links as links by default; --copy makes an
+independent tree. --pack writes one memory-mapped file per split (preprocess/pack.py).
 
 The val folder may be sorted into class folders or flat, as ILSVRC ships it
 (val/ILSVRC2012_val_00000001.JPEG, ...). A flat one needs the official labels, --val_labels FILE, in
@@ -17,10 +17,10 @@ one of two forms:
     ILSVRC2012_val_0000000i;
   - LOC_val_solution.csv of the Kaggle competition, or any text with a file name and a WordNet id on
     each line.
-The development kit's ILSVRC2012_validation_ground_truth.txt is not one of them: its numbers only
-mean something with meta.mat.
+The development kit's ILSVRC2012_validation_ground_truth.txt cannot be used, because its numbers
+have no meaning without meta.mat.
 
-The same command adds what is missing and leaves the rest. It ends with the counts: 126,689 train
+The same command adds missing files and keeps the others. It ends with the counts: 126,689 train
 and 5,000 val pictures.
 """
 
@@ -45,7 +45,7 @@ from preprocess.workers import continue_hint, system_reason
 
 EXPECTED = {"train": 126_689, "val": 5_000}  # of the 100 classes in ILSVRC 2012
 VAL_PER_CLASS = 50
-SMALLEST = 5  # classes that a warning names
+SMALLEST = 5  # number of classes that a warning names
 COPIED_AT_ONCE = 8
 
 
@@ -54,7 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--imagenet_path",
         required=True,
-        help="ImageNet: holds train/CLASS/* and val/ (sorted or flat)",
+        help="ImageNet, with train/CLASS/* and val/ (sorted or flat)",
     )
     parser.add_argument("--imagenet100_path", required=True, help="folder to make")
     form = parser.add_mutually_exclusive_group()
@@ -71,14 +71,17 @@ def parse_args(argv=None) -> argparse.Namespace:
         help=f"write squares of this side ({SIDE}) to train.npy and val.npy for --dataset packed",
     )
     parser.add_argument(
-        "--class_list", default=None, metavar="FILE", help="another list, one class folder per line"
+        "--class_list",
+        default=None,
+        metavar="FILE",
+        help="another list of classes, one folder name per line",
     )
     parser.add_argument(
         "--val_labels",
         default=None,
         metavar="FILE",
-        help="labels of a flat val folder: a WordNet id per line, or LOC_val_solution.csv; looked "
-        "for in and above the input if not given",
+        help="labels of a flat val folder: a WordNet id per line, or LOC_val_solution.csv; if not "
+        "given, searched for in and above the input",
     )
     parser.add_argument(
         "--workers",
@@ -92,7 +95,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.force and not args.pack:
-        raise UsageError("--force goes with --pack; links and copies that are right are kept")
+        raise UsageError("--force needs --pack; correct links and copies are always kept")
     return cli.freeze(args)
 
 
@@ -103,9 +106,9 @@ def report(
     default_list: bool,
     ending: str = "",
 ) -> None:
-    """Print the counts, and warn on standard error where they are not those of ImageNet-100.
+    """Print the counts, and warn on standard error if they differ from those of ImageNet-100.
 
-    counted: {split: {class: pictures}}. ending: of the split's path below OUT.
+    counted: {split: {class: pictures}}. ending: appended to the path of the split in OUT.
     """
     for split in splits:
         counts = counted[split.name]
@@ -120,7 +123,7 @@ def report(
 
 
 def _warn_of_counts(split: Split, counts: Counter, out: Path) -> None:
-    """Name the classes whose number of pictures is not the one of ImageNet-100."""
+    """Warn of classes whose number of pictures differs from ImageNet-100."""
     odd = []
     if split.name == "val":
         odd = [f"{name} {n}" for name, n in counts.items() if n != VAL_PER_CLASS]
@@ -138,19 +141,19 @@ def _warn_of_counts(split: Split, counts: Counter, out: Path) -> None:
 
 
 def count_tree(split: Split, out: Path) -> Counter:
-    """Return the pictures of each class in OUT."""
+    """Count the pictures of each class in OUT."""
     opened = sets.open_tree(out / split.name, classes=split.pictures.classes)
     return Counter(opened.classes[label] for label in opened.targets.tolist())
 
 
 def count_pack(split: Split, out: Path) -> Counter:
-    """Return the pictures of each class in the pack."""
+    """Count the pictures of each class in the pack."""
     targets = json.loads(PackFiles(out, split.name).listing.read_text())["targets"]
     return Counter(split.pictures.classes[label] for label in targets)
 
 
 def make_pack(args, splits: list[Split], out: Path, command: str) -> None:
-    """Pack both splits, and print the counts of those that are finished, whatever happens."""
+    """Pack both splits, and print the counts of finished ones even after an error."""
     sources = {split.name: split.pictures for split in splits}
     try:
         workers = args.workers or launch.cores()
@@ -175,13 +178,13 @@ def make_tree(args, splits: list[Split], out: Path) -> list[str]:
 
 
 def report_tree(args, splits: list[Split], out: Path, unreadable: list[str]) -> None:
-    """Print the counts of a tree. Raises UserError where pictures could not be copied."""
+    """Print the counts of a tree. Raises UserError if pictures could not be copied."""
     for path in unreadable:
         print(f"not copied: {printable(path)}", file=sys.stderr)
     try:
         counted = {split.name: count_tree(split, out) for split in splits}
         report(splits, counted, out, args.class_list is None)
-    except UsageError:  # a class of which nothing could be copied
+    except UsageError:  # no picture of a class could be copied
         if not unreadable:
             raise
     if unreadable:

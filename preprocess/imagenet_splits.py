@@ -1,4 +1,4 @@
-"""The pictures of ImageNet that a subset of its classes takes, from sorted or flat folders."""
+"""Select the pictures of some ImageNet classes, from sorted or flat folders."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FLAT_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 NAME_AND_LABEL = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})[^\s,]*[\s,]+(n\d{8})\b")
 WORDNET_ID = re.compile(r"n\d{8}")
 KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")  # where its archive keeps train/, val/ and test/
-FEW = 5  # names that a message shows
+FEW = 5  # number of names that a message shows
 LABEL_FILES = ("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
 
 
 @dataclass
 class Split:
-    """The pictures of a split of the subset. flat: those of all classes lie in one folder."""
+    """The pictures of a split of the subset. flat: all classes lie in one folder."""
 
     name: str
     folder: Path
@@ -33,7 +33,7 @@ class Split:
 def find_splits(args) -> list[Split]:
     """Return both splits with all their pictures.
 
-    Raises UserError where class folders are missing, UsageError for other mistakes.
+    Raises UserError if class folders are missing, UsageError for other mistakes.
     """
     root = Path(args.imagenet_path)
     if not (root / "train").is_dir() and (root / KAGGLE / "train").is_dir():
@@ -44,7 +44,7 @@ def find_splits(args) -> list[Split]:
     ids = sets.read_class_list(args.class_list or CLASS_LIST, present)
     if not ids:
         raise UsageError(
-            f"--class_list {args.class_list}: names no class; expected one class folder per line"
+            f"--class_list {args.class_list} names no class; expected one class folder per line"
         )
     out = Path(args.imagenet100_path)
     flat = _is_flat(val, ids)
@@ -61,9 +61,9 @@ def find_splits(args) -> list[Split]:
 def _require_folders(
     folders: list[Path], ids: list[str], class_list: str | None, out: Path
 ) -> None:
-    """Raise an error that lists the class folders which are not there.
+    """Raise an error that lists missing class folders.
 
-    It is a UsageError where the user named the classes, else a UserError.
+    It is a UsageError if the user named the classes, otherwise a UserError.
     """
     missing = {folder: [name for name in ids if not (folder / name).is_dir()] for folder in folders}
     lines = [str(folder / name) for folder, names in missing.items() for name in names]
@@ -76,22 +76,20 @@ def _require_folders(
         if names
     )
     if class_list:
-        raise UsageError(
-            f"--class_list {class_list} names class folders that are not there: {listed}{end}"
-        )
+        raise UsageError(f"--class_list {class_list} names missing class folders: {listed}{end}")
     raise UserError(f"missing class folders: {listed}{end}")
 
 
 def missing_file(out: Path) -> Path:
-    """Return OUT-missing.txt, which lies beside OUT because OUT may never be made."""
+    """Return the path OUT-missing.txt, beside OUT because OUT may not exist yet."""
     return Path(f"{os.path.abspath(out)}-missing.txt")
 
 
 def list_missing(out: Path, lines: list[str]) -> tuple[int, str]:
-    """Return how many names a message shows, and how it ends.
+    """Return the number of names for a message, and the end of the message.
 
-    Where the names are many, all of them go to `missing_file`, and into the message where that
-    cannot be written or its folder would have to be made.
+    If there are many names, all go to `missing_file`, or into the message if that file cannot be
+    written or its folder does not exist.
     """
     if len(lines) <= FEW:
         return FEW, ""
@@ -113,7 +111,7 @@ def _is_flat(val: Path, ids: list[str]) -> bool:
 
 
 def _label_file(val: Path, labels: str | None, root: Path) -> Path:
-    """Return the file of --val_labels, or one that lies in or above the input. UsageError."""
+    """Return the file of --val_labels, or one in or above the input. Raises UsageError."""
     if labels is not None:
         return Path(labels)
     above = [root, val, *list(root.absolute().parents)[: len(KAGGLE.parts)]]
@@ -130,14 +128,14 @@ def _label_file(val: Path, labels: str | None, root: Path) -> Path:
 
 
 def _flat_val(val: Path, ids: list[str], labels: Path, out: Path) -> FolderSet:
-    """Return the pictures of these classes among val/ILSVRC2012_val_*.JPEG, class by class."""
+    """Return the pictures of these classes in val/ILSVRC2012_val_*.JPEG, class by class."""
     label_of = read_val_labels(labels)
     index = {name: i for i, name in enumerate(ids)}
     names = sorted(name for name in sets.walk(val)[0][2] if FLAT_NAME.fullmatch(name))
     unlabelled = [name for name in names if _number(name) not in label_of]
     if unlabelled:
         raise UsageError(
-            f"--val_labels {labels}: no label for {len(unlabelled)} pictures of {val}, "
+            f"--val_labels {labels} has no label for {len(unlabelled)} pictures of {val}, "
             f"first {unlabelled[0]}"
         )
     rows = sorted((index[label_of[_number(n)]], n) for n in names if label_of[_number(n)] in index)
@@ -145,7 +143,7 @@ def _flat_val(val: Path, ids: list[str], labels: Path, out: Path) -> FolderSet:
     if empty:
         most, end = list_missing(out, [f"{val}: no picture of {name}" for name in empty])
         raise UserError(
-            f"{printable(val)} holds no picture of {len(empty)} of the {len(ids)} classes: "
+            f"{printable(val)} has no picture of {len(empty)} of the {len(ids)} classes: "
             f"{sets.few(empty, most)}{end}"
         )
     return FolderSet([name for _, name in rows], [i for i, _ in rows], ids, val)
@@ -165,21 +163,21 @@ def read_val_labels(path: Path) -> dict[int, str]:
     lines = [line for line in lines if line]
     if lines and all(line.isdigit() for line in lines):
         raise UsageError(
-            f"--val_labels {path}: holds the development kit's numbers, which mean nothing without "
-            f"its meta.mat; give {LABEL_FILES[1]} (a WordNet id per line) or {LABEL_FILES[0]}"
+            f"--val_labels {path} holds the development kit's numbers, which mean nothing without "
+            f"its meta.mat: give {LABEL_FILES[1]} (a WordNet id per line) or {LABEL_FILES[0]}"
         )
     if lines and all(WORDNET_ID.fullmatch(line) for line in lines):
         if len(lines) != VAL_PICTURES:
             raise UsageError(
-                f"--val_labels {path}: has {len(lines)} lines; the list has {VAL_PICTURES}, "
+                f"--val_labels {path} has {len(lines)} lines, but the list has {VAL_PICTURES}, "
                 "one per picture"
             )
         return dict(enumerate(lines, 1))
     matches = [NAME_AND_LABEL.match(line) for line in lines]
     labels = {int(match.group(1)): match.group(2) for match in matches if match}
-    if len(labels) < max(1, len(lines) - 1):  # all lines but a heading
+    if len(labels) < max(1, len(lines) - 1):  # all lines except a heading
         raise UsageError(
-            f"--val_labels {path}: neither a WordNet id per line ({LABEL_FILES[1]}) nor a picture "
-            f"and its WordNet id ({LABEL_FILES[0]})"
+            f"--val_labels {path} has neither a WordNet id per line ({LABEL_FILES[1]}) nor a "
+            f"picture and its WordNet id ({LABEL_FILES[0]})"
         )
     return labels

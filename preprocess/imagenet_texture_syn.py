@@ -1,34 +1,34 @@
-"""Make the texture twin of a tree of pictures: the texture negatives of `--robust texture`.
+"""Make the texture twins of a tree of pictures, for the negatives of `--robust texture`.
 
     python preprocess/imagenet_texture_syn.py --imagenet_path A --imagenet_t_path A-texture
-    python preprocess/imagenet_texture_syn.py --imagenet_path A --sheet look.png  # see 20 first
+    python preprocess/imagenet_texture_syn.py --imagenet_path A --sheet look.png  # preview 20
 
 For every picture A/train/<class>/<name>.JPEG it makes a texture B/train/<class>/<name>.png of 224 x
 224 pixels from two patches of 96 x 96 of the picture: the centre and a random one (Ge et al.,
-arXiv:2110.14189). Training pairs the two trees by class and name; call B what A is called plus
-"-texture", and it finds A by itself.
+arXiv:2110.14189). Training pairs the two trees by class and name; if B is named like A
+with "-texture" appended, training finds B by itself.
 
-A picture with a side below 224 is enlarged to it first: patches and blocks keep their proportion to
-it, else they would hold the whole object. (The published script takes 96 pixels of any picture;
---patch 96 does so here.) With --size below 224 everything is that much smaller: --size 32 makes
-textures of 32-pixel pictures pixel by pixel, from patches of 14. Engines:
+A picture with a side below 224 is enlarged to 224 first, because its patches would otherwise hold
+the whole object. (The published script takes 96 pixels of any picture, as --patch 96 does here.)
+With --size below 224 all lengths shrink in proportion: --size 32 makes 32-pixel textures from
+patches of 14 pixels. Engines:
 
 mrs     multiresolution stochastic synthesis, the method of the published textures and closest to
         their look: every pixel is an exact copy of one of the patches (preprocess/texture_mrs.py).
-        The original's settings, but only the most promising candidates are compared in full;
-        --shortlist 0 compares all as the original does, at twice the time.
+        It has the original's settings, but compares only the most promising candidates in full;
+        --shortlist 0 compares all, as the original does, and takes twice the time.
 quilt   image quilting: blocks of the patches joined along their best seams
-        (preprocess/texture_quilt.py). It is tens of times as fast; larger pieces of the picture
-        stay as they are.
-embark  the program that made the published textures, if it is installed:
+        (preprocess/texture_quilt.py). It is tens of times as fast, but keeps larger pieces of the
+        picture.
+embark  the program that made the published textures, if installed:
         https://github.com/EmbarkStudios/texture-synthesis
 
-A texture depends on the picture, its path below A, --seed and the engine's settings only: reruns,
+A texture depends only on the picture, its path below A, --seed and the engine's settings: reruns,
 any number of --workers, any --shard and, on the CPU, any --batch give the same file. (On a GPU
-another --batch may round sums differently.) Textures that are there are kept, so the same command
-goes on where it was stopped. B/textures.json holds the settings, B/failures.txt the pictures that
-failed. EXIF orientation is ignored, as in training; the last legal place of the random patch, which
-the published script never drew, is drawn here.
+another --batch may round sums differently.) Existing textures are kept, so the same command
+continues where it stopped. B/textures.json holds the settings, B/failures.txt the pictures that
+failed. EXIF orientation is ignored, as in training. The last possible place of the random patch can
+be drawn here, unlike in the published script.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ from preprocess.texture_sheet import make_sheet
 from preprocess.texture_tree import check_out, list_jobs, missing_of, open_splits, settle
 from runner.progress import clock
 
-LOOKED_AT = 20  # pictures whose size is looked at before the work
-ON_SHEET = 20  # pictures on a sheet, at most
+LOOKED_AT = 20  # pictures whose size is checked before the work
+ON_SHEET = 20  # most pictures on a sheet
 PRESETS = {
     "demo": {
         "imagenet_path": "data/demo",
@@ -100,9 +100,9 @@ def parse_args(argv=None):
 
 
 def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) -> None:
-    """Write what is missing in B and print the result.
+    """Write the missing textures in B and print the result.
 
-    Raises OSError where writing fails, UserError where pictures failed.
+    Raises OSError if writing fails, UserError if pictures failed.
     """
     out = Path(args.imagenet_t_path)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
         place = f"on the GPU, {count} threads"
     print(
         f"textures of {args.imagenet_path} by {settings.engine}: {len(jobs)} pictures, "
-        f"{len(jobs) - len(todo)} are there; {place}",
+        f"{len(jobs) - len(todo)} exist; {place}",
         flush=True,
     )
     _warn_of_small([job.source for job in todo], settings)
@@ -140,9 +140,9 @@ def finish(args, settings: Settings, device: str, splits: list[sets.FolderSet]) 
 def _do_all(
     args, settings: Settings, device: str, todo: list[Job], count: int
 ) -> tuple[list[Done], float]:
-    """Make the textures, and return the outcomes and the seconds.
+    """Make the textures; return their outcomes and the time in seconds.
 
-    count: processes, or threads on a GPU. Raises Interrupted on Ctrl-C and SIGTERM.
+    count: number of processes, or of threads on a GPU. Raises Interrupted on Ctrl-C and SIGTERM.
     """
     size = args.batch or BATCH[device][settings.engine]
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
@@ -164,7 +164,7 @@ def _do_all(
                 bar.add(len(outcomes))
     except KeyboardInterrupt:
         hint = workers.continue_hint("--overwrite", args.overwrite)
-        raise workers.Interrupted(f"stopped; what is written is whole, and {hint}") from None
+        raise workers.Interrupted(f"stopped; written files are complete, and {hint}") from None
     finally:
         work.close()
         bar.close()
@@ -172,7 +172,7 @@ def _do_all(
 
 
 def _warn_of_small(paths: list[str], settings: Settings) -> None:
-    """Warn where one of some pictures, evenly taken, is smaller than the published patches."""
+    """Warn if one of some evenly spaced pictures is smaller than the published patches."""
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
         with contextlib.suppress(Exception), Image.open(workers.read(path)) as image:
             side = min(image.size)
@@ -201,7 +201,7 @@ def _sigterm_as_ctrl_c():
 
 
 def draw_sheet(args, splits: list[sets.FolderSet], device: str) -> None:
-    """Write the sheet of --sheet: pictures, evenly taken, and their textures by every engine."""
+    """Write the sheet of --sheet: evenly spaced pictures and their textures by every engine."""
     jobs, _ = list_jobs(Path(args.imagenet_path), splits, Path("unused"))
     jobs = jobs[: args.limit]
     count = min(ON_SHEET, len(jobs))
@@ -214,9 +214,9 @@ def draw_sheet(args, splits: list[sets.FolderSet], device: str) -> None:
 
 
 def device_of(args) -> str:
-    """Return "cpu" or "cuda". Raises UsageError where there is no GPU for --device cuda."""
+    """Return "cpu" or "cuda". Raises UsageError for --device cuda without a GPU."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no GPU is at hand: leave it out, or --device cpu")
+        raise UsageError("--device cuda: there is no GPU: omit the flag, or give --device cpu")
     if args.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     if args.engine == "embark" and not args.sheet:
@@ -235,7 +235,7 @@ def main(argv=None) -> None:
     if args.imagenet_t_path:
         check_out(Path(args.imagenet_t_path), Path(args.imagenet_path), splits)
     threads = torch.get_num_threads()
-    # one thread in this process, too: textures shall not depend on the number of cores
+    # one thread in this process too, so that textures do not depend on the number of cores
     torch.set_num_threads(1)
     try:
         if args.sheet:
@@ -245,7 +245,7 @@ def main(argv=None) -> None:
     except OSError as error:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "; free some space and run the same command again: it goes on"
+            hint = "; free some space and run the same command again to continue"
         place = error.filename or args.imagenet_t_path
         raise UserError(f"{place}: {error.strerror or error}{hint}") from None
     finally:

@@ -1,22 +1,22 @@
-"""Make an ImageNet-C style benchmark of your own pictures: 15 corruptions at 5 severities.
+"""Make a benchmark like ImageNet-C from your own pictures: 15 corruptions at 5 severities.
 
     python preprocess/make_corruptions.py IMAGENET100 IMAGENET100-C
     python preprocess/make_corruptions.py CIFAR10/val CIFAR10-C --size 0 --format png
 
 TREE is a root, whose val/ (else test/, validation/) is taken, or a folder of class folders such as
 a val/ itself. It writes OUT/<corruption>/<severity>/<class>/<name>, which
-`eval_robustness.py --corruption OUT` reads. As ImageNet-C was made: pictures are resized to 256 and
-centre-cropped to 224 first, and saved as JPEG of quality 85. --size 0 leaves them as they are, for
-sets of small pictures; strengths that are lengths in pixels then go with the picture.
+`eval_robustness.py --corruption OUT` reads. As for ImageNet-C, pictures are resized to 256 and
+centre-cropped to 224 first, and saved as JPEG of quality 85. For sets of small pictures, --size 0
+leaves them as they are; strengths that are lengths in pixels then scale with the picture.
 
 The corruptions have the strengths and operations of Hendrycks & Dietterich (2019) on today's
 libraries, not the pixels of the published files (preprocess/corruptions.py; preprocess/README.md
-lists what differs). A number to stand beside a published one needs the published files; a
-comparison of models on one set of pictures does not.
+lists what differs). Numbers that are compared with published ones need the published files;
+comparing models with each other on one set does not.
 
-Each file depends on the seed, its class and name, the corruption and the severity, and on nothing
-else: reruns, any number of --workers and any --shard give the same bytes. Files that are there are
-left alone, so the same command goes on where it was stopped. OUT/corruptions.json holds the
+Each file depends only on the seed, its class and name, the corruption and the severity: reruns, any
+number of --workers and any --shard give the same bytes. Existing files are kept, so the same
+command continues where it stopped. OUT/corruptions.json holds the
 settings, OUT/failed.txt the pictures that could not be read.
 """
 
@@ -56,7 +56,7 @@ from preprocess.corruption_tree import (
 from preprocess.corruptions import CORRUPTIONS, corrupt
 from runner.progress import clock
 
-FORMAT = 2  # raise it when the same settings give other pictures
+FORMAT = 2  # increase it if the same settings give other pictures
 JPEG_QUALITY = 85  # ImageNet-C's
 PRESETS = {
     "demo": {
@@ -78,31 +78,35 @@ def parse_args(argv=None):
         "tree",
         nargs="?",
         metavar="TREE",
-        help="folder of class folders, or a root whose val/ is taken",
+        help="folder of class folders, or a root with val/",
     )
     group.add_argument(
-        "out", nargs="?", metavar="OUT", help="folder to make, or one that an earlier run began"
+        "out", nargs="?", metavar="OUT", help="output folder, new or from an earlier run"
     )
     group.add_argument(
-        "--class-list", metavar="FILE", help="these class folders only, one name a line"
+        "--class-list", metavar="FILE", help="use only the class folders in FILE, one per line"
     )
     group.add_argument(
         "--limit",
         type=cli.positive_int,
         metavar="N",
-        help="only the first N pictures of each class",
+        help="use only the first N pictures of each class",
     )
     _add_picture_arguments(parser.add_argument_group("pictures"))
     group = parser.add_argument_group("run")
     group.add_argument(
-        "-j", "--workers", type=cli.positive_int, metavar="N", help="processes (one per core)"
+        "-j",
+        "--workers",
+        type=cli.positive_int,
+        metavar="N",
+        help="number of processes (default: one per core)",
     )
     group.add_argument(
         "--shard",
         type=workers.shard,
         default=(1, 1),
         metavar="I/N",
-        help="do part I of N, 1/N to N/N: one per machine (default 1/1)",
+        help="do only part I of N, for several machines: 1/N to N/N (default 1/1)",
     )
     args = parser.parse_args(argv)
     if not args.tree or not args.out:
@@ -120,7 +124,7 @@ def _add_picture_arguments(group) -> None:
         metavar="NAME",
         choices=CORRUPTIONS,
         default=list(CORRUPTIONS),
-        help=f"of {', '.join(CORRUPTIONS)} (default all)",
+        help=f"some of {', '.join(CORRUPTIONS)} (default: all)",
     )
     group.add_argument(
         "--severities",
@@ -135,7 +139,7 @@ def _add_picture_arguments(group) -> None:
         type=cli.count,
         default=224,
         metavar="PIXELS",
-        help="side of the centre crop, after a resize to 256/224 of it; "
+        help="side of the centre crop, after a resize of the shorter side to 256/224 of it; "
         "0: leave pictures as they are",
     )
     group.add_argument(
@@ -163,7 +167,7 @@ class Done(NamedTuple):
 def read_picture(path: str, size: int) -> np.ndarray:
     """Return the picture (H, W, 3) uint8, resized and cropped as ImageNet-C's sources were.
 
-    size 0: leave it as it is. Raises what Pillow raises on damaged files.
+    size 0 leaves the picture as it is. Raises any error of Pillow for damaged files.
     """
     image = crops.as_rgb(Image.open(workers.read(path)))
     if size:
@@ -173,9 +177,9 @@ def read_picture(path: str, size: int) -> np.ndarray:
 
 
 def do(job: Job) -> Done:
-    """Write the missing variants of one picture; one that is unreadable is a failure.
+    """Write the missing variants of one picture; report an unreadable one as a failure.
 
-    Raises OSError where writing fails.
+    Raises OSError if writing fails.
     """
     began = time.process_time()
     settings = job.settings
@@ -190,7 +194,7 @@ def do(job: Job) -> Done:
     for name, severity in job.variants:
         try:
             corrupted = corrupt(picture, name, severity, key)
-        except Exception as error:  # a picture of a few pixels, which pixelate reduces to none
+        except Exception as error:  # pixelate reduces a picture of a few pixels to none
             failures.append(f"{name} {severity}: {workers.reason(error)}")
             if isinstance(error, MemoryError):
                 break
@@ -208,10 +212,10 @@ def do(job: Job) -> Done:
 
 
 def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str, str]) -> None:
-    """Write what is missing in OUT and print the result.
+    """Write the missing files in OUT and print the result.
 
-    sources: the pictures of this shard, below `source`. targets: names of all pictures' files.
-    Raises OSError where writing fails, UserError where pictures failed.
+    sources: the pictures of this shard, below `source`. targets: file names of all pictures.
+    Raises OSError if writing fails, UserError if pictures failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     record = {"format": FORMAT, "seed": args.seed, "size": args.size, "files": args.format}
@@ -225,7 +229,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     processes = args.workers or workers.default_workers(missing, 1000)
     print(
         f"corrupting {len(sources)} pictures of {source}: {wanted} files, "
-        f"{wanted - missing} are there; {workers.count_processes(processes)}",
+        f"{wanted - missing} exist; {workers.count_processes(processes)}",
         flush=True,
     )
     if args.size and jobs:
@@ -253,7 +257,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
 
 
 def _do_all(jobs: list[Job], missing: int, processes: int) -> tuple[list[Done], float]:
-    """Do the jobs, and return their outcomes and the seconds. Raises Interrupted on Ctrl-C."""
+    """Do the jobs; return their outcomes and the seconds. Raises Interrupted on Ctrl-C."""
     bar = workers.Rate("corrupting", missing, "files")
     done = []
     try:
@@ -262,7 +266,7 @@ def _do_all(jobs: list[Job], missing: int, processes: int) -> tuple[list[Done], 
             bar.add(one.files)
     except KeyboardInterrupt:
         raise workers.Interrupted(
-            "interrupted; what is written is whole, and the same command goes on from there"
+            "interrupted; written files are complete, and the same command continues from there"
         ) from None
     finally:
         bar.close()
@@ -270,7 +274,7 @@ def _do_all(jobs: list[Job], missing: int, processes: int) -> tuple[list[Done], 
 
 
 def _note_enlarged(path: str, size: int) -> None:
-    """Say how to keep small pictures as they are, where this one is small."""
+    """If this picture is small, print how to keep small pictures as they are."""
     with contextlib.suppress(Exception), Image.open(workers.read(path)) as image:
         if min(image.size) < size // 2:
             print(
@@ -293,7 +297,7 @@ def main(argv=None) -> None:
     check_out(out, source, tree)
     opened = sets.open_tree(source, class_list=args.class_list)
     sources = sorted(os.path.relpath(path, opened.root) for path in opened.paths)
-    # of all pictures: a name does not depend on --limit or --shard
+    # for all pictures: a name does not depend on --limit or --shard
     targets = target_names(sources, args.format)
     if args.limit:
         of_class = groupby(sources, key=lambda path: path.split(os.sep)[0])
@@ -304,7 +308,7 @@ def main(argv=None) -> None:
     except OSError as error:
         hint = ""
         if error.errno == errno.ENOSPC:
-            hint = "; free some space and run the same command again: it goes on"
+            hint = "; free some space and run the same command again to continue"
         raise UserError(f"{error.filename or out}: {error.strerror or error}{hint}") from None
 
 

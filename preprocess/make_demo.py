@@ -3,8 +3,8 @@
     python preprocess/make_demo.py data/demo
     python preprocess/make_demo.py data/demo --sheet docs/demo_pictures.png
 
-It writes 7,000 files, 28 MB, in about twenty seconds of processor time shared by the cores. Where
-the set is complete it only prints its table; after an interruption it starts over.
+It writes 7,000 files of 28 MB in all, in about twenty seconds of processor time over all cores. If
+the set is complete, it only prints the table; after an interruption it starts over.
 preprocess/demo.py describes the sets. --texture adds the tree OUT-texture: a quick stand-in for
 texture synthesis, enough to try training with texture negatives.
 """
@@ -34,16 +34,14 @@ ROWS_PER_SET = 2  # of train and val
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "out", metavar="OUT", help="folder to make: new, empty, or an earlier demo data set"
+        "out", metavar="OUT", help="output folder: new, empty, or an earlier demo data set"
     )
-    parser.add_argument(
-        "--train-per-class", type=int, metavar="N", help="train pictures of each of the 10 classes"
-    )
+    parser.add_argument("--train-per-class", type=int, metavar="N", help="train pictures per class")
     parser.add_argument(
         "--val-per-class",
         type=int,
         metavar="N",
-        help="of val, sketch, stylized, rendition and cue-conflict",
+        help="pictures per class of val, sketch, stylized, rendition and cue-conflict",
     )
     parser.add_argument(
         "--corruption-per-class", type=int, metavar="N", help="val pictures per class to corrupt"
@@ -54,30 +52,34 @@ def parse_args(argv=None):
         type=int,
         nargs="*",
         metavar="1-5",
-        help=f"of the corruptions; default {levels}; empty: none",
+        help=f"severities of the corruptions; default {levels}; without a value, none",
     )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the pictures in pixels")
-    parser.add_argument("--seed", type=int, help="another seed gives other pictures")
+    parser.add_argument("--seed", type=int, help="random seed; another seed gives other pictures")
     parser.add_argument(
         "--texture",
         action="store_true",
         help="also make OUT-texture: the texture of each train picture without its shape",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="number of processes (default: one per core)"
+    )
     parser.add_argument(
         "--force",
         action="store_true",
         help="replace a demo data set that is complete, whatever its settings",
     )
     parser.add_argument(
-        "--sheet", metavar="PNG", help="also write a contact sheet, a row per set, to this file"
+        "--sheet",
+        metavar="PNG",
+        help="also write a contact sheet with one row per set to this file",
     )
     parser.set_defaults(**demo.DEFAULTS)
     return cli.freeze(parser.parse_args(argv))
 
 
 def _rows(out: Path, content: dict) -> Iterator[tuple[str, list[Path]]]:
-    """Yield (label, files) of the rows of the contact sheet: one file per class."""
+    """Yield (label, files) for every row of the contact sheet, with one file per class."""
     for name in ("train", "val"):
         columns = [sorted((out / name / shape).iterdir()) for shape in demo.CLASSES]
         for i in range(min(ROWS_PER_SET, *map(len, columns))):
@@ -92,7 +94,7 @@ def _rows(out: Path, content: dict) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _corruption_rows(out: Path, level: int) -> Iterator[tuple[str, list[Path]]]:
-    """Yield rows of every corruption at this severity: one per column, of the classes in turn."""
+    """Yield rows with one corruption per column at this severity, over the classes in turn."""
     columns = len(demo.CLASSES)
     files = [
         min((out / "corruption" / name / str(level) / demo.CLASSES[i % columns]).iterdir())
@@ -107,7 +109,7 @@ def _first_files(folder: Path) -> list[Path]:
 
 
 def write_sheet(out: Path, content: dict, path: str) -> None:
-    """Write the contact sheet: a row per set, a column per class. 256 colours keep it small."""
+    """Write the contact sheet, a row per set and a column per class, in 256 colours."""
     size = content["settings"]["size"]
     rows = list(_rows(out, content))
     shape = (LABEL_WIDTH + size * len(demo.CLASSES), size * len(rows) + HEAD)
@@ -127,7 +129,7 @@ def write_sheet(out: Path, content: dict, path: str) -> None:
 
 
 def print_table(content: dict) -> None:
-    """Print files and sizes of every set, and of all together."""
+    """Print the number of files and the size of every set and of all sets."""
     classes = len(demo.CLASSES)
     levels = len(content["settings"]["severities"])
     print(f"{'set':<12}{'files':>8}{'MB':>8}   folders")

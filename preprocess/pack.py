@@ -1,4 +1,4 @@
-"""Pack a tree of pictures: decode once, keep squares of one size in a memory-mapped file per split.
+"""Pack a tree of pictures: decode it once into squares in a memory-mapped file per split.
 
     python preprocess/pack.py IMAGENET100 PACK --side 256
     python nonsem_neg/moco_non_sem_neg.py PACK --dataset packed
@@ -9,16 +9,16 @@ ImageNet-100 take 25.9 GB (24.1 GiB).
 
     PACK/train.npy   uint8 (count, side, side, 3), for numpy.load(path, mmap_mode="r")
     PACK/train.json  class names; class index and source file of each picture; geometry. It is
-                     written last: without it the pack is unfinished and is not read
+                     written last: a pack without it is unfinished and is not read
     PACK/val.npy, PACK/val.json
 
-Training reads them without decoding, from GPU memory where they fit, else from the page cache. Rows
-are stored as height, width, RGB, as decoders deliver them: torch's integer resize cuts crops from
-that order faster than from planes (benchmarks/pack.py: 1.4 to 1.5 times as fast on two busy cores).
+Training reads them without decoding, from GPU memory if they fit, otherwise from the page cache.
+Rows are stored in the order height, width, RGB, because torch's integer resize cuts crops from it
+faster than from planes (benchmarks/pack.py: 1.4 to 1.5 times as fast on two busy cores).
 
-An evaluation at --input-res 224 sees exactly what it would see of the tree (resize to 256, central
-224). Training does not quite: random crops are cut from the central square instead of the whole
-picture, and small crops from fewer pixels.
+An evaluation at --input-res 224 gets exactly the same pixels as from the tree (resize to 256,
+central 224). Training differs slightly: random crops are cut from the central square instead of the
+whole picture, and small crops from fewer pixels.
 
 The same command continues after an interruption and leaves a finished pack as it is. A picture that
 cannot be read is left out and listed in PACK/train.failed.txt, and the exit code is 1.
@@ -64,32 +64,32 @@ from preprocess.pack_files import (
 from preprocess.workers import Rate, continue_hint, start_worker, system_reason
 from runner.progress import clock
 
-SIDE = 256  # pixels; what evaluation at 224 resizes to
-SAVE_EVERY = 5.0  # seconds between markers: at most this much work is done again after a crash
-CHUNK = 64  # most pictures of one job
-CHUNK_BYTES = 4 << 20  # most bytes of one job
+SIDE = 256  # pixels; an evaluation at 224 resizes to this
+SAVE_EVERY = 5.0  # seconds between markers, the most work that a crash repeats
+CHUNK = 64  # most pictures per job
+CHUNK_BYTES = 4 << 20  # most bytes per job
 AHEAD = 3  # chunks per process that are decoded ahead of writing
 
 
 def square(source: FolderSet, row: int, side: int) -> torch.Tensor:
-    """Return the central square of a picture whose shorter side is resized to `side`.
+    """Resize the shorter side of a picture to `side`, and return its central square.
 
-    uint8 (3, side, side), stored as RGB: the pixels that ResizeCenterCrop(side, side) makes of it,
-    which are those of torchvision's antialiased Resize(side) and CenterCrop(side). Raises
-    BadPicture.
+    The result is uint8 (3, side, side), stored in RGB order. Its pixels are those of
+    ResizeCenterCrop(side, side), and of torchvision's antialiased Resize(side) and
+    CenterCrop(side). Raises BadPicture.
     """
     picture = decoded(source, row, source.open(row))
     sides = torch.tensor(picture.shape[1:]).view(2, 1)
     height, width, top, left = (int(t) for t in ResizeCenterCrop(side, side).target(*sides))
     if picture.shape[1:] != (height, width):
-        # with these strides interpolate resizes RGB by RGB, and keeps that order
+        # with these strides interpolate keeps the RGB order
         rows = picture.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         picture = interpolate(rows, (height, width), mode="bilinear", antialias=True)[0]
     return picture[:, top : top + side, left : left + side]
 
 
 def pack_rows(source: FolderSet, side: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Return the squares uint8 (readable, side, side, 3), and (row, reason) of the others."""
+    """Return the squares uint8 (readable, side, side, 3), and (row, reason) for unreadable rows."""
     squares = np.empty((len(source), side, side, 3), dtype=np.uint8)
     failed = []
     for row in range(len(source)):
@@ -113,7 +113,7 @@ def _blocks(
         for rows in chunks:
             yield int(rows[0]), *pack_rows(source.select(rows), side)
         return
-    # spawn: safe in a program that has started threads, and the same on every system
+    # spawn is safe in a program that has started threads, and the same on every system
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         waiting: deque = deque()
@@ -137,7 +137,7 @@ def _blocks(
 def _write_pixels(
     source: FolderSet, paths: PackFiles, side: int, workers: int, state: dict
 ) -> None:
-    """Write the squares that are missing, and update `state` to what is on the disk."""
+    """Write the missing squares, and keep `state` in agreement with the disk."""
     needed = (len(source) - state["done"]) * 3 * side**2
     free = shutil.disk_usage(paths.folder).free
     if needed > free:
@@ -159,7 +159,7 @@ def _write_pixels(
                         pixels.save()
                         saved = time.monotonic()
         except BaseException:
-            with contextlib.suppress(OSError):  # on a full disk the marker before it is still good
+            with contextlib.suppress(OSError):  # on a full disk the previous marker remains valid
                 pixels.save()
             raise
         pixels.complete()
@@ -179,9 +179,10 @@ def pack_split(
 ) -> list[list[str]]:
     """Write out/<split>.npy and out/<split>.json.
 
-    Returns [file, reason] of the pictures that could not be read. The files do not depend on
-    `workers`, nor on interruptions. command: what an unfinished pack tells the user to run again.
-    Raises UsageError where another pack is in the way, UserError where writing or a class fails.
+    Returns [file, reason] of the pictures that could not be read. The files depend
+    neither on `workers` nor on interruptions. command: the command that finishes the pack, for
+    messages. Raises UsageError if another pack is in the way, UserError if writing fails or a class
+    has no readable picture.
     """
     paths = PackFiles(Path(out), split)
     try:
@@ -215,9 +216,9 @@ def pack_split(
 def pack_splits(
     sources: dict[str, FolderSet], out: Path, side: int, workers: int, force: bool, command: str
 ) -> None:
-    """Pack every split; the caller holds the folder.
+    """Pack every split; the caller must hold the lock of the folder.
 
-    Raises UserError at the end where pictures could not be read.
+    Raises UserError at the end if pictures could not be read.
     """
     files.sweep(out)
     failed = {}
@@ -230,7 +231,7 @@ def pack_splits(
         lists = " and ".join(printable(PackFiles(out, split).failed) for split in failed)
         raise UserError(
             f"{sum(failed.values())} of {total} pictures could not be read and are not in the "
-            f"pack: listed in {lists}; use the pack as it is, or repair them and pack with --force"
+            f"pack ({lists}): use the pack as it is, or repair them and pack with --force"
         )
 
 
@@ -241,20 +242,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("out", metavar="PACK", help="folder to write to")
     parser.add_argument(
-        "--side", type=cli.positive_int, default=SIDE, help="pixels of a square's side"
+        "--side", type=cli.positive_int, default=SIDE, help="side of a square in pixels"
     )
     parser.add_argument(
         "--splits",
         nargs="+",
         choices=SPLITS,
         default=list(SPLITS),
-        help="what to pack (default: both)",
+        help="splits to pack (default: both)",
     )
     parser.add_argument(
         "--class-list",
         default=None,
         metavar="FILE",
-        help="pack these class folders only, one a line",
+        help="pack only the class folders in FILE, one per line",
     )
     parser.add_argument(
         "--workers",
@@ -267,13 +268,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def command_line(script: str, argv) -> str:
-    """Return what finishes an unfinished pack: the command without --force, which starts over."""
+    """Return the command that finishes a pack: without --force, which would start over."""
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv) if word != "--force"]
     return shlex.join(["python", f"preprocess/{script}", *words])
 
 
 def open_sources(args) -> dict[str, FolderSet]:
-    """Return the pictures of the splits that the flags name. Raises UsageError."""
+    """Open the splits that the flags name. Raises UsageError."""
     sources = {}
     for split in sorted(set(args.splits), key=SPLITS.index):
         try:

@@ -1,4 +1,4 @@
-"""The files of a packed split: names, header, settings, and how an unfinished one is continued."""
+"""Handle the files of a packed split: names, header, settings, and an unfinished pack."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from common import UsageError, UserError, files, printable
 from common.sets import PACK_FORMAT, PACK_VERSION, FolderSet
 from preprocess.workers import lies_in, split_folders
 
-HEADER_BYTES = 128  # of the .npy file; fixed, so that the count can be filled in at the end
+HEADER_BYTES = 128  # fixed, so that the count can be filled in at the end
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class PackFiles:
-    """The paths of one split. `partial` and `marker` exist while it is being written."""
+    """The paths of one split. `partial` and `marker` exist only until it is finished."""
 
     folder: Path
     split: str
@@ -50,7 +50,7 @@ class PackFiles:
 def npy_header(count: int, side: int) -> bytes:
     """Return the first HEADER_BYTES of an .npy file (format 1.0) of `count` squares.
 
-    It is padded with spaces, as the format asks.
+    It is padded with spaces, as the format requires.
     """
     shape = f"({count}, {side}, {side}, 3)"
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
@@ -60,7 +60,7 @@ def npy_header(count: int, side: int) -> bytes:
 
 
 def size_text(count: int, side: int) -> str:
-    """Return the size of a pack of `count` squares, in decimal and in binary units."""
+    """Describe the size of a pack of `count` squares, in decimal and in binary units."""
     total = HEADER_BYTES + count * 3 * side**2
     for unit, binary, power in (("GB", "GiB", 3), ("MB", "MiB", 2)):
         if total >= 1000**power:
@@ -69,7 +69,7 @@ def size_text(count: int, side: int) -> str:
 
 
 def check_output(out: Path, source: Path, flag: str = "the output folder") -> None:
-    """Raise UsageError where `out`, or a split folder in it, is or lies inside `source`.
+    """Raise UsageError if `out`, or a split folder in it, is or lies inside `source`.
 
     Links are followed.
     """
@@ -82,9 +82,9 @@ def check_output(out: Path, source: Path, flag: str = "the output folder") -> No
 
 
 def pack_settings(source: FolderSet, side: int) -> dict:
-    """Return what a pack depends on.
+    """Return the settings that decide a pack.
 
-    An unfinished pack is only continued, and a finished one only kept, where this is the same.
+    An unfinished pack is continued, and a finished one kept, only if these are equal.
     """
     digest = hashlib.sha256(json.dumps([source.classes, source.targets.tolist()]).encode())
     for path in source.paths:
@@ -98,26 +98,26 @@ def pack_settings(source: FolderSet, side: int) -> dict:
 
 
 def read_marker(paths: PackFiles) -> dict:
-    """Return how far an unfinished pack has come. Raises UserError."""
+    """Return the marker of an unfinished pack, which records its progress. Raises UserError."""
     try:
         return dict(json.loads(paths.marker.read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(
-            f"{paths.marker}: cannot be read; start this pack over with --force"
+            f"{paths.marker} cannot be read: start this pack over with --force"
         ) from None
 
 
 def begin(paths: PackFiles, settings: dict, command: str, force: bool) -> dict | None:
     """Return the marker to continue from, or None where the pack is finished.
 
-    command: what finishes this pack after an interruption. force: remove a pack that is there.
-    Raises UsageError where another pack is in the way, UserError where the marker is damaged.
+    command: the command that finishes this pack after an interruption. force: remove an existing
+    pack. Raises UsageError if another pack is in the way, UserError if the marker is damaged.
     """
     if force:
         for path in (paths.listing, paths.marker, paths.partial, paths.pixels, paths.failed):
             path.unlink(missing_ok=True)
     place = printable(paths.folder / paths.split)
-    differs = "of other pictures or another side; give another folder, or --force to replace it"
+    differs = "of other pictures or another side: give another folder, or --force to replace it"
     if paths.listing.exists():
         if json.loads(paths.listing.read_text()).get("settings") != settings:
             raise UsageError(f"{place}.npy is a finished pack {differs}")
@@ -129,8 +129,8 @@ def begin(paths: PackFiles, settings: dict, command: str, force: bool) -> dict |
         return state
     if paths.pixels.exists():
         raise UsageError(
-            f"{place}.npy is there without {paths.listing.name}: "
-            "remove it, or --force to replace it"
+            f"{place}.npy exists without {paths.listing.name}: "
+            "remove it, or replace it with --force"
         )
     state = {"settings": settings, "done": 0, "count": 0, "failed": [], "command": command}
     files.write_json(paths.marker, state)
@@ -138,9 +138,9 @@ def begin(paths: PackFiles, settings: dict, command: str, force: bool) -> dict |
 
 
 def finish(source: FolderSet, paths: PackFiles, side: int, state: dict) -> None:
-    """Write the list of a pack whose pixels are whole, which makes it a finished one.
+    """Write the .json file of a pack with complete pixels, which finishes it.
 
-    Raises UserError where no picture of a class could be read.
+    Raises UserError if no picture of a class could be read.
     """
     left_out = {file for file, _ in state["failed"]}
     sources = [os.path.relpath(path, source.root) for path in source.paths]
@@ -170,13 +170,13 @@ def finish(source: FolderSet, paths: PackFiles, side: int, state: dict) -> None:
             for name, why in state["failed"]:
                 file.write(f"{printable(name)}\t{why}\n")
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    with files.replacing(paths.listing, "w") as file:  # a line per entry, not one per picture
+    with files.replacing(paths.listing, "w") as file:  # one line per entry, not per picture
         file.write(f"{{\n{lines}\n}}\n")
     paths.marker.unlink(missing_ok=True)
 
 
 def _require_all_classes(source: FolderSet, targets: Sequence[int]) -> None:
-    """Raise UserError where a class has no readable picture."""
+    """Raise UserError if a class has no readable picture."""
     empty = sorted(set(range(len(source.classes))) - set(targets))
     if not empty:
         return
@@ -184,16 +184,16 @@ def _require_all_classes(source: FolderSet, targets: Sequence[int]) -> None:
     if len(empty) > 5:
         names += ", ..."
     raise UserError(
-        f"{printable(source.root)}: no readable picture in {len(empty)} of "
+        f"{printable(source.root)}: there is no readable picture in {len(empty)} of "
         f"{len(source.classes)} classes ({names}): repair or remove them and pack with --force"
     )
 
 
 class PixelFile:
-    """The pixels of an unfinished pack, and the marker that says how far they are on the disk.
+    """The pixels of an unfinished pack, and the marker that records how many are on the disk.
 
-    It is written in place and not by `files.replacing`, because 25 GB must go on where they
-    stopped; the marker, which is only written after a sync, says how much of it is whole.
+    The file is written in place, not by `files.replacing`, because 25 GB must continue where they
+    stopped; the marker is written only after a sync and tells which part is valid.
     """
 
     def __init__(self, source: FolderSet, paths: PackFiles, side: int, state: dict):
@@ -209,21 +209,21 @@ class PixelFile:
 
     @property
     def end(self) -> int:
-        """Return the bytes of the header and of the squares so far."""
+        """Return the size in bytes of the header and the squares so far."""
         return HEADER_BYTES + self.count * self.bytes_each
 
     def cut(self) -> None:
-        """Cut off what was written after the marker. Raises UserError where less is there."""
+        """Truncate the file to its marker. Raises UserError if it is shorter."""
         if self.count and os.fstat(self.handle).st_size < self.end:
             raise UserError(
-                f"{printable(self.paths.partial)}: shorter than its marker says; "
+                f"{printable(self.paths.partial)} is shorter than its marker says: "
                 "start over with --force"
             )
         os.ftruncate(self.handle, self.end)
         self._write(npy_header(0, self.side), 0)
 
     def append(self, first: int, squares: np.ndarray, failures: list[tuple[int, str]]) -> None:
-        """Write the squares of a block. failures: (row in the block, reason) of the others."""
+        """Write the squares of a block. failures: (row in the block, reason) of unreadable rows."""
         if len(squares):
             self._write(squares, self.end)
         self.count += len(squares)
@@ -233,7 +233,7 @@ class PixelFile:
         self.done = first + len(squares) + len(failures)
 
     def complete(self) -> None:
-        """Fill in the count of the header."""
+        """Write the final count into the header."""
         self._write(npy_header(self.count, self.side), 0)
         self.save()
 

@@ -16,15 +16,15 @@ from preprocess.workers import Rate
 
 
 def check_other_classes(split: Split, out: Path) -> None:
-    """Raise UsageError where OUT has folders of other classes.
+    """Raise UsageError if OUT has folders of other classes.
 
-    A label is a place among the sorted folder names, so they would change the labels.
+    They would change the labels, which are positions among the sorted folder names.
     """
     folder = out / split.name
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UsageError(f"{printable(folder)}: is a file, not a folder")
+        raise UsageError(f"{printable(folder)} is a file, not a folder")
     present = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
     others = sorted(present - set(split.pictures.classes))
     if others:
@@ -40,7 +40,7 @@ def check_other_classes(split: Split, out: Path) -> None:
 def link_split(split: Split, out: Path) -> None:
     """Make one link per class folder.
 
-    It is one per picture where the input is flat, or where the class is already a folder here.
+    It makes one per picture if the input is flat or the class already is a folder in OUT.
     """
     (out / split.name).mkdir(parents=True, exist_ok=True)
     folders = set()
@@ -59,9 +59,9 @@ def link_split(split: Split, out: Path) -> None:
 
 
 def _link(target: str, link: Path) -> None:
-    """Keep a link that is right, replace one that leads nowhere, make one that is missing.
+    """Keep a correct link, replace a broken one, create a missing one.
 
-    Raises UsageError where something else is in the way.
+    Raises UsageError if something else is in the way.
     """
     if link.is_symlink():
         if os.readlink(link) == target:
@@ -71,7 +71,7 @@ def _link(target: str, link: Path) -> None:
                 f"{printable(link)} is a link to {printable(os.readlink(link))}: "
                 "remove it, or choose another folder"
             )
-        partial = link.with_name(f".{link.name}.partial")  # files.replacing makes files, not links
+        partial = link.with_name(f".{link.name}.partial")  # files.replacing cannot make links
         partial.unlink(missing_ok=True)
         os.symlink(target, partial)
         os.replace(partial, link)
@@ -85,7 +85,7 @@ def _link(target: str, link: Path) -> None:
 
 
 def _places(split: Split, out: Path) -> list[tuple[str, Path]]:
-    """Return (source, place in the subset) of every picture."""
+    """Return (source, path in the subset) of every picture."""
     pictures = split.pictures
     folder = out / split.name
     if not split.flat:
@@ -98,16 +98,16 @@ def _places(split: Split, out: Path) -> list[tuple[str, Path]]:
 
 
 def copy_split(split: Split, out: Path, workers: int) -> list[str]:
-    """Copy the pictures that are not there yet, and return those that cannot be opened.
+    """Copy the missing pictures, and return those that cannot be opened.
 
-    workers: folders copied at once.
+    workers: number of folders copied at once.
     """
     by_folder: dict[Path, list[tuple[str, Path]]] = {}
     for source, place in _places(split, out):
         by_folder.setdefault(place.parent, []).append((source, place))
     for name in split.pictures.classes:
         link = out / split.name / name
-        if link.is_symlink():  # of an earlier run: a copy through it would be in ImageNet
+        if link.is_symlink():  # from an earlier run: copying through it would write into ImageNet
             link.unlink()
     progress = Rate(f"copying {split.name}", len(split.pictures), "pictures")
     stop = Event()
@@ -136,9 +136,9 @@ def _copy_folder(
 ) -> None:
     """Copy the (source, place) pairs of one folder; add what cannot be opened to `unreadable`.
 
-    A copy is renamed when it is whole and has its time. Unlike `files.replacing` it is not synced,
-    as 130,000 syncs would take longer than the copies. The unfinished copy's name needs no owner:
-    one thread writes a folder, and `only_writer` keeps other processes out.
+    A copy is renamed once it is complete and has its time. Unlike in `files.replacing` it is not
+    synced, since 130,000 syncs would take longer than the copies. The temporary name needs no
+    process id: one thread writes a folder, and `only_writer` keeps other processes out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
@@ -167,7 +167,7 @@ def _opens(source: str) -> bool:
 
 
 def _is_copied(source: str, place: Path) -> bool:
-    """Return whether the copy is there: of the same size, and of the same time or content."""
+    """Return whether the copy exists with the same size, and the same time or content."""
     if place.is_symlink() or not place.exists():
         return False
     if os.path.getsize(source) != os.path.getsize(place):

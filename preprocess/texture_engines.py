@@ -1,4 +1,4 @@
-"""The engines that make textures of patches: two here, and the program of the published ones."""
+"""Make textures of patches by one of three engines: mrs, quilt, or the program embark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common import UsageError
 from preprocess import texture_mrs, texture_quilt
 from preprocess.texture_schedule import Schedule
 
-FORMAT = 1  # raise it when the same settings give other textures
+FORMAT = 1  # increase it if the same settings give other textures
 ENGINES = ("mrs", "quilt", "embark")
 BINARY = "texture-synthesis"
 SOURCE = "https://github.com/EmbarkStudios/texture-synthesis"
@@ -25,22 +25,22 @@ BATCH = {
     "cpu": {"mrs": 1, "quilt": 8, "embark": 1},
     "cuda": {"mrs": 64, "quilt": 64, "embark": 1},
 }
-PER_START = {"mrs": 2, "quilt": 50, "embark": 1}  # pictures made while a process starts
-SIDE = 224  # pixels of pictures and textures, as published
+PER_START = {"mrs": 2, "quilt": 50, "embark": 1}  # pictures per start of a process
+SIDE = 224  # side of pictures and textures in pixels, as published
 PATCH = 96
 BLOCK = 34
 OVERLAP = 6
 
 
 class EngineError(Exception):
-    """The outside program failed on a picture."""
+    """The external program failed on a picture."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a texture depends on besides its picture and seed.
+    """Settings that decide a texture besides its picture and seed.
 
-    patch: side of a patch, pixels of a picture that was enlarged or reduced by `scale`.
+    patch: side of a patch in pixels, after the picture was scaled by `scale`.
     """
 
     engine: str
@@ -52,18 +52,18 @@ class Settings:
     in_proportion: bool = False
 
     def scale(self, side: int) -> float:
-        """Return by how much a picture is enlarged before patches are cut.
+        """Return the factor by which a picture is scaled before patches are cut.
 
-        side: its shorter side, pixels. In proportion: as if it had at least 224 pixels, and the
-        texture were made at 224 and then reduced to a smaller `size`. Else only as much as a patch
-        needs.
+        side: its shorter side in pixels. In proportional mode, the factor is that of a picture
+        enlarged to at least 224 pixels whose texture is then reduced from 224 to `size`. Otherwise
+        the picture is enlarged only as much as a patch needs.
         """
         if self.in_proportion:
             return max(min(self.size, SIDE) / min(side, SIDE), self.patch / side)
         return max(1.0, self.patch / side)
 
     def recorded(self) -> dict:
-        """Return what matters to the engine, for textures.json."""
+        """Return the settings that the engine uses, for textures.json."""
         record = {
             "format": FORMAT,
             "engine": self.engine,
@@ -84,7 +84,7 @@ def engine_of(settings: Settings, device: str):
     """Return a function (patches, seeds) -> textures.
 
     patches uint8 (B, 2, 3, P, P), seeds int64 (B,), textures uint8 (B, 3, S, S): all on the CPU,
-    whatever the device of the work.
+    whatever device the engine uses.
     """
     if settings.engine == "embark":
         return functools.partial(_embark, settings)
@@ -104,7 +104,7 @@ def engine_of(settings: Settings, device: str):
 
 
 def find_binary() -> str:
-    """Return the path of the outside program. Raises UsageError."""
+    """Return the path of the external program. Raises UsageError if it is not installed."""
     binary = shutil.which(BINARY)
     if binary is None:
         raise UsageError(
@@ -118,7 +118,7 @@ def embark_command(
 ) -> list[str]:
     """Return the command that makes one texture.
 
-    Its options are global and stand before `generate`. Only with one thread does it repeat itself.
+    Its global options must precede `generate`. Results repeat only with one thread.
     """
     values = {
         "k-neighs": settings.mrs.k_neighs,
@@ -136,7 +136,7 @@ def embark_command(
 
 
 def _embark(settings: Settings, patches: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """Make textures by the outside program. Raises EngineError."""
+    """Make textures by the external program. Raises EngineError."""
     binary = find_binary()
     textures = []
     for examples, seed in zip(patches, seeds.tolist()):
@@ -153,10 +153,10 @@ def _embark(settings: Settings, patches: torch.Tensor, seeds: torch.Tensor) -> t
 
 
 def _run(command: list[str], out: str) -> None:
-    """Run the outside program. Raises EngineError where it fails or leaves no file `out`.
+    """Run the external program. Raises EngineError if it fails or leaves no file `out`.
 
-    It gets a process group of its own, because Ctrl-C is for this program, which lets the picture
-    in work be finished.
+    It gets its own process group, so that Ctrl-C reaches only this program, which finishes the
+    current picture.
     """
     done = subprocess.run(
         command,

@@ -1,4 +1,4 @@
-"""From one picture to the file of its texture: read, cut two patches, synthesise, save."""
+"""Turn a picture into the file of its texture: read, cut two patches, synthesise, save."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Loaded = tuple[torch.Tensor, int]  # patches, seed
 
 
 def draws_of(name: str, seed: int) -> tuple[int, int, int]:
-    """Return the seed of the engine, and two numbers that place the random patch.
+    """Return the seed of the engine, and two numbers that choose the place of the random patch.
 
     They depend on `seed` and on `name`, the path of the picture below A.
     """
@@ -53,7 +53,7 @@ def draws_of(name: str, seed: int) -> tuple[int, int, int]:
 
 
 def read_rgb(path: str) -> Image.Image:
-    """Return the picture as RGB of 8 bits. Raises what Pillow raises on damaged files."""
+    """Read a picture as 8-bit RGB. Raises any error of Pillow for damaged files."""
     return crops.as_rgb(Image.open(workers.read(path)))
 
 
@@ -62,9 +62,9 @@ def patches_of(
 ) -> torch.Tensor:
     """Cut two patches, uint8 (2, 3, patch, patch).
 
-    The first is the centre, the second lies at `down` and `right` modulo the places there are.
-    scale: by how much the picture is enlarged first (only what the patches need of it); by default
-    as much as they need.
+    The first is the centre; the second lies at `down` and `right`, modulo the number of places.
+    scale: factor by which the picture is enlarged first (only the part that the patches need); by
+    default as much as the patches need.
     """
     if scale is None:
         scale = max(1.0, patch / min(picture.size))
@@ -92,7 +92,7 @@ def patches_of(
 
 
 def load(settings: Settings, job: Job) -> Loaded | Done:
-    """Return (patches, seed) of a picture, or the failure of one that cannot be read."""
+    """Return (patches, seed) of a picture, or the failure if it cannot be read."""
     seed, down, right = draws_of(job.name, settings.seed)
     try:
         picture = read_rgb(job.source)
@@ -103,7 +103,7 @@ def load(settings: Settings, job: Job) -> Loaded | Done:
 
 
 def save(job: Job, texture: torch.Tensor) -> Done:
-    """Write a texture uint8 (3, S, S). Raises OSError, but a name that is too long is a failure."""
+    """Write a texture uint8 (3, S, S). Raises OSError, except for a name that is too long."""
     encoded = BytesIO()
     picture = Image.fromarray(texture.permute(1, 2, 0).contiguous().numpy())
     picture.save(encoded, "PNG", compress_level=LOSSLESS_EFFORT)
@@ -119,7 +119,7 @@ def save(job: Job, texture: torch.Tensor) -> Done:
 def synthesise(
     settings: Settings, device: str, loaded: list[Loaded]
 ) -> list[torch.Tensor | Exception]:
-    """Return the textures, or in the place of a texture the error that prevented it."""
+    """Return the textures; an error takes the place of a texture that failed."""
     if not loaded:
         return []
     patches = torch.stack([patches for patches, _ in loaded])
@@ -133,8 +133,8 @@ def synthesise(
 
 
 def do(settings: Settings, jobs: list[Job]) -> list[Done]:
-    """Make the textures of some pictures on the CPU. Raises OSError where writing fails."""
-    # a batch system signals all processes: the parent sees to it
+    """Make the textures of several pictures on the CPU. Raises OSError if writing fails."""
+    # a batch system signals all processes, and the parent handles it
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     loaded = [load(settings, job) for job in jobs]
@@ -152,7 +152,7 @@ def _store_all(
     textures: list[torch.Tensor | Exception],
     store: Callable,
 ) -> list:
-    """Return store(job, texture) of each texture and a Done for the others, in the jobs' order."""
+    """Return store(job, texture) for each texture and a Done for the others, in order of jobs."""
     textures = iter(textures)
     outcomes = []
     for job, one in zip(jobs, loaded):
@@ -170,9 +170,9 @@ def _store_all(
 def in_threads(
     settings: Settings, batches: list[list[Job]], device: str, threads: int
 ) -> Iterator[list[Done]]:
-    """Yield as `do` of each batch, for a GPU.
+    """Yield the result of `do` for each batch, for a GPU.
 
-    Threads read the next batch and write the last one while this one is made.
+    Threads read the next batch and write the previous one during the synthesis.
     """
     with ThreadPoolExecutor(threads) as pool:
         reading: list[Future] = []

@@ -1,4 +1,4 @@
-"""Multiresolution stochastic texture synthesis, for many pictures at once: no files, only tensors.
+"""Synthesise textures of many pictures by multiresolution stochastic synthesis, on tensors only.
 
     schedule = Schedule(Options(), size=224, patch=96)    # positions and neighbours, once
     textures = synthesise(patches, seeds, schedule)       # uint8 (B, M, 3, 96, 96), int64 (B,)
@@ -12,20 +12,20 @@ compares candidate example places c by
     cost(c) = sum_n w_n sum_rgb ln(1 + ((colour of n) - (example at c + n - p))^2 / (255 cauchy)^2)
     w_n = exp(-|n - p|^2 / mean |n - p|^2),  outside the example: black
 
-Candidates are the place that continues each neighbour's own source, and m_rand random ones. The
-work is done in stages s = S ... 0 which end with pct^s of all pixels resolved. Each first resolves
-again what was resolved before it, then goes on; the first stage compares heavily blurred examples,
+Candidates are the places that continue the source of each neighbour, and m_rand random ones. Work
+proceeds in stages s = S ... 0, which end with pct^s of all pixels resolved. Each stage first
+resolves the earlier pixels again, then new ones; the first stage compares heavily blurred examples,
 the last two the sharp ones.
 
-What makes it fast, and where that differs from the original:
+It is fast for these reasons, and differs from the original in them:
 
 - Order of visits, neighbours and weights belong to the schedule and are shared by all pictures;
   candidates are not.
 - Visits go in chunks of at most 2 % of a stage (an eighth of what is resolved, at the start);
-  pixels of one chunk do not see each other.
+  pixels of one chunk are resolved independently.
 - Shortlist: all candidates are compared on the nearest `glance` neighbours, only the best
-  `shortlist` of them on all k. The original stops summing early instead. `shortlist=0` compares
-  everything in full.
+  `shortlist` of them on all k. The original instead stops summing early. `shortlist=0` compares
+  all candidates in full.
 - The original mirrors the offsets n - p when it judges random candidates. Here they have the right
   sign.
 """
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from preprocess.texture_schedule import Chunk, Options, Schedule
 
-# (candidate, neighbour) pairs compared in one go: on the CPU they stay in a core's cache
+# (candidate, neighbour) pairs compared at once; on the CPU they fit in a core's cache
 BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
@@ -55,8 +55,8 @@ def _mix(x: Tensor) -> Tensor:
 def random_integers(seeds: Tensor, counters: Tensor, below: int) -> Tensor:
     """Return int32 (B, ...) in [0, below); entry i of picture b depends on seeds[b], counters[i].
 
-    seeds int64 (B,), counters int32 (...). Counting instead of drawing in turn makes a picture
-    independent of the batch it is in and of the device, without a generator per picture.
+    seeds int64 (B,), counters int32 (...). With counters instead of a generator, a picture
+    depends neither on its batch nor on the device.
     """
     shape = (-1, *[1] * counters.dim())
     low = (seeds & 0x7FFFFFFF).int().view(shape)
@@ -67,7 +67,7 @@ def random_integers(seeds: Tensor, counters: Tensor, below: int) -> Tensor:
 def _resample(old: int, new: int) -> Tensor:
     """Return the (new, old) weights of a resize with a Gaussian filter.
 
-    Its deviation is half an output pixel, or half an input pixel where it enlarges.
+    Its deviation is half an output pixel, or half an input pixel when enlarging.
     """
     scale = max(1.0, old / new)
     centres = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new
@@ -77,7 +77,7 @@ def _resample(old: int, new: int) -> Tensor:
 
 
 def blur_levels(examples: Tensor, levels: int) -> Tensor:
-    """Resize examples uint8 (B, M, 3, P, P) down by 2^(levels - 1) ... 2, 1 and back.
+    """Blur examples uint8 (B, M, 3, P, P): reduce by 2^(levels - 1) ... 2, 1 and enlarge again.
 
     Returns uint8 (levels, B, M, 3, P, P).
     """
@@ -93,9 +93,9 @@ def blur_levels(examples: Tensor, levels: int) -> Tensor:
 def synthesise(patches: Tensor, seeds: Tensor, schedule: Schedule) -> Tensor:
     """Make textures uint8 (B, 3, S, S) of patches uint8 (B, M, 3, P, P), on their device.
 
-    seeds: int64 (B,). On the CPU pictures are made one after another: floats are then summed in the
-    same order whatever the batch, and a texture does not depend, to the bit, on the pictures made
-    along with it. Raises ValueError where the schedule is for other patches.
+    seeds: int64 (B,). On the CPU pictures are made one after another, so that floats are summed in
+    the same order for every batch and a texture is bit-exact whatever else is in its batch. Raises
+    ValueError if the schedule is for other patches.
     """
     canvas = schedule.canvas
     places = patches.shape[1] * canvas.patch**2
@@ -112,7 +112,7 @@ def synthesise(patches: Tensor, seeds: Tensor, schedule: Schedule) -> Tensor:
 class _Synthesis:
     """The state of a batch.
 
-    source (B, S * S) int32: where in the B canvases each output pixel was copied from.
+    source (B, S * S) int32: the place in the B canvases that each output pixel was copied from.
     """
 
     def __init__(self, patches: Tensor, seeds: Tensor, schedule: Schedule):
@@ -159,7 +159,7 @@ class _Synthesis:
         sources = sources.view(batch, visits, k)
         continued = (sources - chunk.offsets).view(rows, k)
         outside = ~self.inside.index_select(0, continued.flatten()).view(rows, k)
-        # where the source ends, its own place is looked at, and cannot win
+        # beyond the source, its own place is compared, which cannot win
         candidates = torch.where(outside, sources.view(rows, k), continued)
         if options.m_rand:
             candidates = torch.cat((candidates, self._random_candidates(chunk, rows)), 1)
@@ -194,7 +194,7 @@ class _Synthesis:
     ) -> Tensor:
         """Return the costs (R, C) of candidates (R, C).
 
-        offsets (R, k), colours and weights (R, k, 4): of the neighbours.
+        offsets (R, k), colours and weights (R, k, 4): values of the neighbours.
         """
         rows, count = candidates.shape
         k = offsets.shape[1]

@@ -1,4 +1,4 @@
-"""The flags of texture synthesis, and the settings that they give."""
+"""Add the flags of texture synthesis, and turn them into settings."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from preprocess.texture_engines import BLOCK, ENGINES, OVERLAP, PATCH, SIDE, Set
 
 
 def add_data_arguments(group) -> None:
-    """Add the two trees, and which pictures are taken."""
+    """Add the flags of the two trees and of the choice of pictures."""
     group.add_argument(
         "--imagenet_path", metavar="A", help="tree of pictures: train/CLASS/*, val/CLASS/*"
     )
     group.add_argument(
-        "--imagenet_t_path", metavar="B", help="tree to make, or one that an earlier run began"
+        "--imagenet_t_path", metavar="B", help="output tree, new or from an earlier run"
     )
     group.add_argument(
         "--splits", nargs="+", choices=("train", "val"), help="(default: those that A has)"
     )
     group.add_argument(
-        "--class-list", metavar="FILE", help="these class folders only, one name a line"
+        "--class-list", metavar="FILE", help="use only the class folders in FILE, one per line"
     )
     group.add_argument(
-        "--limit", type=cli.positive_int, metavar="N", help="only the first N pictures, for a look"
+        "--limit",
+        type=cli.positive_int,
+        metavar="N",
+        help="use only the first N pictures, for a preview",
     )
     group.add_argument(
         "--sheet",
         metavar="PNG",
-        help="make no tree, but a contact sheet of up to 20 pictures, evenly taken, "
-        "each beside its textures (mrs, quilt, and embark where it is installed)",
+        help="instead of a tree, make a contact sheet of up to 20 evenly spaced pictures, each "
+        "beside its textures (mrs, quilt, and embark if installed)",
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="make textures that are there again"
-    )
+    group.add_argument("--overwrite", action="store_true", help="make existing textures again")
 
 
 def add_texture_arguments(parser) -> None:
-    """Add the engine and its options."""
+    """Add the flags of the engine and its options."""
     group = parser.add_argument_group("texture")
     group.add_argument("--engine", choices=ENGINES, default="mrs")
     group.add_argument(
-        "--size", type=cli.positive_int, default=SIDE, help="side of the textures, pixels"
+        "--size", type=cli.positive_int, default=SIDE, help="side of the textures in pixels"
     )
     group.add_argument(
         "--patch",
         type=cli.positive_int,
         metavar="P",
-        help="side of the two patches, pixels of the picture as it is "
+        help="side of the two patches in pixels of the original picture "
         f"(default {PATCH} of {SIDE}, in proportion)",
     )
     group.add_argument("--seed", type=cli.count, default=0)
@@ -68,16 +69,19 @@ def add_texture_arguments(parser) -> None:
 
 
 def _add_mrs_arguments(shared, own) -> None:
-    """Add the flags that embark has, too, to the group `shared`, and the others to `own`."""
+    """Add the flags that embark also has to the group `shared`, and the others to `own`."""
     default = texture_mrs.Options()
     shared.add_argument(
         "--k-neighs",
         type=cli.positive_int,
         default=default.k_neighs,
-        help="neighbours of a pixel compared",
+        help="number of neighbours of a pixel to compare",
     )
     shared.add_argument(
-        "--m-rand", type=cli.count, default=default.m_rand, help="random candidates of a pixel"
+        "--m-rand",
+        type=cli.count,
+        default=default.m_rand,
+        help="number of random candidates per pixel",
     )
     shared.add_argument(
         "--cauchy", type=cli.positive, default=default.cauchy, help="dispersion of the cost"
@@ -99,44 +103,44 @@ def _add_mrs_arguments(shared, own) -> None:
         type=cli.count,
         default=default.shortlist,
         metavar="N",
-        help="candidates compared on all neighbours; 0: all of them, as the original, slower",
+        help="number of candidates compared on all neighbours; 0: all, as in the original (slower)",
     )
     own.add_argument(
         "--glance",
         type=cli.positive_int,
         default=default.glance,
         metavar="N",
-        help="nearest neighbours on which that shortlist is chosen",
+        help="number of nearest neighbours that choose the shortlist",
     )
 
 
 def add_run_arguments(group) -> None:
-    """Add the device, and how the work is divided."""
+    """Add the flags of the device and of the division of work."""
     group.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="auto: a GPU where there is one",
+        help="auto: use a GPU if there is one",
     )
     group.add_argument(
         "-j",
         "--workers",
         type=cli.positive_int,
         metavar="N",
-        help="processes of one thread each (one per core); on a GPU: reading and writing threads",
+        help="number of processes (default: one per core), or of reading threads on a GPU",
     )
     group.add_argument(
         "--batch",
         type=cli.positive_int,
         metavar="N",
-        help="pictures at a time (GPU 64; mrs 1, quilt 8)",
+        help="pictures per batch (default: 64 on a GPU; mrs 1, quilt 8)",
     )
     group.add_argument(
         "--shard",
         type=workers.shard,
         default=(1, 1),
         metavar="I/N",
-        help="do part I of N, 1/N to N/N: one per machine (default 1/1)",
+        help="do only part I of N, for several machines: 1/N to N/N (default 1/1)",
     )
 
 
@@ -151,9 +155,9 @@ _open_fraction.__name__ = "number between 0 and 1"
 
 
 def with_sizes(args) -> cli.Flags:
-    """Return the flags with the sizes that were not typed, in proportion to those that were.
+    """Return the flags with missing sizes filled in, in proportion to the typed ones.
 
-    Raises UsageError where the sizes do not go together.
+    Raises UsageError if the sizes do not fit together.
     """
     patch = args.patch
     if patch is None:
@@ -173,7 +177,7 @@ def with_sizes(args) -> cli.Flags:
 
 
 def settings_of(args, engine: str | None = None) -> Settings:
-    """Return the settings that the flags give. engine: instead of the one of --engine."""
+    """Return the settings that the flags give. engine: replaces --engine."""
     mrs = {name: getattr(args, name) for name in texture_mrs.Options.__dataclass_fields__}
     return Settings(
         engine or args.engine,

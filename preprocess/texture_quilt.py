@@ -1,15 +1,15 @@
-"""Image quilting (Efros & Freeman, SIGGRAPH 2001) of many pictures at once: no files, only tensors.
+"""Quilt textures of many pictures (Efros & Freeman, SIGGRAPH 2001), on tensors only.
 
     textures = synthesise(patches, seeds, Options(), size=224)
     # uint8 (B, M, 3, 96, 96), int64 (B,) -> uint8 (B, 3, 224, 224)
 
-Overlapping blocks are laid in raster order. Each is copied from a place in the examples where the
-overlap with what lies there already differs little (sum of squares), one drawn at random from those
-within a tolerance of the best, and is joined along the cheapest path through the overlap
+Overlapping blocks are placed in raster order. Each is copied from a place in the examples that
+differs little from the existing pixels in the overlap (sum of squares), drawn at random from those
+within a tolerance of the best. It is joined along the cheapest path through the overlap
 (minimum-error boundary cut, found by dynamic programming).
 
 The sums of squares of a block against all places of all examples are one correlation by FFT. Blocks
-on one anti-diagonal do not touch those laid after them, so they are laid together: 2 n - 1 rounds
+on one anti-diagonal do not depend on each other, so they are placed together: 2 n - 1 rounds
 instead of n x n blocks.
 """
 
@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool2d
 
 from preprocess.texture_mrs import random_integers
 
-# kinds of blocks by the overlap that they have
+# kinds of blocks by their overlap
 LEFT = 0  # first row: a strip on the left
 TOP = 1  # first column: a strip at the top
 BOTH = 2
@@ -31,12 +31,12 @@ BOTH = 2
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes of the blocks, and which places count as good.
+    """Sizes of the blocks, and criteria for good places.
 
     block, overlap: pixels (the paper: overlap 1/6 of the block). tolerance: a place is good within
-    (1 + tolerance) of the best. floor: grey levels (root mean square over the overlap) below which
-    places count as equally good. Without a floor the place that simply goes on is always best, with
-    error 0, and whole objects would be copied.
+    (1 + tolerance) of the best. floor: root mean square over the overlap, in grey levels, below
+    which places are equally good. Without it, the place that continues the last block would always
+    win with error 0, and whole objects would be copied.
     """
 
     block: int = 34
@@ -48,9 +48,9 @@ class Options:
 def synthesise(patches: Tensor, seeds: Tensor, options: Options, size: int = 224) -> Tensor:
     """Make textures uint8 (B, 3, size, size) of patches uint8 (B, M, 3, P, P), on their device.
 
-    seeds: int64 (B,). On the CPU pictures are made one after another: floats are then summed in the
-    same order whatever the batch, and a texture does not depend, to the bit, on the pictures made
-    along with it. Raises ValueError where P < block or the overlap is over half of the block.
+    seeds: int64 (B,). On the CPU pictures are made one after another, so that floats are summed in
+    the same order for every batch and a texture is bit-exact whatever else is in its batch. Raises
+    ValueError if P < block or the overlap is over half of the block.
     """
     if patches.shape[-1] < options.block or not 0 < 2 * options.overlap <= options.block:
         raise ValueError(
@@ -75,13 +75,13 @@ class _Quilt:
         block = options.block
         self.batch, self.examples, _, self.side, _ = patches.shape
         self.step = block - options.overlap
-        # blocks per side; the last ones reach over the edge
+        # blocks per side; the last ones extend beyond the edge
         self.blocks = 1 + max(0, -(-(size - block) // self.step))
         self.places = self.side - block + 1  # per side of an example
         whole = block + (self.blocks - 1) * self.step
         self.out = torch.zeros(self.batch, 3, whole, whole, device=self.device)
 
-        # Around the mean the sums of squares are smaller, and their difference more exact.
+        # Around the mean, sums of squares are smaller and their differences more exact.
         self.pixels = patches.float()
         self.mean = self.pixels.mean((1, 3, 4)).round()
         self.pixels -= self.mean[:, None, :, None, None]
@@ -117,7 +117,7 @@ class _Quilt:
         return masks
 
     def run(self) -> Tensor:
-        """Lay all blocks and return the textures uint8 (B, 3, size, size)."""
+        """Place all blocks and return the textures uint8 (B, 3, size, size)."""
         for diagonal in range(2 * self.blocks - 1):
             first = max(0, diagonal - self.blocks + 1)
             last = min(diagonal, self.blocks - 1)
@@ -127,7 +127,7 @@ class _Quilt:
         return pixels.round().clamp(0, 255).byte()
 
     def _lay(self, rows: Tensor, columns: Tensor) -> None:
-        """Lay the blocks at these D places of the grid, all on one anti-diagonal."""
+        """Place the blocks at D positions of the grid, all on one anti-diagonal."""
         block = self.options.block
         tops = (rows * self.step).tolist()
         lefts = (columns * self.step).tolist()
@@ -148,7 +148,7 @@ class _Quilt:
         counters = (rows * self.blocks + columns).int().to(self.device)
         lots = random_integers(self.seeds, counters, 1 << 30)  # (B, D)
         upto = allowed.cumsum(2, dtype=torch.int32)
-        # the lots-th of the places that are allowed
+        # the lots-th of the allowed places
         place = (upto <= (lots % upto[..., -1])[..., None]).sum(2)
         new = self._blocks(place)
         if not is_first:
@@ -160,7 +160,7 @@ class _Quilt:
     def _good(self, under: Tensor, kinds: list[int]) -> Tensor:
         """Return which places of the examples fit: bool (B, D, M * places^2).
 
-        under: (B, D, 3, block, block), what lies there.
+        under (B, D, 3, block, block): the existing pixels.
         """
         side = self.side
         places = self.places
@@ -192,9 +192,9 @@ class _Quilt:
         return flat.gather(1, index.flatten(1)).view(*place.shape, 3, block, block)
 
     def _cuts(self, new: Tensor, under: Tensor, kinds: list[int]) -> Tensor:
-        """Return where what lies there stays: bool (B, D, block, block).
+        """Return where existing pixels are kept: bool (B, D, block, block).
 
-        It stays left of the left cut and above the top cut.
+        They are kept left of the left cut and above the top cut.
         """
         overlap = self.options.overlap
         error = (new - under).square().sum(2)
@@ -209,10 +209,10 @@ class _Quilt:
 
 
 def cheapest_path(error: Tensor) -> Tensor:
-    """Find the column of the cheapest path from first to last row: (..., H, W) -> (..., H).
+    """Find the columns of the cheapest path from first to last row: (..., H, W) -> (..., H).
 
-    It moves at most one column a row (Fig. 3 and section 2.1 of the paper). Of equal paths one is
-    taken, always the same.
+    It moves at most one column per row (Fig. 3 and section 2.1 of the paper). Ties are broken in a
+    fixed way.
     """
     height = error.shape[-2]
     costs = error.movedim(-2, 0)

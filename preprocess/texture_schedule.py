@@ -1,4 +1,4 @@
-"""The order in which texture synthesis resolves pixels, and the neighbours it compares."""
+"""Choose the order in which synthesis resolves pixels, and the neighbours that it compares."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 0.02  # of a stage's visits, at most
+CHUNK = 0.02  # largest share of a stage's visits
 
 
 @dataclass(frozen=True)
 class Options:
-    """Names and defaults of the original program, and two options of its own.
+    """Options with the names and defaults of the original program, and two new ones.
 
-    shortlist: candidates compared on all neighbours; 0: every candidate. glance: the nearest
-    neighbours on which the shortlist is chosen.
+    shortlist: number of candidates compared on all neighbours; 0: every candidate. glance: number
+    of nearest neighbours that choose the shortlist.
     """
 
     k_neighs: int = 50
@@ -29,7 +29,7 @@ class Options:
 
 @dataclass
 class Chunk:
-    """V visits that do not see each other; neighbours and offsets int32 (V, k), nearest first."""
+    """V independent visits; neighbours and offsets int32 (V, k), nearest first."""
 
     target: Tensor  # int64 (V,): pixels to resolve, row-major
     neighbours: Tensor  # pixels resolved before
@@ -44,10 +44,10 @@ class Chunk:
 
 
 class Canvas:
-    """A flat layout of M examples in so much black that place + offset is one addition.
+    """A flat layout of M examples with black margins, in which place + offset is one addition.
 
-    Rows are 2 * patch long, the black half standing for both sides; above, between and below the
-    examples lie `patch` black rows.
+    Rows are 2 * patch long, and their black half serves as the margin on both sides; `patch` black
+    rows lie above, between and below the examples.
     """
 
     def __init__(self, patch: int, examples: int):
@@ -72,9 +72,9 @@ class Canvas:
         return canvas.view(torch.int32)[..., 0]
 
     def steps(self, down: Tensor, right: Tensor) -> Tensor:
-        """Return offsets in pixels as steps through the layout.
+        """Convert offsets in pixels to steps through the layout.
 
-        Those beyond `patch` lead outside from everywhere and are cut to it.
+        Offsets beyond `patch` always lead outside and are clamped to it.
         """
         down = down.clamp(-self.patch, self.patch)
         right = right.clamp(-self.patch, self.patch)
@@ -82,11 +82,11 @@ class Canvas:
 
 
 class Schedule:
-    """The order of the pixels and the neighbours of each: the same for every picture of a run.
+    """The order of the pixels and their neighbours, the same for every picture of a run.
 
-    size, patch: sides of the textures and of the examples in pixels. examples: how many per
-    picture. seed: another one gives another order. It takes a second or two to build and holds 60
-    MB with the defaults. stages: list of (blur level, chunks).
+    size, patch: sides of the textures and of the examples in pixels. examples: number per picture.
+    seed: decides the order. stages: list of (blur level, chunks). With the defaults it takes a
+    second or two to build and holds 60 MB.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Schedule:
         self.levels = max(1, last)
         self.stages: list[tuple[int, list[Chunk]]] = []
         self.visits = 0
-        resolved = 1  # the very first pixel is copied from anywhere
+        resolved = 1  # the first pixel is copied from a random place
         for stage in range(last, -1, -1):
             end = max(1, int(options.backtrack_pct**stage * pixels))
             start = 0 if stage < last else 1
@@ -151,14 +151,14 @@ class Schedule:
 
 
 class _Neighbours:
-    """Find the nearest of the first pixels of an order, by walking outwards over the grid."""
+    """Find the nearest pixels among the first ones of an order, by walking outwards."""
 
     def __init__(self, order: Tensor, size: int):
         self.order = order
         self.size = size
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))
-        # pixels beyond the border have the rank of one that is never resolved
+        # pixels beyond the border rank as never resolved
         self.rank = torch.full((3 * size, 3 * size), len(order), dtype=torch.int32)
         self.rank[size : 2 * size, size : 2 * size] = rank.view(size, size).int()
         axis = torch.arange(-size + 1, size)
@@ -170,7 +170,7 @@ class _Neighbours:
     def nearest(self, target: Tensor, visible: int, k: int) -> Tensor:
         """Return the min(k, visible) pixels nearest to each target (V,): int64, nearest first.
 
-        visible: only the first pixels of the order, so many, count.
+        visible: number of pixels at the start of the order that count.
         """
         k = min(k, visible)
         neighbours = torch.empty(len(target), k, dtype=torch.int64)
@@ -185,7 +185,7 @@ class _Neighbours:
         return neighbours
 
     def _within(self, target: Tensor, visible: int, k: int, window: int) -> Tensor:
-        """Return as `nearest`, from the `window` closest places; -1 where these hold too few."""
+        """Do as `nearest` among the `window` closest places; -1 marks missing neighbours."""
         wide = 3 * self.size
         down = self.down[:window]
         right = self.right[:window]

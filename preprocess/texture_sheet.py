@@ -1,4 +1,4 @@
-"""Draw a contact sheet: pictures beside the textures that each engine makes of them."""
+"""Draw a contact sheet of pictures beside their textures by each engine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from preprocess.texture_jobs import Done, Job, load, read_rgb, synthesise
 
 COLUMNS = 4
 GAP = 8  # pixels between columns
-HEAD = 14  # pixels of the titles
+HEAD = 14  # height of the titles in pixels
 
 
 def make_sheet(path: str, jobs: list[Job], engines: dict[str, Settings], device: str) -> int:
-    """Write the sheet of the pictures that can be read, and return their number.
+    """Write the sheet of the readable pictures, and return their number.
 
-    engines: {title: settings}. Raises UserError where no picture can be read or an engine fails.
+    engines: {title: settings}. Raises UserError if no picture can be read or an engine fails.
     """
     rows = []
     for job in jobs:
@@ -46,9 +46,9 @@ def make_sheet(path: str, jobs: list[Job], engines: dict[str, Settings], device:
 
 
 def _row(job: Job, engines: dict[str, Settings], device: str) -> list[Image.Image]:
-    """Return the centre square of a picture and its textures; nothing where it cannot be read."""
+    """Return the centre square of a picture and its textures, or [] if it cannot be read."""
     first = next(iter(engines.values()))
-    loaded = load(first, job)  # every engine takes the same patches
+    loaded = load(first, job)  # every engine uses the same patches
     if isinstance(loaded, Done):
         print(f"left out: {job.name}: {loaded.failure}", file=sys.stderr)
         return []

@@ -1,4 +1,4 @@
-"""Find the pictures to make textures of, and which textures are missing; keep the settings."""
+"""Find the pictures whose textures are missing, and record the settings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ SETTINGS = "textures.json"
 def open_splits(
     root: str, splits: list[str] | None, class_list: str | None
 ) -> list[sets.FolderSet]:
-    """Return the pictures of these splits, by default of those that are there.
-
-    Raises UsageError.
-    """
+    """Open these splits, by default all that exist. Raises UsageError."""
     root = Path(root)
     if splits is None:
         splits = []
@@ -32,13 +29,13 @@ def open_splits(
             splits.append("train")
         if any((root / name).is_dir() for name in SPLIT_NAMES["val"]):
             splits.append("val")
-    splits = splits or ["train"]  # opening it says what is wrong
+    splits = splits or ["train"]  # opening it gives the error
     folders = [sets.split_folder(root, split) for split in splits]
     return [sets.open_tree(folder, class_list=class_list) for folder in folders]
 
 
 def check_out(out: Path, root: Path, splits: list[sets.FolderSet]) -> None:
-    """Raise UsageError where the trees would mix, or B holds something else."""
+    """Raise UsageError if one tree lies in the other, or B holds other files."""
     real = Path(os.path.realpath(out))
     inside = [workers.lies_in(out, root, workers.split_folders(root))]
     for split in splits:
@@ -46,7 +43,7 @@ def check_out(out: Path, root: Path, splits: list[sets.FolderSet]) -> None:
             inside.append(Path(split.root))
     for folder in filter(None, inside):
         raise UsageError(
-            f"--imagenet_t_path {out} and the pictures in {folder} lie one in the other: "
+            f"--imagenet_t_path {out} and the pictures in {folder} lie inside each other: "
             f"name a folder beside it, such as {os.path.normpath(root)}-texture"
         )
     workers.check_own(out, SETTINGS)
@@ -55,16 +52,16 @@ def check_out(out: Path, root: Path, splits: list[sets.FolderSet]) -> None:
 def settle(out: Path, settings: dict, overwrite: bool) -> int:
     """Write B/textures.json, or compare the settings with the one that is there.
 
-    Returns the time (st_mtime_ns) before which a texture is to be made again: 0 without
-    --overwrite. It is in the file, so that an interrupted --overwrite goes on, and never leaves
-    textures of two kinds that pass for finished. Raises UsageError where the settings differ.
+    Returns the time (st_mtime_ns) before which textures must be made again, 0 without --overwrite.
+    The file records it, so that an interrupted --overwrite continues and old textures never pass
+    for new ones. Raises UsageError if the settings differ.
     """
     file = out / SETTINGS
     versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": Image.__version__}
     record = {"settings": settings, "versions": versions}
     if overwrite:
         files.write_json(file, record)
-        record["since"] = file.stat().st_mtime_ns  # by the clock that dates the textures
+        record["since"] = file.stat().st_mtime_ns  # from the clock that dates the textures
     if overwrite or not file.exists():
         files.write_json(file, record)
         return record.get("since", 0)
@@ -78,10 +75,10 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
             if old.get(name) != settings.get(name)
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{file}: damaged; give --overwrite, or name another folder") from None
+        raise UsageError(f"{file} is damaged: give --overwrite, or name another folder") from None
     if differences:
         raise UsageError(
-            f"{out}: was begun with {'; '.join(differences)}: "
+            f"{out} was begun with {'; '.join(differences)}: "
             "give the same, --overwrite, or another folder"
         )
     return since
@@ -90,9 +87,9 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
 def list_jobs(
     root: Path, splits: list[sets.FolderSet], out: Path
 ) -> tuple[list[Job], dict[str, str]]:
-    """Return the jobs of all pictures, and {name: reason} of those that cannot have a texture.
+    """Return the jobs of all pictures, and {name: reason} for those without a job.
 
-    These are pictures whose textures would have the same name.
+    Their textures would have the same name as that of another picture.
     """
     same_target: dict[str, list[Job]] = {}
     for split in splits:
@@ -110,16 +107,16 @@ def list_jobs(
         for job in same:
             others = [os.path.basename(other.name) for other in same if other is not job]
             failures[job.name] = (
-                f"would share its texture's name with {', '.join(others)}: "
+                f"its texture would share its name with {', '.join(others)}: "
                 "keep one of them, or rename"
             )
     return jobs, failures
 
 
 def missing_of(jobs: list[Job], since: int) -> list[Job]:
-    """Return the jobs whose texture is not there, or is from before `since`.
+    """Return the jobs whose texture is missing or older than `since`.
 
-    Makes the folders; each is listed once, and rid of what a killed process left in it.
+    Creates the folders, lists each of them once, and removes what a killed process left there.
     """
     present: dict[str, set[str]] = {}
     for folder in dict.fromkeys(os.path.dirname(job.target) for job in jobs):

@@ -1,4 +1,4 @@
-"""What the scripts here share: work in several processes, a rate on standard error, whole files."""
+"""Share work between processes, show its rate, and write complete files."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from common import UsageError, UserError, files, launch
 from common.sets import SPLIT_NAMES, few
 from runner.progress import clock
 
-STALE = 3600  # seconds after which an unfinished file was left by a process that is gone
+STALE = 3600  # seconds after which the writer of an unfinished file must be gone
 LINE_EVERY = 5.0  # seconds between two progress lines
-QUICK = 1.0  # seconds; work that ends earlier prints no progress line
-AHEAD = 4  # jobs handed in per process: a million jobs are not pickled ahead
+QUICK = 1.0  # seconds; shorter work prints no progress line
+AHEAD = 4  # jobs submitted per process, so that a million jobs are not pickled ahead
 
 
 class Interrupted(UserError):
-    """Ctrl-C, after everything was put in order."""
+    """Ctrl-C was pressed, and everything is in order."""
 
     code = 130
 
 
 def default_workers(jobs: int, jobs_per_start: int) -> int:
-    """Return one process per core, and fewer where there is little work.
+    """Return the number of processes: one per core, or fewer for little work.
 
-    Starting a process costs as much as `jobs_per_start` jobs.
+    jobs_per_start: number of jobs that take as long as starting a process.
     """
     return max(1, min(launch.cores(), 1 + jobs // jobs_per_start))
 
@@ -54,20 +54,20 @@ def count_processes(count: int) -> str:
 
 
 def start_worker() -> None:
-    """Prepare a process of a pool: it ends with its parent, ignores Ctrl-C and uses one thread."""
+    """Make a process of a pool end with its parent, ignore Ctrl-C and use one thread."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which cancels the rest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     one_thread()
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent to end, then end this process: a killed parent leaves none behind."""
+    """Wait for the parent to end, then end this process, even if the parent was killed."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
 def one_thread() -> None:
-    """Keep libraries from starting threads: there is one process per core already."""
+    """Keep libraries from starting threads, since there already is one process per core."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
@@ -75,19 +75,20 @@ def one_thread() -> None:
 def in_processes(
     function: Callable, jobs: Iterable, workers: int, names: Callable[..., list[str]] | None = None
 ) -> Iterator:
-    """Yield function(job) of every job as they are done, in any order.
+    """Yield function(job) of every job as it finishes, in any order.
 
-    With one worker they run in this process and in order; otherwise `function` and the jobs must
-    pickle. names: returns the pictures of a job, for the error below. An exception of `function`
-    cancels the jobs that have not begun and is raised here. Raises UserError where a process dies.
+    With one worker, jobs run in this process and in order; otherwise `function` and the jobs must
+    be picklable. names(job): returns the pictures of a job, for the error message. An exception of
+    `function` cancels the jobs that have not begun and is raised here. Raises UserError if a
+    process dies.
     """
     if workers == 1:
         yield from map(function, jobs)
         return
-    # spawn: safe in a program that has started threads, and the same on every system
+    # spawn is safe in a program that has started threads, and the same on every system
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        waiting: dict[Future, object] = {}  # in the order of the work
+        waiting: dict[Future, object] = {}  # in order of submission
         jobs = iter(jobs)
         try:
             while True:
@@ -110,7 +111,7 @@ def in_processes(
 def _process_died(
     waiting: dict[Future, object], workers: int, names: Callable[..., list[str]] | None
 ) -> UserError:
-    """Return the error that names the pictures which the dead process may have worked on."""
+    """Return an error with the pictures that the dead process may have worked on."""
     place = ""
     if names:
         lost = [
@@ -119,17 +120,17 @@ def _process_died(
             if isinstance(future.exception(), BrokenProcessPool)
         ]
         pictures = [name for job in lost[:workers] for name in names(job)]
-        place = f" at work on {few(pictures)}"
+        place = f" while it worked on {few(pictures)}"
     return UserError(
         f"a worker process died (out of memory?){place}; try again with fewer --workers"
     )
 
 
 class Rate:
-    """A bar on a terminal, else a plain line every few seconds, on standard error.
+    """Show a bar on a terminal, otherwise a line every few seconds, on standard error.
 
-    A line is "LABEL: 640/10000 pictures, 153/s, 1:01 left, 4 s". Counts from `start` to `total`.
-    Nothing is printed when disabled, or where the work is done at once.
+    A line is "LABEL: 640/10000 pictures, 153/s, 1:01 left, 4 s". It counts from `start` to `total`,
+    and prints nothing if disabled or if the work takes only a moment.
     """
 
     def __init__(self, label: str, total: int, unit: str, enabled: bool = True, start: int = 0):
@@ -179,16 +180,16 @@ class Rate:
 
 
 def split_folders(tree: str | Path) -> list[Path]:
-    """Return those of the folders train/, val/, test/ and validation/ that a tree has."""
+    """Return the existing folders among train/, val/, test/ and validation/ of a tree."""
     folders = [Path(tree) / name for name in ("train", *SPLIT_NAMES["val"])]
     return [folder for folder in folders if folder.is_dir()]
 
 
 def lies_in(out: str | Path, root: str | Path, splits: Iterable[str | Path]) -> Path | None:
-    """Return the folder in which `out` really lies: `root`, a split or a class linked there.
+    """Return the folder that `out` really lies in: `root`, a split, or a linked class, or None.
 
     splits: folders of class folders. Links are followed, because ImageNet-100 is a tree of links
-    and what is written below a class becomes part of it. Returns None where `out` lies elsewhere.
+    and files below a class become part of it.
     """
     real = Path(os.path.realpath(out))
     places = {str(place) for place in (real, *real.parents)}
@@ -200,33 +201,33 @@ def lies_in(out: str | Path, root: str | Path, splits: Iterable[str | Path]) -> 
 
 
 def check_own(out: Path, settings: str) -> None:
-    """Raise UsageError unless OUT is new, empty, or was made by the script that writes `settings`.
+    """Raise UsageError unless OUT is new, empty, or was made by this script.
 
-    settings: the name of the script's file of settings in OUT.
+    settings: name of the file in OUT to which the script writes its settings.
     """
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file, not a folder")
+        raise UsageError(f"{out} is a file, not a folder")
     if not out.is_dir() or (out / settings).is_file():
         return
     if not all(unfinished(path.name) for path in out.iterdir()):
         raise UsageError(
-            f"{out}: is not empty and was not made by this script: name a new or an empty folder"
+            f"{out} is not empty and was not made by this script: name a new or an empty folder"
         )
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether `folder` is one that holds nothing but the lock of its writer."""
+    """Return whether `folder` holds nothing except the lock of its writer."""
     return folder.is_dir() and all(path.name == files.LOCK for path in folder.iterdir())
 
 
 def continue_hint(flag: str, given: bool) -> str:
-    """Return how to continue after an interruption; `flag`, where given, would start over."""
+    """Describe how to continue after an interruption, without `flag`, which would start over."""
     without = f" without {flag}" if given else ""
-    return f"the same command{without} goes on from there"
+    return f"the same command{without} continues from there"
 
 
 def unfinished(name: str) -> bool:
-    """Return whether a file name is one that a killed writer leaves behind."""
+    """Return whether a file name is that of an unfinished file."""
     return name.startswith(".") and name.endswith(".partial")
 
 
@@ -245,7 +246,7 @@ shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
 def read(path: str) -> BytesIO:
     """Return the content of a file.
 
-    Raises OSError, also for a FIFO, a socket or a device: reading one may never end.
+    Raises OSError, even for a FIFO, a socket or a device, whose reading may never end.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
@@ -254,7 +255,7 @@ def read(path: str) -> BytesIO:
 
 
 def reason(error: Exception) -> str:
-    """Return why a picture failed, on one line."""
+    """Describe in one line why a picture failed."""
     if isinstance(error, MemoryError):
         return "too large for the memory (fewer --workers leave more of it)"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -264,17 +265,17 @@ def reason(error: Exception) -> str:
 
 
 def system_reason(error: OSError) -> str:
-    """Return what the system says of a failed call, in lower case."""
+    """Return the system's message for a failed call, in lower case."""
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def write_picture(path: str, content) -> None:
-    """Write a picture in one step: a stopped process leaves a whole file or none.
+    """Write a picture completely or not at all, even if the process is stopped.
 
-    Unlike `files.replacing` it does not sync: a sync for each of millions of small files would take
-    longer than making them (after a power cut, look at the tree with check_images.py). The
-    unfinished file's name holds the machine, because several machines may write into one tree.
-    Raises OSError, which names `path`.
+    Unlike `files.replacing` it does not sync, because syncing millions of small files would take
+    longer than making them (after a power cut, check the tree with check_images.py). The name of
+    the unfinished file contains the machine, because several machines may write into one tree.
+    Raises an OSError that names `path`.
     """
     mark = f".{platform.node()[:32]}-{os.getpid()}-{threading.get_ident()}.partial"
     partial = os.path.join(os.path.dirname(path), mark)
@@ -291,16 +292,16 @@ def write_picture(path: str, content) -> None:
 
 
 def remove_stale(partial: str) -> None:
-    """Remove an unfinished file, unless it is so new that its writer may be at work."""
+    """Remove an unfinished file, unless it is so new that its writer may still be running."""
     with contextlib.suppress(OSError):
         if time.time() - os.stat(partial).st_mtime > STALE:
             os.unlink(partial)
 
 
 def list_failures(out: Path, name: str, part: tuple[int, int], failures: dict[str, str]) -> Path:
-    """Write OUT/NAME.txt, one of its own per shard, and return its path.
+    """Write OUT/NAME.txt, with a different name for every shard, and return its path.
 
-    A line is "class/picture<TAB>reason". The file is removed where nothing failed.
+    A line is "class/picture<TAB>reason". The file is removed if nothing failed.
     """
     suffix = "" if part == (1, 1) else f"-{part[0]}-of-{part[1]}"
     listing = out / f"{name}{suffix}.txt"

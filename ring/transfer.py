@@ -46,7 +46,7 @@ def parse(words: list[str], root: str) -> dict[str, str]:
         if not equals and name not in SETS:
             if not os.path.isdir(name):
                 raise UsageError(
-                    f"--transfer {word} is neither a folder nor a data set such as "
+                    f"--transfer {word}: no such folder, and no data set of that name; there are "
                     f"{', '.join(_like(name))}"
                 )
             name = os.path.basename(os.path.abspath(word))

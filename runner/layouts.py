@@ -53,7 +53,10 @@ def newest(folder: str | Path, patterns: tuple[str, ...] | None = None) -> Path 
 
 def newest_below(folder: str | Path) -> Path | None:
     """Return the newest pre-training checkpoint of a run folder, or of a folder of run folders."""
-    folders = [folder, *sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())]
+    folders = [
+        folder,
+        *sorted(entry.path for entry in os.scandir(folder) if os.path.isdir(entry.path)),
+    ]
     paths = [path for path in map(newest, folders) if path]
     return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import UsageError, data, files, launch, options, schedule
+from common import data, files, launch, options, schedule
 from runner import checkpoint, resume, views
 from runner.contract import At, Batch, Method
 from runner.folder import RunFolder, refuse_to_overwrite
@@ -49,7 +49,7 @@ class Job:
         self.process = process
         self.folder = folder
         self.files = files
-        self.at_work = Position(done=getattr(args, "start_epoch", 0))
+        self.at_work = Position(done=files.start)
         self.complete = False  # whether all steps of the current epoch are done
         self.finished = False  # whether nothing is left to train
         self.stopped = False  # whether a signal, or --stop-after, has ended the run
@@ -61,10 +61,6 @@ class Job:
         self._sheet = getattr(args, "show_views", None)
         self._context = contextlib.ExitStack()
         self._holds_folder = False
-        if self.done >= args.epochs:
-            raise UsageError(
-                f"--start-epoch {self.done}: with --epochs {args.epochs} nothing is left to train"
-            )
         self._refuse_to_overwrite(args, args.resume)
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._context.close)

@@ -26,6 +26,7 @@ class Files:
     patterns: files that --resume auto looks for and a new run must not overwrite; default: these.
     flags: key of the flags in the authors' files.
     first: number of the first epoch in names, lines and records, as the published script counts.
+    start: complete epochs that a new run counts as done.
     same: flags that must not differ from the checkpoint when a run resumes.
     by_epoch: log one record per epoch instead of one per progress line.
     events: TensorBoard events: True (in the folder), False, or the folder to write them to.
@@ -38,6 +39,7 @@ class Files:
     patterns: tuple[str, ...] = ()
     flags: str = "opt"
     first: int = 1
+    start: int = 0
     same: tuple[str, ...] = PICTURES
     by_epoch: bool = False
     events: bool | str = True

@@ -240,7 +240,8 @@ def test_folder_errors_name_the_thing(tmp_path):
     ):
         open_set(tmp_path / "torchvision", "train")
     with pytest.raises(
-        UsageError, match="no train/ folder: move class folders into it, or say with --dataset"
+        UsageError,
+        match="no train/ folder: move class folders into it, or name the kind of .* with --dataset",
     ):
         open_set(tmp_path / "flat", "train")
     with pytest.raises(UsageError, match=r"no val/ folder \(nor test/, validation/\)"):
@@ -404,14 +405,14 @@ def test_pictures_without_classes(tmp_path):
             and pictures.targets.tolist() == [-1] * count
         )
         assert pictures.notes == [
-            f"{pictures.root}: no train/CLASS/*, so its {count} pictures are used without labels"
+            f"{pictures.root}: there is no train/CLASS/*, so its {count} pictures are used without labels"
         ]
         assert (
             "0 classes" in repr(loader(pictures))
             if count > 3
             else len(epoch_of(loader(pictures, batch_size=3))) == 1
         )
-        with pytest.raises(UsageError, match="no train/ folder|no class folders in it"):
+        with pytest.raises(UsageError, match="no train/ folder|no class folders"):
             open_set(root, "train")  # an evaluation wants classes
     (nested / "2019" / "up").symlink_to("..")
     assert len(unlabelled(nested)) == 6
@@ -442,13 +443,13 @@ def test_what_could_be_meant_in_two_ways_is_asked(tmp_path):
     vehicles = make_tree(tmp_path / "vehicles", ("car", "train"), each=1)
     with pytest.raises(
         UsageError,
-        match="vehicles: train/ holds no class folders, but is beside car: give .*/train for",
+        match="vehicles: train/ holds no class folders, but is beside car: give .*/train to use",
     ):
         unlabelled(vehicles)
     make_tree(tmp_path / "above" / "set" / "train", each=1)
     for options in ({}, {"unlabelled": True}):
         with pytest.raises(
-            UsageError, match="above: no train/ folder, but set/train/: give .*above/set$"
+            UsageError, match="above has no train/ folder, but set/train/: give .*above/set$"
         ):
             open_set(tmp_path / "above", "train", **options)
     make_tree(tmp_path / "evaluation" / "val", each=1)
@@ -517,7 +518,7 @@ def test_evaluations_and_textures_want_classes(demo_set, tmp_path, monkeypatch):
         "0",
     ]
     texture = [*flags, "--moco-k", "8", "-b", "8", "--bn-splits", "1", "--robust", "texture"]
-    with pytest.raises(UsageError, match="flat-texture: no train/ folder: move"):
+    with pytest.raises(UsageError, match="flat-texture has no train/ folder: move"):
         moco_non_sem_neg.main(["flat-texture", *texture])
     with pytest.raises(
         UsageError, match="flat/train: no such folder; it should hold the originals of"
@@ -526,7 +527,7 @@ def test_evaluations_and_textures_want_classes(demo_set, tmp_path, monkeypatch):
     moco_non_sem_neg.main(
         ["flat", *flags, "--epochs", "1", "--moco-k", "8", "-b", "8", "--bn-splits", "1"]
     )
-    with pytest.raises(UsageError, match="flat: no train/ folder: move") as error:
+    with pytest.raises(UsageError, match="flat has no train/ folder: move") as error:
         main_lincls.main(["flat", "--pretrained", "run", *flags[:-2], "--epochs", "1"])
     assert "\n" not in str(error.value)
 

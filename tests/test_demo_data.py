@@ -321,7 +321,7 @@ def test_full_disk_is_one_line_and_leaves_an_unfinished_set(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"severities": (0, 3)}, "--severities 0 3: a severity is 1, 2, 3, 4 or 5"),
+        ({"severities": (0, 3)}, "--severities 0 3: a severity must be 1, 2, 3, 4 or 5"),
         (
             {"severities": (1,), "corruption_per_class": 9},
             "--corruption-per-class 9 must be between 1 and",
@@ -372,8 +372,8 @@ def test_command_line_errors(tmp_path, monkeypatch):
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
     cases = [
-        (["mine", "--force"], 2, "mine: is not empty and not a demo data set"),
-        (["file"], 2, "file: is not empty and not a demo data set"),
+        (["mine", "--force"], 2, "mine is neither empty nor a demo data set"),
+        (["file"], 2, "file is neither empty nor a demo data set"),
         (["file/demo"], 1, "Not a directory"),
         (["new", "--severities", "7"], 2, "--severities 7"),
     ]

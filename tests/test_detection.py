@@ -100,7 +100,7 @@ def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
     without = write(tmp_path / "no-size", thing("cat", 1, 1, 40, 30), size="")
     assert voc.Pictures([(without, "test")], ("cat",)).sizes == [(40, 30)]
     wrong = write(tmp_path / "wrong", size="<size><width>50</width><height>30</height></size>")
-    with pytest.raises(UserError, match="is 40 x 30 pixels, of 50 x 30 in its annotation"):
+    with pytest.raises(UserError, match="has 40 x 30 pixels, but 50 x 30 in its annotation"):
         voc.Pictures([(wrong, "test")], ("cat",)).decode(0)
 
 
@@ -109,7 +109,7 @@ def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
     [
         (
             thing("cow", 1, 1, 9, 9),
-            "object of class 'cow': known are cat, dog; say others with --classes",
+            "object of class 'cow', which is not one of cat, dog; name all classes with --classes",
         ),
         (
             thing("cat", 5, 5, 60, 9),
@@ -141,12 +141,12 @@ def test_a_tree_that_is_none(tmp_path):
             voc.Pictures([(root, split)], ("cat",))
         assert message in str(caught.value)
 
-    no(tmp_path / "x", "no Annotations/*.xml in it, as Pascal VOC has")
+    no(tmp_path / "x", "has no Annotations/*.xml, as Pascal VOC has")
     whole = write(tmp_path / "VOCdevkit" / "VOC2007", thing("cat", 1, 1, 9, 9))
     no(tmp_path / "VOCdevkit", f"give the folders in it, such as {whole}")
     no(whole, "the splits there are test", split="trainval")
-    no(write(tmp_path / "b", split=""), "a split without pictures")
-    no(write(tmp_path / "c", split="000007"), "names 000007, and there is no")
+    no(write(tmp_path / "b", split=""), "names no pictures")
+    no(write(tmp_path / "c", split="000007"), "names 000007, but there is no")
     (whole / "JPEGImages" / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot read the picture .*a.png"):
         next(
@@ -423,7 +423,9 @@ def test_the_towers_of_cmc_stand_side_by_side():
         ]
         torch.testing.assert_close(torch.cat(parts, 1), expected)
     assert body(seen)["0"].shape == (2, 8, 16, 16) and network(list(images))
-    with pytest.raises(UserError, match="does not say what its towers ab_to_l and l_to_ab look at"):
+    with pytest.raises(
+        UserError, match="does not say which channels its towers ab_to_l and l_to_ab look at"
+    ):
         build({"model": model, "opt": {"view": "YCbCr", "views": "Y,Cb,Cr"}})
 
     published = {
@@ -675,5 +677,5 @@ def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):
     ):
         says_no(eval_detection.parse_args, flags, message, capsys)
     assert voc.class_names("") == list(voc.CLASSES) and len(voc.CLASSES) == 20
-    with pytest.raises(UsageError, match="--classes: a is there twice"):
+    with pytest.raises(UsageError, match="--classes: a comes twice"):
         voc.class_names("a, b,a")

@@ -82,8 +82,8 @@ def test_what_is_typed_beats_a_method_and_is_said_once(capsys):
     )
     said = capsys.readouterr().err
     assert (
-        said
-        == "note: what is typed beats --method InfoMin: --jigsaw False (True), --nce_t 0.3 (0.15)\n"
+        said == "note: typed flags win over --method InfoMin: --jigsaw False (True), "
+        "--nce_t 0.3 (0.15)\n"
     )
     assert parsed("--method CMCv2 --custom_head 2mlp_bn").head == "2mlp_bn"
     assert (

@@ -100,8 +100,8 @@ def test_ours_in_one_go_and_resumed(workspace, tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert (
-        "warning: no milestone of --lr_decay_epochs 30,40,50 lies inside the run of 2 epochs: the "
-        "learning rate" in said
+        "warning: no milestone of --lr_decay_epochs 30,40,50 lies inside the run of 2 epochs, so "
+        "the learning rate" in said
     )
     evaluate("ours", tmp_path / "parts", *flags, "--epochs", "1")
     parts, _ = evaluate("ours", tmp_path / "parts", *flags, "--resume", "auto")
@@ -130,7 +130,7 @@ def test_the_key_encoder_is_another_network(workspace, tmp_path):
     assert (found[0] - found[1]).abs().max() > 1e-2
     refused(
         UserError,
-        "theirs/.*pth has no model_ema, .* only --mem moco has: omit --use_ema",
+        "theirs/.*pth has no model_ema, .*: omit --use_ema",
         "--use_ema",
         network="theirs",
     )
@@ -190,7 +190,7 @@ def test_both_towers_are_looked_at(workspace):
 def test_wrong_input_is_one_line(workspace, tmp_path):
     refused(
         UsageError,
-        "--n_class 100: DATA has 10 classes; omit it, or say with --dataset",
+        "--n_class 100: DATA has 10 classes; omit it, or select the classes with --dataset",
         "--n_class",
         "100",
     )
@@ -222,7 +222,7 @@ def test_wrong_input_is_one_line(workspace, tmp_path):
         network=str(tmp_path / "odd.pth"),
     )
     torch.save(
-        {"model": {"encoder.module.conv1.weight": torch.zeros(1)}, "opt": {"view": "Lab"}},
+        {"model": {"encoder.module.l_to_ab.conv1.weight": torch.zeros(1)}},
         tmp_path / "cmc.pth",
     )
     refused(
@@ -235,7 +235,7 @@ def test_wrong_input_is_one_line(workspace, tmp_path):
     long = tmp_path / ("a" * 200)
     long.mkdir()
     (long / "current.pth").symlink_to((workspace / "ours" / "current.pth").resolve())
-    refused(UsageError, "more than 240 letters: give it a --name", network=str(long))
+    refused(UsageError, "more than 240 letters; give --name", network=str(long))
     with pytest.raises(UsageError, match="--cosine has no --lr_decay_epochs; omit one of the two"):
         main_linear.parse_args(
             [*SMALL, "--data_folder=DATA", "--ckpt=ours", "--cosine", "--lr_decay_epochs", "1"]

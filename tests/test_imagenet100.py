@@ -178,7 +178,7 @@ def test_copy_is_whole_or_absent_and_goes_on(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", full_disk)
     with pytest.raises(
-        UserError, match="cannot write to .*out: no space left on device.*the same command goes on"
+        UserError, match="cannot write to .*out: no space left on device.*the same command continues"
     ) as e:
         make(few, out, "--copy", "--workers", 1, *listed)
     assert e.value.code == 1
@@ -350,7 +350,7 @@ def test_labels_are_found_beside_the_kaggle_archive(flat, tmp_path, capsys):
     [
         (None, "is flat, so its labels are needed: --val_labels FILE"),
         ("490\n361\n171\n", "development kit's numbers.*meta.mat"),
-        ("n01440764\n" * 49_999, "49999 lines; the list has 50000"),
+        ("n01440764\n" * 49_999, "49999 lines, but the list has 50000"),
         ("one\ntwo\nthree\n", "neither a WordNet id per line"),
         (
             "ILSVRC2012_val_00000001.JPEG 65\nILSVRC2012_val_00000002.JPEG 970\n",
@@ -446,7 +446,7 @@ def test_places_that_cannot_be_written_to(few, tmp_path):
         make(few, tmp_path / "file", *listed)
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         make(tmp_path / "nowhere", tmp_path / "out2", *listed)
-    with pytest.raises(UsageError, match="--force goes with --pack"):
+    with pytest.raises(UsageError, match="--force needs --pack"):
         make(few, tmp_path / "out2", "--force")
     assert sorted(few.rglob("*")) == before
 

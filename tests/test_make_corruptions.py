@@ -15,7 +15,7 @@ from PIL import Image
 
 from common import UsageError, UserError
 from preprocess import corruption_tree, corruptions, make_corruptions, workers
-from tools import robustness
+from tools import robustness, robustness_sets
 
 SCRIPT = "preprocess/make_corruptions.py"
 FEW = ["--corruptions", "gaussian_noise", "impulse_noise", "contrast", "--severities", "1", "5"]
@@ -73,7 +73,7 @@ def test_layout_is_what_the_evaluation_reads(tree, tmp_path, capsys):
     class Args:
         corruption, extra_corruptions = out, False
 
-    opened, answer, group = robustness.open_corruptions(Args, ["bird", "fish"])
+    opened, answer, group = robustness_sets.open_corruptions(Args, ["bird", "fish"])
     assert len(opened) == 30 and len(answer) == 15 and group.bincount().tolist() == [2] * 15
     assert "result: 30 of 30 files" in capsys.readouterr().out
 
@@ -491,11 +491,11 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     cases = [
         ([tree], "give TREE .* and OUT"),
         ([tmp_path / "absent", tmp_path / "C"], "absent: no such folder"),
-        ([tmp_path / "only-train", tmp_path / "C"], "only-train: no val/ folder"),
+        ([tmp_path / "only-train", tmp_path / "C"], "only-train has no val/ folder"),
         ([tree, tree / "val" / "C"], "lies in the folder of the pictures"),
         ([tree, tmp_path / "link" / "C"], "lies in the folder of the pictures"),
         ([tree / "val", tree / "val"], "lies in the folder of the pictures"),
-        ([tree, tmp_path / "mine"], "mine: is not empty and was not made by this script"),
+        ([tree, tmp_path / "mine"], "mine is not empty and was not made by this script"),
         ([tree, tree.parent], "is not empty and was not made by this script"),
         ([tree, tmp_path / "mine" / "thesis.txt"], "is a file, not a folder"),
         ([tree, tmp_path / "begun", "--seed", "4"], "was begun with seed 0, not 4: give the same"),
@@ -591,7 +591,7 @@ def test_ctrl_c_is_one_line_and_the_rest_follows(tree, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(make_corruptions, "corrupt", until_the_eighth)
-        with pytest.raises(UserError, match="interrupted; what is written is whole") as stop:
+        with pytest.raises(UserError, match="interrupted; written files are complete") as stop:
             make(tree, tmp_path / "C", *FEW)
     assert stop.value.code == 130 and len(files(tmp_path / "C")) == 7
     make(tree, tmp_path / "C", *FEW)

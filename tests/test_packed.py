@@ -180,7 +180,7 @@ def test_interrupted_at_any_point_it_is_the_same_pack(
     out = tmp_path / "pack"
     with interrupted_in_the_third_job(), pytest.raises(SystemExit) as ended:
         run_pack(tree, out, "--side", SIDE, "--splits", "train")
-    assert ended.value.code == 130 and "goes on from there" in capsys.readouterr().err
+    assert ended.value.code == 130 and "continues from there" in capsys.readouterr().err
     files = PackFiles(out, "train")
     assert json.loads(files.marker.read_text())["done"] == 8 and not files.pixels.exists()
     with pytest.raises(
@@ -209,7 +209,7 @@ def test_an_interrupted_force_goes_on_without_it(tree, packed, tmp_path, jobs_of
     out = tmp_path / "pack"
     with interrupted_in_the_third_job(), pytest.raises(SystemExit):
         run_pack(tree, out, "--side", SIDE, "--splits", "train", "--force")
-    message = "interrupted; the same command without --force goes on from there"
+    message = "interrupted; the same command without --force continues from there"
     assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=r"unfinished \(8 of 15") as told:
         open_set(out, "train", dataset="packed")
@@ -234,7 +234,7 @@ def test_full_disk_stops_cleanly_and_can_be_resumed(tree, packed, tmp_path, jobs
     resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 9 * 3 * SIDE**2 + 100, limits[1]))
     try:
         with pytest.raises(
-            UserError, match="cannot write to .*: file too large; the same command goes on"
+            UserError, match="cannot write to .*: file too large; the same command continues"
         ):
             run_pack(tree, out, "--side", SIDE)
     finally:
@@ -467,7 +467,7 @@ def damaged(packed, folder, change):
             2,
             "no packed train .*preprocess/pack.py TREE",
         ),
-        (lambda f: (f / "train.json").write_text("{"), 1, "train.json: damaged"),
+        (lambda f: (f / "train.json").write_text("{"), 1, "train.json is damaged"),
         (
             lambda f: (f / "train.json").write_text('{"format": "other"}'),
             1,

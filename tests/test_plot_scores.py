@@ -444,21 +444,22 @@ def test_runs_without_scores_and_folders_that_are_no_runs():
     Path("file").touch()
     assert (
         refused("run")
-        == "run: not a run folder (no config.json), and no scores/score_EPOCH.npy in or below it"
+        == "run is no run folder (it has no config.json), and there is no scores/score_EPOCH.npy "
+        "in or below it"
     )
     Path("run/config.json").write_text("{}")
-    assert refused("run") == "run: no scores of this run; train it with --save_score"
+    assert refused("run") == "run: this run has no scores; train it with --save_score"
     assert refused("nowhere", error=UsageError) == "nowhere: no such folder"
     assert refused("file", error=UsageError) == "file: not a folder"
 
 
 BROKEN = {
-    "objects": (None, "holds Python objects, which run code when they are read"),
-    "pickle": (b"\x80\x04\x95", "holds Python objects, which run code when they are read"),
-    "empty": (b"", "cut short, or not an array of NumPy"),
-    "text": (b"no array at all", "cut short, or not an array of NumPy"),
-    "cut": (200, "cut short, or not an array of NumPy"),
-    "header": (9, "cut short, or not an array of NumPy"),
+    "objects": (None, "holds Python objects, which can run code when they are read"),
+    "pickle": (b"\x80\x04\x95", "holds Python objects, which can run code when they are read"),
+    "empty": (b"", "cut short, or no array of NumPy"),
+    "text": (b"no array at all", "cut short, or no array of NumPy"),
+    "cut": (200, "cut short, or no array of NumPy"),
+    "header": (9, "cut short, or no array of NumPy"),
     "shape": (
         np.zeros((3, 5), np.float32),
         "(3, 5) of float32, expected (iterations, batch, 5) of floats",
@@ -487,24 +488,26 @@ def test_files_that_cannot_be_drawn(case):
     else:
         path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
     said = refused("run")
-    assert said.startswith(f"{path}: ") and message in said
+    assert said.startswith(f"{path} ") and message in said
 
 
 def test_settings_that_cannot_be_read():
     keep("run")
     for content in ("{", "[1]"):
         Path("run/config.json").write_text(content)
-        assert refused("run").startswith("run/config.json: not the settings of a run")
+        assert refused("run").startswith("run/config.json does not hold the settings of a run")
 
 
 def test_bad_flags(three, capsys):
-    assert "--labels: 2 for 3 runs (a, b, c)" in refused("r", "--labels", "x,y", error=UsageError)
+    assert "--labels has 2 names for 3 runs (a, b, c)" in refused(
+        "r", "--labels", "x,y", error=UsageError
+    )
     assert refused("r", "--sweep", "nce_q", error=UsageError) == (
-        "--sweep nce_q: r/a: its config.json has no such flag; there is folder, alpha"
+        "--sweep nce_q: r/a has no such flag in its config.json; runs differ in folder, alpha"
     )
     keep("s/a", alpha=0.5), keep("s/b", alpha=0.5)
-    assert "--sweep alpha: 0.5 in every run" in refused("s", "--sweep", "alpha", error=UsageError)
-    assert "--epochs 9: of no run; there are epochs 1 to 7" in refused(
+    assert "--sweep alpha is 0.5 in every run" in refused("s", "--sweep", "alpha", error=UsageError)
+    assert "--epochs 9: no run has it; they have 1 to 7" in refused(
         "r", "--epochs", "1,9", error=UsageError
     )
     assert "--start 99: the runs have 28 iterations" in refused(

@@ -221,7 +221,7 @@ def test_a_resume_equals_an_uninterrupted_run(workspace, tmp_path):
     state, mean = checkpoint.load(path), "features.1.running_mean"
     short = state["statistics"] | {mean: torch.zeros(3)}
     for key, value, message in (
-        ("statistics", None, "its statistics lack batch-norm statistics of its network"),
+        ("statistics", None, "lacks the batch-norm statistics of its network"),
         ("statistics", short, rf"does not fit this model \({mean} is \(3,\), expected"),
         ("neighbours", {"knn_acc1": "high"}, "its neighbours cannot be used"),
     ):
@@ -275,8 +275,8 @@ def test_which_pictures_a_bank_is_of():
     found, labels, note = nearest.banks(saved, pictures, stl10=True)
     assert len(found) == 1 and labels.tolist() == [0, 1, 1, 0, -1, -1] and not note
     assert nearest.banks(saved, pictures, stl10=False)[0] == []
-    assert "has 6 rows, train/ 4 pictures" in nearest.banks(saved, pictures, stl10=False)[2]
-    assert "no memory bank" in nearest.banks({"state_dict": {}}, pictures, stl10=False)[2]
+    assert "has 6 rows and train/ 4 pictures" in nearest.banks(saved, pictures, stl10=False)[2]
+    assert "has no memory bank" in nearest.banks({"state_dict": {}}, pictures, stl10=False)[2]
 
 
 def test_neighbours_do_not_write_over_a_result(workspace, tmp_path):
@@ -488,11 +488,11 @@ def test_transfer_to_several_sets_in_one_table(workspace, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["DTDD"], "--transfer DTDD: no such folder, and no data set of that name: DTD"),
-    (["nowhere"], "no such folder, and no data set of that name: FGVCAircraft, DTD, GTSRB"),
+    (["DTDD"], "--transfer DTDD: no such folder, and no data set of that name; there are DTD"),
+    (["nowhere"], "no data set of that name; there are FGVCAircraft, DTD, GTSRB"),
     (["birds=NOWHERE"], "NOWHERE: no such folder"),
-    (["DTD", "DTD=elsewhere"], "--transfer DTD: twice"),
-    (["a/b=BIRDS"], "becomes a folder: one word"), (["data"], "data: no train/ folder"),
+    (["DTD", "DTD=elsewhere"], "--transfer DTD comes twice"),
+    (["a/b=BIRDS"], "becomes a folder: one word"), (["data"], "data has no train/ folder"),
 ])  # fmt: skip
 def test_names_and_paths_are_checked_first(workspace, words, message, capsys):
     says_no(

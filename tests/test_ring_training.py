@@ -318,20 +318,20 @@ BAD_FILES = {
     "bound": ({"loss_params__t": 0}, "loss_params.t: 0 must be above 0"),
     "switch": (
         {"loss_params__neighbor_views": 1},
-        "loss_params.neighbor_views is true or false, not 1",
+        "loss_params.neighbor_views must be true or false, not 1",
     ),
-    "list": ({"loss_params__k": [1]}, "loss_params.k is a number or a text, not [1]"),
+    "list": ({"loss_params__k": [1]}, "loss_params.k must be a number or a text, not [1]"),
     "choice": (
         {"model_params__resnet_version": "vgg"},
         "model_params.resnet_version: invalid choice: 'vgg'",
     ),
     "loss": (
         {"loss_params__loss": "SimCLR"},
-        'loss_params.loss "SimCLR": there are NCE, NCEBall, NCERing, MoCo',
+        'loss_params.loss "SimCLR" must be one of NCE, NCEBall, NCERing, MoCo',
     ),
     "two methods": (
         {"loss_params__loss": "NCERing"},
-        "system PretrainMoCoSystem and loss NCERing do not go together",
+        "system PretrainMoCoSystem and loss NCERing are of different methods",
     ),
     "transfer": (
         {"system": "TransferSystem"},
@@ -357,7 +357,7 @@ def test_files_that_are_no_settings(tmp_path, capsys):
         capsys,
     )
     path.write_text("[1, 2]")
-    says_no(script.parse_args, [str(path)], "settings are an object {...}, not a list", capsys)
+    says_no(script.parse_args, [str(path)], "settings must be an object {...}, not a list", capsys)
     path.write_bytes(b"\xff\xfe\x00")
     says_no(script.parse_args, ["--config", str(path)], "not a text file", capsys)
     says_no(script.parse_args, [str(tmp_path / "none.json")], "no such file or directory", capsys)
@@ -679,7 +679,9 @@ def test_show_ring(whole, workspace, module_folder, capsys):
         path = f"{module_folder}/{script.parse_args([*TINY, *flags.split()]).folder}/last.ckpt"
         before = checkpoint.load(path)
         script.main([*TINY, *flags.split(), "--resume", path, "--show-ring", f"{name}.png"])
-        assert capsys.readouterr().out.endswith(f"eight pictures and their ring: {name}.png\n")
+        assert capsys.readouterr().out.endswith(
+            f"eight pictures and their rings are drawn in {name}.png\n"
+        )
         with Image.open(f"{name}.png") as sheet:
             assert sheet.width > 600 and sheet.height > 600
         assert equal(before, checkpoint.load(path)) and not (workspace / "run").exists()
@@ -752,14 +754,14 @@ def test_bad_checkpoints_and_settings(workspace):
     fails("does not fit this model", "--out-dim", 64, "--resume", path)
     fails("already holds", error=UsageError)
     fails(
-        "an empty ring: of 160 candidates, outer threshold 0.005",
+        "the ring is empty: of 160 candidates, outer threshold 0.005",
         "--thres-outer",
         0.005,
         "--resume",
         path,
     )
     fails(
-        "no neighbor_views: of 160 candidates",
+        "--neighbor-views has no neighbours: of 160 candidates",
         "--neighbor-views",
         "--thres-inner",
         0.01,
@@ -767,7 +769,7 @@ def test_bad_checkpoints_and_settings(workspace):
         path,
     )
     fails(
-        "an empty ring: of 32 candidates",
+        "the ring is empty: of 32 candidates",
         "--method",
         "moco",
         "--k",

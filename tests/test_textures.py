@@ -628,7 +628,7 @@ def test_resumes_keeps_what_is_there_and_overwrites_on_request(tree, tmp_path, c
     (out / "textures.json").write_text("{")
     refuse(
         ["--imagenet_path", tree, "--imagenet_t_path", out, *SMALL["quilt"]],
-        "textures.json: damaged",
+        "textures.json is damaged",
     )
 
 
@@ -665,7 +665,7 @@ def test_the_output_cannot_lie_in_a_class_of_a_tree_of_links(tree, tmp_path):
             tree / "train" / "bird" / "T",
             *SMALL["quilt"],
         ],
-        "one in the other",
+        "inside each other",
     )
 
 
@@ -776,7 +776,7 @@ def test_a_signal_is_one_line_and_the_rest_follows(sent, tree, tmp_path, monkeyp
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(Interrupted) as error:
         make(tree, out, "--batch", "1")
-    assert error.value.code == 130 and "goes on from there" in str(error.value)
+    assert error.value.code == 130 and "continues from there" in str(error.value)
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.undo()
     assert len(files(out)) in (2, 3) and not list(out.rglob("*.partial"))
@@ -792,9 +792,9 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     refuse(["--imagenet_path", tmp_path / "none", *b], "none", "no such folder")
     refuse(["--imagenet_path", tree / "train", *b], "class folders", "give its parent")
     for inside in (tree, tree / "texture", tree / "train" / "bird", tmp_path):
-        refuse([*a, "--imagenet_t_path", inside], "lie one in the other")
+        refuse([*a, "--imagenet_t_path", inside], "lie inside each other")
     (tmp_path / "link").symlink_to(tree)
-    refuse([*a, "--imagenet_t_path", tmp_path / "link" / "T"], "lie one in the other")
+    refuse([*a, "--imagenet_t_path", tmp_path / "link" / "T"], "lie inside each other")
     (tmp_path / "link").unlink()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("x")

@@ -43,10 +43,10 @@ def reopen(
     side: side of the input in pixels; None means that of the linear evaluation. Raises UserError if
     the file holds no classifier, or its network is missing or a different one.
     """
-    paper = _paper_of(saved)
-    spec = paper.linear()
-    network = network or _network_of(saved, spec)
     with saved.within():
+        paper = _paper_of(saved)
+        spec = paper.linear()
+        network = network or _network_of(saved, spec)
         args = spec.parse_args(_argv(spec, saved, network, side))
         if spec.whole:
             source, args = saved, spec.whole(saved, args)
@@ -57,6 +57,7 @@ def reopen(
         model, classifier = spec.network(source, args, outputs, process)
         spec.load(model, classifier.eval(), saved)
         digest = "" if spec.whole else spec.digest(source, model)
+        origin = _origin(paper, spec, saved, source, args)
     if digest and saved.get("digest", digest) != digest:
         raise UserError(
             f"{saved.path} is a classifier on another network than {network}: "
@@ -73,7 +74,7 @@ def reopen(
         spec.recipe(args, source, False),
         outputs,
         checkpoint.fingerprint(state) + digest,
-        _origin(paper, spec, saved, source, args),
+        origin,
     )
 
 

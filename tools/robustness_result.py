@@ -91,7 +91,9 @@ class Result:
             kept.append(f"{folders} folders of {name}")
             lost = f"further progress in {name} is lost"
         state = f"{self.path} keeps {', '.join(kept)}" if kept else "nothing is kept"
-        return f"stopped by a signal in {name}: {state}, {lost}; the same command continues"
+        return (
+            f"stopped by a signal in {name}: {state}, {lost}; the same command continues from there"
+        )
 
 
 def _comparable(settings: dict) -> dict:

@@ -25,7 +25,8 @@ def class_names(saved: checkpoint.Saved, args) -> list[str]:
     They come from the checkpoint, or for an authors' file from the clean set or --class-list.
     """
     if "classes" in saved:
-        return saved["classes"]
+        with saved.within():
+            return [name.strip("") for name in saved["classes"]]  # raises unless they are names
     if args.data:
         return options.open_split(args, "val").classes
     if args.class_list:

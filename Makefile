@@ -18,7 +18,7 @@ demo: .venv/run.stamp
 	$(BIN)/python nonsem_neg/demo.py
 
 test: .venv/dev.stamp
-	@echo "about 1,600 tests, some eight minutes on two cores, 3 GB of temporary files"
+	@echo "about 1,850 tests, some eight minutes on two cores, 3 GB of temporary files"
 	$(BIN)/python -m pytest
 
 lint: .venv/dev.stamp

@@ -51,9 +51,9 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
     g.add_argument("--model_path", metavar="PATH", help=text)
-    text = "default: what the checkpoint says, or alexnet"
+    text = "network; default: that of the checkpoint, or alexnet"
     g.add_argument("--model", "--arch", choices=list(MODELS), help=text)
-    text = "colour space; default: what the checkpoint says, or Lab"
+    text = "colour space; default: that of the checkpoint, or Lab"
     g.add_argument("--view", type=colour.space_name, choices=colour.SPACES, help=text)
     text = "ResNet: 1 stem, 2-5 stages, 6 pooled (default); AlexNet: 1-5 blocks (default 5), 6, 7"
     g.add_argument("--layer", type=int, help=text)
@@ -78,7 +78,7 @@ def parse_args(argv=None):
 
 
 def read(args):
-    """Return the pre-training checkpoint, and the flags with what it says about its networks."""
+    """Return the pre-training checkpoint, and the flags with the settings of its network."""
     first = "cmc/train_CMC.py --demo" if args.demo else "cmc/train_CMC.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
     opt = saved.setdefault("opt", {})

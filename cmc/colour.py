@@ -68,7 +68,7 @@ def parse_views(text: str, space: str, flag: str = "--views") -> list[View]:
     A view is one or more channels of `space`, their names joined, or SPACE:CHANNELS, as in
     "L,ab,YCbCr:CbCr". Upper and lower case are the same, and channels are put in the order of their
     space. Views may share channels, but no two may have the same ones.
-    Raises UsageError, naming `flag`, the text and what is possible.
+    Raises UsageError, naming `flag`, the text and the possible values.
     """
     start = f"{flag} {text}"
     views: list[View] = []

@@ -128,7 +128,7 @@ def settle(args) -> None:
 
 
 def run_name(args) -> str:
-    """Return the published name of the run folder; what it leaves out is in config.json."""
+    """Return the published name of the run folder; further settings are in config.json."""
     loss = "softmax"
     if not args.softmax:
         loss = "nce" if args.nce_z == "ema" else "nce_oneshot"

@@ -34,7 +34,9 @@ def open_tree(
     folder = existing(folder)
     names = folders_in(folder)
     if not names:
-        raise UsageError(f"{folder} has no class folders; expected {folder}/<class>/<picture>.jpg")
+        raise UsageError(
+            f"{folder}: no class folders in it; expected {folder}/<class>/<picture>.jpg"
+        )
     if isinstance(class_list, (str, Path)):
         names = listed(folder, names, class_list)
     elif class_list is not None:

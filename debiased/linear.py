@@ -80,7 +80,7 @@ def parse_args(argv=None):
 
 
 def read(args):
-    """Return the pre-training checkpoint, and the flags with what it says about its network."""
+    """Return the pre-training checkpoint, and the flags with the settings of its network."""
     first = "debiased/main.py --demo" if args.demo else "debiased/main.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
     if "best_acc1" in saved:

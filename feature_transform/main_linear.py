@@ -81,7 +81,7 @@ def parse_args(argv=None):
     text = "name of the run in a report; default: made of its settings"
     g.add_argument("--label", help=text)
     options.add_hardware_arguments(parser)
-    parser.ignore("the checkpoint says what its network is", *OF_THE_CHECKPOINT)
+    parser.ignore("the checkpoint determines the network", *OF_THE_CHECKPOINT)
     args = parser.parse_args(argv)
     options.check(args)
     settle(args)
@@ -106,7 +106,7 @@ def settle(args) -> None:
 
 
 def read(args):
-    """Return the pre-training checkpoint, and the flags with what it says about its network.
+    """Return the pre-training checkpoint, and the flags with the settings of its network.
 
     With --use_ema, the entry `model` of the returned checkpoint is its key encoder.
     """

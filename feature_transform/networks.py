@@ -46,11 +46,11 @@ def arch_name(text: str) -> str:
     """Parse --arch for argparse."""
     if text.startswith("resnest"):
         raise argparse.ArgumentTypeError(
-            f"{text}: torchvision has no split-attention networks; take resnet50 or resnext50"
+            f"{text}: torchvision has no split-attention networks; use resnet50 or resnext50"
         )
     if text not in ARCHS:
-        known = f"{', '.join(BACKBONES)}, each also with x2 or x4 after it"
-        raise argparse.ArgumentTypeError(f"{text} is unknown; take one of {known}")
+        names = f"{', '.join(BACKBONES)}, each also with x2 or x4 after it"
+        raise argparse.ArgumentTypeError(f"{text} is unknown; take one of {names}")
     return text
 
 

@@ -180,8 +180,8 @@ class RandAugment:
             own_theta = theta[drawn].to(images.device, non_blocking=True)
             if out is images:
                 out = images.clone()
-            made = change(name, images.index_select(0, rows), own_level, own_theta)
-            out.index_copy_(0, rows, made)
+            changed = change(name, images.index_select(0, rows), own_level, own_theta)
+            out.index_copy_(0, rows, changed)
         return out
 
 

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     text = "pre-training checkpoint, or a run folder, or a folder of those: the newest"
     g.add_argument("--model_path", metavar="PATH", help=text)
-    text = "default: what the checkpoint says, or resnet50"
+    text = "network; default: that of the checkpoint, or resnet50"
     g.add_argument("--model", "--arch", choices=list(MODELS), help=text)
     text = "1 stem, 2-5 stages, 6 pooled"
     g.add_argument("--layer", type=int, default=6, help=text)
@@ -71,8 +71,8 @@ def parse_args(argv=None):
     text = f"warm up from {train_moco_ins.WARM_FROM} in {train_moco_ins.WARM_EPOCHS} epochs"
     g.add_argument("--warm", action="store_true", help=text)
     g.add_argument("--adam", action="store_true", help="Adam instead of SGD")
-    g.add_argument("--beta1", type=cli.fraction, default=0.5, help="of Adam")
-    g.add_argument("--beta2", type=cli.fraction, default=0.999, help="of Adam")
+    g.add_argument("--beta1", type=cli.fraction, default=0.5, help="beta 1 of Adam")
+    g.add_argument("--beta2", type=cli.fraction, default=0.999, help="beta 2 of Adam")
     linear.add_arguments(g)
     options.add_linear_run_arguments(parser, "./runs/moco_insdis_linear")
     options.add_hardware_arguments(parser, apex=True)
@@ -111,7 +111,7 @@ def settle(args) -> None:
 
 
 def read(args):
-    """Return the pre-training checkpoint, and the flags with what it says about its network."""
+    """Return the pre-training checkpoint, and the flags with the settings of its network."""
     first = "moco_insdis/train_moco_ins.py"
     if args.demo:
         first += " --demo"

@@ -133,7 +133,7 @@ def settle(args) -> None:
 
 
 def run_name(args) -> str:
-    """Return the published name of the run folder; what it leaves out is in config.json."""
+    """Return the published name of the run folder; further settings are in config.json."""
     method = f"MoCo{args.alpha}" if args.moco else "InsDis"
     loss = "softmax"
     if not args.softmax:

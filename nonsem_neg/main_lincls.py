@@ -47,7 +47,7 @@ def parse_args(argv=None):
     options.add_data_arguments(g)
 
     g = parser.add_argument_group("model")
-    text = "torchvision network; default: what the checkpoint says, or resnet50"
+    text = "torchvision network; default: that of the checkpoint, or resnet50"
     g.add_argument("-a", "--arch", help=text)
     text = "pre-training checkpoint, or a run folder: its newest"
     g.add_argument("--pretrained", default="", metavar="PATH", help=text)

@@ -105,10 +105,10 @@ def parse(parser, argv) -> argparse.Namespace:
 def read(path: str, parser) -> tuple[dict, list[str]]:
     """Return ({destination of a flag: value}, the keys without effect) of a settings file."""
     items = dict(_flat(_load(path)))
-    known = {*FLAGS, *CHOICES, *DEAD, *OTHERS}
+    keys = {*FLAGS, *CHOICES, *DEAD, *OTHERS}
     for key in items:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(f"{path}: unknown key {key}{hint}")
     given = {key: value for key, value in items.items() if value is not None}

@@ -102,7 +102,7 @@ def settle(args) -> None:
 
 
 def read(args):
-    """Return the pre-training checkpoint, and the flags with what it says about its network."""
+    """Return the pre-training checkpoint, and the flags with the settings of its network."""
     first = "ring/train_ring.py --demo" if args.demo else "ring/train_ring.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
     with saved.within():

@@ -89,7 +89,7 @@ def name(outer: float, inner: float) -> str:
     return f"ring {outer:g}/{inner:g}" if inner else f"ball {outer:g}"
 
 
-# ----------------------------------------------------------------------- what is known exactly
+# --------------------------------------------------------------------------- known quantities
 
 
 def mutual_information(dim: int, rho: float) -> float:
@@ -210,7 +210,7 @@ def compare(args, means: dict[str, np.ndarray]) -> list[dict]:
 
     means: the result of `simulate`.
     """
-    known = mutual_information(args.dim, args.rho)
+    information = mutual_information(args.dim, args.rho)
     equal = [1 / args.repeats] * args.repeats
     draws = np.random.default_rng(args.seed).multinomial(args.repeats, equal, RESAMPLES)
     # The first resample is the repeats as they are.
@@ -231,7 +231,7 @@ def compare(args, means: dict[str, np.ndarray]) -> list[dict]:
                 "k": k,
                 "above_mean": means["above"][s],
                 "bias": bias,
-                "estimate": [known + value for value in bias],
+                "estimate": [information + value for value in bias],
                 "minus_nce": minus_nce,
                 "sd_given_pair": with_interval(given),
                 "sd_ratio_given_pair": given_ratio,
@@ -257,29 +257,29 @@ def verdict(value, bound: float) -> str:
 def main(argv=None) -> None:
     args = parse_args(argv)
     files.make_folder(args.out)
-    known = mutual_information(args.dim, args.rho)
+    information = mutual_information(args.dim, args.rho)
     pair = f"{args.dim} coordinates, correlation {args.rho:g}"
-    print(f"mutual information of the pair: {known:.4f} nats ({pair})")
+    print(f"mutual information of the pair: {information:.4f} nats ({pair})")
     rows = compare(args, simulate(args))
     typed = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "ring/theory.py", *typed])
     text = theory_output.table(rows)
     batches = f"{args.repeats} repeats of {args.pairs} pairs; 95 % intervals"
     with files.replacing(os.path.join(args.out, "theory.md"), "w") as file:
-        file.write(f"Mutual information {known:.4f} nats; {batches}.\n\n{text}\n\n")
+        file.write(f"Mutual information {information:.4f} nats; {batches}.\n\n{text}\n\n")
         file.write(f"Made by `{command}`.\n")
-    theory_output.draw(args, rows, known, os.path.join(args.out, "theory.png"))
+    theory_output.draw(args, rows, information, os.path.join(args.out, "theory.png"))
     record = {
         "command": command,
         **environment(),
         "options": cli.flags(args),
-        "mutual_information": known,
+        "mutual_information": information,
         "rows": rows,
     }
     files.write_json(os.path.join(args.out, "theory.json"), record)
     print(text)
     outputs = f"{args.out}/theory.png, theory.md, theory.json"
-    print(f"result: mutual information {known:.3f}; {theory_output.tally(rows)} ({outputs})")
+    print(f"result: mutual information {information:.3f}; {theory_output.tally(rows)} ({outputs})")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ OVER_MARKERS = "sD^v"  # in the panel over the outer threshold, one for each inn
 OVER_LINES = ("-", "--", "-.", ":")
 
 
-def draw(args, rows: list[dict], known: float, path: str) -> None:
+def draw(args, rows: list[dict], information: float, path: str) -> None:
     """Draw four panels with 95 % intervals.
 
     They show the estimate over K, its standard deviation with the pair fixed and over batches, and
-    the estimate over the outer threshold. rows: those of `theory.compare`. known: the mutual
+    the estimate over the outer threshold. rows: those of `theory.compare`. information: the mutual
     information.
     """
     from matplotlib.figure import Figure  # imported here, as it takes half a second
@@ -27,20 +27,20 @@ def draw(args, rows: list[dict], known: float, path: str) -> None:
     given.set_title("Standard deviation, the pair held fixed (nats)")
     batch.set_title(f"Standard deviation of the mean over {args.pairs} pairs (nats)")
     keys = ("estimate", "sd_given_pair", "sd_batch")
-    _over_sizes(args, rows, known, dict(zip(keys, (top, given, batch))))
+    _over_sizes(args, rows, information, dict(zip(keys, (top, given, batch))))
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
-    _over_thresholds(args, rows, known, over)
+    _over_thresholds(args, rows, information, over)
     for axes in (top, given, over, batch):
         axes.minorticks_off()
         axes.grid(color="0.9")
     figure.suptitle(
-        f"Gaussian pair, {args.dim} coordinates, correlation {args.rho:g}: {known:.2f} nats; "
+        f"Gaussian pair, {args.dim} coordinates, correlation {args.rho:g}: {information:.2f} nats; "
         f"{args.repeats} repeats, 95 % intervals"
     )
     figure.savefig(path, dpi=100)
 
 
-def _over_sizes(args, rows: list[dict], known: float, panels: dict) -> None:
+def _over_sizes(args, rows: list[dict], information: float, panels: dict) -> None:
     """Draw values over K. panels: {key of a row: axes}."""
     estimators = chosen(rows)
     for number, estimator in enumerate(estimators):
@@ -58,13 +58,13 @@ def _over_sizes(args, rows: list[dict], known: float, panels: dict) -> None:
                 markerfacecolor="white" if mine[0]["inner"] else None,
                 **LINE,
             )
-    panels["estimate"].axhline(known, color="0.0", linewidth=2.5, label="mutual information")
+    panels["estimate"].axhline(information, color="0.0", linewidth=2.5, label="mutual information")
     for axes in panels.values():
         ticks = {"xticks": args.k, "xticklabels": list(map(str, args.k))}
         axes.set(xscale="log", xlabel="K, the positive included", **ticks)
 
 
-def _over_thresholds(args, rows: list[dict], known: float, axes) -> None:
+def _over_thresholds(args, rows: list[dict], information: float, axes) -> None:
     """Draw the estimates of a middle K over the outer threshold."""
     k = args.k[len(args.k) // 2]
     rows = [row for row in rows if row["k"] == k]
@@ -87,7 +87,7 @@ def _over_thresholds(args, rows: list[dict], known: float, axes) -> None:
             markerfacecolor="white" if inner else None,
             **LINE,
         )
-    axes.axhline(known, color="0.0", linewidth=2.5, label="mutual information")
+    axes.axhline(information, color="0.0", linewidth=2.5, label="mutual information")
     (nce,) = (row["estimate"][0] for row in rows if row["estimator"] == "NCE")
     axes.axhline(nce, color="0.0", linestyle=":", linewidth=1.4, label="NCE")
     axes.legend(fontsize=9, framealpha=1)

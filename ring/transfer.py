@@ -68,7 +68,7 @@ def parse(words: list[str], root: str) -> dict[str, str]:
 
 def _like(name: str) -> list[str]:
     """Return the names of SETS that are like `name`, or all of them."""
-    lower = {known.lower(): known for known in SETS}
+    lower = {candidate.lower(): candidate for candidate in SETS}
     close = difflib.get_close_matches(name.lower(), lower, 1)
     return [lower[match] for match in close] or list(SETS)
 

@@ -159,15 +159,39 @@ def state_of(keys_file: str, keep=lambda key: True) -> dict:
 # key list of the published code -> (where the state is, names that must come out, names that must
 # not)
 LAYOUTS = {
-    "nonsem_moco_resnet50_mlp_keys.json": ("state_dict", ["conv1.weight", "layer4.2.bn3.running_var", "fc.2.bias"], ["queue"]),
+    "nonsem_moco_resnet50_mlp_keys.json": (
+        "state_dict",
+        ["conv1.weight", "layer4.2.bn3.running_var", "fc.2.bias"],
+        ["queue"],
+    ),
     "moco_insdis_backbone_resnet50_keys.json": ("model", ["conv1.weight", "fc.bias"], []),
-    "ring_nce_system_keys.json": ("state_dict", ["conv1.weight", "bn1.bias", "layer4.1.conv2.weight"], ["l1.weight"]),
-    "debiased_backbone_keys.json": (None, ["conv1.weight", "layer1.0.conv1.weight", "layer4.2.bn3.weight"], ["g.0.weight"]),
-    "ft_backbone_rgb_resnet18_mlp_keys.json": ("model", ["conv1.weight", "layer4.1.bn2.bias"], ["head.0.weight"]),
+    "ring_nce_system_keys.json": (
+        "state_dict",
+        ["conv1.weight", "bn1.bias", "layer4.1.conv2.weight"],
+        ["l1.weight"],
+    ),
+    "debiased_backbone_keys.json": (
+        None,
+        ["conv1.weight", "layer1.0.conv1.weight", "layer4.2.bn3.weight"],
+        ["g.0.weight"],
+    ),
+    "ft_backbone_rgb_resnet18_mlp_keys.json": (
+        "model",
+        ["conv1.weight", "layer4.1.bn2.bias"],
+        ["head.0.weight"],
+    ),
     "cmc_backbone_resnet18v1_keys.json": ("model", ["l_to_ab.conv1.weight", "ab_to_l.fc.bias"], []),
-    "cmc_backbone_alexnet_keys.json": ("model", ["l_to_ab.conv_block_1.0.weight", "ab_to_l.fc8.0.bias"], []),
-    "ft_backbone_cmc_resnet50_mlp_keys.json": ("model", ["encoder1.conv1.weight", "encoder2.bn1.bias"], ["head1.0.bias"]),
-}  # fmt: skip
+    "cmc_backbone_alexnet_keys.json": (
+        "model",
+        ["l_to_ab.conv_block_1.0.weight", "ab_to_l.fc8.0.bias"],
+        [],
+    ),
+    "ft_backbone_cmc_resnet50_mlp_keys.json": (
+        "model",
+        ["encoder1.conv1.weight", "encoder2.bn1.bias"],
+        ["head1.0.bias"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

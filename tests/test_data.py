@@ -405,7 +405,8 @@ def test_pictures_without_classes(tmp_path):
             and pictures.targets.tolist() == [-1] * count
         )
         assert pictures.notes == [
-            f"{pictures.root}: there is no train/CLASS/*, so its {count} pictures are used without labels"
+            f"{pictures.root}: there is no train/CLASS/*, so its {count} pictures are used "
+            "without labels"
         ]
         assert (
             "0 classes" in repr(loader(pictures))
@@ -986,7 +987,7 @@ def test_textures_pair_by_path(tmp_path):
     save(textures / "train" / "bee" / "texture2_p0.png", 53)
     assert original_root_of(textures) == photos
     assert original_root_of("/a-texture/b-texture/train") == Path("/a/b/train")
-    with pytest.raises(UsageError, match="no '-texture' in the path"):
+    with pytest.raises(UsageError, match="has no '-texture'"):
         original_root_of(photos)
 
     listing = tmp_path / "unmatched.txt"
@@ -1022,7 +1023,7 @@ def test_textures_pair_by_path(tmp_path):
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         pair_by_path(texture_set, tmp_path / "nowhere")
     save(photos / "train" / "ant" / "p0.png", 55)
-    with pytest.raises(UsageError, match="ant/p0.JPEG, ant/p0.png share one name"):
+    with pytest.raises(UsageError, match="ant/p0.JPEG, ant/p0.png have the same name"):
         pair_by_path(texture_set, photos)
 
 

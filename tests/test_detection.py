@@ -280,7 +280,7 @@ def test_difficult_objects_are_ignored_as_in_voc():
     assert evaluated(objects, [twice, []])["AP50"] == 100  # and any number may lie on it
     inside = [("cat", (50, 10, 65, 30), 0.9), ("cat", A, 0.5)]  # in it, but hardly overlapping
     assert evaluated(objects, [inside, []])["AP50"] == pytest.approx(50)
-    with pytest.raises(UserError, match="there is nothing to find"):
+    with pytest.raises(UserError, match="so AP is undefined"):
         evaluated([[("cat", B, True)]], [[]])
 
 
@@ -566,7 +566,7 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
         assert message in str(caught.value)
     torch.save(torchvision.models.resnet18().state_dict(), "other.pth")
     with pytest.raises(
-        UserError, match="started from another network .none.: give that with --pretrained"
+        UserError, match="started from another network .none.: give that to --pretrained"
     ):
         eval_detection.main([*RUN, "--name", "b", "--resume", "auto", "--pretrained", "other.pth"])
 
@@ -629,7 +629,7 @@ def test_two_processes(inside):
     saved = state("two")
     assert saved["global_step"] == 4 and len(saved["generators"]) == 2
     for flags, message in (
-        (RUN, "--norm sync: PyTorch has that on GPUs only"),
+        (RUN, "--norm sync: PyTorch synchronises batch-norm between GPUs only"),
         ([*RUN, "--norm", "plain"], "--min-size 32"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -136,7 +136,7 @@ BAD = {
     "one alpha": (["--mixnorm", "--pos_alpha", "3"], "--pos_alpha belongs to --sep_alpha"),
     "three alphas": (
         ["--mixnorm", "--sep_alpha", "--beta_alpha", "3"],
-        "--beta_alpha: with --sep_alpha there are",
+        "--beta_alpha: --sep_alpha takes",
     ),
     "uniform": (
         ["--mixnorm", "--mask_distribution", "uniform", "--beta_alpha", "3"],
@@ -145,7 +145,7 @@ BAD = {
     "no norm": (["--mixnorm", "--norm_target", "pos"], "--norm_target belongs to --postmix_norm"),
     "not mixed": (
         ["--mixnorm", "--dim_mask", "pos"],
-        "--dim_mask pos: with --mixnorm_target neg those are not mixed",
+        "--dim_mask pos: with --mixnorm_target neg those are not transformed",
     ),
     "no jigsaw": (["--beta", ".3"], "--beta belongs to --jigsaw"),
     "a bank's": (["--nce_m", ".3"], "--nce_m belongs to a bank, --mem bank"),

@@ -163,7 +163,7 @@ def test_unknown_networks_are_one_line(capsys):
         ),
         (
             "resnet50x3",
-            "error: argument --arch: unknown network resnet50x3: there are resnet18, resnet50, ",
+            "error: argument --arch: resnet50x3 is unknown; take one of resnet18, resnet50, ",
         ),
     ):
         with pytest.raises(SystemExit):

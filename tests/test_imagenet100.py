@@ -178,7 +178,8 @@ def test_copy_is_whole_or_absent_and_goes_on(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", full_disk)
     with pytest.raises(
-        UserError, match="cannot write to .*out: no space left on device.*the same command continues"
+        UserError,
+        match="cannot write to .*out: no space left on device.*the same command continues",
     ) as e:
         make(few, out, "--copy", "--workers", 1, *listed)
     assert e.value.code == 1

@@ -302,7 +302,7 @@ def test_resumes_where_it_was_stopped_and_leaves_what_is_there(tree, tmp_path, c
         partial.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
     make(tree, out, *FEW)
-    assert "24 files, 23 are there" in (text := capsys.readouterr().out) and "1 made now" in text
+    assert "24 files, 23 exist" in (text := capsys.readouterr().out) and "1 made now" in text
     assert lost.read_bytes() == reference["contrast/5/bird/b1.png"] and kept.read_bytes() == b"mine"
     assert not old.exists() and fresh.exists()
 
@@ -389,7 +389,8 @@ def test_a_picture_too_large_for_the_memory_is_named(tree, tmp_path, monkeypatch
 
 def test_a_worker_that_dies_names_what_it_worked_on():
     with pytest.raises(
-        UserError, match=r"worker process died .*at work on picture 3(, picture 3)?; try again"
+        UserError,
+        match=r"worker process died .*while it worked on picture 3(, picture 3)?; try again",
     ):
         list(workers.in_processes(os._exit, [3, 3], 2, names=lambda job: [f"picture {job}"]))
 

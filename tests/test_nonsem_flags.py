@@ -66,7 +66,7 @@ BAD = {
         "patch sides 16 to 72 do not fit pictures of 32",
     ),
     "two textures": (["x", "--robust", "texture", "--num-nonsem", "2"], "--num-nonsem 2"),
-    "no convention": (["x", "--robust", "texture"], "no '-texture' in the path"),
+    "no convention": (["x", "--robust", "texture"], "has no '-texture'"),
 }
 
 

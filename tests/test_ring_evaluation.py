@@ -492,7 +492,7 @@ def test_transfer_to_several_sets_in_one_table(workspace, tmp_path, capsys):
     (["nowhere"], "no data set of that name; there are FGVCAircraft, DTD, GTSRB"),
     (["birds=NOWHERE"], "NOWHERE: no such folder"),
     (["DTD", "DTD=elsewhere"], "--transfer DTD comes twice"),
-    (["a/b=BIRDS"], "becomes a folder: one word"), (["data"], "data has no train/ folder"),
+    (["a/b=BIRDS"], "becomes a folder, so give one word"), (["data"], "data has no train/ folder"),
 ])  # fmt: skip
 def test_names_and_paths_are_checked_first(workspace, words, message, capsys):
     says_no(

@@ -223,7 +223,10 @@ def test_an_empty_ring_says_its_numbers():
     numbers = "of 40 candidates, outer threshold 0.02 and inner 0.1 leave the ranks 0 to 0"
     with pytest.raises(ValueError, match=numbers):
         Rule().ranks(0.02, 40, 8)
-    numbers = "--neighbor-views has no neighbours: of 40 candidates, outer .* 0.1 and inner 0.1 cut out none"
+    numbers = (
+        "--neighbor-views has no neighbours: of 40 candidates, outer .* 0.1 and inner 0.1 cut "
+        "out none"
+    )
     with pytest.raises(ValueError, match=numbers):
         Rule(neighbor_views=True).narrowest(0.1, 40, 8)
     assert Rule("ball", ball_of_batch=True).ranks(0.5, 40, 8) == (0, 4)

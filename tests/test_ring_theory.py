@@ -141,7 +141,7 @@ def test_intervals():
 @pytest.mark.parametrize("flags, message", [
     (["--rho", "1"], "0.999"), (["--k", "1"], "2"), (["--outer", "1.5"], "1"),
     (["--inner", "1"], "0.99"),
-    (["--outer", "0.001"], "--outer 0.001 --inner 0.0: no candidate in a pool of 512; raise"),
+    (["--outer", "0.001"], "--outer 0.001 --inner 0.0: a pool of 512 has no candidate; raise"),
 ])  # fmt: skip
 def test_wrong_values(flags, message, capsys):
     says_no(theory.parse_args, [*SMALL, "--out", "x", *flags], message, capsys)

@@ -200,9 +200,14 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
     classifier = (run / "current.pth").resolve()
     expected = row("DATA", "--classifier", classifier)["clean"]
     monkeypatch.chdir("elsewhere")
-    fails(UsageError, "is a classifier on moco-net/current.pth, which does not exist: give the "
-                      "network with --network",
-          "../DATA", "--classifier", classifier)  # fmt: skip
+    fails(
+        UsageError,
+        "is a classifier on moco-net/current.pth, which does not exist: give the "
+        "network with --network",
+        "../DATA",
+        "--classifier",
+        classifier,
+    )
     moved = row(
         "../DATA", "--classifier", classifier, "--network", "../moco-net/current.pth", out="moved"
     )
@@ -210,8 +215,15 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
     other = checkpoint.load("../moco-net/current.pth")
     other["model"]["encoder.module.conv1.weight"] += 1e-3
     torch.save(other, "other.pth")
-    fails(UserError, "is a classifier on another network than other.pth",
-          "../DATA", "--classifier", classifier, "--network", "other.pth")  # fmt: skip
+    fails(
+        UserError,
+        "is a classifier on another network than other.pth",
+        "../DATA",
+        "--classifier",
+        classifier,
+        "--network",
+        "other.pth",
+    )
     fails(
         UserError,
         "was written by cmc/train_CMC.py: evaluate it with",
@@ -221,11 +233,24 @@ def test_its_network_must_be_the_one_it_was_trained_on(workspace, monkeypatch):
         "--network",
         "../cmc-net/current.pth",
     )
-    fails(UserError, "holds no classifier of .*: give a checkpoint of a linear evaluation, not "
-                     "of pre-training",
-          "../DATA", "--classifier", "../moco-net/current.pth")  # fmt: skip
-    fails(UserError, "was trained with --arch resnet18, not resnet50",
-          "../DATA", "--classifier", classifier, "--network", "../moco-net", "--arch", "resnet50")  # fmt: skip
+    fails(
+        UserError,
+        "holds no classifier of .*: give a checkpoint of a linear evaluation, not of pre-training",
+        "../DATA",
+        "--classifier",
+        "../moco-net/current.pth",
+    )
+    fails(
+        UserError,
+        "was trained with --arch resnet18, not resnet50",
+        "../DATA",
+        "--classifier",
+        classifier,
+        "--network",
+        "../moco-net",
+        "--arch",
+        "resnet50",
+    )
 
 
 def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch):
@@ -233,11 +258,13 @@ def test_all_paths_are_looked_at_before_the_first_picture(workspace, monkeypatch
     (workspace / "some").mkdir()
     (workspace / "some" / "heart").mkdir()  # a class without a picture
     for flag, path, why in (
-        ("sketch", "nowhere", "nowhere: no such folder"), ("rendition", "DATA", "none of the 10 class folders"),
+        ("sketch", "nowhere", "nowhere: no such folder"),
+        ("rendition", "DATA", "none of the 10 class folders"),
         ("stylized", "some", "these class folders have no picture: heart"),
-        ("corruption", "DATA/sketch", "does not have the layout of ImageNet-C"), ("cue-conflict", "nowhere", "nowhere: no such folder"),
+        ("corruption", "DATA/sketch", "does not have the layout of ImageNet-C"),
+        ("cue-conflict", "nowhere", "nowhere: no such folder"),
         ("cue-conflict", "DATA/val", "40 of 40 pictures do not tell shape and texture"),
-    ):  # fmt: skip
+    ):
         fails(UsageError, why, "DATA", "--classifier", "moco", *SETS, f"--{flag}={path}")
     assert not (workspace / "row").exists()
 
@@ -294,9 +321,13 @@ def test_every_set_is_kept_as_it_comes_and_what_was_stopped_goes_on(workspace, m
 def test_a_folder_holds_the_result_of_one_classifier(workspace):
     row("DATA", "--classifier", "moco")
     before = files(workspace / "row")
-    fails(UsageError, "belongs to another classifier .*moco.*another --ckpt_path, or replace it "
-                      "with --overwrite",
-          "DATA", "--classifier", "cmc")  # fmt: skip
+    fails(
+        UsageError,
+        "belongs to another classifier .*moco.*another --ckpt_path, or replace it with --overwrite",
+        "DATA",
+        "--classifier",
+        "cmc",
+    )
     assert files(workspace / "row") == before
     assert row("DATA", "--classifier", "cmc", "--overwrite")["label"].startswith("CMC")
     assert row("DATA", "--classifier", "cmc", "--label", "mine")["label"] == "mine"
@@ -329,8 +360,19 @@ def test_a_signal_says_what_is_kept_and_exits_with_its_number(workspace, capsys)
 def test_two_processes_and_the_published_name(workspace):
     flags = ["DATA", "--classifier", "moco", *SETS]
     one = row(*flags)
-    two = run_script("nonsem_neg/eval_robustness.py", *flags, "--nproc", 2, "--device", "cpu", "-j", 0,
-                     "--ckpt_path", "two", cwd=workspace)  # fmt: skip
+    two = run_script(
+        "nonsem_neg/eval_robustness.py",
+        *flags,
+        "--nproc",
+        2,
+        "--device",
+        "cpu",
+        "-j",
+        0,
+        "--ckpt_path",
+        "two",
+        cwd=workspace,
+    )
     assert two.returncode == 0, two.stderr
     there = json.loads((workspace / "two/result.json").read_text())
     assert {k: v for k, v in there.items() if isinstance(v, float)} == {

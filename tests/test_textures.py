@@ -615,7 +615,7 @@ def test_resumes_keeps_what_is_there_and_overwrites_on_request(tree, tmp_path, c
     os.utime(left, (1, 1))
     make(tree, out)
     assert first.read_bytes() == b"mine" and len(files(out)) == 6 and not left.exists()
-    assert "6 pictures, 2 are there" in capsys.readouterr().out
+    assert "6 pictures, 2 exist" in capsys.readouterr().out
     make(tree, out, "--overwrite")
     assert files(out).items() >= whole.items()
     refuse(
@@ -639,7 +639,7 @@ def test_an_unfinished_overwrite_is_gone_on_with(tree, tmp_path, capsys):
     make(tree, out, "--seed", "5", "--overwrite", "--limit", "2")
     capsys.readouterr()
     make(tree, out, "--seed", "5")
-    assert "6 pictures, 2 are there" in capsys.readouterr().out
+    assert "6 pictures, 2 exist" in capsys.readouterr().out
     assert files(out) == files(tmp_path / "clean")
     make(tree, out, "--seed", "5")
     assert "6 of 6 textures" in (said := capsys.readouterr().out) and "0 made now" in said
@@ -803,7 +803,7 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     refuse([*a, *b, "--engine", "quilt", "--patch", "20", "--block", "21"], "--block is 21")
     refuse([*a, *b, "--overlap", "20"], "--overlap 20")
     if not torch.cuda.is_available():
-        refuse([*a, *b, "--device", "cuda"], "no GPU")
+        refuse([*a, *b, "--device", "cuda"], "there is no GPU")
     for flags in (
         ["--shard", "3/2"],
         ["--shard", "x"],
@@ -817,7 +817,7 @@ def test_bad_input_is_one_line_and_harms_nothing(tree, tmp_path, capsys):
     assert not (tmp_path / "T").exists()
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p != tmp_path)
     (tree / "val" / "empty").mkdir()
-    refuse([*a, *b], "without any picture", "empty")
+    refuse([*a, *b], "have no picture", "empty")
 
 
 def test_splits(tree, tmp_path):
@@ -852,7 +852,7 @@ def test_pictures_are_not_their_own_textures(tree, tmp_path, monkeypatch):
         ("link", "set"),
     ):
         with pytest.raises(
-            UsageError, match="are the pictures in .*, one and the same folder: name the tree"
+            UsageError, match="and the pictures in .* are the same folder: name the tree"
         ):
             moco_non_sem_neg.main([str(data), *robust, str(textures)])
     for flags in (
@@ -861,7 +861,7 @@ def test_pictures_are_not_their_own_textures(tree, tmp_path, monkeypatch):
         ["link-texture", "--robust", "texture"],
     ):
         with pytest.raises(
-            UsageError, match="are the pictures in .*, one and the same folder: name the tree"
+            UsageError, match="and the pictures in .* are the same folder: name the tree"
         ):
             moco_non_sem_neg.main(flags)
     for dataset in ("packed", "cifar10"):

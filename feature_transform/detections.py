@@ -15,6 +15,7 @@ from feature_transform import voc_batches
 from feature_transform.voc import Pictures
 from runner import loop
 from runner.progress import Progress
+from runner.signals import until_stopped
 
 RECALLS = 10  # every tenth of COCO's 101 recalls is one of the eleven of VOC 2007
 DETECTIONS = 100  # the most that count of a class in a picture
@@ -35,7 +36,7 @@ def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
     workers = options.reading_workers(args)
     batches = voc_batches.decoded(pictures, plans, workers, process.device)
     found = {}
-    for images, _, places in job.until_stopped(batches, "the test, which is made again"):
+    for images, _, places in until_stopped(batches, job, "the test, which is made again"):
         with job.method.precision.autocast():
             outputs = network(images)
         for row, out in zip(places.tolist(), outputs):

@@ -7,18 +7,19 @@ trained classifier by the same `Spec`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
-from common import UserError, cli, data, launch, metrics, options, sets
+from common import cli, data, launch, options, sets
 from common.precision import Precision
 from runner import checkpoint, layouts, loop, pretrained
-from runner.features import CachedViews, Embed, FreshViews, validate
+from runner.classifier import Classifier
+from runner.features import CachedViews, FreshViews, validate
+from runner.signals import until_stopped
 
 
 @dataclass(frozen=True)
@@ -125,101 +126,6 @@ def sgd(args, parameters) -> torch.optim.Optimizer:
     )
 
 
-class Classifier:
-    """The method of a linear evaluation: a classifier on features of a frozen network.
-
-    embed: maps images on the device to float32 features (B, ...), and `classifier` maps those to
-    logits (B, C). recorded: more entries of the checkpoint; a run resumes only with the same
-    `classes` (names in label order) and the same `digest` of the network.
-    """
-
-    generators: dict = {}
-
-    def __init__(
-        self,
-        spec: Spec,
-        args,
-        process: launch.Process,
-        network: nn.Module,
-        classifier: nn.Module,
-        embed: Embed,
-        recorded: dict,
-    ):
-        self.spec = spec
-        self.args = args
-        self.network = network
-        self.classifier = classifier
-        self.embed = embed
-        self.recorded = recorded
-        self.optimizer = spec.optimizer(args, classifier.parameters())
-        self.wrapped = launch.parallel(classifier, process)
-        norms = nn.modules.batchnorm._BatchNorm
-        self.has_norm = any(isinstance(module, norms) for module in classifier.modules())
-        self.scores = {
-            "acc1": float("nan"),
-            "acc5": float("nan"),
-            "best_acc1": -1.0,
-            "best_epoch": 0,  # number of complete epochs
-        }
-        self.before = {name: tensor.cpu().clone() for name, tensor in self.frozen()}
-
-    def frozen(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of everything in the network that must not change."""
-        trained = set(map(id, self.classifier.parameters()))
-        for name, tensor in (*self.network.named_parameters(), *self.network.named_buffers()):
-            if id(tensor) not in trained:
-                yield name, tensor.detach()
-
-    def check_frozen(self) -> None:
-        """Raise UserError if the network, batch-norm statistics included, has changed."""
-        for name, tensor in self.frozen():
-            if not torch.equal(tensor.cpu(), self.before[name]):
-                raise UserError(
-                    f"{name} changed during linear evaluation: the backbone was not frozen; "
-                    "the result is void"
-                )
-
-    def step(self, batch: loop.Batch) -> dict[str, Tensor]:
-        """Take one optimizer step on features and return the values to log.
-
-        If the classifier has batch-norm and a rank has a single row, which has no statistics, it
-        does nothing and returns {}.
-        """
-        target = batch.target
-        if self.has_norm and launch.any_rank(len(target) == 1):
-            return {}
-        logits = self.wrapped(batch.views)
-        loss = cross_entropy(logits, target)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
-        return {"train_loss": loss, "train_acc": top1, "train_acc5": top5}
-
-    def state_dict(self) -> dict:
-        weights = self.spec.weights(self.network, self.classifier)
-        return {**weights, **self.scores, **self.recorded}
-
-    def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        now = self.recorded["classes"]
-        then = saved.get("classes", now)
-        if then != now:
-            raise UserError(
-                f"{saved.path} was trained on other classes "
-                f"({len(then)}, and here there are {len(now)})"
-            )
-        digest = self.recorded.get("digest")
-        if saved.get("digest", digest) != digest:
-            raise UserError(
-                f"{saved.path} is a classifier on another network "
-                f"({saved.get('network')} at that time): start over with --overwrite, "
-                "or choose another --save_path"
-            )
-        self.spec.load(self.network, self.classifier, saved)
-        for key, value in self.scores.items():
-            self.scores[key] = type(value)(saved.get(key, value))
-
-
 # -------------------------------------------------------------------------------------- the run
 
 
@@ -298,7 +204,7 @@ def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str)
     job.loader = FreshViews(method.embed, job.source)
     if args.cache_views and not job.finished:
         lost = "the features embedded so far are lost, because they are kept in memory only"
-        until = functools.partial(job.until_stopped, lost=lost)
+        until = functools.partial(until_stopped, job=job, lost=lost)
         val = list(until(val))  # val/ is not augmented, so it is embedded once
         job.loader = CachedViews(
             method.embed,

@@ -29,7 +29,7 @@ from common import data, files, launch, options, schedule
 from runner import checkpoint, resume, views
 from runner.contract import At, Batch, Method
 from runner.folder import RunFolder, refuse_to_overwrite
-from runner.progress import Progress, clock
+from runner.progress import Progress
 from runner.resume import Files, Position
 from runner.scores import Scores
 from runner.signals import StopSignal
@@ -49,7 +49,9 @@ class Job:
         self.process = process
         self.folder = folder
         self.files = files
-        self.at_work = Position(done=files.start)
+        self.done = files.start  # complete epochs
+        self.step = 0  # of the current epoch that are done
+        self.global_step = 0  # of the whole run that are done
         self.complete = False  # whether all steps of the current epoch are done
         self.finished = False  # whether nothing is left to train
         self.stopped = False  # whether a signal, or --stop-after, has ended the run
@@ -70,21 +72,6 @@ class Job:
             with self.saved.within() if self.saved else contextlib.nullcontext():
                 self.args = resume.settle_seed(args, self.saved, files)
             on_error.pop_all()
-
-    @property
-    def done(self) -> int:
-        """Number of complete epochs."""
-        return self.at_work.done
-
-    @property
-    def step(self) -> int:
-        """Number of steps done in the current epoch."""
-        return self.at_work.step
-
-    @property
-    def global_step(self) -> int:
-        """Number of steps done in the whole run."""
-        return self.at_work.global_step
 
     @property
     def at(self) -> At:
@@ -124,7 +111,7 @@ class Job:
         self.source = loader  # keeps counts of replaced pictures and times of views and workers
         self.method = method
         self.steps = len(loader)
-        self.at_work.global_step = self.done * self.steps
+        self.global_step = self.done * self.steps
         pictures = loader.dataset
         digest = hashlib.sha256("\n".join(pictures.classes).encode()).hexdigest()
         self.data = {
@@ -156,7 +143,10 @@ class Job:
     def _restore(self) -> None:
         saved = self.saved
         resume.check_pictures(saved, self.data)
-        self.at_work = resume.position(saved, self.steps)
+        position = resume.position(saved, self.steps)
+        self.done = position.done
+        self.step = position.step
+        self.global_step = position.global_step
         self.method.load_state_dict(saved)
         checkpoint.load_optimizer(self.method.optimizer, saved)
         resume.restore_scaler(saved, self.method)
@@ -165,8 +155,8 @@ class Job:
         self.remarks.append(f"resumed {saved.path}: epoch {self.done}, step {self.step}")
         is_pending = saved.get("pending") is True and self.done and not self.step
         if self.args.resume == "auto" and is_pending:  # repeat the evaluation of this epoch
-            self.at_work.done -= 1
-            self.at_work.step = self.steps
+            self.done -= 1
+            self.step = self.steps
 
     def _open_folder(self, derived: dict) -> None:
         loader, pictures = self.source, self.source.dataset
@@ -283,19 +273,19 @@ class Job:
             schedule.set_lr(self.method.optimizer, self._rate)
             self._rows = len(index)
             yield Batch(seen, target, index, at)
-            self.at_work.step += 1
-            self.at_work.global_step += 1
+            self.step += 1
+            self.global_step += 1
             if self.stop.asked():
                 break
         self.means = self.progress.close()
         if self.shows_steps and self.step > started:
-            self._say_epoch()
+            self.log.say(f"Epoch {self.epoch}: {self.progress.summary()}")
         self.scores.write(self.epoch, started)
         if self.step < len(loader):
             self.save(self.files.last)
             return
-        self.at_work.done += 1
-        self.at_work.step = 0
+        self.done += 1
+        self.step = 0
         self.complete = True
         if self._knn_is_due():  # so that an interrupted evaluation is repeated
             self._save_numbered(pending=True)
@@ -315,17 +305,6 @@ class Job:
             }
             self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
 
-    def until_stopped(self, batches: Iterable, lost: str) -> Iterator:
-        """Yield from `batches`; after a signal to stop, print what is lost and exit."""
-        for batch in batches:
-            yield batch
-            if self.stop.received:
-                self.log.say(
-                    f"stopped by a signal: {lost}; saved checkpoints are intact, "
-                    "continue with --resume auto"
-                )
-                raise SystemExit(128 + self.stop.received)
-
     def due(self, every: int) -> bool:
         """Return whether a complete epoch is the last or a multiple of `every` (0: never)."""
         if not every or not self.complete:
@@ -334,13 +313,6 @@ class Job:
 
     def _knn_is_due(self) -> bool:
         return self.due(getattr(self.args, "knn_every", 0))
-
-    def _say_epoch(self) -> None:
-        values = self.means | self.progress.numbers
-        words = [f"{name} {value:.4g}" for name, value in values.items()]
-        words.append(f"{self.progress.rows / self.progress.elapsed:.0f} images/s")
-        words.append(clock(self.progress.elapsed))
-        self.log.say(f"Epoch {self.epoch}: {', '.join(words)}")
 
     # --------------------------------------------------------------------------------- saving
 
@@ -354,7 +326,8 @@ class Job:
         position: default, the current one. pending: whether the last epoch is not evaluated yet.
         Every rank must call this. Raises UserError if a weight is not finite.
         """
-        method, position = self.method, position or self.at_work
+        method = self.method
+        position = position or Position(self.done, self.step, self.global_step)
         when = f"epoch {self.epoch}, after {self.global_step} steps in all"
         resume.check_weights(method.optimizer, when)
         draws = {key: generator.get_state() for key, generator in method.generators.items()}

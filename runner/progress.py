@@ -126,6 +126,14 @@ class Progress:
         """Seconds since this run started the epoch."""
         return time.perf_counter() - self.began
 
+    def summary(self) -> str:
+        """Return the means over the epoch, the newest numbers, the speed and the time in words."""
+        values = self.means | self.numbers
+        words = [f"{name} {value:.4g}" for name, value in values.items()]
+        words.append(f"{self.rows / self.elapsed:.0f} images/s")
+        words.append(clock(self.elapsed))
+        return ", ".join(words)
+
     def close(self) -> dict[str, float]:
         """Finish the epoch, or the part that was run, and return its means."""
         if self._pending_rows:

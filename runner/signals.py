@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 
 from common import launch
 
@@ -53,3 +54,15 @@ class StopSignal:
         """128 + the number of the signal, the same on every rank; 0 without a signal."""
         number = max(launch.gather_objects(self.received))
         return 128 + number if number else 0
+
+
+def until_stopped(batches: Iterable, job, lost: str) -> Iterator:
+    """Yield from `batches`; after a signal to stop, print what is lost and exit."""
+    for batch in batches:
+        yield batch
+        if job.stop.received:
+            job.log.say(
+                f"stopped by a signal: {lost}; saved checkpoints are intact, "
+                "continue with --resume auto"
+            )
+            raise SystemExit(128 + job.stop.received)

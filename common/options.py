@@ -20,20 +20,14 @@ def add_data_arguments(
     from ImageNet-100. workers: the published default.
     """
     add = group.add_argument
-    add(
-        "--dataset",
-        choices=[*trees, "packed", *sets.TORCHVISION_SETS],
-        default=default,
-        help=f"{', '.join(trees)}: class folders; packed: by preprocess/pack.py; "
-        "otherwise a torchvision set below DATA, downloaded if missing",
+    text = (
+        f"{', '.join(trees)}: class folders; packed: by preprocess/pack.py; "
+        "otherwise a torchvision set below DATA, downloaded if missing"
     )
+    add("--dataset", choices=[*trees, "packed", *sets.TORCHVISION_SETS], default=default, help=text)
     add("--class-list", metavar="FILE", help="use only the class folders in FILE, one per line")
-    add(
-        "--input-res",
-        type=cli.positive_int,
-        default=224,
-        help="side of the network's input, pixels",
-    )
+    text = "side of the network's input, pixels"
+    add("--input-res", type=cli.positive_int, default=224, help=text)
     add("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
     group.set_defaults(workers=workers)
 
@@ -47,11 +41,8 @@ def add_sgd_arguments(group, lr_help: str = "not scaled with the batch", **defau
     add("--epochs", type=cli.positive_int, default=240, help="total number of epochs")
     add("-b", "--batch_size", type=cli.positive_int, default=128, help="global, over all processes")
     add("--learning_rate", "--lr", type=cli.positive, default=0.03, help=lr_help)
-    add(
-        "--lr_decay_epochs",
-        default="120,160,200",
-        help="numbers of complete epochs after which the rate drops",
-    )
+    text = "numbers of complete epochs after which the rate drops"
+    add("--lr_decay_epochs", default="120,160,200", help=text)
     add("--lr_decay_rate", type=cli.positive, default=0.1, help="factor of each drop")
     add("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     add("--weight_decay", type=cli.not_negative, default=1e-4, help="weight decay")
@@ -67,40 +58,22 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
     add = group.add_argument
     if tb_path:
         add("--tb_path", help="folder for TensorBoard events; default: the run folder")
-    add(
-        "-p", "--print-freq", type=cli.positive_int, default=10, help="steps between progress lines"
-    )
+    text = "steps between progress lines"
+    add("-p", "--print-freq", type=cli.positive_int, default=10, help=text)
     if save_freq:
-        add(
-            "--save-freq",
-            type=cli.positive_int,
-            default=save_freq,
-            help="epochs per kept checkpoint",
-        )
-    add(
-        "--last-every",
-        type=cli.positive_int,
-        default=1,
-        help="epochs between saves of the newest state, useful if epochs take seconds; "
-        "a stopped run is always saved",
+        text = "epochs per kept checkpoint"
+        add("--save-freq", type=cli.positive_int, default=save_freq, help=text)
+    text = (
+        "epochs between saves of the newest state, useful if epochs take seconds; "
+        "a stopped run is always saved"
     )
-    add(
-        "--stop-after",
-        type=cli.positive_int,
-        metavar="EPOCHS",
-        help="stop after EPOCHS epochs in all; --resume auto continues",
-    )
-    add(
-        "--resume",
-        default="",
-        metavar="PATH|auto",
-        help="checkpoint to continue from; auto: the newest in the run folder",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="start over in a folder that already holds checkpoints",
-    )
+    add("--last-every", type=cli.positive_int, default=1, help=text)
+    text = "stop after EPOCHS epochs in all; --resume auto continues"
+    add("--stop-after", type=cli.positive_int, metavar="EPOCHS", help=text)
+    text = "checkpoint to continue from; auto: the newest in the run folder"
+    add("--resume", default="", metavar="PATH|auto", help=text)
+    text = "start over in a folder that already holds checkpoints"
+    add("--overwrite", action="store_true", help=text)
     add("--seed", type=cli.seed, help="random seed; drawn and recorded if not given")
 
 
@@ -132,11 +105,8 @@ def add_name_argument(
 ) -> None:
     """Add --name, the name of the run folder below the folder that the published flag gives."""
     add = group.add_argument
-    add(
-        "--name",
-        type=cli.folder_name,
-        help=f"name of the run folder; default: {default}",
-    )
+    text = f"name of the run folder; default: {default}"
+    add("--name", type=cli.folder_name, help=text)
 
 
 def add_monitor_arguments(group, negatives: str = "of all its negatives") -> None:
@@ -146,24 +116,18 @@ def add_monitor_arguments(group, negatives: str = "of all its negatives") -> Non
     """
     add = group.add_argument
     add("--knn-every", type=cli.count, default=0, help="epochs between k-NN evaluations; 0: never")
-    add(
-        "--knn-data",
-        metavar="DATA",
-        help="root of a labelled tree or pack for k-NN, if DATA has no labels or another set is "
-        "wanted",
+    text = (
+        "root of a labelled tree or pack for k-NN, if DATA has no labels or another set is wanted"
     )
+    add("--knn-data", metavar="DATA", help=text)
     add("--knn-k", type=cli.positive_int, default=200, help="number of neighbours for k-NN")
-    add(
-        "--show-views",
-        metavar="FILE.png",
-        help="draw the first batch as the networks see it, then exit",
+    text = "draw the first batch as the networks see it, then exit"
+    add("--show-views", metavar="FILE.png", help=text)
+    text = (
+        "write scores/score_EPOCH.npy: statistics of each query's positive and negative "
+        f"scores, {negatives}"
     )
-    add(
-        "--save_score",
-        action="store_true",
-        help="write scores/score_EPOCH.npy: statistics of each query's positive and negative "
-        f"scores, {negatives}",
-    )
+    add("--save_score", action="store_true", help=text)
 
 
 def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) -> None:
@@ -173,49 +137,43 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
     """
     group = parser.add_argument_group("hardware")
     add = group.add_argument
-    add(
-        "--multiprocessing-distributed",
-        action="store_true",
-        help="start one process per GPU (or --nproc processes)",
-    )
-    add(
-        "--world-size",
-        type=int,
-        default=-1,
-        help="number of nodes (with the flag above), otherwise of processes",
-    )
-    add(
-        "--rank",
-        type=int,
-        default=-1,
-        help="rank of this node (with the flag above), otherwise of this process",
-    )
-    add(
-        "--dist-url",
-        help="address where processes meet, such as tcp://10.0.0.1:10001; not needed on one node",
-    )
+    text = "start one process per GPU (or --nproc processes)"
+    add("--multiprocessing-distributed", action="store_true", help=text)
+    text = "number of nodes (with the flag above), otherwise of processes"
+    add("--world-size", type=int, default=-1, help=text)
+    text = "rank of this node (with the flag above), otherwise of this process"
+    add("--rank", type=int, default=-1, help=text)
+    text = "address where processes meet, such as tcp://10.0.0.1:10001; not needed on one node"
+    add("--dist-url", help=text)
     add("--dist-backend", choices=["nccl", "gloo"], help="default: nccl on GPUs, gloo without")
-    add(
-        "--nproc",
-        type=cli.positive_int,
-        help="number of processes on this node; default: one per GPU, or one",
-    )
+    text = "number of processes on this node; default: one per GPU, or one"
+    add("--nproc", type=cli.positive_int, help=text)
     add("--gpu", type=int, help="use only the GPU with this number")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
-    add(
-        "--data-device",
-        choices=["auto", "host", "device"],
-        default="auto",
-        help="device: keep all pictures (of one size) in device memory as uint8; host: workers "
-        "decode them; auto: device if they fit",
+    text = (
+        "device: keep all pictures (of one size) in device memory as uint8; host: workers "
+        "decode them; auto: device if they fit"
     )
+    add("--data-device", choices=["auto", "host", "device"], default="auto", help=text)
+    text = "worker processes per node that read pictures, at most one per core"
     add(
         "-j",
         "--workers",
         "--num-workers",
         type=cli.count,
         default=parser.get_default("workers") or 32,
-        help="worker processes per node that read pictures, at most one per core",
+        help=text,
+    )
+    _add_precision_arguments(add, apex)
+    if compile:
+        add("--compile", action="store_true", help="torch.compile the encoders")
+
+
+def _add_precision_arguments(add, apex: bool) -> None:
+    """Add --amp, and with apex the flags of NVIDIA's."""
+    text = (
+        "autocast of the encoder: bfloat16, or float16 on old GPUs; --amp alone means on; "
+        "auto: on, except that a CPU times both ways first"
     )
     add(
         "--amp",
@@ -224,24 +182,13 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
         const="on",
         default=False,
         metavar="on|off|auto",
-        help="autocast of the encoder: bfloat16, or float16 on old GPUs; --amp alone means on; "
-        "auto: on, except that a CPU times both ways first",
+        help=text,
     )
     if apex:
-        add(
-            "--opt-level",
-            choices=["O1", "O2"],
-            default="O2",
-            help="level of apex; with torch's own --amp, both mean autocast with float32 weights",
-        )
-        add(
-            "--amp-backend",
-            choices=["torch", "apex"],
-            default="torch",
-            help="implementation of --amp",
-        )
-    if compile:
-        add("--compile", action="store_true", help="torch.compile the encoders")
+        text = "level of apex; with torch's own --amp, both mean autocast with float32 weights"
+        add("--opt-level", choices=["O1", "O2"], default="O2", help=text)
+        text = "implementation of --amp"
+        add("--amp-backend", choices=["torch", "apex"], default="torch", help=text)
 
 
 def check(args) -> None:

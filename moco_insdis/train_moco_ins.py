@@ -11,6 +11,7 @@ A minute on a laptop, and a published run (without --moco it is InsDis):
         --num_workers 24 --nce_k 16384 --softmax --moco
 """
 
+import copy
 import os
 import sys
 
@@ -18,11 +19,27 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common  # isort: split
 
-from common import UsageError, augment, batchnorm, cli, launch, options, schedule
-from moco_insdis.methods import InsDis, MoCo
-from moco_insdis.networks import MODELS, NORMALIZE
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    batchnorm,
+    cli,
+    launch,
+    memory,
+    options,
+    schedule,
+)
+from moco_insdis import flags
+from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank
+from moco_insdis.method import PREFIX, InstanceMethod, load_network
+from moco_insdis.networks import NORMALIZE
 from preprocess import demo
-from runner import knn, loop, resume
+from runner import checkpoint, knn, layouts, loop, resume
 
 WARM_FROM = 0.01  # learning rate at the start of --warm, as in the author's later code (PyContrast)
 WARM_EPOCHS = 10
@@ -53,32 +70,8 @@ def parse_args(argv=None):
     text = "CJ: greyscale and colour jitter; NULL: crop and flip only"
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=text)
 
-    g = parser.add_argument_group("model")
-    text = "network; x2, x4: stages of twice, four times the width"
-    g.add_argument("--model", "--arch", choices=list(MODELS), default="resnet50", help=text)
-    g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
-    g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
-
-    g = parser.add_argument_group("method")
-    text = "MoCo (two views, queue of keys); else InsDis (one view, memory bank)"
-    g.add_argument("--moco", action="store_true", help=text)
-    g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
-    text = "negatives per query; MoCo: length of the queue"
-    g.add_argument("--nce_k", "--queue", type=cli.positive_int, default=16384, help=text)
-    g.add_argument("--nce_t", "--temperature", type=cli.positive, default=0.07, help="temperature")
-    text = "InsDis: momentum of a memory row"
-    g.add_argument("--nce_m", type=cli.fraction, default=0.5, help=text)
-    text = "NCE: Z is a moving average over batches, or stays that of the first one, as published"
-    g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
-    text = "InsDis: never draw a picture as its own negative"
-    g.add_argument("--exclude-self", action="store_true", help=text)
-    text = "MoCo: momentum of the key encoder"
-    g.add_argument("--alpha", "--ema", type=cli.fraction, default=0.999, help=text)
-    text = "batch-norm groups over all processes, as on that many GPUs; default: MoCo 4, InsDis 1"
-    g.add_argument("--bn-splits", type=cli.positive_int, help=text)
-    text = "InsDis: batch-norm statistics over all processes"
-    g.add_argument("--syncBN", action="store_true", help=text)
-
+    flags.add_model_arguments(parser.add_argument_group("model"))
+    flags.add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g)
     text = f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)"
@@ -112,19 +105,7 @@ def settle(args) -> None:
             f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys "
             f"({args.batch_size})"
         )
-    foreign = ("alpha",)
-    owner = "MoCo: add --moco"
-    if args.moco:
-        foreign = ("exclude_self", "syncBN", "nce_m")
-        owner = "InsDis: omit --moco"
-    for flag in foreign:
-        if flag in args.typed:
-            raise UsageError(f"--{flag.replace('_', '-')} belongs to {owner}, or omit it")
-    if args.syncBN and args.bn_splits > 1:
-        raise UsageError(
-            "--syncBN takes batch-norm statistics over all processes, --bn-splits over parts of a "
-            "batch; omit one of the two"
-        )
+    flags.check_method(args)
     if "nce_z" in args.typed and "softmax" not in args.typed:
         args.softmax = False  # whatever the preset says
     if args.softmax and "nce_z" in args.typed:
@@ -164,6 +145,103 @@ def build_loader(args, process: launch.Process):
     return options.make_loader(args, process, options.open_pretraining(args), views)
 
 
+class InsDis(InstanceMethod):
+    """A network and a memory bank.
+
+    A step compares each picture's feature with the bank (the picture's own row is the positive,
+    drawn rows are the negatives), and then writes it to that row.
+    """
+
+    def __init__(self, args, n: int, process: launch.Process):
+        super().__init__(args, process)
+        bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
+        self.memory = MemoryBank(n, args.feat_dim, *bank).to(process.device)
+        draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
+        self.generators = {"draws": draws}
+
+    def step(self, batch: loop.Batch) -> dict:
+        images = batch.views[0].contiguous(memory_format=torch.channels_last)
+        with self.precision.autocast():
+            feat = self.wrapped(images)
+        feat = F.normalize(feat.float(), dim=1)  # N x D
+        bank = self.memory
+        draws = self.generators["draws"]
+        rows = memory.draw_rows(batch.index, bank.n, bank.k, draws, self.args.exclude_self)
+        logits = self.memory.logits(feat, rows)  # N x (1 + K)
+        loss, out = self.memory.loss(logits)
+        self.precision.step(loss, self.optimizer)
+        self.memory.update(launch.all_gather(feat), launch.all_gather(batch.index))
+        return self.curves(loss, out, logits)
+
+    def state_dict(self) -> dict:
+        return {
+            "model": layouts.add_prefix(self.network.state_dict(), PREFIX),
+            "contrast": self.memory.state_dict(),
+            "z_updates": self.memory.updates,
+        }
+
+    def load_state_dict(self, saved: checkpoint.Saved) -> None:
+        contrast = saved["contrast"]
+        if "model_ema" in saved:
+            raise UserError(f"{saved.path} is a checkpoint of MoCo: add --moco")
+        self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
+        load_network(self.network, saved, "model")
+
+
+class MoCo(InstanceMethod):
+    """A query network, a key network that follows it, and a queue of keys.
+
+    A step compares each query with the key of the same picture (the positive) and with the queue
+    (the negatives), writes the keys to the queue, and moves the key network.
+    """
+
+    def __init__(self, args, n: int, process: launch.Process):
+        super().__init__(args, process)
+        self.key_network = copy.deepcopy(self.network).requires_grad_(False)
+        if args.compile:
+            self.key_network.compile()
+        queue = (args.nce_k, args.nce_t, args.softmax, args.nce_z)
+        self.memory = KeyQueue(n, args.feat_dim, *queue).to(process.device)
+        self.average = get_ema_multi_avg_fn(args.alpha)
+        draws = torch.Generator().manual_seed(args.seed)  # shuffles keys, the same on every rank
+        self.generators = {"draws": draws}
+
+    def step(self, batch: loop.Batch) -> dict:
+        im_q, im_k = (v.contiguous(memory_format=torch.channels_last) for v in batch.views)
+        with self.precision.autocast():
+            query = self.wrapped(im_q)
+        query = F.normalize(query.float(), dim=1)  # N x D
+        # key: N x D, keys: those of all ranks
+        key, keys = batchnorm.encode_shuffled(self.encode_key, im_k, self.generators["draws"])
+        logits = self.memory.logits(query, key)  # N x (1 + K)
+        loss, out = self.memory.loss(logits)
+        self.precision.step(loss, self.optimizer)
+        self.memory.enqueue(keys)
+        queries = [param.detach() for param in self.network.parameters()]
+        self.average(list(self.key_network.parameters()), queries, None)
+        return self.curves(loss, out, logits)
+
+    def encode_key(self, images):
+        with self.precision.autocast():
+            feat = self.key_network(images)
+        return F.normalize(feat.float(), dim=1)
+
+    def state_dict(self) -> dict:
+        return {
+            "model": layouts.add_prefix(self.network.state_dict(), PREFIX),
+            "model_ema": layouts.add_prefix(self.key_network.state_dict(), PREFIX),
+            "contrast": self.memory.state_dict(),
+            "queue": self.memory.extra_state(),
+        }
+
+    def load_state_dict(self, saved: checkpoint.Saved) -> None:
+        if "model_ema" not in saved and "memory" in saved["contrast"]:
+            raise UserError(f"{saved.path} is a checkpoint of InsDis: omit --moco")
+        load_network(self.network, saved, "model")
+        load_network(self.key_network, saved, "model_ema")
+        self.memory.load(saved["contrast"], saved.get("queue"), saved.path)
+
+
 def build_method(args, pictures, steps: int, process: launch.Process) -> InsDis | MoCo:
     """Return the method for these training pictures. steps: optimizer steps of an epoch."""
     kind = MoCo if args.moco else InsDis
@@ -181,29 +259,6 @@ def warmed(args, lr: float, at: loop.At) -> float:
     if args.warm and at.epoch < WARM_EPOCHS:
         return schedule.warmup(lr, at.epoch + at.part, WARM_EPOCHS, start=min(WARM_FROM, lr))
     return lr
-
-
-def warn(args, n: int, job: loop.Job) -> None:
-    """Warn about memories for n pictures that are legal but known to fail."""
-    if args.nce_k >= n and args.moco:
-        loss = "" if args.softmax else " --softmax,"
-        preset = "" if args.preset == "small" else " (--preset small)"
-        job.warn(
-            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data "
-            f"set ({n} images): a picture's own earlier keys are among its negatives; "
-            f"use fewer,{loss} a higher --nce_t{preset}"
-        )
-    elif args.nce_k >= n:
-        job.warn(
-            f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn "
-            "repeatedly, the picture itself too (--exclude-self); use fewer"
-        )
-    if args.moco and not args.softmax and args.nce_z == "oneshot":
-        job.warn(
-            "MoCo with NCE and the Z of the first batch does not learn (11.6 % published), because "
-            "a fresh network gives nearly the same feature to every picture and Z stays as it is "
-            "then; use --nce_z ema or --softmax"
-        )
 
 
 def worker(args, process: launch.Process) -> None:
@@ -229,7 +284,7 @@ def worker(args, process: launch.Process) -> None:
             crop=args.crop,
             bn_groups=batchnorm.splits_here(args, process) * process.world_size,
         )
-        warn(args, len(pictures), job)
+        flags.warn(args, len(pictures), job)
         for _ in job.epochs():
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import UsageError, cli
+from common import UsageError, cli, options
 from nonsem_neg import textures
 from nonsem_neg.negatives import check_patch_range
 
@@ -61,6 +61,28 @@ def add_sgd_arguments(
         default=weight_decay,
         help="weight decay",
     )
+
+
+def add_model_arguments(group) -> None:
+    """Add the network, the queue and the momentum of the key encoder: MoCo."""
+    group.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
+    group.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
+    group.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
+    group.add_argument(
+        "--moco-k", "--queue", type=cli.positive_int, default=65536, help="queue length"
+    )
+    text = "momentum of the key encoder"
+    group.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
+    group.add_argument(
+        "--moco-t", "--temperature", type=cli.positive, default=0.07, help="temperature"
+    )
+    group.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer head (MoCo-v2)")
+    text = "batch-norm groups over all processes, as on that many GPUs"
+    group.add_argument("--bn-splits", type=cli.positive_int, default=8, help=text)
+    text = "running statistics of batch-norm: of the first group (as published), or the mean of all"
+    group.add_argument("--bn-running", choices=["first", "mean"], default="first", help=text)
+    text = "add the loss with query and key exchanged; both keys enter the queue"
+    group.add_argument("--symmetric", action="store_true", help=text)
 
 
 def add_negatives_arguments(group) -> None:

@@ -72,21 +72,7 @@ def parse_args(argv=None):
     flags.add_data_argument(g, text)
     options.add_data_arguments(g)
 
-    g = parser.add_argument_group("model")
-    g.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
-    g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
-    g.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
-    g.add_argument("--moco-k", "--queue", type=cli.positive_int, default=65536, help="queue length")
-    text = "momentum of the key encoder"
-    g.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
-    g.add_argument("--moco-t", "--temperature", type=cli.positive, default=0.07, help="temperature")
-    g.add_argument("--mlp", action=cli.OnOff, default=False, help="two-layer head (MoCo-v2)")
-    text = "batch-norm groups over all processes, as on that many GPUs"
-    g.add_argument("--bn-splits", type=cli.positive_int, default=8, help=text)
-    text = "running statistics of batch-norm: of the first group (as published), or the mean of all"
-    g.add_argument("--bn-running", choices=["first", "mean"], default="first", help=text)
-    text = "add the loss with query and key exchanged; both keys enter the queue"
-    g.add_argument("--symmetric", action="store_true", help=text)
+    flags.add_model_arguments(parser.add_argument_group("model"))
     flags.add_negatives_arguments(parser.add_argument_group("method: non-semantic negatives"))
 
     g = parser.add_argument_group("optimisation")

@@ -143,6 +143,19 @@ def open_both(args, saved: checkpoint.Saved) -> tuple[sets.PictureSet, sets.Pict
     return train_set, options.open_split(args, "val", classes=train_set.classes)
 
 
+class _Embedding(nn.Module):
+    """The frozen network as `spec.embed` calls it, which --amp auto times."""
+
+    def __init__(self, spec: Spec, network: nn.Module, args):
+        super().__init__()
+        self.spec = spec
+        self.network = network
+        self.args = args
+
+    def forward(self, images):
+        return self.spec.embed(self.network, images, self.args)
+
+
 def fit(
     spec: Spec, args, process: launch.Process, saved: checkpoint.Saved, open_sets, look=None
 ) -> Classifier:
@@ -160,6 +173,8 @@ def fit(
             recorded = {"classes": train_set.classes, "network": saved.path}
             recorded |= {"digest": spec.digest(saved, network), **spec.recorded(args, saved)}
         precision = Precision.of(args, process.device)
+        shape = (3, args.input_res, args.input_res)
+        precision.choose(_Embedding(spec, network, args), shape)
 
         def embed(images):
             with precision.autocast():

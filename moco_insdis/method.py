@@ -1,0 +1,68 @@
+"""What InsDis and MoCo share: the query network, its optimizer, and the values to log."""
+
+from __future__ import annotations
+
+import torch
+
+from common import backbones, launch, metrics
+from common.precision import Precision
+from moco_insdis.contrast import KeyQueue, MemoryBank
+from moco_insdis.networks import NORMALIZE, build_network
+from runner import checkpoint, layouts
+
+PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
+
+
+class InstanceMethod:
+    """The part that InsDis and MoCo share: query network, optimizer, and the values to log."""
+
+    memory: MemoryBank | KeyQueue
+
+    def __init__(self, args, process: launch.Process):
+        self.args = args
+        network = build_network(args, process)
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=args.learning_rate,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        self.precision = Precision.of(args, process.device)
+        self.precision.choose(network, (3, args.input_res, args.input_res))
+        self.network, self.optimizer = self.precision.prepare(network, optimizer)
+        if args.compile:
+            self.network.compile()
+        self.wrapped = launch.parallel(self.network, process)
+
+    def curves(self, loss, out, logits) -> dict:
+        """Return the values to log: the loss, and as "prob" the mean of column 0 of `out`.
+
+        With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
+        with NCE, Z over the number of pictures is. logits: the scores that --save_score describes.
+        """
+        out = out.detach()
+        values = {"ins_loss": loss, "ins_prob": out[:, 0].mean()}
+        if self.memory.softmax:
+            values["positive_prob"] = (out[:, 0] - out.logsumexp(1)).exp().mean()
+        else:
+            values["z_over_n"] = self.memory.normaliser / self.memory.n
+        if self.args.save_score:
+            t = self.memory.temperature
+            values["scores"] = metrics.score_statistics(logits[:, 0], logits[:, 1:], t)
+        return values
+
+    def embed(self, images):
+        """Return the features that enter the head: (N, D)."""
+        with self.precision.autocast():
+            return backbones.feature(self.network, images, 6)
+
+    def pictures(self, views) -> dict:
+        names = ("query", "key") if self.args.moco else ("picture",)
+        return {name: NORMALIZE.inverse(view) for name, view in zip(names, views)}
+
+
+def load_network(network, saved: checkpoint.Saved, key: str) -> None:
+    """Load the network at `key`. Raises UserError where it does not fit."""
+    state = layouts.strip_prefix(saved[key], PREFIX)
+    checkpoint.load_into(network, state, saved.path, flag="--model")

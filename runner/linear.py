@@ -201,6 +201,8 @@ def fit(
             precision=str(precision),
             **spec.derived(args, saved, network, classifier),
         )
+        if precision.remark:
+            job.log.say(precision.remark)
         measured = look(job, network, embed) if look else {}
         train(job, method, val_loader, best)
         if not job.stopped:

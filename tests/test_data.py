@@ -1049,16 +1049,25 @@ def test_workers_outlive_the_signals_of_a_job(mixed):
 
 @pytest.mark.skipif(not hasattr(signal, "alarm"), reason="needs POSIX signals")
 def test_a_killed_worker_is_one_line(mixed):
-    before = set(multiprocessing.active_children())
-    batches = iter(loader(mixed, batch_size=1, workers=1))
-    next(batches)
-    (worker,) = set(multiprocessing.active_children()) - before
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError) as error:
-        list(batches)
-    line, code = launch.in_one_line(error.value)  # what cli.run prints
-    assert re.search("worker.* With little memory or /dev/shm, use fewer --workers", line)
-    assert "\n" not in line and code == 1
+    code = (
+        "import multiprocessing, os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from common import cli\n"
+        "from common.augment import Compose, RandomResizedCrop\n"
+        "from common.data import Loader\nfrom common.sets import open_tree\n"
+        "def main():\n"
+        "    views = (Compose(RandomResizedCrop(8)),)\n"
+        "    pictures = open_tree(sys.argv[2])\n"
+        "    batches = iter(Loader(pictures, views, 1, device='cpu', seed=0, workers=1))\n"
+        "    next(batches)\n"
+        "    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\n"
+        "    list(batches)\n"
+        "cli.run(main)\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), mixed.root]
+    done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    message = r"^error: DataLoader worker.* With little memory or /dev/shm, use fewer --workers$"
+    assert re.search(message, done.stderr.strip(), re.M)
 
 
 def test_a_program_with_a_global_loader_ends(mixed):

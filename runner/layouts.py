@@ -72,7 +72,9 @@ def backbone(saved: dict) -> dict[str, Tensor]:
     prefixes (`l_to_ab.conv1.weight`). Raises UserError if no network is found.
     """
     state = _state_dict(saved)
-    for paper in papers.find().values():
+    own = getattr(saved, "paper", None)
+    others = [paper for paper in papers.find().values() if paper is not own]
+    for paper in ([own] if own else []) + others:
         for layout in paper.layouts:
             if inside := _inside(state, layout):
                 return inside

@@ -283,7 +283,7 @@ def report(job: loop.Job, saved: checkpoint.Saved, **measured) -> None:
     seed = origin["seed"]
     values = {
         "label": getattr(args, "label", None) or label,
-        "arch": getattr(args, "model", None) or args.arch,
+        "arch": getattr(args, "model", None) or getattr(args, "arch", None),
         "data": args.data,
         "split": "val",
         **origin,

@@ -321,7 +321,9 @@ def test_bad_checkpoints_and_settings(workspace):
     one = ["--batch_size", 1, *resume]
     fails("--batch_size 1: batch-norm needs two pictures", *one, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, *resume, error=UsageError)
-    with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the number of processes, 3"):
+    with pytest.raises(
+        UsageError, match="--batch_size 32 must be a multiple of the number of processes, 3"
+    ):
         script.worker(script.parse_args([*TINY, "--overwrite"]), launch.Process(world_size=3))
     assert path.read_bytes() == before
 

@@ -50,7 +50,7 @@ def extended(tmp_path_factory, demo_set):
             runs.append((script.removesuffix(".py").replace("/", "."), [*flags, "--device", "cpu"]))
         else:
             subprocess.run(["bash", "-ec", text], cwd=copy, check=True)
-    runs.append(("hard.main", "--demo --epochs 1 --device cpu --out runs/hard".split()))
+    runs.append(("my_paper.main", "--demo --epochs 1 --device cpu --out runs/my_paper".split()))
     command = [sys.executable, "-c", DRIVER, str(copy)]
     done = subprocess.run(
         command, cwd=folder, input=json.dumps(runs), capture_output=True, text=True, timeout=400
@@ -67,7 +67,7 @@ def records(folder: Path, name: str) -> list[dict]:
 def test_every_example_has_run(extended):
     _, folder = extended
     assert all("bank_norm" in record for record in records(folder, "number"))
-    for name in ("negative", "loss", "data", "hard"):
+    for name in ("negative", "loss", "data", "my_paper"):
         assert records(folder, name), name
     (config,) = (folder / "runs" / "data").rglob("config.json")
     assert json.loads(config.read_text())["derived"]["images"] == 80
@@ -78,4 +78,4 @@ def test_a_new_folder_is_found_by_its_declaration(extended):
     code = "from runner import papers; print(*papers.find())"
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True).stdout
-    assert "hard" in out.split() and "debiased" in out.split()
+    assert "my_paper" in out.split() and "debiased" in out.split()

@@ -78,7 +78,7 @@ def test_shared_modules_name_no_paper_no_script_and_no_flag_of_a_paper(package):
 def test_every_folder_with_claims_is_declared():
     folders = {path.parent.name for path in ROOT.glob("*/claims.json")}
     assert folders == {*PAPERS}, (
-        "a folder with claims.json needs a paper.py with PAPER, and vice versa"
+        f"{', '.join(folders ^ {*PAPERS})}: a paper's folder has both claims.json and paper.py"
     )
 
 
@@ -99,11 +99,13 @@ def test_a_declaration_is_complete(folder):
     assert callable(paper.function("colours"))
     spec = paper.linear()
     assert spec.script.endswith(paper.evaluation)
+    for name in (f"{folder}/README.md", f"{folder}/claims.json", f"docs/{folder}.md"):
+        assert (ROOT / name).is_file(), f"write {name}"
+    page = ROOT / "results" / folder / "README.md"
+    assert page.is_file(), f"{page.relative_to(ROOT)} is missing: run tools/claims.py --write"
     content = json.loads((ROOT / folder / "claims.json").read_text())
-    assert content["claims"]
-    for name in ("README.md", "claims.json", "paper.py"):
-        assert (ROOT / folder / name).is_file(), f"{folder}/{name}"
-    assert (ROOT / "docs" / f"{folder}.md").is_file(), f"docs/{folder}.md"
+    assert content["claims"], f"{folder}/claims.json has no claims"
+    assert "gpu" in content["scales"], f"{folder}/claims.json needs the scale gpu"
 
 
 def test_declarations_need_no_torch():

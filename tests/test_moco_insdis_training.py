@@ -263,7 +263,9 @@ def test_bad_checkpoints_and_settings(workspace):
     resumed = ("--resume", path)
     fails("--batch_size 1: batch-norm needs two", "--batch_size", 1, *resumed, error=UsageError)
     fails("cannot be cut into 5 equal", "--bn-splits", 5, *resumed, error=UsageError)
-    with pytest.raises(UsageError, match="--batch_size 32 must be a multiple of the number of processes, 3"):
+    with pytest.raises(
+        UsageError, match="--batch_size 32 must be a multiple of the number of processes, 3"
+    ):
         script.worker(script.parse_args(TINY), launch.Process(world_size=3))
     assert (workspace / path).read_bytes() == before
 

@@ -238,8 +238,7 @@ def write(root: Path) -> list[Path]:
     texts = {path: results(path.read_text(), root)}
     for paper in records.papers(root):
         path = root / "results" / paper / "README.md"
-        if path.parent.is_dir():
-            texts[path] = page(paper, path.read_text() if path.is_file() else "", root)
+        texts[path] = page(paper, path.read_text() if path.is_file() else "", root)
     texts[root / "results" / "ledger.json"] = json.dumps(ledger(root), indent=1) + "\n"
     for path, text in texts.items():
         with files.replacing(path, "w") as file:

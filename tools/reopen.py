@@ -149,7 +149,7 @@ def _origin(paper: papers.Paper, spec: Spec, saved, source, args) -> dict:
     settings = {name: flags[name] for name in paper.settings if name in flags}
     return {
         "label": label,
-        "arch": getattr(args, "model", None) or args.arch,
+        "arch": getattr(args, "model", None) or getattr(args, "arch", None),
         **origin,
         **own,
         "settings": settings | own,

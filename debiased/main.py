@@ -104,8 +104,11 @@ def settle(args) -> None:
         if args.dataset != "stl10":
             raise UsageError(options.NO_DATA)
         args.data = "data"
-        text = "STL-10 in data/ is used, and downloaded if missing (2.6 GB)"
-        print(f"note: {text}; --data_folder is for other pictures", file=sys.stderr)
+        text = "--data_folder is for other pictures, --demo for built-in ones"
+        print(
+            f"note: STL-10 in data/ is used, downloaded if missing (2.6 GB); {text}",
+            file=sys.stderr,
+        )
     if args.test_size is None:
         args.test_size = 96 if args.dataset == "stl10" else args.input_res
     if args.loss and args.debiased is not None and args.debiased != (args.loss == "debiased"):

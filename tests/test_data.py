@@ -1017,7 +1017,7 @@ def test_textures_pair_by_path(tmp_path):
         pair_by_path(texture_set, photos, unmatched_listing=listing)
     assert listing.read_text().splitlines()[0] == "texture without original: ant/p77.png"
     other = make_tree(tmp_path / "other", ("cow",), each=1)
-    with pytest.raises(UsageError, match="none of its 6 textures has its original"):
+    with pytest.raises(UsageError, match="none of its 6 textures has an original"):
         pair_by_path(texture_set, other)
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         pair_by_path(texture_set, tmp_path / "nowhere")

@@ -260,7 +260,7 @@ def test_without_val_there_is_no_knn_unless_it_is_asked_for(workspace, demo_set,
     flags = [*TINY[1:], "--epochs", "1", *tree.split()]
     with stopped_at(5):  # after the last step: no evaluation is still to come
         script.main(flags)
-    assert "note: there is no k-NN in this run: TREE: no val/ folder" in capsys.readouterr().out
+    assert "note: there is no k-NN in this run: TREE has no val/ folder" in capsys.readouterr().out
     saved = checkpoint.load("run/current.pth")
     assert (saved["epoch"], saved["step"], saved["opt"]["knn_every"]) == (1, 0, 0)
     assert json.loads((workspace / "run/config.json").read_text())["options"]["knn_every"] == 0
@@ -465,7 +465,7 @@ def test_wrong_files(trained, tmp_path):
     gone = "results/nowhere.pth"
     words = f"{gone}: nothing to evaluate yet; run debiased/main.py --demo first"
     refused(words, gone, tmp_path, UsageError)
-    words = f"no checkpoint at {gone}; in results there are model_400.pth"
+    words = f"no checkpoint at {gone}; results has model_400.pth"
     with pytest.raises(UsageError, match=words):
         linear.read(linear.parse_args(["--model_path", gone]))
     state = torch.load("results/model_400.pth")

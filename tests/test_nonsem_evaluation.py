@@ -166,7 +166,7 @@ def test_unreadable_pictures_are_counted_in_evaluations(workspace, capsys, demo_
     picture.write_bytes(picture.read_bytes()[:100])
     flags = ["broken", "--resume", f"lin/{FILE}", "--evaluate", "--ckpt_path", "counted"]
     main_lincls.main([*flags, "--skip-bad-images"])
-    message = f"replaced 1 unreadable pictures, the first broken/val/{picture.parent.name}/"
+    message = f"replaced 1 unreadable pictures, the first of them broken/val/{picture.parent.name}/"
     assert message in capsys.readouterr().out
 
 

@@ -141,7 +141,7 @@ BAD = {
     "no data": ([], "no data: give --root"),
     "nothing left": (
         ["--thres-inner", "1"],
-        "--thres-inner 1.0 must be less than 1, all of the ball",
+        "--thres-inner 1.0 must be less than 1, the whole ball",
     ),
     "inner beyond outer": (
         ["--no-dynamic-inner", "--thres-inner", ".2"],
@@ -158,11 +158,11 @@ BAD = {
     "no ring": (["--neighbor-views", "--negatives", "all"], "--neighbor-views needs an inner cut"),
     "nothing to anneal": (
         ["--negatives", "all", "--anneal", "step"],
-        "--anneal step: with --negatives all",
+        "--anneal step: --negatives all has no threshold",
     ),
     "no accuracy": (
         ["--anneal", "accuracy", "--nn-every", "0"],
-        "--anneal accuracy follows --nn-every 1",
+        "--anneal accuracy follows the 1-NN accuracy",
     ),
     "queue and batch": (
         ["--method", "moco", "--k", "100"],
@@ -176,7 +176,7 @@ BAD = {
     "CMC's": (["--view", "YCbCr"], "--view belongs to --method cmc"),
     "MoCo's": (["--no-shuffle-bn"], "--shuffle-bn belongs to --method moco"),
     "MoCo's queue": (["--queue", "64"], "--queue belongs to --method moco"),
-    "GPU": (["--gpu-device", "0,1"], "--gpu-device 0,1: a number, or cpu"),
+    "GPU": (["--gpu-device", "0,1"], "--gpu-device 0,1 must be a number or cpu"),
 }
 
 
@@ -244,7 +244,7 @@ def test_a_published_call_says_what_flags_say(tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(
-        f"warning: {path}: these flags have no effect, as in the published code: "
+        f"warning: {path}: these keys have no effect, as in the published code: "
     )
     for key in (
         "cuda",
@@ -335,7 +335,7 @@ BAD_FILES = {
     ),
     "transfer": (
         {"system": "TransferSystem"},
-        'system "TransferSystem": there are PretrainNCESystem',
+        'system "TransferSystem" must be one of PretrainNCESystem',
     ),
 }
 
@@ -686,7 +686,7 @@ def test_show_ring(whole, workspace, module_folder, capsys):
             assert sheet.width > 600 and sheet.height > 600
         assert equal(before, checkpoint.load(path)) and not (workspace / "run").exists()
     with pytest.raises(
-        UsageError, match="--show-ring: no checkpoint in run/pretrain_ir_ring_folder yet"
+        UsageError, match="--show-ring: there is no checkpoint in run/pretrain_ir_ring_folder yet"
     ):
         script.main([*TINY, "--show-ring", "x.png"])
 
@@ -715,7 +715,7 @@ def test_warnings(workspace, capsys):
     said = capsys.readouterr().out
     assert (
         "warning: the queue (--k 160) is as long as the data set (160 images)" in said
-        and "the inner cut is to" in said
+        and "the inner cut is there" in said
     )
     train("--epochs", 1, "--overwrite")
     said = capsys.readouterr().out

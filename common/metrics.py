@@ -85,18 +85,17 @@ def knn(
     bank_features (M, D) with bank_targets (M,) vote; features (N, D) with targets (N,) are
     classified. Each of the k nearest bank rows adds exp(cosine / temperature) to the score of its
     class (Wu et al., arXiv:1805.01978, section 3.4). Equal scores rank the lower class number
-    first. Rows labelled -1 (unlabelled pictures) are left out on both sides. A k above the number
-    of labelled bank rows means all of them.
+    first, and a class without a vote is never right. Rows labelled -1 (unlabelled pictures) are
+    left out on both sides. A k above the number of labelled bank rows means all of them.
 
     Works on the device of the bank, one chunk of queries at a time, with about 4 * chunk_elements
-    bytes of cosines (256 MiB). Returns 0-dim tensors; top-5 of fewer than five classes is 100.
-    Raises ValueError if no labelled row is left.
+    bytes of cosines (256 MiB). Returns 0-dim tensors. Raises ValueError if no labelled row is left.
     """
     device = bank_features.device
     bank, bank_targets = _labelled(bank_features, bank_targets, "bank")
     features, targets = _labelled(features, targets, "query")
     bank = bank.float()
-    k = min(k, len(bank))
+    k = neighbours_used(k, bank_targets)
     bank_scale = 1 / bank.norm(dim=1).clamp_min(1e-12)  # (M,), instead of a normalised copy
     rows = max(1, chunk_elements // len(bank))
     hits = torch.zeros(2, device=device)
@@ -108,11 +107,19 @@ def knn(
         # Without a common factor per row, exp would overflow at small temperatures.
         weights = torch.exp((nearest - nearest[:, :1]) / temperature)
         votes = torch.zeros(len(queries), num_classes, device=device)
-        votes.scatter_add_(1, bank_targets[neighbours], weights)
-        ranked = votes.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None]
-        hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        voters = bank_targets[neighbours]
+        votes.scatter_add_(1, voters, weights)
+        ranked = votes.sort(dim=1, descending=True, stable=True).indices[:, :5]
+        voted = (voters == labels[:, None]).any(1, keepdim=True)
+        right = (ranked == labels[:, None]) & voted
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
     top1, top5 = hits * (100.0 / len(features))
     return top1, top5
+
+
+def neighbours_used(k: int, bank_targets: Tensor) -> int:
+    """Return the number of neighbours that vote: k, or all labelled rows where they are fewer."""
+    return min(k, int((bank_targets >= 0).sum()))
 
 
 def _labelled(features: Tensor, targets: Tensor, side: str) -> tuple[Tensor, Tensor]:

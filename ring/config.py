@@ -78,6 +78,8 @@ DEAD = {
 }
 OTHERS = ("system", "loss_params.loss", "optim_params.scheduler")
 
+Pairs = tuple[tuple[str, object], ...]  # an object of JSON, in which a key may be repeated
+
 
 def parse(parser, argv) -> argparse.Namespace:
     """Return the flags of the command line and of the settings file that it names.
@@ -104,13 +106,16 @@ def parse(parser, argv) -> argparse.Namespace:
 
 def read(path: str, parser) -> tuple[dict, list[str]]:
     """Return ({destination of a flag: value}, the keys without effect) of a settings file."""
-    items = dict(_flat(_load(path)))
+    items = {}
     keys = {*FLAGS, *CHOICES, *DEAD, *OTHERS}
-    for key in items:
+    for key, value in _flat(_load(path)):
         if key not in keys:
             close = difflib.get_close_matches(key, keys, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UsageError(f"{path}: unknown key {key}{hint}")
+        if key in items:
+            raise UsageError(f"{path}: {key} is given twice; keep one of the two")
+        items[key] = value
     given = {key: value for key, value in items.items() if value is not None}
     values = {}
     for key, flag in FLAGS.items():
@@ -135,11 +140,11 @@ def read(path: str, parser) -> tuple[dict, list[str]]:
     return values, sorted(DEAD & items.keys())
 
 
-def _load(path: str) -> dict:
+def _load(path: str) -> Pairs:
     """Return the object in a settings file. Raises UsageError where there is none."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
+            content = json.load(file, object_pairs_hook=tuple)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror.lower()}") from None
     except UnicodeDecodeError:
@@ -147,16 +152,18 @@ def _load(path: str) -> dict:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UsageError(f"{path}: not JSON at {place}: {error.msg.lower()}") from None
-    if not isinstance(content, dict):
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets in brackets
+        raise UsageError(f"{path}: settings that Python does not read: {error}") from None
+    if not isinstance(content, tuple):
         kind = type(content).__name__
         raise UsageError(f"{path}: settings must be an object {{...}}, not a {kind}")
     return content
 
 
-def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(content: Pairs, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield (key, value) of an object and the objects in it, with keys such as "loss_params.k"."""
-    for key, value in content.items():
-        if isinstance(value, dict):
+    for key, value in content:
+        if isinstance(value, tuple):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -180,7 +187,7 @@ def _value(path: str, key: str, value, action: argparse.Action, parser):
     """Return a value, converted and checked as the flag's own values are."""
     if action.nargs == 0:
         return _switch(path, key, value)
-    if isinstance(value, (bool, list, dict)):
+    if isinstance(value, (bool, list)):
         raise UsageError(f"{path}: {key} must be a number or a text, not {json.dumps(value)}")
     try:
         return parser._get_values(action, [str(value)])

@@ -48,6 +48,11 @@ def warn(job, method, ranks: tuple[int, int]) -> None:
         flag = name.replace("_", "-")
         job.warn(f"--{flag} does nothing with --negatives {args.negatives}")
     candidates = ranks[1] - ranks[0]
+    if args.negatives == "ring" and ranks[0] == 0 and args.thres_inner > 0:
+        job.warn(
+            f"this ring is a ball: --thres-inner {args.thres_inner} of {ranks[1]} candidates cuts "
+            "out none at the narrowest; enlarge it, --thres-outer, or the memory"
+        )
     if args.method == "moco" and args.k >= method.n:
         remedy = "; the inner cut is there to leave them out"
         if ranks[0] == 0:

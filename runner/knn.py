@@ -56,7 +56,8 @@ def evaluate(job, method, both: tuple[data.Loader, data.Loader], temperature: fl
     """
     bank, bank_targets = features(method, both[0])
     queries, targets = features(method, both[1])
-    classes, k = len(both[0].dataset.classes), job.args.knn_k
+    classes = len(both[0].dataset.classes)
+    k = metrics.neighbours_used(job.args.knn_k, bank_targets)
     accuracy = metrics.knn(bank, bank_targets, queries, targets, classes, k, temperature)
     top1, top5 = map(float, accuracy)
     job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")

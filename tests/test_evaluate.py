@@ -82,7 +82,13 @@ def test_geometry_of_features():
     pairs = torch.pdist(z.double()).square().mul(-2).exp().mean().log()
     assert probes.uniformity(2 * z, chunk=64) == pytest.approx(float(pairs), abs=1e-5)
     assert probes.rankme(torch.eye(7).repeat(9, 1)) == pytest.approx(7, rel=1e-4)
-    assert probes.rankme(torch.ones(50, 7)) == pytest.approx(1, abs=1e-3)
+    assert probes.rankme(torch.ones(2000, 512)) == pytest.approx(1, abs=2e-3)
+    low = torch.randn(5000, 10, generator=generator) @ torch.randn(10, 256, generator=generator)
+    low = low + 5 * torch.randn(256, generator=generator)
+    shares = torch.linalg.svdvals(low.double())
+    shares = shares / shares.sum()
+    rank = float(torch.special.entr(shares).sum().exp())
+    assert probes.rankme(low) == pytest.approx(rank, rel=1e-3)
     positive, negative = probes.scores(z, z, generator)
     assert positive.min() > 0.999 and abs(negative.mean()) < 0.1
 

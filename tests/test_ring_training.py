@@ -363,6 +363,30 @@ def test_files_that_are_no_settings(tmp_path, capsys):
     says_no(script.parse_args, [str(tmp_path / "none.json")], "no such file or directory", capsys)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"seed": 1, "seed": 2}',
+        '{"loss_params": {"t": 0.2, "t": 0.07}}',
+        '{"loss_params": {"t": 0.2}, "loss_params": {"t": 0.07}}',
+        '{"loss_params": {"t": 0.2}, "loss_params.t": 0.07}',
+    ],
+)
+def test_settings_that_are_given_twice(text, tmp_path, capsys):
+    path = tmp_path / "twice.json"
+    path.write_text(text)
+    key = "seed" if "seed" in text else "loss_params.t"
+    message = f"{path}: {key} is given twice; keep one of the two"
+    says_no(script.parse_args, [str(path), "--root", "x"], message, capsys)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5000])
+def test_settings_that_python_does_not_read(value, tmp_path, capsys):
+    path = tmp_path / "deep.json"
+    path.write_text(f'{{"seed": {value}}}')
+    says_no(script.parse_args, [str(path), "--root", "x"], "that Python does not read", capsys)
+
+
 def test_there_is_a_settings_file_for_every_combination():
     combinations = [
         f"{d}_{m}_{n}.json"
@@ -723,10 +747,11 @@ def test_warnings(workspace, capsys):
     train("--epochs", 1, "--overwrite", "--negatives", "all")
     assert "warning: --thres-outer does nothing with --negatives all" in capsys.readouterr().out
     train("--epochs", 1, "--k", 80, "--overwrite")
-    assert (
-        "--k 80 draws more negatives than there are candidates (72 at the narrowest)"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "--k 80 draws more negatives than there are candidates (72 at the narrowest)" in said
+    assert "is a ball" not in said
+    train("--epochs", 1, "--thres-outer", 0.05, "--k", 8, "--overwrite")
+    assert "this ring is a ball: --thres-inner 0.1 of 8 candidates" in capsys.readouterr().out
 
 
 def test_bad_checkpoints_and_settings(workspace):

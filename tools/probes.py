@@ -130,9 +130,16 @@ def uniformity(features: Tensor, most: int = 8192, chunk: int = 1024) -> float:
 def rankme(features: Tensor) -> float:
     """Return the effective rank, e^entropy of the singular values, of features (n, D).
 
-    Garrido et al., arXiv:2210.02885, Eq. (1) and (2).
+    Garrido et al., arXiv:2210.02885, Eq. (1) and (2). The squares of the singular values are the
+    eigenvalues of the Gram matrix (D, D). In single precision the small ones would be noise, which
+    counts as further dimensions.
     """
-    values = torch.linalg.eigvalsh((features.T @ features).double()).clamp(min=0).sqrt()
+    dim = features.shape[1]
+    gram = torch.zeros(dim, dim, dtype=torch.float64, device=features.device)
+    for part in features.split(CHUNK):
+        part = part.double()
+        gram.addmm_(part.T, part)
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = values / values.sum() + 1e-7
     return float((-shares * shares.log()).sum().exp())
 
@@ -206,7 +213,8 @@ def judge(
     top1, top5 = metrics.knn(
         bank, targets, val, val_targets, classes, args.knn_k, chunk_elements=KNN_ELEMENTS
     )
-    result = {"knn_acc1": float(top1), "knn_acc5": float(top5), "knn_k": args.knn_k}
+    used = metrics.neighbours_used(args.knn_k, targets)
+    result = {"knn_acc1": float(top1), "knn_acc5": float(top5), "knn_k": used}
     clock("k-NN")
     scale = seen.square().sum(2).mean().rsqrt()  # a rate means the same for every network
     seen = seen * scale

@@ -13,6 +13,7 @@ import time
 from common import launch
 
 OnOff = argparse.BooleanOptionalAction
+FIGURES = (".png", ".pdf", ".svg")
 SWITCH = {"on": True, "off": False, "auto": "auto"}  # values of a flag of type `switch`
 META = ("typed", "compared")  # attributes of a namespace that are not flags
 HARDWARE = ("run", "hardware")  # groups of flags that do not change what is learned
@@ -194,6 +195,13 @@ def switch(text: str) -> bool | str:
     if text not in SWITCH:
         raise argparse.ArgumentTypeError(f"{text} must be on, off or auto")
     return SWITCH[text]
+
+
+def figure_path(text: str) -> str:
+    """Accept the path of a figure, whose suffix names its format, as an argparse type."""
+    if os.path.splitext(text)[1].lower() not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{text} must end in one of {', '.join(FIGURES)}")
+    return text
 
 
 def folder_name(text: str) -> str:

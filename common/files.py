@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common import UserError, printable
+from common import UsageError, UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ".lock"  # the lock file of a folder that one process writes to
@@ -42,6 +42,18 @@ def replacing(path: str | Path, mode: str = "wb", **options) -> Iterator:
         if isinstance(error, OSError):  # the system does not name the file when a disk is full
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def write_figure(figure, path: str, flag: str, dpi: int = 110) -> None:
+    """Write a matplotlib figure in the format that the suffix of `path` names.
+
+    flag: the flag that gives `path`, without dashes, for the UsageError where it is not writable.
+    """
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=dpi)
+    except OSError as error:
+        raise UsageError(f"--{flag} {path}: {error.strerror or error}") from None
 
 
 def _sync_folder(folder: Path) -> None:

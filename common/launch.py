@@ -75,6 +75,8 @@ def start(worker, args) -> None:
         local_rank = args.rank % max(1, torch.cuda.device_count())
         process = (args.rank, args.world_size, local_rank, args.dist_url)
         _join(worker, args, *process, gpu=args.gpu)
+    elif args.world_size == 0:
+        raise UsageError("--world-size 0: a job has at least 1 process; omit the flag for one")
     elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise UsageError(
             f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks that do not know each other: start "

@@ -121,8 +121,8 @@ def add_monitor_arguments(group, negatives: str = "of all its negatives") -> Non
     )
     add("--knn-data", metavar="DATA", help=text)
     add("--knn-k", type=cli.positive_int, default=200, help="number of neighbours for k-NN")
-    text = "draw the first batch as the networks see it, then exit"
-    add("--show-views", metavar="FILE.png", help=text)
+    text = "draw the first batch as the networks see it, then exit; FILE: .png, .pdf or .svg"
+    add("--show-views", type=cli.figure_path, metavar="FILE", help=text)
     text = (
         "write scores/score_EPOCH.npy: statistics of each query's positive and negative "
         f"scores, {negatives}"

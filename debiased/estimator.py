@@ -73,8 +73,10 @@ def parse_args(argv=None):
     g.add_argument("--anchors", type=cli.positive_int, default=500, help=text)
     text = "batches that are drawn for each anchor"
     g.add_argument("--draws", type=two_or_more, default=200, help=text)
-    text = "the figure; its numbers go to FILE.json"
-    g.add_argument("--out", default="estimator.png", metavar="FILE.png", help=text)
+    text = "the figure, .png, .pdf or .svg; its numbers go beside it, as .json"
+    g.add_argument(
+        "--out", type=cli.figure_path, default="estimator.png", metavar="FILE", help=text
+    )
     g.add_argument("--seed", type=cli.seed, default=0, help="seed of views and draws")
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
@@ -203,7 +205,7 @@ def estimates(z: torch.Tensor, targets: torch.Tensor, args, temperature: float) 
 
 
 def figure(rows: list[dict], share: float, temperature: float, path: str) -> None:
-    """Draw the rows of `estimates` as a PNG. share: the true tau_plus."""
+    """Draw the rows of `estimates` and write them to `path`. share: the true tau_plus."""
     from matplotlib.figure import Figure  # imported here, as it takes half a second
 
     drawing = Figure(figsize=(12, 3.8), layout="constrained")
@@ -216,8 +218,7 @@ def figure(rows: list[dict], share: float, temperature: float, path: str) -> Non
         if panel == "bias":
             axis.axhline(0, color="black", linewidth=0.8)
             axis.legend(fontsize=8, title=KINDS["view"], title_fontsize=8)
-    with files.replacing(path) as file:
-        drawing.savefig(file, format="png", dpi=110)
+    files.write_figure(drawing, path, "out")
 
 
 def draw_lines(axis, panel: str, rows: list[dict]) -> None:

@@ -162,11 +162,7 @@ def draw(path: str, pictures: Pictures, found: Found, least: float = 0.5) -> Non
         axis.axis("off")
     for axis, row in zip(axes, rows):
         _draw_picture(axis, pictures, row, found[row], least)
-    try:
-        with files.replacing(path) as file:
-            figure.savefig(file, format="png", dpi=100)
-    except OSError as error:
-        raise UsageError(f"--show {path}: {error.strerror or error}") from None
+    files.write_figure(figure, path, "show", dpi=100)
 
 
 def _draw_picture(axis, pictures: Pictures, row: int, found: dict, least: float) -> None:

@@ -89,7 +89,7 @@ def parse_args(argv=None):
     text = "name of the run in a report; default: the folder of the network"
     g.add_argument("--label", help=text)
     text = "after the test, draw its first pictures with objects and detections"
-    g.add_argument("--show", metavar="FILE.png", help=text)
+    g.add_argument("--show", type=cli.figure_path, metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
     options.check(args)

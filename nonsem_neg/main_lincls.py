@@ -94,6 +94,7 @@ def read(args):
             "nonsem_neg/moco_non_sem_neg.py --demo" if is_demo else "nonsem_neg/moco_non_sem_neg.py"
         )
         saved = pretrained.read(args.pretrained, "--pretrained", first, any_resnet=True)
+        drop_trained_head(saved)
     elif "best_acc1" not in saved:
         raise UserError(
             f"{saved.path} is not a checkpoint of this script; give a pre-trained one to "
@@ -107,6 +108,19 @@ def read(args):
     return saved, cli.replace(args, arch=arch, input_res=input_res)
 
 
+def drop_trained_head(saved: checkpoint.Saved) -> None:
+    """Remove the last layer of a classifier, or of a network that was trained with labels.
+
+    Only --resume continues a classifier; --pretrained always starts with a fresh layer.
+    """
+    if "best_acc1" in saved:
+        saved["state_dict"] = {
+            name: value
+            for name, value in saved["state_dict"].items()
+            if not name.removeprefix("module.").startswith("fc.")
+        }
+
+
 def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
     """Raise UserError where the resumed classifier has another backbone than --pretrained."""
     if os.path.isdir(path):
@@ -114,8 +128,6 @@ def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
     if not os.path.isfile(path):
         return
     named = checkpoint.load(path)
-    if "best_acc1" in named:
-        return
     both = [layouts.without_head(layouts.backbone(saved)) for saved in (resumed, named)]
     if checkpoint.fingerprint(both[0]) != checkpoint.fingerprint(both[1]):
         raise UserError(
@@ -154,10 +166,9 @@ def files(args, saved):
 
 
 def build_network(saved, args, classes: int, process: launch.Process):
-    """Return the network, frozen except for its last layer, and that layer.
+    """Return the network, frozen except for its last layer, and that layer, which is fresh.
 
-    The layer is fresh, or that of a resumed classifier. A published classifier has 1000 outputs
-    whatever the number of classes.
+    A published classifier has 1000 outputs whatever the number of classes.
     """
     state = layouts.backbone(saved)
     is_classifier = "best_acc1" in saved
@@ -166,16 +177,19 @@ def build_network(saved, args, classes: int, process: launch.Process):
     if classes < outputs < 2**16:
         classes = outputs
     network = backbones.build(args.arch, classes, small_stem=small_stem)
-    if is_classifier:
-        checkpoint.load_into(network, state, saved.path, flag="-a")
-    else:
-        backbone = layouts.without_head(state)
-        checkpoint.load_into(network, backbone, saved.path, ("fc.",), flag="-a")
-        nn.init.normal_(network.fc.weight, std=0.01)
-        nn.init.zeros_(network.fc.bias)
+    checkpoint.load_into(network, layouts.without_head(state), saved.path, ("fc.",), flag="-a")
+    nn.init.normal_(network.fc.weight, std=0.01)
+    nn.init.zeros_(network.fc.bias)
     network = linear.freeze(network, process)
     network.fc.requires_grad_(True)
     return network, network.fc
+
+
+def load(network, classifier, saved) -> None:
+    """Load the last layer of a classifier."""
+    state = layouts.backbone(saved)
+    layer = {name: value for name, value in state.items() if name.startswith("fc.")}
+    checkpoint.load_into(classifier, layouts.strip_prefix(layer, "fc."), saved.path)
 
 
 def embed(network, images, args):
@@ -242,7 +256,7 @@ SPEC = linear.Spec(
     weights=lambda network, classifier: {
         "state_dict": layouts.add_prefix(network.state_dict(), "module.")
     },
-    load=lambda network, classifier, saved: None,  # the network was built from `saved`
+    load=load,
     digest=lambda saved, network: checkpoint.fingerprint(
         layouts.without_head(network.state_dict())
     ),
@@ -260,6 +274,7 @@ def evaluate(args, process: launch.Process) -> None:
     classes = saved.get("classes") or options.open_split(args, "train").classes
     val_set = options.open_split(args, "val", classes=classes)
     network, classifier = build_network(saved, args, len(val_set.classes), process)
+    load(network, classifier, saved)
     precision = Precision.of(args, process.device)
 
     def embed_precisely(images):

@@ -137,8 +137,4 @@ def _draw(
             axis.set_xlabel(caption, fontsize=7, labelpad=2)
             if row == 0 and (column == 0 or part != parts[column - 1]):
                 axis.set_title(part, fontsize=9, color=PARTS[part], loc="left")
-    try:
-        with files.replacing(path) as file:
-            figure.savefig(file, format="png", dpi=110)
-    except OSError as error:
-        raise UsageError(f"--show-ring {path}: {error.strerror or error}") from None
+    files.write_figure(figure, path, "show-ring")

@@ -87,7 +87,7 @@ def parse_args(argv=None):
     g.add_argument("--nn-every", type=cli.count, help=text)
     options.add_monitor_arguments(g, "of those in the loss; cmc: mean over both views")
     text = "draw pictures inside, in and beyond the rings of eight of a checkpoint's, and end"
-    g.add_argument("--show-ring", metavar="FILE.png", help=text)
+    g.add_argument("--show-ring", type=cli.figure_path, metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser, compile=True)
     text = "the published spelling of --gpu N and --device cpu"
     parser.add_argument("--gpu-device", metavar="N|cpu", help=text)

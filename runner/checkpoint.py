@@ -237,11 +237,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     """Load the state of every parameter; keep the optimizer's learning rate, momentum and so on.
 
     `optimizer.load_state_dict` accepts tensors of any shape, and a fused optimizer would then write
-    past their end, so shapes are compared first. Raises UserError if they differ.
+    past their end, so shapes are compared first. Raises UserError if they differ, or if the state
+    is one of SGD and the optimizer is Adam, or the other way round.
     """
     groups = saved["optimizer"]["param_groups"]
     state = saved["optimizer"]["state"]
     own_groups = optimizer.state_dict()["param_groups"]
+    kind, own_kind = ("Adam" if "betas" in g[0] else "SGD" for g in (groups, own_groups))
+    if kind != own_kind:
+        raise UserError(
+            f"{saved.path} was trained with {kind}, and this run has {own_kind}: choose the same "
+            "optimizer, or start another run"
+        )
     params = [param for group in optimizer.param_groups for param in group["params"]]
     ids = [number for group in groups for number in group["params"]]
     fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in own_groups]

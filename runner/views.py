@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common import UsageError, files, printable
+from common import files, printable
 
 ROWS = 8  # pictures per sheet, at most
 INCHES = 1.2  # side of a picture
@@ -34,11 +34,7 @@ def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = (
     for axis, name in zip(axes[:, 0], names):
         label = "/\n".join(Path(printable(name)).parts[-2:])
         axis.set_ylabel(label, fontsize=6, rotation=0, ha="right", va="center")
-    try:
-        with files.replacing(path) as file:
-            figure.savefig(file, format="png", dpi=110)
-    except OSError as error:
-        raise UsageError(f"--show-views {path}: {error.strerror or error}") from None
+    files.write_figure(figure, path, "show-views")
 
 
 def write_first_batch(path: str, loader, method, is_main: bool) -> None:

@@ -11,13 +11,15 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run_script
+from matplotlib.figure import Figure
 
 from cmc import LinearProbing, train_CMC
-from common import cli, launch, options
+from common import UsageError, cli, files, launch, options
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from runner.folder import RunFolder
@@ -173,6 +175,28 @@ def test_on_several_gpus_one_process_says_how_to_use_all(monkeypatch, capsys):
     assert note.startswith("note: ") and note.count("\n") == 1 and " 4 " in note
     assert "--multiprocessing-distributed --world-size 1 --rank 0" in note
     assert said(1) == said(0) == said(4, "--gpu", "2") == said(4, "--device", "cpu") == ""
+
+
+def test_no_processes_are_no_job():
+    parser = cli.Parser()
+    options.add_hardware_arguments(parser)
+    with pytest.raises(UsageError, match="--world-size 0: a job has at least 1 process"):
+        launch.start(None, parser.parse_args(["--world-size", "0"]))
+
+
+@pytest.mark.parametrize(
+    "suffix, start", [("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml")]
+)
+def test_the_suffix_of_a_figure_is_its_format(suffix, start, tmp_path):
+    path = cli.figure_path(str(tmp_path / f"figure.{suffix}"))
+    files.write_figure(Figure(), path, "out")
+    assert Path(path).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["figure", "figure.jpg", "png", "a.png/figure"])
+def test_a_figure_of_an_unknown_format_is_refused(name):
+    with pytest.raises(argparse.ArgumentTypeError, match="must end in one of .png, .pdf, .svg"):
+        cli.figure_path(name)
 
 
 # ------------------------------------------------------------------------------------- folders

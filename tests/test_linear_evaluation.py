@@ -317,6 +317,17 @@ def test_the_options_that_were_dead_change_the_training(workspace, tmp_path):
     assert len(names) == len(weights)
 
 
+@pytest.mark.parametrize("first, then", [("", "--adam"), ("--adam", "")])
+def test_another_optimizer_is_another_run(workspace, tmp_path, first, then):
+    cached = ("--cache-views", "1", "--epochs", "1")
+    done, _ = evaluate(MOCO, "moco", tmp_path / "run", *cached, *first.split())
+    kinds = ("SGD", "Adam") if then else ("Adam", "SGD")
+    says = "was trained with {}, and this run has {}: choose the same".format(*kinds)
+    resume = ("--resume", str(done / "current.pth"), "--epochs", "2")
+    with pytest.raises(UserError, match=says):
+        evaluate(MOCO, "moco", tmp_path / "on", *cached, *then.split(), *resume)
+
+
 def test_schedules(workspace):
     base = "--data_folder x --model_path y --learning_rate 10 --dataset folder".split()
 

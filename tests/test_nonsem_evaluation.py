@@ -67,6 +67,17 @@ def test_a_classifier_says_what_it_is_of(workspace):
     assert result["label"] == "MoCo + patch (K 64, alpha 2)"
 
 
+def test_a_network_that_has_a_trained_head_gets_a_fresh_one(workspace):
+    """Files of supervised trainings hold `best_acc1` and a head, too, as do classifiers."""
+    flags = [*LIN, "--epochs", "1", "--seed", "3"]
+    main_lincls.main([*flags, "--ckpt_path", "of-pretraining"])
+    main_lincls.main([*flags, "--ckpt_path", "of-classifier", "--pretrained", f"lin/{FILE}"])
+    both = [checkpoint.load(f"of-{name}/{FILE}") for name in ("pretraining", "classifier")]
+    assert equal(both[0]["state_dict"], both[1]["state_dict"])
+    for key in ("acc1", "pretrained", "pretrained_args", "pretrained_epoch"):
+        assert both[0][key] == both[1][key], key
+
+
 def test_a_backbone_that_moved_is_found_out(workspace, monkeypatch):
     def meddles(network, images, args):
         network.bn1.running_mean.add_(1e-3)

@@ -249,6 +249,8 @@ def worker(args, process: launch.Process) -> None:
         names = voc.class_names(args.classes)
         train_set = voc.Pictures([(root, args.split) for root in args.data], names)
         test_set = voc.Pictures([(args.test_data or args.data[0], args.test_split)], names)
+        train_set.require_objects(args.split)
+        test_set.require_objects(args.test_split)
         network, saved, recorded = build_network(args, len(names), process)
         method = Detector(args, network, process, {"classes": names, **recorded})
         loader = voc_batches.Loader(
@@ -268,6 +270,8 @@ def worker(args, process: launch.Process) -> None:
             arch=recorded["arch"],
             network=recorded["network"],
         )
+        if shared := len({*train_set.paths} & {*test_set.paths}):
+            job.warn(f"{shared} of the {len(test_set)} test pictures are trained on")
         for _ in job.epochs():
             method.network.train()
             for batch in job.batches(learning_rate):

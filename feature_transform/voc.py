@@ -3,6 +3,8 @@
 ROOT/Annotations/ID.xml         objects: name, bndbox (from 1, its last pixel included), difficult
 ROOT/ImageSets/Main/SPLIT.txt   IDs, one a line; what follows an ID is ignored
 ROOT/JPEGImages/ID.jpg
+
+A picture is turned as its EXIF tag says, since annotation tools show it that way.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common import UsageError, UserError, printable, sets
@@ -28,12 +30,17 @@ CLASSES = (
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 PARTS = (("Annotations", "*.xml"), ("ImageSets/Main", "*.txt"), ("JPEGImages", "*.jpg"))
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # of a picture
+ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def class_names(text: str) -> list[str]:
-    """Return the names in --classes, "a,b" or a file of one a line; VOC's where it is empty."""
+    """Return the names in --classes, "a,b" or a file of one a line; VOC's where it is empty.
+
+    Lines of a file that begin with # are comments.
+    """
     if os.path.isfile(text):
-        text = ",".join(Path(text).read_text(errors="replace").splitlines())
+        lines = Path(text).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        text = ",".join(line for line in lines if not line.lstrip().startswith("#"))
     names = [name.strip() for name in text.split(",") if name.strip()] or list(CLASSES)
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -95,6 +102,14 @@ class Pictures:
             self.sizes.append(size)
             self.objects.append(objects)
 
+    def require_objects(self, split: str) -> None:
+        """Raise UsageError where no picture has an object that counts."""
+        if all(bool(things.difficult.all()) for things in self.objects):
+            raise UsageError(
+                f"the {len(self)} pictures of split {split} have no objects, or difficult ones "
+                "only: give another split, or check the <object> entries of the annotations"
+            )
+
     def decode(self, row: int, flip: bool = False) -> tuple[Tensor, Objects]:
         """Return a picture (3, H, W) uint8 and its objects, both mirrored with `flip`.
 
@@ -103,7 +118,8 @@ class Pictures:
         path = self.paths[row]
         try:
             with Image.open(path) as picture:
-                pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+                upright = ImageOps.exif_transpose(picture).convert("RGB")
+                pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
         except UNREADABLE as error:
             raise UserError(f"cannot read the picture {path}: {str(error)[:100]}") from None
         _, height, width = pixels.shape
@@ -111,8 +127,8 @@ class Pictures:
         if (width, height) != self.sizes[row]:
             annotated = "{} x {}".format(*self.sizes[row])
             raise UserError(
-                f"{path} has {width} x {height} pixels, but {annotated} in its annotation, which "
-                "may be of another picture"
+                f"{path} has {width} x {height} pixels when turned as its EXIF tag says, but "
+                f"{annotated} in its annotation, which may be of another picture"
             )
         if flip:
             pixels = pixels.flip(2)
@@ -132,6 +148,9 @@ def read_split(path: Path) -> list[str]:
         raise UsageError(f"{path}: {reason}; the splits there are {listed}") from None
     if not names:
         raise UsageError(f"{path} names no pictures; it must have one picture's name a line")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"{path} names {printable(twice)} twice; each picture counts once")
     return names
 
 
@@ -143,7 +162,8 @@ def read_annotation(
 ) -> tuple[tuple[int, int], Objects]:
     """Return ((width, height), objects) of an annotation, or if it has no size the picture's.
 
-    Raises UserError for a broken file, an unknown class, or a box outside the picture.
+    Names count without their XML namespace. Raises UserError for a broken file, an unknown class,
+    or a box outside the picture.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -153,16 +173,16 @@ def read_annotation(
         raise UserError(f"{path}: not a whole XML file ({error})") from None
     size = _size(root, picture)
     boxes, labels, difficult = [], [], []
-    for thing in root.iterfind("object"):
-        name = (thing.findtext("name") or "").strip()
+    for thing in root.iterfind("{*}object"):
+        name = (thing.findtext("{*}name") or "").strip()
         if name not in classes:
             raise UserError(
                 f"{path} has an object of class {name!r}, which is not one of "
                 f"{sets.few(classes)}; name all classes with --classes"
             )
         try:
-            corners = [float(thing.findtext(f"bndbox/{corner}")) for corner in CORNERS]
-            difficult.append(bool(int(thing.findtext("difficult") or 0)))
+            corners = [float(thing.findtext(f"{{*}}bndbox/{{*}}{corner}")) for corner in CORNERS]
+            difficult.append(bool(int(thing.findtext("{*}difficult") or 0)))
         except (TypeError, ValueError):
             wanted = f"no bndbox of four numbers ({', '.join(CORNERS)})"
             raise UserError(f"{path}: its {name} has {wanted}") from None
@@ -176,14 +196,16 @@ def read_annotation(
 def _size(root: ElementTree.Element, picture: str) -> tuple[int, int]:
     """Return (width, height) from an annotation, or if it has none from the picture."""
     try:
-        size = tuple(int(float(root.findtext(f"size/{side}"))) for side in ("width", "height"))
+        sides = (root.findtext(f"{{*}}size/{{*}}{side}") for side in ("width", "height"))
+        size = tuple(int(float(side)) for side in sides)
     except (TypeError, ValueError, OverflowError):
         size = (0, 0)
     if min(size) >= 1:
         return size
     try:
         with Image.open(picture) as image:
-            return image.size
+            is_turned = image.getexif().get(ExifTags.Base.Orientation) in ON_THE_SIDE
+            return image.size[::-1] if is_turned else image.size
     except UNREADABLE as error:
         raise UserError(f"cannot read the picture {picture}: {str(error)[:100]}") from None
 

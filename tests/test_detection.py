@@ -9,10 +9,12 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import equal, run_script, says_no
+from PIL import ExifTags, Image
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -100,8 +102,44 @@ def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
     without = write(tmp_path / "no-size", thing("cat", 1, 1, 40, 30), size="")
     assert voc.Pictures([(without, "test")], ("cat",)).sizes == [(40, 30)]
     wrong = write(tmp_path / "wrong", size="<size><width>50</width><height>30</height></size>")
-    with pytest.raises(UserError, match="has 40 x 30 pixels, but 50 x 30 in its annotation"):
+    with pytest.raises(UserError, match="has 40 x 30 pixels when .* but 50 x 30 in its annotation"):
         voc.Pictures([(wrong, "test")], ("cat",)).decode(0)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("has_size", [True, False])
+def test_a_picture_is_turned_as_its_exif_tag_says(tmp_path, orientation, has_size):
+    shown = Image.fromarray(np.arange(30 * 40, dtype=np.uint8).reshape(30, 40)).convert("RGB")
+    stored = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    sizes = {} if has_size else {"size": ""}
+    root = write(tmp_path, thing("cat", 2, 3, 40, 30), **sizes)
+    picture = shown if stored is None else shown.transpose(stored)
+    picture.save(root / "JPEGImages" / "a.png", exif=exif)
+    pictures = voc.Pictures([(root, "test")], ("cat",))
+    pixels, _ = pictures.decode(0)
+    assert pictures.sizes == [(40, 30)]
+    assert torch.equal(pixels, torch.from_numpy(np.array(shown)).permute(2, 0, 1))
+
+
+def test_annotations_in_a_namespace_are_read(tmp_path):
+    root = write(tmp_path, thing("cat", 2, 3, 40, 30, difficult=1))
+    path = root / "Annotations" / "a.xml"
+    plain = voc.read_annotation(path, "", ("cat",))
+    path.write_text(path.read_text().replace("<annotation>", '<annotation xmlns="http://x/y">'))
+    in_space = voc.read_annotation(path, "", ("cat",))
+    assert plain[0] == in_space[0] == (40, 30) and len(plain[1].labels) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], in_space[1]))
+
+
+@pytest.mark.parametrize("objects", ["", thing("cat", 2, 3, 40, 30, difficult=1)])
+def test_a_split_without_objects_that_count_is_refused(tmp_path, objects):
+    pictures = voc.Pictures([(write(tmp_path, objects), "test")], ("cat",))
+    with pytest.raises(UsageError, match="the 1 pictures of split test have no objects"):
+        pictures.require_objects("test")
+    path = write(tmp_path / "other", thing("cat", 2, 3, 40, 30))
+    voc.Pictures([(path, "test")], ("cat",)).require_objects("test")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +184,7 @@ def test_a_tree_that_is_none(tmp_path):
     no(tmp_path / "VOCdevkit", f"give the folders in it, such as {whole}")
     no(whole, "the splits there are test", split="trainval")
     no(write(tmp_path / "b", split=""), "names no pictures")
+    no(write(tmp_path / "twice", split="a 1\na -1"), "test.txt names a twice")
     no(write(tmp_path / "c", split="000007"), "names 000007, but there is no")
     (whole / "JPEGImages" / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="cannot read the picture .*a.png"):
@@ -571,7 +610,7 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
         eval_detection.main([*RUN, "--name", "b", "--resume", "auto", "--pretrained", "other.pth"])
 
 
-def test_batch_norm_is_trained_or_frozen(inside):
+def test_batch_norm_is_trained_or_frozen(inside, capsys):
     torch.manual_seed(5)
     resnet = torchvision.models.resnet18().state_dict()
     torch.save(resnet, "bare.pth")
@@ -586,8 +625,11 @@ def test_batch_norm_is_trained_or_frozen(inside):
             "frozen",
             "--iterations",
             "1",
+            "--test-split",
+            "trainval",
         ]
     )
+    assert "warning: 6 of the 6 test pictures are trained on" in capsys.readouterr().out
     model = state("frozen")["model"]
     for key, value in resnet.items():
         if ("bn" in key or "downsample.1" in key) and "num_batches" not in key:
@@ -599,6 +641,7 @@ def test_batch_norm_is_trained_or_frozen(inside):
     eval_detection.main(
         [*RUN, "--pretrained", "bare.pth", "--amp", "--name", "trained", "--iterations", "1"]
     )
+    assert "are trained on" not in capsys.readouterr().out
     model = state("trained")["model"]
     assert (
         model["backbone.body.bn1.num_batches_tracked"] == 1
@@ -636,7 +679,7 @@ def test_two_processes(inside):
             eval_detection.build_network(eval_detection.parse_args(flags), 4, launch.Process(0, 2))
 
 
-def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):
+def test_the_schedule_is_the_published_one_and_follows_the_batch(tmp_path, capsys):
     def parse(*flags):
         return eval_detection.parse_args(
             ["--data_folder", "VOC2007", "VOC2012", "--pretrained", "x", *flags]
@@ -677,5 +720,8 @@ def test_the_schedule_is_the_published_one_and_follows_the_batch(capsys):
     ):
         says_no(eval_detection.parse_args, flags, message, capsys)
     assert voc.class_names("") == list(voc.CLASSES) and len(voc.CLASSES) == 20
+    listed = tmp_path / "classes.txt"
+    listed.write_text("# animals\ncat\n\n  # and\nsea horse\n")
+    assert voc.class_names(str(listed)) == ["cat", "sea horse"]
     with pytest.raises(UsageError, match="--classes: a comes twice"):
         voc.class_names("a, b,a")

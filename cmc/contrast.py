@@ -10,7 +10,6 @@ B x (K+1) x D rows; Z may be a moving average; it runs on any device and number 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -63,12 +62,6 @@ def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, updates: int) ->
     return torch.where(z < 0, fresh, later)
 
 
-def random_rows(n: int, dim: int) -> Tensor:
-    """Draw the rows (n, dim) of an untrained memory, uniform in +-sqrt(3 / dim): norms near one."""
-    bound = 1 / math.sqrt(dim / 3)
-    return torch.empty(n, dim).uniform_(-bound, bound)
-
-
 class MemoryBanks(nn.Module):
     """One memory bank per view, with one row per training picture.
 
@@ -105,7 +98,7 @@ class MemoryBanks(nn.Module):
             "params", torch.tensor([k, temperature, *[-1.0] * len(self.pairs), momentum])
         )
         for name in views:
-            self.register_buffer(f"memory_{name}", random_rows(n, dim))
+            self.register_buffer(f"memory_{name}", memory.random_rows(n, dim))
 
     def banks(self) -> list[Tensor]:
         """Return the bank of every view."""
@@ -166,13 +159,7 @@ class MemoryBanks(nn.Module):
         updates: number of updates of that Z; LONG_AGO for a published file. Raises UserError,
         naming `path`, where `state` is of another method, K or number of pictures.
         """
-        own = self.state_dict()
-        if state.keys() != own.keys():
-            held = ", ".join(state)
-            raise UserError(f"{path} is of another method (its memory holds {held})")
-        for name, value in state.items():
-            if not value.isfinite().all():
-                raise UserError(f"{path} is damaged: {name} of its memory is not finite")
+        memory.check_state(state, self.state_dict(), path)
         k = int(state["params"][0])
         rows = len(state[f"memory_{self.views[0]}"])
         if (k, rows) != (self.k, self.n):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import launch
+from common import UserError, launch
 
 CHUNK_BYTES = 32 << 20  # most bytes of scores against the whole bank at once
 CHUNK_ROWS = 32  # but at least this many queries at once
@@ -80,3 +82,19 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, dim: int = 0) -> None:
     places = (pointer + torch.arange(len(keys), device=keys.device)) % length
     queue.index_copy_(dim, places, keys if dim == 0 else keys.T)
     pointer.add_(len(keys)).remainder_(length)
+
+
+def random_rows(n: int, dim: int) -> Tensor:
+    """Draw the rows (n, dim) of an untrained memory, uniform in +-sqrt(3 / dim): norms near one."""
+    bound = 1 / math.sqrt(dim / 3)
+    return torch.empty(n, dim).uniform_(-bound, bound)
+
+
+def check_state(state: dict, own: dict, path: str) -> None:
+    """Raise UserError unless the memory of `path` has the buffers `own`, with finite values."""
+    if state.keys() != own.keys():
+        held = ", ".join(state)
+        raise UserError(f"{path} is of another method (its memory holds {held})")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} is damaged: {name} of its memory is not finite")

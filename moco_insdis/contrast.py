@@ -10,8 +10,6 @@ number of processes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,22 +63,6 @@ def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
     return torch.where(z < 0, fresh, later)
 
 
-def random_rows(n: int, dim: int) -> Tensor:
-    """Draw the rows (n, dim) of an untrained memory, uniform in +-sqrt(3 / dim): norms near one."""
-    bound = 1 / math.sqrt(dim / 3)
-    return torch.empty(n, dim).uniform_(-bound, bound)
-
-
-def check_state(state: dict, own: dict, path: str) -> None:
-    """Raise UserError unless the memory of `path` has the buffers `own`, with finite values."""
-    if state.keys() != own.keys():
-        held = ", ".join(state)
-        raise UserError(f"{path} is of another method (its memory holds {held})")
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise UserError(f"{path} is damaged: {name} of its memory is not finite")
-
-
 class MemoryBank(nn.Module):
     """The memory bank of InsDis: one row per training picture, at its number in the data set.
 
@@ -109,7 +91,7 @@ class MemoryBank(nn.Module):
         self.nce_z = nce_z
         self.updates = 0  # of Z
         self.register_buffer("params", torch.tensor([k, temperature, -1.0, momentum]))
-        self.register_buffer("memory", random_rows(n, dim))
+        self.register_buffer("memory", memory.random_rows(n, dim))
 
     def logits(self, feat: Tensor, rows: Tensor) -> Tensor:
         """Return s / T (B, K+1) of unit features (B, D), the positive in column 0.
@@ -154,7 +136,7 @@ class MemoryBank(nn.Module):
         updates: number of updates of that Z; LONG_AGO for a published file. Raises UserError,
         naming `path`, where `state` is of another method, K or number of pictures.
         """
-        check_state(state, self.state_dict(), path)
+        memory.check_state(state, self.state_dict(), path)
         k = int(state["params"][0])
         if k != self.k:
             raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
@@ -186,7 +168,7 @@ class KeyQueue(nn.Module):
         self.nce_z = nce_z
         self.updates = 0  # of Z
         self.register_buffer("params", torch.tensor([-1]))
-        self.register_buffer("memory", random_rows(k, dim))
+        self.register_buffer("memory", memory.random_rows(k, dim))
         self.register_buffer("z", torch.tensor(-1.0), persistent=False)
         self.register_buffer("pointer", torch.tensor(0), persistent=False)
 
@@ -236,7 +218,7 @@ class KeyQueue(nn.Module):
         that file and the pointer starts at 0. Raises UserError, naming `path`, where `state` is of
         another method or length.
         """
-        check_state(state, self.state_dict(), path)
+        memory.check_state(state, self.state_dict(), path)
         k = len(state["memory"])
         if k != self.k:
             raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")

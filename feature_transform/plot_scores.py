@@ -30,7 +30,7 @@ from feature_transform.score_figures import NAMES
 from feature_transform.score_files import Run
 from feature_transform.score_labels import read_runs
 
-FORMATS = ("png", "pdf", "svg")
+FORMATS = tuple(suffix.removeprefix(".") for suffix in cli.FIGURES)
 
 
 def numbers(text: str) -> list[int]:

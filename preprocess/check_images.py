@@ -123,13 +123,7 @@ def parse_args(argv=None):
         help="example files per kind of finding",
     )
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=cli.positive_int,
-        metavar="N",
-        help="number of processes (default: one per core)",
-    )
+    workers.add_workers_argument(group)
     args = parser.parse_args(argv)
     if not args.tree:
         raise UsageError(

@@ -94,20 +94,8 @@ def parse_args(argv=None):
     )
     _add_picture_arguments(parser.add_argument_group("pictures"))
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=cli.positive_int,
-        metavar="N",
-        help="number of processes (default: one per core)",
-    )
-    group.add_argument(
-        "--shard",
-        type=workers.shard,
-        default=(1, 1),
-        metavar="I/N",
-        help="do only part I of N, for several machines: 1/N to N/N (default 1/1)",
-    )
+    workers.add_workers_argument(group)
+    workers.add_shard_argument(group)
     args = parser.parse_args(argv)
     if not args.tree or not args.out:
         raise UsageError(

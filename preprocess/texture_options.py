@@ -122,26 +122,15 @@ def add_run_arguments(group) -> None:
         default="auto",
         help="auto: use a GPU if there is one",
     )
-    group.add_argument(
-        "-j",
-        "--workers",
-        type=cli.positive_int,
-        metavar="N",
-        help="number of processes (default: one per core), or of reading threads on a GPU",
-    )
+    text = "number of processes (default: one per core), or of reading threads on a GPU"
+    workers.add_workers_argument(group, text)
     group.add_argument(
         "--batch",
         type=cli.positive_int,
         metavar="N",
         help="pictures per batch (default: 64 on a GPU; mrs 1, quilt 8)",
     )
-    group.add_argument(
-        "--shard",
-        type=workers.shard,
-        default=(1, 1),
-        metavar="I/N",
-        help="do only part I of N, for several machines: 1/N to N/N (default 1/1)",
-    )
+    workers.add_shard_argument(group)
 
 
 def _open_fraction(text: str) -> float:

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UsageError, UserError, files, launch
+from common import UsageError, UserError, cli, files, launch
 from common.sets import SPLIT_NAMES, few
 from runner.progress import clock
 
@@ -241,6 +241,17 @@ def shard(text: str) -> tuple[int, int]:
 
 
 shard.__name__ = "I/N (1/N to N/N)"  # argparse puts it into "invalid ... value"
+
+
+def add_shard_argument(group) -> None:
+    """Add --shard."""
+    text = "do only part I of N, for several machines: 1/N to N/N (default 1/1)"
+    group.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help=text)
+
+
+def add_workers_argument(group, text: str = "number of processes (default: one per core)") -> None:
+    """Add -j, None unless it is typed. text: its help."""
+    group.add_argument("-j", "--workers", type=cli.positive_int, metavar="N", help=text)
 
 
 def read(path: str) -> BytesIO:

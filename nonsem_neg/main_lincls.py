@@ -114,11 +114,7 @@ def drop_trained_head(saved: checkpoint.Saved) -> None:
     Only --resume continues a classifier; --pretrained always starts with a fresh layer.
     """
     if "best_acc1" in saved:
-        saved["state_dict"] = {
-            name: value
-            for name, value in saved["state_dict"].items()
-            if not name.removeprefix("module.").startswith("fc.")
-        }
+        saved["state_dict"] = layouts.without_head(layouts.backbone(saved))
 
 
 def check_backbone(resumed: checkpoint.Saved, path: str) -> None:

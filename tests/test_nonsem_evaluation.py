@@ -76,6 +76,13 @@ def test_a_network_that_has_a_trained_head_gets_a_fresh_one(workspace):
     assert equal(both[0]["state_dict"], both[1]["state_dict"])
     for key in ("acc1", "pretrained", "pretrained_args", "pretrained_epoch"):
         assert both[0][key] == both[1][key], key
+    saved = checkpoint.load(f"lin/{FILE}")
+    content = {"model": layouts.strip_prefix(saved["state_dict"]), "best_acc1": 9.0}
+    described = {key: saved[key] for key in ("arch", "args", "pretrained_args")}
+    torch.save(content | described, "supervised.pth")
+    main_lincls.main([*flags, "--ckpt_path", "of-supervised", "--pretrained", "supervised.pth"])
+    (path,) = (workspace / "of-supervised").glob("checkpoint_robust_*")
+    assert equal(both[0]["state_dict"], checkpoint.load(path)["state_dict"])
 
 
 def test_a_backbone_that_moved_is_found_out(workspace, monkeypatch):

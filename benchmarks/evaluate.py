@@ -1,4 +1,4 @@
-"""What tools/evaluate.py costs beside the embedding, and the memory of its k-NN.
+"""Measure how long tools/evaluate.py takes beside the embedding, and the memory of its k-NN.
 
     python benchmarks/evaluate.py                       # a share of generated pictures is embedded
     python benchmarks/evaluate.py --data CIFAR_TREE     # the tool on a tree with train/ and val/

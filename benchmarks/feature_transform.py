@@ -1,4 +1,4 @@
-"""What transformed features and saved scores add to a MoCo step, here and as published.
+"""Measure the time that transformed features and saved scores add to a step of MoCo.
 
     python benchmarks/feature_transform.py     # ResNet-18 at 32 pixels, batch 256, K 16,384
 

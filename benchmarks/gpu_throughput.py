@@ -1,4 +1,4 @@
-"""What a training step costs on a GPU: MoCo and MoCo + patch negatives beside supervised training.
+"""Measure training steps on a GPU: MoCo and MoCo + patch negatives beside supervised training.
 
     python benchmarks/gpu_throughput.py                # ResNet-50, 224 pixels, batch 256, bfloat16
     python benchmarks/gpu_throughput.py --data TREE    # and from JPEG files, read by workers

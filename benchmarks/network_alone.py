@@ -1,4 +1,4 @@
-"""What everything around the network costs: every train script against its network alone.
+"""Compare every train script with its network alone: the rest is loading, views and logging.
 
     python benchmarks/network_alone.py --data CIFAR_TREE     # default: generated 32-pixel pictures
 

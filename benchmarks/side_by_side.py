@@ -1,4 +1,4 @@
-"""What benchmarks of training steps share: pictures, sides that alternate, clocks, memory."""
+"""Provide pictures, alternating sides, clocks and memory readings to the benchmarks of steps."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What InsDis and MoCo share: the query network, its optimizer, and the values to log."""
+"""Define the base of InsDis and MoCo: the query network, its optimizer, the values to log."""
 
 from __future__ import annotations
 

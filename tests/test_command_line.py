@@ -1,4 +1,4 @@
-"""What every script promises on its command line.
+"""Test the promises of every script on its command line.
 
 An answer to --help and to a mistyped flag, quiet on Ctrl-C, dead flags taken with one note, run
 folders that do not collide, what was typed marked as typed.

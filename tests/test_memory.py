@@ -1,4 +1,4 @@
-"""What memories share: losses, scores against a bank, drawn rows, the queue."""
+"""Test the parts that memories share: losses, scores against a bank, drawn rows, the queue."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the pre-training script takes and refuses: presets, spellings, flags, folders, pictures."""
+"""Test the flags that the pre-training script accepts and refuses, and its presets."""
 
 import pytest
 from conftest import run_script, says_no

@@ -1,4 +1,4 @@
-"""What the papers claim, and the records of the runs: claims.json of each folder, and results/.
+"""Read the claims of the papers (claims.json of each folder) and the records in results/.
 
 Nothing here runs or writes anything; see tools/claims.py.
 """

@@ -1,4 +1,4 @@
-"""What the papers claim, and what runs here say of it.
+"""Test the claims of the papers with runs of this project.
 
 A paper's folder has claims.json: settings ("scales") with the commands of a run, the runs that
 differ in some flags, and claims, each of which says which run ought to be better than which other.

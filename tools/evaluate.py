@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a backbone is worth: k-NN, tuned linear evaluation, few labels, geometry, scores.
+"""Judge a backbone: k-NN, tuned linear evaluation, few labels, geometry, scores.
 
 Takes any backbone (a pre-training of any paper here, the authors' files, or the state dict of a
 torchvision or timm ResNet) and any data set with labels. Writes one table, result.json and a

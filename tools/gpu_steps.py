@@ -39,7 +39,7 @@ class Aim:
 
 @dataclass
 class Output:
-    """What a step has left: its folder, what it printed, its exit code."""
+    """The traces of a step: its folder, its printed lines, its exit code."""
 
     folder: Path
     printed: str

@@ -1,4 +1,4 @@
-"""What features are worth: k-NN, tuned linear classifiers, few labels, geometry, scores."""
+"""Judge features: k-NN, tuned linear classifiers, few labels, geometry, scores."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from common import UserError
 from common.geometry import Geometry
-from common.pictures import ArraySet, BadPicture, PictureSet
+from common.pictures import ArraySet, BadPicture, PictureSet, as_rgb
 
 try:  # deprecated since torchvision 0.29, and its named successor needs FFmpeg
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -69,16 +69,6 @@ def decoded(source: PictureSet, row: int, image: Image.Image | Tensor) -> Tensor
     except Exception as error:
         raise source.bad_picture(row, error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to 8-bit RGB; values of 16 bits keep their high byte.
-
-    Pillow does this for 16-bit colour itself, but clips 16-bit grey at 255.
-    """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def cut(picture: Tensor, box: Sequence[int], target: Sequence[int], size: int) -> Tensor:

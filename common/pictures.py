@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -11,10 +12,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common import UserError, printable
+
+DARK = 64  # of 255: a set of 16-bit pictures whose brightest value is below uses 14 bits or fewer
+
+UNKNOWN_KIND = "damaged in its header, or of a kind that Pillow does not read (as 12-bit JPEG)"
+
+
+def is_of_known_format(content: bytes) -> bool:
+    """Return whether a file begins like one of the formats that Pillow opens."""
+    Image.init()
+    start = content[:16].ljust(16, b"\0")
+    return any(accept(start) for _, accept in Image.OPEN.values() if accept is not None)
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Return whether a file that Pillow opened, and did not load yet, has 16 bits per value."""
+    return image.mode == "I" or ";16" in f"{image.mode} {image.tile}"
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture to 8-bit RGB; values of 16 bits keep their high byte.
+
+    Pillow does this for 16-bit colour itself, but clips 16-bit grey at 255.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class BadPicture(UserError):
@@ -89,6 +116,24 @@ class FolderSet(PictureSet):
         except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
             raise self.bad_picture(row, error) from None
 
+    def brightest_of_16_bits(self, most: int = 16) -> int | None:
+        """Return the highest value (0 to 255) of up to `most` 16-bit pictures, or None.
+
+        Pictures spread over the set are opened; None means that the first one has 8 bits.
+        """
+        brightest = None
+        for row in range(0, len(self), max(1, len(self) // most)):
+            with contextlib.suppress(Exception):  # a damaged file is reported when it is decoded
+                image = self.open(row)
+                if not has_16_bits(image):
+                    return brightest
+                brightest = max(brightest or 0, int(np.asarray(as_rgb(image)).max()))
+        return brightest
+
+    def _is_of_known_format(self, row: int) -> bool:
+        with open(self.path(row), "rb") as file:
+            return is_of_known_format(file.read(16))
+
     def bad_picture(self, row: int, error: Exception) -> UserError:
         """Return the error to raise after a decoder raised `error`.
 
@@ -99,6 +144,8 @@ class FolderSet(PictureSet):
             return UserError(f"{path}: the picture does not fit in memory: remove or shrink it")
         if isinstance(error, Image.DecompressionBombError):
             reason = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow refuses"
+        elif isinstance(error, UnidentifiedImageError) and self._is_of_known_format(row):
+            reason = UNKNOWN_KIND
         elif isinstance(error, OSError) and error.errno is not None:
             reason = error.strerror.lower()  # missing, no permission, input/output error
         else:

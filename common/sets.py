@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,9 +75,10 @@ def open_set(
         if unlabelled and class_list is None:
             folder = split_folder(root, split, bare=True)
             if folder == root or not folders_in(folder):
-                paths = pictures_below(folder)
+                left_out = Counter()
+                paths = pictures_below(folder, left_out=left_out)
                 if paths:
-                    return open_unlabelled(root, folder, paths)
+                    return open_unlabelled(root, folder, paths, left_out)
         return open_tree(split_folder(root, split), class_list=class_list, classes=classes)
     if class_list is not None:
         raise UsageError(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
 from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import UsageError, printable
-from common.pictures import FolderSet
+from common.pictures import DARK, FolderSet
 
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folder names; the first found wins
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
@@ -46,9 +49,9 @@ def open_tree(
     else:
         require_classes(folder, names, classes, subset)
     labels = {name: label for label, name in enumerate(classes)}
-    paths, targets, empty = [], [], []
+    paths, targets, empty, left_out = [], [], [], Counter()
     for name in names:
-        files = pictures_below(folder, name)
+        files = pictures_below(folder, name, left_out)
         paths += files
         targets += [labels[name]] * len(files)
         if not files:
@@ -59,11 +62,16 @@ def open_tree(
             "the folders, or name the classes to use with --class-list "
             f"(pictures end in {' '.join(IMG_EXTENSIONS)})"
         )
-    return FolderSet(paths, targets, classes, folder)
+    opened = FolderSet(paths, targets, classes, folder)
+    opened.notes += _remarks(opened, left_out)
+    return opened
 
 
-def open_unlabelled(root: Path, folder: Path, paths: list[str]) -> FolderSet:
-    """Open pictures without classes; paths are relative to `folder`, root or its train/."""
+def open_unlabelled(root: Path, folder: Path, paths: list[str], left_out: Counter) -> FolderSet:
+    """Open pictures without classes; paths are relative to `folder`, root or its train/.
+
+    left_out: what `pictures_below` counted.
+    """
     others = sorted({*folders_in(root)} - {"train", *SPLIT_NAMES["val"]})
     if folder != root and others:  # a class may be called train
         raise UsageError(
@@ -72,8 +80,27 @@ def open_unlabelled(root: Path, folder: Path, paths: list[str]) -> FolderSet:
         )
     opened = FolderSet(paths, [-1] * len(paths), [], folder)
     note = f"there is no train/CLASS/*, so its {len(paths)} pictures are used without labels"
-    opened.notes.append(f"{folder}: {note}")
+    opened.notes += [f"{folder}: {note}", *_remarks(opened, left_out)]
     return opened
+
+
+def _remarks(opened: FolderSet, left_out: Counter) -> list[str]:
+    """Return a line where pictures are left out by their suffix, and one where they are dark."""
+    remarks = []
+    if left_out:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
+        remarks.append(
+            f"{opened.root}: {left_out.total()} files are left out by their suffix ({kinds}); "
+            "convert them, for example to .png, to use them"
+        )
+    brightest = opened.brightest_of_16_bits()
+    if brightest is not None and brightest < DARK:
+        remarks.append(
+            f"{opened.root}: its 16-bit pictures are nearly black, since their values use few of "
+            f"the 16 bits (the brightest of some is {brightest} of 255 when read); scale them to "
+            "the full range, or convert them to 8 bits"
+        )
+    return remarks
 
 
 class Folder(NamedTuple):
@@ -130,14 +157,32 @@ def folders_in(folder: str | Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if _kind(entry, [folder]) == "folders")
 
 
-def pictures_below(tree: str | Path, class_name: str = "") -> list[str]:
-    """Return paths relative to tree of all pictures below tree/class_name, as torchvision sorts."""
-    return [
-        os.path.join(folder.path, name)
-        for folder in walk(tree, class_name)
-        for name in sorted(folder.files)
-        if name.lower().endswith(IMG_EXTENSIONS)
-    ]
+def pictures_below(
+    tree: str | Path, class_name: str = "", left_out: Counter | None = None
+) -> list[str]:
+    """Return paths relative to tree of all pictures below tree/class_name, as torchvision sorts.
+
+    left_out: counts the suffixes of pictures that Pillow can open, but torchvision leaves out.
+    """
+    pictures = []
+    for folder in walk(tree, class_name):
+        for name in sorted(folder.files):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                pictures.append(os.path.join(folder.path, name))
+            elif left_out is not None and _suffix(name) in _pillow_suffixes():
+                left_out[_suffix(name)] += 1
+    return pictures
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+@functools.cache
+def _pillow_suffixes() -> set[str]:
+    """Return the suffixes of the picture formats that Pillow opens."""
+    suffixes = Image.registered_extensions()  # which also loads the formats
+    return {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
 
 
 def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:

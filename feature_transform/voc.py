@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from common import UsageError, UserError, printable, sets
+from common.pictures import as_rgb
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -118,7 +119,7 @@ class Pictures:
         path = self.paths[row]
         try:
             with Image.open(path) as picture:
-                upright = ImageOps.exif_transpose(picture).convert("RGB")
+                upright = as_rgb(ImageOps.exif_transpose(picture))
                 pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
         except UNREADABLE as error:
             raise UserError(f"cannot read the picture {path}: {str(error)[:100]}") from None

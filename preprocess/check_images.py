@@ -66,7 +66,7 @@ KINDS = {
     "outside": (WARNING, "picture outside any class folder, ignored"),
     "not read": (WARNING, "file of another kind, ignored"),
     "not a file": (WARNING, "pipe, device, or link to a folder it lies in, ignored"),
-    "dark": (WARNING, "more than 8 bits with values of 8: read as black"),
+    "dark": (WARNING, "16 bits, of which the values use few: read as nearly black"),
     "float": (WARNING, "floating point: cut to whole numbers from 0 to 255"),
     "same name": (WARNING, "same name with another extension"),
     "unlabelled": (NOTE, "no class folders: for pre-training only"),

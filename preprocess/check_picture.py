@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common import crops
+from common.pictures import DARK, UNKNOWN_KIND, as_rgb, has_16_bits, is_of_known_format
 
 # kind of a finding for a colour mode of Pillow
 MODES = {
@@ -33,10 +34,7 @@ MODES = {
     "CMYK": "CMYK",
     "F": "float",
 }
-JPEG_SIGNATURE = b"\xff\xd8\xff"
 JPEG_END = b"\xff\xd9"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_BIT_DEPTH = 24  # place of that byte in a file
 EXIF_ORIENTATION = 0x0112
 
 
@@ -81,6 +79,7 @@ def _examine(path: str, min_side: int) -> Seen:
     except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
         return Seen([_why_not_a_picture(content, error)], bytes=len(content))
     width, height = image.size
+    is_deep = has_16_bits(image)
     findings: list[tuple[str, str]] = []
     seen = Seen(findings, width, height, len(content), digest)
     try:
@@ -101,7 +100,8 @@ def _examine(path: str, min_side: int) -> Seen:
         findings.append(("damaged", complaint))
     if min(width, height) < min_side:
         findings.append(("tiny", f"{width} x {height}"))
-    findings += _describe(image, content, path, turned)
+    findings += _describe_colours(image, is_deep)
+    findings += _describe_file(image, path, turned)
     return seen
 
 
@@ -111,11 +111,11 @@ def _decode(image: Image.Image, content: bytes) -> str:
     Returns libjpeg's complaint about a damaged stream, or "".
     """
     by_libjpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
-    if crops.decode_jpeg is None or not by_libjpeg:
-        image.load()
-        return ""
-    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     with _caught_stderr() as complaint:
+        if crops.decode_jpeg is None or not by_libjpeg:
+            image.load()  # libtiff also complains about tags that do not matter
+            return ""
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         crops.decode_jpeg(encoded, crops.ImageReadMode.RGB)
     return _one_line("; ".join(complaint))
 
@@ -127,7 +127,7 @@ def _scratch_file():
 
 @contextlib.contextmanager
 def _caught_stderr() -> Iterator[list[str]]:
-    """Collect output on file descriptor 2, the only way in which libjpeg reports damage."""
+    """Collect output on file descriptor 2, where libjpeg and libtiff report damage."""
     lines: list[str] = []
     file = _scratch_file()
     saved = os.dup(2)
@@ -149,9 +149,9 @@ def _why_not_a_picture(content: bytes, error: Exception) -> tuple[str, str]:
         return "unreadable", "empty file"
     if isinstance(error, Image.DecompressionBombError):
         return "too large", _one_line(str(error))
-    if content.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)):
-        return "truncated", f"damaged or ended in its header; {len(content)} bytes"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if is_of_known_format(content):
+        return "truncated", f"{UNKNOWN_KIND}; {len(content)} bytes"
+    if isinstance(error, UnidentifiedImageError):
         return "unreadable", "not a picture"
     return "unreadable", _one_line(str(error)) or type(error).__name__
 
@@ -162,9 +162,9 @@ def _why_not_decoded(image: Image.Image, content: bytes, error: Exception) -> st
     return f"{image.format}: {_one_line(str(error)) or type(error).__name__}"
 
 
-def _describe(image: Image.Image, content: bytes, path: str, turned: int) -> list[tuple[str, str]]:
-    """Return the findings of a picture that was decoded. turned: its EXIF orientation."""
-    findings = _describe_colours(image, content)
+def _describe_file(image: Image.Image, path: str, turned: int) -> list[tuple[str, str]]:
+    """Return findings about the file of a decoded picture. turned: its EXIF orientation."""
+    findings = []
     by_name = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     is_camera_jpeg = (image.format, by_name) == ("MPO", "JPEG")  # several JPEGs in one file
     if image.format != by_name and not is_camera_jpeg:
@@ -178,24 +178,17 @@ def _describe(image: Image.Image, content: bytes, path: str, turned: int) -> lis
     return findings
 
 
-def _describe_colours(image: Image.Image, content: bytes) -> list[tuple[str, str]]:
-    """Return findings where a picture is not RGB of 8 bits."""
-    findings = []
-    # a PNG of 16 bits and three colours is opened as RGB of 8 bits
-    is_deep_png = content.startswith(PNG_SIGNATURE) and content[PNG_BIT_DEPTH] == 16
-    is_deep_grey = image.mode == "I" or image.mode.startswith("I;16")
-    kind = MODES.get(image.mode, "colour mode")
-    if is_deep_png or is_deep_grey:
-        kind = "16-bit"
+def _describe_colours(image: Image.Image, is_deep: bool) -> list[tuple[str, str]]:
+    """Return findings where a picture is not RGB of 8 bits. is_deep: whether its file has 16."""
+    kind = "16-bit" if is_deep else MODES.get(image.mode, "colour mode")
+    if not kind:
+        return []
     detail = f"{image.format} {image.mode}"
-    if is_deep_grey:
-        values = np.asarray(image)
-        detail += f", values {values.min()} to {values.max()}"
-        if values.max() < 256:
-            findings.append(("dark", detail))
-    if kind:
-        findings.append((kind, detail))
-    return findings
+    if not is_deep:
+        return [(kind, detail)]
+    read = np.asarray(as_rgb(image))
+    detail += f", read as {read.min()} to {read.max()} of 255"
+    return [("dark", detail), (kind, detail)] if read.max() < DARK else [(kind, detail)]
 
 
 def _one_line(text: str) -> str:

@@ -40,7 +40,8 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, crops, launch, options, printable, sets
+from common import UsageError, UserError, cli, launch, options, printable, sets
+from common.pictures import as_rgb
 from preprocess import demo, workers
 from preprocess.corruption_tree import (
     ENDINGS,
@@ -157,7 +158,7 @@ def read_picture(path: str, size: int) -> np.ndarray:
 
     size 0 leaves the picture as it is. Raises any error of Pillow for damaged files.
     """
-    image = crops.as_rgb(Image.open(workers.read(path)))
+    image = as_rgb(Image.open(workers.read(path)))
     if size:
         image = transforms.functional.resize(image, options.eval_resize(size))  # Pillow's bilinear
         image = transforms.functional.center_crop(image, size)

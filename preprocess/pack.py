@@ -223,6 +223,8 @@ def pack_splits(
     files.sweep(out)
     failed = {}
     for split, source in sources.items():
+        for note in source.notes:
+            print(f"note: {note}")
         unreadable = pack_split(source, out, split, side, workers, force, command)
         if unreadable:
             failed[split] = len(unreadable)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import crops
+from common.pictures import as_rgb
 from preprocess import workers
 from preprocess.texture_engines import EngineError, Settings, engine_of
 
@@ -54,7 +54,7 @@ def draws_of(name: str, seed: int) -> tuple[int, int, int]:
 
 def read_rgb(path: str) -> Image.Image:
     """Read a picture as 8-bit RGB. Raises any error of Pillow for damaged files."""
-    return crops.as_rgb(Image.open(workers.read(path)))
+    return as_rgb(Image.open(workers.read(path)))
 
 
 def patches_of(

@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import run_script
 from PIL import Image
 
@@ -91,7 +92,7 @@ def test_a_sound_picture_has_no_finding(tmp_path):
 )
 def test_colour_modes_are_notes(tmp_path, mode, name, kind):
     if mode == "I;16":
-        image = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64))
+        image = Image.fromarray((16 * np.arange(64 * 64)).astype(np.uint16).reshape(64, 64))
     else:
         image = photo(mode="RGBA").convert("LA") if mode == "LA" else photo(mode=mode)
     assert kinds(save(tmp_path / name, image=image)) == {kind}
@@ -117,17 +118,39 @@ def test_16_bit_colour_png_is_told_though_pillow_opens_it_as_rgb(tmp_path):
 
 
 def test_values_of_deep_pictures_are_told(tmp_path):
-    for name, top, kinds_found in (
-        ("full.png", 65535, {"16-bit"}),
-        ("of8.png", 255, {"16-bit", "dark"}),
+    for name, top, read, kinds_found in (
+        ("full.png", 65535, 255, {"16-bit"}),
+        ("of12.png", 4095, 15, {"16-bit", "dark"}),
+        ("of8.png", 255, 0, {"16-bit", "dark"}),
     ):
-        path = save(
-            tmp_path / name,
-            image=Image.fromarray(np.linspace(9, top, 4096).astype(np.uint16).reshape(64, 64)),
-        )
+        values = np.linspace(9, top, 4096).astype(np.uint16).reshape(64, 64)
+        path = save(tmp_path / name, image=Image.fromarray(values))
         findings = dict(check_picture.examine(str(path)).findings)
-        assert set(findings) == kinds_found and findings["16-bit"] == f"PNG I;16, values 9 to {top}"
+        assert set(findings) == kinds_found
+        assert findings["16-bit"] == f"PNG I;16, read as 0 to {read} of 255"
     assert kinds(save(tmp_path / "float.tif", image=photo(mode="F"))) == {"float"}
+
+
+def test_16_bit_colour_tiff_is_told_and_libtiff_is_silent(tmp_path, capfd):
+    values = np.full((40, 40, 3), 255, dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "deep.tif", values, photometric="rgb", compression="zlib")
+    assert kinds(tmp_path / "deep.tif") == {"16-bit", "dark"}
+    whole = (tmp_path / "deep.tif").read_bytes()
+    (tmp_path / "deep.tif").write_bytes(whole[:8] + bytes(9) + whole[17:])  # in the pixels
+    assert kinds(tmp_path / "deep.tif") == {"truncated"}
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("shape", [(40, 40, 13), (40, 40)])
+def test_a_kind_that_pillow_does_not_read_is_named(tmp_path, shape):
+    path = tmp_path / "train" / "a" / "bands.tif"
+    path.parent.mkdir(parents=True)
+    tifffile.imwrite(path, np.zeros(shape, dtype=np.float64))
+    ((kind, detail),) = check_picture.examine(str(path)).findings
+    assert kind == "truncated" and "of a kind that Pillow does not read" in detail
+    opened = sets.open_set(tmp_path, "train")
+    with pytest.raises(sets.BadPicture, match="of a kind that Pillow does not read"):
+        opened.open(0)
 
 
 def test_a_picture_too_large_is_told(tmp_path, monkeypatch):
@@ -179,8 +202,8 @@ def test_damaged_files_are_told_as_what_they_are(tmp_path, capfd):
         ),
         "almost.jpg": (whole[:-2], ("truncated", f"JPEG ends early, after {len(whole) - 2} bytes")),
         "half.png": (png[: len(png) // 2], ("truncated", None)),
-        "start.jpg": (whole[:100], ("truncated", "damaged or ended in its header; 100 bytes")),
-        "start.png": (png[:20], ("truncated", "damaged or ended in its header; 20 bytes")),
+        "start.jpg": (whole[:100], ("truncated", f"{check_picture.UNKNOWN_KIND}; 100 bytes")),
+        "start.png": (png[:20], ("truncated", f"{check_picture.UNKNOWN_KIND}; 20 bytes")),
     }
     for name, (content, expected) in cases.items():
         (tmp_path / name).write_bytes(content)

@@ -31,10 +31,12 @@ from common.augment import (
 )
 from common.crops import scale_boxes
 from common.data import Loader
+from common.pictures import as_rgb
 from common.sets import ArraySet, FolderSet, open_set, open_tree
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from nonsem_neg.textures import original_root_of, pair_by_path
+from preprocess import pack
 from tools import robustness
 
 CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
@@ -610,10 +612,35 @@ def test_16_bits_are_scaled_to_8(tmp_path, mode):
             pictures.path(row)
         )
     full = Image.fromarray(np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32))
-    assert (
-        np.asarray(crops.as_rgb(full)).mean() == 127.5
-        and np.asarray(full.convert("RGB")).mean() > 250
-    )  # Pillow
+    assert np.asarray(as_rgb(full)).mean() == 127.5
+    assert np.asarray(full.convert("RGB")).mean() > 250  # Pillow
+    assert not pictures.notes
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_16_bit_pictures_that_use_few_bits_are_named_at_the_start(tmp_path, colour):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    deep = np.linspace(0, 4095, 900).astype(np.uint16).reshape(30, 30)
+    (folder / "a.png").write_bytes(png_of(np.stack([deep] * 3, 2) if colour else deep))
+    (note,) = open_set(tmp_path, "train").notes
+    assert "its 16-bit pictures are nearly black" in note and "15 of 255" in note
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_pictures_left_out_by_their_suffix_are_counted(tmp_path, labelled, capsys):
+    tree = tmp_path / "tree"
+    folder = tree / "train" / "a" if labelled else tree / "train"
+    for name in ("a.png", "b.png", "c.gif", "d.GIF", "e.jfif"):
+        save(folder / name.replace("jfif", "jpg"), 1)
+        (folder / name.replace("jfif", "jpg")).rename(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    opened = open_set(tree, "train", unlabelled=True)
+    assert len(opened) == 2
+    assert "3 files are left out by their suffix (2 .gif, 1 .jfif)" in opened.notes[-1]
+    if labelled:
+        pack.main([str(tree), str(tmp_path / "pack"), "--splits", "train", "--workers", "1"])
+        assert "3 files are left out by their suffix" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from common import UsageError, UserError, printable
@@ -73,6 +74,28 @@ def sweep(folder: str | Path) -> None:
             partial.unlink()
 
 
+def read_json(path: str | Path) -> dict:
+    """Return the object in a small JSON file. Raises OSError, or ValueError if it is damaged."""
+    return _read(path, lambda: json.loads(Path(path).read_bytes()), dict)
+
+
+def read_array(path: str | Path) -> np.ndarray:
+    """Map an .npy file read-only. Raises OSError, or ValueError if it is not one whole array."""
+    return _read(path, lambda: np.load(path, mmap_mode="r", allow_pickle=False), np.ndarray)
+
+
+def _read(path: str | Path, read: Callable, kind: type):
+    try:
+        content = read()
+    except Exception as error:  # json and NumPy raise a dozen types on damaged files
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds {type(content).__name__}, not {kind.__name__}")
+    return content
+
+
 def write_json(path: str | Path, value: dict) -> None:
     """Replace a small JSON file in one step."""
     with replacing(path, "w") as file:
@@ -117,6 +140,6 @@ def _owner(folder: str | Path) -> str:
     """Return " (PID on HOST)" from the newest config.json of the folder, or ""."""
     try:
         newest = max(Path(folder).glob("config*.json"), key=os.path.getmtime)
-        return f" ({json.loads(newest.read_text())['process']})"
+        return f" ({read_json(newest)['process']})"
     except (OSError, ValueError, KeyError):
         return ""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from common import UserError, printable
+from common import UserError, files, printable
 
 DARK = 64  # of 255: a set of 16-bit pictures whose brightest value is below uses 14 bits or fewer
 
@@ -190,7 +190,7 @@ class ArraySet(PictureSet):
         if self._images is None:  # every process maps the file itself
             with warnings.catch_warnings():  # torch warns that the array is read-only
                 warnings.simplefilter("ignore", UserWarning)
-                pixels = torch.from_numpy(np.load(self.file, mmap_mode="r"))
+                pixels = torch.from_numpy(files.read_array(self.file))
             self._images = pixels.permute(0, 3, 1, 2)
         return self._images
 

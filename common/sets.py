@@ -10,7 +10,6 @@ from here. common.data turns pictures into views.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torchvision import datasets as tv_datasets
 
-from common import UsageError, UserError
+from common import UsageError, UserError, files
 from common.pictures import ArraySet, BadPicture, FolderSet, PictureSet  # noqa: F401
 from common.trees import (  # noqa: F401
     SPLIT_NAMES,
@@ -131,7 +130,7 @@ def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | No
     listing = existing(root) / f"{split}.json"
     if not listing.exists():
         raise _no_pack(root, split)
-    opened = _read_pack(listing)
+    opened = read_pack(listing)
     present = opened.classes
     names = present if class_list is None else listed(root, present, class_list)
     if classes is not None:
@@ -145,11 +144,11 @@ def _open_packed(root: Path, split: str, class_list, classes: Sequence[str] | No
     return opened
 
 
-def _read_pack(listing: Path) -> ArraySet:
+def read_pack(listing: Path) -> ArraySet:
     """Open all pictures of a pack from its .json file. Raises UserError."""
     pixels = listing.with_suffix(".npy")
     try:
-        content = json.loads(listing.read_text())
+        content = files.read_json(listing)
         if content["format"] != PACK_FORMAT or content["version"] > PACK_VERSION:
             raise UserError(
                 f"{listing} is not a list of packed pictures that this version can read"
@@ -164,9 +163,11 @@ def _read_pack(listing: Path) -> ArraySet:
             and 0 <= targets.min() <= targets.max() < len(opened.classes)
             and opened.size == (content["side"], content["side"])
         )
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or pixels}: {error.strerror.lower()}") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, EOFError):
+    except Exception:  # any type that does not fit, of any entry
         whole = False
     if not whole:
         raise UserError(
@@ -181,7 +182,7 @@ def _read_pack(listing: Path) -> ArraySet:
 def _no_pack(root: Path, split: str) -> UserError:
     """Return the error for a split that is not packed, or not completely."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads((root / f"{split}.packing.json").read_text())
+        state = files.read_json(root / f"{split}.packing.json")
         progress = f"{state['done']} of {state['settings']['pictures']} pictures"
         command = state["command"]
         return UserError(f"{root}: packing of {split} is unfinished ({progress}): run {command}")

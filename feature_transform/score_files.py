@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UsageError, UserError
+from common import UsageError, UserError, files
 
 STATISTICS = {  # {name: (column of the files, description)}
     "neg_variance": (1, "variance of the negative similarities"),
@@ -182,17 +182,15 @@ def read_array(path: Path) -> np.ndarray:
                 "1.24 wrote batches of unequal size like that); if you trust it, save it again as "
                 "one array (iterations, batch, 5)"
             )
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
+        array = files.read_array(path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"cannot read {path}: {reason}") from None
-    except (ValueError, EOFError, SyntaxError):
+    except ValueError:
         raise UserError(
-            f"{path} is cut short, or no array of NumPy; delete it to draw the other epochs"
+            f"{path} is cut short, or not one array of NumPy; delete it to draw the other epochs"
         ) from None
     wanted = "expected (iterations, batch, 5) of floats"
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is an archive, {wanted}")
     if array.ndim != 3 or array.shape[2] != 5 or array.dtype.kind != "f":
         raise UserError(f"{path} is {array.shape} of {array.dtype}, {wanted}")
     return array
@@ -210,18 +208,15 @@ def read_config(folder: Path) -> dict:
     """Return the content of config.json; {} where there is none, as in the authors' folders."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        return files.read_json(path)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror.lower()}") from None
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
+    except ValueError:
         raise UserError(
             f"{path} does not hold the settings of a run; delete it to name the run by its folder"
-        )
-    return config
+        ) from None
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -266,9 +261,9 @@ def accuracy(folder: Path, records: list[dict]) -> tuple[str, float] | None:
     paths |= set(folder.parent.parent.glob(f"*linear*/*/{name}"))
     by_age = {}
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            result = json.loads(path.read_text())
-            if not isinstance(result, dict) or not _is_of(result.get("pretrained"), folder):
+        with contextlib.suppress(OSError, ValueError):
+            result = files.read_json(path)
+            if not _is_of(result.get("pretrained"), folder):
                 continue
             if _is_number(result.get("acc1")):
                 by_age[path.stat().st_mtime] = float(result["acc1"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections import Counter
 from importlib import metadata
@@ -115,7 +114,7 @@ def settle(out: Path, settings: dict) -> list[str]:
         files.write_json(file, {"settings": settings, "versions": versions})
         return []
     try:
-        before = json.loads(file.read_text())
+        before = files.read_json(file)
         differences = [
             f"{name} {before['settings'].get(name)}, not {value}"
             for name, value in settings.items()

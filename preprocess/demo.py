@@ -18,7 +18,6 @@ are nearly grey and reveal next to nothing about the class.
 
 import errno
 import functools
-import json
 import os
 import shutil
 from pathlib import Path
@@ -91,10 +90,11 @@ def _checked(settings: dict) -> dict:
 def read(out: str | Path) -> dict | None:
     """Return the content of OUT/demo.json, or None if the demo data set is not complete."""
     try:
-        content = json.loads((Path(out) / MARK).read_text())
+        content = files.read_json(Path(out) / MARK)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return content if isinstance(content, dict) and "settings" in content else None
+    parts = ("settings", "counts", "bytes")
+    return content if all(isinstance(content.get(part), dict) for part in parts) else None
 
 
 def make(
@@ -228,7 +228,7 @@ def ensure_for(args, process: launch.Process, texture: bool = False, cues: bool 
     """
     if args.demo and process.is_main:
         content = read(args.data)
-        if content is None or (texture and not content["settings"]["texture"]):
+        if content is None or (texture and not content["settings"].get("texture")):
             ensure(args.data, texture=texture)
         if cues:
             add_cues(args.data)

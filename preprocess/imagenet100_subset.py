@@ -26,7 +26,6 @@ and 5,000 val pictures.
 
 import argparse
 import contextlib
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -148,8 +147,8 @@ def count_tree(split: Split, out: Path) -> Counter:
 
 def count_pack(split: Split, out: Path) -> Counter:
     """Count the pictures of each class in the pack."""
-    targets = json.loads(PackFiles(out, split.name).listing.read_text())["targets"]
-    return Counter(split.pictures.classes[label] for label in targets)
+    pack = sets.read_pack(PackFiles(out, split.name).listing)
+    return Counter(split.pictures.classes[label] for label in pack.targets.tolist())
 
 
 def make_pack(args, splits: list[Split], out: Path, command: str) -> None:

@@ -26,7 +26,6 @@ cannot be read is left out and listed in PACK/train.failed.txt, and the exit cod
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import shlex
 import shutil
@@ -188,7 +187,7 @@ def pack_split(
     try:
         state = begin(paths, pack_settings(source, side), command, force)
         if state is None:
-            content = json.loads(paths.listing.read_text())
+            content = files.read_json(paths.listing)
             place = printable(paths.pixels)
             print(f"{split}: {content['count']:,} pictures are packed already ({place})")
             return content["failed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UsageError, UserError, files, printable
+from common import UsageError, UserError, files, printable, sets
 from common.sets import PACK_FORMAT, PACK_VERSION, FolderSet
 from preprocess.workers import lies_in, split_folders
 
@@ -100,8 +100,10 @@ def pack_settings(source: FolderSet, side: int) -> dict:
 def read_marker(paths: PackFiles) -> dict:
     """Return the marker of an unfinished pack, which records its progress. Raises UserError."""
     try:
-        return dict(json.loads(paths.marker.read_text()))
-    except (OSError, ValueError, TypeError):
+        state = files.read_json(paths.marker)
+        failed = [[str(name), str(reason)] for name, reason in state["failed"]]
+        return state | {"done": int(state["done"]), "count": int(state["count"]), "failed": failed}
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{paths.marker} cannot be read: start this pack over with --force"
         ) from None
@@ -119,7 +121,8 @@ def begin(paths: PackFiles, settings: dict, command: str, force: bool) -> dict |
     place = printable(paths.folder / paths.split)
     differs = "of other pictures or another side: give another folder, or --force to replace it"
     if paths.listing.exists():
-        if json.loads(paths.listing.read_text()).get("settings") != settings:
+        sets.read_pack(paths.listing)  # raises UserError for a damaged one
+        if files.read_json(paths.listing).get("settings") != settings:
             raise UsageError(f"{place}.npy is a finished pack {differs}")
         return None
     if paths.marker.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
         files.write_json(file, record)
         return record.get("since", 0)
     try:
-        before = json.loads(file.read_text())
+        before = files.read_json(file)
         old = before["settings"]
         since = int(before.get("since", 0))
         differences = [

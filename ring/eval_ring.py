@@ -281,6 +281,8 @@ def worker(args, process: launch.Process) -> None:
     written = "result-nn.json" if args.nn_only else "current.pth"
     for own in runs.values():
         refuse_to_overwrite(own.folder, written, args.resume, args.overwrite)
+    if process.is_main:
+        files.sweep(folder)
     opened = {
         name: transfer.open_pictures(own) for name, own in runs.items()
     }  # before anything is computed

@@ -234,7 +234,7 @@ def _misfit(own: dict, state: dict, allowed_missing: tuple[str, ...]) -> str:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Load the state of every parameter; keep the optimizer's learning rate, momentum and so on.
+    """Load the learning rate and every parameter's state; keep the optimizer's other settings.
 
     `optimizer.load_state_dict` accepts tensors of any shape, and a fused optimizer would then write
     past their end, so shapes are compared first. Raises UserError if they differ, or if the state
@@ -265,7 +265,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
             f"{saved.path}: the state of its optimizer does not fit this network "
             "(the number or the shapes of parameters differ)"
         )
-    merged = [own | {"params": group["params"]} for own, group in zip(own_groups, groups)]
+    # The rate is set again before every step, but a file may be saved before that.
+    merged = [
+        own | {"params": group["params"], "lr": group["lr"]}
+        for own, group in zip(own_groups, groups)
+    ]
     optimizer.load_state_dict({"state": kept, "param_groups": merged})
     for param, values in optimizer.state.items():
         for key, value in values.items():

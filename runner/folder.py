@@ -172,9 +172,7 @@ class RunFolder:
             raise UserError(f"cannot read {self._metrics_path}: {reason}") from None
         with files.replacing(self._metrics_path, "w") as file:
             for line in lines:
-                with contextlib.suppress(
-                    ValueError, AttributeError, TypeError
-                ):  # an incomplete line
+                with contextlib.suppress(Exception):  # an incomplete line
                     record = json.loads(line)
                     last = step - 1 if drop_evaluation and "knn_acc1" in record else step
                     if record.get("step", 0) <= last:

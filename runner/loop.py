@@ -99,6 +99,7 @@ class Job:
             self._context.enter_context(files.only_writer(self.folder))
             self._holds_folder = True
             files.sweep(self.folder)
+            files.sweep(self.scores.folder)
 
     # ------------------------------------------------------------------------------------ start
 

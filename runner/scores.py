@@ -65,8 +65,8 @@ class Scores:
 
 def _read(path: Path) -> np.ndarray:
     """Return the scores in `path`, or no rows if it is missing or not a file of scores."""
-    with contextlib.suppress(OSError, EOFError, ValueError):
-        scores = np.load(path, allow_pickle=False)
+    with contextlib.suppress(OSError, ValueError):
+        scores = files.read_array(path)
         if scores.shape[2:] == (COLUMNS,):
             return scores
     return np.empty((0, 0, COLUMNS))

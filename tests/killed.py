@@ -126,6 +126,8 @@ def killed_and_resumed(name: str, step: int, place: str) -> dict:
     left = list(checkpoints(folder))
     for path in checkpoints(folder).values():
         torch.load(path, weights_only=True)
+        (path.parent / "scores").mkdir(exist_ok=True)
+        (path.parent / "scores" / ".score_001.npy.1-ab.partial").touch()  # of a killed writer
     codes.append(ended(forked(name, again, log)))
     return {"run": name, "whole": ended(whole), "parts": codes, "left": left}
 

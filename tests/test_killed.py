@@ -50,12 +50,11 @@ def test_killed_twice_and_resumed_twice_is_the_run_itself(killed, name):
     for file in whole:
         a, b = (torch.load(side[file], weights_only=True) for side in (whole, parts))
         assert a.keys() == b.keys()
-        for state in (a, b):
-            state.get("optimizer", {}).pop("param_groups", None)  # the rate is set before a step
         for key in a.keys() - NOT_THE_RUN:
             assert equal(a[key], b[key]), (file, key)
         epochs.append(a.get("epoch"))
     assert 2 in epochs
+    assert not [*(folder / f"{name}-parts").rglob(".*.partial")]
     (log,) = (folder / f"{name}-parts").rglob("metrics.jsonl")
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 2 * STEPS

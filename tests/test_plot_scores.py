@@ -456,17 +456,17 @@ def test_runs_without_scores_and_folders_that_are_no_runs():
 BROKEN = {
     "objects": (None, "holds Python objects, which can run code when they are read"),
     "pickle": (b"\x80\x04\x95", "holds Python objects, which can run code when they are read"),
-    "empty": (b"", "cut short, or no array of NumPy"),
-    "text": (b"no array at all", "cut short, or no array of NumPy"),
-    "cut": (200, "cut short, or no array of NumPy"),
-    "header": (9, "cut short, or no array of NumPy"),
+    "empty": (b"", "cut short, or not one array of NumPy"),
+    "text": (b"no array at all", "cut short, or not one array of NumPy"),
+    "cut": (200, "cut short, or not one array of NumPy"),
+    "header": (9, "cut short, or not one array of NumPy"),
     "shape": (
         np.zeros((3, 5), np.float32),
         "(3, 5) of float32, expected (iterations, batch, 5) of floats",
     ),
     "columns": (np.zeros((3, 2, 4)), "(3, 2, 4) of float64, expected"),
     "type": (np.zeros((3, 2, 5), "U1"), "expected (iterations, batch, 5) of floats"),
-    "archive": ("npz", "an archive, expected"),
+    "archive": ("npz", "cut short, or not one array of NumPy"),
 }
 
 

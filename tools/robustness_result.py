@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from pathlib import Path
 
@@ -113,9 +112,9 @@ def earlier(path: Path, classifier: str, digest: str, overwrite: bool, is_own: b
         return {}
     way_out = "choose another --ckpt_path, or replace it with --overwrite"
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
         evaluated = str(content["evaluated"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         raise UsageError(f"{path} is not a result of this evaluation: {way_out}") from None
     if content.get("digest") == digest:
         return content if _is_whole(content) else {}

@@ -23,6 +23,8 @@ the middle of an epoch.
 from __future__ import annotations
 
 import atexit
+import multiprocessing.queues
+import os
 import signal
 import time
 import weakref
@@ -43,7 +45,10 @@ def quiet_worker(_: int) -> None:
 
     A scheduler signals the workers too, but the main process still needs them to finish its step.
     Only SIGTERM ends a worker, after a minute; normally the main process ends it sooner.
+    A worker that cannot hand over a batch, as where /dev/shm is full, ends too: otherwise the main
+    process would wait for ever.
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

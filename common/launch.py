@@ -196,7 +196,8 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, torch.OutOfMemoryError):
         return f"{first.split('. ')[0]}: lower --batch-size, or use --amp", 1
     if isinstance(error, RuntimeError) and first.startswith("DataLoader worker"):
-        return f"{first} With little memory or /dev/shm, use fewer --workers", 1
+        cause = "the memory or /dev/shm may be too small: use fewer --workers (0 needs no /dev/shm)"
+        return f"{first.partition('. ')[0]}; {cause}", 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}; checkpoints that were saved before are intact", 1

@@ -31,6 +31,7 @@ from common.trees import (  # noqa: F401
     open_unlabelled,
     pictures_below,
     read_class_list,
+    read_names,
     require_classes,
     split_folder,
     walk,
@@ -111,8 +112,13 @@ def _open_torchvision(root: Path, split: str, dataset: str) -> ArraySet:
             opened = opener(str(root), download=True, **selection)
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        found = "could not be downloaded"
+        if (root / opener.base_folder).exists():
+            found = (
+                f"in {root} has files that are missing or differ from their checksums, and {found}"
+            )
         raise UserError(
-            f"{TORCHVISION_SETS[dataset]} could not be downloaded ({reason}): "
+            f"{TORCHVISION_SETS[dataset]} {found} ({reason}): "
             f"put {opener.base_folder}/ from {opener.url} into {root}"
         ) from error
     images = torch.from_numpy(np.asarray(opened.data))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from common import UsageError, printable
 from common.pictures import DARK, FolderSet
 
+NO_NAME = re.compile(r"[:;=<>{}\[\]\"\\\x00-\x08\x0e-\x1f]|\S{60}")  # in no name of a class
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folder names; the first found wins
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 
@@ -253,16 +255,29 @@ def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> li
     """Return the sorted class names in a file, the first word of every line ("n01558993 robin").
 
     present: class folders, whose names may be a whole line with spaces.
-    Raises UsageError if the file is not text.
+    Raises UsageError if the file does not list names.
+    """
+    lines = read_names(class_list, "--class-list", present)
+    return sorted({line if line in present else line.split()[0] for line in lines})
+
+
+def read_names(path: str | Path, flag: str, present: Collection[str] = ()) -> list[str]:
+    """Return the lines of a text file but empty ones and comments, which begin with #.
+
+    Raises UsageError if the file cannot be read. If a line outside `present` is no name, the file
+    may be a secret, and the message does not print it.
     """
     try:
-        text = Path(class_list).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UsageError(f"--class-list {class_list}: {reason}") from None
+        raise UsageError(f"{flag} {path}: {reason}") from None
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    return sorted({line if line in present else line.split()[0] for line in lines})
+    names = [line for line in lines if line and not line.startswith("#")]
+    for number, line in enumerate(lines, 1):
+        if line in names and line not in present and NO_NAME.search(line):
+            raise UsageError(f"{flag} {path}: line {number} is not a name; expected one a line")
+    return names
 
 
 def listed(place: Path, names: Sequence[str], class_list: str | Path) -> list[str]:

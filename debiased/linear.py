@@ -24,7 +24,7 @@ from debiased import main as pretraining
 from debiased.flags import add_adam_arguments, refuse_spaced_equals
 from debiased.networks import NORMALIZE, Encoder, LinearNet, described
 from preprocess import demo
-from runner import checkpoint, layouts, linear, loop, pretrained, resume
+from runner import checkpoint, folds, layouts, linear, loop, pretrained, resume
 
 PRESETS = {
     "demo": dict(
@@ -59,6 +59,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("optimisation")
     add_adam_arguments(g, epochs=100, batch_size=512)
     linear.add_arguments(g)
+    folds.add_argument(g)
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
     g.add_argument("--save_path", "--out", default="./runs/debiased_linear", help=text)
@@ -229,7 +230,8 @@ SPEC = linear.Spec(
 
 def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
-    linear.run(SPEC, args, process)
+    evaluation = folds if args.stl10_folds else linear
+    evaluation.run(SPEC, args, process)
 
 
 def main(argv=None) -> None:

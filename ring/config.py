@@ -109,6 +109,11 @@ def read(path: str, parser) -> tuple[dict, list[str]]:
     items = {}
     keys = {*FLAGS, *CHOICES, *DEAD, *OTHERS}
     for key, value in _flat(_load(path)):
+        if key.startswith("pretrain_model."):
+            raise UsageError(
+                f"{path} has the settings of a transfer evaluation: give the checkpoint to "
+                "ring/eval_ring.py with --model_path CHECKPOINT --protocol released"
+            )
         if key not in keys:
             close = difflib.get_close_matches(key, keys, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -189,6 +194,8 @@ def _value(path: str, key: str, value, action: argparse.Action, parser):
         return _switch(path, key, value)
     if isinstance(value, (bool, list)):
         raise UsageError(f"{path}: {key} must be a number or a text, not {json.dumps(value)}")
+    if not str(value).isprintable():  # a null byte or half a character, which no path can have
+        raise UsageError(f"{path}: {key} has a character that cannot be printed")
     try:
         return parser._get_values(action, [str(value)])
     except argparse.ArgumentError as error:

@@ -28,7 +28,7 @@ from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
 from ring.views import SIDES, last_operation, plain_view
-from runner import checkpoint, linear, loop, pretrained
+from runner import checkpoint, folds, linear, loop, pretrained
 from runner.folder import RunFolder, refuse_to_overwrite
 
 PRESETS = {
@@ -73,6 +73,7 @@ def parse_args(argv=None):
     usual = {"epochs": 100, "learning_rate": None, "weight_decay": None, "lr_decay_epochs": None}
     options.add_sgd_arguments(g, text, batch_size=256, **usual)
     linear.add_arguments(g)
+    folds.add_argument(g)
 
     g = parser.add_argument_group("run")
     text = "every data set gets a folder of its own in here"
@@ -243,6 +244,8 @@ def evaluate(args, process, saved, pictures) -> dict:
         return values
 
     spec = RELEASED if args.protocol == "released" else SPEC
+    if args.stl10_folds and args.dataset == "stl10":
+        return folds.fit(spec, args, process, saved, pictures, look)
     method = linear.fit(spec, args, process, saved, lambda *_: pictures, look)
     scores = {"acc1": method.scores["acc1"], "acc1_best": method.scores["best_acc1"]}
     return method.recorded["neighbours"] | scores
@@ -283,6 +286,8 @@ def worker(args, process: launch.Process) -> None:
         refuse_to_overwrite(own.folder, written, args.resume, args.overwrite)
     if process.is_main:
         files.sweep(folder)
+    if args.stl10_folds:
+        folds.check(args.dataset)
     opened = {
         name: transfer.open_pictures(own) for name, own in runs.items()
     }  # before anything is computed

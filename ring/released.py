@@ -6,13 +6,12 @@ checkpoints/epoch=E-step=S.ckpt.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from common import UsageError, UserError, schedule
+from common import UsageError, UserError, files, schedule
 from runner import checkpoint, linear
 
 PROTOCOLS = {  # "released" is TransferSystem and config/transfer.json of the published code
@@ -47,8 +46,9 @@ def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:
     """
     values = {"method": "moco" if "queue" in saved["state_dict"] else "ir"}
     try:
-        with open(os.path.join(experiment(saved.path), "config.json")) as file:
-            content = json.load(file)["data_params"]
+        content = files.read_json(os.path.join(experiment(saved.path), "config.json"))[
+            "data_params"
+        ]
         named = [name for name in augmentations if content.get(f"{name}_transforms")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return values

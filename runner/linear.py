@@ -131,10 +131,15 @@ def sgd(args, parameters) -> torch.optim.Optimizer:
 
 def run(spec: Spec, args, process: launch.Process) -> None:
     """Evaluate the network that the flags name, in a run folder of its own."""
+    saved, args = read(spec, args)
+    fit(spec, args, process, saved, open_both)
+
+
+def read(spec: Spec, args) -> tuple[checkpoint.Saved, Any]:
+    """Return the network's checkpoint, and the flags completed from it. Raises UserError."""
     path = getattr(args, spec.flag)
     with checkpoint.in_one_line(lambda: f"--{spec.flag} {path}: its description of the network"):
-        saved, args = spec.read(args)
-    fit(spec, args, process, saved, open_both)
+        return spec.read(args)
 
 
 def open_both(args, saved: checkpoint.Saved) -> tuple[sets.PictureSet, sets.PictureSet]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # One thread, here and in every process that tests start: the networks are small, and threads that
@@ -14,6 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import torchvision
 from torch import nn
 from torchvision.models.resnet import ResNet
 
@@ -159,6 +161,22 @@ def stopped_at(step: int, signum: int = signal.SIGTERM):
         except SystemExit as stopped:
             assert stopped.code == 128 + signum
     assert given == step, "the signal stopped nothing"
+
+
+def fake_stl10(monkeypatch, root: Path) -> None:
+    """Let torchvision's STL10 be 24 pictures of two classes, with two folds of eight."""
+
+    class Fake(torchvision.datasets.STL10):
+        def __init__(self, root, split, download):
+            draw = np.random.default_rng(len(split))
+            self.labels = np.arange(24) % 2
+            self.data = draw.integers(0, 256, (24, 3, 96, 96), dtype=np.uint8)
+            self.classes = ["airplane", "bird"]
+
+    folds = root / Fake.base_folder / Fake.folds_list_file
+    folds.parent.mkdir(parents=True)
+    folds.write_text("0 1 2 3 4 5 6 7\n8 9 10 11 12 13 14 15\n")
+    monkeypatch.setattr(torchvision.datasets, "STL10", Fake)
 
 
 def says_no(parse_args, flags: list[str], message: str, capsys) -> None:

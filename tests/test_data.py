@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import zlib
 from pathlib import Path
@@ -21,7 +22,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
 from cmc import LinearProbing, train_CMC
-from common import UsageError, UserError, crops, launch, resident, sets
+from common import UsageError, UserError, crops, data, launch, resident, sets
 from common.augment import (
     ColorJitter,
     Compose,
@@ -293,6 +294,10 @@ def test_class_list(tmp_path):
     listing.write_text("\n")
     with pytest.raises(UsageError, match="names no class"):
         open_set(tmp_path, "train", class_list=listing)
+    listing.write_text("n1\nroot:$6$secret:19000:0:99999:7:::\n")
+    with pytest.raises(UsageError, match="line 2 is not a name; expected one a line") as error:
+        open_set(tmp_path, "train", class_list=listing)
+    assert "secret" not in str(error.value)
     with pytest.raises(UsageError, match="--class-list .*none.txt: No such file"):
         open_set(tmp_path, "train", class_list=tmp_path / "none.txt")
     with pytest.raises(UsageError, match="cifar10 has none"):
@@ -343,7 +348,7 @@ class FakeCifar:
             if not (Path(root) / "online").exists():
                 raise urllib.error.URLError("no network\nhere")
             files.mkdir()
-        if not files.exists():
+        if not files.exists() or (Path(root) / "broken").exists():
             raise RuntimeError("Dataset not found. You can use download=True to download it")
         n = 6 if train else 3
         generator = np.random.default_rng(train)
@@ -360,6 +365,10 @@ def test_cifar(tmp_path, monkeypatch):
     (tmp_path / "online").touch()
     assert len(open_set(tmp_path, "train", dataset="cifar10")) == 6
     (tmp_path / "online").unlink()  # it is stored now
+    (tmp_path / "broken").touch()
+    with pytest.raises(UserError, match="has files that are missing or differ from their checksum"):
+        open_set(tmp_path, "train", dataset="cifar10")
+    (tmp_path / "broken").unlink()
     val = open_set(tmp_path, "val", dataset="cifar10", classes=FakeCifar.classes)
     assert len(val) == 3 and val.images.shape == (3, 3, 32, 32) and val.name == "cifar10/val"
     expected = FakeCifar(tmp_path, False, False).data[1]
@@ -1077,8 +1086,23 @@ def test_workers_outlive_the_signals_of_a_job(mixed):
 def test_a_killed_worker_is_one_line():
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
     line, code = launch.in_one_line(error)  # what cli.run prints
-    assert line.endswith("Killed.  With little memory or /dev/shm, use fewer --workers")
+    assert "is killed by signal: Killed; the memory or /dev/shm may be too small" in line
     assert "\n" not in line and code == 1
+
+
+def _hand_over_what_cannot_be_sent():
+    data.quiet_worker(0)
+    queue = multiprocessing.Queue()
+    queue.put(lambda: None)
+    time.sleep(60)
+
+
+def test_a_worker_that_cannot_hand_over_a_batch_ends():
+    """The main process would wait for ever for a batch that did not fit into /dev/shm."""
+    worker = multiprocessing.get_context("fork").Process(target=_hand_over_what_cannot_be_sent)
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 1
 
 
 def test_a_program_with_a_global_loader_ends(mixed):

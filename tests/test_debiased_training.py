@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import SLIM, equal, inside, run_script, says_no, statistics, stopped_at
+from conftest import SLIM, equal, fake_stl10, inside, run_script, says_no, statistics, stopped_at
 
 from common import UsageError, UserError, cli, launch
 from common.pictures import ArraySet
@@ -378,6 +378,24 @@ def evaluate(out, *flags) -> tuple[dict, dict]:
     linear.main([*SMALL, "--save_path", str(out), *map(str, flags)])
     (found,) = out.glob("*/result.json")
     return checkpoint.load(found.parent / "current.pth"), json.loads(found.read_text())
+
+
+def test_folds_of_stl10(trained, tmp_path, monkeypatch):
+    fake_stl10(monkeypatch, tmp_path / "stl")
+    flags = [*SMALL[1:], "--model_path", "run", "--test_size", "16", "--stl10-folds"]
+    flags += ["--cache-views", "1", "--name", "all", "--save_path", str(tmp_path), "-b", "4"]
+    linear.main([*flags, "--data", str(tmp_path / "stl"), "--dataset", "stl10"])
+    of_folds = [json.loads((tmp_path / f"all/fold-{k}/result.json").read_text()) for k in (0, 1)]
+    found = json.loads((tmp_path / "all" / "result.json").read_text())
+    accuracies = [fold["acc1"] for fold in of_folds]
+    assert found["acc1_of_folds"] == pytest.approx(accuracies)
+    assert found["acc1"] == pytest.approx(np.mean(accuracies), abs=1e-5)
+    assert found["acc1_sd"] == pytest.approx(np.std(accuracies, ddof=1), abs=1e-5)
+    assert "ten folds" in found["data_protocol"]
+    config = json.loads((tmp_path / "all/fold-1/config.json").read_text())
+    assert config["derived"]["images"] == 8
+    with pytest.raises(UsageError, match="--stl10-folds: --dataset folder has no folds"):
+        linear.main([*flags, "--demo"])
 
 
 def moved(saved, path) -> set[str]:

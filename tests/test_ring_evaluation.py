@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import equal, inside, links_to, says_no, stopped_at
+from conftest import equal, fake_stl10, inside, links_to, says_no, stopped_at
 from PIL import Image
 from vectors import published_keys
 
@@ -94,6 +94,18 @@ def evaluate(network, out, *flags) -> dict:
     """result.json of every data set, by its name."""
     eval_ring.main([*SMALL, "--model_path", str(network), "--save_path", str(out), *flags])
     return {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/*/result*.json")}
+
+
+def test_folds_of_stl10(workspace, tmp_path, monkeypatch):
+    """The classifiers are trained on folds; all training pictures vote in the k-NN."""
+    fake_stl10(monkeypatch, tmp_path / "stl")
+    flags = ["--dataset", "stl10", "--root", str(tmp_path / "stl"), "--stl10-folds", "-b", "4"]
+    found = evaluate("ir", tmp_path / "out", *flags, "--cache-views", "1", "--knn-k", "20")
+    of_folds = [*(tmp_path / "out").glob("*/stl10/fold-*/result.json")]
+    assert len(of_folds) == 2 and len(found["stl10"]["acc1_of_folds"]) == 2
+    assert {json.loads(path.read_text())["knn_acc1"] for path in of_folds} == {
+        found["stl10"]["knn_acc1"]
+    }
 
 
 @pytest.mark.parametrize("name, label", [("ir", None), ("moco", None), ("cmc", "CMC ring")])

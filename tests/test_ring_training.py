@@ -380,6 +380,20 @@ def test_settings_that_are_given_twice(text, tmp_path, capsys):
     says_no(script.parse_args, [str(path), "--root", "x"], message, capsys)
 
 
+@pytest.mark.parametrize("text", ["\0", "\ud800"])
+def test_a_path_that_no_system_has_is_named(tmp_path, text):
+    path = written(tmp_path, data_params__root=f"a{text}b")
+    with pytest.raises(UsageError, match="data_params.root has a character that cannot be printed"):
+        script.parse_args([str(path)])
+
+
+def test_published_settings_of_a_transfer_are_sent_to_the_evaluation(tmp_path):
+    path = tmp_path / "transfer.json"
+    path.write_text('{"exp_name": "a", "pretrain_model": {"exp_dir": "b", "dataset": "cifar10"}}')
+    with pytest.raises(UsageError, match="transfer evaluation: give the checkpoint to ring/eval"):
+        script.parse_args([str(path)])
+
+
 @pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5000])
 def test_settings_that_python_does_not_read(value, tmp_path, capsys):
     path = tmp_path / "deep.json"

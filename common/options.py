@@ -8,6 +8,7 @@ from common import UsageError, augment, cli, data, launch, sets
 
 TREES = ("folder", "imagenet", "imagenet100")
 SMALL_STEM = "use a 3x3 first convolution and no max-pooling, for small pictures"
+WHOLE_UP_TO = 96  # pixels of an input; evaluations of larger ones cut the centre, as published
 NO_DATA = "no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures"
 
 
@@ -28,6 +29,11 @@ def add_data_arguments(
     add("--class-list", metavar="FILE", help="use only the class folders in FILE, one per line")
     text = "side of the network's input, pixels"
     add("--input-res", type=cli.positive_int, default=224, help=text)
+    text = (
+        "shorter side to which an evaluation resizes a picture before it cuts the centre; "
+        f"default: up to {WHOLE_UP_TO} pixels --input-res (the whole picture), above 256/224 of it"
+    )
+    add("--eval-resize", type=cli.positive_int, metavar="PIXELS", help=text)
     add("--skip-bad-images", action="store_true", help="replace unreadable pictures and count them")
     group.set_defaults(workers=workers)
 
@@ -109,6 +115,15 @@ def add_name_argument(
     add("--name", type=cli.folder_name, help=text)
 
 
+def add_knn_arguments(group, optional: bool = False) -> None:
+    """Add --knn-k and --knn-t. optional: whether 0 neighbours mean no k-NN."""
+    add = group.add_argument
+    text = "number of neighbours for k-NN" + ("; 0: no k-NN" if optional else "")
+    add("--knn-k", type=cli.count if optional else cli.positive_int, default=200, help=text)
+    text = "temperature of k-NN's votes: a lower one counts the nearest neighbours for more"
+    add("--knn-t", type=cli.positive, default=0.07, help=text)
+
+
 def add_monitor_arguments(group, negatives: str = "of all its negatives") -> None:
     """Add the flags that monitor pre-training: k-NN, a sheet of views, scores.
 
@@ -120,7 +135,7 @@ def add_monitor_arguments(group, negatives: str = "of all its negatives") -> Non
         "root of a labelled tree or pack for k-NN, if DATA has no labels or another set is wanted"
     )
     add("--knn-data", metavar="DATA", help=text)
-    add("--knn-k", type=cli.positive_int, default=200, help="number of neighbours for k-NN")
+    add_knn_arguments(group)
     text = "draw the first batch as the networks see it, then exit; FILE: .png, .pdf or .svg"
     add("--show-views", type=cli.figure_path, metavar="FILE", help=text)
     text = (
@@ -315,11 +330,18 @@ def evaluation_loader(
 
 
 def eval_resize(input_res: int) -> int:
-    """Return the shorter side before the centre crop: 256 for 224 and in proportion otherwise."""
-    return round(input_res * 256 / 224)
+    """Return the shorter side of a picture before an evaluation cuts its centre.
+
+    It is 256 for 224, in proportion for other sides, and `input_res` itself up to WHOLE_UP_TO.
+    """
+    return input_res if input_res <= WHOLE_UP_TO else round(input_res * 256 / 224)
 
 
-def plain_view(args, *colours) -> augment.Compose:
-    """Return the view of an evaluation: resize, centre crop, then the operations `colours`."""
-    geometry = augment.ResizeCenterCrop(eval_resize(args.input_res), args.input_res)
-    return augment.Compose(geometry, *colours)
+def plain_view(args, *operations, side: int | None = None) -> augment.Compose:
+    """Return the view of every evaluation: resize, cut the centre, then `operations`.
+
+    side: side of the input in pixels; default: --input-res.
+    """
+    side = side or args.input_res
+    geometry = augment.ResizeCenterCrop(args.eval_resize or eval_resize(side), side)
+    return augment.Compose(geometry, *operations)

@@ -151,7 +151,7 @@ def embed(network: LinearNet, images, args):
 
 def recipe(args, saved, train: bool) -> augment.Compose:
     if not train:
-        return pretraining.whole_view(args)
+        return pretraining.plain_view(args)
     if args.protocol == "published":
         return pretraining.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res)

@@ -33,6 +33,7 @@ from runner.folder import refuse_to_overwrite
 
 WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
 PRESETS = {
+    "published": dict(knn_t=0.5),  # votes fall with the temperature of the loss
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", small_stem=False, epochs=6,
         batch_size=64, workers=2, knn_every=0, save_freq=100, model_path="runs/try-debiased",
@@ -74,8 +75,6 @@ def parse_args(argv=None):
     options.add_monitor_arguments(g, "a row for each view of a picture")
     text = "the published spelling of --knn-k"
     g.add_argument("--k", dest="knn_k", type=cli.positive_int, default=200, help=text)
-    text = "temperature of the k-NN's votes; default: that of the loss, as published"
-    g.add_argument("--knn_t", type=cli.positive, help=text)
     g.set_defaults(knn_every=25)
     options.add_hardware_arguments(parser, compile=True)
     refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
@@ -146,9 +145,9 @@ def recipe(args) -> augment.Compose:
     )
 
 
-def whole_view(args) -> augment.Compose:
-    """Return the view of an evaluation: whole pictures, resized to --test-size."""
-    return augment.Compose(augment.ResizeCenterCrop(args.test_size, args.test_size), NORMALIZE)
+def plain_view(args) -> augment.Compose:
+    """Return the view of an evaluation, at --test-size."""
+    return options.plain_view(args, NORMALIZE, side=args.test_size)
 
 
 def build_loader(args, process: launch.Process):
@@ -164,7 +163,7 @@ def build_knn(args, process: launch.Process, pictures):
     labelled = (pictures.targets >= 0).nonzero().flatten()
     bank = pictures if len(labelled) == len(pictures) else pictures.select(labelled)
     try:
-        return knn.loaders(args, process, bank, whole_view(args))
+        return knn.loaders(args, process, bank, plain_view(args))
     except UsageError as error:
         if "knn_every" in args.typed:
             raise
@@ -319,7 +318,7 @@ def worker(args, process: launch.Process) -> None:
                 path = os.path.join(args.model_path, f"model_{epoch}.pth")
                 checkpoint.save(path, method.state_dict()["state_dict"])
             if job.due(args.knn_every):
-                knn.evaluate(job, method, neighbours, args.knn_t or args.temperature)
+                knn.evaluate(job, method, neighbours)
 
 
 def main(argv=None) -> None:

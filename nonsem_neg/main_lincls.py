@@ -23,7 +23,7 @@ from torch import nn
 from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
 from common.precision import Precision
 from nonsem_neg import flags
-from nonsem_neg.views import normalize, plain_view, pretraining_flags
+from nonsem_neg.views import normalize, pretraining_flags
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained, resume
 from runner.features import FreshViews, validate
@@ -196,7 +196,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     """Return crop and flip for training, or the centre crop for val/."""
     before = pretraining_flags(saved)
     if not train:
-        return plain_view(args, before)
+        return options.plain_view(args, normalize(before))
     crop = augment.RandomResizedCrop(args.input_res)
     return augment.Compose(crop, augment.RandomHorizontalFlip(), normalize(before))
 

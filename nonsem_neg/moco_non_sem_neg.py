@@ -37,7 +37,7 @@ from common.precision import Precision
 from nonsem_neg import flags, textures
 from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import patch_negatives
-from nonsem_neg.views import normalize, plain_view
+from nonsem_neg.views import normalize
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, resume
 
@@ -90,7 +90,6 @@ def parse_args(argv=None):
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
-    g.add_argument("--knn-t", type=cli.positive, default=0.07, help="temperature of k-NN votes")
     text = "feature that the k-NN compares: the pooled one, or the output of the head"
     g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=text)
     options.add_hardware_arguments(parser, compile=True)
@@ -285,7 +284,8 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
         pictures = loader.dataset
-        neighbours = knn.loaders(args, process, pictures, plain_view(args, vars(args)))
+        plain = options.plain_view(args, normalize(vars(args)))
+        neighbours = knn.loaders(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}
         job.begin(
@@ -306,7 +306,7 @@ def worker(args, process: launch.Process) -> None:
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))
             if job.due(args.knn_every):
-                knn.evaluate(job, method, neighbours, args.knn_t)
+                knn.evaluate(job, method, neighbours)
 
 
 def main(argv=None) -> None:

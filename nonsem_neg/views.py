@@ -1,8 +1,8 @@
-"""The normalisation of a run, and the view of an evaluation."""
+"""The normalisation of a run."""
 
 from __future__ import annotations
 
-from common import augment, options
+from common import augment
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
@@ -25,14 +25,3 @@ def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
     towers: always empty, as the files hold one network that is evaluated.
     """
     return (normalize(pretraining_flags(saved)),), {"": 3}
-
-
-def plain_view(args, flags: dict) -> augment.Compose:
-    """Return the view of an evaluation at --input-res, for a network trained with `flags`.
-
-    With the augmentation of the CIFAR-10 notebook it shows whole pictures.
-    """
-    if flags.get("aug") == "cifar":
-        whole = augment.ResizeCenterCrop(args.input_res, args.input_res)
-        return augment.Compose(whole, CIFAR)
-    return options.plain_view(args, IMAGENET)

@@ -27,7 +27,7 @@ from common import UsageError, augment, backbones, cli, files, launch, options, 
 from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
-from ring.views import SIDES, last_operation, plain_view
+from ring.views import SIDES, last_operation
 from runner import checkpoint, folds, linear, loop, pretrained
 from runner.folder import RunFolder, refuse_to_overwrite
 
@@ -67,8 +67,6 @@ def parse_args(argv=None):
     g.add_argument("--protocol", choices=list(released.PROTOCOLS), default="standard", help=text)
     text = "evaluate nearest neighbours only, without training a classifier"
     g.add_argument("--nn-only", action="store_true", help=text)
-    text = "neighbours that vote in the weighted k-NN"
-    g.add_argument("--knn-k", type=cli.positive_int, default=200, help=text)
     text = "not scaled with the batch; default .5, released .01"
     usual = {"epochs": 100, "learning_rate": None, "weight_decay": None, "lr_decay_epochs": None}
     options.add_sgd_arguments(g, text, batch_size=256, **usual)
@@ -152,7 +150,7 @@ def embed(network, images, args, layer: int = nearest.POOLED):
 def recipe(args, saved, train: bool) -> augment.Compose:
     """Return crop and flip (released: the pre-training's view), or the plain view for val/."""
     if not train:
-        return plain_view(args)
+        return options.plain_view(args, last_operation(args))
     if args.protocol == "released":
         return train_ring.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
@@ -221,7 +219,7 @@ def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
         with precision.autocast():
             return embed(network, images, args, layer)
 
-    view = plain_view(args)
+    view = options.plain_view(args, last_operation(args))
     return nearest.neighbours(args, process, by_layer, view, pictures, banks, labels), note
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from common import augment, data, launch, metrics, options, sets
 from ring import monitor
 from runner import knn
-from runner.features import embed_images
 
 POOLED = 6  # layers of `backbones.feature`
 PROJECTION = 7
@@ -76,11 +75,8 @@ def neighbours(
     the set that votes and the set that is classified, seen through `view`.
     """
 
-    def features(loader: data.Loader, layer: int) -> list[Tensor]:
-        rows = metrics.extract_features(
-            lambda x: embed_images(lambda images: embed(images, layer), x), loader
-        )
-        return [launch.gather_ragged(part) for part in rows]
+    def features(loader: data.Loader, layer: int) -> tuple[Tensor, Tensor]:
+        return knn.embedded(lambda images: embed(images, layer), loader)
 
     train_loader, val_loader = (
         options.evaluation_loader(args, process, pictures, view, knn.BATCH) for pictures in both
@@ -88,8 +84,10 @@ def neighbours(
     classes = len(both[0].classes)
     voters, of_voters = features(train_loader, POOLED)
     feats, targets = features(val_loader, POOLED)
-    top1, _ = metrics.knn(voters, of_voters, feats, targets, classes, k=args.knn_k)
-    accuracies = {"knn_acc1": float(top1)}
+    accuracies = {}
+    if args.knn_k:
+        top1, _ = metrics.knn(voters, of_voters, feats, targets, classes, args.knn_k, args.knn_t)
+        accuracies["knn_acc1"] = float(top1)
     if banks:
         there = [bank.to(process.device) for bank in banks]
         projections, _ = features(val_loader, PROJECTION)

@@ -30,7 +30,7 @@ from ring import config, flags, monitor, negatives, sheet
 from ring.memories import KeyQueue, MemoryBank
 from ring.method import Method
 from ring.networks import RESNETS
-from ring.views import SIDES, last_operation, plain_view
+from ring.views import SIDES, last_operation
 from runner import checkpoint, knn, loop, resume
 
 PRESETS = {
@@ -286,8 +286,9 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
-        neighbours = knn.loaders(args, process, pictures, plain_view(args))
-        nearest = monitor.val_loader(args, process, pictures, plain_view(args))
+        plain = options.plain_view(args, last_operation(args))
+        neighbours = knn.loaders(args, process, pictures, plain)
+        nearest = monitor.val_loader(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         monitor.adopt_published(job.saved)
         if args.show_ring:

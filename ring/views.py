@@ -1,9 +1,9 @@
-"""The sides of the augmentations, the last operation of all views, and the evaluation's view."""
+"""The sides of the augmentations, and the last operation of all views."""
 
 from __future__ import annotations
 
 from cmc import colour
-from common import augment, options
+from common import augment
 
 SIDES = {  # {--augmentation: side of the network's input in pixels}
     "v1": 224,
@@ -12,7 +12,6 @@ SIDES = {  # {--augmentation: side of the network's input in pixels}
     "mocov2_64x64": 64,
     "mocov2_96x96": 96,
 }
-WHOLE = ("mocov2_32x32", "mocov2_96x96")  # are evaluated on whole pictures, as published
 NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
 
@@ -21,15 +20,6 @@ def last_operation(args):
     if args.method == "cmc":
         return colour.Views(colour.default_views(args.view))
     return NORMALIZE
-
-
-def plain_view(args) -> augment.Compose:
-    """Return the view of an evaluation: the whole picture for WHOLE, else the centre crop."""
-    resized = args.input_res
-    if args.augmentation not in WHOLE:
-        resized = options.eval_resize(args.input_res)
-    geometry = augment.ResizeCenterCrop(resized, args.input_res)
-    return augment.Compose(geometry, last_operation(args))
 
 
 def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:

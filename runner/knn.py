@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 from torch import Tensor
 
 from common import UsageError, augment, cli, data, launch, metrics, options, sets
 from runner.features import Embed, embed_images
+from runner.signals import until_stopped
 
 BATCH = 256  # pictures per process
+MOST_BYTES = 4 << 30  # of features that are compared with a linear classifier's
 
 
 def loaders(
@@ -41,24 +45,74 @@ def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[T
 
     Batch-norm uses the statistics of rank 0. embed: default, the method's own.
     """
-    embed = embed or method.embed
     launch.broadcast_buffers(method.network)
     method.network.eval()
-    rows = metrics.extract_features(lambda images: embed_images(embed, images), loader)
+    rows = embedded(embed or method.embed, loader)
     method.network.train()
+    return rows
+
+
+def embedded(embed: Embed, loader: data.Loader) -> tuple[Tensor, Tensor]:
+    """Return features (N, D) and targets (N,) of the pictures of all ranks."""
+    rows = metrics.extract_features(lambda images: embed_images(embed, images), loader)
     return tuple(map(launch.gather_ragged, rows))
 
 
-def evaluate(job, method, both: tuple[data.Loader, data.Loader], temperature: float = 0.07) -> None:
+def evaluate(job, method, both: tuple[data.Loader, data.Loader]) -> None:
     """Classify val/ by k-NN among the training pictures; print and log the accuracy.
 
     both: the result of `loaders`.
     """
-    bank, bank_targets = features(method, both[0])
-    queries, targets = features(method, both[1])
+    args = job.args
+    bank = features(method, both[0])
     classes = len(both[0].dataset.classes)
-    k = metrics.neighbours_used(job.args.knn_k, bank_targets)
-    accuracy = metrics.knn(bank, bank_targets, queries, targets, classes, k, temperature)
+    accuracy = metrics.knn(*bank, *features(method, both[1]), classes, args.knn_k, args.knn_t)
     top1, top5 = map(float, accuracy)
+    k = metrics.neighbours_used(args.knn_k, bank[1])
     job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
     job.log.log(job.global_step, epoch=job.epoch, knn_acc1=top1, knn_acc5=top5)
+
+
+def warning(acc1: float, knn_acc1: float, remedy: str) -> str | None:
+    """Return a warning where a linear evaluation is clearly below k-NN on the same features."""
+    if acc1 >= knn_acc1 - 0.5:
+        return None
+    return (
+        f"the linear evaluation ({acc1:.2f}) lies below k-NN ({knn_acc1:.2f}) on the same "
+        f"features, so it is not tuned; {remedy}"
+    )
+
+
+def beside(
+    job, classifier, both: tuple[sets.PictureSet, sets.PictureSet], view: augment.Compose
+) -> dict[str, float]:
+    """Return {"knn_acc1": accuracy of k-NN on the features that enter this linear classifier}.
+
+    both: the pictures that vote and those that are classified. The result is kept in the
+    checkpoint, where a resumed run finds it, and is empty for features of more than MOST_BYTES.
+    """
+    values = (job.saved or {}).get("neighbours")
+    if values is None:
+        values = _beside(job, classifier, both, view)
+    classifier.recorded["neighbours"] = values
+    return values
+
+
+def _beside(job, classifier, both, view) -> dict[str, float]:
+    args = job.args
+    classifier.classifier.eval()
+
+    def embed(images: Tensor) -> Tensor:
+        return classifier.embed(images).flatten(1)
+
+    one = torch.zeros((1, 3, args.input_res, args.input_res), device=job.process.device)
+    size = 4 * embed_images(embed, one).shape[1] * len(both[0])
+    if size > MOST_BYTES:
+        job.log.say(f"note: no k-NN beside it, as the features would take {size / 1e9:.0f} GB")
+        return {}
+    loaders = [options.evaluation_loader(args, job.process, part, view, BATCH) for part in both]
+    until = functools.partial(until_stopped, job=job, lost="nothing is trained yet")
+    rows = [part for loader in loaders for part in embedded(embed, until(loader))]
+    top1, _ = metrics.knn(*rows, len(both[0].classes), args.knn_k, args.knn_t)
+    job.log.say(f"k-NN on the same features: Acc@1 {float(top1):.2f}")
+    return {"knn_acc1": float(top1)}

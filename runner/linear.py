@@ -16,7 +16,7 @@ from torch import nn
 
 from common import cli, data, launch, options, sets
 from common.precision import Precision
-from runner import checkpoint, layouts, loop, pretrained
+from runner import checkpoint, knn, layouts, loop, pretrained
 from runner.classifier import Classifier
 from runner.features import CachedViews, FreshViews, validate
 from runner.signals import until_stopped
@@ -88,7 +88,8 @@ class Spec:
 
 
 def add_arguments(group) -> None:
-    """Add --cache-views."""
+    """Add --cache-views, and the flags of the k-NN that the classifier is compared with."""
+    options.add_knn_arguments(group, optional=True)
     group.add_argument(
         "--cache-views",
         type=cli.count,
@@ -209,6 +210,8 @@ def fit(
         if precision.remark:
             job.log.say(precision.remark)
         measured = look(job, network, embed) if look else {}
+        if args.knn_k and "knn_acc1" not in measured:
+            measured |= knn.beside(job, method, (train_set, val_set), view)
         train(job, method, val_loader, best)
         if not job.stopped:
             report(job, saved, **measured)
@@ -305,3 +308,7 @@ def report(job: loop.Job, saved: checkpoint.Saved, **measured) -> None:
     if spec.published:
         values["table"] = spec.published
     job.log.result(**values)
+    if "knn_acc1" in values:
+        remedy = "try other values of --lr, or more --epochs"
+        if warning := knn.warning(values["acc1"], values["knn_acc1"], remedy):
+            job.warn(warning)

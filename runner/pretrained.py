@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from common import UsageError, UserError
+from common import UsageError, UserError, launch
 from runner import checkpoint, layouts
 
 LARGEST = 2**14  # pixels of the side of an input
@@ -58,8 +58,14 @@ def agreed(args, flag: str, then: str | None, path: str, default: str) -> str:
 
 
 def input_res(args, flags: dict) -> int:
-    """Return the side of the input in pixels: as typed, else as in the pre-training's flags."""
+    """Return the side of the input in pixels: as typed, else as in the pre-training's flags.
+
+    A typed side that differs from the pre-training's is noted.
+    """
     if "input_res" in args.typed:
+        if flags.get("input_res", args.input_res) != args.input_res and launch.rank() == 0:
+            then = flags["input_res"]
+            print(f"note: --input-res {args.input_res}; the pre-training had {then}", flush=True)
         return args.input_res
     side = flags.get("input_res") or args.input_res
     if not 0 < side <= LARGEST:

@@ -62,7 +62,7 @@ def test_defaults_are_the_published_ones(capsys):
     assert (args.knn_every, args.knn_k, args.knn_t, args.save_freq, args.model_path) == (
         25,
         200,
-        None,
+        0.07,
         25,
         "results",
     )
@@ -292,7 +292,7 @@ def test_unlabelled_pictures_train_but_do_not_vote(monkeypatch):
 def test_whole_pictures_are_tested_at_their_own_size():
     args = script.parse_args([])
     picture = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
-    view = script.whole_view(args)
+    view = script.plain_view(args)
     boxes = view.geometry.sample(torch.tensor([96, 96]), torch.tensor([96, 96]))
     assert torch.allclose(view.geometry.apply(picture, boxes), picture / 255, atol=1e-6)
 

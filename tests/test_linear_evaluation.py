@@ -72,10 +72,10 @@ def evaluate(script, network, save_path, *flags):
     return result.parent, json.loads(result.read_text())
 
 
-def start(network, save_path) -> list[str]:
+def start(network, save_path, *more) -> list[str]:
     """Return the flags of a linear evaluation."""
     paths = {"--data_folder": "DATA", "--model_path": network, "--save_path": str(save_path)}
-    return [*SMALL, *(word for pair in paths.items() for word in pair)]
+    return [*SMALL, *(word for pair in paths.items() for word in pair), *more]
 
 
 SETTINGS = "bsz_64_lr_0.1_decay_0.0"
@@ -181,9 +181,12 @@ def test_resume_equals_an_uninterrupted_run(workspace, tmp_path, script, network
 def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(
     workspace, tmp_path, capsys, script, network
 ):
-    whole, _ = evaluate(script, network, tmp_path / "whole")
-    with stopped_at(2):
+    whole, result = evaluate(script, network, tmp_path / "whole")
+    with stopped_at(1):  # of the k-NN's pictures
         importlib.import_module(script).main(start(network, tmp_path / "parts"))
+    assert "stopped by a signal: nothing is trained yet" in capsys.readouterr().out
+    with stopped_at(2):
+        importlib.import_module(script).main(start(network, tmp_path / "parts", "--knn-k", "0"))
     said = capsys.readouterr().out
     assert "stopped by a signal in epoch 1 at step 2; continue with --resume auto" in said
     (stopped,) = (tmp_path / "parts").glob("*/current.pth")
@@ -192,6 +195,7 @@ def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(
     assert not list(stopped.parent.glob("result.json"))
     evaluate(script, network, tmp_path / "parts", "--resume", "auto")
     a, b = checkpoint.load(whole / "current.pth"), checkpoint.load(stopped)
+    assert a["neighbours"] == {"knn_acc1": pytest.approx(result["knn_acc1"])}
     for key in ("classifier", "acc1", "best_acc1"):
         assert equal(a[key], b[key])
 
@@ -199,7 +203,7 @@ def test_a_signal_within_an_epoch_saves_and_the_rest_is_the_same(
 @pytest.mark.parametrize("step", [1, 3])  # among the pictures of val/, then of the first view
 def test_a_signal_while_features_are_cached_says_what_is_lost(workspace, tmp_path, capsys, step):
     with stopped_at(step):
-        evaluate(MOCO, "moco", tmp_path, "--cache-views", "2")
+        evaluate(MOCO, "moco", tmp_path, "--cache-views", "2", "--knn-k", "0")
     lost = "stopped by a signal: the features embedded so far are lost, because they are kept"
     assert lost in capsys.readouterr().out and not list(tmp_path.rglob("*.pth"))
 

@@ -466,7 +466,12 @@ def test_torchvision_sets_are_read(name, tmp_path, monkeypatch):
 
 def views():
     return argparse.Namespace(
-        method="ir", protocol="standard", augmentation="mocov2_32x32", input_res=16, view="Lab"
+        method="ir",
+        protocol="standard",
+        augmentation="mocov2_32x32",
+        input_res=16,
+        eval_resize=None,
+        view="Lab",
     )
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from common import UsageError, UserError, augment, backbones, cli, launch, options, printable
 from common.precision import Precision
 from preprocess import demo
-from runner import checkpoint, features, layouts, pretrained
+from runner import checkpoint, features, knn, layouts, pretrained
 from runner.folder import RunFolder
 from tools import export, probes
 from tools.report import layout
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=cli.number(int, 1, 10_000), default=60, help=about)
     about = "pictures at once"
     g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
-    g.add_argument("--knn-k", type=cli.positive_int, default=200, help="neighbours")
+    options.add_knn_arguments(g)
     about = "seed of views, batches and what is kept back"
     g.add_argument("--seed", type=cli.seed, default=0, help=about)
     g = parser.add_argument_group("run")
@@ -199,11 +199,9 @@ def table(result: dict) -> str:
 
 def warn(log: RunFolder, result: dict) -> None:
     """Say where the linear evaluation looks badly tuned."""
-    if result["acc1"] < result["knn_acc1"] - 0.5:
-        log.say(
-            f"warning: the linear evaluation ({result['acc1']:.2f}) lies below k-NN "
-            f"({result['knn_acc1']:.2f}): a probe that is not tuned; try more --epochs or --views"
-        )
+    remedy = "try more --epochs or --views"
+    if warning := knn.warning(result["acc1"], result["knn_acc1"], remedy):
+        log.say(f"warning: {warning}")
     ends = (probes.RATES[0], probes.RATES[-1])
     shares = [share for share, linear in result["linear"].items() if linear["rate"] in ends]
     if shares:

@@ -211,7 +211,14 @@ def judge(
     generator = torch.Generator().manual_seed(args.seed)
     clock = Clock()
     top1, top5 = metrics.knn(
-        bank, targets, val, val_targets, classes, args.knn_k, chunk_elements=KNN_ELEMENTS
+        bank,
+        targets,
+        val,
+        val_targets,
+        classes,
+        args.knn_k,
+        args.knn_t,
+        chunk_elements=KNN_ELEMENTS,
     )
     used = metrics.neighbours_used(args.knn_k, targets)
     result = {"knn_acc1": float(top1), "knn_acc5": float(top5), "knn_k": used}

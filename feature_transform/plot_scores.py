@@ -29,6 +29,7 @@ from feature_transform import score_figures
 from feature_transform.score_figures import NAMES
 from feature_transform.score_files import Run
 from feature_transform.score_labels import read_runs
+from runner.folder import own_events
 
 FORMATS = tuple(suffix.removeprefix(".") for suffix in cli.FIGURES)
 
@@ -162,13 +163,13 @@ def _short(mean: float) -> str:
 
 
 def events_folder(run: Run, folder: str | None) -> str:
-    """Return the folder of the run's TensorBoard events: below `folder`, or where its flags say."""
-    name = run.folder.resolve().name
-    if folder is not None:
-        return os.path.join(folder, name)
-    path = run.options.get("tb_path")
-    if isinstance(path, str) and os.path.isdir(os.path.join(path, name)):
-        return os.path.join(path, name)
+    """Return the folder of the run's TensorBoard events: below `folder`, or where its flags say.
+
+    Runs of the same name have folders of their own.
+    """
+    parent = folder or run.options.get("tb_path")
+    if folder or (isinstance(parent, str) and os.path.isdir(parent)):
+        return own_events(os.path.join(parent, run.folder.resolve().name), run.folder)
     return str(run.folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UsageError, UserError, cli, files, launch, printable
+
+OWNER = ".run"  # a file in a folder of TensorBoard events: the path of the run that writes them
 
 
 def environment() -> dict:
@@ -71,7 +74,8 @@ class RunFolder:
     """The records of one run. Only rank 0 writes and prints; other ranks may make the same calls.
 
     folder: created with its parents. args: the flags to record.
-    tensorboard: False for no events, True for events in the folder, or the folder to write them to.
+    tensorboard: False for no events, True for events in the folder, or the folder to write them to;
+    if another run writes its events there, see `own_events`.
     suffix: added to the names config.json, metrics.jsonl and result.json if a second kind of run
     shares the folder; its events go into a folder of that name.
     keep: leave an existing config.json unchanged, for a run that has nothing left to do.
@@ -101,7 +105,7 @@ class RunFolder:
             return
         files.make_folder(self.folder)
         if isinstance(tensorboard, str):
-            _check_events_folder(tensorboard)
+            self._events = _claimed_events(tensorboard, f"{self.folder}{suffix}")
         self._keep = keep and self._config_path.exists()
         self.config = {
             "command": self.command,
@@ -242,14 +246,33 @@ class RunFolder:
                 self._stop_events(error)
 
 
-def _check_events_folder(folder: str) -> None:
-    """Raise UsageError, before any training, if the folder of --tb_path is not writable."""
+def own_events(folder: str | Path, run: str | Path) -> str:
+    """Return `folder`, or the first of folder-2, folder-3, ... that has no events of another run.
+
+    The folder is created, and the file OWNER in it names `run`, so that a resumed run finds its
+    events again. Raises OSError if it is not writable.
+    """
+    path = os.fsencode(os.path.realpath(run))
+    for number in itertools.count(1):
+        place = Path(f"{folder}-{number}" if number > 1 else folder)
+        place.mkdir(parents=True, exist_ok=True)
+        owner = place / OWNER
+        if not owner.exists() and not any(place.glob("events.out.tfevents.*")):
+            with contextlib.suppress(FileExistsError), open(owner, "xb") as file:
+                file.write(path)
+        if owner.exists() and owner.read_bytes() == path:
+            return str(place)
+
+
+def _claimed_events(folder: str, run: str) -> str:
+    """Return `own_events`. Raises UsageError, before any training, if it is not writable."""
     try:
-        os.makedirs(folder, exist_ok=True)
+        own = own_events(folder, run)
     except OSError as error:
         raise UsageError(f"--tb_path: cannot write to {folder}: {error.strerror.lower()}") from None
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--tb_path: cannot write to {folder}: permission denied")
+    if not os.access(own, os.W_OK):
+        raise UsageError(f"--tb_path: cannot write to {own}: permission denied")
+    return own
 
 
 def _event_writer(folder: str, step: int):

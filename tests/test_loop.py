@@ -460,6 +460,13 @@ def test_where_tensorboard_cannot_write_the_run_says_so_before_its_first_step():
     assert not list(Path("elsewhere").glob("*.json*"))
 
 
+def test_runs_of_one_name_write_their_events_apart_and_find_them_again():
+    for parent in ("a", "b", "b"):
+        train("--overwrite", folder=f"{parent}/run", tensorboard="tb/run")
+    events = {path.name: len(list(path.glob("events*"))) for path in Path("tb").iterdir()}
+    assert events == {"run": 1, "run-2": 2}
+
+
 def test_a_failing_event_writer_is_one_line_and_the_run_continues(capfd):
     Path("run").mkdir()
     Path("run/events.file").write_text("")

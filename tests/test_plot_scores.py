@@ -378,6 +378,23 @@ def test_tensorboard(three, capsys, monkeypatch):
         script.main(["r/a", "--tensorboard"])
 
 
+def test_events_of_runs_of_one_name_stay_apart(capsys, monkeypatch):
+    """In one command or in several, below --tensorboard and below the runs' --tb_path."""
+    keep("x/run"), keep("y/run", draw=1), keep("z/run", tb_path="tb"), keep("w/run", tb_path="tb")
+    monkeypatch.setattr(script, "write", lambda figure, args, name: [name])
+    Path("tb/run").mkdir(parents=True)
+    Path("tb/run/events.out.tfevents.1.host").touch()  # of a run that is not known
+    for _ in range(2):
+        script.main(["x", "y", "--tensorboard", "events"])
+        assert "TensorBoard: events/run, events/run-2\n" in capsys.readouterr().out
+    script.main(["y", "--tensorboard", "events"])
+    assert "TensorBoard: events/run-2\n" in capsys.readouterr().out
+    script.main(["z", "w", "--tensorboard"])
+    assert "TensorBoard: tb/run-2, tb/run-3\n" in capsys.readouterr().out
+    for folder in ("events/run", "events/run-2", "tb/run-2", "tb/run-3"):
+        assert len(list(Path(folder).glob("events.out.tfevents.*.scores"))) == 1
+
+
 def test_the_notebook(workspace, monkeypatch, capsys):
     """Run its code cells in order, the scripts in this process, on so few pictures that an epoch
     has two steps.

@@ -267,7 +267,6 @@ def worker(args, process: launch.Process) -> None:
         "estimates": rows,
     }
     try:
-        figure(rows, share, temperature, args.out)
         files.write_json(Path(args.out).with_suffix(".json"), content)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror or error}") from None
@@ -275,6 +274,7 @@ def worker(args, process: launch.Process) -> None:
     for row in rows:
         place = f"{row['positives']:10}{row['batch']:6}{row['tau_plus']:9}"
         print(f"{place}{row['bias']:+9.3f}{row['sd']:8.3f}{row['bound']:8.3f}")
+    figure(rows, share, temperature, args.out)
     print(f"temperature {temperature}, chance of the same class {share:.3f}; {args.out}")
 
 

@@ -10,7 +10,7 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import UsageError, UserError, files, launch, options
+from common import UserError, figures, files, launch, options
 from feature_transform import voc_batches
 from feature_transform.voc import Pictures
 from runner import loop
@@ -169,7 +169,7 @@ def _draw_picture(axis, pictures: Pictures, row: int, found: dict, least: float)
     """Draw one picture of the sheet."""
     pixels, objects = pictures.decode(row)
     axis.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_title(os.path.basename(pictures.paths[row]), fontsize=8)
+    axis.set_title(figures.plain(os.path.basename(pictures.paths[row])), fontsize=8)
     for corners, difficult in zip(objects.boxes.tolist(), objects.difficult.tolist()):
         _draw_box(axis, corners, color="black", lw=2.6)
         _draw_box(axis, corners, color="white", lw=1.6, ls=":" if difficult else "--")
@@ -177,7 +177,7 @@ def _draw_picture(axis, pictures: Pictures, row: int, found: dict, least: float)
         corners = found["boxes"][i].tolist()
         _draw_box(axis, corners, color="tab:orange", lw=1.8)
         score = f"{found['scores'][i]:.2f}".removeprefix("0")
-        name = f"{pictures.classes[found['labels'][i] - 1]} {score}"
+        name = figures.plain(f"{pictures.classes[found['labels'][i] - 1]} {score}")
         frame = {"boxstyle": "square,pad=0.15", "fc": "tab:orange", "ec": "none"}
         left, top = corners[0] - 0.5, corners[1] - 0.5
         axis.text(left, top, name, fontsize=7, va="bottom", bbox=frame, clip_on=True)

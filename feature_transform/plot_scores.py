@@ -55,6 +55,14 @@ def formats(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def names_of_runs(text: str) -> list[str]:
+    """Parse "A,B" for argparse."""
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} must be names with commas, such as A,B")
+    return names
+
+
 def parse_args(argv=None):
     parser = cli.Parser(prog="plot_scores.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
@@ -63,7 +71,7 @@ def parse_args(argv=None):
     text = f"formats of the figures, with commas: {', '.join(FORMATS)}"
     parser.add_argument("--formats", type=formats, default="png", help=text)
     text = "names of the runs, with commas; default: the settings in which they differ"
-    parser.add_argument("--labels", metavar="A,B,...", help=text)
+    parser.add_argument("--labels", type=names_of_runs, metavar="A,B,...", help=text)
     text = "a waterfall of curves over this flag of the runs, such as alpha (MoCo's momentum)"
     parser.add_argument("--sweep", metavar="FLAG", help=text)
     text = (
@@ -194,8 +202,7 @@ def write(figure, args, name: str) -> list[str]:
     written = []
     for kind in args.formats:
         path = os.path.join(args.out, f"{name}.{kind}")
-        with files.replacing(path) as file:
-            figure.savefig(file, format=kind, dpi=150)
+        files.write_figure(figure, path, "out", dpi=150)
         written.append(os.path.basename(path))
     return written
 
@@ -221,7 +228,7 @@ def write_figures(runs: list[Run], args, order: list, epochs: list[int]) -> list
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    runs = read_runs(args.runs, args.labels.split(",") if args.labels else None)
+    runs = read_runs(args.runs, args.labels)
     order = swept(runs, args.sweep) if args.sweep else []
     epochs = chosen_epochs(runs, args.epochs)
     last = max(int(run.iterations[-1]) for run in runs)

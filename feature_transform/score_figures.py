@@ -6,6 +6,7 @@ import textwrap
 
 import numpy as np
 
+from common.figures import plain
 from feature_transform.score_files import STATISTICS, Run
 
 NAMES = list(STATISTICS)
@@ -121,10 +122,13 @@ def entries(runs: list[Run], dashes=("-",)) -> tuple[list, list]:
 
 def legend_below(figure, width: float, handles: list, labels: list, height: float) -> None:
     """Put the legend below axes `height` inches high, in as many columns as fit in `width`."""
-    from matplotlib.textpath import TextPath
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
 
-    points = [TextPath((0, 0), label, size=8).get_extents().width for label in labels]
-    longest = max(points) / 72  # inches
+    labels = [plain(label) for label in labels]
+    font = FontProperties(size=8)
+    measured = [text_to_path.get_text_width_height_descent(x, font, False) for x in labels]
+    longest = max(measured)[0] / 72  # inches
     columns = max(1, min(len(labels), int((width - 0.1) / (longest + 0.55))))
     rows = -(-len(labels) // columns)
     figure.set_size_inches(width, height + 0.18 * rows)
@@ -154,6 +158,7 @@ def panel(runs: list[Run], args):
     last.axis("off")
     wrapped = [textwrap.fill(label, 38, break_on_hyphens=False) for label in labels]
     lines = [line for label in wrapped for line in label.split("\n")]
+    wrapped = [plain(label) for label in wrapped]
     high = 200 / (1.3 * len(lines) + 0.7 * len(labels))
     wide = 265 / (0.62 * max(map(len, lines)) + 3.5)
     size = min(10.5, high, wide)
@@ -250,9 +255,9 @@ def waterfall(order: list[tuple[str, int]], runs: list[Run], name: str, flag: st
             _draw_line(axes, place, *thinned[place], low, look)
     end = max(x[-1] for x, _ in thinned if len(x))
     axes.set(xlim=(args.start, end), ylim=(-0.4, len(order) - 0.6), zlim=(low, high))
-    axes.set_yticks(range(len(order)), [value for value, _ in order])
+    axes.set_yticks(range(len(order)), [plain(value) for value, _ in order])
     axes.set_xlabel("iteration", labelpad=8)
-    axes.set_ylabel(flag, labelpad=8)
+    axes.set_ylabel(plain(flag), labelpad=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common import UsageError, augment, files, launch, options, sets
+from common import UsageError, augment, figures, files, launch, options, sets
 from ring.monitor import no_ring
 from ring.views import last_operation
 
@@ -121,7 +121,7 @@ def _draw(
     size = (1.15 * columns + 0.8, 1.3 * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     explanation = "similarity and rank; a thick frame marks the anchor's class"
-    figure.suptitle(f"{title}\n{explanation}", fontsize=9)
+    figure.suptitle(figures.plain(f"{title}\n{explanation}"), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         for column in range(columns):
@@ -134,7 +134,7 @@ def _draw(
             for spine in axis.spines.values():
                 spine.set(color=PARTS[part], linewidth=4 if is_same else 1)
             caption = captions[row][column - 1] if column else names[row]
-            axis.set_xlabel(caption, fontsize=7, labelpad=2)
+            axis.set_xlabel(figures.plain(caption), fontsize=7, labelpad=2)
             if row == 0 and (column == 0 or part != parts[column - 1]):
                 axis.set_title(part, fontsize=9, color=PARTS[part], loc="left")
     files.write_figure(figure, path, "show-ring")

@@ -268,7 +268,6 @@ def main(argv=None) -> None:
     with files.replacing(os.path.join(args.out, "theory.md"), "w") as file:
         file.write(f"Mutual information {information:.4f} nats; {batches}.\n\n{text}\n\n")
         file.write(f"Made by `{command}`.\n")
-    theory_output.draw(args, rows, information, os.path.join(args.out, "theory.png"))
     record = {
         "command": command,
         **environment(),
@@ -278,6 +277,7 @@ def main(argv=None) -> None:
     }
     files.write_json(os.path.join(args.out, "theory.json"), record)
     print(text)
+    theory_output.draw(args, rows, information, os.path.join(args.out, "theory.png"))
     outputs = f"{args.out}/theory.png, theory.md, theory.json"
     print(f"result: mutual information {information:.3f}; {theory_output.tally(rows)} ({outputs})")
 

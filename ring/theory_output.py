@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from common import files
+
 LINE = {"markersize": 5, "capsize": 2.5, "linewidth": 1.4}
 GREYS = ("0.0", "0.0", "0.35", "0.35", "0.6", "0.6")  # line and marker tell equal ones apart
 MARKERS = "oosDv^"
@@ -37,7 +39,7 @@ def draw(args, rows: list[dict], information: float, path: str) -> None:
         f"Gaussian pair, {args.dim} coordinates, correlation {args.rho:g}: {information:.2f} nats; "
         f"{args.repeats} repeats, 95 % intervals"
     )
-    figure.savefig(path, dpi=100)
+    files.write_figure(figure, path, "out", dpi=100)
 
 
 def _over_sizes(args, rows: list[dict], information: float, panels: dict) -> None:

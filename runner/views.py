@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common import files, printable
+from common import figures, files, printable
 
 ROWS = 8  # pictures per sheet, at most
 INCHES = 1.2  # side of a picture
@@ -26,14 +26,14 @@ def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = (
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (label, images) in enumerate(columns.items()):
-        axes[0, column].set_title(label, fontsize=8)
+        axes[0, column].set_title(figures.plain(label), fontsize=8)
         pixels = images[:rows].detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()
         for row, image in enumerate(pixels):
             axes[row, column].imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes[row, column].set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], names):
         label = "/\n".join(Path(printable(name)).parts[-2:])
-        axis.set_ylabel(label, fontsize=6, rotation=0, ha="right", va="center")
+        axis.set_ylabel(figures.plain(label), fontsize=6, rotation=0, ha="right", va="center")
     files.write_figure(figure, path, "show-views")
 
 

@@ -125,7 +125,14 @@ def test_both_towers_of_cmc(tmp_path):
     assert flags == {"view": "Lab"}
 
 
-def test_a_run_of_the_script(workspace, capsys):
+def test_a_run_of_the_script(workspace, capsys, monkeypatch):
+    draw = probes.draw_scores
+
+    def draw_last(path, *drawn):
+        assert (workspace / path).with_name("result.json").exists()
+        draw(path, *drawn)
+
+    monkeypatch.setattr(probes, "draw_scores", draw_last)
     torch.manual_seed(0)
     torch.save(backbones.build("resnet18", 0).state_dict(), "net.pth")
     flags = ["net.pth", "--demo", "--views", "1", "--epochs", "2", "--device", "cpu"]
@@ -135,7 +142,7 @@ def test_a_run_of_the_script(workspace, capsys):
     assert "linear, 10% of the labels" in said
     assert result["acc1"] == result["linear_100"] and 0 < result["knn_acc1"] <= 100
     assert len(result["linear"]["1%"]["val"]) == len(probes.RATES)
-    assert result["pretrained"] == "net.pth"
+    assert result["pretrained"] == "net.pth" and result["label"] == "net"
     assert ("lies below k-NN" in said) == (result["acc1"] < result["knn_acc1"] - 0.5)
     ends = (probes.RATES[0], probes.RATES[-1])
     shares = [share for share, linear in result["linear"].items() if linear["rate"] in ends]

@@ -341,6 +341,14 @@ def test_the_sweep_is_in_the_order_of_the_values(three):
     assert script.swept(three, "--alpha") == [("0.5", 1), ("0.99", 2), ("0.999", 0)]
 
 
+def test_names_and_values_are_no_formulas(here):
+    keep("r/$\\frac$", note="$\\frac$"), keep("r/ ", note=" ")
+    runs = score_labels.read_runs(["r"], [r"$\frac$ " * 9, " "])
+    order = script.swept(runs, "note")
+    figures.panel(runs, SHOWN).draw_without_rendering()
+    figures.waterfall(order, runs, "neg_mean", "$\\frac$", SHOWN).draw_without_rendering()
+
+
 def test_where_nothing_was_kept_nothing_is_drawn():
     arrays = keep("run", [1, 2])
     arrays[2][:], arrays[1][:, :, [0, 1, 3]] = np.nan, np.nan  # as of an anchor without a negative
@@ -433,6 +441,10 @@ def test_the_notebook(workspace, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
     names = {"__name__": "notebook"}
+    (setup,) = (cell for cell in notebook["cells"] if cell["id"] == "setup")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="open this notebook in"):
+        patch.chdir("/")
+        exec("".join(setup["source"]), dict(names))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
@@ -531,6 +543,7 @@ def test_bad_flags(three, capsys):
         "r", "--start", "99", error=UsageError
     )
     for flags, message in (
+        ("--labels ,", "',' must be names with commas, such as A,B"),
         ("--formats gif", "'gif' must be some of png,pdf,svg"),
         ("--epochs 0,1", "whole numbers from 1"),
     ):

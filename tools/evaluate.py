@@ -67,7 +67,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     about = "folder of result.json and scores.png"
     g.add_argument("--out", default="runs/evaluation", help=about)
-    about = "name of this network in the table; default: its folder"
+    about = "name of this network in the table; default: its run folder, or its file"
     g.add_argument("--label", help=about)
     options.add_hardware_arguments(parser)
     args = parser.parse_args(argv)
@@ -211,6 +211,12 @@ def warn(log: RunFolder, result: dict) -> None:
         )
 
 
+def default_label(file: Path) -> str:
+    """Return the name of the run folder in which a file lies, or if it is none the file's name."""
+    is_run = (file.parent / "config.json").exists()
+    return file.parent.name if is_run else file.stem
+
+
 def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
         raise UsageError("this runs in one process: omit --multiprocessing-distributed and --nproc")
@@ -224,12 +230,12 @@ def worker(args, process: launch.Process) -> None:
     log = RunFolder(args.out, args, process, tensorboard=False)
     try:
         result, cosines = evaluate(args, process, network, operations, train_set, val_set)
-        label = args.label or os.path.basename(os.path.dirname(origin["pretrained"]))
+        label = args.label or default_label(Path(origin["pretrained"]).resolve())
         title = f"{label}: {origin['arch']}, {origin['pretrained']}"
         print(f"\n{title}\n\n{table(result)}\n")
         warn(log, result)
-        probes.draw_scores(os.path.join(args.out, "scores.png"), *cosines, label)
         log.result(**origin, **result, label=label)
+        probes.draw_scores(os.path.join(args.out, "scores.png"), *cosines, label)
     finally:
         log.close()
 

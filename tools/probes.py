@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import files, metrics, schedule
+from common import figures, files, metrics, schedule
 
 RATES = tuple(10 ** (-2 + i / 3) for i in range(12))  # .01 to 46, for mean square length 1
 SHARES = (1.0, 0.1, 0.01)  # of the labels
@@ -171,10 +171,9 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
     for values, name, style in styles:
         label = f"{name}, mean {float(values.mean()):.2f}"
         axes.hist(values.cpu().numpy(), bins=bins, density=True, label=label, **style)
-    axes.set(xlabel="cosine of their features", ylabel="density", title=title)
+    axes.set(xlabel="cosine of their features", ylabel="density", title=figures.plain(title))
     axes.legend(frameon=False)
-    with files.replacing(path) as file:
-        figure.savefig(file, dpi=150, format="png")
+    files.write_figure(figure, path, "out", dpi=150)
 
 
 # --------------------------------------------------------------------------------------- all of it

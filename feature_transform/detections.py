@@ -24,7 +24,10 @@ Found = dict[int, dict[str, Tensor]]  # {row: boxes (n, 4), labels (n,), scores 
 
 @torch.no_grad()
 def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
-    """Return the boxes, labels and scores of all `pictures` under `view`, on every rank."""
+    """Return the boxes, labels and scores of all `pictures` under `view`, on every rank.
+
+    With `pictures.skip_bad` those that cannot be read are left out.
+    """
     args, process = job.args, job.process
     network = job.method.network.eval()
     launch.broadcast_buffers(network)
@@ -49,6 +52,11 @@ def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
     progress.close()
     for part in launch.gather_objects(found):
         found |= part
+    if len(found) < len(pictures):
+        left_out = len(pictures) - len(found)
+        job.warn(
+            f"{left_out} of the {len(pictures)} test pictures cannot be read, and do not count"
+        )
     return found
 
 
@@ -77,7 +85,7 @@ class _Tables:
         self.objects: list[dict] = []
         self.detections: list[dict] = []
         self.boxes = {}
-        for row in range(len(pictures)):
+        for row in sorted(found):
             kinds = found[row]["labels"].tolist() + pictures.objects[row].labels.tolist()
             for kind in sorted(set(kinds)):
                 self._add(row, kind, found[row])

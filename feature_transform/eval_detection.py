@@ -108,6 +108,8 @@ def add_data_arguments(g) -> None:
     g.add_argument("--test-split", default="test", help="split to test on")
     text = "names of the classes, or a file with one a line; default: VOC's 20"
     g.add_argument("--classes", default="", metavar="A,B|FILE", help=text)
+    text = "leave out pictures that are broken, or whose annotation is, and count them"
+    g.add_argument("--skip-bad-images", action="store_true", help=text)
     pixels = {"type": cli.positive_int, "metavar": "PIXELS"}
     text = "shorter side in training, one drawn for each picture; default 480 to 800 by 32"
     g.add_argument("--min-size", nargs="+", default=SHORTER, help=text, **pixels)
@@ -246,11 +248,8 @@ def worker(args, process: launch.Process) -> None:
     files = loop.Files(__file__, last="current.pth", same=SAME)
     with loop.Job(args, process, folder, files) as job:
         args = job.args
-        names = voc.class_names(args.classes)
-        train_set = voc.Pictures([(root, args.split) for root in args.data], names)
-        test_set = voc.Pictures([(args.test_data or args.data[0], args.test_split)], names)
-        train_set.require_objects(args.split)
-        test_set.require_objects(args.test_split)
+        train_set, test_set = voc.open_sets(args, process.is_main)
+        names = train_set.classes
         network, saved, recorded = build_network(args, len(names), process)
         method = Detector(args, network, process, {"classes": names, **recorded})
         loader = voc_batches.Loader(

@@ -1,8 +1,8 @@
 """Read pictures and their objects in the layout of Pascal VOC.
 
 ROOT/Annotations/ID.xml         objects: name, bndbox (from 1, its last pixel included), difficult
-ROOT/ImageSets/Main/SPLIT.txt   IDs, one a line; what follows an ID is ignored
-ROOT/JPEGImages/ID.jpg
+ROOT/ImageSets/Main/SPLIT.txt   IDs, one a line; a suffix (.jpg) and what follows are ignored
+ROOT/JPEGImages/ID.jpg          or another suffix that Pillow reads
 
 A picture is turned as its EXIF tag says, since annotation tools show it that way.
 """
@@ -10,10 +10,10 @@ A picture is turned as its EXIF tag says, since annotation tools show it that wa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -22,16 +22,17 @@ from torch import Tensor
 
 from common import UsageError, UserError, printable, sets
 from common.pictures import as_rgb
+from feature_transform.voc_annotations import Objects, read_annotation
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
 PARTS = (("Annotations", "*.xml"), ("ImageSets/Main", "*.txt"), ("JPEGImages", "*.jpg"))
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # of a picture
 ON_THE_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+LISTED = 100  # the most faults in a report
 
 
 def class_names(text: str) -> list[str]:
@@ -39,6 +40,9 @@ def class_names(text: str) -> list[str]:
 
     Lines of a file that begin with # are comments.
     """
+    looks_like_a_file = "," not in text and (os.sep in text or Path(text).suffix)
+    if looks_like_a_file and not os.path.isfile(text):
+        raise UsageError(f"--classes {text}: no such file")
     if os.path.isfile(text):
         lines = Path(text).read_text(encoding="utf-8-sig", errors="replace").splitlines()
         text = ",".join(line for line in lines if not line.lstrip().startswith("#"))
@@ -49,32 +53,23 @@ def class_names(text: str) -> list[str]:
     return names
 
 
-class Objects(NamedTuple):
-    """The objects of one picture.
-
-    boxes (n, 4): float32 (x1, y1, x2, y2) in pixels, from 0 at the left and upper edge to width and
-    height. labels (n,): classes from 1, as 0 is the background. difficult (n,): True for objects
-    that VOC does not count, found or not.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    difficult: Tensor
-
-
 class Pictures:
     """The pictures of the splits `(root, split)` in order, and their objects.
 
-    classes: names in label order. Raises UsageError for a folder that is not VOC's or a split
-    without pictures, and UserError for a broken annotation.
+    classes: names in label order. skip_bad: whether a picture that cannot be decoded is replaced.
+    faults: a message for each picture that is left out because it or its annotation is broken; see
+    `report_faults`. Raises UsageError for a folder that is not VOC's or a split without pictures.
     """
 
-    def __init__(self, places: Sequence[tuple[str, str]], classes: Sequence[str]):
+    def __init__(
+        self, places: Sequence[tuple[str, str]], classes: Sequence[str], skip_bad: bool = False
+    ):
         self.classes = list(classes)
+        self.skip_bad = skip_bad
         self.notes: list[str] = []
+        self.faults: list[str] = []
         self.paths: list[str] = []
         self.objects: list[Objects] = []
-        self.sizes: list[tuple[int, int]] = []
         for root, split in places:
             self._open(Path(root), split)
 
@@ -88,19 +83,26 @@ class Pictures:
         for part, pattern in PARTS:
             if not (root / part).is_dir():
                 below = [*sorted(root.glob("VOC*")), *sorted(root.glob("*/VOC*"))]
-                inside = [folder for folder in below if folder.is_dir()]
-                hint = f"; give the folders in it, such as {inside[0]}" if inside else ""
+                whole = [tree for tree in below if all((tree / part).is_dir() for part, _ in PARTS)]
+                hint = f"; give the folders in it, such as {whole[0]}" if whole else ""
                 raise UsageError(f"{root} has no {part}/{pattern}, as Pascal VOC has{hint}")
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
-        pictures = {path.stem: path for path in sorted((root / "JPEGImages").iterdir())}
-        for name in read_split(listed):
-            if name not in pictures:
-                missing = f"{root / 'JPEGImages' / name}.jpg"
-                raise UsageError(f"{listed} names {printable(name)}, but there is no {missing}")
-            self.paths.append(str(pictures[name]))
+        files = [*(root / "JPEGImages").iterdir()]
+        files = [path for path in files if path.suffix.lower() in Image.registered_extensions()]
+        files.sort(key=lambda path: path.suffix == ".jpg")  # which is taken before others
+        pictures = {path.stem: str(path) for path in files}
+        for name in read_split(listed, pictures):
             annotation = root / "Annotations" / f"{name}.xml"
-            size, objects = read_annotation(annotation, self.paths[-1], self.classes)
-            self.sizes.append(size)
+            try:
+                if name not in pictures:
+                    missing = f"{root / 'JPEGImages' / name}.jpg"
+                    raise UserError(f"{listed} names {name}, but there is no {missing}")
+                size = upright_size(pictures[name])
+                objects = read_annotation(annotation, pictures[name], size, self.classes)
+            except UserError as error:
+                self.faults.append(str(error))
+                continue
+            self.paths.append(pictures[name])
             self.objects.append(objects)
 
     def require_objects(self, split: str) -> None:
@@ -123,30 +125,61 @@ class Pictures:
                 pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
         except UNREADABLE as error:
             raise UserError(f"cannot read the picture {path}: {str(error)[:100]}") from None
-        _, height, width = pixels.shape
         boxes, labels, difficult = self.objects[row]
-        if (width, height) != self.sizes[row]:
-            annotated = "{} x {}".format(*self.sizes[row])
-            raise UserError(
-                f"{path} has {width} x {height} pixels when turned as its EXIF tag says, but "
-                f"{annotated} in its annotation, which may be of another picture"
-            )
         if flip:
+            width = pixels.shape[2]
             pixels = pixels.flip(2)
             left, top, right, bottom = boxes.unbind(1)
             boxes = torch.stack((width - right, top, width - left, bottom), 1)
         return pixels, Objects(boxes, labels, difficult)
 
 
-def read_split(path: Path) -> list[str]:
-    """Return the pictures' names in a split. Raises UsageError where there are none."""
+def open_sets(args, is_main: bool) -> tuple[Pictures, Pictures]:
+    """Return the pictures to train on and to test on. Raises UsageError if one has no objects.
+
+    args: its data, split, test_data, test_split, classes and skip_bad_images are used.
+    """
+    names = class_names(args.classes)
+    train_places = [(root, args.split) for root in args.data]
+    test_place = (args.test_data or args.data[0], args.test_split)
+    train_set = Pictures(train_places, names, args.skip_bad_images)
+    test_set = Pictures([test_place], names, args.skip_bad_images)
+    report_faults((train_set, test_set), is_main)
+    train_set.require_objects(args.split)
+    test_set.require_objects(args.test_split)
+    return train_set, test_set
+
+
+def report_faults(opened: Sequence[Pictures], is_main: bool) -> None:
+    """Print the faults of all these pictures as one report, in the main process.
+
+    Raises UserError, unless pictures with faults may be left out.
+    """
+    faults = list(dict.fromkeys(fault for pictures in opened for fault in pictures.faults))
+    if not faults:
+        return
+    if is_main:
+        print("\n".join(faults[:LISTED]), file=sys.stderr)
+    listed = f"{len(faults)} pictures have faults, of which at most {LISTED} are listed above"
+    if not all(pictures.skip_bad for pictures in opened):
+        raise UserError(f"{listed}: mend them, or leave them out with --skip-bad-images")
+    if is_main:
+        print(f"{listed}; they are left out", file=sys.stderr)
+
+
+def read_split(path: Path, pictures: Collection[str]) -> list[str]:
+    """Return the names of the pictures in a split. Raises UsageError where there are none.
+
+    pictures: the names that exist, which may have spaces.
+    """
     try:
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         splits = [file.stem for file in sorted(path.parent.glob("*.txt")) if "_" not in file.stem]
-        reason = getattr(error, "strerror", None) or "not a text file"
+        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
         listed = sets.few(splits) or "none"
         raise UsageError(f"{path}: {reason}; the splits there are {listed}") from None
+    names = [_name(line.strip(), pictures) for line in lines if line.strip()]
     if not names:
         raise UsageError(f"{path} names no pictures; it must have one picture's name a line")
     if len(set(names)) < len(names):
@@ -155,76 +188,29 @@ def read_split(path: Path) -> list[str]:
     return names
 
 
-# ------------------------------------------------------------------------------------- annotations
+def _name(line: str, pictures: Collection[str]) -> str:
+    """Return the name in a line of a split, which may have a suffix and VOC's 1, 0 or -1 after it.
+
+    It is the longest beginning of the line that names a picture.
+    """
+    without_number = re.sub(r"\s+(1|0|-1)$", "", line)
+    first_word = line.split()[0]
+    for words in (line, without_number, first_word):
+        for name in (words, os.path.splitext(words)[0]):
+            if name in pictures:
+                return name
+    return first_word
 
 
-def read_annotation(
-    path: Path, picture: str, classes: Sequence[str]
-) -> tuple[tuple[int, int], Objects]:
-    """Return ((width, height), objects) of an annotation, or if it has no size the picture's.
+def upright_size(picture: str) -> tuple[int, int]:
+    """Return (width, height) of a picture turned as its EXIF tag says, from the file's header.
 
-    Names count without their XML namespace. Raises UserError for a broken file, an unknown class,
-    or a box outside the picture.
+    Raises UserError where it cannot be read.
     """
     try:
-        root = ElementTree.parse(path).getroot()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    except (ElementTree.ParseError, ValueError) as error:
-        raise UserError(f"{path}: not a whole XML file ({error})") from None
-    size = _size(root, picture)
-    boxes, labels, difficult = [], [], []
-    for thing in root.iterfind("{*}object"):
-        name = (thing.findtext("{*}name") or "").strip()
-        if name not in classes:
-            raise UserError(
-                f"{path} has an object of class {name!r}, which is not one of "
-                f"{sets.few(classes)}; name all classes with --classes"
-            )
-        try:
-            corners = [float(thing.findtext(f"{{*}}bndbox/{{*}}{corner}")) for corner in CORNERS]
-            difficult.append(bool(int(thing.findtext("{*}difficult") or 0)))
-        except (TypeError, ValueError):
-            wanted = f"no bndbox of four numbers ({', '.join(CORNERS)})"
-            raise UserError(f"{path}: its {name} has {wanted}") from None
-        boxes.append(_box(corners, size, f"{path}: the box of its {name}"))
-        labels.append(list(classes).index(name) + 1)
-    flags = torch.tensor(difficult, dtype=torch.bool)
-    numbers = torch.tensor(labels, dtype=torch.int64)
-    return size, Objects(torch.tensor(boxes).reshape(-1, 4).float(), numbers, flags)
-
-
-def _size(root: ElementTree.Element, picture: str) -> tuple[int, int]:
-    """Return (width, height) from an annotation, or if it has none from the picture."""
-    try:
-        sides = (root.findtext(f"{{*}}size/{{*}}{side}") for side in ("width", "height"))
-        size = tuple(int(float(side)) for side in sides)
-    except (TypeError, ValueError, OverflowError):
-        size = (0, 0)
-    if min(size) >= 1:
-        return size
-    try:
         with Image.open(picture) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation) in ON_THE_SIDE
+            exif = Image.Image.getexif(image)  # that of a PNG would decode its pixels
+            is_turned = exif.get(ExifTags.Base.Orientation) in ON_THE_SIDE
             return image.size[::-1] if is_turned else image.size
     except UNREADABLE as error:
         raise UserError(f"cannot read the picture {picture}: {str(error)[:100]}") from None
-
-
-def _box(corners: list[float], size: tuple[int, int], subject: str) -> tuple[float, ...]:
-    """Return the box of VOC's corners, from 0 at the left and upper edge, cut to the picture.
-
-    VOC's corners are pixels that belong to the box, counted from 1, so 1 is subtracted from the
-    left and upper ones. A box may begin at pixel 0, or end one pixel late. Raises UserError, whose
-    message begins with `subject`, where the box is outside the picture or empty.
-    """
-    width, height = size
-    left, top = corners[0] - 1, corners[1] - 1
-    right, bottom = corners[2:]
-    shown = ", ".join(f"{key} {value:g}" for key, value in zip(CORNERS, corners))
-    if not (left >= -1 and top >= -1 and right <= width + 1 and bottom <= height + 1):
-        raise UserError(f"{subject} ({shown}) is outside the picture of {width} x {height} pixels")
-    box = (max(left, 0), max(top, 0), min(right, width), min(bottom, height))
-    if not (box[2] > box[0] and box[3] > box[1]):
-        raise UserError(f"{subject} ({shown}) has no size")
-    return box

@@ -36,8 +36,7 @@ class Loader:
     run, and of one "epoch" of the job.
     """
 
-    mode = "host"  # the job reads this and the next two
-    bad_images = ()
+    mode = "host"  # the job reads this, `view_seconds` and `bad_images`
     view_seconds = 0.0
 
     def __init__(
@@ -58,6 +57,7 @@ class Loader:
         self.process = process
         self.workers = workers
         self.wait_seconds = 0.0
+        self.bad_images: set[str] = set()  # paths of the pictures replaced so far
         self.rounds: dict[int, tuple[Tensor, Tensor]] = {}  # the last two: (order, mirrored)
         self.set_epoch(1)
 
@@ -91,30 +91,42 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Objects], Tensor]]:
         plans = [self.plan(step) for step in range(self.first + self.start, self.first + len(self))]
         batches = decoded(self.dataset, plans, self.workers, self.process.device)
-        while True:
+        for plan in plans:
             began = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(batches)
             self.wait_seconds += time.perf_counter() - began
-            if batch is None:
-                return
+            for (planned, _), row in zip(plan, batch[2].tolist()):
+                if row != planned:
+                    self.bad_images.add(self.dataset.path(planned))
             yield batch
 
 
 class _Decoded:
-    """A data set that maps an item of the plan to a picture, or to the error in reading it."""
+    """A data set that maps an item of the plan to a picture, or to the error in reading it.
+
+    With `pictures.skip_bad` the next picture that can be read stands for one that cannot.
+    """
 
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
 
     def __getitem__(self, planned: tuple[int, bool]):
-        try:
-            return planned[0], *self.pictures.decode(*planned)
-        except UserError as error:
-            return error
+        first, is_mirrored = planned
+        tries = len(self.pictures) if self.pictures.skip_bad else 1
+        for i in range(tries):
+            row = (first + i) % len(self.pictures)
+            try:
+                return row, *self.pictures.decode(row, is_mirrored)
+            except UserError as error:
+                unread = error
+        return unread
 
 
 def decoded(pictures: Pictures, plans: list, workers: int, device) -> Iterator:
-    """Yield (pictures, objects, rows) of every list of (row, mirrored) in `plans`, in order."""
+    """Yield (pictures, objects, rows) of every list of (row, mirrored) in `plans`, in order.
+
+    Raises UserError for a picture that cannot be read, unless it is replaced: see `_Decoded`.
+    """
     batches = DataLoader(
         _Decoded(pictures),
         batch_sampler=plans,

@@ -26,6 +26,7 @@ from common import UsageError, UserError, backbones, launch
 from common.files import LOCK
 from debiased.networks import Network as DebiasedNetwork
 from feature_transform import checkpoints, detections, detector, eval_detection, voc, voc_batches
+from feature_transform import voc_annotations as annotations
 from preprocess import demo_voc
 from ring import networks as ring_networks
 from runner import checkpoint, layouts, loop
@@ -73,7 +74,7 @@ def write(root, objects="", size="<size><width>40</width><height>30</height></si
 
 
 def thing(name, *box, difficult=None):
-    corners = "".join(f"<{key}>{v}</{key}>" for key, v in zip(voc.CORNERS, box))
+    corners = "".join(f"<{key}>{v}</{key}>" for key, v in zip(annotations.CORNERS, box))
     flag = "" if difficult is None else f"<difficult>{difficult}</difficult>"
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     return f"<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox>{part}</object>"
@@ -91,7 +92,7 @@ def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
     pictures = voc.Pictures(
         [(write(tmp_path, objects), "test"), (tmp_path, "test")], ("cat", "dog")
     )
-    assert len(pictures) == 2 and pictures.sizes[0] == (40, 30)
+    assert len(pictures) == 2 and not pictures.faults
     found = pictures.objects[0]
     assert found.boxes.tolist() == [[0, 0, 40, 30], [2, 1, 3, 2], [0, 0, 40, 30]]
     assert found.labels.tolist() == [1, 2, 2] and found.difficult.tolist() == [False, True, False]
@@ -100,10 +101,10 @@ def test_boxes_count_pixels_from_one_and_belong_to_them(tmp_path):
     assert torch.equal(mirrored, plain.flip(2)) and there.boxes.tolist()[1] == [37, 1, 38, 2]
     assert torch.equal(plain[:, 1:2, 2:3], mirrored[:, 1:2, 37:38])
     without = write(tmp_path / "no-size", thing("cat", 1, 1, 40, 30), size="")
-    assert voc.Pictures([(without, "test")], ("cat",)).sizes == [(40, 30)]
+    assert len(voc.Pictures([(without, "test")], ("cat",))) == 1
     wrong = write(tmp_path / "wrong", size="<size><width>50</width><height>30</height></size>")
-    with pytest.raises(UserError, match="has 40 x 30 pixels when .* but 50 x 30 in its annotation"):
-        voc.Pictures([(wrong, "test")], ("cat",)).decode(0)
+    (fault,) = voc.Pictures([(wrong, "test")], ("cat",)).faults
+    assert "its size is 50 x 30, but " in fault and "a.png has 40 x 30 pixels when" in fault
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
@@ -119,18 +120,18 @@ def test_a_picture_is_turned_as_its_exif_tag_says(tmp_path, orientation, has_siz
     picture.save(root / "JPEGImages" / "a.png", exif=exif)
     pictures = voc.Pictures([(root, "test")], ("cat",))
     pixels, _ = pictures.decode(0)
-    assert pictures.sizes == [(40, 30)]
+    assert not pictures.faults
     assert torch.equal(pixels, torch.from_numpy(np.array(shown)).permute(2, 0, 1))
 
 
 def test_annotations_in_a_namespace_are_read(tmp_path):
     root = write(tmp_path, thing("cat", 2, 3, 40, 30, difficult=1))
     path = root / "Annotations" / "a.xml"
-    plain = voc.read_annotation(path, "", ("cat",))
+    plain = annotations.read_annotation(path, "", (40, 30), ("cat",))
     path.write_text(path.read_text().replace("<annotation>", '<annotation xmlns="http://x/y">'))
-    in_space = voc.read_annotation(path, "", ("cat",))
-    assert plain[0] == in_space[0] == (40, 30) and len(plain[1].labels) == 1
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], in_space[1]))
+    in_space = annotations.read_annotation(path, "", (40, 30), ("cat",))
+    assert len(plain.labels) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, in_space))
 
 
 @pytest.mark.parametrize("objects", ["", thing("cat", 2, 3, 40, 30, difficult=1)])
@@ -147,7 +148,7 @@ def test_a_split_without_objects_that_count_is_refused(tmp_path, objects):
     [
         (
             thing("cow", 1, 1, 9, 9),
-            "object of class 'cow', which is not one of cat, dog; name all classes with --classes",
+            "object of class 'cow', which is not one of cat, dog (name all classes with --classes)",
         ),
         (
             thing("cat", 5, 5, 60, 9),
@@ -166,11 +167,82 @@ def test_a_split_without_objects_that_count_is_refused(tmp_path, objects):
     ],
 )
 def test_a_broken_annotation_is_named(tmp_path, objects, message):
-    with pytest.raises(UserError) as caught:
-        voc.Pictures([(write(tmp_path, objects), "test")], ("cat", "dog"))
-    assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml") and message in str(
-        caught.value
-    )
+    (fault,) = voc.Pictures([(write(tmp_path, objects), "test")], ("cat", "dog")).faults
+    assert fault.startswith(f"{tmp_path}/Annotations/a.xml: ") and message in fault
+
+
+@pytest.mark.parametrize(
+    "word, is_difficult",
+    [("Unspecified", False), ("0.0", False), ("false", False), (" ", False), ("True", True)]
+    + [("1.0", True), ("maybe", None)],
+)
+def test_the_words_for_difficult(tmp_path, word, is_difficult):
+    tree = write(tmp_path, thing("cat", 1, 1, 9, 9, difficult=word))
+    pictures = voc.Pictures([(tree, "test")], ("cat",))
+    if is_difficult is None:
+        assert "its cat has difficult 'maybe', which must be 0 or 1" in pictures.faults[0]
+    else:
+        assert pictures.objects[0].difficult.tolist() == [is_difficult]
+
+
+@pytest.mark.parametrize("encoding", ["nosuch", "gb2312", "utf-32", "rot13", "punycode", "x" * 999])
+def test_an_encoding_that_cannot_be_read_is_a_fault(tmp_path, encoding):
+    tree = write(tmp_path)
+    text = f'<?xml version="1.0" encoding="{encoding}"?><annotation>\u00fc</annotation>'
+    (tree / "Annotations" / "a.xml").write_bytes(text.encode())
+    (fault,) = voc.Pictures([(tree, "test")], ("cat",)).faults
+    assert "a.xml: not a whole XML file in UTF-8 (" in fault
+
+
+def test_names_in_a_split(tmp_path):
+    """Names with suffixes, spaces and numbers after them, a byte order mark, files beside them."""
+    tree = write(tmp_path, split="\ufeffa.jpg  1\nsea horse -1\nthe 1\nv1.2")
+    for name in ("sea horse", "the 1", "the", "v1.2"):
+        for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".png")):
+            original = tree / folder / f"a{suffix}"
+            (tree / folder / f"{name}{suffix}").write_bytes(original.read_bytes())
+    for suffix in (".json", ".txt", ".gif", ".webp"):
+        (tree / "JPEGImages" / f"a{suffix}").write_text("{}")
+    Image.new("RGB", (40, 30)).save(tree / "JPEGImages" / "a.jpg")
+    pictures = voc.Pictures([(tree, "test")], ("cat",))
+    names = [os.path.basename(path) for path in pictures.paths]
+    assert names == ["a.jpg", "sea horse.png", "the 1.png", "v1.2.png"] and not pictures.faults
+
+
+def broken_tree(root):
+    """A tree with one whole picture, a, and one of each fault; c cannot be decoded."""
+    tree = write(root, thing("cat", 1, 1, 9, 9), split="a\nb\nc\nd\ne\nf")
+    for name in "bcde":
+        picture = (tree / "JPEGImages" / "a.png").read_bytes()
+        (tree / "JPEGImages" / f"{name}.png").write_bytes(picture[: -30 if name == "c" else None])
+        annotation = (tree / "Annotations" / "a.xml").read_text()
+        (tree / "Annotations" / f"{name}.xml").write_text(annotation)
+    objects = thing("Cat", 1, 1, 9, 9) + thing("cat", 1, 1, 99, 9)
+    (tree / "Annotations" / "b.xml").write_text(f"<annotation>{objects}</annotation>")
+    (tree / "Annotations" / "d.xml").unlink()
+    (tree / "JPEGImages" / "e.png").write_text("no picture")
+    return tree
+
+
+def test_all_faults_are_in_one_report_or_left_out(tmp_path, capsys):
+    tree = broken_tree(tmp_path)
+    flags = f"--data_folder {tree} --split test --classes cat --pretrained none".split()
+    with pytest.raises(UserError, match="4 pictures have faults, .* with --skip-bad-images"):
+        voc.open_sets(eval_detection.parse_args(flags), is_main=True)
+    faults = capsys.readouterr().err.splitlines()
+    assert "b.xml: its class 'Cat' is written 'cat' in the list of classes; the box" in faults[0]
+    assert "d.xml: no such file or directory" in faults[1] and "cannot read" in faults[2]
+    assert "test.txt names f, but there is no " in faults[3] and len(faults) == 4
+    args = eval_detection.parse_args([*flags, "--skip-bad-images"])
+    pictures, _ = voc.open_sets(args, is_main=True)
+    assert capsys.readouterr().err.splitlines()[:4] == faults
+    assert [os.path.basename(path) for path in pictures.paths] == ["a.png", "c.png"]
+    loader = voc_batches.Loader(pictures, VIEW, (2, 2), 2, 0, launch.Process(), 0)
+    assert [rows.tolist() for *_, rows in loader] == [[0, 0], [0, 0]]
+    assert loader.bad_images == {pictures.paths[1]}
+    found = {0: {"boxes": torch.tensor([[0.0, 0, 9, 9]]), "labels": torch.ones(1).long()}}
+    found[0]["scores"] = torch.ones(1)
+    assert detections.average_precision(pictures, found)["AP"] == 100
 
 
 def test_a_tree_that_is_none(tmp_path):
@@ -185,14 +257,15 @@ def test_a_tree_that_is_none(tmp_path):
     no(whole, "the splits there are test", split="trainval")
     no(write(tmp_path / "b", split=""), "names no pictures")
     no(write(tmp_path / "twice", split="a 1\na -1"), "test.txt names a twice")
-    no(write(tmp_path / "c", split="000007"), "names 000007, but there is no")
+    half = tmp_path / "half" / "VOC2007" / "Annotations"
+    half.mkdir(parents=True)
+    with pytest.raises(UsageError, match="as Pascal VOC has$"):  # the folder in it is no tree
+        voc.Pictures([(half.parent.parent, "test")], ("cat",))
     (whole / "JPEGImages" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="cannot read the picture .*a.png"):
-        next(
-            voc_batches.decoded(
-                voc.Pictures([(whole, "test")], ("cat",)), [[(0, False)]], 0, torch.device("cpu")
-            )
-        )
+    assert "cannot read the picture " in voc.Pictures([(whole, "test")], ("cat",)).faults[0]
+    pictures = voc.Pictures([(broken_tree(tmp_path / "broken"), "test")], ("cat",))
+    with pytest.raises(UserError, match="cannot read the picture .*c.png"):
+        next(voc_batches.decoded(pictures, [[(1, False)]], 0, torch.device("cpu")))
 
 
 def test_the_demo_set_is_the_same_every_time_and_its_boxes_are_tight(tree, tmp_path):
@@ -723,5 +796,8 @@ def test_the_schedule_is_the_published_one_and_follows_the_batch(tmp_path, capsy
     listed = tmp_path / "classes.txt"
     listed.write_text("# animals\ncat\n\n  # and\nsea horse\n")
     assert voc.class_names(str(listed)) == ["cat", "sea horse"]
+    for missing in ("nosuch.txt", "no/such"):
+        with pytest.raises(UsageError, match=f"--classes {missing}: no such file"):
+            voc.class_names(missing)
     with pytest.raises(UsageError, match="--classes: a comes twice"):
         voc.class_names("a, b,a")

@@ -35,7 +35,10 @@ from runner import checkpoint, layouts, pretrained
 from runner.folder import environment
 from runner.progress import Progress
 
-KINDS = {"view": "positives: views of the picture", "class": "positives: pictures of the class"}
+KINDS = {  # {kind of positives: what the legend says of them}
+    "view": "solid lines: positives are views of the picture",
+    "class": "dashed lines: positives are pictures of its class",
+}
 PANELS = {
     "bias": "bias: mean of estimate / truth - 1",
     "sd": "standard deviation over batches / truth",
@@ -208,16 +211,21 @@ def figure(rows: list[dict], share: float, temperature: float, path: str) -> Non
     """Draw the rows of `estimates` and write them to `path`. share: the true tau_plus."""
     from matplotlib.figure import Figure  # imported here, as it takes half a second
 
-    drawing = Figure(figsize=(12, 3.8), layout="constrained")
+    drawing = Figure(figsize=(12, 4.3), layout="constrained")
     for axis, panel in zip(drawing.subplots(1, len(PANELS)), PANELS):
         draw_lines(axis, panel, rows)
-        axis.axvline(share, color="grey", linewidth=0.8)
-        axis.axvline(clamp_threshold(temperature), color="grey", linewidth=0.8, linestyle=":")
+        label = "the true tau_plus: chance of the same class"
+        axis.axvline(share, color="grey", linewidth=0.8, label=label)
+        label = "from here on the lower bound can be reached"
+        threshold = clamp_threshold(temperature)
+        axis.axvline(threshold, color="grey", linewidth=0.8, linestyle=":", label=label)
         axis.set(title=PANELS[panel], xlabel="tau_plus")
         axis.title.set_fontsize(10)
         if panel == "bias":
             axis.axhline(0, color="black", linewidth=0.8)
-            axis.legend(fontsize=8, title=KINDS["view"], title_fontsize=8)
+    lines, labels = axis.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": 5, "frameon": False}
+    drawing.legend(lines, labels, title="; ".join(KINDS.values()), fontsize=8, **place)
     files.write_figure(drawing, path, "out")
 
 
@@ -226,11 +234,7 @@ def draw_lines(axis, panel: str, rows: list[dict]) -> None:
     batches = sorted({row["batch"] for row in rows})
     for kind, style in (("view", "-"), ("class", "--")):
         for number, batch in enumerate(batches):
-            label = None
-            if kind == "view":
-                label = f"batch {batch}"
-            elif batch == batches[-1]:
-                label = KINDS["class"]
+            label = f"batch {batch}" if kind == "view" else None
             here = [row for row in rows if (row["positives"], row["batch"]) == (kind, batch)]
             line = sorted((row["tau_plus"], row[panel]) for row in here)
             axis.plot(*zip(*line), style, marker=".", color=f"C{number}", label=label)

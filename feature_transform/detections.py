@@ -155,7 +155,7 @@ def average_precision(pictures: Pictures, found: Found) -> dict:
 
 
 def draw(path: str, pictures: Pictures, found: Found, least: float = 0.5) -> None:
-    """Draw the first pictures with their objects and the detections in them, as a PNG.
+    """Draw the first pictures with their objects and the detections in them, and a caption.
 
     Objects are dashed, difficult ones dotted; detections with a score of at least `least` are solid
     and carry class and score. Raises UsageError where `path` cannot be written.
@@ -170,6 +170,11 @@ def draw(path: str, pictures: Pictures, found: Found, least: float = 0.5) -> Non
         axis.axis("off")
     for axis, row in zip(axes, rows):
         _draw_picture(axis, pictures, row, found[row], least)
+    count = sum(int((found[row]["scores"] >= least).sum()) for row in rows)
+    caption = f"solid: detections ({count}) with a score of {least:g} or more"
+    if not count:
+        caption = f"no detection has a score of {least:g} or more"
+    figure.suptitle(f"dashed: objects, dotted: difficult ones; {caption}", fontsize=9)
     files.write_figure(figure, path, "show", dpi=100)
 
 

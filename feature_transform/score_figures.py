@@ -83,7 +83,7 @@ def draw_curves(axes, runs: list[Run], name: str, args) -> None:
     axes.grid(color="0.92")
     axes.margins(x=0.02)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5, min_n_ticks=1)
     if name in LOGARITHMIC:
         axes.set_yscale("log")
 
@@ -243,8 +243,9 @@ def waterfall(order: list[tuple[str, int]], runs: list[Run], name: str, flag: st
     drawn = [line for line in lines if len(line[0])]
     if not drawn:
         return None
-    figure = Figure(figsize=(6.2, 4.5))
-    axes = figure.add_axes((-0.07, -0.1, 1.08, 1.15), projection="3d")
+    crowd = max(1, len(order) / 8)  # so that each line and its value have the room of one of eight
+    figure = Figure(figsize=(6.2 * crowd**0.5, 4.5 * crowd**0.5))
+    axes = figure.add_axes((-0.1, -0.07, 1.08, 1.15), projection="3d")
     low = min(z.min() for _, z in drawn)
     high = max(z.max() for _, z in drawn)
     low = min(low, 0) if name == "neg_variance" else low - 0.05 * (high - low) - 1e-6
@@ -253,18 +254,18 @@ def waterfall(order: list[tuple[str, int]], runs: list[Run], name: str, flag: st
         if len(thinned[place][0]):
             look = style(order[place][1], len(thinned[place][0]), len(order))
             _draw_line(axes, place, *thinned[place], low, look)
-    end = max(x[-1] for x, _ in thinned if len(x))
+    end = max(args.start + 1, *(x[-1] for x, _ in thinned if len(x)))
     axes.set(xlim=(args.start, end), ylim=(-0.4, len(order) - 0.6), zlim=(low, high))
-    axes.set_yticks(range(len(order)), [plain(value) for value, _ in order])
+    axes.set_yticks(range(len(order)), [plain(value) for value, _ in order], ha="left")
     axes.set_xlabel("iteration", labelpad=8)
-    axes.set_ylabel(plain(flag), labelpad=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5, min_n_ticks=1)
     axes.view_init(elev=24, azim=-62)
-    axes.set_box_aspect((1.35, 1.1, 0.8), zoom=0.95)
+    axes.set_box_aspect((1.35, 1.1 * crowd, 0.8), zoom=0.95)
     scale = "logarithm to base 10 of " if name in LOGARITHMIC else ""
-    figure.suptitle(scale + STATISTICS[name][1], fontsize=10, y=0.97)
+    title = f"{scale}{STATISTICS[name][1]}, by {flag}"
+    figure.suptitle(plain(title), fontsize=10, y=0.97)
     return figure
 
 

@@ -321,6 +321,38 @@ def test_no_label_lies_on_another(count, length):
             assert not any(a.overlaps(b) for a, b in zip(inside, inside[1:]))
 
 
+@pytest.mark.parametrize("count", [3, 9, 20])
+def test_values_of_a_waterfall_do_not_lie_on_another(count):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    keep("r", [1], steps=20)
+    (found,) = score_labels.read_runs(["r"])
+    order = [(f"mocov2_{number:02d}", number) for number in range(count)]
+    figure = figures.waterfall(order, [found] * count, "neg_mean", "augmentation", SHOWN)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    axes = figure.axes[0]
+    ticks = [*axes.yaxis.majorTicks, *axes.xaxis.majorTicks]  # as they were drawn
+    labels = [tick.label1 for tick in ticks if tick.label1.get_text()]
+    boxes = [label.get_window_extent(renderer).padded(-1) for label in labels]
+    assert len(boxes) > count
+    for number, box in enumerate(boxes):
+        assert figure.bbox.x1 >= box.x1 and not any(box.overlaps(b) for b in boxes[:number])
+
+
+def test_a_single_iteration_has_a_single_tick():
+    keep("r", [1], steps=1)
+    (found,) = score_labels.read_runs(["r"])
+    curves = figures.curves([found], "neg_mean", SHOWN)
+    curves.draw_without_rendering()
+    waterfall = figures.waterfall([("1", 0)], [found], "neg_mean", "alpha", SHOWN)
+    waterfall.draw_without_rendering()
+    low, high = curves.axes[0].get_xlim()
+    ticks = [tick for tick in curves.axes[0].get_xticks() if low <= tick <= high]
+    assert ticks == [1]
+    assert all(tick == int(tick) for tick in waterfall.axes[0].get_xticks())
+
+
 def test_the_command(three, capsys):
     script.main("r --out figures --epochs 1,3 --smooth 2 --formats png,pdf --sweep alpha".split())
     said = capsys.readouterr().out

@@ -157,7 +157,7 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
     """Write a histogram of the two sets of cosines as a PNG file."""
     from matplotlib.figure import Figure  # takes half a second: not at start
 
-    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
     bins = torch.linspace(float(min(positive.min(), negative.min())), 1, 61).tolist()
     styles = (
@@ -172,7 +172,7 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
         label = f"{name}, mean {float(values.mean()):.2f}"
         axes.hist(values.cpu().numpy(), bins=bins, density=True, label=label, **style)
     axes.set(xlabel="cosine of their features", ylabel="density", title=figures.plain(title))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     files.write_figure(figure, path, "out", dpi=150)
 
 

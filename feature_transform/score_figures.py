@@ -127,8 +127,8 @@ def legend_below(figure, width: float, handles: list, labels: list, height: floa
 
     labels = [plain(label) for label in labels]
     font = FontProperties(size=8)
-    measured = [text_to_path.get_text_width_height_descent(x, font, False) for x in labels]
-    longest = max(measured)[0] / 72  # inches
+    sizes = [text_to_path.get_text_width_height_descent(label, font, False) for label in labels]
+    longest = max(width for width, *_ in sizes) / 72  # inches
     columns = max(1, min(len(labels), int((width - 0.1) / (longest + 0.55))))
     rows = -(-len(labels) // columns)
     figure.set_size_inches(width, height + 0.18 * rows)

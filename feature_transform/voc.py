@@ -87,16 +87,16 @@ class Pictures:
                 hint = f"; give the folders in it, such as {whole[0]}" if whole else ""
                 raise UsageError(f"{root} has no {part}/{pattern}, as Pascal VOC has{hint}")
         listed = root / "ImageSets" / "Main" / f"{split}.txt"
-        files = [*(root / "JPEGImages").iterdir()]
-        files = [path for path in files if path.suffix.lower() in Image.registered_extensions()]
+        readable = Image.registered_extensions()
+        files = (root / "JPEGImages").iterdir()
+        files = [path for path in files if path.suffix.lower() in readable]
         files.sort(key=lambda path: path.suffix == ".jpg")  # which is taken before others
         pictures = {path.stem: str(path) for path in files}
         for name in read_split(listed, pictures):
             annotation = root / "Annotations" / f"{name}.xml"
             try:
                 if name not in pictures:
-                    missing = f"{root / 'JPEGImages' / name}.jpg"
-                    raise UserError(f"{listed} names {name}, but there is no {missing}")
+                    raise UserError(f"{listed} names {name}, which {root}/JPEGImages lacks")
                 size = upright_size(pictures[name])
                 objects = read_annotation(annotation, pictures[name], size, self.classes)
             except UserError as error:
@@ -194,12 +194,11 @@ def _name(line: str, pictures: Collection[str]) -> str:
     It is the longest beginning of the line that names a picture.
     """
     without_number = re.sub(r"\s+(1|0|-1)$", "", line)
-    first_word = line.split()[0]
-    for words in (line, without_number, first_word):
+    for words in (line, without_number, line.split()[0]):
         for name in (words, os.path.splitext(words)[0]):
             if name in pictures:
                 return name
-    return first_word
+    return without_number
 
 
 def upright_size(picture: str) -> tuple[int, int]:

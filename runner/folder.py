@@ -265,7 +265,10 @@ def own_events(folder: str | Path, run: str | Path) -> str:
 
 
 def _claimed_events(folder: str, run: str) -> str:
-    """Return `own_events`. Raises UsageError, before any training, if it is not writable."""
+    """Return the folder that `own_events` chooses, for --tb_path.
+
+    Raises UsageError, before any training, if it is not writable.
+    """
     try:
         own = own_events(folder, run)
     except OSError as error:

@@ -44,8 +44,7 @@ def class_names(text: str) -> list[str]:
     if looks_like_a_file and not os.path.isfile(text):
         raise UsageError(f"--classes {text}: no such file")
     if os.path.isfile(text):
-        lines = Path(text).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        text = ",".join(line for line in lines if not line.lstrip().startswith("#"))
+        text = ",".join(sets.read_names(text, "--classes"))
     names = [name.strip() for name in text.split(",") if name.strip()] or list(CLASSES)
     twice = [name for name in names if names.count(name) > 1]
     if twice:

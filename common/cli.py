@@ -17,6 +17,16 @@ FIGURES = (".png", ".pdf", ".svg")
 SWITCH = {"on": True, "off": False, "auto": "auto"}  # values of a flag of type `switch`
 META = ("typed", "compared")  # attributes of a namespace that are not flags
 HARDWARE = ("run", "hardware")  # groups of flags that do not change what is learned
+ASIDE = frozenset({  # recorded flags that are places or hardware, or say what is shown and kept
+    "amp_backend", "checkpoint", "ckpt", "ckpt_path", "classifier", "compile", "config",
+    "corruption", "cue_conflict", "data_device", "decode", "demo", "device", "dist_backend",
+    "dist_url", "evaluate", "exp_iter", "exp_name", "file", "folder", "gpu", "knn_data",
+    "knn_every", "label", "last_every", "log", "milestones", "model_path",
+    "multiprocessing_distributed", "name", "network", "nproc", "opt_level", "out", "overwrite",
+    "preset", "pretrained", "print_freq", "rank", "rendition", "resume", "save_freq", "save_path",
+    "save_score", "show_views", "sketch", "skip_bad_images", "stop_after", "stylized", "tb_path",
+    "texture_root", "transfer", "transfer_root", "workers", "world_size",
+})  # fmt: skip
 
 
 class Flags(argparse.Namespace):

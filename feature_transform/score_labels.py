@@ -6,19 +6,14 @@ import json
 import os
 from collections.abc import Iterable
 
-from common import UsageError, printable
+from common import UsageError, cli, printable
 from feature_transform.score_files import Run, find_runs, read_run
 
 TOLD = 3  # the most settings in a label
 LONGEST = 46  # the most characters in a label
-ASIDE = {  # flags that may differ between runs without being a setting of the method
-    "amp_backend", "ckpt_path", "compile", "config", "crop_low", "data", "data_device", "debiased",
-    "decode", "demo", "device", "dist_backend", "dist_url", "evaluate", "exp_name", "file",
-    "folder", "gpu", "knn_data", "knn_every", "knn_k", "label", "last_every", "milestones", "moco",
-    "model_path", "multiprocessing_distributed", "name", "nproc", "opt_level", "overwrite",
-    "preset", "pretrained", "print_freq", "rank", "resume", "save_freq", "save_path", "save_score",
-    "show_views", "skip_bad_images", "start_epoch", "stop_after", "tb_path", "test_size",
-    "texture_root", "workers", "world_size",
+# Flags that may differ between runs without being a setting of the method; some stand for others.
+ASIDE = cli.ASIDE | {
+    "crop_low", "data", "debiased", "knn_k", "moco", "start_epoch", "test_size",
 }  # fmt: skip
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -131,16 +133,117 @@ def test_a_published_best_epoch_stands_beside_the_best_epochs(tmp_path, capsys):
     report.main([*map(str, runs), "--format", "csv"])
     parts = capsys.readouterr().out.split("\n\n")
     theirs, ours = (list(csv.reader(part.splitlines())) for part in parts)
-    assert theirs[0][3:] == ours[0][3:] == ["acc1_best", "acc1"]
-    assert theirs[2][3:] == ["75.80", "-"] and ours[1][3:] == ["52.50±0.71", "50.00±0.00"]
+    assert theirs[0][3:] == ours[0][3:] == ["acc1_best", "acc1", "acc5"]
+    assert theirs[2][3:5] == ["75.80", "-"] and ours[1][3:5] == ["52.50±0.71", "50.00±0.00"]
     report.main([*map(str, runs)])
     said = capsys.readouterr().out
-    assert "acc1_best: of the best epoch on the validation set; acc1: of the last epoch" in said
+    assert "linear (best)  linear (last)" in said and "best is chosen on val" in said
     for path in sorted(ROOT.glob("*/published.json")):
         published = json.loads(path.read_text())
         assert ("best epoch" in published["title"]) == ("acc1_best" in published["columns"]), path
         for row in published["rows"]:
             assert set(row) - {"label"} <= set(published["columns"])
+
+
+def evaluated(
+    root, name: str, seed: int, knn: float, options: dict | None = None, **result
+) -> None:
+    """Write the records of a pre-training and of its evaluation by tools/evaluate.py."""
+    flags = {"seed": seed, "lr": 0.03, "bn_splits": 8, "name": name, "device": "cpu", "data": "d"}
+    flags |= options or {}
+    config = {"command": "python moco/train.py", "derived": {"steps_per_epoch": 2}}
+    run = root / "runs" / name
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(config | {"options": flags}))
+    lines = [
+        {"step": 1, "epoch": 0, "l_loss": 2.0, "ab_loss": 1.0, "feature_spread": 0.5},
+        {"step": 2, "epoch": 0, "l_loss": 1.0, "ab_loss": 1.0, "feature_spread": 0.75},
+        {"step": 2, "epoch": 0, "knn_acc1": knn},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    numbers = {"knn_acc1": knn, "linear_100": 40.0, "acc1": 40.0, "rankme": 99.0, "seed": 0}
+    origin = {"pretrained": f"runs/{name}/current.pth", "backbone_epochs": 3, "label": name}
+    write(root / "evaluations" / name, numbers | origin | {"arch": "resnet18"} | result)
+
+
+def printed(arguments: list, capsys) -> list[list[str]]:
+    report.main([*map(str, arguments), "--format", "csv"])
+    return list(csv.reader(capsys.readouterr().out.splitlines()))
+
+
+def test_runs_are_one_row_only_where_they_differ_in_the_seed_alone(tmp_path, capsys):
+    """Learning rates, batch-norm groups and pictures are no seeds; folders and devices are not."""
+    for seed in range(3):
+        evaluated(tmp_path, f"moco-s{seed}", seed, 30.0 + seed, {"device": f"cuda:{seed}"})
+    evaluated(tmp_path, "fast", 0, 25.0, {"lr": 0.12})
+    evaluated(tmp_path, "groups", 0, 28.0, {"bn_splits": 1})
+    evaluated(tmp_path, "other", 0, 50.0, {"data": "elsewhere/other"})
+    folder = tmp_path / "evaluations"
+    rows = printed([folder, folder / "fast", "--columns", "knn_acc1,rankme"], capsys)
+    assert rows[0] == ["run", "data", "epochs", "knn_acc1", "rankme"]
+    assert [row[0] for row in rows[1:]] == [
+        "fast, resnet18, lr=0.12",
+        "groups, resnet18, bn_splits=1",
+        "moco, resnet18 (seeds 0, 1, 2)",
+        "other, resnet18",
+    ]
+    assert rows[3][3] == "31.00±1.00"
+    rows = printed([folder, "--sort", "knn_acc1"], capsys)
+    assert [row[0].partition(",")[0] for row in rows[1:]] == ["other", "moco", "groups", "fast"]
+    assert rows[0][3:] == ["knn_acc1", "linear_100", "rankme"]  # tuned, so not that of a last epoch
+    evaluated(tmp_path, "groups-s1", 1, 29.0, {"bn_splits": 1}, label="MoCo")
+    rows = printed([folder / "groups-s1", folder / "moco-s0"], capsys)
+    assert [row[0] for row in rows[1:]] == [
+        "MoCo, resnet18, bn_splits=1",
+        "moco, resnet18, bn_splits=8",
+    ]
+    report.main([str(folder / "moco-s0"), "--format", "latex", "--columns", "knn_acc1"])
+    assert r"moco, resnet18 & - & 3 & 30.00 \\" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--sort acc9: no run has it; there are knn_acc1, "):
+        report.main([str(folder), "--sort", "acc9"])
+
+
+def test_evaluations_of_one_network_are_told_by_both_seeds(tmp_path, capsys):
+    evaluated(tmp_path, "moco", 7, 30.0)
+    again = json.loads((tmp_path / "evaluations/moco/result.json").read_text())
+    write(tmp_path / "evaluations/again/deeper", again | {"seed": 1})
+    rows = printed([tmp_path], capsys)
+    assert [row[0] for row in rows[1:]] == ["moco, resnet18 (seeds 7/0, 7/1)"]
+
+
+class Page(HTMLParser):
+    """The headings, cells and panels of a page, and whatever it would load from elsewhere."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.loaded, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loaded += [v for k, v in attributes if k in ("src", "href") and v[:5] != "data:"]
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+def test_a_page_holds_table_curves_scores_and_pictures_and_loads_nothing(tmp_path, capsys):
+    for seed in range(2):
+        evaluated(tmp_path, f"<moco>-s{seed}", seed, 30.0 + seed)
+    run = tmp_path / "runs/<moco>-s0"
+    scores = np.full((4, 8, 5), 0.25, np.float32)
+    scores[:, 6:] = np.nan
+    (run / "scores").mkdir()
+    np.save(run / "scores/score_000.npy", scores)
+    (run / "views.png").write_bytes(b"PNG")
+    report.main([str(tmp_path), "--html", str(tmp_path / "page.html")])
+    assert "wrote " in capsys.readouterr().err
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.loaded == [] and page.tags.count("table") == page.tags.count("img") == 1
+    assert page.tags.count("svg") == 3 + 3  # loss, k-NN, spread; three of the scores
+    for text in ("<moco>, resnet18", "0, 1", "30.50", "± 0.71", "<moco>-s0"):
+        assert text in page.texts, text
+    assert {"k-NN", "linear (tuned)", "RankMe"} <= {*page.texts}
 
 
 def test_control_characters_are_written_out(tmp_path, capsys):

@@ -1,16 +1,18 @@
-"""Print run folders beside the published table that they belong to.
+"""Print run folders beside the published table that they belong to, or as a page with curves.
 
     python tools/report.py RUNS...
+    python tools/report.py RUNS... --html report.html
 
 Runs from any working directory. A run's result.json names its table (a JSON file in the paper's
-folder). Runs with the same label and setting, which differ in the seed alone, are one row: mean and
-standard deviation, the seeds listed. A published number stands in the column of what it is:
-acc1_best where the paper reports the best epoch on the validation set, acc1 where it is the last.
+folder). Runs are one row only where all their recorded settings agree but the seed (places and
+hardware aside): mean and standard deviation, the seeds listed. A row names the settings in which it
+differs from most rows of the same script. A published number stands in the column of what it is:
+"linear (best)" where the paper reports the best epoch on the validation set, "linear (last)" where
+it is the last epoch.
 """
 
 import csv
 import io
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,189 +23,132 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # isort: split
 
 from common import UsageError, cli, printable
-from common.files import ROOT
+from tools import report_page
+from tools.report_runs import HEADINGS, Row, epochs_of, find_results, pool, published_table, seed_of
 
-TABLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/published*.json"))
-ACCURACIES = ("acc1", "acc5", "acc1_best")
-HEADINGS = {"shape_bias": "shape bias"}  # columns of a table that are not called by their name
-EPOCHS = "acc1_best: of the best epoch on the validation set; acc1: of the last epoch"
-# result.json, and where kinds of runs share a folder those of each kind.
-RESULTS = ("result.json", "result-lincls.json", "result-robustness.json")
+ABOUT = """\
+The runs here; accuracies in percent, mean ± standard deviation over the seeds. last, best: epoch of
+the linear evaluation (best is chosen on val); tuned: its rate is chosen on pictures kept back."""
+ASCENDING = ("alignment", "uniformity")  # columns whose lowest number comes first
 
 
 class Table(NamedTuple):
-    """A table to print: its title, the names of the columns, and rows of texts."""
+    """A table to print: its title, the keys of the columns, their headings, and rows of texts."""
 
     title: str
+    columns: list[str]
     header: list[str]
     rows: list[list[str]]
 
 
-def main(argv=None) -> None:
+def parse_args(argv=None):
     parser = cli.Parser(prog="report.py", description=__doc__.splitlines()[0])
     about = "run folders (or folders of them) with a result.json of an evaluation"
     parser.add_argument("runs", nargs="+", help=about)
-    about = "of the tables; csv has no titles"
-    parser.add_argument("--format", choices=["text", "markdown", "csv"], default="text", help=about)
+    about = "of the tables; csv has the names of result.json as headings and no titles"
+    parser.add_argument("--format", choices=FORMATS, default="text", help=about)
+    about = f"print these numbers alone: {', '.join(HEADINGS)}, or those of a published table"
+    parser.add_argument("--columns", metavar="NAME,NAME", help=about)
+    about = "sort the runs by this number, the best first"
+    parser.add_argument("--sort", metavar="NAME", help=about)
     about = "print the given runs alone"
     parser.add_argument("--no-published", action="store_true", help=about)
-    args = cli.freeze(parser.parse_args(argv))
-    printed = [
-        as_csv(table) if args.format == "csv" else as_text(table, args.format == "markdown")
-        for table in tables(find_results(args.runs), not args.no_published)
-    ]
-    print("\n\n".join(printed))
+    about = "also write one page with a table to sort, curves, scores and pictures of the runs"
+    parser.add_argument("--html", metavar="FILE", help=about)
+    return cli.freeze(parser.parse_args(argv))
 
 
-# ---------------------------------------------------------------------------------------- results
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    results = find_results(args.runs)
+    chosen = args.columns.split(",") if args.columns else None
+    _check_columns(results, chosen, args.sort)
+    found = tables(results, not args.no_published, chosen, args.sort)
+    if args.html:
+        rows = ordered(pool(results), args.sort)
+        report_page.write(args.html, rows, chosen or columns_of({"columns": []}, results))
+    print("\n\n".join(FORMATS[args.format](table) for table in found))
+    if args.html:
+        print(f"wrote {printable(args.html)}", file=sys.stderr)
 
 
-def results_in(folder: Path) -> list[Path]:
-    """Return the results that lie in a folder."""
-    return [folder / name for name in RESULTS if (folder / name).is_file()]
-
-
-def find_results(paths: list[str]) -> list[dict]:
-    """Return the results of every folder named, or else of the folders one or two below it.
-
-    Raises UsageError for a folder without.
-    """
-    results = []
-    for path in map(Path, paths):
-        files = [path] if path.is_file() else results_in(path)
-        for depth in ("*", "*/*"):
-            if files or not path.is_dir():
-                break
-            folders = [folder for folder in sorted(path.glob(depth)) if folder.is_dir()]
-            files = [file for folder in folders for file in results_in(folder)]
-        if not files:
-            raise UsageError(
-                f"{printable(path)}: no result.json in it; an evaluation script writes one when "
-                "it is done"
-            )
-        results += map(read, files)
-    return results
-
-
-def read(file: Path) -> dict:
-    """Return a result.json and its folder, with the types that a table needs.
-
-    Raises UsageError, which names file and field, where they differ.
-    """
-    where = printable(file)
-    try:
-        result = json.loads(file.read_text())
-    except OSError as error:
-        raise UsageError(f"{where}: {error.strerror.lower()}") from None
-    except (ValueError, RecursionError):
-        result = None
-    if not isinstance(result, dict) or not result.keys() & {"table", "acc1"}:
-        raise UsageError(f"{where}: not a result of an evaluation script")
-    _check(result, where)
-    return result | {"folder": str(file.parent)}
-
-
-def _check(result: dict, where: str) -> None:
-    def check(field: str, wanted: str, fits) -> None:
-        if field in result and not fits(result[field]):
-            value = printable(repr(result[field])[:60])
-            raise UsageError(
-                f"{where}: its {field} is {value}, not {wanted}; delete the file, or evaluate again"
-            )
-
-    check("table", f"one of {', '.join(TABLES)}", lambda v: v is None or v in TABLES)
-    for field in ("label", "arch", "data"):
-        check(field, "a text", lambda v: v is None or isinstance(v, str))
-    for field in ("epochs", "seed"):
-        check(field, "a number", lambda v: v is None or _is_number(v) and 0 <= v < 2**63)
-    check("settings", "a table of settings", lambda v: v is None or isinstance(v, dict))
-    check("pending", "a list", lambda v: v is None or isinstance(v, list))
-    columns = ACCURACIES
-    if result.get("table"):
-        columns = (*published_table(result["table"])["columns"], *HEADINGS, *ACCURACIES)
-    for column in columns:
-        for field in (column, f"{column}_masked"):
-            check(field, "a number from 0 to 100", lambda v: _is_number(v) and 0 <= v <= 100)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def published_table(name: str) -> dict:
-    """Return the content of FOLDER/published.json."""
-    return json.loads((ROOT / name).read_text())
+def _check_columns(results: list[dict], chosen: list[str] | None, sort: str | None) -> None:
+    published = [published_table(result["table"]) for result in results if result.get("table")]
+    there = dict.fromkeys(name for table in published for name in table["columns"])
+    there |= dict.fromkeys(columns_of({"columns": []}, results))
+    for flag, name in [("columns", name) for name in chosen or ()] + [("sort", sort)]:
+        if name is not None and name not in there:
+            raise UsageError(f"--{flag} {name}: no run has it; there are {', '.join(there)}")
 
 
 # ----------------------------------------------------------------------------------------- tables
 
 
-def tables(results: list[dict], with_published: bool) -> list[Table]:
-    """Return a table, or two with the published one, for each that results name."""
+def tables(
+    results: list[dict], with_published: bool, chosen: list[str] | None, sort: str | None
+) -> list[Table]:
+    """Return a table, or two with the published one, for each that results name.
+
+    chosen: the columns, or None for all. sort: the column that runs are sorted by.
+    """
     grouped: dict[str | None, list[dict]] = {}
     for result in results:
         grouped.setdefault(result.get("table"), []).append(result)
     found = []
     for name, members in grouped.items():
-        if name is None:
-            found.append(plain_table(members))
-            continue
-        published = published_table(name)
-        columns = columns_of(published, members)
-        if with_published:  # a table of its own: other data, other sizes
+        published = published_table(name) if name else {"columns": []}
+        columns = chosen or columns_of(published, members)
+        if name and with_published:  # a table of its own: other data, other sizes
             found.append(their_table(published, columns))
-        found.append(our_table(members, columns))
+        found.append(our_table(ordered(pool(members), sort), columns))
     return found
-
-
-def plain_table(results: list[dict]) -> Table:
-    """Return the table of results that belong to no published one."""
-    columns = [column for column in ACCURACIES if any(column in result for result in results)]
-    rows = []
-    for result in results:
-        cells = [cell([result[column]]) if column in result else "-" for column in columns]
-        rows.append([shown(result["folder"]) + unfinished([result]), *cells])
-    return Table(f"Linear evaluation in percent ({EPOCHS})", ["run", *columns], rows)
 
 
 def columns_of(published: dict, results: list[dict]) -> list[str]:
     """Return the columns of a published table, and others that these results have."""
     fields = {field for result in results for field in result}
     columns = list(published["columns"])
-    columns += [
-        column
-        for column in (*HEADINGS, "acc1_best", "acc1")
-        if column in fields and column not in columns
-    ]
+    columns += [name for name in HEADINGS if name in fields and name not in columns]
     masked = [field for field in fields if field.endswith("_masked")]
     return columns + sorted(name for name in masked if name.removesuffix("_masked") in columns)
 
 
+def ordered(rows: list[Row], sort: str | None) -> list[Row]:
+    """Return the rows with the best mean of a column first, and those without it last."""
+    if sort is None:
+        return rows
+    sign = 1 if sort in ASCENDING else -1
+    with_it = [row for row in rows if row.values(sort)]
+    return sorted(with_it, key=lambda row: sign * row.mean(sort)) + [
+        row for row in rows if not row.values(sort)
+    ]
+
+
 def their_table(published: dict, columns: list[str]) -> Table:
     """Return the published numbers."""
-    header = ["published", "data", "epochs", *(HEADINGS.get(name, name) for name in columns)]
+    names, header = _heads("published", columns)
     rows = []
     for row in published["rows"]:
         cells = [interval(row.get(name)) for name in columns]
         rows.append([row["label"], published["data"], str(published["epochs"]), *cells])
-    return Table(published["title"], header, rows)
+    return Table(published["title"], names, header, rows)
 
 
-def our_table(results: list[dict], columns: list[str]) -> Table:
-    """Return these results, those that differ in the seed alone in one row."""
-    by_row: dict[tuple, list[dict]] = {}
-    for result in results:
-        setting = [result.get(name) for name in ("label", "arch", "epochs", "data")]
-        key = (*setting, json.dumps(result.get("settings")))
-        by_row.setdefault(key, []).append(result)
-    rows = []
-    for (label, arch, epochs, data, _), same in by_row.items():
-        name = f"{shown(label)}, {shown(arch)}{seeds(same)}{unfinished(same)}"
-        cells = [cell([one[column] for one in same if column in one]) for column in columns]
-        rows.append([name, shown(data), shown(epochs), *cells])
-    header = ["run", "data", "epochs", *(HEADINGS.get(name, name) for name in columns)]
-    about = f" ({EPOCHS})" if "acc1_best" in columns else ""
-    return Table(f"Accuracy in percent of the runs here{about}", header, rows)
+def our_table(rows: list[Row], columns: list[str]) -> Table:
+    """Return the rows of these runs."""
+    names, header = _heads("run", columns)
+    cells = []
+    for row in rows:
+        first = row.results[0]
+        name = row.name + seeds(row.results) + unfinished(row.results)
+        own = [shown(first.get("data")), shown(epochs_of(first))]
+        cells.append([name, *own, *(cell(row.values(column)) for column in columns)])
+    return Table(ABOUT, names, header, cells)
+
+
+def _heads(first: str, columns: list[str]) -> tuple[list[str], list[str]]:
+    names = [first, "data", "epochs", *columns]
+    return names, [HEADINGS.get(name, name) for name in names]
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -239,10 +184,17 @@ def cell(values: list[float]) -> str:
 
 
 def seeds(results: list[dict]) -> str:
-    """Return the seeds of several results, in brackets."""
+    """Return the seeds of several results, in brackets; with that of the evaluation if one recurs.
+
+    So 0/0, 0/1 are two evaluations of a network with seed 0.
+    """
     if len(results) == 1:
         return ""
-    return f" (seeds {', '.join(str(result.get('seed')) for result in results)})"
+    names = [shown(seed_of(result)) for result in results]
+    if len(set(names)) < len(names):
+        own = [shown(result.get("linear_seed", result.get("seed"))) for result in results]
+        names = [f"{name}/{seed}" for name, seed in zip(names, own)]
+    return f" (seeds {', '.join(names)})"
 
 
 def interval(published: list[float] | None) -> str:
@@ -255,12 +207,31 @@ def interval(published: list[float] | None) -> str:
 
 def as_csv(table: Table) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([table.header, *table.rows])
+    csv.writer(out, lineterminator="\n").writerows([table.columns, *table.rows])
     return out.getvalue().rstrip("\n")
 
 
-def as_text(table: Table, markdown: bool) -> str:
-    return f"{table.title}\n\n{layout(table.header, table.rows, markdown)}"
+def as_text(table: Table) -> str:
+    return f"{table.title}\n\n{layout(table.header, table.rows, markdown=False)}"
+
+
+def as_markdown(table: Table) -> str:
+    return f"{table.title}\n\n{layout(table.header, table.rows, markdown=True)}"
+
+
+def as_latex(table: Table) -> str:
+    """Return a tabular, with the title as a comment."""
+    special = {ord(char): f"\\{char}" for char in "&%$#_{}"}
+    special |= {ord("±"): "$\\pm$", ord("\\"): "\\textbackslash{}", ord("~"): "\\~{}"}
+    lines = [
+        " & ".join(text.translate(special) for text in cells) + r" \\"
+        for cells in [table.header, *table.rows]
+    ]
+    head, *rows = lines
+    form = "l" + "r" * (len(table.header) - 1)
+    title = [f"% {line}" for line in table.title.split("\n")]
+    begin = [*title, f"\\begin{{tabular}}{{{form}}}", "\\hline", head, "\\hline"]
+    return "\n".join([*begin, *rows, "\\hline", "\\end{tabular}"])
 
 
 def layout(header: list[str], rows: list[list[str]], markdown: bool) -> str:
@@ -278,6 +249,8 @@ def layout(header: list[str], rows: list[list[str]], markdown: bool) -> str:
         rule = [rule[0], *(dashes[:-1] + ":" for dashes in rule[1:])]
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
+
+FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}
 
 if __name__ == "__main__":
     cli.run(main)

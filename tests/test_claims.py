@@ -10,7 +10,7 @@ import statistics
 
 import pytest
 
-from common import UserError
+from common import UsageError, UserError, launch
 from common.files import ROOT
 from tools import claim_pages, claim_records, claim_runs, claims
 
@@ -97,9 +97,9 @@ def test_a_claim_from_its_commands_to_the_pages(root, capsys):
     said = flat(capsys.readouterr().out)
     assert "[1/12] paper toy: better, seed 0 (0:00 gone)" in said
     assert "[12/12]" in said and "left)" in said
-    numbers = "linear +2.00±0.00, k-NN +0.00±0.00 agrees, records of older code"
-    assert "paper: better-plain" in said and numbers in said
+    assert "paper: better-plain 3 linear +2.00±0.00 agrees *" in said
     assert "does not agree" in said and "not run" in said
+    assert "* from records of older code: a folder that their commands use" in said
     record = root / "results" / "paper" / "better-s2"
     kept = ["config.json", "metrics.jsonl", "result.json", "took.json", "weights.sha256"]
     assert sorted(path.name for path in record.iterdir()) == kept
@@ -144,10 +144,12 @@ def test_a_run_of_another_paper_and_a_number_of_its_own(root, capsys):
     run(root, "across", "--write")
     said = flat(capsys.readouterr().out)
     assert "[6/6] paper toy: plain, seed 2" in said
-    numbers = "linear +2.00±0.00, k-NN +0.00±0.00 cannot be told (k-NN), records of older code"
-    assert numbers in said
-    assert "other: nowhere +1 - not set up at scale toy" in said
-    assert "other: unknown +1 - not set up" in said
+    assert "other: across 3 k-NN +0.00±0.00 cannot be told *" in said
+    assert "other: nowhere" not in said  # as it was not asked for
+    claims.main(["other", "--scale", "toy"], root)
+    said = flat(capsys.readouterr().out)
+    assert "other: nowhere 0 - not set up at scale toy" in said
+    assert "other: unknown 0 - not set up" in said
     took = json.loads((root / "results/other/better-s1/took.json").read_text())
     assert took["commands"] == ["python step.py better-s1 1 2"] and took["seconds"] > 0
     plain = ledger(root)["across", "acc1"]["runs"]["paper/plain"]
@@ -175,6 +177,65 @@ def test_a_run_that_fails_is_recorded_until_it_comes_through(root, capsys):
     run(root, "lost-plain")
     assert not (root / "results/paper/lost-s0/failed.json").exists()
     assert "failed" not in capsys.readouterr().out
+
+
+def study(root, **changes) -> str:
+    """Write a study with the least that is needed, and return its path."""
+    step = {"command": "python step.py {name} {seed} {flags}", "folder": "runs/{name}"}
+    scale = {"numbers": ["acc1", "knn_acc1"], "steps": [step], "runs": {"a": "1", "b": "2"}}
+    content = {"scales": {"one": scale | changes}, "claims": [{"better": "b", "than": "a"}]}
+    (root / "mine.json").write_text(json.dumps(content))
+    return "mine.json"
+
+
+def test_a_study_of_ones_own(root, capsys, monkeypatch):
+    """Two at once; resumed for more seeds; the table of runs, the difference and the figure."""
+    monkeypatch.chdir(root)
+    path = study(root)
+    claims.main(["--study", path, "--run", "--jobs", "2", "--figure", "mine.png"])
+    said = flat(capsys.readouterr().out)
+    assert "[6/6] mine one: b, seed 2" in said
+    assert "run seeds linear k-NN" in said and "b 3 43.67±2.08 31.00±1.00" in said
+    assert "mine: b-a 3 linear +1.00±0.00 agrees *" in said and "wrote mine.png" in said
+    assert (root / "mine.png").stat().st_size > 5000
+    assert (root / "runs/studies/mine/one/a-s1/result.json").is_file()
+    took = json.loads((root / "runs/studies/mine/one/a-s1/took.json").read_text())
+    assert took["threads"] == max(1, launch.cores() // 2)
+    claims.main(["--study", path, "--run", "--seeds", "4"])
+    assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"runs": {}}, "it has no runs"),
+        ({"steps": [{"command": "python step.py"}]}, "'folder' is missing"),
+        ({"steps": [{"command": "python step.py {data}", "folder": "x"}]}, "'data' is missing"),
+        ({"steps": 3}, "'int' object"),
+    ],
+)
+def test_a_study_in_another_format_is_one_line(changes, said, root, monkeypatch):
+    monkeypatch.chdir(root)
+    with pytest.raises(UsageError, match=f"--study mine.json: not in the format .*: {said}"):
+        claims.main(["--study", study(root, **changes)])
+    for flags, message in (
+        (["--study", "no.json"], "--study no.json: .*No such file"),
+        (["--study", study(root), "--scale", "two"], "--scale two: there are one"),
+        (["--study", study(root), "--write"], "--write makes the pages of this project"),
+        (["--figure", "a.png"], "--figure draws a study"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            claims.main(flags)
+
+
+def test_the_study_in_the_docs_is_accepted(root):
+    text = (ROOT / "docs/studies.md").read_text()
+    (root / "docs.json").write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    setting = claim_records.setting("docs", "small", root / "docs.json")
+    for name in setting.runs:
+        for command, _ in setting.commands(name, 0):
+            module, flags = called(command)
+            module.parse_args(flags)
 
 
 def test_what_can_be_said_of_differences():

@@ -15,7 +15,7 @@ from common import UserError, files
 from runner import papers as declarations
 from tools import claim_records as records
 from tools.claim_records import NAMES, Comparison, Setting
-from tools.report import layout
+from tools.report import cell, layout
 
 NOTES = "\n## Notes\n"
 BLOCK = re.compile(r"(<!-- claims: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -61,11 +61,7 @@ def run_table(setting: Setting) -> str:
         seeds = setting.seeds(run)
         if not seeds:
             continue
-        cells = []
-        for key in setting.numbers:
-            values = [setting.number(run, seed, key) for seed in seeds]
-            spread = f"±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        cells = [cell(setting.values(run, key)) for key in setting.numbers]
         commits = dict.fromkeys(setting.environment(run, seed)["commit"] for seed in seeds)
         flags = f"`{flags}`" if flags else "-"
         row = [f"`{run}`", ", ".join(map(str, seeds)), *cells, ", ".join(commits), flags]

@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, printable
+from common import UsageError, UserError, printable
 from common.files import ROOT
 
 # Student's t, two-sided 95 %, by degrees of freedom
@@ -28,11 +28,12 @@ FAILED = "failed.json"  # instead of the records of a run that did not come thro
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of a paper at one scale, as its claims.json sets them up.
+    """The runs of a paper, or of a study, at one scale, as its claims.json sets them up.
 
-    root: folder of the project. about: the setting in words. records: where the runs' records lie.
-    steps: the commands of a run. Each is a dict of `command`, `folder` (that it writes), `suffix`
-    (of the folder of its records) and `toy` (flags with which it ends after a few batches).
+    root: folder that all paths and the commands start from. about: the setting in words. records:
+    where the runs' records lie. steps: the commands of a run. Each is a dict of `command`, `folder`
+    (that it writes), `suffix` (of the folder of its records) and `toy` (flags with which it ends
+    after a few batches).
     runs: {name: flags}. numbers: keys of the numbers to compare, the main one first.
     pictures: name and size of the part of CIFAR-10 that is trained on, if it is that.
     """
@@ -46,6 +47,13 @@ class Setting:
     runs: dict[str, str]
     numbers: list[str]
     pictures: dict | None
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The folders whose code these runs execute."""
+        scripts = [word for step in self.steps for word in step["command"].split() if "/" in word]
+        folders = {script.partition("/")[0] for script in scripts if script.endswith(".py")}
+        return *sorted(folders), "common", "runner"
 
     def record(self, run: str, seed: int, suffix: str = "") -> Path:
         """Return the folder of a run's records."""
@@ -92,6 +100,10 @@ class Setting:
                     return float(record[key])
         raise UserError(f"{printable(self.record(run, seed))}: no {key} in its records")
 
+    def values(self, run: str, key: str) -> list[float]:
+        """Return a number of all recorded seeds of a run."""
+        return [self.number(run, seed, key) for seed in self.seeds(run)]
+
     def environment(self, run: str, seed: int) -> dict:
         """Return commit, versions, hardware and, where it was noted, the seconds of a run."""
         folder = self.last_record(run, seed)
@@ -129,9 +141,42 @@ def fill(text: str, values: dict[str, str]) -> str:
 
 
 def papers(root: Path = ROOT) -> dict[str, dict]:
-    """Return {folder: content of its claims.json}, sorted by folder."""
+    """Return {folder: content of its claims.json}, sorted by folder.
+
+    root: the project, or the file of a study, of which {its name: content} is returned.
+    """
+    if root.is_file():
+        return {root.stem: read_study(root)}
     paths = sorted(root.glob("*/claims.json"))
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def read_study(path: Path) -> dict:
+    """Return a file in the format of claims.json with its defaults filled in.
+
+    Raises UsageError for a file that is not in this format, which names what is missing.
+    """
+    try:
+        content = json.loads(path.read_text())
+        for name, scale in content["scales"].items():
+            records = f"runs/studies/{path.stem}/{name}"
+            scale |= {"about": name, "records": records, "pictures": None} | scale
+            for number, step in enumerate(scale["steps"]):
+                step |= {"suffix": f"-{number}" if number else "", "toy": ""} | step
+            tried = Setting(root=path.parent, paper=path.stem, scale=name, **scale)
+            tried.commands(next(iter(tried.runs)), 0)
+        for claim in content.setdefault("claims", []):
+            pair = f"{claim['better']} is better than {claim['than']}"
+            usual = {"name": f"{claim['better']}-{claim['than']}", "claim": pair}
+            claim |= usual | {"published": "-", "source": "-"} | claim
+    except KeyError as error:
+        reason = f"{error} is missing"
+    except (OSError, ValueError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        reason = str(error) or "it has no runs"
+    else:
+        return content
+    where = printable(path)
+    raise UsageError(f"--study {where}: not in the format of docs/studies.md: {reason}")
 
 
 def scales(root: Path = ROOT) -> list[str]:
@@ -141,23 +186,13 @@ def scales(root: Path = ROOT) -> list[str]:
 
 def setting(paper: str, scale: str, root: Path = ROOT) -> Setting | None:
     """Return a paper's setting at a scale, or None where there is none."""
-    path = root / paper / "claims.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text())["scales"].get(scale)
+    content = papers(root).get(paper, {"scales": {}})["scales"].get(scale)
     if content is None:
         return None
-    return Setting(
-        root=root,
-        paper=paper,
-        scale=scale,
-        about=content["about"],
-        records=root / content["records"],
-        steps=content["steps"],
-        runs=content["runs"],
-        numbers=content["numbers"],
-        pictures=content.get("pictures"),
-    )
+    start = Path.cwd() if root.is_file() else root
+    content = {"pictures": None} | content
+    records = start / content.pop("records")
+    return Setting(root=start, paper=paper, scale=scale, records=records, **content)
 
 
 # ------------------------------------------------------------------------------------ comparisons
@@ -167,10 +202,11 @@ def setting(paper: str, scale: str, root: Path = ROOT) -> Setting | None:
 class Comparison:
     """A claim at one scale: the runs that it compares, their difference, the verdict.
 
-    claim: of claims.json. setting: of its paper at this scale, or None where there is none.
-    scale: its name.
+    paper, claim: folder of claims.json and an entry of it. setting: of the paper at this scale, or
+    None where there is none. scale: its name.
     """
 
+    paper: str
     claim: dict
     setting: Setting | None
     scale: str
@@ -233,19 +269,21 @@ class Comparison:
 def comparisons(paper: str, scale: str, root: Path = ROOT) -> list[Comparison]:
     """Return the claims of a paper at a scale."""
     own = setting(paper, scale, root)
-    return [Comparison(claim, own, scale) for claim in papers(root)[paper]["claims"]]
+    return [Comparison(paper, claim, own, scale) for claim in papers(root)[paper]["claims"]]
 
 
 def missing(claims: list[Comparison], seeds: int) -> list[tuple[Setting, str, int]]:
-    """Return (setting, run, seed) of all runs that these claims need and that have no records.
-
-    They are sorted by seed, so that pairs are complete early.
-    """
+    """Return (setting, run, seed) of all runs that these claims need and that have no records."""
     runs = {(side.paper, run): (side, run) for claim in claims for side, run in claim.sides()}
+    return unrecorded([*runs.values()], seeds)
+
+
+def unrecorded(runs: list[tuple[Setting, str]], seeds: int) -> list[tuple[Setting, str, int]]:
+    """Return (setting, run, seed) of what has no records, by seed: pairs are complete early."""
     return [
         (side, run, seed)
         for seed in range(seeds)
-        for side, run in runs.values()
+        for side, run in runs
         if not side.is_done(run, seed)
     ]
 

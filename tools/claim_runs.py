@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -9,10 +10,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 from common import UserError, printable
+from common.files import ROOT
 from preprocess import demo
 from runner.folder import environment
 from runner.progress import clock
@@ -68,29 +72,48 @@ def link(source: Path, folder: Path, per_class: int) -> None:
 # ------------------------------------------------------------------------------------------- runs
 
 
-def run_all(jobs: list[tuple[Setting, str, int]], threads: int | None, toy: bool) -> list[str]:
-    """Run jobs one after another; return a line for each that failed, which stops no other.
+def run_all(
+    jobs: list[tuple[Setting, str, int]], threads: int | None, toy: bool, at_once: int = 1
+) -> list[str]:
+    """Run jobs, some of them at once; return a line for each that failed, which stops no other.
 
     threads: OMP_NUM_THREADS of the commands. toy: at toy size, and no records are kept.
     """
-    failed = []
     began = time.perf_counter()
-    for number, (setting, run, seed) in enumerate(jobs):
+    done = 0
+    failed = []
+    locks: dict[Path, threading.Lock] = collections.defaultdict(threading.Lock)
+
+    def run(number: int) -> None:
+        nonlocal done
+        setting, name, seed = jobs[number]
         spent = time.perf_counter() - began
-        left = ""
-        if number:
-            left = f", about {clock(spent / number * (len(jobs) - number))} left"
-        place = f"{setting.paper} {setting.scale}: {run}, seed {seed}"
+        left = f", about {clock(spent / done * (len(jobs) - done))} left" if done else ""
+        place = f"{setting.paper} {setting.scale}: {name}, seed {seed}"
         print(f"[{number + 1}/{len(jobs)}] {place} ({clock(spent)} gone{left})", flush=True)
-        failure = run_one(setting, run, seed, threads, toy)
+        failure = run_one(setting, name, seed, threads, toy, locks)
+        done += 1
         if failure:
             failed.append(failure)
             print(f"      {failure}", flush=True)
+
+    with futures.ThreadPoolExecutor(at_once) as pool:
+        try:
+            for future in [pool.submit(run, number) for number in range(len(jobs))]:
+                future.result()
+        except BaseException:  # Ctrl-C, which the commands have received as well
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
 
 
-def run_one(setting: Setting, run: str, seed: int, threads: int | None, toy: bool) -> str | None:
-    """Run the commands of one run and keep its records; return what failed, or None."""
+def run_one(
+    setting: Setting, run: str, seed: int, threads: int | None, toy: bool, locks: dict
+) -> str | None:
+    """Run the commands of one run and keep its records; return what failed, or None.
+
+    locks: {folder that a command writes: its lock}, as several runs may share a first step.
+    """
     log = setting.root / "runs/claims" / f"{setting.paper}-{setting.scale}-{run}-s{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     first = setting.record(run, seed, setting.steps[0]["suffix"])
@@ -102,9 +125,11 @@ def run_one(setting: Setting, run: str, seed: int, threads: int | None, toy: boo
         (first / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
     for step, (command, folder) in zip(setting.steps, commands):
-        code = call(command, log, setting.root, threads)
+        with locks[folder]:
+            code = call(command, log, setting.root, threads)
         if code:
-            if not toy:
+            is_stopped = code < 0 or code > 128  # by a signal
+            if not (toy or is_stopped):
                 keep_failure(first, command, code, log)
             place = log.relative_to(setting.root)
             return f"{run}, seed {seed}: exit code {code}; {place} says why"
@@ -122,13 +147,18 @@ def run_one(setting: Setting, run: str, seed: int, threads: int | None, toy: boo
 
 
 def call(command: str, log: Path, root: Path, threads: int | None) -> int:
-    """Run a command, its output after what `log` holds; return its exit code."""
+    """Run a command, its output after what `log` holds; return its exit code.
+
+    A script of this project is found from any `root`, the command's working directory.
+    """
     variables = dict(os.environ)
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)
-    arguments = [sys.executable, *shlex.split(command)[1:]]
+    _, script, *words = shlex.split(command)
+    own = ROOT / script
     with open(log, "a") as out:
         print(f"\n$ {command}", file=out, flush=True)
+        arguments = [sys.executable, str(own if own.is_file() else script), *words]
         return subprocess.call(arguments, cwd=root, env=variables, stdout=out, stderr=out)
 
 

@@ -1,4 +1,4 @@
-"""Test the claims of the papers with runs of this project.
+"""Test the claims of the papers with runs of this project, or run a study of one's own.
 
 A paper's folder has claims.json: settings ("scales") with the commands of a run, the runs that
 differ in some flags, and claims, each of which says which run ought to be better than which other.
@@ -9,6 +9,10 @@ records is not run again. A claim is a paired difference over seeds with its 95 
     python tools/claims.py ring --run --scale cpu --cifar CIFAR  # run what one paper's claims lack
     python tools/claims.py --run --scale gpu --toy               # a few steps of each GPU setting
     python tools/claims.py --write                               # RESULTS.md, results/*/README.md
+    python tools/claims.py --study my.json --run --jobs 2 --figure my.png
+
+A study is a file in the same format (docs/studies.md). All its runs are made, its paths start from
+the working directory, and the table of its runs is printed as well.
 """
 
 from __future__ import annotations
@@ -22,31 +26,53 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # isort: split
 
-from common import UserError, cli, printable
+from common import UsageError, UserError, cli, launch, printable
 from common.files import ROOT
-from tools import claim_pages, claim_records, claim_runs
-from tools.claim_records import NAMES, Comparison
-from tools.report import layout
+from tools import claim_figure, claim_pages, claim_records, claim_runs
+from tools.claim_records import NAMES, Comparison, Setting
+from tools.report import cell, layout
 
 
-def parse_args(argv=None, root: Path = ROOT):
+def parse_args(argv=None):
     parser = cli.Parser(prog="claims.py", description=__doc__.splitlines()[0])
     about = "folders or names of claims; default: all"
     parser.add_argument("which", nargs="*", metavar="PAPER|CLAIM", help=about)
-    scales = claim_records.scales(root)
-    parser.add_argument("--scale", choices=scales, default="cpu", help="size of the runs")
+    about = "a file in the format of claims.json, in place of the papers' claims"
+    parser.add_argument("--study", type=Path, metavar="FILE", help=about)
+    about = "size of the runs; default: cpu, or the first one of the study"
+    parser.add_argument("--scale", help=about)
     about = "with --run: a few steps of the first run of each paper; no records are kept"
     parser.add_argument("--toy", action="store_true", help=about)
     parser.add_argument("--run", action="store_true", help="run what has no records")
     about = "run the seeds from 0 to this number, exclusive"
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help=about)
+    about = "runs at once; they share the processor's cores unless --threads is given"
+    parser.add_argument("--jobs", type=cli.positive_int, default=1, help=about)
     about = "CIFAR-10 as files, of which smaller trees are linked"
     parser.add_argument("--cifar", metavar="TREE", help=about)
     about = "OMP_NUM_THREADS of the runs"
     parser.add_argument("--threads", type=cli.positive_int, help=about)
+    about = "draw the runs of the study and the differences that its claims are about"
+    parser.add_argument("--figure", type=cli.figure_path, metavar="FILE", help=about)
     about = "write RESULTS.md, the pages of results/ and results/ledger.json from the records"
     parser.add_argument("--write", action="store_true", help=about)
-    return cli.freeze(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.study and args.write:
+        raise UsageError("--write makes the pages of this project, not of a --study: take --figure")
+    if args.figure and not args.study:
+        raise UsageError("--figure draws a study: add --study FILE, or omit it")
+    if args.jobs > 1 and args.threads is None:
+        args.threads = max(1, launch.cores() // args.jobs)
+    return cli.freeze(args)
+
+
+def chosen_scale(args, root: Path) -> str:
+    """Return the scale that was asked for. Raises UsageError for one that nothing is set up for."""
+    scales = claim_records.scales(root)
+    scale = args.scale or (scales[0] if args.study else "cpu")
+    if scale not in scales:
+        raise UsageError(f"--scale {printable(scale)}: there are {', '.join(scales)}")
+    return scale
 
 
 def choose(which: list[str], root: Path) -> dict[str, set[str]]:
@@ -75,15 +101,13 @@ def choose(which: list[str], root: Path) -> dict[str, set[str]]:
     return {paper: chosen[paper] for paper in claims if paper in chosen}
 
 
-def run_missing(args, chosen: dict[str, set[str]], root: Path) -> list[str]:
-    """Run what the chosen claims have no records of; return what failed."""
-    claims = [
-        claim
-        for paper, names in chosen.items()
-        for claim in claim_records.comparisons(paper, args.scale, root)
-        if claim.claim["name"] in names
-    ]
+def run_missing(args, claims: list[Comparison], studied: Setting | None, root: Path) -> list[str]:
+    """Run what claims have no records of, or what a study has none of; return what failed."""
     jobs = claim_records.missing(claims, args.seeds)
+    if studied and not args.which:
+        runs = [(studied, run) for run in studied.runs]
+        jobs = claim_records.unrecorded(runs, args.seeds)
+    root = studied.root if studied else root
     if args.toy:
         settings = {setting.paper: setting for setting, _, _ in jobs}
         jobs = [(setting, next(iter(setting.runs)), 0) for setting in settings.values()]
@@ -92,52 +116,85 @@ def run_missing(args, chosen: dict[str, set[str]], root: Path) -> list[str]:
         for setting, _, _ in jobs:
             if setting.pictures:
                 claim_runs.make_pictures(setting.pictures, args.cifar, root)
-    return claim_runs.run_all(jobs, args.threads, args.toy)
+    return claim_runs.run_all(jobs, args.threads, args.toy, args.jobs)
+
+
+# ----------------------------------------------------------------------------------------- tables
 
 
 @functools.cache
-def is_stale(paper: str, commit: str) -> bool:
-    """Return whether the code of a paper's runs has changed since a commit."""
+def is_stale(code: tuple[str, ...], commit: str) -> bool:
+    """Return whether one of these folders of code has changed since a commit."""
     if commit.endswith("-dirty") or commit == "unknown":
         return True
-    git = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", paper, "common", "runner"]
+    git = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *code]
     return subprocess.run(git, capture_output=True).returncode != 0
 
 
-def listed(paper: str, claim: Comparison, scale: str) -> list[str]:
-    """Return the row of a claim: name, published, differences, verdict."""
-    differences = claim.differences()
-    shown = [
-        f"{NAMES.get(key, key)} {claim_records.difference(values)}"
-        for key, values in differences.items()
-        if values
-    ]
+def listed(claim: Comparison) -> list[str]:
+    """Return the row of a claim: name, seeds, difference, verdict."""
+    name = f"{claim.paper}: {claim.claim['name']}"
+    values = claim.differences().get(claim.number, []) if claim.sides() else []
+    shown = "-"
     verdict = claim.verdict()
-    if shown:
-        commits = [
-            (side.paper, side.environment(run, seed)["commit"])
+    if values:
+        number = NAMES.get(claim.number, claim.number)
+        verdict = verdict.replace(f" ({number})", "")  # it is in the column before
+        shown = f"{number} {claim_records.difference(values)}"
+        made = [
+            (side.code, side.environment(run, seed)["commit"])
             for side, run in claim.sides()
             for seed in side.seeds(run)
         ]
-        if any(is_stale(*commit) for commit in commits):
-            verdict += ", records of older code"
-    name = f"{paper}: {claim.claim['name']}"
-    return [name, claim.claim["published"], ", ".join(shown) or "-", verdict]
+        if any(is_stale(*of_run) for of_run in made):
+            verdict += " *"
+    return [name, str(len(values)), shown, verdict]
+
+
+def print_claims(claims: list[Comparison]) -> None:
+    """Print a line for each claim, and what a star at its end means."""
+    rows = [listed(claim) for claim in claims]
+    print(layout(["claim", "seeds", "difference, 95 % interval", "verdict"], rows, markdown=False))
+    if any(row[-1].endswith(" *") for row in rows):
+        print(
+            "\n* from records of older code: a folder that their commands use, common or runner\n"
+            "has changed since. --run keeps such records; delete their folders to make them again."
+        )
+
+
+def print_runs(setting: Setting) -> None:
+    """Print mean ± standard deviation of each number of the runs that have records."""
+    rows = [
+        [run, str(len(setting.seeds(run)))]
+        + [cell(setting.values(run, key)) for key in setting.numbers]
+        for run in setting.runs
+    ]
+    names = [NAMES.get(key, key) for key in setting.numbers]
+    print(f"{setting.paper}, {setting.about}: mean ± standard deviation over the seeds\n")
+    print(layout(["run", "seeds", *names], rows, markdown=False) + "\n")
 
 
 def main(argv=None, root: Path = ROOT) -> None:
-    args = parse_args(argv, root)
-    chosen = choose(args.which, root)
-    failed = []
-    if args.run:
-        failed = run_missing(args, chosen, root)
-    rows = [
-        listed(paper, claim, args.scale)
-        for paper in chosen
-        for claim in claim_records.comparisons(paper, args.scale, root)
+    args = parse_args(argv)
+    root = args.study or root
+    if args.study:
+        claim_records.read_study(root)
+    scale = chosen_scale(args, root)
+    studied = claim_records.setting(root.stem, scale, root) if args.study else None
+    claims = [
+        claim
+        for paper, names in choose(args.which, root).items()
+        for claim in claim_records.comparisons(paper, scale, root)
+        if claim.claim["name"] in names
     ]
-    header = ["claim", "published", f"here ({args.scale}), 95 % interval", "verdict"]
-    print(layout(header, rows, markdown=False))
+    failed = run_missing(args, claims, studied, root) if args.run else []
+    if studied:
+        print_runs(studied)
+    if claims:
+        print_claims(claims)
+    if args.figure:
+        claim_figure.draw(args.figure, studied, claims)
+        print(f"wrote {printable(args.figure)}")
     if args.write:
         for path in claim_pages.write(root):
             print(f"wrote {path.relative_to(root)}")

@@ -76,7 +76,8 @@ def parse_args(argv=None):
     text = "views instead of those two, such as L,a,b or L,ab,YCbCr:CbCr; every pair is contrasted"
     g.add_argument("--views", metavar="VIEW,VIEW,...", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
-    g.add_argument("--nce_k", type=cli.positive_int, default=16384, help="negatives per anchor")
+    text = "negatives per anchor"
+    g.add_argument("--nce_k", "--negatives-k", type=cli.positive_int, default=16384, help=text)
     text = "temperature; default .07, on stl10 .1"
     g.add_argument("--nce_t", "--temperature", type=cli.positive, help=text)
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help="momentum of a memory row")

@@ -16,6 +16,21 @@ OnOff = argparse.BooleanOptionalAction
 FIGURES = (".png", ".pdf", ".svg")
 SWITCH = {"on": True, "off": False, "auto": "auto"}  # values of a flag of type `switch`
 META = ("typed", "compared")  # attributes of a namespace that are not flags
+SYNONYMS = (  # names of one thing, of which a script has some
+    "data data-folder data-dir data-path root dataset-path",
+    "arch model backbone network encoder resnet-version",
+    "out output output-dir out-dir save-dir save-path ckpt-path model-path exp-base name",
+    "checkpoint ckpt pretrained model-path classifier weights",
+    "lr learning-rate",
+    "epochs num-epochs max-epochs",
+    "batch-size batch bs",
+    "temperature tau t nce-t moco-t",
+    "queue negatives-k queue-size num-negatives nce-k moco-k k",
+    "ema moco-m momentum-encoder m",
+    "weight-decay wd",
+    "nproc nproc-per-node num-gpus gpus devices",
+    "workers num-workers",
+)
 HARDWARE = ("run", "hardware")  # groups of flags that do not change what is learned
 ASIDE = frozenset({  # recorded flags that are places or hardware, or say what is shown and kept
     "amp_backend", "checkpoint", "ckpt", "ckpt_path", "classifier", "compile", "config",
@@ -183,12 +198,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
-            flag = message.split()[2].partition("=")[0]
-            options = [option for option in self._option_string_actions if option.startswith("--")]
-            close = difflib.get_close_matches(flag, options, 1)
-            if close:
-                message += f"; did you mean {close[0]}?"
+            meant = self._meant(message.split()[2].partition("=")[0])
+            if meant:
+                message += f"; did you mean {meant}?"
         self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+    def _meant(self, flag: str) -> str | None:
+        """Return the flag of the same meaning as an unknown one, or the most similar one."""
+        typed = flag.lstrip("-").replace("_", "-")
+        names = {option.lstrip("-"): option for option in self._option_string_actions}
+        names |= {
+            a.dest: f"{a.dest.upper()} without a flag" for a in self._get_positional_actions()
+        }
+        for words in SYNONYMS:
+            for name in words.split() if typed in words.split() else ():
+                for spelling in (name, name.replace("-", "_")):
+                    if spelling in names:
+                        return names[spelling]
+        close = difflib.get_close_matches(typed, [name for name in names if len(name) > 1], 1)
+        return names[close[0]] if close else None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

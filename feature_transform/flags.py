@@ -53,7 +53,8 @@ def add_method_arguments(g) -> None:
     text = "temperature"
     g.add_argument("-t", "--nce_t", "--temperature", type=cli.positive, default=0.07, help=text)
     text = "negatives per query; moco: length of the queue"
-    g.add_argument("-k", "--nce_k", "--queue", type=cli.positive_int, default=65536, help=text)
+    names = ("-k", "--nce_k", "--queue", "--negatives-k")
+    g.add_argument(*names, type=cli.positive_int, default=65536, help=text)
     text = "bank: momentum of a memory row"
     g.add_argument("-m", "--nce_m", type=cli.fraction, default=0.5, help=text)
     text = "moco: momentum of the key encoder"

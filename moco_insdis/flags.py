@@ -21,7 +21,8 @@ def add_method_arguments(g) -> None:
     g.add_argument("--moco", action="store_true", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     text = "negatives per query; MoCo: length of the queue"
-    g.add_argument("--nce_k", "--queue", type=cli.positive_int, default=16384, help=text)
+    names = ("--nce_k", "--queue", "--negatives-k")
+    g.add_argument(*names, type=cli.positive_int, default=16384, help=text)
     g.add_argument("--nce_t", "--temperature", type=cli.positive, default=0.07, help="temperature")
     text = "InsDis: momentum of a memory row"
     g.add_argument("--nce_m", type=cli.fraction, default=0.5, help=text)

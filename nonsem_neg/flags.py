@@ -68,9 +68,8 @@ def add_model_arguments(group) -> None:
     group.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
     group.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     group.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
-    group.add_argument(
-        "--moco-k", "--queue", type=cli.positive_int, default=65536, help="queue length"
-    )
+    names = ("--moco-k", "--queue", "--negatives-k")
+    group.add_argument(*names, type=cli.positive_int, default=65536, help="queue length")
     text = "momentum of the key encoder"
     group.add_argument("--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
     group.add_argument(
@@ -92,7 +91,7 @@ def add_negatives_arguments(group) -> None:
     group.add_argument("--robust", choices=kinds, default="patch", type=robust_name, help=text)
     text = "M, non-semantic negatives per query; 0: plain MoCo"
     group.add_argument("--num-nonsem", type=cli.count, default=1, help=text)
-    text = "factor of their similarities, inside the exponent"
+    text = "factor of the similarities of non-semantic negatives, inside the exponent"
     group.add_argument("--alpha", type=float, default=1.0, help=text)
     text = "least and greatest side of a patch, pixels; default 16 56 at 224, else in proportion"
     sides = ("MIN", "MAX")

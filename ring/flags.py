@@ -23,7 +23,7 @@ def add_method_arguments(g) -> None:
     text = "all candidates; the ball: the nearest; or the ring: the ball without the very nearest"
     g.add_argument("--negatives", choices=["all", "ball", "ring"], default="ring", help=text)
     text = "ir, cmc: positive and negatives drawn per anchor; moco: queue length"
-    g.add_argument("--k", type=cli.positive_int, default=4096, help=text)
+    g.add_argument("--k", "--negatives-k", type=cli.positive_int, default=4096, help=text)
     g.add_argument("--queue", type=cli.positive_int, help="moco: the same as --k")
     g.add_argument("--t", "--temperature", type=cli.positive, default=0.07, help="temperature")
     text = "momentum of a memory row (default: ir 0, cmc .5) or of the key network (moco .999)"

@@ -23,6 +23,7 @@ from common import UsageError, cli, files, launch, options
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from runner.folder import RunFolder
+from tools import flags
 
 FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 SCRIPTS = sorted(
@@ -67,7 +68,7 @@ def test_the_answer_is_the_same_as_a_script_and_as_a_module(tmp_path):
     for done in (script, module):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert "argument --nce_k: invalid int value: 'many'" in done.stderr
+        assert "argument --nce_k/--negatives-k: invalid int value: 'many'" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -236,3 +237,48 @@ def test_the_folder_of_a_linear_evaluation():
     args.typed = {"seed"}
     with_seed = os.path.join("runs", "published_seed_1")
     assert options.run_folder(args, "runs", "published") == with_seed
+
+
+# ------------------------------------------------------------------------------ the page of flags
+
+
+def test_the_page_says_what_the_parsers_say():
+    assert flags.PAGE.read_text() == flags.page(), "run tools/flags.py --write"
+
+
+@pytest.mark.parametrize("script", flags.scripts(("pretraining",)))
+def test_every_train_script_takes_the_common_spellings(script):
+    names = flags.flags_of(flags.parser_of(script))
+    lacks = {"debiased": {"negatives-k", "queue", "ema"}, "cmc": {"queue", "ema"}}
+    assert flags.COMMON.keys() - names.keys() == lacks.get(script.partition("/")[0], set())
+
+
+def test_flags_of_runs_and_hardware_are_aside():
+    """What a script puts into these groups is no setting of a method, but for these."""
+    settings = {"amp", "batch_size", "knn_k", "knn_on", "knn_t", "nn_every", "seed", "show_ring"}
+    for script in (*flags.scripts(), "tools/evaluate.py", "tools/robustness.py"):
+        parser = flags.parser_of(script)
+        groups = [group for group in parser._action_groups if group.title in cli.HARDWARE]
+        names = {action.dest for group in groups for action in group._group_actions}
+        assert names - cli.ASIDE <= settings, script
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "meant"),
+    [
+        ("ring/train_ring.py", "--data_dir", "--data"),
+        ("ring/train_ring.py", "--data_folder=x", "--data"),
+        ("ring/train_ring.py", "--nce_t", "--temperature"),
+        ("cmc/train_CMC.py", "--backbone", "--arch"),
+        ("cmc/train_CMC.py", "--queue", "--negatives-k"),
+        ("debiased/main.py", "--nce-t", "--temperature"),
+        ("nonsem_neg/moco_non_sem_neg.py", "--model", "--arch"),
+        ("tools/evaluate.py", "--data_folder", "DATA without a flag"),
+        ("moco_insdis/train_moco_ins.py", "--sofmax", "--softmax"),
+    ],
+)
+def test_an_unknown_flag_suggests_the_one_of_the_same_meaning(script, flag, meant, capsys):
+    parser = flags.parser_of(script)
+    with pytest.raises(SystemExit):
+        parser.parse_args([*(["x"] if script.startswith("tools") else []), flag])
+    assert f"did you mean {meant}?" in capsys.readouterr().err

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import math
 import os
 import sys
 import time
 
-from common import launch
+from common import helptext, launch
 
 OnOff = argparse.BooleanOptionalAction
 FIGURES = (".png", ".pdf", ".svg")
@@ -87,8 +86,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, presets: dict[str, dict] | None = None, **kwargs):
-        formatter = functools.partial(_HelpFormatter, max_help_position=30, width=100)
-        super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
+        super().__init__(*args, formatter_class=helptext.Formatter, allow_abbrev=False, **kwargs)
         self.presets = presets or {}
         self._ignored: dict[str, tuple[str, str]] = {}  # name in the namespace: (flag, reason)
         named = [name for name in self.presets if name != "demo"]
@@ -102,6 +100,21 @@ class Parser(argparse.ArgumentParser):
                 action="store_true",
                 help="use built-in data and a small setting; takes minutes on a CPU",
             )
+
+        if self.presets:
+            text = "print what each preset sets"
+            self.add_argument("--help-presets", action=helptext.ShowPresets, help=text)
+
+    def format_help(self) -> str:
+        opening = helptext.opening(self)
+        if not opening:
+            return super().format_help()
+        formatter = self._get_formatter()
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        return opening + formatter.format_help()
 
     def ignore(self, reason: str, *names: str) -> None:
         """Accept published flags that had no effect there and have none here.
@@ -154,7 +167,7 @@ class Parser(argparse.ArgumentParser):
             action.dest
             for group in method
             for action in group._group_actions
-            if action.dest not in ("help", "preset", "demo")
+            if action.dest not in ("help", "help_presets", "preset", "demo")
         )
 
     def _forget_ignored(self, parsed: argparse.Namespace) -> None:
@@ -217,15 +230,6 @@ class Parser(argparse.ArgumentParser):
                         return names[spelling]
         close = difflib.get_close_matches(typed, [name for name in names if len(name) > 1], 1)
         return names[close[0]] if close else None
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        is_plain = any(action.default is value for value in (None, False, True))
-        is_plain = is_plain or not str(action.default)
-        if is_plain or "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
 
 
 def switch(text: str) -> bool | str:

@@ -70,8 +70,8 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
         text = "epochs per kept checkpoint"
         add("--save-freq", type=cli.positive_int, default=save_freq, help=text)
     text = (
-        "epochs between saves of the newest state, useful if epochs take seconds; "
-        "a stopped run is always saved"
+        "save the state for --resume every that many epochs; more than 1 saves time where epochs "
+        "take seconds (a run that is stopped is always saved)"
     )
     add("--last-every", type=cli.positive_int, default=1, help=text)
     text = "stop after EPOCHS epochs in all; --resume auto continues"
@@ -156,7 +156,10 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
     add("--multiprocessing-distributed", action="store_true", help=text)
     text = "number of nodes (with the flag above), otherwise of processes"
     add("--world-size", type=int, default=-1, help=text)
-    text = "rank of this node (with the flag above), otherwise of this process"
+    text = (
+        "number of this node, from 0 (with --multiprocessing-distributed), otherwise of this "
+        "process; one node needs none"
+    )
     add("--rank", type=int, default=-1, help=text)
     text = "address where processes meet, such as tcp://10.0.0.1:10001; not needed on one node"
     add("--dist-url", help=text)

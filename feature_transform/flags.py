@@ -81,13 +81,19 @@ def add_transformation_arguments(g) -> None:
     )
     g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], help=text)
     g.add_argument("--beta_alpha", type=cli.positive, default=2.0, help="a of Beta(a, a)")
-    text = "take --pos_alpha and --neg_alpha in place of --beta_alpha"
+    text = (
+        "mix positives with coefficients from Beta(a, a), a = --pos_alpha, and negatives with "
+        "a = --neg_alpha; otherwise a = --beta_alpha for both"
+    )
     g.add_argument("--sep_alpha", action=cli.OnOff, default=False, help=text)
     g.add_argument("--pos_alpha", type=cli.positive, default=2.0, help="a of the positives")
     g.add_argument("--neg_alpha", type=cli.positive, default=1.6, help="a of the negatives")
     text = "bring transformed features back to unit length"
     g.add_argument("--postmix_norm", action=cli.OnOff, default=False, help=text)
-    text = "features that --postmix_norm normalises; pos: query and key"
+    text = (
+        "which transformed features --postmix_norm brings back to unit length: those of the "
+        "positive pair (pos: query and key), the negatives (neg), or all of them (both)"
+    )
     g.add_argument("--norm_target", choices=["pos", "neg", "both"], default="pos", help=text)
     text = "transform after this epoch; epochs count from 1"
     g.add_argument("--mix_start_epoch", type=cli.count, default=0, help=text)

@@ -21,7 +21,7 @@ class Positional(argparse.Action):
 def add_data_argument(group, text: str) -> None:
     """Add DATA, which the published code takes as a positional argument, and --data."""
     group.add_argument("data", nargs="?", action=Positional, help=text)
-    group.add_argument("--data", metavar="DATA", help="the same, as an option")
+    group.add_argument("--data", metavar="DATA", help="DATA as an option")
 
 
 def settle_paths(args) -> None:

@@ -79,7 +79,8 @@ def parse_args(argv=None):
     flags.add_sgd_arguments(g, epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4)
     text = "cosine schedule instead of --schedule, per epoch, without warm-up"
     g.add_argument("--cos", action=cli.OnOff, default=False, help=text)
-    g.add_argument("--cos-from", type=cli.count, default=0, help="--cos: number of the first epoch")
+    text = "--cos: what the schedule calls the first epoch: 0, or 1 as in MoCo's CIFAR notebook"
+    g.add_argument("--cos-from", type=cli.count, default=0, help=text)
     g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation")
     text = "augmentation: MoCo-v1's, MoCo-v2's (as --aug-plus), or MoCo's CIFAR-10 notebook's"
     g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=text)
@@ -90,7 +91,7 @@ def parse_args(argv=None):
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
-    text = "feature that the k-NN compares: the pooled one, or the output of the head"
+    text = "what k-NN compares: the network's pooled feature, or the output of the head after it"
     g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=text)
     options.add_hardware_arguments(parser, compile=True)
     parser.ignore("--patch-ratio sets the side of patches", "patch-size")

@@ -239,6 +239,31 @@ def test_the_folder_of_a_linear_evaluation():
     assert options.run_folder(args, "runs", "published") == with_seed
 
 
+def test_help_begins_with_what_people_change_and_an_example(capsys):
+    with pytest.raises(SystemExit):
+        train_CMC.main(["--help"])
+    head, _, rest = capsys.readouterr().out.partition("every flag:")
+    for flag in ("--data", "--out", "--epochs", "--batch_size", "--lr", "--preset"):
+        assert (flag in head) == (flag != "--preset") and flag in rest
+    assert "[flags]" in head and "--epochs 240 --batch-size 128 --lr 0.03" in head
+
+
+@pytest.mark.parametrize("script", flags.scripts())
+def test_what_a_preset_sets_is_printed_as_flags(script, capsys):
+    """What is printed, typed after the script, gives the same flags."""
+    parser = flags.parser_of(script)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help-presets"])
+    for part in capsys.readouterr().out.strip().split("\n\n"):
+        head, _, shown = part.partition(" sets\n")
+        chosen = vars(parser.parse_args(head.split()))
+        typed = vars(parser.parse_args(shown.split()))
+        aside = ("preset", "demo", "typed", "compared")
+        assert {k: v for k, v in chosen.items() if k not in aside} == {
+            k: v for k, v in typed.items() if k not in aside
+        }
+
+
 # ------------------------------------------------------------------------------ the page of flags
 
 

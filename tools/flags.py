@@ -89,7 +89,7 @@ def flags_of(parser: cli.Parser) -> dict[str, argparse.Action]:
     """Return {spelling with dashes: its action} of the long flags that have a help text."""
     found = {}
     for action in parser._actions:
-        if action.help is not argparse.SUPPRESS and action.dest != "help":
+        if action.help is not argparse.SUPPRESS and not action.dest.startswith("help"):
             for option in action.option_strings:
                 if option.startswith("--"):
                     found[option[2:].replace("_", "-")] = action

@@ -12,6 +12,7 @@ import pytest
 
 from common import UsageError, UserError, launch
 from common.files import ROOT
+from nonsem_neg import demo
 from tools import claim_pages, claim_records, claim_runs, claims
 
 STEP = """\
@@ -319,6 +320,30 @@ def test_RESULTS_says_what_the_records_say():
 def test_a_page_says_what_the_records_say(paper):
     text = (ROOT / "results" / paper / "README.md").read_text()
     assert claim_pages.page(paper, text, ROOT) == text
+
+
+def test_the_ranges_that_the_demo_ends_with_hold_for_its_records():
+    """Those of the numbers, and of the gains that are promised in the third row."""
+    shown = {
+        row[: row.index("  ")]: row.split() for row in demo.EXPECTED.splitlines() if "  " in row
+    }
+    columns = ["clean", "corruption", "sketch", "stylized", "rendition", "shape_bias"]
+    found = {}
+    for path in sorted((ROOT / "results/nonsem_neg").glob("demo*/*-robustness/result.json")):
+        result = json.loads(path.read_text())
+        names = {"MoCo (K 1024)": "MoCo", "MoCo + patch (K 1024, alpha 2)": "MoCo + patch"}
+        if result["label"] in names and "one-group" not in path.parent.name:
+            found.setdefault(names[result["label"]], []).append(result)
+    assert [len(results) for results in found.values()] == [6, 6]
+    for name, results in found.items():
+        for column, text in zip(columns, shown[name][-6:]):
+            least, most = map(int, text.split("-"))
+            values = [result[column] for result in results if column in result]
+            assert least <= min(values) and max(values) <= most, (name, column)
+    for column, text in zip(columns, shown["gain"][1:]):
+        least, most = map(int, text.split("-"))
+        gains = [b[column] - a[column] for a, b in zip(found["MoCo"], found["MoCo + patch"])]
+        assert least <= min(gains) and max(gains) <= most, column
 
 
 @pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md"])

@@ -34,6 +34,7 @@ SMALLER = {  # of scripts that belong to no Case; appended, and so stronger than
     "preprocess/check_images.py": "-j 1",
     "preprocess/imagenet_texture_syn.py": "--limit 4 --workers 1 --device cpu",
     "preprocess/pack.py": "--side 32 --workers 1",
+    "preprocess/subset.py": "--per-class 4",
     "preprocess/make_corruptions.py": "--limit 1 --severities 1 --size 0 --workers 1",
 }
 for case in CASES.values():

@@ -15,9 +15,9 @@ import time
 from concurrent import futures
 from pathlib import Path
 
-from common import UserError, printable
+from common import UserError
 from common.files import ROOT
-from preprocess import demo
+from preprocess import demo, subset
 from runner.folder import environment
 from runner.progress import clock
 from tools.claim_records import FAILED, TOY_PICTURES, Setting
@@ -42,12 +42,7 @@ def make_pictures(part: dict, cifar: str | None, root: Path) -> None:
             f"{part['name']} is not there: give --cifar TREE, a CIFAR-10 tree with train/CLASS/* "
             "and test/"
         )
-    source = Path(cifar).resolve()
-    if not (source / "train").is_dir():
-        raise UserError(f"--cifar {printable(cifar)}: no train/ in it")
-    link(source / "train", folder / "train", part["per_class"])
-    val = next(source / split for split in ("val", "test") if (source / split).is_dir())
-    (folder / "val").symlink_to(val)
+    subset.link_tree(Path(cifar), folder, part["per_class"])
 
 
 def make_toy_pictures(root: Path) -> None:
@@ -58,15 +53,7 @@ def make_toy_pictures(root: Path) -> None:
     for split in ("train", "val"):
         folder = root / TOY_PICTURES / split
         if not folder.exists():
-            link(pictures / split, folder, 4)
-
-
-def link(source: Path, folder: Path, per_class: int) -> None:
-    """Make a tree `folder` of links to the first pictures of each class folder in `source`."""
-    for kind in sorted(path for path in source.iterdir() if path.is_dir()):
-        (folder / kind.name).mkdir(parents=True)
-        for picture in sorted(kind.iterdir())[:per_class]:
-            (folder / kind.name / picture.name).symlink_to(picture)
+            subset.link_classes(pictures / split, folder, 4)
 
 
 # ------------------------------------------------------------------------------------------- runs

@@ -13,53 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, launch, memory
-
-EPS = 1e-7  # keeps the denominators of the NCE loss above 0, as published
-DECAY = 0.99  # of the moving average of Z
-LONG_AGO = 10**6  # the number of updates of Z that a published checkpoint, without one, stands for
-
-
-def softmax_loss(logits: Tensor) -> Tensor:
-    """Return InfoNCE, the mean cross-entropy in nats of logits (B, K+1), the positive in column 0.
-
-    Check: equal logits give log(K+1).
-    """
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, target)
-
-
-def nce_loss(estimate: Tensor, n: int) -> Tensor:
-    """Return the binary NCE loss, summed over K and averaged over B.
-
-    It classifies every score as one of the data or one of uniform noise.
-    estimate (B, K+1): exp(s / T) / Z, the positive in column 0.
-    n: number of rows that noise is drawn from, so p_n = 1/n.
-    """
-    noise = (estimate.shape[1] - 1) / n  # K times p_n
-    from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
-    ratios = (estimate[:, 1:] + EPS) / noise
-    from_noise = ratios.log1p().sum()  # a plain log of 1 + ratio would round small ratios away
-    return (from_noise - from_data) / len(estimate)
-
-
-def next_z(z: Tensor, raw: Sequence[Tensor], n: int, mode: str, updates: int) -> Tensor:
-    """Return the normalisers Z (P,) for a batch: n times the mean of exp(s / T), over all ranks.
-
-    z (P,): those so far, negative before the first batch. raw: exp(s / T) of every pair of views.
-    updates: the number of batches so far.
-    With the mode "oneshot" Z of the first batch is kept, as published. With "ema" Z is a moving
-    average over all batches. That is the repair reported upstream (issue 23 of HobbitLong/CMC),
-    since one batch is a fair sample of Z only while the memory is noise. The decay is
-    (1 + updates) / (10 + updates), at most .99; moco_insdis/contrast.py explains why.
-    """
-    fresh = n * launch.mean_ranks(torch.stack([pair.detach().mean() for pair in raw]))
-    decay = min(DECAY, (1 + updates) / (10 + updates))
-    later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
-    return torch.where(z < 0, fresh, later)
+from common import UserError, memory, nce
+from runner import checkpoint
 
 
 class MemoryBanks(nn.Module):
@@ -124,14 +81,15 @@ class MemoryBanks(nn.Module):
         """
         if self.softmax:
             out = logits
-            loss = [softmax_loss(pair) for pair in logits]
+            loss = [nce.info_nce(pair) for pair in logits]
         else:
             raw = [pair.exp() for pair in logits]
-            z = next_z(self.normaliser, raw, self.n, self.nce_z, self.updates)
+            means = torch.stack([pair.detach().mean() for pair in raw])
+            z = nce.next_z(self.normaliser, means, self.n, self.nce_z, self.updates)
             self.normaliser.copy_(z)
             self.updates += 1
             out = [pair / own for pair, own in zip(raw, z)]
-            loss = [nce_loss(estimate, self.n) for estimate in out]
+            loss = [nce.nce_loss(estimate, self.n) for estimate in out]
         return torch.stack(loss).view(len(self.views), -1).sum(1), out
 
     def forward(self, feats: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -143,23 +101,21 @@ class MemoryBanks(nn.Module):
         """The Z of every pair, as a view into the buffer `params`."""
         return self.params[2:-1]
 
-    @torch.no_grad()
     def update(self, feats: Sequence[Tensor], index: Tensor) -> None:
         """Set row i of each bank to unit(m * row i + (1 - m) * the feature of its view).
 
         feats: features (B, D) of every view. index (B,): picture numbers. Both are of all ranks.
         """
         for bank, feat in zip(self.banks(), feats):
-            mixed = self.momentum * bank[index] + (1 - self.momentum) * feat.detach()
-            bank.index_copy_(0, index, F.normalize(mixed, dim=1))
+            memory.update_rows(bank, index, feat, self.momentum)
 
     def load(self, state: dict, updates: int, path: str) -> None:
         """Load the rows and Z of a checkpoint; K, T and the momentum stay this run's.
 
-        updates: number of updates of that Z; LONG_AGO for a published file. Raises UserError,
+        updates: number of updates of that Z; nce.LONG_AGO for a published file. Raises UserError,
         naming `path`, where `state` is of another method, K or number of pictures.
         """
-        memory.check_state(state, self.state_dict(), path)
+        checkpoint.check_memory(state, self.state_dict(), path)
         k = int(state["params"][0])
         rows = len(state[f"memory_{self.views[0]}"])
         if (k, rows) != (self.k, self.n):

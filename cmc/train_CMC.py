@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from cmc import colour
-from cmc.contrast import LONG_AGO, MemoryBanks
+from cmc.contrast import MemoryBanks
 from cmc.networks import MODELS, build_network, check_alexnet
 from common import (
     UsageError,
@@ -31,6 +31,7 @@ from common import (
     launch,
     memory,
     metrics,
+    nce,
     options,
     schedule,
 )
@@ -168,7 +169,7 @@ class CMC:
         self.views = colour.chosen_views(args)
         self.names = colour.bank_names(self.views)
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem)
-        batchnorm.split(network, batchnorm.splits_here(args, process))
+        batchnorm.split(network, backbones.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(
             network.parameters(),
@@ -241,7 +242,7 @@ class CMC:
         }
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        self.memory.load(saved["contrast"], saved.get("z_updates", LONG_AGO), saved.path)
+        self.memory.load(saved["contrast"], saved.get("z_updates", nce.LONG_AGO), saved.path)
         model = layouts.strip_prefix(saved["model"], PREFIX)
         checkpoint.load_into(self.network, model, saved.path)
 
@@ -279,7 +280,7 @@ def worker(args, process: launch.Process) -> None:
             loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}",
             crop_low=args.crop_low,
             nce_t=args.nce_t,
-            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+            bn_groups=backbones.splits_here(args, process) * process.world_size,
         )
         if args.nce_k >= len(pictures):
             job.warn(

@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from common import UsageError, UserError
+from common import UsageError, UserError, launch
 
 BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512.03385
     18: (BasicBlock, [2, 2, 2, 2]),
@@ -262,6 +262,25 @@ def _blocks(names) -> tuple[list[int], bool]:
 def _depth(block: type, counts: list[int]) -> int | str:
     """Return the depth of the network with these blocks, or "" if BLOCKS has no such network."""
     return next((depth for depth, value in BLOCKS.items() if value == (block, counts)), "")
+
+
+def splits_here(args, process: launch.Process) -> int:
+    """Return the number of batch-norm groups per process; --bn-splits counts all processes.
+
+    Raises UsageError if the batch does not divide evenly or a group has fewer than two pictures.
+    """
+    rows = args.batch_size // process.world_size
+    splits = max(1, args.bn_splits // process.world_size)
+    if rows // splits < 2:
+        raise UsageError(
+            f"--batch_size {args.batch_size}: batch-norm needs two pictures or more in each of its "
+            f"{splits * process.world_size} groups (--bn-splits)"
+        )
+    if rows % splits:
+        raise UsageError(
+            f"--bn-splits: {rows} images per process cannot be cut into {splits} equal groups"
+        )
+    return splits
 
 
 class TwoTowers(nn.Module):

@@ -1,14 +1,16 @@
-"""Make batch-norm on one device behave as on several GPUs: shuffle keys, normalise in groups."""
+"""Make batch-norm on one device behave as on several GPUs: shuffle keys, normalise in groups.
+
+Needs torch alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-
-from common import UsageError, UserError, launch
 
 
 class BatchShuffle:
@@ -17,24 +19,42 @@ class BatchShuffle:
     The batch statistics of a group then come from other images than the loss compares
     ("shuffling BN", MoCo, He et al., arXiv:1911.05722, section 3.3).
     rows: images per rank. generator: a CPU generator in the same state on every rank.
+
+    >>> images = torch.arange(6)
+    >>> shuffle = BatchShuffle(len(images), torch.Generator().manual_seed(0))
+    >>> shuffle.collect(shuffle.spread(images)).tolist()
+    [0, 1, 2, 3, 4, 5]
     """
 
     def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
-        order = torch.randperm(rows * launch.world_size(), generator=generator)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        order = torch.randperm(rows * world, generator=generator)
         self.order = order.to(device, non_blocking=True)
         self.inverse = order.argsort().to(device, non_blocking=True)
 
     def spread(self, x: Tensor) -> Tensor:
         """Return this rank's slice (rows, ...) of the permuted global batch."""
-        return launch.all_gather(x)[self.own(self.order)]
+        return _all_gather(x)[self.own(self.order)]
 
     def collect(self, x: Tensor) -> Tensor:
         """Return every rank's rows in the original order: (rows * world_size, ...) on all ranks."""
-        return launch.all_gather(x)[self.inverse]
+        return _all_gather(x)[self.inverse]
 
     def own(self, x: Tensor) -> Tensor:
         """Return this rank's rows of what `collect` returned."""
-        return launch.own_rows(x)
+        if not dist.is_initialized():
+            return x
+        return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    """Return the rows of every rank, in rank order and without gradient."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x.detach()
+    x = x.detach().contiguous()
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, x)
+    return torch.cat(out)
 
 
 @torch.no_grad()
@@ -56,7 +76,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     Running statistics are those of the first part, as rank 0 of that many GPUs writes them to its
     checkpoint; with running = "mean" they are the mean over the parts. In evaluation mode, and with
-    one split, this is nn.BatchNorm2d. Raises UserError if the parts would not be equal.
+    one split, this is nn.BatchNorm2d. Raises ValueError if the parts would not be equal.
     """
 
     splits = 1
@@ -66,7 +86,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training or self.splits == 1:
             return super().forward(x)
         if len(x) % self.splits:
-            raise UserError(
+            raise ValueError(
                 f"a batch of {len(x)} cannot be split into {self.splits} equal batch-norm groups"
             )
         if torch.compiler.is_compiling():
@@ -119,30 +139,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
     """Turn every BatchNorm2d of `module` into a SplitBatchNorm2d, in place, and return `module`.
 
-    Parameters and their names do not change. With one split this does nothing.
+    Parameters and their names do not change. With one split this does nothing. running: "first" or
+    "mean", see `SplitBatchNorm2d`. Raises ValueError for another one, or for less than one split.
+
+    >>> network = split(nn.Sequential(nn.BatchNorm2d(3)), splits=2)
+    >>> network(torch.randn(8, 3, 2, 2)).unflatten(0, (2, 4)).mean((1, 3, 4)).abs().max() < 1e-5
+    tensor(True)
     """
+    if splits < 1 or running not in ("first", "mean"):
+        raise ValueError(f"splits {splits} must be at least 1, running {running!r} first or mean")
     for child in module.modules():
         if splits > 1 and type(child) is nn.BatchNorm2d:
             child.__class__ = SplitBatchNorm2d
             child.splits = splits
             child.running = running
     return module
-
-
-def splits_here(args, process: launch.Process) -> int:
-    """Return the number of batch-norm groups per process; --bn-splits counts all processes.
-
-    Raises UsageError if the batch does not divide evenly or a group has fewer than two pictures.
-    """
-    rows = args.batch_size // process.world_size
-    splits = max(1, args.bn_splits // process.world_size)
-    if rows // splits < 2:
-        raise UsageError(
-            f"--batch_size {args.batch_size}: batch-norm needs two pictures or more in each of its "
-            f"{splits * process.world_size} groups (--bn-splits)"
-        )
-    if rows % splits:
-        raise UsageError(
-            f"--bn-splits: {rows} images per process cannot be cut into {splits} equal groups"
-        )
-    return splits

@@ -25,7 +25,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from common import UsageError, UserError, printable
@@ -330,7 +329,17 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    return torch.cat(torch.distributed.nn.functional.all_gather(x))
+    return _Gathered.apply(x)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return own_rows(sum_ranks(grad))
 
 
 def gather_ragged(x: Tensor) -> Tensor:

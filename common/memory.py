@@ -1,18 +1,24 @@
-"""Memory banks and queues: draw rows, score queries against them, enqueue keys."""
+"""Memory banks and queues: draw rows, score queries against them, write. Needs torch alone.
+
+Samples and memories are rows: queries and keys (B, D) of unit length, memories (K, D), float32. A
+memory carries no gradient and is written after the backward pass. In a job of several processes
+the draws and writes are those of the global batch, so that every process holds the same memory.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import UserError, launch
-
-CHUNK_BYTES = 32 << 20  # most bytes of scores against the whole bank at once
+CHUNK_BYTES = 32 << 20  # most bytes of scores against the whole bank at once, on a CPU
+DEVICE_BYTES = 1 << 30  # the same on any other device, where a launch costs more than memory
 CHUNK_ROWS = 32  # but at least this many queries at once
-GATHER_FROM = 256  # with more bank rows per drawn row, fetching beats scoring the whole bank
+GATHER_FROM = 256  # with more bank rows per drawn row, a CPU fetches rows: less than all scores
+UNIT = 0.01  # how far the length of a unit row may be from 1; bfloat16 needs 0.004
 
 
 class _BankScores(torch.autograd.Function):
@@ -20,29 +26,61 @@ class _BankScores(torch.autograd.Function):
     def forward(ctx, query, bank, rows):
         ctx.save_for_backward(rows)
         ctx.bank = bank  # save_for_backward would forbid the in-place write that follows
-        if len(bank) > GATHER_FROM * rows.shape[1]:
+        if bank.device.type == "cpu" and len(bank) > GATHER_FROM * rows.shape[1]:
             return torch.stack([bank[r] @ q for q, r in zip(query, rows)])
-        chunk = max(CHUNK_ROWS, CHUNK_BYTES // (4 * len(bank)))
-        chunks = zip(query.split(chunk), rows.split(chunk))
+        count = _queries_at_once(bank)
+        chunks = zip(query.split(count), rows.split(count))
         return torch.cat([(q @ bank.T).gather(1, r) for q, r in chunks])
 
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
         weights = grad.contiguous()
-        return F.embedding_bag(rows, ctx.bank, per_sample_weights=weights, mode="sum"), None, None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.bank.device.type == "cpu":
+                sums = F.embedding_bag(rows, ctx.bank, per_sample_weights=weights, mode="sum")
+            else:
+                sums = dense_sums(rows, ctx.bank, weights)
+        return sums, None, None
+
+
+def _queries_at_once(bank: Tensor) -> int:
+    budget = CHUNK_BYTES if bank.device.type == "cpu" else DEVICE_BYTES
+    return max(CHUNK_ROWS, budget // (4 * len(bank)))
+
+
+def dense_sums(rows: Tensor, bank: Tensor, weights: Tensor) -> Tensor:
+    """Return the sums (B, D) of bank rows (B, J), each times its weight (B, J).
+
+    A product with the whole bank replaces `embedding_bag`, whose CUDA kernel walks the J rows of a
+    sum one after the other.
+    """
+    count = _queries_at_once(bank)
+    sums = []
+    for r, w in zip(rows.split(count), weights.split(count)):
+        sums.append(w.new_zeros(len(r), len(bank)).scatter_add_(1, r, w) @ bank)
+    return torch.cat(sums)
 
 
 def bank_scores(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Score every query against its drawn bank rows: out[b, j] = query[b] . bank[rows[b, j]].
 
-    query (B, D) float32, bank (n, D) float32 without gradient, rows (B, J) of int64 -> (B, J).
-    The published code gathers B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here the drawn
-    scores are picked out of the product with the whole bank; if few rows of a huge bank are
-    drawn, they are fetched query by query instead. The values are equal either way.
-    The bank must not be written between this call and the backward pass.
+    query (B, D), bank (n, D) without gradient, rows (B, J) of int64 -> (B, J), float32 also under
+    autocast. The published code gathers B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here
+    the drawn scores are picked out of the product with the whole bank; if few rows of a huge bank
+    are drawn, a CPU fetches them query by query instead. The values are equal either way.
+    The bank must not be written between this call and the backward pass. Raises ValueError where
+    shapes do not fit.
+
+    >>> query, bank = torch.eye(3), torch.eye(3)
+    >>> bank_scores(query, bank, torch.tensor([[0, 1], [0, 1], [2, 2]])).tolist()
+    [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     """
-    return _BankScores.apply(query, bank, rows)
+    _check_memory("bank", bank, query=query)
+    if rows.shape[:-1] != query.shape[:-1]:
+        raise ValueError(f"rows are {tuple(rows.shape)}: expected (B, J) with B = {len(query)}")
+    with torch.autocast(query.device.type, enabled=False):
+        return _BankScores.apply(query.float(), bank, rows)
 
 
 def draw_rows(
@@ -61,27 +99,81 @@ def draw_rows(
     own row may be drawn as a negative, with probability 1 - (1 - 1/n)^K per picture (12 % for n =
     126,689 and K = 16,384); exclude_self draws only other rows.
     """
-    shape = (len(index) * launch.world_size(), k + 1)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    shape = (len(index) * world, k + 1)
     rows = n - 1 if exclude_self else n
     drawn = torch.randint(rows, shape, generator=generator, device=index.device)
-    drawn = launch.own_rows(drawn)
+    if world > 1:
+        drawn = drawn.chunk(world)[dist.get_rank()]
     if exclude_self:
         drawn += drawn >= index[:, None]
     drawn[:, 0] = index
     return drawn
 
 
-@torch.no_grad()
-def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, dim: int = 0) -> None:
-    """Write keys (B, D) over the oldest entries of a queue and advance its pointer, in place.
+def queue_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Return s / T (B, 1+K): each query with its key in column 0, then with the K rows of a queue.
 
-    queue: (K, D), or (D, K) with dim=1. pointer: an integer tensor with one element, the entry to
-    write next; it wraps at K. B is at most K and need not divide it.
+    query, key (B, D): unit rows; equal rows are positive pairs. queue (K, D). T > 0. The result is
+    float32 also under autocast. Cross-entropy with label 0 is the InfoNCE loss of MoCo, Eq. (1) of
+    He et al., arXiv:1911.05722. Raises ValueError where shapes do not fit.
+
+    >>> query, queue = torch.eye(2), torch.eye(2)
+    >>> queue_logits(query, query, queue, temperature=0.5).tolist()
+    [[2.0, 2.0, 0.0], [2.0, 0.0, 2.0]]
     """
-    length = queue.shape[dim]
-    places = (pointer + torch.arange(len(keys), device=keys.device)) % length
-    queue.index_copy_(dim, places, keys if dim == 0 else keys.T)
-    pointer.add_(len(keys)).remainder_(length)
+    _check_memory("queue", queue, query=query, key=key)
+    if query.shape != key.shape:
+        raise ValueError(f"query is {tuple(query.shape)} and key {tuple(key.shape)}: equal shapes")
+    _check_temperature(temperature)
+    _check_unit(query=query, key=key)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.float(), key.float()
+        positive = (query * key).sum(1, keepdim=True)
+        return torch.cat([positive, query @ queue.T], 1).div_(temperature)
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Write keys (B, D) over the oldest rows of a queue (K, D) and advance its pointer, in place.
+
+    The queue may be a transposed view, as MoCo's published (D, K) is. pointer: an integer tensor
+    with one element, the row to write next; it wraps at K. B is at most K and need not divide it.
+    Raises ValueError, before anything is written, where shapes do not fit.
+    """
+    if keys.shape[1:] != queue.shape[1:] or len(keys) > len(queue):
+        raise ValueError(
+            f"keys are {tuple(keys.shape)} and the queue {tuple(queue.shape)}: expected rows of "
+            "one length, and at most as many keys as the queue holds"
+        )
+    places = (pointer + torch.arange(len(keys), device=keys.device)) % len(queue)
+    queue.index_copy_(0, places, keys)
+    pointer.add_(len(keys)).remainder_(len(queue))
+
+
+@torch.no_grad()
+def update_rows(bank: Tensor, index: Tensor, feat: Tensor, momentum: float) -> None:
+    """Set row i of a bank (n, D) to unit(m * row i + (1 - m) * its feature), in place.
+
+    feat (B, D), index (B,): features and row numbers of all ranks. Where a number stands twice its
+    last feature is taken, on every device. Raises ValueError, before anything is written, where
+    shapes do not fit.
+    """
+    if feat.shape[1:] != bank.shape[1:] or index.shape != feat.shape[:1]:
+        raise ValueError(
+            f"feat is {tuple(feat.shape)} and index {tuple(index.shape)}: expected (B, "
+            f"{bank.shape[1]}) and (B,) for a bank of {tuple(bank.shape)}"
+        )
+    if bank.device.type != "cpu":  # other devices write equal rows in no certain order
+        feat = feat[last_of_equals(index)]
+    mixed = momentum * bank[index] + (1 - momentum) * feat
+    bank.index_copy_(0, index, F.normalize(mixed, dim=1))
+
+
+def last_of_equals(index: Tensor) -> Tensor:
+    """Return for every element of index (B,) the last place (B,) where its value stands."""
+    places = torch.arange(len(index), device=index.device)
+    return torch.where(index[:, None] == index, places, -1).amax(1)
 
 
 def random_rows(n: int, dim: int) -> Tensor:
@@ -90,11 +182,94 @@ def random_rows(n: int, dim: int) -> Tensor:
     return torch.empty(n, dim).uniform_(-bound, bound)
 
 
-def check_state(state: dict, own: dict, path: str) -> None:
-    """Raise UserError unless the memory of `path` has the buffers `own`, with finite values."""
-    if state.keys() != own.keys():
-        held = ", ".join(state)
-        raise UserError(f"{path} is of another method (its memory holds {held})")
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise UserError(f"{path} is damaged: {name} of its memory is not finite")
+class Queue(nn.Module):
+    """The last k keys, first in, first out: MoCo's memory, He et al., arXiv:1911.05722.
+
+    Buffers, under MoCo's names: `queue` (k, dim), which starts with random unit rows, and
+    `queue_ptr` (1,), the row to write next.
+
+    >>> queue = Queue(8, dim=4)
+    >>> queue.enqueue(F.normalize(torch.randn(3, 4), dim=1))
+    >>> int(queue.queue_ptr)
+    3
+    """
+
+    def __init__(self, k: int, dim: int):
+        super().__init__()
+        _check_sizes(k=k, dim=dim)
+        self.register_buffer("queue", F.normalize(torch.randn(k, dim), dim=1))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def logits(self, query: Tensor, key: Tensor, temperature: float = 0.07) -> Tensor:
+        """Return `queue_logits` (B, 1+k) of unit rows (B, dim), the positive in column 0."""
+        return queue_logits(query, key, self.queue, temperature)
+
+    def enqueue(self, keys: Tensor) -> None:
+        """Write the keys (B, dim) of all ranks over the oldest rows, after the backward pass."""
+        enqueue(self.queue, self.queue_ptr, keys)
+
+
+class MemoryBank(nn.Module):
+    """One row per training picture, at its number: Wu et al., arXiv:1805.01978.
+
+    n: number of pictures. dim: feature size. momentum: m of a row. Buffer: `memory` (n, dim).
+
+    >>> bank, index = MemoryBank(100, dim=4), torch.tensor([7, 9])
+    >>> bank.logits(F.normalize(torch.randn(2, 4), dim=1), draw_rows(index, 100, k=16)).shape
+    torch.Size([2, 17])
+    """
+
+    def __init__(self, n: int, dim: int, momentum: float = 0.5):
+        super().__init__()
+        _check_sizes(n=n, dim=dim)
+        self.momentum = momentum
+        self.register_buffer("memory", random_rows(n, dim))
+
+    def logits(self, feat: Tensor, rows: Tensor, temperature: float = 0.07) -> Tensor:
+        """Return s / T (B, K+1) of unit rows (B, dim) with rows (B, K+1) of `draw_rows`."""
+        _check_temperature(temperature)
+        _check_unit(feat=feat)
+        return bank_scores(feat, self.memory, rows).div_(temperature)
+
+    def update(self, feat: Tensor, index: Tensor) -> None:
+        """Apply `update_rows` with features (B, dim) of all ranks, after the backward pass."""
+        update_rows(self.memory, index, feat.detach(), self.momentum)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} {size} must be at least 1")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be above 0")
+
+
+def _check_memory(name: str, memory: Tensor, **samples: Tensor) -> None:
+    """Raise ValueError unless a memory (K, D), K > 0, and samples (B, D) fit each other."""
+    if memory.dim() != 2 or not len(memory):
+        raise ValueError(f"{name} is {tuple(memory.shape)}: expected (K, D) with at least one row")
+    for key, rows in samples.items():
+        if rows.dim() != 2 or rows.shape[1] != memory.shape[1]:
+            raise ValueError(
+                f"{key} is {tuple(rows.shape)}: expected (B, {memory.shape[1]}), since {name} is "
+                f"{tuple(memory.shape)}"
+            )
+
+
+def _check_unit(**samples: Tensor) -> None:
+    """Raise ValueError where rows are neither of unit length nor zeros, as F.normalize returns.
+
+    Only in debug, which is without python -O, and on a CPU: other devices would be waited for.
+    """
+    for name, rows in samples.items():
+        if __debug__ and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            length = rows.detach().float().norm(dim=1)
+            wrong = ((length - 1).abs() > UNIT) & (length > 0)
+            if wrong.any():
+                raise ValueError(
+                    f"{name} has a row of length {length[wrong][0]:.4g}, expected unit rows: apply "
+                    "torch.nn.functional.normalize(rows, dim=1)"
+                )

@@ -7,9 +7,7 @@ its picture, and its negatives are the N = 2B - 2 views of the other pictures. A
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,7 @@ from torch import Tensor
 
 # The least temperature at which the ratio e^{-2/t} of the extreme e^s is a normal float32.
 SAFE = 0.025
+UNIT = 0.01  # how far the length of a unit row may be from 1; bfloat16 needs 0.004
 
 
 def debiased_loss(
@@ -27,11 +26,6 @@ def debiased_loss(
     extra: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the debiased contrastive loss of Chuang et al., arXiv:2007.00224, Section 4.
-
-        z1 = F.normalize(net(view1), dim=1)
-        z2 = F.normalize(net(view2), dim=1)  # another augmentation of the same pictures
-        loss, parts = debiased_loss(z1, z2, temperature=0.5, tau_plus=0.1)
-        loss.backward()
 
     An anchor z has the scores s = z.z' / t: s+ with its positive, s_1 ... s_N with its negatives.
 
@@ -54,6 +48,11 @@ def debiased_loss(
     with e^s = g (-1 at the bound). The computation is in logarithms, so that small temperatures do
     not overflow. Raises ValueError where a shape or a number is not as above.
     Check: equal unit vectors give log(1 + N), 6.24 for B = 256, whatever tau_plus and temperature.
+
+    >>> z = F.normalize(torch.ones(256, 4), dim=1)
+    >>> loss, parts = debiased_loss(z, z, temperature=0.5, tau_plus=0.1)
+    >>> round(loss.item(), 2), parts["rows"].shape
+    (6.24, torch.Size([512]))
     """
     _check(z1, z2, temperature)
     if not 0 <= tau_plus < 1:
@@ -66,12 +65,7 @@ def debiased_loss(
         z = torch.cat((z1, z2)).float()
         n = len(z) - 2
         positive = _positive(z, temperature)
-        no_negatives = _no_negatives(len(z), z.device)
-
-        def blank(scores: Tensor, value: float) -> None:
-            scores.view(-1).index_fill_(0, no_negatives, value)
-
-        log_mean = _log_sum(z, temperature, blank) - math.log(n)
+        log_mean = _log_sum(z, temperature) - math.log(n)
         log_same = positive
         if extra is not None and tau_plus:
             log_same = _log_same(z, positive, extra.float(), temperature)
@@ -111,6 +105,10 @@ def unbiased_loss(
     labels (B,): the class of each picture. An anchor without a vector of another class in the batch
     has the loss 0, and `negative` -1. `clamped` is False everywhere. Raises ValueError as
     `debiased_loss` does.
+
+    >>> z = F.normalize(torch.randn(6, 4), dim=1)
+    >>> unbiased_loss(z, z, labels=torch.tensor([0, 1, 1, 2, 0, 0]))[0] > 0
+    tensor(True)
     """
     _check(z1, z2, temperature)
     if labels.shape != z1.shape[:1]:
@@ -122,11 +120,7 @@ def unbiased_loss(
         labels = labels.repeat(2)
         same_class = labels[:, None] == labels
         others = len(z) - same_class.sum(1)
-
-        def blank(scores: Tensor, value: float) -> None:
-            scores.masked_fill_(same_class, value)
-
-        log_mean = _log_sum(z, temperature, blank) - others.clamp(min=1).log()
+        log_mean = _log_sum(z, temperature, same_class) - others.clamp(min=1).log()
         log_mean = torch.where(others > 0, log_mean, torch.finfo(z.dtype).min / 2)
         never = torch.zeros_like(others, dtype=torch.bool)
         return _result(_positive(z, temperature), log_mean, len(z) - 2, temperature, never)
@@ -143,19 +137,26 @@ def clamp_threshold(temperature: float) -> float:
 
 
 def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
+    """Raise ValueError where the arguments of a loss do not fit.
+
+    In debug, which is without python -O, views on a CPU must also have unit rows, or zeros: what
+    F.normalize returns. Any other device would have to be waited for.
+    """
     if z1.dim() != 2 or z1.shape != z2.shape or len(z1) < 2:
         raise ValueError(
             f"views are {tuple(z1.shape)} and {tuple(z2.shape)}: expected (B, D) twice, B >= 2"
         )
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be above 0")
-
-
-@functools.lru_cache(maxsize=8)
-def _no_negatives(size: int, device: torch.device) -> Tensor:
-    """Return the places (2 * size,), in flat scores, of every anchor's own and its positive's."""
-    row = torch.arange(size, device=device)
-    return torch.cat((row * (size + 1), row * size + row.roll(size // 2)))
+    for name, z in (("z1", z1), ("z2", z2)):
+        if __debug__ and z.device.type == "cpu" and not torch.compiler.is_compiling():
+            length = z.detach().float().norm(dim=1)
+            wrong = ((length - 1).abs() > UNIT) & (length > 0)
+            if wrong.any():
+                raise ValueError(
+                    f"{name} has a row of length {length[wrong][0]:.4g}, expected unit rows: apply "
+                    f"torch.nn.functional.normalize({name}, dim=1)"
+                )
 
 
 def _positive(z: Tensor, temperature: float) -> Tensor:
@@ -172,17 +173,27 @@ def _log_same(z: Tensor, positive: Tensor, extra: Tensor, temperature: float) ->
     return positives.logsumexp(0) - math.log(len(positives))
 
 
-def _log_sum(z: Tensor, temperature: float, blank: Callable[[Tensor, float], None]) -> Tensor:
+def _log_sum(z: Tensor, temperature: float, same_class: Tensor | None = None) -> Tensor:
     """Return the log of each row's sum of e^{z.z' / t} over its negatives: (2B,).
 
-    blank(scores, value): fills in place the entries that are no negatives, a symmetric set.
+    same_class (2B, 2B): True for pairs that are no negatives; None: a row and its positive.
     """
     if temperature >= SAFE:
-        return _LogSum.apply(z, temperature, blank)
+        return _LogSum.apply(z, temperature, same_class)
     least = torch.finfo(z.dtype).min / 2  # not -inf: a row may have no other entry
     scores = (z / temperature) @ z.T
-    blank(scores, least)
+    _blank(scores, least, same_class)
     return scores.logsumexp(1)
+
+
+def _blank(scores: Tensor, value: float, same_class: Tensor | None = None) -> None:
+    """Fill in place the scores (2B, 2B) of pairs that are no negatives, a symmetric set."""
+    if same_class is not None:
+        scores.masked_fill_(same_class, value)
+        return
+    half = len(scores) // 2
+    for offset in (0, half, -half):
+        scores.diagonal(offset).fill_(value)
 
 
 class _LogSum(torch.autograd.Function):
@@ -192,12 +203,10 @@ class _LogSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, z: Tensor, temperature: float, blank: Callable[[Tensor, float], None]
-    ) -> Tensor:
+    def forward(ctx, z: Tensor, temperature: float, same_class: Tensor | None) -> Tensor:
         largest = z.square().sum(1).max() / temperature  # 1 / t for unit rows
         weights = ((z / temperature) @ z.T).sub_(largest).exp_()
-        blank(weights, 0.0)
+        _blank(weights, 0.0, same_class)
         sums = weights.sum(1).clamp_(min=torch.finfo(z.dtype).tiny)
         ctx.save_for_backward(z, weights, sums)
         ctx.temperature = temperature

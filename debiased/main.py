@@ -21,7 +21,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, augment, batchnorm, cli, launch, options, schedule
+from common import UsageError, augment, backbones, batchnorm, cli, launch, options, schedule
 from common.precision import Precision
 from debiased.flags import add_adam_arguments, refuse_spaced_equals, truth
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
@@ -193,7 +193,7 @@ class Debiased:
         )
         self.precision = Precision.of(args, process.device)
         self.precision.choose(self.network, (3, args.input_res, args.input_res))
-        self.groups = batchnorm.splits_here(args, process)
+        self.groups = backbones.splits_here(args, process)
         if args.compile:
             self.network.compile()
         self.wrapped = launch.parallel(self.network, process)

@@ -24,7 +24,7 @@ import common  # isort: split
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import UsageError, batchnorm, cli, launch, memory, metrics, options, schedule
+from common import UsageError, backbones, batchnorm, cli, launch, memory, metrics, options, schedule
 from common.precision import Precision
 from feature_transform import checkpoints, flags, networks, recipes, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
@@ -113,7 +113,7 @@ class Method:
         self.args = args
         self.process = process
         network = networks.build_network(args)
-        batchnorm.split(network, batchnorm.splits_here(args, process))
+        batchnorm.split(network, backbones.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(
             network.parameters(),
@@ -299,7 +299,7 @@ def worker(args, process: launch.Process) -> None:
             loader,
             method,
             contrast_ways=1 + args.nce_k,
-            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+            bn_groups=backbones.splits_here(args, process) * process.world_size,
             transformation=str(method.rule),
         )
         if args.nce_k >= n:

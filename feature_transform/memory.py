@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import memory
+from common import memory, nce
 from feature_transform import transform
 from feature_transform.transform import NOTHING, Draws, Rule
 
@@ -30,8 +30,7 @@ def info_nce(logits: Logits) -> Tensor:
     logits: (B, 1 + K) for each modality, the positive in column 0. The loss is the mean over B.
     Check: equal logits of one modality give log(1 + K).
     """
-    labels = torch.zeros(len(logits[0]), dtype=torch.long, device=logits[0].device)
-    return sum(F.cross_entropy(one, labels) for one in logits)
+    return sum(nce.info_nce(one) for one in logits)
 
 
 def hits(logits: Logits) -> Tensor:
@@ -199,10 +198,7 @@ class MemoryBank(Memory):
             negatives = torch.lerp(negatives[:, draws.order], negatives, draws.negative.view(-1))
         return torch.cat([(moved * positive).sum(1, keepdim=True), negatives], 1)
 
-    @torch.no_grad()
     def update(self, feat: Tensor, index: Tensor) -> None:
         """Update the rows `index` (B,) with the untransformed features (B, V D) of all ranks."""
         for name, part in zip(self.names, feat.split(self.dim, 1)):
-            bank = getattr(self, name)
-            mixed = self.momentum * bank[index] + (1 - self.momentum) * part
-            bank.index_copy_(0, index, F.normalize(mixed, dim=1))
+            memory.update_rows(getattr(self, name), index, part, self.momentum)

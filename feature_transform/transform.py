@@ -63,6 +63,12 @@ class Rule:
     distribution: "beta" for Beta(a, a), with a = pos_alpha or neg_alpha, or "uniform".
     normalise: sides, "pos" or "neg", that are brought back to unit length.
     original_query: compare the negatives with the original query (published: the transformed one).
+    Raises ValueError where a value is none of these.
+
+    >>> rule = Rule(positives="sample", negatives="scalar")
+    >>> draws = rule.draw(4, 8, 100, torch.Generator().manual_seed(0))
+    >>> draws.positive.shape, draws.negative.shape, draws.order.shape
+    (torch.Size([4, 1]), torch.Size([]), torch.Size([100]))
     """
 
     positives: str | None = "scalar"
@@ -74,6 +80,21 @@ class Rule:
     normalise: tuple[str, ...] = ()
     original_query: bool = False
 
+    def __post_init__(self):
+        for name in ("positives", "negatives"):
+            value = getattr(self, name)
+            if value not in (None, *SHAPES):
+                raise ValueError(f"{name} {value!r} must be None or one of {', '.join(SHAPES)}")
+        if self.distribution not in ("beta", "uniform"):
+            raise ValueError(f"distribution {self.distribution!r} must be 'beta' or 'uniform'")
+        if not min(self.pos_alpha, self.neg_alpha) > 0:
+            raise ValueError(f"alphas {self.pos_alpha} and {self.neg_alpha} must be above 0")
+
+    @functools.cached_property
+    def tables(self) -> dict:
+        """The tables of `coefficients`. They go with the rule, since no tensor is kept for good."""
+        return {}
+
     def draw(self, pairs: int, dim: int, candidates: int, generator: torch.Generator) -> Draws:
         """Draw the coefficients of a step, and the permutation of the candidates for negatives.
 
@@ -84,12 +105,16 @@ class Rule:
         positive = negative = order = None
         if self.positives:
             shape = _shape(self.positives, pairs, dim)
-            positive = coefficients(shape, self.distribution, self.pos_alpha, generator)
+            positive = coefficients(
+                shape, self.distribution, self.pos_alpha, generator, self.tables
+            )
             if self.extrapolate:
                 positive = positive + 1
         if self.negatives:
             shape = _shape(self.negatives, candidates, dim)
-            negative = coefficients(shape, self.distribution, self.neg_alpha, generator)
+            negative = coefficients(
+                shape, self.distribution, self.neg_alpha, generator, self.tables
+            )
             order = torch.randperm(candidates, generator=generator, device=generator.device)
         return Draws(positive, negative, order)
 
@@ -99,11 +124,16 @@ def _shape(kind: str, rows: int, dim: int) -> tuple[int, ...]:
 
 
 def coefficients(
-    shape: tuple[int, ...], distribution: str, alpha: float, generator: torch.Generator
+    shape: tuple[int, ...],
+    distribution: str,
+    alpha: float,
+    generator: torch.Generator,
+    tables: dict | None = None,
 ) -> Tensor:
     """Draw independent numbers in [0, 1], float32, on the generator's device.
 
-    distribution: "uniform", or "beta" for Beta(alpha, alpha).
+    distribution: "uniform", or "beta" for Beta(alpha, alpha). tables: keeps the tables of Beta
+    distributions, {(alpha, device): table}, for later calls.
     A Beta draw is a uniform draw that looks up its quantile in a table of 65,536. The distribution
     function is then at most 1/131,072 away from the true one, and the mean is exact. torch's own
     way, two Gamma draws, takes some thirty times as long.
@@ -113,10 +143,14 @@ def coefficients(
         return uniform
     # The draws are multiples of 2^-24 below 1, so that no place is LEVELS itself.
     places = uniform.mul_(LEVELS).long().view(-1)
-    return beta_quantiles(alpha, generator.device).index_select(0, places).view(shape)
+    tables = {} if tables is None else tables
+    key = (alpha, generator.device)
+    if key not in tables:
+        with torch.inference_mode(False):
+            tables[key] = beta_quantiles(*key)
+    return tables[key].index_select(0, places).view(shape)
 
 
-@functools.lru_cache(maxsize=16)
 def beta_quantiles(alpha: float, device: torch.device) -> Tensor:
     """Return quantiles of Beta(alpha, alpha) at the middles of LEVELS equal steps from 0 to 1.
 
@@ -147,7 +181,19 @@ def pair(
     normalise: bring both to unit length afterwards. The gradient flows from both to the query.
     Check: for unit vectors, a scalar m and S = query . key,
     query' . key' = S + 2 m (1 - m) (1 - S).
+    The rows may be of any length, though the closed form and the paper need unit rows. Raises
+    ValueError where shapes do not fit.
+
+    >>> query, key = torch.eye(2), torch.eye(2).flip(0)
+    >>> moved, positive = pair(query, key, torch.tensor(1.5))
+    >>> (moved * positive).sum(1).tolist()  # the cosines were 0
+    [-1.5, -1.5]
     """
+    if query.dim() < 2 or query.shape != key.shape:
+        raise ValueError(
+            f"query is {tuple(query.shape)} and key {tuple(key.shape)}: expected (B, D) twice"
+        )
+    _check_coefficient(coefficient, query)
     moved, positive = query, key
     if coefficient is not None:
         moved = torch.lerp(key, query, coefficient)
@@ -168,11 +214,30 @@ def negatives(
 
     coefficient: m, of shape () or (n, 1) or (n, D); None returns the rows themselves. order (n,).
     normalise: bring the result to unit length. out (n, D): storage of the result, the only copy of
-    the rows that is made.
+    the rows that is made. Raises ValueError, before anything is written, where shapes do not fit.
+
+    >>> rows, order = torch.eye(2), torch.tensor([1, 0])
+    >>> negatives(rows, torch.tensor(0.75), order).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
     """
+    if rows.dim() != 2 or not len(rows):
+        raise ValueError(f"rows are {tuple(rows.shape)}: expected (n, D) with at least one row")
+    if coefficient is not None and (order is None or order.shape != rows.shape[:1]):
+        shape = None if order is None else tuple(order.shape)
+        raise ValueError(f"order is {shape}: expected a permutation of the {len(rows)} rows")
+    _check_coefficient(coefficient, rows)
     if coefficient is None:
         return F.normalize(rows, dim=1) if normalise else rows
     mixed = torch.index_select(rows, 0, order, out=out).lerp_(rows, coefficient)
     if normalise:
         return mixed.div_(mixed.norm(dim=1, keepdim=True).clamp_(min=1e-12))
     return mixed
+
+
+def _check_coefficient(coefficient: Tensor | None, rows: Tensor) -> None:
+    shapes = ((), (*rows.shape[:-1], 1), tuple(rows.shape))
+    if coefficient is not None and tuple(coefficient.shape) not in shapes:
+        raise ValueError(
+            f"coefficient is {tuple(coefficient.shape)}: expected one of {shapes} for rows "
+            f"{tuple(rows.shape)}"
+        )

@@ -11,56 +11,10 @@ number of processes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import UserError, launch, memory
-
-EPS = 1e-7  # keeps the denominators of the NCE loss above 0, as published
-DECAY = 0.99  # of the moving average of Z
-LONG_AGO = 10**6  # the number of updates of Z that a published checkpoint, without one, stands for
-
-
-def softmax_loss(logits: Tensor) -> Tensor:
-    """Return InfoNCE, the mean cross-entropy in nats of logits (B, K+1), the positive in column 0.
-
-    Check: equal logits give log(K+1).
-    """
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, target)
-
-
-def nce_loss(estimate: Tensor, n: int) -> Tensor:
-    """Return the binary NCE loss of Wu et al., Eq. (7), summed over K and averaged over B.
-
-    It classifies every score as one of the data or one of uniform noise.
-    estimate (B, K+1): P(i|v) = exp(s / T) / Z, the positive in column 0.
-    n: number of rows that noise is drawn from, so p_n = 1/n.
-    """
-    noise = (estimate.shape[1] - 1) / n  # K times p_n
-    from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
-    ratios = (estimate[:, 1:] + EPS) / noise
-    from_noise = ratios.log1p().sum()  # a plain log of 1 + ratio would round small ratios away
-    return (from_noise - from_data) / len(estimate)
-
-
-def next_z(z: Tensor, raw: Tensor, n: int, mode: str, updates: int) -> Tensor:
-    """Return the normaliser Z for a batch: n times the mean of exp(s / T), over all ranks.
-
-    z: that so far, negative before the first batch. raw (B, K+1): exp(s / T). updates: the number
-    of batches so far.
-    With the mode "oneshot" Z of the first batch is kept, as published (and in Wu et al.).
-    With "ema" Z is a moving average over all batches. That is the repair that the author of MoCo
-    reported upstream (issue 23 of HobbitLong/CMC), since one batch is a fair sample of Z only while
-    the memory is noise. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that
-    is less. In MoCo's first twenty steps the true Z grows several hundredfold (RESULTS.md). A Z
-    that lags behind makes the negatives' gradients as many times too large, and a network with
-    batch-norm whose weights have blown up hardly moves afterwards.
-    """
-    fresh = n * launch.mean_ranks(raw.detach().mean())
-    decay = min(DECAY, (1 + updates) / (10 + updates))
-    later = z if mode == "oneshot" else decay * z + (1 - decay) * fresh
-    return torch.where(z < 0, fresh, later)
+from common import UserError, memory, nce
+from runner import checkpoint
 
 
 class MemoryBank(nn.Module):
@@ -104,13 +58,13 @@ class MemoryBank(nn.Module):
     def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, out); out (B, K+1): the logits with softmax, else exp(s / T) / Z."""
         if self.softmax:
-            return softmax_loss(logits), logits
+            return nce.info_nce(logits), logits
         raw = logits.exp()
-        z = next_z(self.normaliser, raw, self.n, self.nce_z, self.updates)
+        z = nce.next_z(self.normaliser, raw.detach().mean(), self.n, self.nce_z, self.updates)
         self.normaliser.copy_(z)
         self.updates += 1
         out = raw / z
-        return nce_loss(out, self.n), out
+        return nce.nce_loss(out, self.n), out
 
     def forward(self, feat: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the `loss` of the `logits` of these features."""
@@ -121,22 +75,20 @@ class MemoryBank(nn.Module):
         """The normaliser Z, as a view into the buffer `params`."""
         return self.params[2]
 
-    @torch.no_grad()
     def update(self, feat: Tensor, index: Tensor) -> None:
         """Set row i to unit(m * row i + (1 - m) * its feature).
 
         feat (B, D), index (B,): features and picture numbers of all ranks.
         """
-        mixed = self.momentum * self.memory[index] + (1 - self.momentum) * feat.detach()
-        self.memory.index_copy_(0, index, F.normalize(mixed, dim=1))
+        memory.update_rows(self.memory, index, feat, self.momentum)
 
     def load(self, state: dict, updates: int, path: str) -> None:
         """Load the rows and Z of a checkpoint; K, T and the momentum stay this run's.
 
-        updates: number of updates of that Z; LONG_AGO for a published file. Raises UserError,
+        updates: number of updates of that Z; nce.LONG_AGO for a published file. Raises UserError,
         naming `path`, where `state` is of another method, K or number of pictures.
         """
-        memory.check_state(state, self.state_dict(), path)
+        checkpoint.check_memory(state, self.state_dict(), path)
         k = int(state["params"][0])
         if k != self.k:
             raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
@@ -174,8 +126,7 @@ class KeyQueue(nn.Module):
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return s / T (B, 1+K) of unit queries and keys (B, D); equal rows are positive pairs."""
-        positive = (query * key).sum(1, keepdim=True)
-        return torch.cat([positive, query @ self.memory.T], 1).div_(self.temperature)
+        return memory.queue_logits(query, key, self.memory, self.temperature)
 
     def loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss, out); out (B, 1+K): the logits with softmax, else exp(s / T) / Z.
@@ -184,16 +135,16 @@ class KeyQueue(nn.Module):
         keeps it in an integer buffer.
         """
         if self.softmax:
-            return softmax_loss(logits), logits
+            return nce.info_nce(logits), logits
         raw = logits.exp()
-        z = next_z(self.z, raw, self.n, self.nce_z, self.updates)
+        z = nce.next_z(self.z, raw.detach().mean(), self.n, self.nce_z, self.updates)
         if self.nce_z == "oneshot":
             z = z.trunc()
         self.z.copy_(z)
         self.params.copy_(z.long())
         self.updates += 1
         out = raw / z
-        return nce_loss(out, self.n), out
+        return nce.nce_loss(out, self.n), out
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return the `loss` of the `logits` of these pairs."""
@@ -218,12 +169,12 @@ class KeyQueue(nn.Module):
         that file and the pointer starts at 0. Raises UserError, naming `path`, where `state` is of
         another method or length.
         """
-        memory.check_state(state, self.state_dict(), path)
+        checkpoint.check_memory(state, self.state_dict(), path)
         k = len(state["memory"])
         if k != self.k:
             raise UserError(f"{path} was made with --nce_k {k}, this run has {self.k}")
         if extra is None:
-            extra = {"z": state["params"][0], "pointer": 0, "updates": LONG_AGO}
+            extra = {"z": state["params"][0], "pointer": 0, "updates": nce.LONG_AGO}
         pointer = int(extra["pointer"])
         updates = int(extra["updates"])
         if not 0 <= pointer < self.k or updates < 0:

@@ -18,7 +18,7 @@ def build_network(args, process: launch.Process) -> nn.Module:
     """Return the network with a head of --feat_dim outputs, on the device and in training mode."""
     depth, width = MODELS[args.model]
     network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
-    batchnorm.split(network, batchnorm.splits_here(args, process))
+    batchnorm.split(network, backbones.splits_here(args, process))
     if args.syncBN:
         network = synchronised(network, process)
     return network.to(process.device, memory_format=torch.channels_last).train()

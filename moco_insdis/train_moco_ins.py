@@ -27,15 +27,17 @@ from common import (
     UsageError,
     UserError,
     augment,
+    backbones,
     batchnorm,
     cli,
     launch,
     memory,
+    nce,
     options,
     schedule,
 )
 from moco_insdis import flags
-from moco_insdis.contrast import LONG_AGO, KeyQueue, MemoryBank
+from moco_insdis.contrast import KeyQueue, MemoryBank
 from moco_insdis.method import PREFIX, InstanceMethod, load_network
 from moco_insdis.networks import NORMALIZE
 from preprocess import demo
@@ -184,7 +186,7 @@ class InsDis(InstanceMethod):
         contrast = saved["contrast"]
         if "model_ema" in saved:
             raise UserError(f"{saved.path} is a checkpoint of MoCo: add --moco")
-        self.memory.load(contrast, saved.get("z_updates", LONG_AGO), saved.path)
+        self.memory.load(contrast, saved.get("z_updates", nce.LONG_AGO), saved.path)
         load_network(self.network, saved, "model")
 
 
@@ -282,7 +284,7 @@ def worker(args, process: launch.Process) -> None:
             method=type(method).__name__,
             loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}",
             crop=args.crop,
-            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+            bn_groups=backbones.splits_here(args, process) * process.world_size,
         )
         flags.warn(args, len(pictures), job)
         for _ in job.epochs():

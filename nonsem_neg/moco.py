@@ -97,7 +97,7 @@ class MoCo(nn.Module):
                 encoded = [self.encode_keys(t, generator)[0] for t in im_t.unbind(1)]
                 nonsem = torch.stack(encoded, 1)  # N x M x D
                 self.encoder_k.train(self.training)
-        logits = contrast_logits(query, key, self.queue, nonsem, self.temperature, self.alpha)
+        logits = contrast_logits(query, key, self.queue.T, nonsem, self.temperature, self.alpha)
         return logits, keys
 
     def encode(self, encoder: nn.Module, images: Tensor) -> Tensor:
@@ -124,4 +124,4 @@ class MoCo(nn.Module):
 
     def enqueue(self, keys: Tensor) -> None:
         """Write the keys of all ranks (B, D) over the oldest columns; never non-semantic ones."""
-        memory.enqueue(self.queue, self.queue_ptr, keys, dim=1)
+        memory.enqueue(self.queue.T, self.queue_ptr, keys)

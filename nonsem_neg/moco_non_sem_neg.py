@@ -149,7 +149,7 @@ def build_loader(args, process: launch.Process):
 
 
 def build_network(args, process: launch.Process) -> MoCo:
-    splits = batchnorm.splits_here(args, process)
+    splits = backbones.splits_here(args, process)
 
     def encoder(dim: int) -> nn.Module:
         network = backbones.build(args.arch, dim, small_stem=args.small_stem)
@@ -293,7 +293,7 @@ def worker(args, process: launch.Process) -> None:
             loader,
             method,
             contrast_ways=1 + args.moco_k + args.num_nonsem,
-            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+            bn_groups=backbones.splits_here(args, process) * process.world_size,
             **sides,
         )
         if args.moco_k >= len(pictures):

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+UNIT = 0.01  # how far the length of a unit row may be from 1; bfloat16 needs 0.004
+
 
 def contrast_logits(
     query: Tensor,
@@ -25,17 +27,59 @@ def contrast_logits(
 ) -> Tensor:
     """Return the logits of InfoNCE with non-semantic negatives, the positive in column 0.
 
-    query (N, D), key (N, D), nonsem (N, M, D) or None: unit rows, float32. queue (D, K): unit
-    columns. Returns (N, 1 + K + M) = [q.k, q.queue, alpha * q.t_1 .. alpha * q.t_M] / temperature;
-    cross-entropy with label 0 gives the loss in nats.
+    query (N, D), key (N, D), queue (K, D), nonsem (N, M, D) or None: unit rows; the queue may be a
+    transposed view. Returns (N, 1 + K + M) = [q.k, q.queue, alpha * q.t_1 .. alpha * q.t_M] /
+    temperature, float32 also under autocast; cross-entropy with label 0 gives the loss in nats.
     alpha is inside the exponent: it is an inverse temperature of these negatives, not a weight of
     their terms. The rows nonsem[i] are negatives of query i alone. None, or M = 0, gives MoCo,
-    Eq. (1) of He et al., arXiv:1911.05722.
+    Eq. (1) of He et al., arXiv:1911.05722. Raises ValueError where a shape or number does not fit.
+
+    >>> normalize = torch.nn.functional.normalize
+    >>> query, key, queue = (normalize(torch.randn(n, 8), dim=1) for n in (4, 4, 100))
+    >>> nonsem = normalize(torch.randn(4, 2, 8), dim=2)
+    >>> contrast_logits(query, key, queue, nonsem, temperature=0.2, alpha=2.0).shape
+    torch.Size([4, 103])
     """
-    columns = [(query * key).sum(dim=1, keepdim=True), query @ queue]
+    _check(query, key, queue, nonsem, temperature)
+    with torch.autocast(query.device.type, enabled=False):
+        query = query.float()
+        columns = [(query * key.float()).sum(dim=1, keepdim=True), query @ queue.T]
+        if nonsem is not None:
+            columns.append(alpha * torch.einsum("nd,nmd->nm", query, nonsem.float()))
+        return torch.cat(columns, dim=1).div_(temperature)
+
+
+def _check(
+    query: Tensor, key: Tensor, queue: Tensor, nonsem: Tensor | None, temperature: float
+) -> None:
+    """Raise ValueError where the arguments of `contrast_logits` do not fit each other.
+
+    In debug, which is without python -O, features on a CPU must also have unit rows, or zeros: what
+    F.normalize returns. Any other device would have to be waited for.
+    """
+    if queue.dim() != 2 or not len(queue):
+        raise ValueError(f"queue is {tuple(queue.shape)}: expected (K, D) with at least one row")
+    expected = (len(query), queue.shape[1])
+    features = {"query": query, "key": key}
     if nonsem is not None:
-        columns.append(alpha * torch.einsum("nd,nmd->nm", query, nonsem))
-    return torch.cat(columns, dim=1).div_(temperature)
+        features["nonsem"] = nonsem
+    for name, rows in features.items():
+        shape = rows.shape[::2] if name == "nonsem" and rows.dim() == 3 else rows.shape
+        if tuple(shape) != expected:
+            raise ValueError(
+                f"{name} is {tuple(rows.shape)}: expected {len(query)} times rows of length "
+                f"{expected[1]}, since the queue is {tuple(queue.shape)}"
+            )
+        if __debug__ and rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            length = rows.detach().float().norm(dim=-1)
+            wrong = ((length - 1).abs() > UNIT) & (length > 0)
+            if wrong.any():
+                raise ValueError(
+                    f"{name} has a row of length {length[wrong][0]:.4g}, expected unit rows: apply "
+                    f"torch.nn.functional.normalize({name}, dim=-1)"
+                )
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} must be above 0")
 
 
 class PatchGrid(NamedTuple):
@@ -56,8 +100,10 @@ class PatchGrid(NamedTuple):
         return PatchGrid(*(None if field is None else field[part] for field in self))
 
     def to(self, device: torch.device) -> PatchGrid:
-        fields = (None if f is None else f.to(device, non_blocking=True) for f in self)
-        return PatchGrid(*fields)
+        """Return the grids on `device`. A copy to a GPU from pinned memory does not wait for it."""
+        is_pinned = device.type == "cuda" and self.side.device.type == "cpu"
+        fields = [f.pin_memory() if is_pinned and f is not None else f for f in self]
+        return PatchGrid(*(f if f is None else f.to(device, non_blocking=True) for f in fields))
 
 
 def check_patch_range(smallest: int, largest: int, size: int, inclusive: bool = False) -> None:
@@ -153,8 +199,16 @@ def patch_negatives(
     images: the augmented and normalised query view, so that a negative shares the crop, colours and
     flip of its query. generator: in the same state on every rank; each rank draws for the global
     batch and keeps its own rows, so that N processes make the same negatives as one.
-    options: passed on to `sample_patches`.
+    options: passed on to `sample_patches`. Raises ValueError where a shape or number does not fit.
+
+    >>> images, generator = torch.randn(4, 3, 32, 32), torch.Generator().manual_seed(0)
+    >>> patch_negatives(images, 2, (8, 16), generator).shape
+    torch.Size([4, 2, 3, 32, 32])
     """
+    if images.dim() != 4 or images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"images are {tuple(images.shape)}: expected squares (N, C, S, S)")
+    if count < 1:
+        raise ValueError(f"count {count} must be at least 1")
     n = images.shape[0]
     size = images.shape[-1]
     own = slice(rank * n, (rank + 1) * n)

@@ -7,8 +7,6 @@ ranks, so that every rank has the same; a queue knows the pictures of its keys.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,39 +20,31 @@ class MemoryBank(nn.Module):
     def __init__(self, n: int, dim: int, momentum: float):
         super().__init__()
         self.momentum = momentum
-        bound = 1 / math.sqrt(dim / 3)
-        rows = torch.empty(n, dim).uniform_(-bound, bound)
-        self.register_buffer("_bank", F.normalize(rows, dim=1))
+        self.register_buffer("_bank", F.normalize(memory.random_rows(n, dim), dim=1))
 
-    @torch.no_grad()
     def update(self, feat: Tensor, index: Tensor) -> None:
         """Set row i to unit(m * row i + (1 - m) * feature).
 
         feat (B, dim), index (B,): unit features and picture numbers of all ranks.
         """
-        rows = self.momentum * self._bank[index] + (1 - self.momentum) * feat
-        self._bank.index_copy_(0, index, F.normalize(rows, dim=1))
+        memory.update_rows(self._bank, index, feat, self.momentum)
 
 
-class KeyQueue(nn.Module):
-    """The last k keys, first in, first out.
+class KeyQueue(memory.Queue):
+    """A queue (k, dim) that knows the pictures of its keys.
 
-    Buffers: `queue` (k, dim), and `queue_ptr`, the next row to write. `pictures` (k,): the numbers
-    of the keys' pictures, -1 for the random rows of the start. It is not in the published file and
-    is saved beside the state dict.
+    `pictures` (k,): their numbers, -1 for the random rows of the start. It is not in the published
+    file and is saved beside the state dict.
     """
 
     def __init__(self, k: int, dim: int):
-        super().__init__()
-        self.register_buffer("queue", F.normalize(torch.randn(k, dim), dim=1))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        super().__init__(k, dim)
         self.register_buffer("pictures", torch.full((k,), -1), persistent=False)
 
-    @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
         """Write the keys (B, dim) of the pictures (B,) of all ranks over the oldest rows."""
         memory.enqueue(self.pictures, self.queue_ptr.clone(), index)
-        memory.enqueue(self.queue, self.queue_ptr, keys)
+        super().enqueue(keys)
 
     def labels(self, of_pictures: Tensor) -> Tensor:
         """Return the classes (k,) of the keys, -1 where unknown.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmc import colour
 from common import UserError, backbones, batchnorm, launch, metrics, sets
 from common.precision import Precision
-from ring import negatives, thresholds
+from ring import monitor, negatives, thresholds
 from ring.memories import MemoryBank
 from ring.networks import build_network
 from ring.views import NORMALIZE
@@ -39,7 +39,7 @@ class Observer:
         if not self.description:
             first = negatives.Ring(*(part[:LOOKED_AT] for part in ring))
             has_cut = self.args.negatives == "ring"
-            self.description = negatives.description(
+            self.description = monitor.description(
                 first, self.args.t, self.own, self.labels, has_cut
             )
         if self.args.save_score:
@@ -62,7 +62,7 @@ class Method:
         self.precision = Precision.of(args, process.device)
         self.views = colour.default_views(args.view) if args.method == "cmc" else []
         network = build_network(args.resnet_version, args.out_dim, args.conv3x3, self.views)
-        self.network = batchnorm.split(network, batchnorm.splits_here(args, process)).train()
+        self.network = batchnorm.split(network, backbones.splits_here(args, process)).train()
         self.precision.choose(self.network, (3, args.input_res, args.input_res))
         system = self.build_system()
         self.system = system.to(process.device, memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common import UsageError, UserError, augment, data, launch, metrics, options, sets
+from ring import negatives
 from runner import checkpoint, knn
 
 
@@ -22,10 +23,19 @@ def narrowest_ring(args, method) -> tuple[int, int]:
 
     Raises UserError where it is empty, or --neighbor-views would have no neighbours.
     """
+    rule = method.rule
+    n = method.candidates
     try:
-        return method.rule.narrowest(method.policy.least, method.candidates, args.batch_size)
+        inner, outer = rule.ranks(method.policy.least, n, args.batch_size)
     except ValueError as error:
         raise no_ring(args, error) from None
+    if rule.neighbor_views and rule.inside(outer, n) == 0:
+        error = ValueError(
+            f"--neighbor-views has no neighbours: of {n} candidates, outer threshold "
+            f"{method.policy.least:.4g} and inner {rule.thres_inner:.4g} cut out none"
+        )
+        raise no_ring(args, error)
+    return inner, outer
 
 
 def no_ring(args, error: ValueError) -> UserError:
@@ -113,3 +123,36 @@ def evaluate_nearest(job, method, loader: data.Loader) -> None:
         method.policy.record(accuracy / 100)
     job.log.say(f"Epoch {job.epoch}: 1-NN through the bank on val: Acc@1 {accuracy:.2f}")
     job.log.log(job.global_step, epoch=job.epoch, nn_acc1=accuracy)
+
+
+def description(
+    ring: negatives.Ring,
+    temperature: float,
+    own: Tensor | None = None,
+    labels: Tensor | None = None,
+    has_cut: bool = True,
+) -> dict[str, Tensor]:
+    """Return 0-dim tensors that describe the rings of B anchors, for the logs.
+
+    ring_lowest, ring_highest: cosine of the last and of the first candidate, mean over anchors.
+    own (B,), labels (n,): classes of the anchors and of the candidates, -1 where unknown. With
+    them, ring_own_class is the share of the ring that is of its anchor's class, and with has_cut
+    inner_own_class is that share of the candidates that are cut out.
+    """
+    values = {
+        "ring_lowest": ring.scores.amin(1).mean() * temperature,
+        "ring_highest": ring.scores.amax(1).mean() * temperature,
+    }
+    if labels is None:
+        return values
+    values["ring_own_class"] = _own_share(labels[ring.rows], own)
+    if has_cut:
+        values["inner_own_class"] = _own_share(labels[ring.inner_rows], own)
+    return values
+
+
+def _own_share(classes: Tensor, own: Tensor) -> Tensor:
+    """Return the share of known classes (B, J) that equal own (B,); 0 where none is known."""
+    own = own[: len(classes), None]
+    is_known = (classes >= 0) & (own >= 0)
+    return ((classes == own) & is_known).sum() / is_known.sum().clamp(min=1)

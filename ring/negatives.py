@@ -6,14 +6,14 @@ ring). Counts, draws and numerators are those of src/objectives/ of mhw32/contra
 fb3e1c2. It differs from that code in these ways:
 
 - the nearest are found by a top-k, not by sorting all candidates, which gives the same ranks;
-- a few anchors are scored at a time, so that a batch needs less than 64 MB beside a bank of up to
-  two million rows (and 24 bytes for each row of a longer one);
+- a few anchors are scored at a time, so that on a CPU a batch needs less than 64 MB beside a bank
+  of up to two million rows (and 24 bytes for each row of a longer one), and elsewhere 1 GiB;
 - the size of a ball is a share of its bank, where IR's published one is a share of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = 10 << 20  # bytes of scores held at once, and as many for selecting and comparing
+HALF = 10 << 20  # bytes of scores held at once on a CPU, and as many for selecting and comparing
+DEVICE_HALF = 512 << 20  # the same on any other device, where launches cost more than memory
 DENSE_FROM = 4  # with 1/4 of the bank's rows or more in a sum, the product with all is faster
+UNIT = 0.01  # how far the length of a unit row may be from 1; bfloat16 needs 0.004
 
 
 class Ring(NamedTuple):
@@ -90,19 +92,6 @@ class Rule:
             )
         return inner, outer
 
-    def narrowest(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
-        """Return `ranks` of the least thres_outer of a training.
-
-        Also raises ValueError where neighbor_views would have no neighbours.
-        """
-        inner, outer = self.ranks(thres_outer, n, batch)
-        if self.neighbor_views and self.inside(outer, n) == 0:
-            raise ValueError(
-                f"--neighbor-views has no neighbours: of {n} candidates, outer threshold "
-                f"{thres_outer:.4g} and inner {self.thres_inner:.4g} cut out none"
-            )
-        return inner, outer
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -131,6 +120,42 @@ def draw(b: int, k: int, ranks: tuple[int, int], generator: torch.Generator) -> 
     return torch.randint(size, (b, k), generator=generator, device=generator.device)
 
 
+def ring_loss(
+    query: Tensor,
+    key: Tensor,
+    memory: Tensor,
+    *,
+    outer: float,
+    inner: float = 0.0,
+    temperature: float = 0.07,
+    count: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the loss of queries against the ring of their nearest rows in a memory, in nats.
+
+    It is `conditional_loss` with the ring of Wu et al., which has the formula. query, key (B, D):
+    unit rows; row i of key is the positive of row i of query. memory (K, D): unit rows without
+    gradient, a queue or a bank.
+    outer: share of the memory that is near enough. inner: share of these that are too near, and are
+    cut out. temperature T > 0. count: compare with so many rows of the ring, drawn with replacement
+    by the generator, which is on the device of query; None compares with all of the ring.
+    Gradient flows to query and key. Raises ValueError where a shape or a number does not fit.
+
+    >>> query, key, memory = (F.normalize(torch.randn(n, 8), dim=1) for n in (4, 4, 100))
+    >>> ring_loss(query, key, memory, outer=0.2, inner=0.1, temperature=0.1).shape
+    torch.Size([])
+    """
+    if query.shape != key.shape:
+        raise ValueError(f"query is {tuple(query.shape)} and key {tuple(key.shape)}: equal shapes")
+    if count is not None and (count < 1 or generator is None):
+        raise ValueError(f"count {count} must be at least 1, and needs a generator to draw with")
+    rule = Rule("ring", inner)
+    ranks = rule.ranks(outer, len(memory), len(query))
+    draws = None if count is None else draw(len(query), count, ranks, generator)
+    positive = (query.float() * key.float()).sum(1)
+    return conditional_loss(query, positive, memory, Comparison(rule, ranks, temperature, draws))
+
+
 def conditional_loss(
     query: Tensor,
     positive: Tensor,
@@ -143,28 +168,67 @@ def conditional_loss(
         L = -log  exp(s+/T) / ( exp(s+/T) + sum over ranks [inner, outer) of exp(s_j/T) )
 
     query (B, D): unit rows. positive (B,): their cosines with their positives, which may carry a
-    gradient. bank (n, D): unit rows of all candidates, float32, without a gradient.
+    gradient. bank (n, D): unit rows of all candidates, float32, without a gradient. The loss is
+    float32 also under autocast.
     observer: called once for each block of anchors, in order.
     Anchors are scored in blocks, and each part of a block is compared and differentiated before the
-    next one, so that only a few rows of the B x n scores exist at a time.
+    next one, so that only a few rows of the B x n scores exist at a time. Raises ValueError where
+    shapes or ranks do not fit.
     """
+    _check(query, positive, bank, comparison)
+    with torch.autocast(query.device.type, enabled=False):
+        query, positive = query.float(), positive.float()
+        parts = [
+            _compare(scores, positive[anchors], bank, comparison, anchors, observer)
+            for anchors, scores in _scored(query.detach(), bank, comparison)
+        ]
+        losses, *gradients = map(torch.cat, zip(*parts))
+        if gradients:
+            losses = _Differentiated.apply(query, positive, losses, *gradients)
+        return losses.mean()
+
+
+def _check(query: Tensor, positive: Tensor, bank: Tensor, comparison: Comparison) -> None:
+    """Raise ValueError where the arguments of `conditional_loss` do not fit each other.
+
+    In debug, which is without python -O, queries on a CPU must also have unit rows, or zeros: what
+    F.normalize returns. Any other device would have to be waited for.
+    """
+    if bank.dim() != 2 or not len(bank):
+        raise ValueError(f"the memory is {tuple(bank.shape)}: expected (K, D), at least one row")
+    if query.dim() != 2 or query.shape[1] != bank.shape[1] or positive.shape != query.shape[:1]:
+        raise ValueError(
+            f"query is {tuple(query.shape)} with positives {tuple(positive.shape)}: expected (B, "
+            f"{bank.shape[1]}) and (B,), since the memory is {tuple(bank.shape)}"
+        )
+    inner, outer = comparison.ranks
+    if not 0 <= inner < outer <= len(bank):
+        raise ValueError(f"ranks {inner} to {outer} are no ring among {len(bank)} candidates")
+    if not comparison.temperature > 0:
+        raise ValueError(f"temperature {comparison.temperature} must be above 0")
+    if __debug__ and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        length = query.detach().float().norm(dim=1)
+        wrong = ((length - 1).abs() > UNIT) & (length > 0)
+        if wrong.any():
+            raise ValueError(
+                f"query has a row of length {length[wrong][0]:.4g}, expected unit rows: apply "
+                "torch.nn.functional.normalize(query, dim=1)"
+            )
+
+
+def _scored(query: Tensor, bank: Tensor, comparison: Comparison) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (place in the batch, scores (b, n) over the temperature) of a few anchors at a time."""
     n = len(bank)
+    half = HALF if query.device.type == "cpu" else DEVICE_HALF
     drawn = 0 if comparison.draws is None else comparison.draws.shape[1]
-    scored = max(1, HALF // (4 * n))  # anchors
+    scored = max(1, half // (4 * n))  # anchors
     # A top-k copies 16 bytes for each candidate.
-    compared = max(1, HALF // (16 * n + 28 * comparison.ranks[1] + 24 * drawn))
-    parts = []
+    compared = max(1, half // (16 * n + 28 * comparison.ranks[1] + 24 * drawn))
     for first in range(0, len(query), scored):
-        scores = (query[first : first + scored].detach() / comparison.temperature) @ bank.T
+        scores = (query[first : first + scored] / comparison.temperature) @ bank.T
         for start in range(0, len(scores), compared):
             stop = min(start + compared, len(scores))
-            anchors = slice(first + start, first + stop)
-            part = _compare(
-                scores[start:stop], positive[anchors], bank, comparison, anchors, observer
-            )
-            parts.append(part)
-    losses, of_query, of_positive = map(torch.cat, zip(*parts))
-    return _Differentiated.apply(query, positive, losses, of_query, of_positive).mean()
+            yield slice(first + start, first + stop), scores[start:stop]
 
 
 def _compare(
@@ -174,11 +238,11 @@ def _compare(
     comparison: Comparison,
     anchors: slice,
     observer: Observer | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses (b,) and their gradients to queries (b, D) and positives (b,).
+) -> tuple[Tensor, ...]:
+    """Return losses (b,) and, where gradients are enabled, those to queries and positives.
 
     scores (b, n): divided by the temperature. positive (b,): cosines. anchors: the place of these b
-    anchors in the batch.
+    anchors in the batch. The gradients are (b, D) and (b,).
     """
     rule = comparison.rule
     inner, outer = comparison.ranks
@@ -194,9 +258,10 @@ def _compare(
         near, near_rows = scores.topk(rule.inside(outer, len(bank)))  # published: of all candidates
     if observer is not None:
         observer(ring, positive.detach(), negatives)
+    if not torch.is_grad_enabled():
+        return (row_losses(negatives, near, positive, rule),)
     leaves = [x.detach().requires_grad_() for x in (negatives, near, positive)]
-    with torch.enable_grad():
-        losses = row_losses(*leaves, rule)
+    losses = row_losses(*leaves, rule)
     grads = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
     of_negatives, of_near, of_positive = grads
     of_query = _weighted_rows(bank, rows, of_negatives)
@@ -240,42 +305,13 @@ class _Differentiated(torch.autograd.Function):
 
 
 def _weighted_rows(bank: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Return sums (B, D) of bank rows (B, J), each times its weight (B, J)."""
+    """Return sums (B, D) of bank rows (B, J), each times its weight (B, J).
+
+    `embedding_bag` on CUDA walks the J rows of a sum one after the other, so that there a product
+    with the whole bank is always faster.
+    """
     if rows.shape[1] == 0:
         return weights.new_zeros(len(rows), bank.shape[1])
-    if DENSE_FROM * rows.shape[1] <= len(bank):
+    if bank.device.type == "cpu" and DENSE_FROM * rows.shape[1] <= len(bank):
         return F.embedding_bag(rows, bank, per_sample_weights=weights, mode="sum")
     return weights.new_zeros(len(rows), len(bank)).scatter_add_(1, rows, weights) @ bank
-
-
-def description(
-    ring: Ring,
-    temperature: float,
-    own: Tensor | None = None,
-    labels: Tensor | None = None,
-    has_cut: bool = True,
-) -> dict[str, Tensor]:
-    """Return 0-dim tensors that describe the rings of B anchors, for the logs.
-
-    ring_lowest, ring_highest: cosine of the last and of the first candidate, mean over anchors.
-    own (B,), labels (n,): classes of the anchors and of the candidates, -1 where unknown. With
-    them, ring_own_class is the share of the ring that is of its anchor's class, and with has_cut
-    inner_own_class is that share of the candidates that are cut out.
-    """
-    values = {
-        "ring_lowest": ring.scores.amin(1).mean() * temperature,
-        "ring_highest": ring.scores.amax(1).mean() * temperature,
-    }
-    if labels is None:
-        return values
-    values["ring_own_class"] = _own_share(labels[ring.rows], own)
-    if has_cut:
-        values["inner_own_class"] = _own_share(labels[ring.inner_rows], own)
-    return values
-
-
-def _own_share(classes: Tensor, own: Tensor) -> Tensor:
-    """Return the share of known classes (B, J) that equal own (B,); 0 where none is known."""
-    own = own[: len(classes), None]
-    is_known = (classes >= 0) & (own >= 0)
-    return ((classes == own) & is_known).sum() / is_known.sum().clamp(min=1)

@@ -300,7 +300,7 @@ def worker(args, process: launch.Process) -> None:
             method,
             candidates=method.candidates,
             narrowest_ring=f"ranks {inner} to {outer}",
-            bn_groups=batchnorm.splits_here(args, process) * process.world_size,
+            bn_groups=backbones.splits_here(args, process) * process.world_size,
         )
         monitor.warn(job, method, (inner, outer))
         for _ in job.epochs():

@@ -214,6 +214,16 @@ def load_into(
     module.load_state_dict(state, strict=False)
 
 
+def check_memory(state: dict, own: dict, path: str) -> None:
+    """Raise UserError unless the memory of `path` has the buffers `own`, with finite values."""
+    if state.keys() != own.keys():
+        held = ", ".join(state)
+        raise UserError(f"{path} is of another method (its memory holds {held})")
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} is damaged: {name} of its memory is not finite")
+
+
 def _misfit(own: dict, state: dict, allowed_missing: tuple[str, ...]) -> str:
     """Describe why `state` does not fit `own`, or return ""."""
     optional = (*allowed_missing,)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import UsageError, UserError, batchnorm, launch
+from common import UsageError, backbones, batchnorm, launch
 
 
 def generator(seed=0):
@@ -63,15 +63,15 @@ def test_one_group_is_plain_batch_norm():
 
 def test_what_cannot_be_split_is_refused():
     norm = batchnorm.split(nn.Sequential(nn.BatchNorm2d(3)), 4)
-    with pytest.raises(UserError, match="a batch of 6 cannot be split into 4 equal"):
+    with pytest.raises(ValueError, match="a batch of 6 cannot be split into 4 equal"):
         norm(torch.zeros(6, 3, 2, 2))
     two = launch.Process(world_size=2)
     args = types.SimpleNamespace(batch_size=32, bn_splits=8)
-    assert batchnorm.splits_here(args, launch.Process()) == 8
-    assert batchnorm.splits_here(args, two) == 4
+    assert backbones.splits_here(args, launch.Process()) == 8
+    assert backbones.splits_here(args, two) == 4
     args.bn_splits = 32
     with pytest.raises(UsageError, match="--batch_size 32: .* each of its 32 groups"):
-        batchnorm.splits_here(args, two)
+        backbones.splits_here(args, two)
     args.bn_splits = 6
     with pytest.raises(UsageError, match="--bn-splits: 32 images per process .* into 6 equal"):
-        batchnorm.splits_here(args, launch.Process())
+        backbones.splits_here(args, launch.Process())

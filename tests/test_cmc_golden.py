@@ -117,12 +117,3 @@ def test_three_views_are_the_three_two_view_losses():
         two.memory_ab.copy_(three.banks()[j])
         total += two([feats[i], feats[j]], rows)[0].sum()
     close(three(feats, rows)[0].sum(), total)
-
-
-def test_moving_average_of_every_z_starts_as_one_shot_and_then_follows():
-    raw = [[torch.full((2, 3), v) for v in pair] for pair in ((1.0, 2.0), (5.0, 2.0))]
-    z = contrast.next_z(torch.tensor([-1.0, -1.0]), raw[0], 10, "ema", 0)
-    assert z.tolist() == [10, 20]
-    later = contrast.next_z(z, raw[1], 10, "ema", 10**6).tolist()
-    assert later == pytest.approx([0.99 * 10 + 0.01 * 50, 20], rel=1e-6)
-    assert contrast.next_z(z, raw[1], 10, "oneshot", 0).tolist() == [10, 20]

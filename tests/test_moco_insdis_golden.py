@@ -1,12 +1,11 @@
 """InsDis and MoCo against the published code's numbers (tests/golden/README.md, sections 2, 4)."""
 
-import math
-
 import pytest
 import torch
 from vectors import close, keys, names, published_keys, read
 
 from common import memory as memory_module
+from common import nce
 from moco_insdis import contrast
 
 
@@ -63,15 +62,15 @@ def test_buffers_are_the_published_ones(method):
     assert keys(memory.state_dict()) == published_keys(f"moco_insdis_contrast_{method}")
 
 
-def test_moving_average_of_z_starts_as_one_shot_and_then_follows():
-    raw = [torch.full((2, 3), 1.0), torch.full((2, 3), 5.0)]
-    z = contrast.next_z(torch.tensor(-1.0), raw[0], 10, "ema", 0)
-    assert z == 10
-    old = contrast.next_z(z, raw[1], 10, "ema", 10**6).item()
-    assert math.isclose(old, 0.99 * 10 + 0.01 * 50, rel_tol=1e-6)
-    young = contrast.next_z(z, raw[1], 10, "ema", 8).item()  # follows faster
-    assert math.isclose(young, 0.5 * 10 + 0.5 * 50, rel_tol=1e-6)
-    assert contrast.next_z(z, raw[1], 10, "oneshot", 0) == 10
+def test_moving_average_of_every_z_starts_as_one_shot_and_then_follows():
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 2.0])
+    z = nce.next_z(torch.tensor([-1.0, -1.0]), first, 10, "ema", 0)
+    assert z.tolist() == [10, 20]
+    old = nce.next_z(z, second, 10, "ema", 10**6).tolist()
+    assert old == pytest.approx([0.99 * 10 + 0.01 * 50, 20], rel=1e-6)
+    young = nce.next_z(z, second, 10, "ema", 8).tolist()  # follows faster
+    assert young == pytest.approx([0.5 * 10 + 0.5 * 50, 20], rel=1e-6)
+    assert nce.next_z(z, second, 10, "oneshot", 0).tolist() == [10, 20]
 
 
 def test_queue_refills_whole_and_wraps():

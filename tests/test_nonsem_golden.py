@@ -89,7 +89,7 @@ def test_logits_and_gradient_alone(name):
         logits = contrast_logits(
             q,
             golden["k"][step],
-            golden["queue_before"][step],
+            golden["queue_before"][step].T,
             golden["ts"][step],
             golden["T"],
             golden["alpha"],

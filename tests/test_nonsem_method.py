@@ -15,24 +15,24 @@ def unit(*shape, seed=0):
 
 
 def test_without_nonsemantic_negatives_it_is_moco():
-    q, k, queue = unit(4, 8), unit(4, 8, seed=1), unit(6, 8, seed=2).T
-    plain = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / 0.2
+    q, k, queue = unit(4, 8), unit(4, 8, seed=1), unit(6, 8, seed=2)
+    plain = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.2
     torch.testing.assert_close(contrast_logits(q, k, queue, None, 0.2, alpha=3.0), plain)
     assert contrast_logits(q, k, queue, torch.zeros(4, 0, 8), 0.2).shape == (4, 7)
 
 
 def test_alpha_is_inside_the_exponent_and_a_negative_belongs_to_its_own_query():
-    q, k, queue, t = unit(4, 8), unit(4, 8, seed=1), unit(6, 8, seed=2).T, unit(4, 2, 8, seed=3)
+    q, k, queue, t = unit(4, 8), unit(4, 8, seed=1), unit(6, 8, seed=2), unit(4, 2, 8, seed=3)
     logits = contrast_logits(q, k, queue, t, 0.5, alpha=2.0)
     for i in range(4):
-        terms = [*(q[i] @ queue / 0.5).exp(), *(2.0 * t[i] @ q[i] / 0.5).exp()]
+        terms = [*(queue @ q[i] / 0.5).exp(), *(2.0 * t[i] @ q[i] / 0.5).exp()]
         expected = -((q[i] @ k[i] / 0.5) - torch.log((q[i] @ k[i] / 0.5).exp() + sum(terms)))
         torch.testing.assert_close(F.cross_entropy(logits[i : i + 1], torch.tensor([0])), expected)
     moved = t.clone()
     moved[1:] = unit(3, 2, 8, seed=4)
     assert torch.equal(contrast_logits(q, k, queue, moved, 0.5, 2.0)[0], logits[0])
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
-    shuffled = contrast_logits(q, k, queue[:, order], t, 0.5, 2.0)
+    shuffled = contrast_logits(q, k, queue[order], t, 0.5, 2.0)
     torch.testing.assert_close(shuffled.logsumexp(1), logits.logsumexp(1))
 
 

@@ -13,7 +13,7 @@ from test_backbones import Golden, filled
 from vectors import close, keys, names, published_keys, read
 
 from common import UserError, backbones
-from ring import memories, negatives, networks, thresholds
+from ring import memories, monitor, negatives, networks, thresholds
 from ring.negatives import Comparison, Rule, conditional_loss
 from runner import layouts
 
@@ -223,12 +223,6 @@ def test_an_empty_ring_says_its_numbers():
     numbers = "of 40 candidates, outer threshold 0.02 and inner 0.1 leave the ranks 0 to 0"
     with pytest.raises(ValueError, match=numbers):
         Rule().ranks(0.02, 40, 8)
-    numbers = (
-        "--neighbor-views has no neighbours: of 40 candidates, outer .* 0.1 and inner 0.1 cut "
-        "out none"
-    )
-    with pytest.raises(ValueError, match=numbers):
-        Rule(neighbor_views=True).narrowest(0.1, 40, 8)
     assert Rule("ball", ball_of_batch=True).ranks(0.5, 40, 8) == (0, 4)
 
 
@@ -244,7 +238,7 @@ def test_description_counts_classes_where_they_are_known():
     ring = negatives.Ring(
         bank[:, :1], bank[:, 1:4], torch.tensor([[0], [1], [5]]), torch.tensor([[1, 2, 3]] * 3)
     )
-    found = negatives.description(
+    found = monitor.description(
         ring, 0.5, torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1, 0, 0])
     )
     assert found["inner_own_class"] == 0.5  # one of two; the third anchor has no class
@@ -253,7 +247,7 @@ def test_description_counts_classes_where_they_are_known():
     )  # 0: one of two; 1: one of two; the picture without a class does not count
     close(found["ring_lowest"], bank[:, 1:4].min(1).values.mean() * 0.5)
     close(found["ring_highest"], bank[:, 1:4].max(1).values.mean() * 0.5)
-    assert "ring_own_class" not in negatives.description(ring, 0.5)
+    assert "ring_own_class" not in monitor.description(ring, 0.5)
 
 
 def test_system_of_moco_has_the_published_names():

@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_BYTES = 32 << 20  # most bytes of scores against the whole bank at once, on a CPU
-DEVICE_BYTES = 1 << 30  # the same on any other device, where a launch costs more than memory
+CHUNK_BYTES = 32 << 20  # most bytes of scores against the whole bank at once
+CUDA_BYTES = 1 << 30  # the same on CUDA, where a launch costs more than memory
 CHUNK_ROWS = 32  # but at least this many queries at once
-GATHER_FROM = 256  # with more bank rows per drawn row, a CPU fetches rows: less than all scores
+GATHER_FROM = 256  # with more bank rows per drawn row, fetching beats scoring, but not on CUDA
 UNIT = 0.01  # how far the length of a unit row may be from 1; bfloat16 needs 0.004
 
 
@@ -26,7 +26,7 @@ class _BankScores(torch.autograd.Function):
     def forward(ctx, query, bank, rows):
         ctx.save_for_backward(rows)
         ctx.bank = bank  # save_for_backward would forbid the in-place write that follows
-        if bank.device.type == "cpu" and len(bank) > GATHER_FROM * rows.shape[1]:
+        if bank.device.type != "cuda" and len(bank) > GATHER_FROM * rows.shape[1]:
             return torch.stack([bank[r] @ q for q, r in zip(query, rows)])
         count = _queries_at_once(bank)
         chunks = zip(query.split(count), rows.split(count))
@@ -37,15 +37,15 @@ class _BankScores(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         weights = grad.contiguous()
         with torch.autocast(grad.device.type, enabled=False):
-            if ctx.bank.device.type == "cpu":
-                sums = F.embedding_bag(rows, ctx.bank, per_sample_weights=weights, mode="sum")
-            else:
+            if ctx.bank.device.type == "cuda":
                 sums = dense_sums(rows, ctx.bank, weights)
+            else:
+                sums = F.embedding_bag(rows, ctx.bank, per_sample_weights=weights, mode="sum")
         return sums, None, None
 
 
 def _queries_at_once(bank: Tensor) -> int:
-    budget = CHUNK_BYTES if bank.device.type == "cpu" else DEVICE_BYTES
+    budget = CUDA_BYTES if bank.device.type == "cuda" else CHUNK_BYTES
     return max(CHUNK_ROWS, budget // (4 * len(bank)))
 
 
@@ -68,7 +68,7 @@ def bank_scores(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     query (B, D), bank (n, D) without gradient, rows (B, J) of int64 -> (B, J), float32 also under
     autocast. The published code gathers B x J x D numbers (1 GB for B 128, J 16,385, D 128). Here
     the drawn scores are picked out of the product with the whole bank; if few rows of a huge bank
-    are drawn, a CPU fetches them query by query instead. The values are equal either way.
+    are drawn, they are fetched query by query instead, but not on CUDA. The values are equal.
     The bank must not be written between this call and the backward pass. Raises ValueError where
     shapes do not fit.
 
@@ -212,7 +212,8 @@ class Queue(nn.Module):
 class MemoryBank(nn.Module):
     """One row per training picture, at its number: Wu et al., arXiv:1805.01978.
 
-    n: number of pictures. dim: feature size. momentum: m of a row. Buffer: `memory` (n, dim).
+    n: number of pictures. dim: feature size. momentum: m of a row. Buffer: `memory` (n, dim), which
+    starts with random unit rows.
 
     >>> bank, index = MemoryBank(100, dim=4), torch.tensor([7, 9])
     >>> bank.logits(F.normalize(torch.randn(2, 4), dim=1), draw_rows(index, 100, k=16)).shape
@@ -223,7 +224,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         _check_sizes(n=n, dim=dim)
         self.momentum = momentum
-        self.register_buffer("memory", random_rows(n, dim))
+        self.register_buffer("memory", F.normalize(random_rows(n, dim), dim=1))
 
     def logits(self, feat: Tensor, rows: Tensor, temperature: float = 0.07) -> Tensor:
         """Return s / T (B, K+1) of unit rows (B, dim) with rows (B, K+1) of `draw_rows`."""

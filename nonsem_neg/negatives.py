@@ -9,6 +9,8 @@ copies per picture. This file needs torch alone.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -217,3 +219,26 @@ def patch_negatives(
         grid = sample_patches(n * world_size, size, patch_range, generator, **options)
         negatives.append(tile_patches(images, grid.rows(own)))
     return torch.stack(negatives, dim=1)
+
+
+def pair_names(
+    textures: Sequence[str], originals: Sequence[str]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pair texture pictures with the photographs that they were made from, by their names.
+
+    Both are paths below their trees, such as CLASS/NAME.png, each stem once. A pair has the same
+    folder and stem; extensions may differ. Returns the places (texture, original) of the pairs, and
+    those of textures without an original.
+
+    >>> pair_names(["dog/2.png", "dog/3.png"], ["cat/1.jpg", "dog/2.jpg"])
+    ([(0, 1)], [1])
+    """
+    places = {stem_of(path): place for place, path in enumerate(originals)}
+    found = [places.get(stem_of(path)) for path in textures]
+    pairs = [(texture, place) for texture, place in enumerate(found) if place is not None]
+    return pairs, [texture for texture, place in enumerate(found) if place is None]
+
+
+def stem_of(path: str) -> str:
+    """Return a path without its extension."""
+    return os.path.splitext(path)[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common import UsageError, files, launch, printable
 from common.sets import TORCHVISION_SETS, FolderSet, few, open_set, pictures_below
+from nonsem_neg.negatives import pair_names, stem_of
 
 PATCH_PREFIXES = ("texture1_", "texture2_")  # begin the files that an interrupted synthesis leaves
 
@@ -81,25 +82,20 @@ def pair_by_path(
         raise UsageError(
             f"{tree}: no such folder; it should hold the originals of {texture_set.root}"
         )
-    originals, labels = _by_stem(tree, texture_set.classes)
-    rows, stems, lonely, patches = [], [], [], 0
-    for row, path in enumerate(texture_set.paths):
-        relative = os.path.relpath(path, texture_set.root)
-        stem = os.path.splitext(relative)[0]
-        if os.path.basename(path).startswith(PATCH_PREFIXES):
-            patches += 1
-        elif stem in originals:
-            rows.append(row)
-            stems.append(stem)
-        else:
-            lonely.append(relative)
-    without_texture = [originals[stem] for stem in sorted(set(originals) - set(stems))]
+    originals, labels = _originals(tree, texture_set.classes)
+    textures = [os.path.relpath(path, texture_set.root) for path in texture_set.paths]
+    kept = [row for row, name in enumerate(textures) if not _is_patch(name)]
+    patches = len(textures) - len(kept)
+    pairs, alone = pair_names([textures[row] for row in kept], originals)
+    rows = [kept[texture] for texture, _ in pairs]
+    lonely = [textures[kept[texture]] for texture in alone]
+    paths = [originals[original] for _, original in pairs]
+    targets = [labels[original] for _, original in pairs]
+    without_texture = sorted({*originals} - {*paths}, key=stem_of)
     if unmatched_listing is not None:
         _list_unmatched(unmatched_listing, lonely, without_texture)
     _check_pairs(texture_set, tree, len(rows), lonely, unmatched_listing)
 
-    paths = [originals[stem] for stem in stems]
-    targets = [labels[stem] for stem in stems]
     original_set = FolderSet(paths, targets, texture_set.classes, tree)
     if patches:
         original_set.notes.append(
@@ -112,19 +108,22 @@ def pair_by_path(
     return original_set, texture_set.select(rows)
 
 
-def _by_stem(tree: Path, classes: list[str]) -> tuple[dict[str, str], dict[str, int]]:
-    """Return {class/stem: path} and {class/stem: label} of the pictures below `tree`."""
-    originals: dict[str, str] = {}
-    labels: dict[str, int] = {}
+def _is_patch(name: str) -> bool:
+    return os.path.basename(name).startswith(PATCH_PREFIXES)
+
+
+def _originals(tree: Path, classes: list[str]) -> tuple[list[str], list[int]]:
+    """Return paths and labels of the pictures below `tree`. Raises UsageError for equal stems."""
+    labelled = {}
+    stems = {}
     for label, class_name in enumerate(classes):
         for path in pictures_below(tree, class_name):
-            stem = os.path.splitext(path)[0]
-            if stem in originals:
-                both = few([originals[stem], path])
+            first = stems.setdefault(stem_of(path), path)
+            if first != path:
+                both = few([first, path])
                 raise UsageError(f"{tree}: {both} have the same name; keep one of them")
-            originals[stem] = path
-            labels[stem] = label
-    return originals, labels
+            labelled[path] = label
+    return [*labelled], [*labelled.values()]
 
 
 def _list_unmatched(path: str | Path, lonely: list[str], without_texture: list[str]) -> None:

@@ -6,8 +6,8 @@ ring). Counts, draws and numerators are those of src/objectives/ of mhw32/contra
 fb3e1c2. It differs from that code in these ways:
 
 - the nearest are found by a top-k, not by sorting all candidates, which gives the same ranks;
-- a few anchors are scored at a time, so that on a CPU a batch needs less than 64 MB beside a bank
-  of up to two million rows (and 24 bytes for each row of a longer one), and elsewhere 1 GiB;
+- a few anchors are scored at a time, so that a batch needs less than 64 MB beside a bank of up to
+  two million rows (and 24 bytes for each row of a longer one), or on CUDA 1 GiB;
 - the size of a ball is a share of its bank, where IR's published one is a share of the batch.
 """
 
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = 10 << 20  # bytes of scores held at once on a CPU, and as many for selecting and comparing
-DEVICE_HALF = 512 << 20  # the same on any other device, where launches cost more than memory
+HALF = 10 << 20  # bytes of scores held at once, and as many for selecting and comparing
+CUDA_HALF = 512 << 20  # the same on CUDA, where a launch costs more than memory
 DENSE_FROM = 4  # with 1/4 of the bank's rows or more in a sum, the product with all is faster
 UNIT = 0.01  # how far the length of a unit row may be from 1; bfloat16 needs 0.004
 
@@ -219,7 +219,7 @@ def _check(query: Tensor, positive: Tensor, bank: Tensor, comparison: Comparison
 def _scored(query: Tensor, bank: Tensor, comparison: Comparison) -> Iterator[tuple[slice, Tensor]]:
     """Yield (place in the batch, scores (b, n) over the temperature) of a few anchors at a time."""
     n = len(bank)
-    half = HALF if query.device.type == "cpu" else DEVICE_HALF
+    half = CUDA_HALF if query.device.type == "cuda" else HALF
     drawn = 0 if comparison.draws is None else comparison.draws.shape[1]
     scored = max(1, half // (4 * n))  # anchors
     # A top-k copies 16 bytes for each candidate.
@@ -260,10 +260,9 @@ def _compare(
         observer(ring, positive.detach(), negatives)
     if not torch.is_grad_enabled():
         return (row_losses(negatives, near, positive, rule),)
-    leaves = [x.detach().requires_grad_() for x in (negatives, near, positive)]
-    losses = row_losses(*leaves, rule)
-    grads = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-    of_negatives, of_near, of_positive = grads
+    inputs = (negatives.detach(), near.detach(), positive.detach())
+    losses, gradients = torch.func.vjp(lambda *scores: row_losses(*scores, rule), *inputs)
+    of_negatives, of_near, of_positive = gradients(torch.ones_like(losses))
     of_query = _weighted_rows(bank, rows, of_negatives)
     if rule.neighbor_views:
         of_query += _weighted_rows(bank, near_rows, of_near)
@@ -312,6 +311,6 @@ def _weighted_rows(bank: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return weights.new_zeros(len(rows), bank.shape[1])
-    if bank.device.type == "cpu" and DENSE_FROM * rows.shape[1] <= len(bank):
+    if bank.device.type != "cuda" and DENSE_FROM * rows.shape[1] <= len(bank):
         return F.embedding_bag(rows, bank, per_sample_weights=weights, mode="sum")
     return weights.new_zeros(len(rows), len(bank)).scatter_add_(1, rows, weights) @ bank

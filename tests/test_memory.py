@@ -1,12 +1,16 @@
 """Test the parts that memories share: scores against a bank, drawn rows, the queue."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_debiased_golden import Operations
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vectors import close
 
 from common import memory as memory_module
-from common.memory import bank_scores, draw_rows, enqueue
+from common.memory import bank_scores, draw_rows, enqueue, update_rows
 
 
 @pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
@@ -63,3 +67,42 @@ def test_a_queue_of_columns_is_the_transposed_queue_of_rows():
         enqueue(columns.T, pointers[1], keys.requires_grad_())
         assert torch.equal(rows, columns.T) and pointers[0] == pointers[1]
         assert not columns.requires_grad
+
+
+def test_cuda_gets_products_with_the_whole_bank_and_few_launches():
+    """embedding_bag walks a sum's rows one after the other there, and fetching is a loop."""
+    with FakeTensorMode():
+        query, bank = (torch.zeros(n, 128, device="cuda:0") for n in (256, 50_000))
+        rows = torch.zeros(
+            256, 100, dtype=torch.long, device="cuda:0"
+        )  # few of many: a CPU fetches
+        with Operations() as seen:
+            scores = bank_scores(query, bank, rows)
+            node = types.SimpleNamespace(saved_tensors=(rows,), bank=bank)
+            memory_module._BankScores.backward(node, scores)
+    names = [name for name, _ in seen.found if not name.startswith("prim")]
+    assert names.count("aten.mm.default") == 2 and len(names) < 16
+    assert not any("embedding" in name or "stack" in name for name in names)
+
+
+def test_the_sums_of_cuda_are_those_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(memory_module, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(memory_module, "CHUNK_BYTES", 0)
+    generator = torch.Generator().manual_seed(0)
+    bank, weights = torch.randn(50, 8, generator=generator), torch.randn(7, 12, generator=generator)
+    rows = torch.randint(50, (7, 12), generator=generator)  # some stand twice
+    bags = F.embedding_bag(rows, bank, per_sample_weights=weights, mode="sum")
+    close(memory_module.dense_sums(rows, bank, weights), bags)
+
+
+def test_a_picture_that_stands_twice_in_a_batch_leaves_its_last_feature():
+    """On CUDA rows are written in no certain order, so that equal numbers need equal rows."""
+    index = torch.tensor([3, 0, 3, 5, 0])
+    last = memory_module.last_of_equals(index)
+    assert last.tolist() == [2, 4, 2, 3, 4]
+    generator = torch.Generator().manual_seed(0)
+    feat = F.normalize(torch.randn(5, 4, generator=generator), dim=1)
+    bank, same = (torch.ones(6, 4) for _ in range(2))
+    update_rows(bank, index, feat, 0.5)
+    update_rows(same, index, feat[last], 0.5)
+    assert torch.equal(bank, same)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common import backbones, batchnorm
 from nonsem_neg.moco import MoCo, contrast_logits
@@ -127,6 +128,17 @@ def test_two_processes_make_the_negatives_that_one_makes():
         for r in range(2)
     ]
     assert torch.equal(whole, torch.cat(halves)) and not torch.equal(halves[0], halves[1])
+
+
+def test_sources_of_patches_reach_a_gpu_from_pinned_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    with FakeTensorMode():
+        pictures = torch.zeros(4, 3, 32, 32, device="cuda:0")
+        made = patch_negatives(pictures, 1, (8, 16), torch.Generator(), turn=True)
+        assert made.device.type == "cuda" and len(pinned) == 4
+        patch_negatives(pictures.cpu(), 1, (8, 16), torch.Generator())
+        assert len(pinned) == 4
 
 
 def test_patch_side_beyond_the_picture():

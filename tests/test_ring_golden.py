@@ -3,13 +3,12 @@
 tests/golden/README.md, sections 4 and 5, says where they come from.
 """
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from test_backbones import Golden, filled
+from test_debiased_golden import Operations
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vectors import close, keys, names, published_keys, read
 
 from common import UserError, backbones
@@ -226,11 +225,21 @@ def test_an_empty_ring_says_its_numbers():
     assert Rule("ball", ball_of_batch=True).ranks(0.5, 40, 8) == (0, 4)
 
 
-def test_it_needs_torch_alone():
-    """What is imported by the file of the paper's idea."""
-    source = (ROOT / "ring/negatives.py").read_text()
-    imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
-    assert imported <= {"__future__", "collections", "dataclasses", "typing", "torch"}
+def test_cuda_gets_one_block_and_products_with_the_whole_bank(monkeypatch):
+    with FakeTensorMode():
+        query, bank = (torch.zeros(n, 128, device="cuda:0") for n in (256, 50_000))
+        draws = torch.zeros(256, 4095, dtype=torch.long, device="cuda:0")
+        comparison = Comparison(Rule(), (500, 5000), 0.1, draws)
+        assert len(list(negatives._scored(query, bank, comparison))) == 1
+        with Operations() as seen:
+            negatives._weighted_rows(bank, draws, draws.float())
+        assert not any("embedding" in name for name, _ in seen.found)
+    rows, weights = torch.randint(40, (5, 12), generator=torch.Generator()), unit(5, 12, 0)
+    sums = []
+    for dense_from in (0, 10**9):
+        monkeypatch.setattr(negatives, "DENSE_FROM", dense_from)
+        sums.append(negatives._weighted_rows(unit(40, 8, 1), rows, weights))
+    close(*sums)
 
 
 def test_description_counts_classes_where_they_are_known():

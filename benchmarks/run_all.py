@@ -14,7 +14,7 @@ PLAIN = (
     "ring_selection.py",
     "feature_transform.py",
     "colour_skimage.py",
-    "debiased_loss.py",
+    "losses.py",
     "evaluate.py",
 )
 OF_SMALL_PICTURES = ("pretrain_lightly.py", "network_alone.py", "debiased_lightly.py")

@@ -1,4 +1,4 @@
-"""Scores, losses and memory banks of Contrastive Multiview Coding, for two views or more.
+"""Scores and memory banks of Contrastive Multiview Coding, for two views or more.
 
 Tian, Krishnan & Isola, arXiv:1906.05849. With two views, positives and negatives, the order of
 operations, and the names and shapes of the buffers are those of NCE/ of HobbitLong/CMC at 7b227be.

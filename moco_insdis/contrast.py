@@ -1,4 +1,4 @@
-"""Scores, losses and memories of Instance Discrimination and MoCo, as in the code of CMC.
+"""Scores and memories of Instance Discrimination and MoCo, as in the code of CMC.
 
 InsDis is Wu et al., arXiv:1805.01978, MoCo He et al., arXiv:1911.05722. Positives and negatives,
 the order of operations, and the names and shapes of the buffers are those of NCE/ of HobbitLong/CMC

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import equal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from feature_transform import main_contrast as script
 from feature_transform import recipes, transform
@@ -67,6 +68,18 @@ def test_the_table_is_within_its_step_of_the_true_distribution():
             table + table.flip(0), torch.ones(LEVELS).double(), rtol=0, atol=2**-24
         )
         assert table.mean().item() == pytest.approx(0.5, abs=1e-7)
+
+
+def test_tables_go_with_their_rule():
+    """One that was drawn from without real numbers, or without gradients, leaves nothing behind."""
+    with FakeTensorMode():
+        Rule("sample", "sample").draw(5, 8, 7, generator())
+    expected = Rule("sample", "sample").draw(5, 8, 7, generator())
+    rule = Rule("sample", "sample")
+    with torch.inference_mode():
+        rule.draw(5, 8, 7, generator())
+    assert equal(rule.draw(5, 8, 7, generator()), expected)
+    assert len(rule.tables) == 2 and not any(x.is_inference() for x in rule.tables.values())
 
 
 @pytest.mark.parametrize(

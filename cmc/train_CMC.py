@@ -28,6 +28,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    footing,
     launch,
     memory,
     metrics,
@@ -45,6 +46,10 @@ PRESETS = {
     "small": dict(
         model="resnet18v1", dataset="folder", input_res=32, small_stem=True, softmax=True,
         nce_k=4096, nce_t=0.1,
+    ),
+    "compare": dict(
+        options.COMPARE, model="resnet18v1", small_stem=True, crop_low=0.08, softmax=True,
+        nce_k=4096, nce_t=0.1, learning_rate=0.06,
     ),
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18v1", input_res=32, epochs=12,
@@ -89,7 +94,9 @@ def parse_args(argv=None):
     text = "batch-norm groups over all processes, as on that many GPUs"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
 
-    options.add_sgd_arguments(parser.add_argument_group("optimisation"))
+    g = parser.add_argument_group("optimisation")
+    options.add_sgd_arguments(g)
+    footing.add_argument(g)
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
     g.add_argument("--model_path", "--out", default="./runs/cmc", help=text)
@@ -169,6 +176,9 @@ class CMC:
         self.views = colour.chosen_views(args)
         self.names = colour.bank_names(self.views)
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem)
+        if args.footing == "common":
+            for tower in network.towers():
+                tower.fc = footing.head(tower.fc.in_features, args.feat_dim)
         batchnorm.split(network, backbones.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(
@@ -254,6 +264,8 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> CMC:
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
+    if args.footing == "common":
+        return footing.learning_rate(args.learning_rate, at, args.epochs)
     return schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
 
 

@@ -7,6 +7,17 @@ import os
 from common import UsageError, augment, cli, data, launch, sets
 
 TREES = ("folder", "imagenet", "imagenet100")
+COMPARE = {  # what --preset compare sets in every train script, besides its own spellings
+    "footing": "common",
+    "dataset": "folder",
+    "input_res": 32,
+    "batch_size": 256,
+    "epochs": 60,
+    "weight_decay": 5e-4,
+    "bn_splits": 4,
+    "knn_every": 5,
+    "save_freq": 60,
+}
 SMALL_STEM = "use a 3x3 first convolution and no max-pooling, for small pictures"
 WHOLE_UP_TO = 96  # pixels of an input; evaluations of larger ones cut the centre, as published
 NO_DATA = "no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures"

@@ -21,7 +21,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, augment, backbones, batchnorm, cli, launch, options, schedule
+from common import UsageError, augment, backbones, cli, footing, launch, options, schedule
 from common.precision import Precision
 from debiased.flags import add_adam_arguments, refuse_spaced_equals, truth
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
@@ -34,6 +34,9 @@ from runner.folder import refuse_to_overwrite
 WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
 PRESETS = {
     "published": dict(knn_t=0.5),  # votes fall with the temperature of the loss
+    "compare": dict(
+        options.COMPARE, model="resnet18", small_stem=True, learning_rate=0.06,
+    ),
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", small_stem=False, epochs=6,
         batch_size=64, workers=2, knn_every=0, save_freq=100, model_path="runs/try-debiased",
@@ -64,6 +67,7 @@ def parse_args(argv=None):
     add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
     add_adam_arguments(g, epochs=500, batch_size=256)
+    footing.add_argument(g)
     g.add_argument("--cosine", action="store_true", help="cosine schedule per step, down to 0")
     text = f"epochs of a linear warm-up from {WARM_FROM:.0%}% of the learning rate"
     g.add_argument("--warmup_epochs", type=cli.count, default=0, help=text)
@@ -135,6 +139,8 @@ def settle(args) -> None:
 
 def recipe(args) -> augment.Compose:
     """Return the operations of one view; the blur equals OpenCV's of 3x3 pixels, as published."""
+    if args.footing == "common":
+        return footing.recipe(args)
     return augment.Compose(
         augment.RandomResizedCrop(args.input_res),
         augment.RandomHorizontalFlip(),
@@ -172,6 +178,11 @@ def build_knn(args, process: launch.Process, pictures):
         return None
 
 
+def adam(parameters, args) -> torch.optim.Adam:
+    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    return torch.optim.Adam(parameters, fused=True, **settings)
+
+
 class Debiased:
     """One network, and M + 1 views of every picture.
 
@@ -184,13 +195,11 @@ class Debiased:
     def __init__(self, args, process: launch.Process):
         self.args = args
         network = Network(args.model, args.feature_dim, args.small_stem)
+        if args.footing == "common":
+            network.g = footing.head(network.f.dim, args.feature_dim)
         self.network = network.to(process.device, memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
-            lr=args.learning_rate,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+        optimizer = footing.sgd if args.footing == "common" else adam
+        self.optimizer = optimizer(self.network.parameters(), args)
         self.precision = Precision.of(args, process.device)
         self.precision.choose(self.network, (3, args.input_res, args.input_res))
         self.groups = backbones.splits_here(args, process)
@@ -249,6 +258,8 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> Debiase
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate: constant as published, or a linear warm-up and then a cosine."""
+    if args.footing == "common":
+        return footing.learning_rate(args.learning_rate, at, args.epochs)
     done = at.epoch + at.part
     rate, warm = args.learning_rate, args.warmup_epochs
     if done < warm:

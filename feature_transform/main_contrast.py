@@ -24,7 +24,18 @@ import common  # isort: split
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common import UsageError, backbones, batchnorm, cli, launch, memory, metrics, options, schedule
+from common import (
+    UsageError,
+    backbones,
+    batchnorm,
+    cli,
+    footing,
+    launch,
+    memory,
+    metrics,
+    options,
+    schedule,
+)
 from common.precision import Precision
 from feature_transform import checkpoints, flags, networks, recipes, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
@@ -34,6 +45,10 @@ from runner import checkpoint, knn, layouts, loop, resume
 WARM_FROM = 0.01  # learning rate at the first step of a warm-up
 PRESETS = {
     "ft": recipes.PUBLISHED,  # the published transformation, with whatever --method
+    "compare": dict(
+        options.COMPARE, **recipes.PUBLISHED, arch="resnet18", small_stem=True, head="mlp",
+        nce_k=4096, nce_t=0.1, alpha=0.99, learning_rate=0.06,
+    ),
     "demo": dict(
         recipes.PUBLISHED, data="data/demo", dataset="folder", method="MoCov2", arch="resnet18",
         input_res=32, epochs=12, batch_size=64, learning_rate=0.03, cosine=True, nce_k=512,
@@ -58,6 +73,7 @@ def parse_args(argv=None):
     flags.add_transformation_arguments(parser.add_argument_group("feature transformation"))
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g, epochs=200, batch_size=256, lr_decay_epochs="120,160")
+    footing.add_argument(g)
     text = "cosine schedule per epoch in place of steps, down to the rate after three drops"
     g.add_argument("--cosine", action=cli.OnOff, default=False, help=text)
     text = f"warm up from {WARM_FROM} in 5 epochs (10 of more than 500); on for batches above 256"
@@ -267,6 +283,8 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> Method:
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate: steps or a cosine per epoch, after an optional linear warm-up."""
+    if args.footing == "common":
+        return footing.learning_rate(args.learning_rate, at, args.epochs)
     floor = args.learning_rate * args.lr_decay_rate**3
     warm_epochs = 10 if args.epochs > 500 else 5
     if args.warm and at.epoch < warm_epochs:

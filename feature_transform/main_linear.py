@@ -120,8 +120,9 @@ def read(args):
             raise UserError(f"{saved.path} was trained with --{flag} {value}, not {typed}: omit it")
     if args.use_ema:
         saved["model"] = layouts.add_prefix(saved["model_ema"], "module.")
-    side = pretrained.input_res(args, saved.get("opt") or {})
-    return saved, cli.replace(args, arch=arch, model=arch, modal=modal, input_res=side)
+    opt = saved.get("opt") or {}
+    side, shared = pretrained.input_res(args, opt), pretrained.footing(opt)
+    return saved, cli.replace(args, arch=arch, model=arch, modal=modal, input_res=side, **shared)
 
 
 def run_name(args, parent: str) -> str:
@@ -179,7 +180,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     if args.aug_linear == "RA":
         operations.append(views.RandAugment(args.modal))
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0))
-    return augment.Compose(crop, *operations, *views.LAST[args.modal])
+    return augment.Compose(crop, *operations, *views.last(vars(args)))
 
 
 def learning_rate(args, at: loop.At) -> float:

@@ -15,17 +15,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import UserError, augment, cli, launch, options, sets
+from common import UserError, augment, cli, footing, launch, options, sets
 from preprocess.imagenet_splits import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
-NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 # The published mean and deviation of Y, Db, Dr.
 COLOURS = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))
-LAST = {  # operations that take RGB to the normalised channels of the networks, by --modal
-    "RGB": (NORMALIZE,),
-    "CMC": (colour.ToColour("YDbDr"), COLOURS),
-}
 SMALLEST_CROP = {"bank": 0.08, "moco": 0.2}  # {--mem: least share of the picture}
 GRID = 3  # a jigsaw has 3 x 3 cells
 
@@ -62,12 +58,19 @@ def choose_classes(args):
     return args
 
 
+def last(flags: dict) -> tuple:
+    """Return the operations that take RGB to the normalised channels of the networks."""
+    if flags.get("modal") == "CMC":
+        return colour.ToColour("YDbDr"), COLOURS
+    return (footing.normalize(flags, IMAGENET),)
+
+
 def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
     """Return the operations from RGB to the input, and its channels; see `layouts.colours`."""
     if not towers:
-        return LAST["RGB"], {"": 3}
+        return last(saved.get("opt") or {}), {"": 3}
     if towers == ["encoder1", "encoder2"]:
-        return LAST["CMC"], {"encoder1": 1, "encoder2": 2}
+        return last({"modal": "CMC"}), {"encoder1": 1, "encoder2": 2}
     names = " and ".join(towers)
     raise UserError(f"{saved.path} does not say which channels its towers {names} look at")
 
@@ -78,6 +81,8 @@ def recipe(args) -> augment.Compose:
     A is that of InsDis, MoCo and PIRL, B of MoCo-v2, C of CMC, D of InfoMin, E of CMC-v2. Blurs
     have taps up to a tenth of the side (published: B by PIL, D and E with 23 taps at 224).
     """
+    if args.footing == "common" and args.modal == "RGB":
+        return footing.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res, scale=(SMALLEST_CROP[args.mem], 1.0))
     flip = augment.RandomHorizontalFlip()
     grey = augment.RandomGrayscale(0.2)
@@ -94,12 +99,12 @@ def recipe(args) -> augment.Compose:
         operations = (strong, blur, RandAugment(args.modal), grey)
     else:
         operations = (sometimes, blur, RandAugment(args.modal))
-    return augment.Compose(crop, flip, *operations, *LAST[args.modal])
+    return augment.Compose(crop, flip, *operations, *last(vars(args)))
 
 
 def plain_view(args) -> augment.Compose:
     """Return the view of k-NN and evaluation: the centre crop."""
-    return options.plain_view(args, *LAST[args.modal])
+    return options.plain_view(args, *last(vars(args)))
 
 
 def pictures(args, seen: list[Tensor]) -> dict[str, Tensor]:
@@ -108,7 +113,7 @@ def pictures(args, seen: list[Tensor]) -> dict[str, Tensor]:
     columns = {}
     for name, images in zip(names, seen):
         if args.modal == "RGB":
-            columns[name] = NORMALIZE.inverse(images)
+            columns[name] = last(vars(args))[0].inverse(images)
             continue
         for channel, values in zip(colour.CHANNELS["YDbDr"], images.split(1, 1)):
             columns[f"{name}: {channel}"] = (values + 1) / 2
@@ -256,7 +261,7 @@ def jigsaw_recipe(args) -> augment.Compose:
     """
     side = GRID * max(2, round(85 * args.input_res / 224))
     crop = augment.RandomResizedCrop(side, scale=(0.6, 1.0))
-    return augment.Compose(crop, augment.RandomHorizontalFlip(), *LAST[args.modal])
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), *last(vars(args)))
 
 
 def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

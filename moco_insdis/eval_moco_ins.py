@@ -23,7 +23,7 @@ from torch import nn
 
 from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
 from moco_insdis import train_moco_ins
-from moco_insdis.networks import MODELS, NORMALIZE, synchronised
+from moco_insdis.networks import MODELS, normalize, synchronised
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained
 
@@ -123,7 +123,8 @@ def read(args):
         raise UserError(
             f"{saved.path} was trained with --model {model}, which is not one of {names}"
         )
-    return saved, cli.replace(args, model=model, input_res=pretrained.input_res(args, opt))
+    side = pretrained.input_res(args, opt)
+    return saved, cli.replace(args, model=model, input_res=side, **pretrained.footing(opt))
 
 
 def files(args, saved):
@@ -192,13 +193,13 @@ def embed(network, images, args):
 
 def recipe(args, saved, train: bool) -> augment.Compose:
     """Return the pre-training's view with this run's --aug, or the centre crop for val/."""
-    return train_moco_ins.recipe(args) if train else options.plain_view(args, NORMALIZE)
+    return train_moco_ins.recipe(args) if train else options.plain_view(args, normalize(vars(args)))
 
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate; the published cosine is an epoch ahead and ends at its floor."""
     if not args.cosine:
-        return train_moco_ins.learning_rate(args, at)
+        return train_moco_ins.dropped(args, at)
     floor = args.learning_rate * args.lr_decay_rate**3 * 0.1
     lr = schedule.cosine(args.learning_rate, at.epoch + 1, args.epochs, floor)
     return train_moco_ins.warmed(args, lr, at)

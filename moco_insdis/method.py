@@ -7,7 +7,7 @@ import torch
 from common import backbones, launch, metrics
 from common.precision import Precision
 from moco_insdis.contrast import KeyQueue, MemoryBank
-from moco_insdis.networks import NORMALIZE, build_network
+from moco_insdis.networks import build_network, normalize
 from runner import checkpoint, layouts
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
@@ -59,7 +59,8 @@ class InstanceMethod:
 
     def pictures(self, views) -> dict:
         names = ("query", "key") if self.args.moco else ("picture",)
-        return {name: NORMALIZE.inverse(view) for name, view in zip(names, views)}
+        inverse = normalize(vars(self.args)).inverse
+        return dict(zip(names, map(inverse, views)))
 
 
 def load_network(network, saved: checkpoint.Saved, key: str) -> None:

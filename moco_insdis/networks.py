@@ -5,19 +5,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common import UsageError, augment, backbones, batchnorm, launch
+from common import UsageError, augment, backbones, batchnorm, footing, launch
 
 MODELS = {  # name: (depth, width)
     "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2),
     "resnet50x4": (50, 4), "resnet101": (101, 1),
 }  # fmt: skip
-NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+
+
+def normalize(flags: dict) -> augment.Normalize:
+    """Return the normalisation of a run with these flags."""
+    return footing.normalize(flags, IMAGENET)
 
 
 def build_network(args, process: launch.Process) -> nn.Module:
     """Return the network with a head of --feat_dim outputs, on the device and in training mode."""
     depth, width = MODELS[args.model]
     network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
+    if args.footing == "common":
+        network.fc = footing.head(network.fc.in_features, args.feat_dim)
     batchnorm.split(network, backbones.splits_here(args, process))
     if args.syncBN:
         network = synchronised(network, process)
@@ -40,4 +47,4 @@ def synchronised(module: nn.Module, process: launch.Process) -> nn.Module:
 
 def colours(saved, towers) -> tuple[tuple, dict[str, int]]:
     """Return the operations from RGB to the input, and its channels; see `layouts.colours`."""
-    return (NORMALIZE,), {"": 3}
+    return (normalize(saved.get("opt") or {}),), {"": 3}

@@ -30,6 +30,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    footing,
     launch,
     memory,
     nce,
@@ -39,7 +40,7 @@ from common import (
 from moco_insdis import flags
 from moco_insdis.contrast import KeyQueue, MemoryBank
 from moco_insdis.method import PREFIX, InstanceMethod, load_network
-from moco_insdis.networks import NORMALIZE
+from moco_insdis.networks import IMAGENET, normalize
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, resume
 
@@ -50,6 +51,10 @@ PRESETS = {
     "small": dict(
         model="resnet18", dataset="folder", input_res=32, small_stem=True, softmax=True,
         nce_k=4096, nce_t=0.1, alpha=0.99,
+    ),
+    "compare": dict(
+        options.COMPARE, model="resnet18", small_stem=True, moco=True, softmax=True, nce_k=4096,
+        nce_t=0.1, alpha=0.99, learning_rate=0.06,
     ),
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", input_res=32, epochs=12,
@@ -76,6 +81,7 @@ def parse_args(argv=None):
     flags.add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g)
+    footing.add_argument(g)
     text = f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)"
     g.add_argument("--warm", action="store_true", help=text)
     g = parser.add_argument_group("run")
@@ -134,12 +140,14 @@ def run_name(args) -> str:
 
 def recipe(args) -> augment.Compose:
     """Return the operations of one view: greyscale before the jitter, which all get; no blur."""
+    if args.footing == "common":
+        return footing.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0))
     flip = augment.RandomHorizontalFlip()
     if args.aug == "NULL":
-        return augment.Compose(crop, flip, NORMALIZE)
+        return augment.Compose(crop, flip, IMAGENET)
     jitter = augment.ColorJitter(0.4, 0.4, 0.4, 0.4)
-    return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, NORMALIZE)
+    return augment.Compose(crop, augment.RandomGrayscale(0.2), jitter, flip, IMAGENET)
 
 
 def build_loader(args, process: launch.Process):
@@ -252,6 +260,13 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> InsDis 
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
+    if args.footing == "common":
+        return footing.learning_rate(args.learning_rate, at, args.epochs)
+    return dropped(args, at)
+
+
+def dropped(args, at: loop.At) -> float:
+    """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
     lr = schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
     return warmed(args, lr, at)
 
@@ -276,7 +291,8 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
-        neighbours = knn.loaders(args, process, pictures, options.plain_view(args, NORMALIZE))
+        plain = options.plain_view(args, normalize(vars(args)))
+        neighbours = knn.loaders(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         job.begin(
             loader,

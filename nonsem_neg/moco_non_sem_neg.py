@@ -28,6 +28,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    footing,
     launch,
     metrics,
     options,
@@ -57,6 +58,10 @@ PRESETS = {
         epochs=200, batch_size=512, lr=0.06, weight_decay=5e-4, cos=True, cos_from=1, knn_every=1,
         knn_on="output", knn_t=0.1, save_freq=50, ckpt_path="ckpts/moco-cifar",
     ),
+    "compare": dict(
+        options.COMPARE, arch="resnet18", small_stem=True, mlp=True, moco_k=4096, moco_m=0.99,
+        moco_t=0.1, num_nonsem=1, alpha=2.0, lr=0.06,
+    ),
     "demo": dict(
         PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=3, batch_size=64, lr=0.03,
         moco_k=1024, moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100,
@@ -77,6 +82,7 @@ def parse_args(argv=None):
 
     g = parser.add_argument_group("optimisation")
     flags.add_sgd_arguments(g, epochs=200, lr=0.03, schedule=[120, 160], weight_decay=1e-4)
+    footing.add_argument(g)
     text = "cosine schedule instead of --schedule, per epoch, without warm-up"
     g.add_argument("--cos", action=cli.OnOff, default=False, help=text)
     text = "--cos: what the schedule calls the first epoch: 0, or 1 as in MoCo's CIFAR notebook"
@@ -123,6 +129,8 @@ def settle(args) -> None:
 
 def recipe(args) -> augment.Compose:
     """Return the operations of one view; patch negatives are cut from their result."""
+    if args.footing == "common":
+        return footing.recipe(args)
     flip = augment.RandomHorizontalFlip()
     grey = augment.RandomGrayscale(0.2)
     normal = normalize(vars(args))
@@ -265,6 +273,8 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> NonSema
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate: steps, or the published cosine per epoch, without a warm-up."""
+    if args.footing == "common":
+        return footing.learning_rate(args.lr, at, args.epochs)
     if args.cos:
         return schedule.cosine(args.lr, at.epoch + args.cos_from, args.epochs)
     return schedule.step(args.lr, at.epoch, args.schedule)

@@ -10,7 +10,8 @@ CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
 
 def normalize(flags: dict) -> augment.Normalize:
     """Return the normalisation that ends every view of a run with these flags."""
-    return CIFAR if flags.get("aug") == "cifar" else IMAGENET
+    is_cifar = flags.get("aug") == "cifar" or flags.get("footing") == "common"
+    return CIFAR if is_cifar else IMAGENET
 
 
 def pretraining_flags(saved: dict) -> dict:

@@ -122,6 +122,7 @@ def read(args):
             dataset=args.dataset or opt.get("dataset", "folder"),
             input_res=input_res,
             model=networks.arch(saved),
+            **pretrained.footing(opt),
         )
 
 

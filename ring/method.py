@@ -14,7 +14,7 @@ from common.precision import Precision
 from ring import monitor, negatives, thresholds
 from ring.memories import MemoryBank
 from ring.networks import build_network
-from ring.views import NORMALIZE
+from ring.views import last_operation
 from runner import checkpoint, loop
 
 LOOKED_AT = 32  # the number of anchors of a batch whose rings are described in the logs
@@ -172,7 +172,7 @@ class Method:
 
     def pictures(self, views) -> dict:
         names = ("picture",) if len(views) == 1 else ("query", "key")
-        return dict(zip(names, map(NORMALIZE.inverse, views)))
+        return dict(zip(names, map(last_operation(self.args).inverse, views)))
 
     # --------------------------------------------------------------------- of a checkpoint
 

@@ -24,7 +24,18 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cmc import colour
-from common import UsageError, augment, backbones, batchnorm, cli, launch, options, schedule, sets
+from common import (
+    UsageError,
+    augment,
+    backbones,
+    batchnorm,
+    cli,
+    footing,
+    launch,
+    options,
+    schedule,
+    sets,
+)
 from preprocess import demo
 from ring import config, flags, monitor, negatives, sheet
 from ring.memories import KeyQueue, MemoryBank
@@ -34,6 +45,10 @@ from ring.views import SIDES, last_operation
 from runner import checkpoint, knn, loop, resume
 
 PRESETS = {
+    "compare": dict(
+        options.COMPARE, resnet_version="resnet18", conv3x3=True, method="moco", k=4096, t=0.1,
+        m=0.99, nn_every=0, learning_rate=0.06,
+    ),
     "demo": dict(
         data="data/demo", dataset="folder", conv3x3=False, augmentation="mocov2_32x32", epochs=12,
         batch_size=64, k=512, workers=2, save_freq=100, model_path="runs/try-ring", seed=0,
@@ -76,6 +91,7 @@ def parse_args(argv=None):
     g.add_argument("--scheduler", choices=names, default="MoCoLRScheduler", help=text)
     g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
     g.add_argument("--weight-decay", type=cli.not_negative, default=1e-4, help="weight decay")
+    footing.add_argument(g)
 
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
@@ -126,6 +142,8 @@ def run_name(args) -> str:
 
 def recipe(args) -> augment.Compose:
     """Return the operations of one view; CMC has Tian et al.'s, crop, flip and both views."""
+    if args.footing == "common" and args.method != "cmc":
+        return footing.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
     grey = augment.RandomGrayscale(0.2)
     flip = augment.RandomHorizontalFlip()
@@ -267,6 +285,8 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> Method:
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate, which drops after 68 and 83 percent of the epochs."""
+    if args.footing == "common":
+        return footing.learning_rate(args.learning_rate, at, args.epochs)
     if args.scheduler == "none":
         return args.learning_rate
     drops = [max(1, int(share * args.epochs)) for share in (0.68, 0.83)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cmc import colour
-from common import augment
+from common import augment, footing
 
 SIDES = {  # {--augmentation: side of the network's input in pixels}
     "v1": 224,
@@ -12,14 +12,14 @@ SIDES = {  # {--augmentation: side of the network's input in pixels}
     "mocov2_64x64": 64,
     "mocov2_96x96": 96,
 }
-NORMALIZE = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
 
 def last_operation(args):
     """Return the last operation of every view: IR and MoCo normalise, CMC converts colours."""
     if args.method == "cmc":
         return colour.Views(colour.default_views(args.view))
-    return NORMALIZE
+    return footing.normalize(vars(args), IMAGENET)
 
 
 def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
@@ -29,4 +29,4 @@ def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
     """
     if towers:
         return colour.of_checkpoint(saved, towers)
-    return (NORMALIZE,), {"": 3}
+    return (footing.normalize(saved.get("opt") or {}, IMAGENET),), {"": 3}

@@ -73,6 +73,11 @@ def input_res(args, flags: dict) -> int:
     return side
 
 
+def footing(flags: dict) -> dict[str, str]:
+    """Return {"footing": that of the pre-training with these flags}."""
+    return {"footing": str(flags.get("footing") or "published")}
+
+
 def parent(saved: checkpoint.Saved) -> str:
     """Return the name of the folder of a checkpoint."""
     return os.path.basename(os.path.dirname(os.path.abspath(saved.path)))

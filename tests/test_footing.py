@@ -1,17 +1,32 @@
 """One footing: every place that prints the k-NN of a network prints the same number."""
 
 import json
+from operator import attrgetter
 
 import pytest
+import torch
 from conftest import inside
 from papers import CASES
+from torch.nn import functional as F
 
-from tools import evaluate
+from common import launch, schedule
+from common.pictures import ArraySet
+from feature_transform import views
+from runner import loop
+from tools import evaluate, flags
 
 pytestmark = pytest.mark.usefixtures("slim")
 
 # one of each script that trains
-FAMILIES = ("cmc nce", "moco", "patch", "debiased", "transformed moco", "ring ir", "ring cmc")
+FAMILIES = {
+    "cmc nce": "common",
+    "moco": "common",
+    "patch": "published",
+    "debiased": "common",
+    "transformed moco": "common",
+    "ring ir": "common",
+    "ring cmc": "published",
+}
 
 
 def accuracies(path) -> list[float]:
@@ -25,7 +40,8 @@ def test_three_places_print_one_k_nn(module_folder, name):
     """The monitor during training, the linear evaluation, and tools/evaluate.py."""
     case = CASES[name]
     with inside(module_folder):
-        case.module.main(case.run_in(name, "--epochs", "1", "--knn-every", "1", "--knn-k", "20"))
+        more = ["--epochs", "1", "--knn-every", "1", "--knn-k", "20", "--footing", FAMILIES[name]]
+        case.module.main(case.run_in(name, *more))
         (log,) = (module_folder / name).rglob("metrics.jsonl")
         (monitor,) = accuracies(log)
         small = ["--demo", "--knn-k", "20", "--epochs", "1", "--device", "cpu"]
@@ -37,3 +53,79 @@ def test_three_places_print_one_k_nn(module_folder, name):
         case.evaluation.main(case.linear_of(name, f"{name} linear", "--knn-k", "20"))
     (result,) = (module_folder / f"{name} linear").rglob("result.json")
     assert json.loads(result.read_text())["knn_acc1"] == pytest.approx(monitor, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------- --preset compare
+
+COMPARED = ("cmc nce", "moco", "patch", "debiased", "transformed moco", "ring moco")
+MOCOS = {  # {Case: (query network, key network, queue, flags without negatives of its own)}
+    "moco": ("network", "key_network", "memory.memory", ""),
+    "patch": ("network.encoder_q", "network.encoder_k", "network.queue", "--robust none"),
+    "transformed moco": ("network", "network_ema", "memory.memory", "--no-mixnorm"),
+    "ring moco": ("network", "system.model_k", "system.queue", "--negatives all"),
+}
+# of the method: its temperature, and CMC's towers of half the width
+OWN = {"debiased": {"temperature", "queue", "negatives-k", "ema"}, "cmc nce": {"arch"}}
+
+
+def shared_options(args, parser) -> dict:
+    """Return {common spelling: value} of the flags that all train scripts take."""
+    found = {}
+    for name in (*flags.COMMON, "footing", "dataset", "input-res", "small-stem", "bn-splits"):
+        action = flags.flags_of(parser).get(name)
+        if action is not None and name not in ("out", "queue", "ema"):
+            found[name] = getattr(args, action.dest)
+    return found
+
+
+def test_presets_differ_in_nothing_but_the_method():
+    recorded = {}
+    for name in COMPARED:
+        module = CASES[name].module
+        script = CASES[name].script.replace(".", "/") + ".py"
+        args = module.parse_args(["--preset", "compare", "--data", "DATA"])
+        recorded[name] = shared_options(args, flags.parser_of(script))
+        at = loop.At(15, 0.5, 0)
+        recorded[name]["rate"] = module.learning_rate(args, at)
+        if name != "cmc nce":  # whose views are colours
+            recipe = getattr(module, "recipe", views.recipe)  # that of the script or of its folder
+            recorded[name]["recipe"] = repr(recipe(args))
+    first = recorded["moco"]
+    assert first["footing"] == "common" and first["rate"] == pytest.approx(0.06 * 0.853553)
+    for name, values in recorded.items():
+        differing = {key for key in values if values[key] != first[key]}
+        assert differing == OWN.get(name, set()) & values.keys(), name
+
+
+def first_losses(name: str, pictures, batch) -> list[float]:
+    """Return the losses of two steps of a script's MoCo from drawn weights and a drawn queue."""
+    module = CASES[name].module
+    query, key, queue, own = MOCOS[name]
+    words = "--preset compare --data DATA --device cpu --seed 0 -b 32 --queue 64"
+    args = module.parse_args([*words.split(), *own.split()])
+    method = module.build_method(args, pictures, 5, launch.Process())
+    query, key, queue = (attrgetter(path)(method) for path in (query, key, queue))
+    draw = torch.Generator()
+    with torch.no_grad():
+        for network in (query, key):  # which begin as the same network
+            draw.manual_seed(1)
+            for value in network.parameters():
+                value.copy_(0.05 * torch.randn(value.shape, generator=draw))
+        rows = F.normalize(torch.randn(64, 128, generator=draw), dim=1)
+        queue.copy_(rows if queue.shape == rows.shape else rows.T)
+    for generator in method.generators.values():
+        generator.manual_seed(3)
+    schedule.set_lr(method.optimizer, 0.06)
+    steps = [method.step(batch) for _ in range(2)]
+    return [float(next(v for k, v in step.items() if k.endswith("loss"))) for step in steps]
+
+
+def test_four_mocos_take_the_same_steps():
+    pictures = ArraySet(torch.zeros(160, 3, 32, 32, dtype=torch.uint8), [0] * 160, ["a"])
+    draw = torch.Generator().manual_seed(0)
+    pair = [torch.randn(32, 3, 32, 32, generator=draw) for _ in range(2)]
+    batch = loop.Batch(pair, torch.zeros(32).long(), torch.arange(32), loop.At(0, 0.0, 0))
+    first, *others = (first_losses(name, pictures, batch) for name in MOCOS)
+    assert first[0] != first[1]
+    for losses in others:
+        assert losses == pytest.approx(first, rel=1e-4)

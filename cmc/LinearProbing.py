@@ -141,14 +141,16 @@ class LinearClassifier(nn.Module):
 def build_network(saved, args, classes: int, process: launch.Process):
     """Return the frozen networks of all views, and a fresh classifier on their layer."""
     state = layouts.backbone(saved)
-    heads = [v for k, v in state.items() if k.endswith((".fc.weight", ".fc8.0.weight"))]
+    ends = (".fc.weight", ".fc.2.weight", ".fc8.0.weight")  # of a head's last layer
+    heads = [v for k, v in state.items() if k.endswith(ends)]
     stems = [v for k, v in state.items() if k.endswith((".conv1.weight", ".conv_block_1.0.weight"))]
     if not heads or not stems:
         names = ", ".join(list(state)[:3])
         raise UserError(f"{saved.path} holds no networks of this family (it has {names})")
     views = colour.chosen_views(args)
     small_stem = stems[0].shape[-1] == 3
-    network = networks.build_network(args.model, views, len(heads[0]), small_stem)
+    mlp = any(key.endswith(".fc.2.weight") for key in state)
+    network = networks.build_network(args.model, views, len(heads[0]), small_stem, mlp)
     checkpoint.load_into(network, state, saved.path)
     network = linear.freeze(network, process)
     side = args.input_res

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmc import colour
-from common import UsageError, backbones
+from common import UsageError, backbones, footing
 
 MODELS = {  # name: (depth, width) of each view's residual network; None: half an AlexNet
     "alexnet": None,
@@ -24,15 +24,21 @@ MODELS = {  # name: (depth, width) of each view's residual network; None: half a
 
 
 def build_network(
-    model: str, views: list[colour.View], dim: int, small_stem: bool
+    model: str, views: list[colour.View], dim: int, small_stem: bool, mlp: bool = False
 ) -> backbones.TwoTowers:
-    """Return one network per view, each on its own channels of the output of `colour.Views`."""
+    """Return one network per view, each on its own channels of the output of `colour.Views`.
+
+    mlp: whether a residual network has the head of `footing.head`, not a linear one.
+    """
 
     def tower(channels: int) -> nn.Module:
         if MODELS[model] is None:
             return HalfAlexNet(channels, dim, small_stem=small_stem)
         depth, width = MODELS[model]
-        return backbones.WidthResNet(depth, channels, width, dim, small_stem=small_stem)
+        network = backbones.WidthResNet(depth, channels, width, dim, small_stem=small_stem)
+        if mlp:
+            network.fc = footing.head(network.fc.in_features, dim)
+        return network
 
     widths = [len(view.channels) for view in views]
     return backbones.TwoTowers(tower, widths, colour.tower_names(views))

@@ -175,10 +175,8 @@ class CMC:
         self.args = args
         self.views = colour.chosen_views(args)
         self.names = colour.bank_names(self.views)
-        network = build_network(args.model, self.views, args.feat_dim, args.small_stem)
-        if args.footing == "common":
-            for tower in network.towers():
-                tower.fc = footing.head(tower.fc.in_features, args.feat_dim)
+        mlp = args.footing == "common"
+        network = build_network(args.model, self.views, args.feat_dim, args.small_stem, mlp)
         batchnorm.split(network, backbones.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(

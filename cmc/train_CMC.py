@@ -194,6 +194,7 @@ class CMC:
         self.wrapped = launch.parallel(self.network, process)
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory = MemoryBanks(n, args.feat_dim, self.names, *bank).to(process.device)
+        self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k, args.softmax)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
         self.generators = {"draws": draws}
 
@@ -210,16 +211,21 @@ class CMC:
         self.precision.step(losses.sum(), self.optimizer)
         everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
         self.memory.update(everyone, launch.all_gather(batch.index))
-        return self.curves(losses.detach(), [pair.detach() for pair in out], logits)
+        return self.curves(losses.detach(), [pair.detach() for pair in out], logits, feats)
 
-    def curves(self, losses, out, logits) -> dict:
+    def curves(self, losses, out, logits, feats) -> dict:
         """Return the values to log: each view's loss, and as "prob" its mean of column 0.
 
         With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
         with NCE, Z over the number of pictures is. Both, and the scores, are means over all pairs.
         """
         probs = torch.stack([pair[:, 0].mean() for pair in out]).view(len(self.names), -1).mean(1)
-        values = {"loss": losses.sum()}
+        negatives = [pair.detach()[:, 1:].mean() for pair in logits]
+        values = {
+            "loss": losses.sum(),
+            "feature_spread": torch.stack([metrics.spread(feat) for feat in feats]).mean(),
+            "negative_similarity": torch.stack(negatives).mean() * self.memory.temperature,
+        }
         for name, loss, prob in zip(self.names, losses, probs):
             values |= {f"{name}_loss": loss, f"{name}_prob": prob}
         if self.args.softmax:

@@ -23,6 +23,15 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
 
 
 @torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """Return how far unit features (B, D) spread: 1 in all directions, 0 where all are equal.
+
+    It is the mean over dimensions of their standard deviation, times sqrt(D); 0-dim, on the device.
+    """
+    return features.detach().std(0, correction=0).mean() * features.shape[1] ** 0.5
+
+
+@torch.no_grad()
 def score_statistics(
     positive: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None = None
 ) -> Tensor:

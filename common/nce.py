@@ -7,6 +7,8 @@ HobbitLong/CMC at 7b227be), from which it differs in that Z may be a moving aver
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -31,6 +33,18 @@ def info_nce(logits: Tensor) -> Tensor:
     _check(logits)
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return F.cross_entropy(logits, target)
+
+
+def equal_loss(k: int, softmax: bool = True) -> float:
+    """Return the loss of a network that gives equal scores to a positive and k negatives.
+
+    softmax: InfoNCE; else NCE whose Z is the mean of its batch.
+
+    >>> round(equal_loss(64), 4)
+    4.1744
+    """
+    chance = math.log1p(k)
+    return chance if softmax else chance + k * math.log1p(1 / k)
 
 
 def nce_loss(estimate: Tensor, n: int) -> Tensor:

@@ -12,6 +12,7 @@ which knows the labels:
         --model_path runs/unbiased
 """
 
+import math
 import os
 import sys
 
@@ -21,7 +22,17 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, augment, backbones, cli, footing, launch, options, schedule
+from common import (
+    UsageError,
+    augment,
+    backbones,
+    cli,
+    footing,
+    launch,
+    metrics,
+    options,
+    schedule,
+)
 from common.precision import Precision
 from debiased.flags import add_adam_arguments, refuse_spaced_equals, truth
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
@@ -206,6 +217,7 @@ class Debiased:
         if args.compile:
             self.network.compile()
         self.wrapped = launch.parallel(self.network, process)
+        self.equal_loss = math.log(2 * args.batch_size - 1)
 
     def step(self, batch: loop.Batch) -> dict:
         args = self.args
@@ -224,6 +236,10 @@ class Debiased:
         values = {"loss": loss.detach()}
         for name in ("clamped", "negative", "positive"):
             values[name] = parts[name].float().mean()
+        values["feature_spread"] = metrics.spread(z1)
+        with torch.no_grad():  # the mean over all pairs of different pictures
+            pairs = z1.sum(0) @ z2.sum(0) - (z1 * z2).sum()
+        values["negative_similarity"] = pairs / (len(z1) * (len(z1) - 1))
         if args.save_score:
             values["scores"] = pair_statistics(z1, z2, args.temperature, labels)
         return values

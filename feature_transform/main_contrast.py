@@ -33,6 +33,7 @@ from common import (
     launch,
     memory,
     metrics,
+    nce,
     options,
     schedule,
 )
@@ -146,6 +147,7 @@ class Method:
         self.wrapped = launch.parallel(self.network, process)
         self.rule = recipes.rule(args)
         self.modalities = len(networks.MODALS[args.modal])
+        self.equal_loss = self.modalities * nce.equal_loss(args.nce_k)
         # Generators are in the same state on every rank. `mixing` draws coefficients and
         # permutations, `draws` bank rows or shuffles of keys, `patches` the jigsaws.
         mixing = torch.Generator(process.device).manual_seed(args.seed)
@@ -183,6 +185,8 @@ class Method:
             loss = (1 - self.args.beta) * losses[0] + self.args.beta * losses[1]
             values = {"picture_loss": losses[0].detach(), "jigsaw_loss": losses[1].detach()}
         pictures = [out.detach() for out in logits[0]]
+        negatives = [out[:, 1:].mean() * self.args.nce_t for out in pictures]
+        values["negative_similarity"] = sum(negatives) / len(negatives)
         if self.args.save_score:
             values["scores"] = self.statistics(pictures)
         return loss, {"loss": loss.detach(), "contrast_acc1": hits(pictures), **values}
@@ -227,6 +231,7 @@ class Bank(Method):
         rows = memory.draw_rows(batch.index, self.memory.n, self.memory.k, draws)  # B x (1 + K)
         logits = self.memory(queries, rows, *self.draw(batch))
         loss, values = self.loss(logits)
+        values["feature_spread"] = metrics.spread(queries[0])
         self.precision.step(loss, self.optimizer)
         self.memory.update(launch.all_gather(queries[0]), launch.all_gather(batch.index))
         return values
@@ -253,6 +258,7 @@ class MoCo(Method):
         queries = self.encode(im_q, squares)
         logits = self.memory(queries, key, *self.draw(batch))
         loss, values = self.loss(logits)
+        values["feature_spread"] = metrics.spread(queries[0])
         self.precision.step(loss, self.optimizer)
         self.memory.enqueue(keys)
         trained = [param.detach() for param in self.network.parameters()]

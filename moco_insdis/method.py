@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common import backbones, launch, metrics
+from common import backbones, launch, metrics, nce
 from common.precision import Precision
 from moco_insdis.contrast import KeyQueue, MemoryBank
 from moco_insdis.networks import build_network, normalize
@@ -34,15 +34,22 @@ class InstanceMethod:
         if args.compile:
             self.network.compile()
         self.wrapped = launch.parallel(self.network, process)
+        self.equal_loss = nce.equal_loss(args.nce_k, args.softmax)
 
-    def curves(self, loss, out, logits) -> dict:
+    def curves(self, loss, out, logits, feat) -> dict:
         """Return the values to log: the loss, and as "prob" the mean of column 0 of `out`.
 
         With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
         with NCE, Z over the number of pictures is. logits: the scores that --save_score describes.
+        feat: the features of the batch.
         """
         out = out.detach()
-        values = {"ins_loss": loss, "ins_prob": out[:, 0].mean()}
+        values = {
+            "ins_loss": loss,
+            "ins_prob": out[:, 0].mean(),
+            "feature_spread": metrics.spread(feat),
+            "negative_similarity": logits.detach()[:, 1:].mean() * self.memory.temperature,
+        }
         if self.memory.softmax:
             values["positive_prob"] = (out[:, 0] - out.logsumexp(1)).exp().mean()
         else:

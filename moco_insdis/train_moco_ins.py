@@ -181,7 +181,7 @@ class InsDis(InstanceMethod):
         loss, out = self.memory.loss(logits)
         self.precision.step(loss, self.optimizer)
         self.memory.update(launch.all_gather(feat), launch.all_gather(batch.index))
-        return self.curves(loss, out, logits)
+        return self.curves(loss, out, logits, feat)
 
     def state_dict(self) -> dict:
         return {
@@ -229,7 +229,7 @@ class MoCo(InstanceMethod):
         self.memory.enqueue(keys)
         queries = [param.detach() for param in self.network.parameters()]
         self.average(list(self.key_network.parameters()), queries, None)
-        return self.curves(loss, out, logits)
+        return self.curves(loss, out, logits, query)
 
     def encode_key(self, images):
         with self.precision.autocast():

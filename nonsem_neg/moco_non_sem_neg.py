@@ -31,6 +31,7 @@ from common import (
     footing,
     launch,
     metrics,
+    nce,
     options,
     schedule,
 )
@@ -196,6 +197,8 @@ class NonSemantic:
             weight_decay=args.weight_decay,
             fused=True,
         )
+        directions = 2 if args.symmetric else 1  # whose losses are added
+        self.equal_loss = directions * nce.equal_loss(args.moco_k + args.num_nonsem)
         # It draws patches and shuffles keys, and is in the same state on every rank.
         self.generators = {"generator": torch.Generator().manual_seed(args.seed)}
 
@@ -214,9 +217,15 @@ class NonSemantic:
         self.precision.step(loss, self.optimizer)
         self.network.enqueue(keys)
         top1, top5 = metrics.accuracy(logits.detach(), labels, (1, 5))
-        values = {"loss": loss, "contrast_acc1": top1, "contrast_acc5": top5}
+        queue = logits.detach()[:, 1 : 1 + self.args.moco_k]
+        values = {
+            "loss": loss,
+            "contrast_acc1": top1,
+            "contrast_acc5": top5,
+            "feature_spread": metrics.spread(keys),
+            "negative_similarity": queue.mean() * self.args.moco_t,
+        }
         if self.args.save_score:
-            queue = logits[:, 1 : 1 + self.args.moco_k]
             t = self.args.moco_t
             values["scores"] = metrics.score_statistics(logits[:, 0], queue, t)
         return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,7 @@ class Observer:
         self.labels = labels
         self.description: dict[str, Tensor] = {}
         self.scores: list[Tensor] = []
+        self.compared = 0  # negatives per anchor
 
     def __call__(self, ring: negatives.Ring, positive: Tensor, compared: Tensor) -> None:
         if not self.description:
@@ -42,6 +44,8 @@ class Observer:
             self.description = monitor.description(
                 first, self.args.t, self.own, self.labels, has_cut
             )
+            self.description["negative_similarity"] = compared.mean() * self.args.t
+            self.compared = compared.shape[1]
         if self.args.save_score:
             self.scores.append(metrics.score_statistics(positive, compared, self.args.t))
 
@@ -141,13 +145,22 @@ class Method:
         threshold: float,
         ranks: tuple[int, int],
         observers: Sequence[Observer],
+        query: Tensor,
     ) -> dict:
-        """Return the values to log, with the means over the observers, one for each view."""
+        """Return the values to log, with the means over the observers, one for each view.
+
+        query (N, V * D): the unit features of each view, side by side.
+        """
+        views = query.chunk(len(observers), 1)
+        if not self.rule.neighbor_views:
+            self.equal_loss = len(views) * math.log1p(observers[0].compared)
+        spread = sum(metrics.spread(view) for view in views) / len(views)
         seen = [observer.description for observer in observers]
         means = {key: sum(one[key] for one in seen) / len(seen) for key in seen[0]}
         kind = self.rule.kind
         values = {
             "loss": loss.detach(),
+            "feature_spread": spread,
             **means,
             "thres_outer": 1.0 if kind == "all" else threshold,
             "thres_inner": self.rule.thres_inner if kind == "ring" else 0.0,

@@ -180,7 +180,7 @@ class IR(Method):
         self.precision.step(loss, self.optimizer)
         self.adapt(loss)
         self.banks[0].update(launch.all_gather(query), launch.all_gather(batch.index))
-        return self.curves(loss, threshold, ranks, [observer])
+        return self.curves(loss, threshold, ranks, [observer], query)
 
 
 class CMC(Method):
@@ -211,7 +211,7 @@ class CMC(Method):
         everyone = launch.all_gather(batch.index)
         for memory, feat in zip(self.banks, launch.all_gather(feats).chunk(2, 1)):
             memory.update(feat, everyone)
-        return self.curves(loss, threshold, ranks, observers)
+        return self.curves(loss, threshold, ranks, observers, feats)
 
     def embed(self, images):
         with self.precision.autocast():
@@ -250,7 +250,7 @@ class MoCo(Method):
         everyone = launch.all_gather(batch.index)
         self.system.enqueue(keys, everyone)
         self.banks[0].update(launch.all_gather(query), everyone)
-        return self.curves(loss, threshold, ranks, [observer])
+        return self.curves(loss, threshold, ranks, [observer], query)
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -37,12 +37,14 @@ class Method(Protocol):
     generators: dict[str, torch.Generator]  # saved, so that a resume continues their draws
     network: nn.Module  # the network of k-NN, in training mode otherwise
     precision: Any  # common.precision.Precision; a linear evaluation has none
+    equal_loss: float  # of equal scores, above which a run learns nothing; a pre-training's alone
 
     def step(self, batch: Batch) -> dict:
         """Take one optimizer step and return the values to log.
 
         0-dim tensors are means over the batch, and plain numbers are shown as they are. `scores`
-        (B, 5), from common.metrics.score_statistics, are kept for --save_score.
+        (B, 5), from common.metrics.score_statistics, are kept for --save_score. A pre-training
+        returns `loss`, `feature_spread` (common.metrics.spread) and `negative_similarity`.
         """
 
     def embed(self, images: Tensor) -> Tensor:

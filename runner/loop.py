@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from runner.progress import Progress
 from runner.resume import Files, Position
 from runner.scores import Scores
 from runner.signals import StopSignal
+
+COLLAPSED = 0.1  # spread of features below which a network learns nothing
 
 __all__ = ["At", "Batch", "Files", "Job", "Method"]
 
@@ -63,6 +66,7 @@ class Job:
         self._sheet = getattr(args, "show_views", None)
         self._context = contextlib.ExitStack()
         self._holds_folder = False
+        self._warned = False  # of a network that learns nothing
         self._refuse_to_overwrite(args, args.resume)
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._context.close)
@@ -184,6 +188,8 @@ class Job:
             values["precision"] = str(self.method.precision)
             if self.method.precision.remark:
                 self.remarks.append(self.method.precision.remark)
+        if hasattr(self.method, "equal_loss"):
+            values["loss_of_equal_scores"] = round(self.method.equal_loss, 4)
         self.log.derived(**values | derived)
         for remark in self.remarks:
             self.log.say(remark)
@@ -279,6 +285,7 @@ class Job:
             if self.stop.asked():
                 break
         self.means = self.progress.close()
+        self._warn_of_collapse()
         if self.shows_steps and self.step > started:
             self.log.say(f"Epoch {self.epoch}: {self.progress.summary()}")
         self.scores.write(self.epoch, started)
@@ -292,6 +299,23 @@ class Job:
             self._save_numbered(pending=True)
             before = Position(self.done - 1, len(loader), self.global_step)
             self.save(self.files.last, position=before)
+
+    def _warn_of_collapse(self) -> None:
+        """Warn once where an epoch after the first shows that the network learns nothing."""
+        chance = getattr(self.method, "equal_loss", math.inf)
+        loss = next((v for key, v in self.means.items() if key in ("loss", "ins_loss")), 0.0)
+        finding = ""
+        if self.means.get("feature_spread", 1.0) < COLLAPSED:
+            spread = self.means["feature_spread"]
+            finding = f"the features have collapsed (their spread is {spread:.3f} of 1)"
+        elif loss > 1.02 * chance:
+            finding = f"the loss {loss:.3f} is above that of equal scores, {chance:.3f}"
+        if finding and self.done and not self._warned:
+            self._warned = True
+            self.warn(
+                f"epoch {self.epoch}: {finding}, so the network learns nothing; usual remedies are "
+                "a lower learning rate, a higher temperature, and a larger batch or more negatives"
+            )
 
     def track(self, scores: Tensor | None = None, **values: Tensor | float) -> None:
         """Add up the values that `Method.step` returned, and log them every --print-freq steps."""

@@ -1,6 +1,7 @@
 """One footing: every place that prints the k-NN of a network prints the same number."""
 
 import json
+import math
 from operator import attrgetter
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import inside
 from papers import CASES
 from torch.nn import functional as F
 
-from common import launch, schedule
+from common import launch, metrics, schedule
 from common.pictures import ArraySet
 from feature_transform import views
 from runner import loop
@@ -44,6 +45,9 @@ def test_three_places_print_one_k_nn(module_folder, name):
         case.module.main(case.run_in(name, *more))
         (log,) = (module_folder / name).rglob("metrics.jsonl")
         (monitor,) = accuracies(log)
+        record = json.loads(log.read_text().splitlines()[0])
+        assert 0.1 < record["feature_spread"] < 1.1
+        assert -1 < record["negative_similarity"] < 1
         small = ["--demo", "--knn-k", "20", "--epochs", "1", "--device", "cpu"]
         evaluate.main([name, *small, "--views", "1", "--out", f"{name} judged"])
         judged = json.loads((module_folder / f"{name} judged" / "result.json").read_text())
@@ -129,3 +133,31 @@ def test_four_mocos_take_the_same_steps():
     assert first[0] != first[1]
     for losses in others:
         assert losses == pytest.approx(first, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------- nothing is learnt
+
+
+def test_spread():
+    rows = F.normalize(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert float(metrics.spread(rows)) == pytest.approx(1, abs=0.01)
+    assert float(metrics.spread(rows[:1].expand(8, -1))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_an_epoch_in_which_nothing_is_learnt_is_one_warning(
+    workspace, monkeypatch, capsys, collapsed
+):
+    case = CASES["ring ir"]
+    if collapsed:
+        monkeypatch.setattr(metrics, "spread", lambda features: torch.tensor(0.03))
+        finding = "the features have collapsed (their spread is 0.030 of 1)"
+    else:
+        monkeypatch.setattr(math, "log1p", lambda count: 0.01)
+        finding = "is above that of equal scores, 0.010"
+    case.module.main(
+        case.run_in("run", "--epochs", "3", "--no-neighbor-views", "--anneal", "constant")
+    )
+    said = capsys.readouterr().out
+    assert said.count("so the network learns nothing") == 1
+    assert "warning: epoch 1: " in said and finding in said

@@ -30,6 +30,7 @@ BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512
     101: (Bottleneck, [3, 4, 23, 3]),
     152: (Bottleneck, [3, 8, 36, 3]),
 }
+SECOND, THIRD = "layer1.0.conv2.weight", "layer1.0.conv3.weight"  # kernels of the first block
 
 
 def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
@@ -182,7 +183,8 @@ class Trunk(ResNet):
     The weights are random until the caller loads `state`.
     path: the file that the UserError names if `state` does not belong to a ResNet.
 
-    in_channels: channels of the input. planes: 64 times the width. maps: channels of the stages.
+    arch: its name, as `name_of` returns it. in_channels: channels of the input. planes: 64 times
+    the width. maps: channels of the stages.
     forward: images (N, C, H, W) -> a list of four feature maps.
     """
 
@@ -190,7 +192,7 @@ class Trunk(ResNet):
         kernels = {name: tuple(value.shape) for name, value in state.items() if value.dim() == 4}
         counts, _ = _blocks(kernels)
         stem = kernels.get("conv1.weight")
-        second = kernels.get("layer1.0.conv2.weight")
+        second = kernels.get(SECOND)
         if not stem or not second or not all(counts) or not all((*stem, *second)):
             names = ", ".join(name[:60] for name in list(state)[:3])
             raise UserError(
@@ -198,13 +200,11 @@ class Trunk(ResNet):
             )
         self.stem = stem
         self.in_channels = stem[1]
-        self.planes = second[0]
+        self.arch = name_of(state) or "ResNet"
+        self.planes, groups, width_per_group = _widths(second, kernels.get(THIRD))
         block, options = BasicBlock, {}
-        if third := kernels.get("layer1.0.conv3.weight"):
+        if THIRD in kernels:
             block = Bottleneck
-            self.planes = third[0] // Bottleneck.expansion
-            groups = second[0] // second[1]
-            width_per_group = second[0] * 64 // (self.planes * groups)
             options = {"groups": groups, "width_per_group": width_per_group}
         self.maps = [self.planes * block.expansion * 2**stage for stage in range(4)]
         super().__init__(block, counts, num_classes=1, **options)
@@ -230,24 +230,42 @@ class Trunk(ResNet):
             maps.append(x)
         return maps
 
-    @property
-    def arch(self) -> str:
-        """The name of the network: for example resnet50, or resnet18x0.5 if it is half as wide."""
-        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
-        name = f"resnet{_depth(type(self.layer1[0]), list(map(len, layers)))}"
-        return name if self.planes == 64 else f"{name}x{self.planes / 64:g}"
-
 
 def name_of(state: dict[str, Tensor]) -> str | None:
-    """Return torchvision's name for the residual network with the parameters `state`, or None.
+    """Return the name of the residual network with the parameters `state`, or None.
 
-    The parameter names may have any prefix.
+    It is torchvision's where torchvision has that network. resnet18x0.5 is half as wide. The
+    parameter names may have any prefix.
     """
-    first = [value for name, value in state.items() if name.endswith("layer1.0.conv1.weight")]
+    found = {
+        kernel: tuple(value.shape)
+        for kernel in (SECOND, THIRD)
+        for name, value in state.items()
+        if name.endswith(kernel) and value.dim() == 4
+    }
     counts, is_deep = _blocks(state)
     depth = _depth(Bottleneck if is_deep else BasicBlock, counts)
-    is_plain = any(value.shape[:1] == (64,) for value in first)
-    return f"resnet{depth}" if depth and is_plain else None
+    if not depth or is_deep != (THIRD in found) or not all(found.get(SECOND, (0,))):
+        return None
+    planes, groups, width_per_group = _widths(found[SECOND], found.get(THIRD))
+    name = f"resnet{depth}"
+    if groups > 1:
+        name = f"resnext{depth}_{groups}x{width_per_group}d"
+    elif width_per_group != 64:
+        name = f"wide_resnet{depth}_{width_per_group / 64:g}"
+    return name if planes == 64 else f"{name}x{planes / 64:g}"
+
+
+def _widths(second: tuple[int, ...], third: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """Return (planes, groups, width per group) of a ResNet, as torchvision counts them.
+
+    second, third: shapes of the kernels of its first block; a basic block has no third.
+    """
+    if third is None:
+        return second[0], 1, 64
+    planes = max(1, third[0] // Bottleneck.expansion)
+    groups = max(1, second[0] // second[1])
+    return planes, groups, second[0] * 64 // (planes * groups)
 
 
 def _blocks(names) -> tuple[list[int], bool]:

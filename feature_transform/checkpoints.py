@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor
 
-from common import UsageError, UserError, backbones
+from common import UsageError, UserError, backbones, printable
 from feature_transform.memory import KeyQueue, MemoryBank
 from feature_transform.networks import BACKBONES, MODALS, WIDTHS, Network
 from runner import checkpoint, layouts
@@ -111,16 +111,16 @@ def encoders(state: dict[str, Tensor], path: str) -> Network:
 
 def load_memory(memory: KeyQueue | MemoryBank, saved: checkpoint.Saved) -> None:
     """Load the rows of a checkpoint. Raises UserError where they are of another memory."""
+    rows = saved["contrast"]
+    if set(rows) != set(memory.names):
+        names = printable(", ".join(rows))[:80] or "nothing"
+        raise UserError(f"{saved.path} is of another method: its memory holds {names}")
     mem = "moco" if isinstance(memory, KeyQueue) else "bank"
     then = "moco" if "model_ema" in saved else "bank"
     if mem != then:
         raise UserError(
             f"{saved.path} was trained with --mem {then}, this run has {mem}: add --mem {then}"
         )
-    rows = saved["contrast"]
-    if set(rows) != set(memory.names):
-        names = ", ".join(rows)[:80] or "nothing"
-        raise UserError(f"{saved.path} is of another method: its memory holds {names}")
     n = len(rows[memory.names[0]])
     if n != memory.n:
         length = f"--nce_k {n}" if mem == "moco" else f"{n} training pictures"

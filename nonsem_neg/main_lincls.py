@@ -173,6 +173,11 @@ def build_network(saved, args, classes: int, process: launch.Process):
     if classes < outputs < 2**16:
         classes = outputs
     network = backbones.build(args.arch, classes, small_stem=small_stem)
+    if not isinstance(getattr(network, "fc", None), nn.Linear):
+        raise UsageError(
+            f"{saved.path} is a {args.arch}, which has no last layer `fc` to train: give a ResNet "
+            "or another network with `fc`"
+        )
     checkpoint.load_into(network, layouts.without_head(state), saved.path, ("fc.",), flag="-a")
     nn.init.normal_(network.fc.weight, std=0.01)
     nn.init.zeros_(network.fc.bias)

@@ -272,6 +272,10 @@ class NonSemantic:
                 f"add -a {arch}"
             )
         state = layouts.strip_prefix(saved["state_dict"], "module.")
+        other_head = "encoder_q.fc.weight" if self.args.mlp else "encoder_q.fc.2.weight"
+        if other_head in state:
+            count, flag = ("one layer", "--no-mlp") if self.args.mlp else ("two layers", "--mlp")
+            raise UserError(f"{saved.path} was trained with a head of {count}: add {flag}")
         checkpoint.load_into(self.network, state, saved.path, flag="-a")
 
 

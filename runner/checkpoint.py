@@ -11,14 +11,23 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from common import UsageError, UserError, backbones, files, printable
 from runner import papers
 
-# Lightning 1 stores the state of a callback under its class, which is not needed here.
-LIGHTNING = [(dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+ALLOWED = [
+    argparse.Namespace,
+    # Lightning 1 stores the state of a callback under its class, which is not needed here.
+    (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    # A score beside the weights may be a NumPy scalar.
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    *(np.dtype, *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}),
+]
 DEPTH = 20  # most levels of nested containers; a checkpoint has four or five
 
 
@@ -63,7 +72,10 @@ def load(path: str | Path) -> dict:
         code = re.search(r"(?:GLOBAL|Unsupported class)\s+`?([\w.]+)", str(error))
         if code:
             raise UserError(
-                f"{path} contains code ({code[1]}), not only tensors and numbers: it is refused"
+                f"{path} contains code ({code[1]}), not only tensors and numbers: it is refused; "
+                "if you trust it, keep its weights alone where that package is installed, by "
+                f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], NEW), "
+                "where state_dict is the key of its weights"
             ) from None
         cause = _first_line(error)
         if cause.startswith("Weights only load failed"):  # torch then suggests an unsafe load
@@ -75,7 +87,9 @@ def load(path: str | Path) -> dict:
 
 
 def _read(path: Path):
-    """Load `path` by torch, with tensors mapped from the file."""
+    """Load `path` by torch or safetensors, with tensors mapped from the file."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         is_archive = file.read(4) == b"PK\3\4"
@@ -87,7 +101,7 @@ def _read(path: Path):
                 raise ValueError("it is compressed")  # and cannot be mapped
         # torch accepts only file names in UTF-8.
         name = str(path) if printable(path) == str(path) else f"/dev/fd/{file.fileno()}"
-        with torch.serialization.safe_globals([argparse.Namespace, *LIGHTNING]):
+        with torch.serialization.safe_globals(ALLOWED):
             # Without mapping, torch trusts the size of a storage and reads past the end of the
             # file.
             return torch.load(name, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -95,6 +109,8 @@ def _read(path: Path):
 
 def _copied(value, depth: int = 0):
     """Copy `value` into plain containers, with tensors in memory and a Namespace as a dict.
+
+    A NumPy scalar becomes a number.
 
     Raises ValueError if it is nested too deeply or a tensor claims more than the file holds.
     """
@@ -106,6 +122,8 @@ def _copied(value, depth: int = 0):
         return {key: _copied(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_copied(item, depth + 1) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Tensor):
         is_here = value.layout == torch.strided and value.device.type == "cpu"
         if not is_here or value.nbytes > value.untyped_storage().nbytes():
@@ -205,9 +223,7 @@ def load_into(
     own = module.state_dict()
     problem = _misfit(own, state, allowed_missing)
     if problem:
-        name = backbones.name_of(state)
-        hint = f"add {flag} {name}" if flag and name else "is it from another architecture?"
-        raise UserError(f"{path} does not fit this model ({problem}): {hint}")
+        raise UserError(f"{path} does not fit this model ({problem}){_hint(own, state, flag)}")
     for name in own.keys() & state.keys():
         if not state[name].isfinite().all():
             raise UserError(f"{path}: {name} is not finite")
@@ -222,6 +238,19 @@ def check_memory(state: dict, own: dict, path: str) -> None:
     for name, value in state.items():
         if not value.isfinite().all():
             raise UserError(f"{path} is damaged: {name} of its memory is not finite")
+
+
+def _hint(own: dict, state: dict, flag: str) -> str:
+    """Return how the networks in `state` and `own` differ, and the flag that selects one."""
+    found, expected = (backbones.name_of(tensors) or "another network" for tensors in (state, own))
+    if found != expected:
+        way_out = f"; choose it with {flag}" if flag else ""
+        return f": it holds {found}, and this run has {expected}{way_out}"
+    kernels = ([v for v in tensors.values() if v.dim() == 4] for tensors in (state, own))
+    channels, wanted = (stem[0].shape[1] if stem else 0 for stem in kernels)
+    if channels != wanted:
+        return f": its network takes {channels} channels, and this one {wanted}"
+    return ""
 
 
 def _misfit(own: dict, state: dict, allowed_missing: tuple[str, ...]) -> str:

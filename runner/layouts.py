@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
-from common import UserError, augment, backbones
+from common import UserError, augment, backbones, printable
 from runner import checkpoint, papers
+from runner.papers import SEQUENTIAL, Layout
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-HEADS = ("fc.", "classifier.", "head.", "heads.")  # names of a network's last layers
+# Names of a network's last layers; the last two are of SwAV.
+HEADS = ("fc.", "classifier.", "head.", "heads.", "projection_head.", "prototypes.")
+# Names of the first layer of a network, which may have the name of its tower before it.
+FIRST = r"(conv1|conv_block_1|features|Conv2d_1a_3x3|layers\.0|stem|conv_proj|patch_embed)\."
+FIRST_OF_TOWER = rf"(?:[a-zA-Z]\w*\.)?{FIRST}"
+# Keys behind which a file keeps its state dict; of DINO's two networks the teacher is the better.
+KEYS = (
+    *("state_dict", "model", "model_state_dict", "teacher", "student"),
+    *("classy_state_dict", "base_model", "trunk"),  # VISSL
+)
+WRAPPERS = r"(?<![^.])(?:(?:module|_orig_mod)\.)+"  # of data-parallel and of compiled networks
+# The numbers that nn.Sequential gives to the children of lightly's own ResNet.
+LIGHTLY = dict(zip("012345", SEQUENTIAL.values()))
+OTHERS = (  # layouts of other programs' files
+    Layout(r"backbone\."),  # solo-learn, MMSelfSup, sthalles/SimCLR, Barlow Twins, VICReg, DINO
+    Layout(r"backbone\.0\."),
+    Layout(r"backbone\.", SEQUENTIAL),  # lightly's tutorials with torchvision's network
+    Layout(r"backbone\.", LIGHTLY),  # and with lightly's own
+    Layout(r"base_encoder\."),  # MoCo v3
+    Layout(r"_feature_blocks\."),  # VISSL
+    Layout(r"teacher\.(?:backbone\.)?"),
+    Layout(r"student\.(?:backbone\.)?"),
+)
 
 
 def add_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -65,53 +90,71 @@ def newest_below(folder: str | Path) -> Path | None:
 
 
 def backbone(saved: dict) -> dict[str, Tensor]:
-    """Return the (query) network inside a checkpoint of any paper, under torchvision's names.
+    """Return the (query) network inside a checkpoint of any program, under torchvision's names.
 
-    saved: the result of `checkpoint.load`. The `module.` of data-parallel wrappers is removed. A
-    bare state dict of a torchvision network passes through. Several towers keep their names as
-    prefixes (`l_to_ab.conv1.weight`). Raises UserError if no network is found.
+    saved: the result of `checkpoint.load`. OTHERS are the layouts of other programs. A bare state
+    dict of a torchvision network passes through. Several towers keep their names as prefixes
+    (`l_to_ab.conv1.weight`). Raises UserError if no network is found.
     """
-    state = _state_dict(saved)
+    state = tensors(saved)
+    path = getattr(saved, "path", "this checkpoint")
     own = getattr(saved, "paper", None)
-    others = [paper for paper in papers.find().values() if paper is not own]
-    for paper in ([own] if own else []) + others:
-        for layout in paper.layouts:
-            if inside := _inside(state, layout):
-                return inside
-    first_layers = ("features.", "conv_proj", "patch_embed")
-    if "conv1.weight" in state or any(name.startswith(first_layers) for name in state):
-        return state
-    names = ", ".join(name[:80] for name in list(state)[:3]) or "no tensors at all"
-    raise UserError(
-        f"found no backbone in {getattr(saved, 'path', 'this checkpoint')} (it has {names})"
-    )
+    declared = sorted(papers.find().values(), key=lambda paper: paper is not own)  # own first
+    places = [layout for paper in declared for layout in paper.layouts]
+    found = next(filter(None, (_inside(state, layout) for layout in (*places, *OTHERS))), None)
+    if found is None and any(re.match(FIRST, name) for name in state):
+        found = state
+    if found is None:
+        names = ", ".join(itertools.islice(_names(saved), 3)) or "no tensors at all"
+        raise UserError(f"found no backbone in {path} (it has {names})")
+    if {"conv1.0.weight", "layer1.0.conv1.weight"} <= found.keys():
+        raise UserError(
+            f"{path} holds a ResNet of timm with a deep stem (conv1.0, conv1.3, ...), which is "
+            "not read: torchvision's ResNets have a single first convolution, conv1"
+        )
+    return found
 
 
-def _state_dict(saved: dict) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint's state dict by name, without `module.`."""
-    state = saved
-    for key in ("model", "state_dict"):
+def tensors(saved: dict) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's state dict by name, without `module.` and `_orig_mod.`.
+
+    The state dict is the content itself, or lies behind one or several of KEYS.
+    """
+    for key in KEYS:
         if isinstance(saved.get(key), dict):
-            state = saved[key]
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {re.sub(r"(^|\.)module\.", r"\1", name): value for name, value in tensors.items()}
+            return tensors(saved[key])
+    named = ((name, value) for name, value in saved.items() if isinstance(value, Tensor))
+    return {re.sub(WRAPPERS, "", str(name)): value for name, value in named}
 
 
-def _inside(state: dict[str, Tensor], layout: papers.Layout) -> dict[str, Tensor]:
+def _names(content: dict, before: str = "") -> Iterator[str]:
+    """Yield the names of all tensors in nested dicts, with dots between the levels."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _names(value, f"{before}{key}.")
+        elif isinstance(value, Tensor):
+            yield printable(f"{before}{key}")[:80]
+
+
+def _inside(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Return the network that `layout` finds in `state`, under torchvision's names, or {}."""
     inside = {}
+    is_network = False
     for name, value in state.items():
         match = re.match(layout.prefix, name)
         if not match:
             continue
-        child, _, rest = name[match.end() :].partition(".")
+        rest = name[match.end() :]
         if layout.children is not None:
+            child, _, rest = rest.partition(".")
             if child not in layout.children:
                 return {}
-            child = layout.children[child]
+            # lightly's blocks have a shortcut
+            rest = f"{layout.children[child]}.{rest}".replace(".shortcut.", ".downsample.")
+        is_network |= bool(re.match(FIRST_OF_TOWER, rest))
         tower = f"{match[1]}." if match.re.groups else ""
-        inside[f"{tower}{child}.{rest}"] = value
-    return inside
+        inside[tower + rest] = value
+    return inside if is_network else {}
 
 
 def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:

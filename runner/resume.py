@@ -118,7 +118,13 @@ def find(args, folder: str, files: Files) -> tuple[checkpoint.Saved | None, list
 
 
 def _check_same(saved: checkpoint.Saved, args, files: Files) -> None:
-    """Raise UserError if a flag that identifies the run differs from the checkpoint."""
+    """Raise UserError if another script wrote it, or a flag that identifies the run differs."""
+    script = saved.get("script", files.script)
+    if script != files.script:
+        raise UserError(
+            f"{saved.path} was written by {printable(str(script))[:80]}: "
+            f"--resume takes only checkpoints of {files.script}"
+        )
     names = files.same
     if args.resume == "auto" and "seed" in args.typed:  # which was found, not named
         names = (*names, "seed")

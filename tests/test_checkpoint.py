@@ -7,11 +7,14 @@ import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 
 from common import UserError, backbones, files
-from runner import checkpoint, layouts, pretrained
+from runner import checkpoint, layouts, papers, pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -209,23 +212,116 @@ def test_every_published_layout(name, module):
 def test_a_torchvision_file_and_a_stranger():
     found = layouts.backbone({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)})
     assert layouts.without_head(found).keys() == {"conv1.weight"}
-    with pytest.raises(UserError, match="found no backbone.*word_embedding"):
-        layouts.backbone({"word_embedding": torch.zeros(1)})
-
-
-def test_another_architecture_is_named_with_its_flag():
-    for name, other in (
-        ("resnet18", "resnet34"),
-        ("resnet34", "resnet18"),
-        ("resnet50", "resnet101"),
-        ("resnet101", "resnet18"),
+    for strange, names in (
+        ({"word_embedding": torch.zeros(1)}, "word_embedding"),
+        ({"net": {"trunk": {"w": torch.zeros(1)}}}, "net.trunk.w"),
+        ({"net": 3}, "no tensors at all"),
     ):
-        with torch.device("meta"):
-            state = backbones.build(name).state_dict()
-            with pytest.raises(UserError, match=f"file does not fit this model .*: add -a {name}$"):
-                checkpoint.load_into(backbones.build(other), state, "file", flag="-a")
-    for stranger in ({}, {"layer1.0.conv1.weight": torch.zeros(128, 1)}, {"word": torch.zeros(1)}):
-        assert backbones.name_of(stranger) is None
+        with pytest.raises(UserError, match=f"found no backbone.*{names}"):
+            layouts.backbone(strange)
+    deep = {"conv1.0.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match="a ResNet of timm with a deep stem"):
+        layouts.backbone(deep)
+
+
+def sequential(state: dict, children: dict) -> dict:
+    """Return `state` without `fc`, its children numbered as nn.Sequential does it."""
+    numbers = {name: number for number, name in children.items()}
+    parts = [(*name.partition("."), value) for name, value in state.items()]
+    return {f"{numbers[p]}.{rest}": value for p, _, rest, value in parts if p != "fc"}
+
+
+def lightly(state: dict) -> dict:
+    numbered = sequential(state, layouts.LIGHTLY)
+    return {name.replace("downsample", "shortcut"): value for name, value in numbered.items()}
+
+
+PRE = layouts.add_prefix
+OTHERS = {  # program: the content of its file around a ResNet with these parameters
+    "solo-learn": lambda s: {"state_dict": PRE(s, "backbone.") | PRE(s, "momentum_backbone.")},
+    "MMSelfSup": lambda s: {"state_dict": PRE(s, "encoder_q.0.") | PRE(s, "backbone."), "meta": {}},
+    "SimCLR": lambda s: {"state_dict": PRE(s, "module.backbone.")},
+    "Barlow Twins": lambda s: {"model": PRE(s, "module.backbone.") | {"module.bn.x": s["fc.bias"]}},
+    "lightly": lambda s: {"state_dict": PRE(sequential(s, papers.SEQUENTIAL), "backbone.")},
+    "lightly's network": lambda s: {"state_dict": PRE(lightly(s), "backbone.")},
+    "a nested trunk": lambda s: PRE(s, "backbone.0."),
+    "MoCo v3": lambda s: {"state_dict": PRE(PRE(s, "base_encoder.") | PRE(s, "x."), "module.")},
+    "DINO": lambda s: {"student": {"head.x": s["fc.bias"]}, "teacher": PRE(s, "backbone.")},
+    "DINO's names": lambda s: PRE(s, "teacher.backbone.") | {"student.backbone.x": s["fc.bias"]},
+    "a student": lambda s: {"student": PRE(s, "module.backbone.")},
+    "VISSL": lambda s: {
+        "classy_state_dict": {
+            "base_model": {"model": {"trunk": PRE(s, "_feature_blocks."), "heads": {}}}
+        }
+    },
+    "SwAV": lambda s: PRE(
+        s | {"projection_head.0.weight": s["fc.bias"], "prototypes.weight": s["fc.bias"]}, "module."
+    ),
+    "torch.compile": lambda s: {"model": PRE(s, "_orig_mod.module.")},
+    "torchvision": lambda s: s,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", OTHERS)
+def test_the_layouts_of_other_programs(program):
+    with torch.device("meta"):
+        network = backbones.build("resnet18")
+    state = network.state_dict()
+    found = layouts.without_head(layouts.backbone(OTHERS[program](state)))
+    assert found.keys() == layouts.without_head(state).keys()
+    assert all(value is state[name] for name, value in found.items())
+
+
+def test_a_network_with_an_encoder_inside_keeps_all_its_tensors():
+    with torch.device("meta"):
+        state = torchvision.models.vit_b_16().state_dict()
+    for wrapped in (state, PRE(state, "module.encoder_q."), PRE(state, "backbone.")):
+        assert layouts.backbone(wrapped).keys() == state.keys()
+
+
+def test_safetensors_and_numpy_scalars_are_read_and_paths_are_refused_with_a_way_out(tmp_path):
+    save_file({"conv1.weight": torch.ones(3)}, tmp_path / "a.safetensors")
+    assert torch.equal(checkpoint.Saved(tmp_path / "a.safetensors")["conv1.weight"], torch.ones(3))
+    (tmp_path / "a.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match="a.safetensors is truncated or not a checkpoint"):
+        checkpoint.load(tmp_path / "a.safetensors")
+    scores = {kind: np.dtype(kind).type(1) for kind in "?bhilqBHILQefd"}
+    for zipped in (True, False):
+        torch.save(scores, tmp_path / "b.pth", _use_new_zipfile_serialization=zipped)
+        values = checkpoint.load(tmp_path / "b.pth").values()
+        assert all(value == 1 and not isinstance(value, np.generic) for value in values)
+    torch.save({"out": tmp_path}, tmp_path / "b.pth")
+    with pytest.raises(
+        UserError, match=r"contains code \(pathlib.*; if you trust it, .*torch.save"
+    ):
+        checkpoint.load(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    "in_file, in_run, hint",
+    [
+        ("resnet34", "resnet18", "it holds resnet34, and this run has resnet18; choose it with -a"),
+        ("resnext50_32x4d", "resnet50", "it holds resnext50_32x4d, and this run has resnet50; .*"),
+        ("mobilenet_v2", "resnet18", "it holds another network, and this run has resnet18; .*"),
+    ],
+)
+def test_another_architecture_is_named_with_its_flag(in_file, in_run, hint):
+    with torch.device("meta"):
+        state = backbones.build(in_file).state_dict()
+        with pytest.raises(UserError, match=f"file does not fit this model .*: {hint}$"):
+            checkpoint.load_into(backbones.build(in_run), state, "file", flag="-a")
+
+
+def test_a_hint_names_only_what_differs():
+    with torch.device("meta"):
+        model = backbones.build("resnet18")
+        state = model.state_dict() | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+        with pytest.raises(UserError, match="takes 1 channels, and this one 3$"):
+            checkpoint.load_into(model, state, "file", flag="-a")
+        model.register_buffer("queue", torch.zeros(3))
+        state = backbones.build("resnet18").state_dict()
+        with pytest.raises(UserError, match=r"\(missing queue and 0 more\)$"):
+            checkpoint.load_into(model, state, "file", flag="-a")
 
 
 def test_load_into_says_what_differs():

@@ -113,6 +113,13 @@ def test_a_network_of_every_width_and_stem(tmp_path, shape):
         net.train()
 
 
+@pytest.mark.parametrize("arch", ["resnext50_32x4d", "wide_resnet50_2"])
+def test_a_network_has_torchvisions_name_whatever_the_file_says(tmp_path, arch):
+    path = str(tmp_path / "net.pth")
+    torch.save({"state_dict": backbones.build(arch, 0).state_dict(), "arch": "resnet50"}, path)
+    assert evaluate.open_backbone(path, CPU)[2]["arch"] == arch
+
+
 def test_both_towers_of_cmc(tmp_path):
     net = networks.build_network("resnet18v1", colour.default_views("Lab"), 128, False).eval()
     state = layouts.add_prefix(net.state_dict(), "encoder.")

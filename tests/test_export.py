@@ -207,8 +207,46 @@ def test_timm_loads_a_tower(folder, capsys):
     assert same(model, layouts.without_head(network.l_to_ab.state_dict()))
 
 
+def bare(path, name):
+    """Write a torchvision network as it is, without the name of its architecture."""
+    torch.save(torchvision.models.get_model(name).state_dict(), path)
+
+
+def test_networks_are_named_by_their_shapes_or_by_arch(folder, capsys):
+    bare("wide.pth", "resnext50_32x4d")
+    export.main(["wide.pth", "--to", "torchvision"])
+    assert "torchvision.models.resnext50_32x4d()" in capsys.readouterr().out
+    bare("mobile.pth", "mobilenet_v3_small")
+    why = "^mobile.pth: torchvision cannot load this network: .* name it with --arch; --to"
+    with pytest.raises(UserError, match=why):
+        export.main(["mobile.pth", "--to", "torchvision"])
+    with pytest.raises(UserError, match="torchvision has no resnet; --to"):
+        export.main(["mobile.pth", "--to", "torchvision", "--arch", "resnet"])
+    with pytest.raises(UserError, match="unlike that of mobilenet_v2"):
+        export.main(["mobile.pth", "--to", "torchvision", "--arch", "mobilenet_v2"])
+    flags = ("mobile.pth", "--to", "torchvision", "--arch", "mobilenet_v3_small")
+    state = layouts.without_head(torch.load("mobile.pth"))
+    assert same(loaded(capsys, *flags), state)
+
+
+@pytest.mark.parametrize("arch", ["vit_b_16", "swin_t", "convnext_tiny", "wide_resnet50_2"])
+def test_a_whole_network_of_torchvision_is_handed_on(folder, arch):
+    """On the meta device: names and shapes only."""
+    with torch.device("meta"):
+        whole = torchvision.models.get_model(arch).state_dict()
+    args = export.parse_args(["FILE", "--to", "torchvision", "--arch", arch])
+    state = layouts.without_head(layouts.backbone(whole))
+    name, model = export.like_torchvision(state, {}, args)
+    model.load_state_dict(state, assign=True)
+    assert name == arch and len(whole) - len(state) in (2, 4)  # its head
+
+
 def test_detectron2_names_and_settings(folder, capsys):
-    nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnext50_32x4d")
+    path = folder / "run" / "checkpoint_0000.pth.tar"
+    nonsem(path, "resnext50_32x4d")
+    content = torch.load(path)
+    content["state_dict"] = {k: v.bfloat16() for k, v in content["state_dict"].items()}
+    torch.save(content, path)
     export.main(["run", "--to", "detectron2", "--out", "out.pkl"])
     line = capsys.readouterr().out.splitlines()[-1]
     settings = ("WEIGHTS = 'out.pkl'", "RESNETS.DEPTH = 50", "RESNETS.STRIDE_IN_1X1 = False")
@@ -224,6 +262,7 @@ def test_detectron2_names_and_settings(folder, capsys):
         "res5.1.conv2.norm.weight",
     }
     assert names <= found.keys()
+    assert {array.dtype.name for array in found.values()} == {"float32"}
     nonsem(folder / "run" / "checkpoint_0000.pth.tar", "resnet18", small_stem=True)
     with pytest.raises(UserError, match="7x7 first convolution"):
         export.main(["run", "--to", "detectron2"])

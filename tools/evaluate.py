@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Judge a backbone: k-NN, tuned linear evaluation, few labels, geometry, scores.
 
-Takes any backbone (a pre-training of any paper here, the authors' files, or the state dict of a
-torchvision or timm ResNet) and any data set with labels. Writes one table, result.json and a
+Takes any backbone (a pre-training of any paper here or of another program, such as solo-learn,
+MoCo v3, DINO, VISSL or lightly, or the state dict of a torchvision or timm ResNet) and any data set with labels. Writes one table, result.json and a
 picture of the scores into the run folder:
 
     python tools/evaluate.py runs/try DATA
@@ -108,6 +108,14 @@ def open_backbone(path: str, device: torch.device) -> tuple[Backbone, tuple, dic
     saved = checkpoint.Saved(file)
     if "classifier" in saved:
         raise UserError(f"{file} is a classifier without its network; give the network")
+    with saved.within():
+        return _opened(saved, str(file), device)
+
+
+def _opened(
+    saved: checkpoint.Saved, file: str, device: torch.device
+) -> tuple[Backbone, tuple, dict, dict]:
+    """Return what `open_backbone` does, of a checkpoint that has been read."""
     state = layouts.backbone(saved)
     towers = [f"{name}." for name in layouts.towers(state)]
     if not any(f"{tower}conv1.weight" in state for tower in ("", *towers)):
@@ -116,13 +124,13 @@ def open_backbone(path: str, device: torch.device) -> tuple[Backbone, tuple, dic
         if saved.paper:
             way_out = f"evaluate it with {saved.paper.evaluation}"
         raise UserError(f"{file} holds no ResNet (it has {names}): {way_out}")
-    operations, by_tower = layouts.open_trunks(saved, state, str(file))
+    operations, by_tower = layouts.open_trunks(saved, state, file)
     trunks = list(by_tower.values())
     network = Backbone(trunks).requires_grad_(False).eval()
     origin = {
-        "arch": saved.get("arch") or trunks[0].arch,
+        "arch": trunks[0].arch,
         "towers": len(trunks),
-        "pretrained": str(file),
+        "pretrained": file,
         "colours": repr(operations),
         **saved.how_far(),
     }

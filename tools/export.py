@@ -29,7 +29,6 @@ SUFFIX = {
     "detectron2": ".pkl",
     "safetensors": ".safetensors",
 }
-ANYWAY = "--to safetensors takes the tensors as they are"
 PIXELS = ["PIXEL_MEAN = [123.675, 116.28, 103.53]", "PIXEL_STD = [58.395, 57.12, 57.375]"]
 
 
@@ -43,6 +42,8 @@ def parse_args(argv=None):
     parser.add_argument("--out", help=about)
     about = "the key encoder of a checkpoint with model_ema, not the query"
     parser.add_argument("--ema", action="store_true", help=about)
+    about = "torchvision's name of the network; default: as its shapes or the checkpoint tell"
+    parser.add_argument("--arch", help=about)
     about = "of a checkpoint of several towers, the one to export, as l_to_ab"
     parser.add_argument("--tower", help=about)
     return cli.freeze(parser.parse_args(argv))
@@ -51,16 +52,18 @@ def parse_args(argv=None):
 def main(argv=None) -> None:
     args = parse_args(argv)
     path = find(Path(args.checkpoint))
-    saved = checkpoint.load(path)
+    saved = checkpoint.Saved(path)
     if "classifier" in saved:
         network = saved.get("network", "see its opt")
         raise UserError(f"{path} is a classifier without its network; export that: {network}")
     if args.ema and not isinstance(saved.get("model_ema"), dict):
         raise UsageError(f"{path} has no model_ema: omit --ema")
-    inside = {"model": saved["model_ema"]} if args.ema else saved
-    state = choose_tower(layouts.backbone(inside), saved, args)
-    out = output_file(args, path)
-    line = recipe(state, saved, args.to, str(out))
+    if args.ema:
+        saved["model"] = saved["model_ema"]
+    with saved.within():
+        state = choose_tower(layouts.backbone(saved), saved, args)
+        out = output_file(args, path)
+        line = recipe(state, saved, args, str(out))
     try:
         with files.replacing(out) as file:
             write(state, file, args.to)
@@ -90,7 +93,7 @@ def find(path: Path) -> Path:
     return newest
 
 
-def choose_tower(state: dict, saved: dict, args) -> dict:
+def choose_tower(state: dict, saved: checkpoint.Saved, args) -> dict:
     """Return the parameters of the network, of several the one that --tower names, without a head.
 
     Raises UsageError where --tower is missing or names none, and UserError where the program would
@@ -100,7 +103,7 @@ def choose_tower(state: dict, saved: dict, args) -> dict:
     if args.tower in names:
         return layouts.one_tower(state, args.tower)
     if names and not args.tower:  # say first whether there is anything to choose
-        recipe(layouts.one_tower(state, names[0]), saved, args.to, "")
+        recipe(layouts.one_tower(state, names[0]), saved, args, "")
     if names:
         towers = " and ".join(names)
         raise UsageError(f"this checkpoint has the towers {towers}: choose one with --tower")
@@ -123,22 +126,28 @@ def output_file(args, path: Path) -> Path:
 # ---------------------------------------------------------------------------------- how to load it
 
 
-def recipe(state: dict, saved: dict, to: str, out: str) -> str:
+def recipe(state: dict, saved: checkpoint.Saved, args, out: str) -> str:
     """Return the line of Python that loads the file, strictly.
 
     Raises UserError with the reason where the program has no such network.
     """
-    if to == "safetensors":
+    if args.to == "safetensors":
         return f"from safetensors.torch import load_file; state = load_file({out!r})"
-    name, model = like_torchvision(state, saved, to)
-    is_resnet = isinstance(model, torchvision.models.ResNet)
-    changes = stem_changes(state["conv1.weight"], model, to) if is_resnet else []
-    if to == "detectron2":
-        return detectron2_settings(state, name, changes, out)
+    try:
+        name, model = like_torchvision(state, saved, args)
+        is_resnet = isinstance(model, torchvision.models.ResNet)
+        changes = stem_changes(state["conv1.weight"], model, args.to) if is_resnet else []
+        if args.to == "detectron2":
+            return detectron2_settings(state, name, changes, out)
+        if args.to == "timm" and not is_resnet:
+            raise Misfit(f"timm has other parameter names than torchvision for {name}")
+    except Misfit as reason:
+        raise UserError(
+            f"{saved.path}: {args.to} cannot load this network: {reason}; "
+            "--to safetensors takes the tensors as they are"
+        ) from None
     load = f"model.load_state_dict(torch.load({out!r}, weights_only=True))"
-    if to == "timm":
-        if not is_resnet:
-            raise UserError(f"timm has other parameter names than torchvision for {name}; {ANYWAY}")
+    if args.to == "timm":
         channels = state["conv1.weight"].shape[1]
         own = f", in_chans={channels}" if channels != 3 else ""
         model = f"model = timm.create_model({name!r}, num_classes=0{own})"
@@ -146,9 +155,18 @@ def recipe(state: dict, saved: dict, to: str, out: str) -> str:
     extra = ""
     if name in ("googlenet", "inception_v3"):
         extra = "aux_logits=False, init_weights=False"
-    model = f"model = torchvision.models.{name}({extra})"
-    no_head = "model.fc = torch.nn.Identity()"
-    return "; ".join(["import torch, torchvision", model, no_head, *changes, load])
+    line = f"model = torchvision.models.{name}({extra})"
+    no_head = f"model.{head_of(model)} = torch.nn.Identity()"
+    return "; ".join(["import torch, torchvision", line, no_head, *changes, load])
+
+
+class Misfit(Exception):
+    """The reason why a program has no network with the layers of a checkpoint."""
+
+
+def head_of(model: torch.nn.Module) -> str:
+    """Return the name of a torchvision network's last layer or layers."""
+    return next(head for head in ("fc", "classifier", "head", "heads") if hasattr(model, head))
 
 
 def stem_changes(stem: torch.Tensor, model: torchvision.models.ResNet, to: str) -> list[str]:
@@ -166,46 +184,35 @@ def stem_changes(stem: torch.Tensor, model: torchvision.models.ResNet, to: str) 
     return changes
 
 
-def like_torchvision(state: dict, saved: dict, to: str) -> tuple[str, torch.nn.Module]:
+def like_torchvision(state: dict, saved: checkpoint.Saved, args) -> tuple[str, torch.nn.Module]:
     """Return (name, network on no device) of torchvision with the layers of `state`.
 
     The first convolution may differ. Counters that PyTorch before 0.4.1 did not have are added to
-    `state`. Raises UserError where there is none such.
+    `state`. Raises Misfit where there is none such.
     """
     if "conv_block_1.0.weight" in state:
-        raise UserError(
-            f"this is half an AlexNet with batch-norm: {to} has no network with its layers; "
-            f"{ANYWAY}"
-        )
-    names = [f"resnet{depth}" for depth in backbones.BLOCKS]
-    names += ["resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
-    if saved.get("arch") in torchvision.models.list_models(module=torchvision.models):
-        names = [saved["arch"]]
-    reasons = []
-    for name in names:
-        with torch.device("meta"):
-            model = backbones.build(name, 0)
-        wanted = model.state_dict()
-        if blocks(state) != blocks(wanted):
-            continue
-        absent = [key for key in wanted.keys() - state.keys() if is_counter(key)]
-        shared = [key for key in wanted if key in state and key != "conv1.weight"]
-        differing = [key for key in shared if state[key].shape != wanted[key].shape]
-        if not differing and {*state, *absent} == {*wanted}:
-            state.update({key: torch.tensor(0) for key in absent})
-            return name, model
-        reasons.append(difference(state, wanted, name, differing))
-    reason = reasons[0] if reasons else f"its layers are not those of {' or '.join(names)}"
-    raise UserError(f"{to} cannot load this network: {reason}; {ANYWAY}")
+        raise Misfit("this is half an AlexNet with batch-norm")
+    by_shapes = re.sub(r"x[\d.]+$", "", backbones.name_of(state) or "")  # of any width
+    name = args.arch or by_shapes or saved.get("arch")
+    if not name:
+        raise Misfit("the file does not tell which it is: name it with --arch")
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise Misfit(f"torchvision has no {printable(str(name))}")
+    with torch.device("meta"):
+        model = backbones.build(name)
+    setattr(model, head_of(model), torch.nn.Identity())
+    wanted = model.state_dict()
+    absent = [key for key in wanted.keys() - state.keys() if is_counter(key)]
+    shared = [key for key in wanted if key in state and key != "conv1.weight"]
+    differing = [key for key in shared if state[key].shape != wanted[key].shape]
+    if differing or {*state, *absent} != {*wanted}:
+        raise Misfit(difference(state, wanted, name, differing))
+    state.update({key: torch.tensor(0) for key in absent})
+    return name, model
 
 
 def is_counter(key: str) -> bool:
     return key.endswith("num_batches_tracked")
-
-
-def blocks(state: dict) -> set[str]:
-    """Return the names that depend on the number and kind of blocks alone, not on their width."""
-    return {key for key in state if "downsample" not in key and not is_counter(key)}
 
 
 def difference(state: dict, wanted: dict, name: str, differing: list[str]) -> str:
@@ -231,10 +238,7 @@ def detectron2_settings(state: dict, name: str, changes: list[str], out: str) ->
     """
     depth = re.search(r"\d+", name)
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or changes:
-        raise UserError(
-            "detectron2 cannot load this network: its ResNets have a 7x7 first convolution on "
-            f"RGB; {ANYWAY}"
-        )
+        raise Misfit("its ResNets have a 7x7 first convolution on RGB")
     settings = [f"WEIGHTS = {out!r}", f"RESNETS.DEPTH = {depth.group()}"]
     if "layer1.0.conv3.weight" in state:
         width, per_group = state["layer1.0.conv2.weight"].shape[:2]
@@ -260,9 +264,9 @@ def write(state: dict, file: BinaryIO, to: str) -> None:
         from safetensors.torch import save
 
         file.write(save(state))
-    elif to == "detectron2":  # a pickle of NumPy arrays; its own loader adds what is missing
+    elif to == "detectron2":  # a pickle of float32 arrays; its own loader adds what is missing
         arrays = {
-            detectron2_name(key): value.numpy()
+            detectron2_name(key): value.float().numpy()
             for key, value in state.items()
             if not is_counter(key)
         }

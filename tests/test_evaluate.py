@@ -113,8 +113,8 @@ def test_a_network_of_every_width_and_stem(tmp_path, shape):
         net.train()
 
 
-@pytest.mark.parametrize("arch", ["resnext50_32x4d", "wide_resnet50_2"])
-def test_a_network_has_torchvisions_name_whatever_the_file_says(tmp_path, arch):
+def test_a_network_has_torchvisions_name_whatever_the_file_says(tmp_path):
+    arch = "resnext50_32x4d"
     path = str(tmp_path / "net.pth")
     torch.save({"state_dict": backbones.build(arch, 0).state_dict(), "arch": "resnet50"}, path)
     assert evaluate.open_backbone(path, CPU)[2]["arch"] == arch

@@ -2,8 +2,8 @@
 """Judge a backbone: k-NN, tuned linear evaluation, few labels, geometry, scores.
 
 Takes any backbone (a pre-training of any paper here or of another program, such as solo-learn,
-MoCo v3, DINO, VISSL or lightly, or the state dict of a torchvision or timm ResNet) and any data set with labels. Writes one table, result.json and a
-picture of the scores into the run folder:
+MoCo v3, DINO, VISSL or lightly, or the state dict of a torchvision or timm ResNet) and any data set
+with labels. Writes one table, result.json and a picture of the scores into the run folder:
 
     python tools/evaluate.py runs/try DATA
     python tools/evaluate.py resnet50.pth IMAGENET100 --input-res 224 --views 1 --out runs/resnet

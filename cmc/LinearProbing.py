@@ -146,7 +146,10 @@ def build_network(saved, args, classes: int, process: launch.Process):
     stems = [v for k, v in state.items() if k.endswith((".conv1.weight", ".conv_block_1.0.weight"))]
     if not heads or not stems:
         names = ", ".join(list(state)[:3])
-        raise UserError(f"{saved.path} holds no networks of this family (it has {names})")
+        raise UserError(
+            f"{saved.path} holds no towers of cmc/train_CMC.py (it has {names}): "
+            "evaluate a network on RGB with tools/evaluate.py"
+        )
     views = colour.chosen_views(args)
     small_stem = stems[0].shape[-1] == 3
     mlp = any(key.endswith(".fc.2.weight") for key in state)

@@ -95,9 +95,7 @@ def parse_args(argv=None):
 @torch.no_grad()
 def embed(args, saved: checkpoint.Saved, pictures, process: launch.Process) -> torch.Tensor:
     """Return unit projections (n, views, D) of augmented views by the pre-trained network."""
-    state = saved.get("state_dict", saved)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    state = layouts.strip_prefix(tensors)
+    state = layouts.tensors(saved)
     model, small_stem = described(state, saved.path)
     if "g.3.weight" not in state:
         raise UserError(f"{saved.path} has no projection head g: give a pre-training checkpoint")

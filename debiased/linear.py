@@ -23,6 +23,7 @@ from common import UsageError, UserError, augment, cli, launch, options
 from debiased import main as pretraining
 from debiased.flags import add_adam_arguments, refuse_spaced_equals
 from debiased.networks import NORMALIZE, Encoder, LinearNet, described
+from debiased.paper import PAPER
 from preprocess import demo
 from runner import checkpoint, folds, layouts, linear, loop, pretrained, resume
 
@@ -89,6 +90,11 @@ def read(args):
             f"{saved.path} is a classifier of a linear evaluation: give a pre-training checkpoint "
             "to --model_path, and this one to --resume"
         )
+    if saved.paper is None and args.protocol == "published":
+        raise UserError(
+            f"{saved.path} is of another program, and --protocol published is for networks of "
+            "debiased/main.py: omit it"
+        )
     number = re.search(r"model_(\d+)", os.path.basename(saved.path))
     if "epoch" not in saved and number:  # published files have it in their names alone
         saved["epoch"] = int(number[1])
@@ -108,10 +114,10 @@ def with_model(saved, args):
 
 
 def encoder_state(saved) -> dict:
-    """Return the parameters of f (`f.0.weight` and so on) in the authors' files or ours."""
-    state = saved.get("state_dict", saved)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    state = layouts.strip_prefix(tensors)
+    """Return the parameters of f (`f.0.weight` and so on) in the authors' files, ours or others."""
+    state = layouts.tensors(saved)
+    if not any(name.startswith("f.") for name in state):  # a ResNet of another program
+        state = layouts.numbered(layouts.backbone(saved), PAPER.layouts[0].children, "f.")
     return {name: value for name, value in state.items() if name.startswith("f.")}
 
 
@@ -151,11 +157,20 @@ def embed(network: LinearNet, images, args):
 
 def recipe(args, saved, train: bool) -> augment.Compose:
     if not train:
-        return pretraining.plain_view(args)
+        return pretraining.plain_view(args, normalisation(saved))
     if args.protocol == "published":
         return pretraining.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res)
-    return augment.Compose(crop, augment.RandomHorizontalFlip(), NORMALIZE)
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), normalisation(saved))
+
+
+def normalisation(saved) -> augment.Normalize:
+    """Return the normalisation of the pre-training; of another program it is taken as ImageNet's.
+
+    saved: the checkpoint of the network or of its classifier.
+    """
+    is_foreign = saved.get("of_another_program", saved.paper is None)
+    return layouts.IMAGENET if is_foreign else NORMALIZE
 
 
 def adam(args, parameters) -> torch.optim.Optimizer:
@@ -194,6 +209,8 @@ class Classifier(linear.Classifier):
 def recorded(args, saved) -> dict:
     """Return the entries of a classifier's checkpoint that describe the pre-training."""
     values = {f"pretrained_{key}": saved[key] for key in ("epoch", "step") if key in saved}
+    if saved.paper is None:
+        values["of_another_program"] = True
     return {"pretrained_args": saved.get("opt"), **values}
 
 

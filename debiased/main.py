@@ -162,9 +162,9 @@ def recipe(args) -> augment.Compose:
     )
 
 
-def plain_view(args) -> augment.Compose:
+def plain_view(args, normalize: augment.Normalize = NORMALIZE) -> augment.Compose:
     """Return the view of an evaluation, at --test-size."""
-    return options.plain_view(args, NORMALIZE, side=args.test_size)
+    return options.plain_view(args, normalize, side=args.test_size)
 
 
 def build_loader(args, process: launch.Process):

@@ -104,7 +104,7 @@ def encoders(state: dict[str, Tensor], path: str) -> Network:
     arch, modal, small_stem = described(state, path)
     network = Network(arch, "linear", modal, feat_dim=1, small_stem=small_stem)
     if modal == "RGB":
-        state = layouts.add_prefix(state, "encoder.")
+        state = layouts.add_prefix(layouts.without_head(state), "encoder.")
     checkpoint.load_into(network, state, path, ("head",))
     return network
 

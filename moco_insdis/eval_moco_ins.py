@@ -117,7 +117,9 @@ def read(args):
         first += " --demo"
     saved = pretrained.read(args.model_path, "--model_path", first)
     opt = saved.setdefault("opt", {})
-    model = pretrained.agreed(args, "model", opt.get("model"), saved.path, "resnet50")
+    found = backbones.name_of(layouts.backbone(saved))  # of another program
+    default = found if found in MODELS else "resnet50"
+    model = pretrained.agreed(args, "model", opt.get("model"), saved.path, default)
     if model not in MODELS:
         names = ", ".join(MODELS)
         raise UserError(
@@ -162,13 +164,15 @@ class LinearClassifier(nn.Module):
 def build_network(saved, args, classes: int, process: launch.Process):
     """Return the frozen (query) network, and a fresh classifier on its layer."""
     state = layouts.backbone(saved)
-    stem, head = state.get("conv1.weight"), state.get("fc.weight")
-    if stem is None or head is None:
+    stem, head = state.get("conv1.weight"), state.get("fc.weight", ())
+    if stem is None:
         names = ", ".join(list(state)[:3])
         raise UserError(f"{saved.path} holds no network of this family (it has {names})")
     depth, width = MODELS[args.model]
     small_stem = stem.shape[-1] == 3
     network = backbones.WidthResNet(depth, 3, width, dim=len(head), small_stem=small_stem)
+    if not len(head):  # another program's network has no head, or another one
+        state = layouts.without_head(state)
     checkpoint.load_into(network, state, saved.path, flag="--model")
     network = linear.freeze(network, process)
     shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)

@@ -103,7 +103,8 @@ def read(args):
     elif "pretrained" in args.typed:
         check_backbone(saved, args.pretrained)
     with saved.within():
-        arch = pretrained.agreed(args, "arch", saved.get("arch"), saved.path, "resnet50")
+        default = backbones.name_of(layouts.backbone(saved)) or "resnet50"
+        arch = pretrained.agreed(args, "arch", saved.get("arch"), saved.path, default)
         input_res = pretrained.input_res(args, saved.get("args") or {})
     return saved, cli.replace(args, arch=arch, input_res=input_res)
 

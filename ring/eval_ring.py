@@ -105,6 +105,8 @@ def read(args):
     first = "ring/train_ring.py --demo" if args.demo else "ring/train_ring.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
     with saved.within():
+        if saved.paper is None:
+            networks.adopt(saved)
         opt = saved.get("opt") or {}
         if "method" not in opt:
             opt = saved["opt"] = released.settings(saved, SIDES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import augment, data, launch, metrics, options, sets
 from ring import monitor
-from runner import knn
+from runner import knn, layouts
 
 POOLED = 6  # layers of `backbones.feature`
 PROJECTION = 7
@@ -41,7 +41,7 @@ def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], 
     """
     tensors = [
         value.float()
-        for name, value in saved["state_dict"].items()
+        for name, value in layouts.tensors(saved).items()
         if name.startswith("memory_bank") and name.endswith("_bank") and is_matrix(value)
     ]
     if not tensors:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmc import colour
 from common import UserError, backbones
-from runner import checkpoint
+from runner import checkpoint, layouts
+from runner.papers import SEQUENTIAL
 
 RESNETS = ("resnet18", "resnet50")  # the published ones
 PREFIX = "model."  # begins the network's parameter names in a checkpoint's state_dict
@@ -91,7 +93,7 @@ def parameters(saved: dict) -> dict[str, Tensor]:
     """
     state = {
         name.removeprefix(PREFIX): value
-        for name, value in saved["state_dict"].items()
+        for name, value in layouts.tensors(saved).items()
         if name.startswith(PREFIX)
     }
     first = _first_tower(saved)
@@ -102,6 +104,18 @@ def parameters(saved: dict) -> dict[str, Tensor]:
                 f"{path} holds no network of ring/train_ring.py: it has no {PREFIX}{name}"
             )
     return state
+
+
+def adopt(saved: checkpoint.Saved) -> None:
+    """Give the ResNet of another program, in place, the published layout and a head of zeros.
+
+    Only its pooled feature can be evaluated.
+    """
+    state = layouts.numbered(layouts.backbone(saved), SEQUENTIAL, f"{PREFIX}features.")
+    width = max((len(value) for value in state.values() if value.dim() == 4), default=1)
+    shapes = {"l1.weight": (width, width), "l1.bias": width, "l2.weight": (1, width), "l2.bias": 1}
+    head = {f"{PREFIX}{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    saved["state_dict"] = state | head
 
 
 def arch(saved: dict) -> str:

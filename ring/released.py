@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from common import UsageError, UserError, files, schedule
-from runner import checkpoint, linear
+from runner import checkpoint, layouts, linear
 
 PROTOCOLS = {  # "released" is TransferSystem and config/transfer.json of the published code
     "standard": {"learning_rate": 0.5, "weight_decay": 0.0, "drops": (0.6, 0.8)},
@@ -44,7 +44,7 @@ def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:
 
     Its tensors tell the method; the config.json of its experiment tells one of `augmentations`.
     """
-    values = {"method": "moco" if "queue" in saved["state_dict"] else "ir"}
+    values = {"method": "moco" if "queue" in layouts.tensors(saved) else "ir"}
     try:
         content = files.read_json(os.path.join(experiment(saved.path), "config.json"))[
             "data_params"

@@ -157,6 +157,16 @@ def _inside(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     return inside if is_network else {}
 
 
+def numbered(state: dict[str, Tensor], children: dict[str, str], before: str) -> dict[str, Tensor]:
+    """Return a ResNet's parameters without its head, its children numbered as in a Layout.
+
+    before: the prefix of the new names.
+    """
+    numbers = {name: number for number, name in children.items()}
+    parts = [(*name.partition("."), value) for name, value in without_head(state).items()]
+    return {f"{before}{numbers.get(child, child)}.{rest}": value for child, _, rest, value in parts}
+
+
 def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `state` without the parameters of a projection head or classifier."""
     return {name: value for name, value in state.items() if not name.startswith(HEADS)}

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from safetensors.torch import save_file
 
 from common import UserError, backbones, files
-from runner import checkpoint, layouts, papers, pretrained
+from runner import checkpoint, layouts, pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -222,61 +221,6 @@ def test_a_torchvision_file_and_a_stranger():
     deep = {"conv1.0.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}
     with pytest.raises(UserError, match="a ResNet of timm with a deep stem"):
         layouts.backbone(deep)
-
-
-def sequential(state: dict, children: dict) -> dict:
-    """Return `state` without `fc`, its children numbered as nn.Sequential does it."""
-    numbers = {name: number for number, name in children.items()}
-    parts = [(*name.partition("."), value) for name, value in state.items()]
-    return {f"{numbers[p]}.{rest}": value for p, _, rest, value in parts if p != "fc"}
-
-
-def lightly(state: dict) -> dict:
-    numbered = sequential(state, layouts.LIGHTLY)
-    return {name.replace("downsample", "shortcut"): value for name, value in numbered.items()}
-
-
-PRE = layouts.add_prefix
-OTHERS = {  # program: the content of its file around a ResNet with these parameters
-    "solo-learn": lambda s: {"state_dict": PRE(s, "backbone.") | PRE(s, "momentum_backbone.")},
-    "MMSelfSup": lambda s: {"state_dict": PRE(s, "encoder_q.0.") | PRE(s, "backbone."), "meta": {}},
-    "SimCLR": lambda s: {"state_dict": PRE(s, "module.backbone.")},
-    "Barlow Twins": lambda s: {"model": PRE(s, "module.backbone.") | {"module.bn.x": s["fc.bias"]}},
-    "lightly": lambda s: {"state_dict": PRE(sequential(s, papers.SEQUENTIAL), "backbone.")},
-    "lightly's network": lambda s: {"state_dict": PRE(lightly(s), "backbone.")},
-    "a nested trunk": lambda s: PRE(s, "backbone.0."),
-    "MoCo v3": lambda s: {"state_dict": PRE(PRE(s, "base_encoder.") | PRE(s, "x."), "module.")},
-    "DINO": lambda s: {"student": {"head.x": s["fc.bias"]}, "teacher": PRE(s, "backbone.")},
-    "DINO's names": lambda s: PRE(s, "teacher.backbone.") | {"student.backbone.x": s["fc.bias"]},
-    "a student": lambda s: {"student": PRE(s, "module.backbone.")},
-    "VISSL": lambda s: {
-        "classy_state_dict": {
-            "base_model": {"model": {"trunk": PRE(s, "_feature_blocks."), "heads": {}}}
-        }
-    },
-    "SwAV": lambda s: PRE(
-        s | {"projection_head.0.weight": s["fc.bias"], "prototypes.weight": s["fc.bias"]}, "module."
-    ),
-    "torch.compile": lambda s: {"model": PRE(s, "_orig_mod.module.")},
-    "torchvision": lambda s: s,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("program", OTHERS)
-def test_the_layouts_of_other_programs(program):
-    with torch.device("meta"):
-        network = backbones.build("resnet18")
-    state = network.state_dict()
-    found = layouts.without_head(layouts.backbone(OTHERS[program](state)))
-    assert found.keys() == layouts.without_head(state).keys()
-    assert all(value is state[name] for name, value in found.items())
-
-
-def test_a_network_with_an_encoder_inside_keeps_all_its_tensors():
-    with torch.device("meta"):
-        state = torchvision.models.vit_b_16().state_dict()
-    for wrapped in (state, PRE(state, "module.encoder_q."), PRE(state, "backbone.")):
-        assert layouts.backbone(wrapped).keys() == state.keys()
 
 
 def test_safetensors_and_numpy_scalars_are_read_and_paths_are_refused_with_a_way_out(tmp_path):

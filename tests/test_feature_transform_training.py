@@ -212,4 +212,11 @@ def test_bad_checkpoints(whole, workspace):
     fails("whole.pth: its model_ema cannot be used")
     torch.save({k: v for k, v in saved.items() if k not in ("opt", "model_ema")}, "whole.pth")
     fails("was trained with --mem bank, this run has moco: add --mem bank")
+    foreign = {"model": saved["model"], "epoch": 1}
+    torch.save(foreign, "whole.pth")
+    fails("whole.pth has no contrast")
+    torch.save(foreign | {"contrast": {"memory_l": torch.zeros(40, 128)}}, "whole.pth")
+    fails("is of another method: its memory holds memory_l")
+    torch.save(saved | {"script": "x/y.py"}, "whole.pth")
+    fails("was written by x/y.py: --resume takes only checkpoints of feature_transform/main_contra")
     assert not (workspace / "run" / "tiny" / "current.pth").exists()

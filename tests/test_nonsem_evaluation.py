@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torchvision
 from conftest import SLIM, equal, inside, stopped_at
 
 from common import UsageError, UserError, files
@@ -212,6 +213,12 @@ def test_wrong_checkpoints(workspace):
     fails("already holds", *LIN[1:], "data/demo", error=UsageError)
     fails("no checkpoint at nowhere", *new, "--pretrained", "nowhere")
     fails("takes only checkpoints of", *new, "--resume", "pre/checkpoint_0000.pth.tar")
+
+    state = torchvision.models.mobilenet_v3_small().state_dict()
+    torch.save({"state_dict": state, "arch": "mobilenet_v3_small"}, "mobile.pth.tar")
+    fails(
+        "mobilenet_v3_small, which has no last layer `fc`", *new, "--pretrained", "mobile.pth.tar"
+    )
 
     class Evil:
         def __reduce__(self):

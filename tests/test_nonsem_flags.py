@@ -1,6 +1,7 @@
 """Test the flags that the pre-training script accepts and refuses, and its presets."""
 
 import pytest
+import torch
 from conftest import run_script, says_no
 
 from common import UsageError, UserError
@@ -117,6 +118,11 @@ def test_bad_checkpoints(workspace):
     message = "was trained with --arch resnet18, this run has resnet34"
     fails(message, *resumed, "--arch", "resnet34", error=UserError)
     fails("does not fit this model", *resumed, "--moco-k", "128", error=UserError)
+    fails("with a head of one layer: add --no-mlp", *resumed, "--mlp", error=UserError)
+    saved = torch.load(workspace / "run/checkpoint_last.pth.tar")
+    del saved["state_dict"]["module.queue"]
+    torch.save(saved, "no-queue.pth.tar")
+    fails(r"\(missing queue and 0 more\)$", *DEMO, "--resume", "no-queue.pth.tar", error=UserError)
     whole = (workspace / "run/checkpoint_last.pth.tar").read_bytes()
     (workspace / "half.pth.tar").write_bytes(whole[: len(whole) // 2])
     fails("truncated or not a check", *DEMO, "--resume", "half.pth.tar", error=UserError)

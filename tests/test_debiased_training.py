@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from common import UsageError, UserError, cli, launch
 from common.pictures import ArraySet
 from debiased import estimator, linear, networks
 from debiased import main as script
-from runner import checkpoint, layouts, loop
+from runner import checkpoint, layouts, loop, papers
 
 pytestmark = pytest.mark.usefixtures("slim")
 
@@ -440,12 +441,12 @@ def test_both_protocols_on_both_layouts(trained, tmp_path, path, epoch, label, p
 
 
 def test_recipes_of_the_protocols():
+    own = types.SimpleNamespace(get=lambda name, default: default, paper=papers.find()["debiased"])
     for protocol, operations in (("clean", 3), ("published", 6)):
         args = cli.replace(linear.parse_args(["--protocol", protocol]), test_size=96)
-        assert repr(linear.recipe(args, None, True)).count("\n") + 1 == operations
-        assert repr(linear.recipe(args, None, False)).startswith(
-            "ResizeCenterCrop(resize=96, size=96)"
-        )
+        assert repr(linear.recipe(args, own, True)).count("\n") + 1 == operations
+        plain = repr(linear.recipe(args, own, False))
+        assert plain.startswith("ResizeCenterCrop(resize=96, size=96)") and "0.4914" in plain
 
 
 @pytest.mark.parametrize("protocol, cached", [("clean", 2), ("published", 0)])
@@ -495,7 +496,7 @@ def test_wrong_files(trained, tmp_path):
     refused("does not fit this model", tmp_path / "wide.pth", tmp_path)
     other = {name.replace(".f.", ".encoder."): value for name, value in state.items()}
     torch.save(other, tmp_path / "other.pth")
-    refused("holds no network of this method", tmp_path / "other.pth", tmp_path)
+    refused("found no backbone in .*other.pth", tmp_path / "other.pth", tmp_path)
 
 
 def test_a_classifier_is_no_network_and_goes_on_with_its_own_protocol(trained, tmp_path):

@@ -118,7 +118,7 @@ def test_bad_checkpoints(workspace):
     message = "was trained with --arch resnet18, this run has resnet34"
     fails(message, *resumed, "--arch", "resnet34", error=UserError)
     fails("does not fit this model", *resumed, "--moco-k", "128", error=UserError)
-    fails("with a head of one layer: add --no-mlp", *resumed, "--mlp", error=UserError)
+    fails("with a head of two layers: add --mlp", *resumed, "--no-mlp", error=UserError)
     saved = torch.load(workspace / "run/checkpoint_last.pth.tar")
     del saved["state_dict"]["module.queue"]
     torch.save(saved, "no-queue.pth.tar")

@@ -549,7 +549,7 @@ def test_what_is_missing_is_said(workspace, tmp_path, capsys, monkeypatch):
     ):
         evaluate("ir", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()  # nothing was begun
-    with pytest.raises(UserError, match="has no state_dict"):
+    with pytest.raises(UserError, match="found no backbone in .*other.pth"):
         torch.save({"epoch": 1}, tmp_path / "other.pth")
         evaluate(tmp_path / "other.pth", tmp_path / "out")
 

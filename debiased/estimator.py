@@ -244,9 +244,10 @@ def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
     first = "debiased/main.py --demo" if args.demo else "debiased/main.py"
     saved = pretrained.read(args.model_path, "--model_path", first)
-    opt = saved.get("opt") or {}
-    args = cli.replace(args, input_res=pretrained.input_res(args, opt))
-    temperature = args.temperature or opt.get("temperature", 0.5)
+    with saved.within():
+        opt = saved.get("opt") or {}
+        args = cli.replace(args, input_res=pretrained.input_res(args, opt))
+        temperature = float(args.temperature or opt.get("temperature", 0.5))
     pictures = options.open_split(args, "train")
     counts = pictures.targets.bincount(minlength=2) if (pictures.targets >= 0).all() else None
     if counts is None or counts.count_nonzero() < 2 or counts[counts > 0].min() < 2:

@@ -100,17 +100,19 @@ def read(args):
         saved["epoch"] = int(number[1])
     with saved.within():
         side = pretrained.input_res(args, saved.get("opt") or {})
-        test_size = args.test_size
-        if test_size is None:
-            test_size = 96 if args.dataset == "stl10" else side
-        args = cli.replace(args, input_res=side, test_size=test_size)
-        return saved, with_model(saved, args)
+        return saved, with_model(saved, cli.replace(args, input_res=side))
 
 
 def with_model(saved, args):
-    """Return the flags with the encoder's name, from a pre-training's or a classifier's file."""
+    """Return the flags with the encoder's name, from a pre-training's or a classifier's file.
+
+    Where --test-size is not typed it is filled in.
+    """
     model, _ = described(encoder_state(saved), saved.path)
-    return cli.replace(args, model=model)
+    test_size = args.test_size
+    if test_size is None:
+        test_size = 96 if args.dataset == "stl10" else args.input_res
+    return cli.replace(args, model=model, test_size=test_size)
 
 
 def encoder_state(saved) -> dict:

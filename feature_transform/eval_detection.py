@@ -165,11 +165,12 @@ def build_network(
     args, classes: int, process: launch.Process
 ) -> tuple[FasterRCNN, checkpoint.Saved | None, dict]:
     """Return the detector, the checkpoint of its ResNet, and the records about that ResNet."""
-    saved, state = checkpoints.read_resnet(args)
-    path = args.arch if saved is None else saved.path
     view = recipe(args, train=True)
     settings = {"norm": args.norm, "channels": args.fpn_channels, "rois": args.rois}
-    network = detector.build(saved, state, path, classes, view, **settings)
+    with checkpoint.in_one_line(lambda: f"--pretrained {args.pretrained}"):
+        saved, state = checkpoints.read_resnet(args)
+        path = args.arch if saved is None else saved.path
+        network = detector.build(saved, state, path, classes, view, **settings)
     if args.norm == "sync" and process.world_size > 1:
         if process.device.type != "cuda":
             raise UsageError(

@@ -213,9 +213,6 @@ def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
     pictures: the set that votes and the set that is classified. The memory bank is used for the
     pre-training's own data set alone.
     """
-    banks, labels, note = [], None, ""
-    if not args.is_transfer:
-        banks, labels, note = nearest.banks(saved, pictures[0], args.dataset == "stl10")
     precision = Precision.of(args, process.device)
 
     def by_layer(images, layer):
@@ -223,7 +220,11 @@ def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
             return embed(network, images, args, layer)
 
     view = options.plain_view(args, last_operation(args))
-    return nearest.neighbours(args, process, by_layer, view, pictures, banks, labels), note
+    banks, labels, note = [], None, ""
+    with saved.within():
+        if not args.is_transfer:
+            banks, labels, note = nearest.banks(saved, pictures[0], args.dataset == "stl10")
+        return nearest.neighbours(args, process, by_layer, view, pictures, banks, labels), note
 
 
 def evaluate(args, process, saved, pictures) -> dict:

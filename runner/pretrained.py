@@ -25,22 +25,26 @@ def read(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoi
     elif not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
     saved = checkpoint.Saved(path)
-    if saved.get("step") and saved["step"] == saved.get(
-        "steps"
-    ):  # the epoch was complete, except for k-NN
+    with saved.within():
+        _check(saved, flag, first, any_resnet)
+    return saved
+
+
+def _check(saved: checkpoint.Saved, flag: str, first: str, any_resnet: bool) -> None:
+    """Check what `read` has read, and count an epoch as complete if only its k-NN was left."""
+    if saved.get("step") and saved["step"] == saved.get("steps"):
         saved.update(epoch=saved["epoch"] + 1, step=0)
     if "classifier" in saved:
         raise UserError(
-            f"{path} is a classifier of a linear evaluation: give the network to {flag}, "
+            f"{saved.path} is a classifier of a linear evaluation: give the network to {flag}, "
             "and this file to --resume"
         )
     paper = saved.paper
     if paper is not None and not first.startswith(paper.folder + "/"):
         if not (any_resnet and "conv1.weight" in layouts.backbone(saved)):
             raise UserError(
-                f"{path} was written by {saved.script}: evaluate it with {paper.evaluation}"
+                f"{saved.path} was written by {saved.script}: evaluate it with {paper.evaluation}"
             )
-    return saved
 
 
 def agreed(args, flag: str, then: str | None, path: str, default: str) -> str:

@@ -20,7 +20,11 @@ from conftest import equal, inside
 from papers import CASES, WHOLE, checkpoints, newest
 
 from common import UserError
+from debiased import estimator
+from feature_transform import eval_detection
+from ring import eval_ring
 from runner import checkpoint, folder
+from tools import evaluate
 
 pytestmark = pytest.mark.usefixtures("slim")
 
@@ -200,6 +204,39 @@ def test_every_field_of_the_network_that_is_evaluated(quick, name, request):
     flags = CASES[name].linear_of(str(odd), "again", "--overwrite", "--cache-views", "1")
     changes = cases(places, f"{name} network", request.config.getoption("--every-case"))
     assert not problems(CASES[name].evaluation.main, flags, odd, saved, changes)
+
+
+EVALUATE = (evaluate.main, "--views 1 --epochs 1 --out again {} data/demo")
+ESTIMATE = (estimator.main, "--demo --anchors 9 --draws 2 --batches 8 --out e.png --model_path {}")
+NEIGHBOURS = (
+    eval_ring.main,
+    "--demo --nn-only --input-res 16 --overwrite --out again --model_path {}",
+)
+DETECT = (
+    lambda flags: eval_detection.build_network(eval_detection.parse_args(flags), 3, None),
+    "--demo --pretrained {}",
+)
+READERS = [  # (run, place of the value, value, (script, its flags))
+    ("patch", ("args",), "text", EVALUATE),
+    ("patch", ("args", "input_res"), "text", EVALUATE),
+    ("patch", ("args",), "text", DETECT),
+    ("debiased", ("opt",), ["text"], ESTIMATE),
+    ("debiased", ("opt", "temperature"), "text", ESTIMATE),
+    ("ring ir", ("step",), torch.zeros(3), NEIGHBOURS),
+    ("ring ir", ("state_dict", "memory_bank._bank"), torch.zeros(160, 3), NEIGHBOURS),
+]
+
+
+@pytest.mark.parametrize("name, place, value, reader", READERS)
+def test_a_wrong_field_is_one_line_of_every_reader(quick, name, place, value, reader):
+    main, flags = reader
+    path = newest(quick / name)
+    odd = path.with_stem("odd")
+    torch.save(changed(checkpoint.load(path), place, value), odd)
+    flags = [str(odd) if flag == "{}" else flag for flag in flags.split()]
+    with pytest.raises(UserError, match="odd.* cannot be used") as caught:
+        main([*flags, "--device", "cpu", "-j", "0"])
+    assert str(caught.value).isprintable()
 
 
 def test_results_say_how_far_their_network_had_come(runs):

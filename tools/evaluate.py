@@ -230,7 +230,8 @@ def worker(args, process: launch.Process) -> None:
         raise UsageError("this runs in one process: omit --multiprocessing-distributed and --nproc")
     demo.ensure_for(args, process)
     network, operations, origin, flags = open_backbone(args.checkpoint, process.device)
-    args = cli.replace(args, input_res=pretrained.input_res(args, flags))
+    with checkpoint.in_one_line(lambda: f"{origin['pretrained']}: its flags"):
+        args = cli.replace(args, input_res=pretrained.input_res(args, flags))
     train_set = options.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")

@@ -3,8 +3,9 @@
     python tools/export.py CKPT --to torchvision|timm|detectron2|safetensors
 
 Runs from any working directory and takes a run folder or a checkpoint of any layout that
-runner.layouts knows; the projection head or classifier stays behind. The last line that it prints
-loads the file, strictly. What a program cannot load is refused with the reason.
+runner.layouts knows, also of other programs; the projection head or classifier stays behind. The
+last line that it prints loads the file, strictly. What a program cannot load is refused with the
+reason.
 """
 
 import pickle

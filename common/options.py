@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+
+import torch
 
 from common import UsageError, augment, cli, data, launch, sets
 
@@ -174,7 +177,8 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
     add("--rank", type=int, default=-1, help=text)
     text = "address where processes meet, such as tcp://10.0.0.1:10001; not needed on one node"
     add("--dist-url", help=text)
-    add("--dist-backend", choices=["nccl", "gloo"], help="default: nccl on GPUs, gloo without")
+    text = "default: nccl on GPUs, gloo without; with gloo, processes may share a GPU"
+    add("--dist-backend", choices=["nccl", "gloo"], help=text)
     text = "number of processes on this node; default: one per GPU, or one"
     add("--nproc", type=cli.positive_int, help=text)
     add("--gpu", type=int, help="use only the GPU with this number")
@@ -232,10 +236,25 @@ def check(args) -> None:
         )
     if "knn_data" in args.typed and not args.knn_every:
         raise UsageError(f"--knn-data {args.knn_data} needs --knn-every: add it, or omit the flag")
+    if getattr(args, "compile", False):
+        _check_compiler(args)
     names = ("save_path", "ckpt_path", "model_path")
     own_folder = next(name for name in names if name in vars(args))
     if args.demo and not args.typed & {own_folder, "name"} and not args.resume:
         args.overwrite = True
+
+
+def _check_compiler(args) -> None:
+    """Raise UsageError where torch.compile would lack its compiler: of C++, or of C for a GPU."""
+    language, variable, usual = "C++", "CXX", "g++"
+    if args.device != "cpu" and torch.cuda.is_available():
+        language, variable, usual = "C", "CC", "gcc"
+    compiler = os.environ.get(variable, usual)
+    if shutil.which(compiler) is None:
+        raise UsageError(
+            f"--compile needs a {language} compiler, and there is no {compiler} here: install one, "
+            f"name another in the environment variable {variable}, or omit the flag"
+        )
 
 
 def check_batch(args, process: launch.Process) -> None:

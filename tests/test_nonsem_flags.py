@@ -86,6 +86,16 @@ def test_bad_values(flags, capsys):
     says_no(script.parse_args, ["x", *flags.split()], "error: ", capsys)
 
 
+def test_compile_needs_a_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "g++-0")
+    says = "--compile needs a C++ compiler, and there is no g++-0 here"
+    says_no(script.parse_args, ["x", "--compile", "--device", "cpu"], says, capsys)
+    monkeypatch.setenv("CC", "gcc-0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    says = "--compile needs a C compiler, and there is no gcc-0 here"
+    says_no(script.parse_args, ["x", "--compile"], says, capsys)
+
+
 def fails(match, *flags, error=UsageError):
     with pytest.raises(error, match=match) as caught:
         script.main(list(flags))

@@ -108,7 +108,10 @@ class Precision:
     def __str__(self):
         if self.apex is not None:
             return f"apex {self.opt_level}"
-        return f"{self.dtype} autocast".removeprefix("torch.") if self.enabled else "float32"
+        if self.enabled:
+            return f"{self.dtype} autocast".removeprefix("torch.")
+        has_tf32 = self.device_type == "cuda" and torch.backends.cudnn.allow_tf32
+        return "float32, TF32 in convolutions" if has_tf32 else "float32"
 
 
 def _import_apex():

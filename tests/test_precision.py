@@ -112,6 +112,15 @@ def test_without_auto_nothing_is_timed(amp):
     assert Precision("auto", torch.device("meta")).enabled  # on a device, auto means on
 
 
+def test_tf32_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    on_gpu = [Precision(amp, torch.device("cuda")) for amp in (False, "auto")]
+    assert list(map(str, on_gpu)) == ["float32, TF32 in convolutions", "bfloat16 autocast"]
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert str(on_gpu[0]) == "float32"
+    assert str(Precision(False, CPU)) == "float32"
+
+
 # --- steps -------------------------------------------------------------------------------------
 
 

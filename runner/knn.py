@@ -43,11 +43,13 @@ def loaders(
 def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[Tensor, Tensor]:
     """Return features (N, D) and targets (N,) of all ranks, with the network in evaluation mode.
 
-    Batch-norm uses the statistics of rank 0. embed: default, the method's own.
+    Batch-norm uses the statistics of rank 0, and nothing is compiled, since an evaluation is
+    shorter than the compilation of its graphs. embed: default, the method's own.
     """
     launch.broadcast_buffers(method.network)
     method.network.eval()
-    rows = embedded(embed or method.embed, loader)
+    with torch.compiler.set_stance("force_eager"):
+        rows = embedded(embed or method.embed, loader)
     method.network.train()
     return rows
 

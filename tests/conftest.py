@@ -37,6 +37,18 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(autouse=True)
+def exact_gpu(request):
+    """Skip a test marked `gpu` where there is none; it compares, so TF32 is off in convolutions."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_set(tmp_path_factory) -> Path:
     """A small set of the built-in pictures: 160 for training, 40 of val/, 15 corruptions, ..."""

@@ -488,7 +488,6 @@ def test_whole_recipe_equals_torchvision_step_by_step():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_views_of_the_cpu():
     recipe = A.Compose(moco_recipe(24).geometry, A.RandomHorizontalFlip(0.0), *moco_recipe(24).ops)
     images = pictures(64, 40, 30, dtype=torch.uint8)

@@ -165,7 +165,6 @@ def test_wrong_input_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("space", colour.SPACES)
 def test_same_on_the_gpu(space):
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))

@@ -276,7 +276,6 @@ def test_as_a_program(workspace):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_cuda_equals_one_on_the_cpu():
     losses = []
     for device in ("cpu", "cuda"):

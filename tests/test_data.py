@@ -1128,7 +1128,6 @@ def test_times_are_counted(mixed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_may_be_a_gpu(equal):
     expected = epoch_of(loader(equal, (FULL, FULL), partner=equal, data_device="device"))
     for mode, tolerance in (("device", 1e-4), ("host", 3 / 255)):

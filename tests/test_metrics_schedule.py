@@ -217,7 +217,6 @@ def test_knn_without_labels(side):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_and_never_waits():
     g = generator()
     bank, features = torch.randn(500, 32, generator=g), torch.randn(100, 32, generator=g)

@@ -150,7 +150,6 @@ def test_patch_side_beyond_the_picture():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_cuda_equals_one_on_the_cpu():
     losses = []
     for device in ("cpu", "cuda"):

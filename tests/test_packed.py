@@ -510,8 +510,6 @@ def test_a_tree_for_a_pack_and_a_pack_for_a_tree(tree, packed, tmp_path):
 
 @pytest.mark.gpu
 def test_resident_on_a_gpu(packed):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     opened = open_set(packed, "train", dataset="packed")
     on_gpu = loader(opened, device="cuda")
     assert on_gpu.mode == "device"

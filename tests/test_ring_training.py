@@ -858,7 +858,6 @@ def test_as_a_program(workspace):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_loss_on_cuda_equals_one_on_the_cpu():
     query, bank = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (32, 1000))
     rule, found = negatives.Rule(neighbor_views=True), []

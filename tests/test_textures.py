@@ -339,7 +339,6 @@ def test_batched_work_agrees_with_one_by_one():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_engines_on_a_gpu():
     patches, seeds = noise(count=3, side=40), torch.tensor([1, 2, 3])
     schedule = mrs.Schedule(mrs.Options(), size=48, patch=40).to("cuda")

@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -213,7 +214,7 @@ def _join(
     worker, args, rank: int, world_size: int, local_rank: int, url: str | None, gpu: int | None
 ) -> None:
     """Run `worker` as this rank. url: address where the ranks meet; None for a single process."""
-    device = _device(args.device, gpu, local_rank)
+    device = _device(args.device, gpu, local_rank, args.dist_backend == "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if url is None:
@@ -255,8 +256,11 @@ def _leave() -> None:
     _control = None
 
 
-def _device(device: str, gpu: int | None, local_rank: int) -> torch.device:
-    """Return the device of a process from --device, --gpu and its rank on the node."""
+def _device(device: str, gpu: int | None, local_rank: int, shared: bool) -> torch.device:
+    """Return the device of a process from --device, --gpu and its rank on the node.
+
+    shared: whether several processes may have the same GPU.
+    """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         if gpu is not None:
             raise UsageError(
@@ -267,11 +271,14 @@ def _device(device: str, gpu: int | None, local_rank: int) -> torch.device:
         raise UsageError(
             "--device cuda: no CUDA device is usable here (torch.cuda.is_available() is False)"
         )
+    count = torch.cuda.device_count()
     index = local_rank if gpu is None else gpu
-    if not 0 <= index < torch.cuda.device_count():
+    if shared and gpu is None:
+        index = local_rank % count
+    if not 0 <= index < count:
         raise UsageError(
-            f"process {local_rank} has no GPU of its own, since this node has "
-            f"{torch.cuda.device_count()}: lower --nproc"
+            f"process {local_rank} has no GPU of its own, since this node has {count}: "
+            "lower --nproc"
         )
     return torch.device("cuda", index)
 
@@ -373,13 +380,26 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def vote(flag: bool) -> Callable[[], bool]:
+    """Ask whether `flag` is True on any rank; the result waits for the answer and returns it.
+
+    The exchange waits for no GPU.
+    """
+    if world_size() == 1:
+        return lambda: flag
+    highest = torch.tensor([int(flag)])
+    exchange = dist.all_reduce(highest, dist.ReduceOp.MAX, _control, async_op=True)
+
+    def answer() -> bool:
+        exchange.wait()
+        return bool(highest)
+
+    return answer
+
+
 def any_rank(flag: bool) -> bool:
     """Return whether `flag` is True on any rank. The exchange waits for no GPU."""
-    if world_size() == 1:
-        return flag
-    vote = torch.tensor([int(flag)])
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=_control)
-    return bool(vote)
+    return vote(flag)()
 
 
 def agree(value):

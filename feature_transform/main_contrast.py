@@ -165,7 +165,7 @@ class Method:
             patches = views.cut_patches(squares[0], generator)
             rows = len(images) * self.process.world_size
             order = launch.own_rows(torch.rand(rows, 9, generator=generator).argsort(1))
-            return list(self.wrapped(images, patches, order.to(images.device)))
+            return list(self.wrapped(images, patches, order.to(images.device, non_blocking=True)))
 
     def draw(self, batch: loop.Batch) -> tuple:
         """Return the rule of this step (None before --mix_start_epoch) and this rank's draws."""

@@ -88,6 +88,16 @@ def test_when_one_process_goes_the_job_says_why_in_one_line(tmp_path, flags, sai
     )
 
 
+def test_processes_share_a_gpu_with_gloo_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch._device("auto", None, 1, shared=True) == torch.device("cuda", 0)
+    with pytest.raises(UserError, match="process 1 has no GPU of its own, since this node has 1"):
+        launch._device("auto", None, 1, shared=False)
+    with pytest.raises(UserError, match="no GPU of its own"):
+        launch._device("auto", 2, 0, shared=True)  # of --gpu 2
+
+
 class Pictures:
     """A loader of four pictures, whose views are 10 * epoch + their number."""
 

@@ -145,21 +145,22 @@ def steps(name: str, process, mistake: str | None = None) -> dict:
     rank = 0 if mistake == papers.SAME_ROWS else process.rank
     mine = slice(share * rank, share * (rank + 1))
     logged, scores = [], []
-    for step, (views, target, index) in enumerate(batches):
-        own = [view[mine].double() for view in views]
+    for step, (views, *rest) in enumerate(batches):
+        own = [view[mine].to(process.device).double() for view in views]
+        target, index = (rows[mine].to(process.device) for rows in rest)
         with planted:
-            said = method.step(Batch(own, target[mine], index[mine], At(0, step / 20, step)))
+            said = method.step(Batch(own, target, index, At(0, step / 20, step)))
         scores.append(launch.all_gather(said.pop("scores")))
         logged.append(
-            [launch.mean_ranks(torch.as_tensor(value).double()) for value in said.values()]
+            [launch.mean_ranks(torch.as_tensor(value).double()).cpu() for value in said.values()]
         )
     after, memory = weights(method), memories(method)
     moved = torch.cat([some(after[path] - before[path]) for path in after])
     return {
         "logged": torch.tensor(logged).double(),
-        "moved": moved,
-        "scores": torch.stack(scores).double().sort(1).values,  # ranks have them in another order
-        **{path: value.double() for path, value in memory.items()},
+        "moved": moved.cpu(),
+        "scores": torch.stack(scores).double().cpu().sort(1).values,  # ranks order them otherwise
+        **{path: value.double().cpu() for path, value in memory.items()},
         "ranks": launch.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
     }
 
@@ -170,7 +171,7 @@ def some(x):
 
 
 def digest(x) -> str:
-    return hashlib.sha1(x.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha1(x.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def collectives(process) -> dict:
@@ -211,6 +212,14 @@ def job(args, process) -> None:
                 script.worker(script.parse_args(CASES[name].run_in(*run)), process)
     if process.is_main:
         torch.save(answers, f"{process.world_size}.pt")
+
+
+def steps_on_gpu(args, process) -> None:
+    """Take the steps of all Cases on the device of this process."""
+    with slim_networks():
+        answers = {name: steps(name, process) for name in CASES}
+    if process.is_main:
+        torch.save(answers, f"{process.world_size}-gpu.pt")
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +284,20 @@ def test_two_processes_resume(both, name):
         steps, rows, statistics = scores.shape
         assert (steps, statistics) == (STEPS, 5) and rows % BATCH == 0
         assert np.array_equal(scores, there[file])
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu_take_the_steps_of_one(module_folder):
+    parser = cli.Parser()
+    options.add_hardware_arguments(parser)
+    shared = ["--device", "cuda", "--dist-backend", "gloo", "--nproc"]
+    with inside(module_folder):
+        for count in ("1", "2"):
+            launch.start(steps_on_gpu, parser.parse_args([*shared, count]))
+        one, two = torch.load("1-gpu.pt"), torch.load("2-gpu.pt")
+    for name in CASES:
+        apart = distances(one[name], two[name])
+        assert max(apart.values()) < TOLERANCE, (name, apart)
 
 
 def test_torchrun_gives_what_nproc_gives(both):

@@ -100,9 +100,9 @@ class CachedViews:
         seed = self.seed + 1_000_003 * self.epoch + launch.rank()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.targets), generator=generator)[: self.rows]
+        order = order.to(self.targets.device)  # once an epoch, since a step must not wait
         features = self.features[self.epoch % len(self.features)]
         for rows in order.split(self.batch)[self.start :]:
-            rows = rows.to(self.targets.device)
             yield features[rows], self.targets[rows], rows
 
 

@@ -181,6 +181,7 @@ def fit(
         precision = Precision.of(args, process.device)
         shape = (3, args.input_res, args.input_res)
         precision.choose(_Embedding(spec, network, args), shape)
+        recorded["amp"] = precision.enabled
 
         def embed(images):
             with precision.autocast():

@@ -74,7 +74,10 @@ class Job:
                 self._hold_folder()
             self.saved, self.remarks = resume.find(args, folder, files)
             with self.saved.within() if self.saved else contextlib.nullcontext():
-                self.args = resume.settle_seed(args, self.saved, files)
+                self.args = resume.settle(args, self.saved, files)
+            if self.args.amp != args.amp:
+                kept = "on" if self.args.amp else "off"
+                self.remarks.append(f"--amp auto: {kept}, as when this run began")
             on_error.pop_all()
 
     @property
@@ -140,6 +143,7 @@ class Job:
         self._open_folder(derived)
         self._rewind(continues_here)
         self._context.enter_context(self.stop)
+        torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
         if self.args.resume == "auto" and self.files.last and self.saved:
             if Path(self.saved.path).name != self.files.last:
                 self.epoch = self.done - 1 + self.files.first
@@ -282,7 +286,7 @@ class Job:
             yield Batch(seen, target, index, at)
             self.step += 1
             self.global_step += 1
-            if self.stop.asked():
+            if self.stop.asked_before():
                 break
         self.means = self.progress.close()
         self._warn_of_collapse()

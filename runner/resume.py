@@ -79,6 +79,7 @@ def state_of(method, files: Files, args, position: Position, draws: list[dict]) 
     }
     if hasattr(method, "precision"):
         state["scaler"] = method.precision.scaler.state_dict()
+        state["amp"] = method.precision.enabled
     return state
 
 
@@ -141,11 +142,14 @@ def _check_same(saved: checkpoint.Saved, args, files: Files) -> None:
             )
 
 
-def settle_seed(args, saved: checkpoint.Saved | None, files: Files):
+def settle(args, saved: checkpoint.Saved | None, files: Files):
     """Return `args` with the seed: the typed one, that of the checkpoint, or a random one.
 
-    It also seeds Python's generator and torch's.
+    --amp auto becomes what was chosen when the run began. Python's generator and torch's are
+    seeded.
     """
+    if args.amp == "auto" and saved is not None and "amp" in saved:
+        args = cli.replace(args, amp=bool(saved["amp"]))
     seed = args.seed
     if seed is None and saved is not None:
         seed = (saved.get(files.flags) or {}).get("seed")

@@ -15,7 +15,7 @@ class StopSignal:
 
         with StopSignal() as stop:
             ...
-            if stop.asked():  # the same answer on every rank
+            if stop.asked_before():  # the same answer on every rank
 
     A second signal more than launch.REPEAT seconds later has its usual effect. A sooner one counts
     as a copy: a scheduler signals the whole process group, and its leader forwards the signal.
@@ -24,6 +24,7 @@ class StopSignal:
     def __init__(self):
         self.received = 0  # number of the first signal; 0: none yet
         self.when = 0.0
+        self.last_vote = lambda: False
 
     def __enter__(self) -> StopSignal:
         self.previous = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
@@ -48,6 +49,17 @@ class StopSignal:
     def asked(self) -> bool:
         """Return whether any rank has received a signal. Every rank must call this."""
         return launch.any_rank(bool(self.received))
+
+    def asked_before(self) -> bool:
+        """Return whether any rank had received a signal when this was last called.
+
+        So no rank waits for the others. A single process answers for now. Every rank must call
+        this.
+        """
+        vote = launch.vote(bool(self.received))
+        if launch.world_size() > 1:
+            vote, self.last_vote = self.last_vote, vote
+        return vote()
 
     @property
     def exit_code(self) -> int:

@@ -6,6 +6,7 @@ The scripts' own runs are in test_FOLDER_training.py; here each check takes mill
 import json
 import os
 import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from papers import CASES
 from PIL import Image
 
 from common import UsageError, UserError, cli, files, launch, options
-from runner import checkpoint, loop, resume
+from common.precision import Precision
+from runner import checkpoint, knn, loop, resume
+from runner.signals import StopSignal
 
 
 class Pictures:
@@ -667,6 +670,50 @@ def test_a_run_that_is_found_goes_on_with_its_own_seed():
     ):
         train("--epochs", "1", "--resume", "auto", "--seed", "2")
     assert train("--resume", "run/last.pth", "--seed", "2") == 0
+
+
+def test_amp_auto_stays_what_it_was_when_the_run_began(monkeypatch, capsys):
+    chosen = []
+    auto = Precision("auto", torch.device("cpu"))
+    auto.enabled = True  # its choice
+    monkeypatch.setattr(Method, "precision", auto, raising=False)
+    train("--amp=auto", "--stop-after", "1")
+    monkeypatch.setattr(Method, "precision", property(lambda _: chosen[-1]))
+    settle = resume.settle
+
+    def settled(*given):
+        args = settle(*given)
+        chosen.append(Precision.of(args, torch.device("cpu")))
+        return args
+
+    monkeypatch.setattr(resume, "settle", settled)
+    train("--amp=auto", "--resume", "auto")
+    assert chosen[0].enabled and not chosen[0].is_open
+    assert "--amp auto: on, as when this run began" in capsys.readouterr().out
+    train("--amp=auto", "--overwrite")
+    assert chosen[1].is_open
+
+
+def test_an_evaluation_is_not_compiled():
+    graphs = []
+    network = torch.nn.Flatten()
+    network.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    method = types.SimpleNamespace(network=network, embed=network)
+    batch = [torch.ones(2, 3, 1, 1)], torch.zeros(2), None
+    features, _ = knn.features(method, [batch])
+    assert features.shape == (2, 3) and not graphs
+    network(*batch[0])
+    assert len(graphs) == 1
+
+
+def test_several_processes_learn_of_a_signal_one_step_later(monkeypatch):
+    monkeypatch.setattr(launch, "vote", lambda flag: lambda: flag)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked_before()  # a single process
+        monkeypatch.setattr(launch, "world_size", lambda: 2)
+        assert [stop.asked_before(), stop.asked_before()] == [False, True]
+        assert stop.asked()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -57,7 +57,8 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 class _Sometimes:
     """An operation that changes each image with probability `p`.
 
-    A subclass has `change(x, params)`, called with a copy x of the images params["rows"].
+    A subclass has `change(x, params)`, called with a copy x of the images params["rows"], or of all
+    images where the parameters are those of all (data.of_all_images).
     """
 
     def __post_init__(self):
@@ -69,6 +70,9 @@ class _Sometimes:
         return {"rows": chosen.nonzero().flatten()}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
+        if "chosen" in params:
+            changed = self.change(images.clone(), params)
+            return torch.where(params["chosen"][:, None, None, None], changed, images)
         if params["rows"].numel() == 0:
             return images
         rows = params["rows"].to(images.device, non_blocking=True)
@@ -215,16 +219,21 @@ class ColorJitter(_Sometimes):
         steps = torch.stack((f, (1 - f) * (order == SATURATION), (1 - f) * (order == CONTRAST)))
         steps = steps.to(x.device, non_blocking=True)[..., None, None, None]
         turns = factors[:, HUE].to(x.device, non_blocking=True)[:, None, None]
-        end = 0
-        for position, hue_count in enumerate((order == HUE).sum(0).tolist()):
+        is_hue = order == HUE
+        is_whole = "chosen" in params
+        ends = [0, 0, 0, 0] if is_whole else is_hue.sum(0).cumsum(0).tolist()
+        start = 0
+        for position, end in enumerate(ends):
             f, on_luma, on_mean = steps[:, :, position]
             luma = _grey(x)
             shift = luma.mean((2, 3), keepdim=True) * on_mean
             torch.addcmul(torch.addcmul(shift, luma, on_luma), x, f, out=x)
             x.clamp_(0, 1)
-            start, end = end, end + hue_count
+            if is_whole and self.hue != 0:
+                x = torch.where(is_hue[:, position, None, None, None], _turn_hue(x, turns), x)
             if end > start and self.hue != 0:
                 x[start:end] = _turn_hue(x[start:end], turns[start:end])
+            start = end
         return x
 
 
@@ -253,7 +262,7 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     out = torch.empty_like(images)
     for channel, (centre, sign, shift) in enumerate(((3, -1, 2), (2, 1, -1), (4, 1, -1))):
         distance = (hue - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)
-        torch.addcmul(high, chroma, distance, value=-1, out=out[:, channel])
+        out[:, channel].copy_(high).addcmul_(chroma, distance, value=-1)
     return out
 
 
@@ -275,6 +284,11 @@ class Compose:
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Params]:
         """Draw the parameters of n images, one dict per operation after the geometry."""
         return [op.sample(n, generator) for op in self.ops]
+
+    @property
+    def is_compilable(self) -> bool:
+        """Whether `apply` is one graph for a compiler, with parameters of `data.of_all_images`."""
+        return all(isinstance(op, (_Sometimes, Normalize)) for op in self.ops)
 
     def apply(self, images: Tensor, params: list[Params]) -> Tensor:
         """Return new images (N, 3, S, S) from crops (N, 3, S, S), float in [0, 1].

@@ -27,6 +27,7 @@ import multiprocessing.queues
 import os
 import signal
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from common import UsageError, UserError, launch, resident
-from common.augment import Compose
+from common.augment import Compose, Params
 from common.crops import COLOURS, ORDER, DeviceCrops, HostCrops, step_generator
 from common.pictures import PictureSet
 
@@ -66,6 +67,23 @@ def _close_all() -> None:
         loader.close()
 
 
+def of_all_images(n: int, params: Params, device: torch.device) -> Params:
+    """Return `params` of an operation on chosen rows as those of n images, on the device.
+
+    The operation then changes all images and keeps the chosen ones: more work, but in fixed shapes,
+    which a compiler makes one graph of. Images that do not change have ones as parameters.
+    """
+    if params:
+        rows = params["rows"]
+        place = torch.full((n,), len(rows))
+        place[rows] = torch.arange(len(rows))
+        drawn = {name: value for name, value in params.items() if name != "rows"}
+        ones = {name: value.new_ones(1, *value.shape[1:]) for name, value in drawn.items()}
+        params = {name: torch.cat((drawn[name], ones[name]))[place] for name in drawn}
+        params["chosen"] = place < len(rows)
+    return {name: value.to(device, non_blocking=True) for name, value in params.items()}
+
+
 class Loader:
     """Iterate over (views, target, index), all on `device`; index holds rows of the set.
 
@@ -85,6 +103,7 @@ class Loader:
     skip_bad    replace an unreadable picture by the next readable row of the set (index and target
                 are those of the replacement); otherwise it ends the run with a UserError.
     progress    show the decoding bar and notes; default: on rank 0.
+    compile     compile the operations after the crop, which then change every picture of a batch.
 
     Attributes: mode is 'host' or 'device'; bad_images lists the paths replaced so far; wait_seconds
     is the time spent waiting for workers, and view_seconds the time spent issuing view operations
@@ -111,6 +130,7 @@ class Loader:
         partner: PictureSet | None = None,
         skip_bad: bool = False,
         progress: bool | None = None,
+        compile: bool = False,
     ):
         if partner is not None and len(partner) != len(dataset):
             raise ValueError(f"the partner set has {len(partner)} pictures, the set {len(dataset)}")
@@ -135,6 +155,10 @@ class Loader:
         self.workers = workers
         self.skip_bad = skip_bad
         self.progress = rank == 0 if progress is None else progress
+        self._apply = self._apply_compiled if compile else Compose.apply
+        if compile:
+            self._compiled = torch.compile(Compose.apply)
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         self.epoch = 0
         self.start_step = 0
         self.bad_images: list[str] = []
@@ -226,11 +250,18 @@ class Loader:
             if self.partner is not None:
                 recipes.append(recipes[0])
             views = [
-                view.apply(crop, params)
+                self._apply(view, crop, params)
                 for crop, (view, params) in zip(crops, recipes, strict=True)
             ]
             self.view_seconds += time.perf_counter() - started
             yield views, target, index
+
+    def _apply_compiled(self, view: Compose, crop: Tensor, params: list[Params]) -> Tensor:
+        """Do what Compose.apply does, as one graph of fixed shapes if that is possible."""
+        if not view.is_compilable:
+            return view.apply(crop, params)
+        everyone = [of_all_images(len(crop), own, self.device) for own in params]
+        return self._compiled(view, crop, everyone)
 
     def batches(self) -> Iterator[tuple[int, list[Tensor], Tensor, Tensor]]:
         """Iterate over (step, crops, target, index): the crops before colour operations.
@@ -266,7 +297,7 @@ class Loader:
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=self.workers,
-                pin_memory=self.device.type == "cuda",
+                pin_memory=self.device.type != "cpu",
                 worker_init_fn=quiet_worker,
                 generator=torch.Generator(),  # so that no base seed is drawn globally
                 persistent_workers=self.workers > 0,

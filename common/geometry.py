@@ -27,6 +27,8 @@ def two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
     n, c, h, w = images.shape
     with torch.autocast(images.device.type, enabled=False):
         wide = torch.bmm(images.reshape(n, c * h, w), right.transpose(1, 2)).view(n, c, h, -1)
+        if torch.compiler.is_compiling():  # which takes no slice as the output
+            return left[:, None] @ wide
         out = images.new_empty(n, c, left.shape[1], right.shape[1])
         for i in range(c):  # broadcasting `left` over the channels would copy it
             torch.bmm(left, wide[:, i], out=out[:, i])

@@ -199,7 +199,11 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
     )
     _add_precision_arguments(add, apex)
     if compile:
-        add("--compile", action="store_true", help="torch.compile the encoders")
+        add(
+            "--compile",
+            action="store_true",
+            help="torch.compile the encoders, and on a GPU the views",
+        )
 
 
 def _add_precision_arguments(add, apex: bool) -> None:
@@ -344,6 +348,8 @@ def make_loader(
         "workers": reading_workers(args),
         "data_device": args.data_device,
         "skip_bad": args.skip_bad_images,
+        # On a CPU it costs more to change all pictures than to choose some.
+        "compile": getattr(args, "compile", False) and process.device.type == "cuda",
     }
     batch_size = batch_size or args.batch_size // process.world_size
     return data.Loader(pictures, views, batch_size, **settings | options)
@@ -358,7 +364,7 @@ def evaluation_loader(
     **options,
 ) -> data.Loader:
     """Return a loader that yields every picture once, in order. batch_size: per process."""
-    fixed = {"seed": 0, "shuffle": False, "drop_last": False}
+    fixed = {"seed": 0, "shuffle": False, "drop_last": False, "compile": False}
     return make_loader(args, process, pictures, (view,), batch_size, **fixed | options)
 
 

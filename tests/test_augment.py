@@ -13,6 +13,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 
 from common import augment as A
+from common.data import of_all_images
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -421,6 +422,28 @@ def test_recipe_applies_its_operations_in_order():
         expected = op.apply(expected, op_params)
     kept = images.clone()
     assert torch.equal(recipe.apply(images, params), expected) and torch.equal(images, kept)
+
+
+def test_a_recipe_for_whole_batches_is_one_graph_and_gives_the_same_pictures():
+    images, recipe = pictures(16, 20, 20), moco_recipe(20)
+    graphs = []
+    compiled = torch.compile(
+        A.Compose.apply,
+        backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+        fullgraph=True,
+    )
+    assert recipe.is_compilable
+    for seed in (1, 2):
+        params = recipe.sample(16, seeded(seed))
+        expected = recipe.apply(images, params)
+        whole = [of_all_images(16, own, images.device) for own in params]
+        assert torch.equal(recipe.apply(images, whole), expected)
+        close(compiled(recipe, images, whole), expected, 5e-6)
+    assert len(graphs) == 1
+    nothing = [{name: value[:0] for name, value in own.items()} for own in params]
+    whole = [of_all_images(16, own, images.device) for own in nothing]
+    unchanged = recipe.apply(images, whole)
+    assert torch.equal(unchanged, recipe.ops[-1].apply(images, {}))
 
 
 def test_same_parameters_on_pictures_of_another_size():

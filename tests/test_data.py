@@ -22,6 +22,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
 from cmc import LinearProbing, train_CMC
+from cmc.colour import ToColour
 from common import UsageError, UserError, crops, data, launch, resident, sets
 from common.augment import (
     ColorJitter,
@@ -1118,6 +1119,18 @@ def test_a_program_with_a_global_loader_ends(mixed):
     command = [sys.executable, "-c", code, str(ROOT), mixed.root]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
     assert (done.returncode, done.stderr.strip()) == (1, "left in the middle")
+
+
+def test_a_loader_that_compiles_gives_the_same_views(mixed, monkeypatch):
+    compiled = []
+
+    def compile(apply):
+        return lambda *given: compiled.append(given[0]) or apply(*given)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    views = (FULL, CROP, Compose(RandomResizedCrop(8), ToColour("Lab")))
+    assert_same(epoch_of(loader(mixed, views, compile=True)), epoch_of(loader(mixed, views)))
+    assert FULL in compiled and views[2] not in compiled  # an operation of a paper's own
 
 
 def test_times_are_counted(mixed):

@@ -47,6 +47,10 @@ SCRIPTS = {  # name: (script, flags)
         "debiased.main",
         f"{SMALL} --model resnet18 --no-small-stem --knn-every 0",
     ),
+    "ring": (
+        "ring.train_ring",
+        f"{SMALL} --k 512 --thres-outer 0.5 --nn-every 0 --no-conv3x3",
+    ),
 }
 
 

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+
+pytest.importorskip("faster_coco_eval")
+
 from conftest import equal, run_script, says_no
 from PIL import ExifTags, Image
 from torchvision.models.detection import FasterRCNN

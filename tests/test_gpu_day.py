@@ -4,17 +4,21 @@ import json
 import os
 import re
 import signal
+import tarfile
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import slim_networks
 
-from benchmarks import gpu_throughput
+from benchmarks import gpu_throughput, operations
 from common import UsageError, UserError
 from nonsem_neg import moco_non_sem_neg
 from runner.folder import environment
 from tools import gpu_day, gpu_steps
+from tools.gpu_command import Caller
 from tools.gpu_steps import Aim, Step
 
 SCRIPT = """\
@@ -137,6 +141,46 @@ def test_the_next_call_goes_on_with_what_was_cut_short(here, capsys):
     assert "half of it" in (here / "runs/gpu/slow.log").read_text()
 
 
+def test_a_budget_begins_what_fits_and_the_archive_holds_all_records(here, capsys):
+    steps = (step("good", 2, call=1), replace(step("last", call=1), minutes=2), step("other"))
+    flags = ["--call", "1", "--budget", "90", "--pack", str(here / "day.tgz")]
+    gpu_day.main(flags, steps, here, grace=1)
+    said = capsys.readouterr().out
+    assert "[2/2] last: not begun: it takes 2 min, 1:2" in said and "GiB free" in said
+    assert verdicts(said.partition("wrote ")[0]) == {"good": "met", "last": "not run"}
+    with tarfile.open(here / "day.tgz") as archive:
+        names = [name for name in archive.getnames() if "." in name]
+    assert names == ["results/gpu/good/record.json", "runs/gpu/good.log"]
+    with Caller(here, 570, grace=25, budget=100) as caller:
+        assert 70 < caller.seconds_left() <= 75
+    with pytest.raises(UsageError, match="--budget 50: no step fits; the shortest takes about 120"):
+        gpu_day.main(["--call", "1", "--budget", "50"], steps, here, grace=1)
+    with pytest.raises(UsageError, match="--call 7: no step belongs to it"):
+        gpu_day.main(["--call", "7"], steps, here)
+    with pytest.raises(UserError, match="--pack .*good.log/x.tgz: "):
+        run(here, "good", "--pack", str(here / "runs/gpu/good.log/x.tgz"))
+
+
+def test_a_day_is_four_calls_of_ten_minutes():
+    for call in (1, 2, 3, 4):
+        minutes = sum(step.minutes for step in gpu_steps.STEPS if step.call == call)
+        assert 0 < 60 * minutes <= 590 - gpu_day.GRACE
+
+
+def test_operations_of_a_step_are_counted(tmp_path, capsys):
+    files = [str(tmp_path / name) for name in ("numbers.json", "tables.txt")]
+    flags = ["--scripts", "InsDis", "--batch", "8", "--json", files[0], "--tables", files[1]]
+    with slim_networks():
+        assert operations.main(flags) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert 100 < numbers["operations, InsDis"] < 500 and 100 < numbers["views, InsDis"] < 500
+    assert numbers["steps that wait"] == 0 and "aten::" in (tmp_path / "tables.txt").read_text()
+    with operations.Counter() as counter:
+        torch.zeros(2, 3).t() + 1
+        torch.empty(2)
+    assert counter.count == 2  # zeros and the sum
+
+
 def test_what_a_step_lacks_is_said(here, capsys):
     (here / "script.py").write_text("print('nothing')")
     lacking = "1 of 1 steps did not finish: last: failed .no number in what it left."
@@ -248,7 +292,7 @@ def test_the_yardstick_fits_its_script(name, toy):
 
 def test_the_steps_fit_their_scripts():
     steps = {step.name: step for step in gpu_steps.STEPS}
-    assert list(steps)[:4] == ["tests", "throughput", "cifar20", "cifar200"]
+    assert [name for name in steps if steps[name].call == 4] == ["cifar20", "claim-mini"]
     flags = steps["throughput"].line(True).format(out="o").split()[2:]
     assert gpu_throughput.parse_args(flags).json == "o/numbers.json"
     aims = {

@@ -10,12 +10,13 @@ import time
 import numpy as np
 import pytest
 from conftest import run_script
-from corrupt_tta import corruptions as package
 from PIL import Image
 
 from common import UsageError, UserError
 from preprocess import corruption_tree, corruptions, make_corruptions, workers
 from tools import robustness, robustness_sets
+
+package = pytest.importorskip("corrupt_tta.corruptions")
 
 SCRIPT = "preprocess/make_corruptions.py"
 FEW = ["--corruptions", "gaussian_noise", "impulse_noise", "contrast", "--severities", "1", "5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -32,17 +33,19 @@ class Caller:
     """Run commands in the folder `root`, and pass a signal to this process on to them as SIGTERM.
 
     limit: seconds until a command is asked to stop, by SIGTERM to its whole group. grace: seconds
-    that it then has to save, before SIGKILL.
+    that it then has to save, before SIGKILL. budget: seconds of all commands together, or None.
 
     received: number of the signal that this process got, or 0.
     """
 
     seconds_between_lines = 60  # in a pipe; a terminal has one line, renewed every second
 
-    def __init__(self, root: Path, limit: float, grace: float):
+    def __init__(self, root: Path, limit: float, grace: float, budget: float | None = None):
         self.root = root
         self.limit = limit
         self.grace = grace
+        self.budget = budget
+        self.began = time.monotonic()
         self.received = 0
 
     def __enter__(self) -> Caller:
@@ -60,16 +63,23 @@ class Caller:
     def _receive(self, number, frame) -> None:
         self.received = number
 
+    def seconds_left(self) -> float:
+        """Return how many seconds the budget leaves until a command is asked to stop."""
+        if self.budget is None:
+            return math.inf
+        return self.budget - self.grace - (time.monotonic() - self.began)
+
     def run(self, command: str, log: Path) -> Ended:
         """Run `python SCRIPT ...`; its output is appended to `log`, and its last line shown."""
         began = time.monotonic()
+        limit = min(self.limit, self.seconds_left())
         start, process = self._start(command, log)
         shown = began
         asked = None  # when the command was asked to stop
         out_of_time = False
         while process.poll() is None or (asked and _is_alive(process.pid)):
             now = time.monotonic()
-            if process.returncode is None and now - began > self.limit:
+            if process.returncode is None and now - began > limit:
                 out_of_time = True
             if asked is None and (out_of_time or self.received):
                 asked = now
@@ -78,7 +88,7 @@ class Caller:
                 _send(process.pid, signal.SIGKILL)
             if now - shown > (1 if sys.stdout.isatty() else self.seconds_between_lines):
                 shown = now
-                self._show(now - began, log)
+                self._show(now - began, limit, log)
             time.sleep(0.05)
         if sys.stdout.isatty():
             print("\r\033[K", end="")
@@ -102,9 +112,9 @@ class Caller:
             )
         return start, process
 
-    def _show(self, seconds: float, log: Path) -> None:
+    def _show(self, seconds: float, limit: float, log: Path) -> None:
         newest = last_line(log.read_text(errors="replace"))
-        line = f"      {clock(seconds)} of at most {clock(self.limit)}  {newest}"
+        line = f"      {clock(seconds)} of at most {clock(limit)}  {newest}"
         if sys.stdout.isatty():
             columns = shutil.get_terminal_size().columns - 1
             print(f"\r\033[K{line[:columns]}", end="", flush=True)

@@ -1,4 +1,4 @@
-"""Run what is waiting for a GPU, step by step: `make gpu`.
+"""Run what is waiting for a GPU, step by step: `make gpu`, or this file with any python3.
 
 Each step takes at most ten minutes and leaves a record in results/gpu/. A step that has its record
 is skipped, so what a first call does not reach, the next one does. Where a step needs longer than
@@ -9,6 +9,11 @@ others that is their record. A step that fails is recorded as such, and the othe
     python tools/gpu_day.py --cifar CIFAR               # all; CIFAR has train/CLASS/* and val/
     python tools/gpu_day.py throughput cifar20 --again throughput
     python tools/gpu_day.py --toy                       # every step at toy size, on any device
+
+On a rented machine that ends a call after ten minutes and forgets what it wrote, a day is the calls
+1 to 4; each brings back one file, which is unpacked in the project's root:
+
+    python3 tools/gpu_day.py --call 1 --budget 580 --pack day-1.tgz
 """
 
 from __future__ import annotations
@@ -36,17 +41,13 @@ from preprocess import demo
 from runner.folder import environment
 from runner.progress import clock
 from tools import claim_records
-from tools.gpu_command import Caller, Ended, last_line
-from tools.gpu_steps import STEPS, Aim, Output, Step
+from tools.gpu_command import Caller, Ended
+from tools.gpu_records import CUT, DONE, OUT_OF_TIME, check_budget, free_gib, judge, pack, rows_of
+from tools.gpu_steps import STEPS, Output, Step
 from tools.report import layout
 
 LIMIT = 570  # seconds until a step is asked to stop
 GRACE = 25  # seconds that it then has to save: ten minutes in all
-
-DONE = "done"
-FAILED = "failed"
-OUT_OF_TIME = "out of time"
-CUT = "cut short, goes on in the next call"
 
 
 class Day:
@@ -82,6 +83,10 @@ class Day:
         if "{cifar}" in step.command and not self.toy and self.cifar is None:
             return "needs --cifar TREE, CIFAR-10 as files with train/CLASS/* and val/ or test/"
         return None
+
+    def due(self, steps: list[Step], again: list[str]) -> list[Step]:
+        """Return the steps that are to be run and can be."""
+        return [step for step in steps if self.is_due(step, again) and not self.obstacle(step)]
 
     def command(self, step: Step, cifar: str) -> str:
         """Return the command of a step as it is run in the project's root."""
@@ -184,7 +189,7 @@ class Day:
         """
         began = time.monotonic()
         unfinished = []
-        left = [step for step in steps if self.is_due(step, again) and not self.obstacle(step)]
+        left = self.due(steps, again)
         for number, step in enumerate(steps):
             head = f"[{number + 1}/{len(steps)}] {step.name}"
             record = self.record(step)
@@ -193,6 +198,10 @@ class Day:
                 print(f"{head}: {earlier}, --again {step.name} repeats it")
             elif obstacle := self.obstacle(step):
                 print(f"{head}: not run: {obstacle}")
+                continue
+            elif caller.seconds_left() < 60 * step.minutes:
+                left_over = clock(max(0, caller.seconds_left()))
+                print(f"{head}: not begun: it takes {step.minutes:g} min, {left_over} are left")
                 continue
             else:
                 minutes = sum(other.minutes for other in left[left.index(step) :])
@@ -235,38 +244,6 @@ class Day:
         return "\n".join(lines)
 
 
-def judge(
-    step: Step, ended: Ended, numbers: dict[str, float], unread: str, stopped: bool
-) -> tuple[str, str]:
-    """Return the state of a step that has ended, and the reason where it failed.
-
-    unread: why its numbers cannot be read. stopped: whether this process was told to stop.
-    """
-    lacking = [aim.number for aim in step.aims if aim.number not in numbers]
-    if ended.code in step.codes and not lacking:
-        return DONE, ""
-    if ended.out_of_time or stopped:
-        return (CUT if step.goes_on else OUT_OF_TIME), ""
-    if ended.code not in step.codes:
-        return FAILED, last_line(ended.printed)
-    return FAILED, unread or f"no {lacking[0]} in what it left"
-
-
-def rows_of(name: str, record: dict) -> list[list[str]]:
-    """Return the rows of a step's record: one for each aim, or its state."""
-    state = record["state"]
-    toy = " (toy)" if record["toy"] else ""
-    rows = []
-    if state != DONE or not record["aims"]:
-        rows.append([name, *"---", state + toy])
-    for aim in record["aims"] if state in (DONE, CUT) else ():
-        met = {True: "met", False: "missed", None: "-"}[aim["met"]] if state == DONE else "-"
-        bounds = str(Aim(aim["number"], aim["least"], aim["most"]))
-        published = str((record["published"] or {}).get(aim["number"], "-"))
-        rows.append([name, f"{aim['number']} {aim['value']:.5g}", bounds, published, met + toy])
-    return rows
-
-
 def parse_args(argv, steps: tuple[Step, ...]):
     parser = cli.Parser(prog="gpu_day.py", description=__doc__.splitlines()[0])
     about = "steps by name, in the order of the list; default: all"
@@ -283,6 +260,12 @@ def parse_args(argv, steps: tuple[Step, ...]):
     parser.add_argument("--records", metavar="DIR", help=about)
     about = "run folders and logs; default: runs/gpu, with --toy runs/gpu-toy"
     parser.add_argument("--runs", metavar="DIR", help=about)
+    about = "only the steps of this call of a day on a machine that forgets"
+    parser.add_argument("--call", type=cli.positive_int, metavar="N", help=about)
+    about = "seconds of the whole call; a step that takes longer than what is left is not begun"
+    parser.add_argument("--budget", type=cli.positive, metavar="SECONDS", help=about)
+    about = "write all records and logs into one archive at the end"
+    parser.add_argument("--pack", metavar="FILE.tgz", help=about)
     about = f"seconds after which a step is asked to stop; it then has {GRACE} to save"
     parser.add_argument("--limit", type=cli.positive, default=LIMIT, help=about)
     args = parser.parse_args(argv)
@@ -300,7 +283,13 @@ def main(argv=None, steps=STEPS, root: Path = ROOT, grace: float = GRACE) -> Non
     default = runs / "records" if args.toy else root / "results" / "gpu"
     records = Path(args.records or default).resolve()
     day = Day(records, runs, args.toy, args.cifar, root)
-    chosen = [step for step in steps if not args.which or step.name in args.which]
+    chosen = [
+        step
+        for step in steps
+        if (not args.which or step.name in args.which) and args.call in (None, step.call)
+    ]
+    if not chosen:
+        raise UsageError(f"--call {args.call}: no step belongs to it; --list says which there are")
     if args.list:
         print(day.listing(chosen))
         return
@@ -309,8 +298,14 @@ def main(argv=None, steps=STEPS, root: Path = ROOT, grace: float = GRACE) -> Non
             "no GPU is usable here (torch.cuda.is_available() is False); "
             "--toy runs every step at toy size"
         )
-    with only_writer(records), Caller(root, args.limit, grace) as caller:
-        unfinished = day.go(chosen, args.again, caller)
+    with only_writer(records), Caller(root, args.limit, grace, args.budget) as caller:
+        check_budget(args.budget, day.due(chosen, args.again), grace)
+        print(f"/dev/shm, where workers hand over pictures: {free_gib('/dev/shm'):.1f} GiB free")
+        try:
+            unfinished = day.go(chosen, args.again, caller)
+        finally:
+            if args.pack:
+                pack(args.pack, root / "results", records, runs)
     if unfinished:
         count = f"{len(unfinished)} of {len(chosen)} steps did not finish"
         raise UserError(f"{count}: {'; '.join(unfinished)}")

@@ -55,7 +55,8 @@ class Step:
     equal flags wins. read: returns the numbers of an Output.
     goes_on: whether the same command goes on where it was stopped. codes: exit codes that are no
     failure. kept: files of {out} that belong to the record. published: what others have measured,
-    by the names of the numbers. paper: the folder whose claims it runs.
+    by the names of the numbers. paper: the folder whose claims it runs. call: number of the call of
+    at most ten minutes that it belongs to, on a machine that forgets; 0: none.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Step:
     kept: tuple[str, ...] = ()
     published: dict[str, float] | None = None
     paper: str = ""
+    call: int = 0
 
     def line(self, toy: bool) -> str:
         """Return the whole command, its placeholders left in."""
@@ -89,8 +91,8 @@ def counts_of_tests(output: Output) -> dict[str, float]:
     return {name: counts.get(name, 0) for name in ("passed", "failed", "error", "skipped")}
 
 
-def throughput(output: Output) -> dict[str, float]:
-    """Return the numbers that benchmarks/gpu_throughput.py has written."""
+def numbers_file(output: Output) -> dict[str, float]:
+    """Return the numbers that a benchmark has written."""
     return json.loads((output.folder / "numbers.json").read_text())
 
 
@@ -118,11 +120,11 @@ def yardstick(epochs: int) -> Callable[[Output], dict[str, float]]:
     return read
 
 
-def verdicts(paper: str) -> Callable[[Output], dict[str, float]]:
+def verdicts(paper: str, scale: str = "gpu") -> Callable[[Output], dict[str, float]]:
     """Return a reader of how many claims agree and do not, and how many runs are missing."""
 
     def read(output: Output) -> dict[str, float]:
-        claims = claim_records.comparisons(paper, "gpu")
+        claims = claim_records.comparisons(paper, scale)
         texts = [claim.verdict() for claim in claims]
         numbers = {"runs missing": len(claim_records.missing(claims, 3))}
         for verdict in VERDICTS:
@@ -136,12 +138,27 @@ def verdicts(paper: str) -> Callable[[Output], dict[str, float]]:
 
 VERDICTS = ("agrees", "does not agree", "cannot be told")
 RECORDS = ("config.json", "metrics.jsonl")
+JPEGS = "files of JPEG quality 75 lower k-NN by 1.4 to 1.8 at epochs 1 to 3"
 # --stop-after ends with exit code 0. metrics.jsonl counts epochs from 0, one line of 97 steps each.
 YARDSTICK = (
     "python nonsem_neg/moco_non_sem_neg.py --preset moco-cifar {cifar} --dataset folder --seed 0 "
     "-p 97 -j 16 --ckpt_path {out} --resume auto"
 )
 YARDSTICK_TOY = "-b 8 --moco-k 64 --bn-splits 2 --epochs 2 --knn-k 5 -j 1"
+OPERATIONS = "python benchmarks/operations.py --json {out}/numbers.json --tables {out}/tables.txt"
+OPERATIONS_TOY = "--device cpu --scripts moco-cifar --batch 16"
+THROUGHPUT = "python benchmarks/gpu_throughput.py --json {out}/numbers.json"
+THROUGHPUT_TOY = (
+    "--arch resnet18 --size 32 --batch 8 --bn-splits 2 --moco-k 64 --pictures 16 --steps 2 "
+    "--repeats 1"
+)
+THROUGHPUT_AIMS = (
+    Aim("moco_of_its_share", least=0.8),
+    Aim("patch_of_its_share", least=0.8),
+    Aim("waiting", most=0.02),
+    Aim("views_ms", most=15),
+    Aim("views_share", most=0.1),
+)
 CLAIMS = "python tools/claims.py {paper} --run --scale gpu --seeds 3 --cifar {cifar}"
 
 
@@ -185,29 +202,62 @@ STEPS = (
         aims=(Aim("failed", most=0), Aim("error", most=0), Aim("passed", least=1)),
         read=counts_of_tests,
         codes=(0, 1),
+        call=1,
+    ),
+    Step(
+        "operations",
+        "every method's step: none waits for the device; operations, and a profiler's table",
+        minutes=2,
+        command=OPERATIONS,
+        full="--device cuda",
+        toy=OPERATIONS_TOY,
+        aims=(Aim("steps that wait", most=0), Aim("operations, moco-cifar", most=450)),
+        read=numbers_file,
+        codes=(0, 1),
+        kept=("tables.txt",),
+        call=1,
+    ),
+    Step(
+        "operations-compiled",
+        "the same with --compile",
+        minutes=5,
+        command=OPERATIONS,
+        full="--device cuda --compile",
+        toy=OPERATIONS_TOY,
+        aims=(Aim("steps that wait", most=0),),
+        read=numbers_file,
+        codes=(0, 1),
+        kept=("tables.txt",),
+        call=1,
     ),
     Step(
         "throughput",
         "ResNet-50, 224 px, batch 256, bfloat16: MoCo and MoCo + patch beside supervised",
         minutes=4,
-        command="python benchmarks/gpu_throughput.py --json {out}/numbers.json",
+        command=THROUGHPUT,
         full="--device cuda --photographs 512",
-        toy="--arch resnet18 --size 32 --batch 8 --bn-splits 2 --moco-k 64 --pictures 16 "
-        "--steps 2 --repeats 1",
-        aims=(
-            Aim("moco_of_its_share", least=0.8),
-            Aim("patch_of_its_share", least=0.8),
-            Aim("waiting", most=0.02),
-            Aim("views_ms", most=15),
-            Aim("views_share", most=0.1),
-        ),
-        read=throughput,
+        toy=THROUGHPUT_TOY,
+        aims=THROUGHPUT_AIMS,
+        read=numbers_file,
         codes=(0, 1),
         published={"views_ms": 230, "views_share": 0.7},
+        call=2,
+    ),
+    Step(
+        "throughput-compiled",
+        "the same with --compile",
+        minutes=5,
+        command=THROUGHPUT,
+        full="--device cuda --photographs 512 --compile",
+        toy=THROUGHPUT_TOY,
+        aims=THROUGHPUT_AIMS,
+        read=numbers_file,
+        codes=(0, 1),
+        call=2,
     ),
     Step(
         "cifar20",
-        "MoCo on CIFAR-10 as its authors' notebook: 20 epochs of its 200",
+        f"MoCo on CIFAR-10 as its authors' notebook: 20 epochs of its 200; {JPEGS}",
         minutes=5,
         command=YARDSTICK,
         full="--data-device device --stop-after 20",
@@ -217,10 +267,11 @@ STEPS = (
         goes_on=True,
         kept=RECORDS,
         published=CURVE | {"k-NN": CURVE["k-NN 20"]},
+        call=4,
     ),
     Step(
         "cifar200",
-        "all 200 of them, fast (published: 85 to 112 minutes)",
+        f"all 200 of them, fast (published: 85 to 112 minutes); {JPEGS}",
         minutes=9,
         command=YARDSTICK,
         full="--data-device device --knn-every 20 --save-freq 200 --last-every 20 --amp --compile",
@@ -230,6 +281,19 @@ STEPS = (
         goes_on=True,
         kept=RECORDS,
         published=CURVE | {"k-NN": CURVE["k-NN 200"], "seconds": 60 * 85},
+        call=3,
+    ),
+    Step(
+        "claim-mini",
+        "one claim in 20 epochs: InfoNCE is better than NCE",
+        minutes=4,
+        command="python tools/claims.py moco-infonce --run --scale gpu-mini --cifar {cifar}",
+        full="--seeds 3",
+        toy="--toy",
+        aims=(Aim("runs missing", most=0), *map(Aim, VERDICTS)),
+        read=verdicts("moco_insdis", "gpu-mini"),
+        goes_on=True,
+        call=4,
     ),
     *(claims_step(paper) for paper in papers.find().values() if paper.settles),
 )

@@ -262,7 +262,10 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     out = torch.empty_like(images)
     for channel, (centre, sign, shift) in enumerate(((3, -1, 2), (2, 1, -1), (4, 1, -1))):
         distance = (hue - centre).abs_().mul_(sign).add_(shift).clamp_(0, 1)
-        out[:, channel].copy_(high).addcmul_(chroma, distance, value=-1)
+        if torch.compiler.is_compiling():  # which takes no slice as the output
+            out[:, channel] = torch.addcmul(high, chroma, distance, value=-1)
+        else:
+            torch.addcmul(high, chroma, distance, value=-1, out=out[:, channel])
     return out
 
 

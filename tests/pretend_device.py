@@ -7,8 +7,9 @@
 What a GPU refuses is refused here without one: an operation of a device tensor with a host tensor
 (other than a single number), a draw on the device from a generator of the host, a NumPy view of a
 device tensor. An index is held to the same rule, though CUDA would copy a host index and wait for
-it. `torch.autocast` is accepted and changes no type. A generator "on" the device is one of the CPU,
-so a run draws and computes what the CPU does. torch.save writes the values behind.
+it. Memory that was pinned is known as such (`is_pinned`). `torch.autocast` is accepted and changes
+no type. A generator "on" the device is one of the CPU, so a run draws and computes what the CPU
+does. torch.save writes the values behind.
 
 Needs a PyTorch in which Python can register a device; see `missing`.
 """
@@ -27,6 +28,7 @@ HostGenerator, host_save = torch.Generator, torch.save
 # Kernels go with their library, and an address that tells a generator must not be used twice.
 _kept: list = []
 _generators: set[int] = set()  # of the device
+_pinned: dict[int, torch.Tensor] = {}  # by the address of their storage
 
 
 def missing() -> str | None:
@@ -62,7 +64,7 @@ class DeviceTensor(torch.Tensor):
         return f"{NAME}({self.host})"
 
     def tolist(self):
-        return self.host.tolist()
+        return self.cpu().tolist()
 
     def numpy(self, **_):
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
@@ -130,6 +132,16 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
+def _pin(x: torch.Tensor) -> torch.Tensor:
+    copy = x.clone()
+    _pinned[copy.untyped_storage().data_ptr()] = copy
+    return copy
+
+
+def is_pinned(x: torch.Tensor) -> bool:
+    return x.untyped_storage().data_ptr() in _pinned
+
+
 def _save(value, file, *rest, **options):
     host_save(tree_map(_host, value), file, *rest, **options)
 
@@ -154,4 +166,5 @@ def switch_on() -> torch.device:
     _kept.extend([kernels, autocast])
     torch.Generator = Generator
     torch.save = _save
+    torch.Tensor.pin_memory = _pin
     return torch.device(NAME, 0)

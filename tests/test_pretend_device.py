@@ -9,6 +9,8 @@ from conftest import run_script
 from papers import CASES
 
 missing = pretend_device.missing()
+# A ring that follows the loss reads it in every step.
+WAITS = {"ring ir": ["_local_scalar_dense at ring/method.py"]}
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
@@ -38,6 +40,8 @@ def test_a_run_that_was_resumed_writes_what_the_cpu_writes(answers, name):
     assert answer["error"] is None
     assert answer["keys"] == [] and answer["not on the CPU"] == []
     assert answer["tensors"] > 100 and answer["differing"] == []  # bit for bit: it is the CPU
+    waits = [place.rpartition(":")[0] for place in answer["waits"]]
+    assert waits == WAITS.get(name, []), answer["waits"]
 
 
 @pytest.mark.parametrize("name", on_pretend_device.EVALUATED)
@@ -49,6 +53,7 @@ def test_a_linear_evaluation_gives_what_the_cpu_gives(answers, name):
     assert there == here
     fresh = answers[f"fresh {name}"]
     assert fresh["error"] is None and fresh["numbers"]
+    assert answer["waits"] == fresh["waits"] == []
 
 
 @pytest.mark.parametrize("name", on_pretend_device.OTHERS)

@@ -103,7 +103,7 @@ class PatchGrid(NamedTuple):
 
     def to(self, device: torch.device) -> PatchGrid:
         """Return the grids on `device`. A copy to a GPU from pinned memory does not wait for it."""
-        is_pinned = device.type == "cuda" and self.side.device.type == "cpu"
+        is_pinned = device.type != "cpu" and self.side.device.type == "cpu"
         fields = [f.pin_memory() if is_pinned and f is not None else f for f in self]
         return PatchGrid(*(f if f is None else f.to(device, non_blocking=True) for f in fields))
 

@@ -104,8 +104,9 @@ def test_a_step_on_a_gpu_reads_no_value_and_mixes_no_devices(name, workspace, mo
         monkeypatch.setattr(method, "adapt", lambda loss: None)  # the ring that follows the loss
     # A ring's loss computes its own gradients.
     monkeypatch.setattr(
-        torch.autograd, "grad", lambda loss, leaves, **_: list(map(torch.zeros_like, leaves))
+        torch.autograd, "grad", lambda _, leaves, *rest, **more: list(map(torch.zeros_like, leaves))
     )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     move(method)
     with FAKE:
         on_gpu = [torch.empty(x.shape, dtype=x.dtype, device=GPU) for x in (*views, target, index)]

@@ -288,7 +288,7 @@ STEPS = (
         "one claim in 20 epochs: InfoNCE is better than NCE",
         minutes=4,
         command="python tools/claims.py moco-infonce --run --scale gpu-mini --cifar {cifar}",
-        full="--seeds 3",
+        full="--seeds 3 --jobs 2",
         toy="--toy",
         aims=(Aim("runs missing", most=0), *map(Aim, VERDICTS)),
         read=verdicts("moco_insdis", "gpu-mini"),

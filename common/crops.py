@@ -95,6 +95,21 @@ def cut(picture: Tensor, box: Sequence[int], target: Sequence[int], size: int) -
     return padded
 
 
+def to_device(
+    crops: list[Tensor], device: torch.device, copies: torch.cuda.Stream | None
+) -> list[Tensor]:
+    """Copy crops to the device. A GPU copies in the stream `copies` while it computes."""
+    if copies is None:
+        return [crop.to(device, non_blocking=True) for crop in crops]
+    with torch.cuda.stream(copies):
+        crops = [crop.to(device, non_blocking=True) for crop in crops]
+    computation = torch.cuda.current_stream(device)
+    computation.wait_stream(copies)
+    for crop in crops:
+        crop.record_stream(computation)  # its memory is not used again before that is done
+    return crops
+
+
 class HostCrops(torch.utils.data.Dataset):
     """A data set whose item (epoch, step, rows) is one whole step, made by one worker.
 

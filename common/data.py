@@ -37,7 +37,7 @@ from torch import Tensor
 
 from common import UsageError, UserError, launch, resident
 from common.augment import Compose, Params
-from common.crops import COLOURS, ORDER, DeviceCrops, HostCrops, step_generator
+from common.crops import COLOURS, ORDER, DeviceCrops, HostCrops, step_generator, to_device
 from common.pictures import PictureSet
 
 
@@ -155,6 +155,7 @@ class Loader:
         self.workers = workers
         self.skip_bad = skip_bad
         self.progress = rank == 0 if progress is None else progress
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._apply = self._apply_compiled if compile else Compose.apply
         if compile:
             self._compiled = torch.compile(Compose.apply)
@@ -241,7 +242,7 @@ class Loader:
         for step, crops, target, index in self.batches():
             started = time.perf_counter()
             if self.mode == "host":
-                crops = [crop.to(self.device, non_blocking=True) for crop in crops]
+                crops = to_device(crops, self.device, self._copies)
                 crops = [crop.to(torch.float32).div_(255) for crop in crops]
             target = target.to(self.device, non_blocking=True)
             index = index.to(self.device, non_blocking=True)

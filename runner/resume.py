@@ -79,7 +79,7 @@ def state_of(method, files: Files, args, position: Position, draws: list[dict]) 
     }
     if hasattr(method, "precision"):
         state["scaler"] = method.precision.scaler.state_dict()
-        state["amp"] = method.precision.enabled
+        state["amp"] = method.precision.enabled or method.precision.apex is not None
     return state
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import zlib
 from pathlib import Path
@@ -1119,6 +1120,26 @@ def test_a_program_with_a_global_loader_ends(mixed):
     command = [sys.executable, "-c", code, str(ROOT), mixed.root]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
     assert (done.returncode, done.stderr.strip()) == (1, "left in the middle")
+
+
+def test_a_gpu_waits_for_the_copies_that_it_uses(mixed, monkeypatch):
+    expected = epoch_of(loader(mixed, (FULL,)))
+    the_loader = loader(mixed, (FULL,))
+    said = []
+
+    @contextlib.contextmanager
+    def stream(_):
+        said.append("copy")
+        yield
+        said.append("copied")
+
+    computation = types.SimpleNamespace(wait_stream=lambda other: said.append(f"wait {other}"))
+    monkeypatch.setattr(the_loader, "_copies", "beside")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computation)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, by: said.append(f"kept {len(x)}"))
+    assert_same(epoch_of(the_loader), expected)
+    assert said == ["copy", "copied", "wait beside", "kept 4"] * 3
 
 
 def test_a_loader_that_compiles_gives_the_same_views(mixed, monkeypatch):

@@ -220,8 +220,12 @@ def test_a_study_in_another_format_is_one_line(changes, said, root, monkeypatch)
     with pytest.raises(UsageError, match=f"--study mine.json: not in the format .*: {said}"):
         claims.main(["--study", study(root, **changes)])
     for flags, message in (
-        (["--study", "no.json"], "--study no.json: .*No such file"),
+        (["--study", "no.json"], "--study no.json: no such file"),
         (["--study", study(root), "--scale", "two"], "--scale two: there are one"),
+        (
+            ["--study", study(root), "--toy", "--run"],
+            "--toy: give each step of the study its flags",
+        ),
         (["--study", study(root), "--write"], "--write makes the pages of this project"),
         (["--figure", "a.png"], "--figure draws a study"),
     ):

@@ -160,7 +160,9 @@ def evaluated(
         {"step": 2, "epoch": 0, "l_loss": 1.0, "ab_loss": 1.0, "feature_spread": 0.75},
         {"step": 2, "epoch": 0, "knn_acc1": knn},
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3,'
+    )
     numbers = {"knn_acc1": knn, "linear_100": 40.0, "acc1": 40.0, "rankme": 99.0, "seed": 0}
     origin = {"pretrained": f"runs/{name}/current.pth", "backbone_epochs": 3, "label": name}
     write(root / "evaluations" / name, numbers | origin | {"arch": "resnet18"} | result)

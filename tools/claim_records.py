@@ -171,12 +171,13 @@ def read_study(path: Path) -> dict:
             claim |= usual | {"published": "-", "source": "-"} | claim
     except KeyError as error:
         reason = f"{error} is missing"
-    except (OSError, ValueError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"--study {printable(path)}: {error.strerror.lower()}") from None
+    except (ValueError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         reason = str(error) or "it has no runs"
     else:
         return content
-    where = printable(path)
-    raise UsageError(f"--study {where}: not in the format of docs/studies.md: {reason}")
+    raise UsageError(f"--study {printable(path)}: not in the format of docs/studies.md: {reason}")
 
 
 def scales(root: Path = ROOT) -> list[str]:

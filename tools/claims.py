@@ -69,7 +69,8 @@ def parse_args(argv=None):
 def chosen_scale(args, root: Path) -> str:
     """Return the scale that was asked for. Raises UsageError for one that nothing is set up for."""
     scales = claim_records.scales(root)
-    scale = args.scale or (scales[0] if args.study else "cpu")
+    first = next(iter(claim_records.read_study(root)["scales"])) if args.study else "cpu"
+    scale = args.scale or first
     if scale not in scales:
         raise UsageError(f"--scale {printable(scale)}: there are {', '.join(scales)}")
     return scale
@@ -108,6 +109,8 @@ def run_missing(args, claims: list[Comparison], studied: Setting | None, root: P
         runs = [(studied, run) for run in studied.runs]
         jobs = claim_records.unrecorded(runs, args.seeds)
     root = studied.root if studied else root
+    if args.toy and studied and not all(step["toy"] for step in studied.steps):
+        raise UsageError("--toy: give each step of the study its flags as `toy`, or omit it")
     if args.toy:
         settings = {setting.paper: setting for setting, _, _ in jobs}
         jobs = [(setting, next(iter(setting.runs)), 0) for setting in settings.values()]
@@ -158,7 +161,8 @@ def print_claims(claims: list[Comparison]) -> None:
     if any(row[-1].endswith(" *") for row in rows):
         print(
             "\n* from records of older code: a folder that their commands use, common or runner\n"
-            "has changed since. --run keeps such records; delete their folders to make them again."
+            "has changed since, or had changes that were not committed. --run keeps such records;\n"
+            "delete their folders to make them again."
         )
 
 
@@ -177,8 +181,6 @@ def print_runs(setting: Setting) -> None:
 def main(argv=None, root: Path = ROOT) -> None:
     args = parse_args(argv)
     root = args.study or root
-    if args.study:
-        claim_records.read_study(root)
     scale = chosen_scale(args, root)
     studied = claim_records.setting(root.stem, scale, root) if args.study else None
     claims = [

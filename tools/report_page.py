@@ -7,6 +7,7 @@ page needs no other file; its template is report_page.html.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import statistics
@@ -27,8 +28,8 @@ COLOURS = (
 CURVES = {  # {title: keys in metrics.jsonl, of which the first recorded one is drawn}
     "k-NN of the monitor, top-1 in %": ("knn_acc1",),
     "spread of the features (0: collapsed, 1: spread out)": (
-        "epoch_feature_spread",
         "feature_spread",
+        "epoch_feature_spread",
     ),
 }
 SCORES = {  # {title: column of common.metrics.score_statistics}
@@ -105,13 +106,21 @@ def _curves_of(folder: Path) -> dict[str, Points]:
     """Return {title: (epochs, value) points} of a run's metrics.jsonl."""
     config = json.loads((folder / "config.json").read_text())
     steps = config.get("derived", {}).get("steps_per_epoch") or 1
-    path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    records = _records(folder / "metrics.jsonl")
     curves = {"loss of the pre-training": [(r["step"] / steps, _loss(r)) for r in records]}
     for title, keys in CURVES.items():
         key = next((key for key in keys if any(key in record for record in records)), None)
         curves[title] = [(record["step"] / steps, record.get(key)) for record in records]
     return {title: kept for title, points in curves.items() if (kept := _finite(points))}
+
+
+def _records(path: Path) -> list[dict]:
+    """Return the records of a metrics.jsonl without an incomplete line, or [] without the file."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def _loss(record: dict) -> float | None:

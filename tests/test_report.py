@@ -205,6 +205,22 @@ def test_runs_are_one_row_only_where_they_differ_in_the_seed_alone(tmp_path, cap
         report.main([str(folder), "--sort", "acc9"])
 
 
+def test_kept_records_are_read_with_the_settings_beside_them(tmp_path, capsys):
+    """NAME-STEP beside NAME, even if NAME's folder below runs/ has been trained anew."""
+    evaluated(tmp_path, "moco-s0", 0, 30.0, {"lr": 0.5})
+    evaluated(tmp_path / "kept", "moco-s0", 0, 30.0, {"lr": 0.1})
+    evaluated(tmp_path / "kept", "moco-s1", 1, 31.0, {"lr": 0.1})
+    for seed in range(2):
+        name = f"moco-s{seed}"
+        (tmp_path / "kept/runs" / name).rename(tmp_path / "kept" / name)
+        (tmp_path / "kept/evaluations" / name).rename(tmp_path / "kept" / f"{name}-evaluation")
+    rows = printed([tmp_path / "kept", tmp_path / "evaluations"], capsys)
+    assert [row[0] for row in rows[1:]] == [
+        "moco, resnet18, lr=0.1 (seeds 0, 1)",
+        "moco, resnet18, lr=0.5",
+    ]
+
+
 def test_evaluations_of_one_network_are_told_by_both_seeds(tmp_path, capsys):
     evaluated(tmp_path, "moco", 7, 30.0)
     again = json.loads((tmp_path / "evaluations/moco/result.json").read_text())

@@ -164,7 +164,9 @@ def run_folder(checkpoint: str | None, file: Path) -> Path | None:
     folders = [Path(checkpoint).parent, Path(checkpoint).parent.parent]
     bases = [Path(), *file.resolve().parents]
     candidates = [base / folder for folder in folders for base in bases]
-    candidates.append(file.parent.with_name(file.parent.name.rpartition("-")[0] or "-"))
+    name = file.parent.name.rpartition("-")[0]
+    if name and any(part.startswith(name) for part in Path(checkpoint).parts):
+        candidates.insert(0, file.parent.with_name(name))  # as its folder may hold a later run
     return next((folder for folder in candidates if read_config(folder / "config.json")), None)
 
 

@@ -233,6 +233,7 @@ def check(args) -> None:
 
     With --demo, a run in the default folder may be overwritten. Raises UsageError.
     """
+    _recognise(args)
     # A lone --opt-level is ignored, as in the published code.
     if "amp_backend" in args.typed and not args.amp:
         raise UsageError(
@@ -246,6 +247,19 @@ def check(args) -> None:
     own_folder = next(name for name in names if name in vars(args))
     if args.demo and not args.typed & {own_folder, "name"} and not args.resume:
         args.overwrite = True
+
+
+def _recognise(args) -> None:
+    """Read DATA as a tree or as a pack where it is one, though --dataset is a set to download.
+
+    The published default of some scripts is such a set. A typed --dataset stays.
+    """
+    name = (args.dataset or "").removesuffix("_2views")
+    if args.data is None or "dataset" in args.typed or name not in sets.TORCHVISION_SETS:
+        return
+    kind = sets.kind_of(args.data, name)
+    if kind:
+        args.dataset = kind
 
 
 def _check_compiler(args) -> None:

@@ -26,6 +26,7 @@ from common.trees import (  # noqa: F401
     existing,
     few,
     folders_in,
+    kind_of,
     listed,
     open_tree,
     open_unlabelled,

@@ -223,6 +223,22 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
     )
 
 
+def kind_of(root: str | Path, name: str) -> str | None:
+    """Return "folder" for a tree of pictures, "packed" for a pack, and None for anything else.
+
+    name: a torchvision set, whose own files may lie below root, and then it is that set.
+    """
+    root = Path(root)
+    if (root / getattr(tv_datasets, TORCHVISION_SETS[name]).base_folder).exists():
+        return None
+    if (root / "train.json").exists():
+        return "packed"
+    has_pictures = root.is_dir() and any(
+        entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root)
+    )
+    return "folder" if has_pictures or (root / "train").is_dir() else None
+
+
 def existing(folder: str | Path) -> Path:
     """Return the folder as a Path. Raises UsageError if it does not exist."""
     folder = Path(folder)

@@ -86,6 +86,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "run folder: model_EPOCH.pth (the authors' layout), current.pth (for --resume), logs"
     g.add_argument("--model_path", "--out", default="results", help=text)
+    options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g, save_freq=25)
     options.add_monitor_arguments(g, "a row for each view of a picture")
     text = "the published spelling of --knn-k"
@@ -114,6 +115,8 @@ def add_method_arguments(g) -> None:
 
 def settle(args) -> None:
     """Fill in the defaults that depend on other flags, and check flags against each other."""
+    if args.name:
+        args.model_path = os.path.join(args.model_path, args.name)
     if args.data is None:
         if args.dataset != "stl10":
             raise UsageError(options.NO_DATA)

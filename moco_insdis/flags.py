@@ -18,7 +18,7 @@ def add_model_arguments(g) -> None:
 def add_method_arguments(g) -> None:
     """Add the method, its loss and its memory."""
     text = "MoCo (two views, queue of keys); else InsDis (one view, memory bank)"
-    g.add_argument("--moco", action="store_true", help=text)
+    g.add_argument("--moco", action=cli.OnOff, default=False, help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     text = "negatives per query; MoCo: length of the queue"
     names = ("--nce_k", "--queue", "--negatives-k")

@@ -98,6 +98,7 @@ def parse_args(argv=None):
     g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=text)
     text = "name of that folder, to which the data set is added; default: pretrain_METHOD_NEGATIVES"
     g.add_argument("--exp-name", help=text)
+    options.add_name_argument(g, default="EXP_NAME_DATASET")
     options.add_run_arguments(g)
     text = "epochs between 1-NN evaluations by the bank; 0: never; default: 1, class folders 0"
     g.add_argument("--nn-every", type=cli.count, help=text)
@@ -128,7 +129,8 @@ def settle(args) -> None:
         args.nn_every = 1 if is_labelled or args.anneal == "accuracy" else 0
     flags.settle(args)
     args.exp_name = args.exp_name or run_name(args)
-    args.folder = os.path.join(args.model_path, f"{args.exp_name}_{args.dataset}")
+    name = args.name or f"{args.exp_name}_{args.dataset}"
+    args.folder = os.path.join(args.model_path, name)
     if args.show_ring:  # the run writes that picture alone
         args.resume = args.resume or "auto"
         args.overwrite = True

@@ -36,10 +36,12 @@ from common.crops import scale_boxes
 from common.data import Loader
 from common.pictures import as_rgb
 from common.sets import ArraySet, FolderSet, open_set, open_tree
+from debiased import main as debiased
 from moco_insdis import eval_moco_ins, train_moco_ins
 from nonsem_neg import main_lincls, moco_non_sem_neg
 from nonsem_neg.textures import original_root_of, pair_by_path
 from preprocess import pack
+from ring import train_ring as ring
 from tools import robustness
 
 CROP = Compose(RandomResizedCrop(16, (0.2, 1.0)))
@@ -379,6 +381,25 @@ def test_cifar(tmp_path, monkeypatch):
         open_set(tmp_path, "unlabeled", dataset="cifar10")
     with pytest.raises(UsageError, match="other classes than the training set"):
         open_set(tmp_path, "val", dataset="cifar10", classes=["a"])
+
+
+@pytest.mark.parametrize("parse_args", [debiased.parse_args, ring.parse_args])
+def test_a_tree_is_never_taken_for_a_set_to_download(tmp_path, parse_args):
+    """The published default of --dataset is STL-10 or CIFAR-10."""
+    data = ["--data", str(tmp_path)]
+    is_set = parse_args(data).dataset
+    assert is_set in ("stl10", "cifar10")
+    (tmp_path / "train").mkdir()
+    assert parse_args(data).dataset == "folder"
+    assert parse_args([*data, "--dataset", "cifar100"]).dataset == "cifar100"
+    (tmp_path / getattr(sets.tv_datasets, sets.TORCHVISION_SETS[is_set]).base_folder).mkdir()
+    assert parse_args(data).dataset == is_set
+    pictures = tmp_path / "pictures"
+    save(pictures / "a.png", 1)
+    assert parse_args(["--data", str(pictures)]).dataset == "folder"
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "train.json").touch()
+    assert parse_args(["--data", str(tmp_path / "pack")]).dataset == "packed"
 
 
 def test_stl10_splits(tmp_path, monkeypatch):

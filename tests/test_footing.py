@@ -1,5 +1,6 @@
 """One footing: every place that prints the k-NN of a network prints the same number."""
 
+import importlib
 import json
 import math
 from operator import attrgetter
@@ -11,10 +12,11 @@ from papers import CASES
 from torch.nn import functional as F
 
 from common import launch, metrics, schedule
+from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views
 from runner import loop
-from tools import evaluate, flags
+from tools import claim_records, evaluate, flags
 
 pytestmark = pytest.mark.usefixtures("slim")
 
@@ -99,6 +101,19 @@ def test_presets_differ_in_nothing_but_the_method():
     for name, values in recorded.items():
         differing = {key for key in values if values[key] != first[key]}
         assert differing == OWN.get(name, set()) & values.keys(), name
+
+
+def test_the_study_of_the_page_starts_every_method():
+    study = claim_records.papers(ROOT / "docs" / "compare.json")["compare"]
+    (setting,) = study["scales"].values()
+    for flags_of_run in setting["runs"].values():
+        script, *own = flags_of_run.split()
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        command = claim_records.fill(
+            setting["steps"][0]["command"], {"flags": "", "seed": "0", "name": "a"}
+        )
+        args = module.parse_args([*own, *command.split()[1:]])
+        assert args.footing == "common" and args.preset == "compare"
 
 
 def first_losses(name: str, pictures, batch) -> list[float]:

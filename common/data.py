@@ -23,6 +23,7 @@ the middle of an epoch.
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing.queues
 import os
 import signal
@@ -137,10 +138,11 @@ class Loader:
         if len(dataset) == 0:
             raise UsageError(f"{dataset.name}: there are no pictures in it")
         if drop_last and len(dataset) < batch_size * world_size:
+            fitting = 2 ** int(math.log2(len(dataset)))
             raise UsageError(
                 f"{dataset.name}: its {len(dataset)} pictures do not fill one batch of "
-                f"{batch_size * world_size}: "
-                f"use --batch-size {len(dataset) // world_size * world_size} or less"
+                f"{batch_size * world_size}: use --batch-size {fitting}, in a train script with "
+                f"--bn-splits {max(1, fitting // 8)} and a queue of a multiple of {fitting} keys"
             )
         self.dataset = dataset
         self.partner = partner

@@ -987,7 +987,8 @@ def test_evaluation_covers_every_row_once(equal, mode, world):
 
 def test_impossible_loaders_are_refused(equal):
     with pytest.raises(
-        UsageError, match="12 pictures do not fill one batch of 16: use --batch-size 12 or less"
+        UsageError,
+        match="12 pictures do not fill one batch of 16: use --batch-size 8, in a train script",
     ):
         loader(equal, batch_size=8, world_size=2)
     with pytest.raises(UsageError, match="no pictures"):

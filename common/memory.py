@@ -124,7 +124,9 @@ def queue_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) 
     """
     _check_memory("queue", queue, query=query, key=key)
     if query.shape != key.shape:
-        raise ValueError(f"query is {tuple(query.shape)} and key {tuple(key.shape)}: equal shapes")
+        raise ValueError(
+            f"query is {tuple(query.shape)} and key {tuple(key.shape)}: expected one shape"
+        )
     _check_temperature(temperature)
     _check_unit(query=query, key=key)
     with torch.autocast(query.device.type, enabled=False):

@@ -146,7 +146,9 @@ def ring_loss(
     torch.Size([])
     """
     if query.shape != key.shape:
-        raise ValueError(f"query is {tuple(query.shape)} and key {tuple(key.shape)}: equal shapes")
+        raise ValueError(
+            f"query is {tuple(query.shape)} and key {tuple(key.shape)}: expected one shape"
+        )
     if count is not None and (count < 1 or generator is None):
         raise ValueError(f"count {count} must be at least 1, and needs a generator to draw with")
     rule = Rule("ring", inner)

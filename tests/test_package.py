@@ -253,8 +253,14 @@ BAD = {  # name: (call, what the message has)
         lambda: contrast_logits(QUERY, QUERY, MEMORY, unit(7, 2, D), 1),
         r"nonsem is \(7, 2, 16\)",
     ),
-    "another length, key": (lambda: queue_logits(QUERY, QUERY[:7], MEMORY, 1), "equal shapes"),
-    "another length, ring": (lambda: ring_loss(QUERY, QUERY[:7], MEMORY, outer=1), "equal shapes"),
+    "another length, key": (
+        lambda: queue_logits(QUERY, QUERY[:7], MEMORY, 1),
+        "expected one shape",
+    ),
+    "another length, ring": (
+        lambda: ring_loss(QUERY, QUERY[:7], MEMORY, outer=1),
+        "expected one shape",
+    ),
     "another length, pair": (lambda: pair(QUERY, QUERY[:7], None), r"key \(7, 16\): expected"),
     "another length, views": (lambda: debiased_loss(QUERY, QUERY[:7]), r"\(7, 16\): expected"),
     "labels": (lambda: unbiased_loss(QUERY, QUERY, INDEX[:7]), r"labels are \(7,\): expected"),

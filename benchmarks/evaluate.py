@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.side_by_side import generate, in_a_process
-from common import augment, backbones, launch, metrics, options
+from common import augment, backbones, inputs, launch, metrics, options
 from tools import evaluate, probes
 
 TRAIN = 50_000
@@ -84,13 +84,13 @@ def in_parts(folder: str) -> tuple[float, dict[str, float]]:
     args = evaluate.parse_args(flags)
     process = launch.Process()
     backbone, operations, *_ = evaluate.open_backbone(args.checkpoint, process.device)
-    pictures = options.open_split(args, "train")
+    pictures = inputs.open_split(args, "train")
     crop = augment.RandomResizedCrop(args.input_res)
     view = augment.Compose(crop, augment.RandomHorizontalFlip(), *operations)
     began = time.perf_counter()
     evaluate.embed_split(args, process, pictures, view, backbone, args.views, "views")
     middle = time.perf_counter()
-    plain = options.plain_view(args, *operations)
+    plain = inputs.plain_view(args, *operations)
     evaluate.embed_split(args, process, pictures, plain, backbone, 1, "as it is")
     end = time.perf_counter()
     embedding = PARTS * (middle - began + (1 + VAL / TRAIN) * (end - middle))

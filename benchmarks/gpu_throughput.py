@@ -46,7 +46,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from benchmarks import photographs
 from benchmarks.side_by_side import WARM, synchronize
-from common import backbones, launch, options
+from common import backbones, inputs, launch, options
 from common.precision import Precision
 from common.sets import ArraySet
 from nonsem_neg import moco_non_sem_neg as script
@@ -102,12 +102,12 @@ class Pretraining:
         process = launch.Process(device=device)
         self.ready = 0  # batches that workers make ahead
         if pictures is None:
-            self.ready = 2 * options.reading_workers(self.args)
+            self.ready = 2 * inputs.reading_workers(self.args)
             calls = WARM + args.repeats * (args.steps + self.ready)
-            files = options.open_pretraining(self.args)
+            files = inputs.open_pretraining(self.args)
             count = max(len(files), args.batch * calls)
             pictures = files.select([row % len(files) for row in range(count)])
-        with mock.patch.object(options, "open_pretraining", lambda _: pictures):
+        with mock.patch.object(inputs, "open_pretraining", lambda _: pictures):
             self.loader = script.build_loader(self.args, process)
         self.method = script.NonSemantic(self.args, process)
         self.batches = self._batches()

@@ -23,7 +23,17 @@ from torch import nn
 
 from cmc import colour, networks
 from cmc.networks import MODELS
-from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    cli,
+    inputs,
+    launch,
+    options,
+    schedule,
+)
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained
 
@@ -182,7 +192,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     """Return crop and flip for training, or the centre crop for val/, and the channels of views."""
     views = colour.Views(colour.chosen_views(args))
     if not train:
-        return options.plain_view(args, views)
+        return inputs.plain_view(args, views)
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop_low, 1.0))
     return augment.Compose(crop, augment.RandomHorizontalFlip(), views)
 

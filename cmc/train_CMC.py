@@ -29,6 +29,7 @@ from common import (
     batchnorm,
     cli,
     footing,
+    inputs,
     launch,
     memory,
     metrics,
@@ -161,7 +162,7 @@ def recipe(args) -> augment.Compose:
 
 
 def build_loader(args, process: launch.Process):
-    return options.make_loader(args, process, options.open_pretraining(args), (recipe(args),))
+    return inputs.make_loader(args, process, inputs.open_pretraining(args), (recipe(args),))
 
 
 class CMC:
@@ -286,7 +287,7 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
-        plain = options.plain_view(args, colour.Views(colour.chosen_views(args)))
+        plain = inputs.plain_view(args, colour.Views(colour.chosen_views(args)))
         neighbours = knn.loaders(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         job.begin(

@@ -26,7 +26,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, cli, files, launch, options
+from common import UsageError, UserError, cli, files, inputs, launch, options
 from debiased import main as pretraining
 from debiased.loss import clamp_threshold, log_debiased
 from debiased.networks import Network, described
@@ -103,7 +103,7 @@ def embed(args, saved: checkpoint.Saved, pictures, process: launch.Process) -> t
     checkpoint.load_into(network, state, saved.path)
     network.eval().to(process.device, memory_format=torch.channels_last)
     views = (pretraining.recipe(args),) * args.views
-    loader = options.make_loader(
+    loader = inputs.make_loader(
         args, process, pictures, views, BATCH, shuffle=False, drop_last=False
     )
     progress = Progress("Embedding: ", len(loader), 10, enabled=process.is_main)
@@ -248,7 +248,7 @@ def worker(args, process: launch.Process) -> None:
         opt = saved.get("opt") or {}
         args = cli.replace(args, input_res=pretrained.input_res(args, opt))
         temperature = float(args.temperature or opt.get("temperature", 0.5))
-    pictures = options.open_split(args, "train")
+    pictures = inputs.open_split(args, "train")
     counts = pictures.targets.bincount(minlength=2) if (pictures.targets >= 0).all() else None
     if counts is None or counts.count_nonzero() < 2 or counts[counts > 0].min() < 2:
         raise UserError(

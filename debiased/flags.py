@@ -1,10 +1,12 @@
-"""Flags that both scripts share, and published spellings that argparse would misread."""
+"""The flags of the method, checks between them, and spellings that argparse would misread."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
-from common import UsageError, cli
+from common import UsageError, cli, options
 
 TRUE = ("true", "1", "yes")
 FALSE = ("false", "0", "no", "")
@@ -36,3 +38,54 @@ def refuse_spaced_equals(argv: list[str]) -> None:
             raise UsageError(
                 f"{before} = {after}: the equals sign stands alone; write {before} {after}"
             )
+
+
+def add_method_arguments(g) -> None:
+    """Add the choice of the loss, and its parameters."""
+    text = "biased: SimCLR; unbiased: negatives of other classes, by label; default: debiased"
+    g.add_argument("--loss", choices=["debiased", "biased", "unbiased"], help=text)
+    text = "False means --loss biased (in the published code any text means True)"
+    g.add_argument("--debiased", type=truth, nargs="?", const=True, metavar="BOOL", help=text)
+    text = "tau+, the chance that another picture is of the anchor's class; 0: the biased loss"
+    g.add_argument("--tau_plus", type=cli.fraction, default=0.1, help=text)
+    text = "positives of an anchor in the estimate; every picture has M + 1 views"
+    g.add_argument("--M", type=cli.positive_int, default=1, help=text)
+    g.add_argument("--temperature", type=cli.positive, default=0.5, help="temperature of the loss")
+
+
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
+    if args.name:
+        args.model_path = os.path.join(args.model_path, args.name)
+    if args.data is None:
+        if args.dataset != "stl10":
+            raise UsageError(options.NO_DATA)
+        args.data = "data"
+        text = "--data_folder is for other pictures, --demo for built-in ones"
+        print(
+            f"note: STL-10 in data/ is used, downloaded if missing (2.6 GB); {text}",
+            file=sys.stderr,
+        )
+    if args.test_size is None:
+        args.test_size = 96 if args.dataset == "stl10" else args.input_res
+    if args.loss and args.debiased is not None and args.debiased != (args.loss == "debiased"):
+        raise UsageError(f"--loss {args.loss} and --debiased {args.debiased}: omit one of the two")
+    if args.loss is None:
+        args.loss = "biased" if args.debiased is False else "debiased"
+    args.debiased = args.loss == "debiased"
+    if args.tau_plus == 1:
+        raise UsageError("--tau_plus 1.0: must be below 1, or all negatives are of one class")
+    for flag in ("tau_plus", "M"):
+        if args.loss != "debiased" and flag in args.typed:
+            raise UsageError(
+                f"--{flag} belongs to --loss debiased, and this is --loss {args.loss}; omit it"
+            )
+    if args.loss == "unbiased" and args.dataset == "stl10":
+        raise UsageError(
+            "--loss unbiased needs the class of every picture, and 100,000 pictures of STL-10 have "
+            "none: take --dataset cifar10, cifar100, or class folders"
+        )
+    if args.warmup_epochs >= args.epochs:
+        raise UsageError(
+            f"--warmup_epochs {args.warmup_epochs}: must be fewer than --epochs {args.epochs}"
+        )

@@ -28,13 +28,14 @@ from common import (
     backbones,
     cli,
     footing,
+    inputs,
     launch,
     metrics,
     options,
     schedule,
 )
 from common.precision import Precision
-from debiased.flags import add_adam_arguments, refuse_spaced_equals, truth
+from debiased import flags
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 from debiased.networks import MODELS, NORMALIZE, Network
 from debiased.scores import pair_statistics
@@ -75,9 +76,9 @@ def parse_args(argv=None):
     text = "batch-norm groups over all processes, as on that many GPUs (published: at most 2)"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
 
-    add_method_arguments(parser.add_argument_group("method"))
+    flags.add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
-    add_adam_arguments(g, epochs=500, batch_size=256)
+    flags.add_adam_arguments(g, epochs=500, batch_size=256)
     footing.add_argument(g)
     g.add_argument("--cosine", action="store_true", help="cosine schedule per step, down to 0")
     text = f"epochs of a linear warm-up from {WARM_FROM:.0%}% of the learning rate"
@@ -93,62 +94,11 @@ def parse_args(argv=None):
     g.add_argument("--k", dest="knn_k", type=cli.positive_int, default=200, help=text)
     g.set_defaults(knn_every=25)
     options.add_hardware_arguments(parser, compile=True)
-    refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
+    flags.refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     options.check(args)
-    settle(args)
+    flags.settle(args)
     return cli.freeze(args)
-
-
-def add_method_arguments(g) -> None:
-    """Add the choice of the loss, and its parameters."""
-    text = "biased: SimCLR; unbiased: negatives of other classes, by label; default: debiased"
-    g.add_argument("--loss", choices=["debiased", "biased", "unbiased"], help=text)
-    text = "False means --loss biased (in the published code any text means True)"
-    g.add_argument("--debiased", type=truth, nargs="?", const=True, metavar="BOOL", help=text)
-    text = "tau+, the chance that another picture is of the anchor's class; 0: the biased loss"
-    g.add_argument("--tau_plus", type=cli.fraction, default=0.1, help=text)
-    text = "positives of an anchor in the estimate; every picture has M + 1 views"
-    g.add_argument("--M", type=cli.positive_int, default=1, help=text)
-    g.add_argument("--temperature", type=cli.positive, default=0.5, help="temperature of the loss")
-
-
-def settle(args) -> None:
-    """Fill in the defaults that depend on other flags, and check flags against each other."""
-    if args.name:
-        args.model_path = os.path.join(args.model_path, args.name)
-    if args.data is None:
-        if args.dataset != "stl10":
-            raise UsageError(options.NO_DATA)
-        args.data = "data"
-        text = "--data_folder is for other pictures, --demo for built-in ones"
-        print(
-            f"note: STL-10 in data/ is used, downloaded if missing (2.6 GB); {text}",
-            file=sys.stderr,
-        )
-    if args.test_size is None:
-        args.test_size = 96 if args.dataset == "stl10" else args.input_res
-    if args.loss and args.debiased is not None and args.debiased != (args.loss == "debiased"):
-        raise UsageError(f"--loss {args.loss} and --debiased {args.debiased}: omit one of the two")
-    if args.loss is None:
-        args.loss = "biased" if args.debiased is False else "debiased"
-    args.debiased = args.loss == "debiased"
-    if args.tau_plus == 1:
-        raise UsageError("--tau_plus 1.0: must be below 1, or all negatives are of one class")
-    for flag in ("tau_plus", "M"):
-        if args.loss != "debiased" and flag in args.typed:
-            raise UsageError(
-                f"--{flag} belongs to --loss debiased, and this is --loss {args.loss}; omit it"
-            )
-    if args.loss == "unbiased" and args.dataset == "stl10":
-        raise UsageError(
-            "--loss unbiased needs the class of every picture, and 100,000 pictures of STL-10 have "
-            "none: take --dataset cifar10, cifar100, or class folders"
-        )
-    if args.warmup_epochs >= args.epochs:
-        raise UsageError(
-            f"--warmup_epochs {args.warmup_epochs}: must be fewer than --epochs {args.epochs}"
-        )
 
 
 def recipe(args) -> augment.Compose:
@@ -167,12 +117,12 @@ def recipe(args) -> augment.Compose:
 
 def plain_view(args, normalize: augment.Normalize = NORMALIZE) -> augment.Compose:
     """Return the view of an evaluation, at --test-size."""
-    return options.plain_view(args, normalize, side=args.test_size)
+    return inputs.plain_view(args, normalize, side=args.test_size)
 
 
 def build_loader(args, process: launch.Process):
     views = (recipe(args),) * (1 + args.M)
-    return options.make_loader(args, process, options.open_pretraining(args), views)
+    return inputs.make_loader(args, process, inputs.open_pretraining(args), views)
 
 
 def build_knn(args, process: launch.Process, pictures):

@@ -10,7 +10,7 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import UserError, figures, files, launch, options
+from common import UserError, figures, files, inputs, launch, options
 from feature_transform import voc_batches
 from feature_transform.voc import Pictures
 from runner import loop
@@ -36,7 +36,7 @@ def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
     size = max(1, args.batch_size // process.world_size)
     plans = [[(row, False) for row in rows[i : i + size]] for i in range(0, len(rows), size)]
     progress = Progress("Test: ", len(plans), args.print_freq, enabled=job.log.main)
-    workers = options.reading_workers(args)
+    workers = inputs.reading_workers(args)
     batches = voc_batches.decoded(pictures, plans, workers, process.device)
     found = {}
     for images, _, places in until_stopped(batches, job, "the test, which is made again"):

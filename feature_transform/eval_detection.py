@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 
-from common import UsageError, UserError, backbones, cli, launch, options, schedule
+from common import UsageError, UserError, backbones, cli, inputs, launch, options, schedule
 from common.precision import Precision
 from feature_transform import checkpoints, detections, detector, voc, voc_batches
 from preprocess import demo_voc
@@ -260,7 +260,7 @@ def worker(args, process: launch.Process) -> None:
             args.batch_size // process.world_size,
             args.seed,
             process,
-            options.reading_workers(args),
+            inputs.reading_workers(args),
         )
         job.begin(
             loader,

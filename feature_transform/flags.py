@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import UsageError, cli, options
+from common import UsageError, cli, options, schedule
 from feature_transform import networks, recipes, views
 
 OF_MIXNORM = (  # flags that have no effect without --mixnorm
@@ -100,6 +100,20 @@ def add_transformation_arguments(g) -> None:
     text = "query that negatives are compared with"
     queries = ["transformed", "original"]
     g.add_argument("--neg_query", choices=queries, default="transformed", help=text)
+
+
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
+    if args.data is None:
+        raise UsageError(options.NO_DATA)
+    recipes.fill(args)
+    check(args)
+    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
+    if args.batch_size > 256 and "warm" not in args.typed:
+        args.warm = True
+    if args.bn_splits is None:
+        args.bn_splits = 8 if args.mem == "moco" else 1
+    args.folder = options.run_folder(args, args.model_path, recipes.run_name(args))
 
 
 def check(args) -> None:

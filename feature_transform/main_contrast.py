@@ -30,6 +30,7 @@ from common import (
     batchnorm,
     cli,
     footing,
+    inputs,
     launch,
     memory,
     metrics,
@@ -95,22 +96,8 @@ def parse_args(argv=None):
     parser.ignore("the published code never implemented it", *dead)
     args = parser.parse_args(argv)
     options.check(args)
-    settle(args)
+    flags.settle(args)
     return cli.freeze(args)
-
-
-def settle(args) -> None:
-    """Fill in the defaults that depend on other flags, and check flags against each other."""
-    if args.data is None:
-        raise UsageError(options.NO_DATA)
-    recipes.fill(args)
-    flags.check(args)
-    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.batch_size > 256 and "warm" not in args.typed:
-        args.warm = True
-    if args.bn_splits is None:
-        args.bn_splits = 8 if args.mem == "moco" else 1
-    args.folder = options.run_folder(args, args.model_path, recipes.run_name(args))
 
 
 def build_loader(args, process: launch.Process):
@@ -120,7 +107,7 @@ def build_loader(args, process: launch.Process):
         seen = 2 * seen
     if args.jigsaw:
         seen.append(views.jigsaw_recipe(args))
-    return options.make_loader(args, process, options.open_pretraining(args), tuple(seen))
+    return inputs.make_loader(args, process, inputs.open_pretraining(args), tuple(seen))
 
 
 class Method:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import UserError, augment, cli, footing, launch, options, sets
+from common import UserError, augment, cli, footing, inputs, launch, options, sets
 from preprocess.imagenet_splits import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
@@ -104,7 +104,7 @@ def recipe(args) -> augment.Compose:
 
 def plain_view(args) -> augment.Compose:
     """Return the view of k-NN and evaluation: the centre crop."""
-    return options.plain_view(args, *last(vars(args)))
+    return inputs.plain_view(args, *last(vars(args)))
 
 
 def pictures(args, seen: list[Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    cli,
+    inputs,
+    launch,
+    options,
+    schedule,
+)
 from moco_insdis import train_moco_ins
 from moco_insdis.networks import MODELS, normalize, synchronised
 from preprocess import demo
@@ -197,7 +207,7 @@ def embed(network, images, args):
 
 def recipe(args, saved, train: bool) -> augment.Compose:
     """Return the pre-training's view with this run's --aug, or the centre crop for val/."""
-    return train_moco_ins.recipe(args) if train else options.plain_view(args, normalize(vars(args)))
+    return train_moco_ins.recipe(args) if train else inputs.plain_view(args, normalize(vars(args)))
 
 
 def learning_rate(args, at: loop.At) -> float:

@@ -31,6 +31,7 @@ from common import (
     batchnorm,
     cli,
     footing,
+    inputs,
     launch,
     memory,
     nce,
@@ -152,7 +153,7 @@ def recipe(args) -> augment.Compose:
 
 def build_loader(args, process: launch.Process):
     views = (recipe(args), recipe(args)) if args.moco else (recipe(args),)
-    return options.make_loader(args, process, options.open_pretraining(args), views)
+    return inputs.make_loader(args, process, inputs.open_pretraining(args), views)
 
 
 class InsDis(InstanceMethod):
@@ -291,7 +292,7 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
-        plain = options.plain_view(args, normalize(vars(args)))
+        plain = inputs.plain_view(args, normalize(vars(args)))
         neighbours = knn.loaders(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         job.begin(

@@ -24,6 +24,26 @@ def add_data_argument(group, text: str) -> None:
     group.add_argument("--data", metavar="DATA", help="DATA as an option")
 
 
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
+    settle_paths(args)
+    if args.patch_ratio is None:
+        largest = 72 if args.demo else 56
+        args.patch_ratio = [max(1, round(s * args.input_res / 224)) for s in (16, largest)]
+    if args.aug is None:
+        args.aug = "v2" if args.aug_plus else "v1"
+    if args.robust == "none":
+        args.num_nonsem = 0
+    if args.robust == "texture":
+        settle_textures(args)
+    if args.robust == "patch" and args.num_nonsem:
+        check_patches(args)
+    keys = 2 * args.batch_size if args.symmetric else args.batch_size  # that a step enqueues
+    if args.moco_k % keys:
+        name = "twice the global batch" if args.symmetric else "the global batch"
+        raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {name} {args.batch_size}")
+
+
 def settle_paths(args) -> None:
     """Append --name to the run folder. Raises UsageError where there is no data."""
     if args.start_epoch >= args.epochs:

@@ -20,7 +20,17 @@ import common  # isort: split
 import torch
 from torch import nn
 
-from common import UsageError, UserError, augment, backbones, cli, launch, options, schedule
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    cli,
+    inputs,
+    launch,
+    options,
+    schedule,
+)
 from common.precision import Precision
 from nonsem_neg import flags
 from nonsem_neg.views import normalize, pretraining_flags
@@ -202,7 +212,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     """Return crop and flip for training, or the centre crop for val/."""
     before = pretraining_flags(saved)
     if not train:
-        return options.plain_view(args, normalize(before))
+        return inputs.plain_view(args, normalize(before))
     crop = augment.RandomResizedCrop(args.input_res)
     return augment.Compose(crop, augment.RandomHorizontalFlip(), normalize(before))
 
@@ -273,8 +283,8 @@ def evaluate(args, process: launch.Process) -> None:
     """Write the accuracy on val/ of the trained classifier that --resume names."""
     saved, args = read(args)
     # A published file does not name its classes.
-    classes = saved.get("classes") or options.open_split(args, "train").classes
-    val_set = options.open_split(args, "val", classes=classes)
+    classes = saved.get("classes") or inputs.open_split(args, "train").classes
+    val_set = inputs.open_split(args, "val", classes=classes)
     network, classifier = build_network(saved, args, len(val_set.classes), process)
     load(network, classifier, saved)
     precision = Precision.of(args, process.device)
@@ -284,7 +294,7 @@ def evaluate(args, process: launch.Process) -> None:
             return embed(network, images, args)
 
     log = RunFolder(args.ckpt_path, args, process, suffix="-evaluate")
-    loader = options.evaluation_loader(args, process, val_set, recipe(args, saved, train=False))
+    loader = inputs.evaluation_loader(args, process, val_set, recipe(args, saved, train=False))
     top1, top5, _ = validate(classifier, FreshViews(embed_precisely, loader))
     log.say_replaced(loader)
     log.result(evaluated=saved.path, data=args.data, split="val", acc1=top1, acc5=top5)

@@ -29,6 +29,7 @@ from common import (
     batchnorm,
     cli,
     footing,
+    inputs,
     launch,
     metrics,
     nce,
@@ -104,28 +105,8 @@ def parse_args(argv=None):
     parser.ignore("--patch-ratio sets the side of patches", "patch-size")
     args = parser.parse_args(argv)
     options.check(args)
-    settle(args)
+    flags.settle(args)
     return cli.freeze(args)
-
-
-def settle(args) -> None:
-    """Fill in the defaults that depend on other flags, and check flags against each other."""
-    flags.settle_paths(args)
-    if args.patch_ratio is None:
-        largest = 72 if args.demo else 56
-        args.patch_ratio = [max(1, round(s * args.input_res / 224)) for s in (16, largest)]
-    if args.aug is None:
-        args.aug = "v2" if args.aug_plus else "v1"
-    if args.robust == "none":
-        args.num_nonsem = 0
-    if args.robust == "texture":
-        flags.settle_textures(args)
-    if args.robust == "patch" and args.num_nonsem:
-        flags.check_patches(args)
-    keys = 2 * args.batch_size if args.symmetric else args.batch_size  # that a step enqueues
-    if args.moco_k % keys:
-        name = "twice the global batch" if args.symmetric else "the global batch"
-        raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {name} {args.batch_size}")
 
 
 def recipe(args) -> augment.Compose:
@@ -152,9 +133,9 @@ def build_loader(args, process: launch.Process):
     if args.robust == "texture" and args.num_nonsem:
         pictures, partner = textures.open_pairs(args)
     else:
-        pictures, partner = options.open_pretraining(args), None
+        pictures, partner = inputs.open_pretraining(args), None
     view = recipe(args)
-    return options.make_loader(args, process, pictures, (view, view), partner=partner)
+    return inputs.make_loader(args, process, pictures, (view, view), partner=partner)
 
 
 def build_network(args, process: launch.Process) -> MoCo:
@@ -308,7 +289,7 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process, texture=args.robust == "texture")
         loader = build_loader(args, process)
         pictures = loader.dataset
-        plain = options.plain_view(args, normalize(vars(args)))
+        plain = inputs.plain_view(args, normalize(vars(args)))
         neighbours = knn.loaders(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         sides = {"patch_side": args.patch_ratio} if args.robust == "patch" else {}

@@ -40,7 +40,7 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, launch, options, printable, sets
+from common import UsageError, UserError, cli, inputs, launch, options, printable, sets
 from common.pictures import as_rgb
 from preprocess import demo, workers
 from preprocess.corruption_tree import (
@@ -160,7 +160,7 @@ def read_picture(path: str, size: int) -> np.ndarray:
     """
     image = as_rgb(Image.open(workers.read(path)))
     if size:
-        image = transforms.functional.resize(image, options.eval_resize(size))  # Pillow's bilinear
+        image = transforms.functional.resize(image, inputs.eval_resize(size))  # Pillow's bilinear
         image = transforms.functional.center_crop(image, size)
     return np.asarray(image)
 

@@ -23,7 +23,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, augment, backbones, cli, files, launch, options, schedule
+from common import UsageError, augment, backbones, cli, files, inputs, launch, options, schedule
 from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
@@ -153,7 +153,7 @@ def embed(network, images, args, layer: int = nearest.POOLED):
 def recipe(args, saved, train: bool) -> augment.Compose:
     """Return crop and flip (released: the pre-training's view), or the plain view for val/."""
     if not train:
-        return options.plain_view(args, last_operation(args))
+        return inputs.plain_view(args, last_operation(args))
     if args.protocol == "released":
         return train_ring.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
@@ -219,7 +219,7 @@ def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
         with precision.autocast():
             return embed(network, images, args, layer)
 
-    view = options.plain_view(args, last_operation(args))
+    view = inputs.plain_view(args, last_operation(args))
     banks, labels, note = [], None, ""
     with saved.within():
         if not args.is_transfer:

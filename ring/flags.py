@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from cmc import colour
-from common import UsageError, cli
+from common import UsageError, cli, options, sets
 from ring import thresholds
+from ring.views import SIDES
 
 MOMENTA = {"ir": 0.0, "cmc": 0.5, "moco": 0.999}  # defaults of --m; that of cmc is Tian et al.'s
 BELONGS = {  # {flag: the --method that it belongs to}
@@ -61,6 +64,33 @@ def add_method_arguments(g) -> None:
 
 
 def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
+    if args.data is None:
+        raise UsageError(
+            "no data: give --root (and --dataset), a CONFIG.json with both, or --demo for built-in "
+            "pictures"
+        )
+    args.dataset = args.dataset.removesuffix("_2views")  # the method decides how many views
+    args.input_res = args.input_res or SIDES[args.augmentation]
+    if args.nn_every is None:
+        is_labelled = args.dataset in sets.TORCHVISION_SETS
+        args.nn_every = 1 if is_labelled or args.anneal == "accuracy" else 0
+    settle_method(args)
+    args.exp_name = args.exp_name or run_name(args)
+    name = args.name or f"{args.exp_name}_{args.dataset}"
+    args.folder = os.path.join(args.model_path, name)
+    if args.show_ring:  # the run writes that picture alone
+        args.resume = args.resume or "auto"
+        args.overwrite = True
+
+
+def run_name(args) -> str:
+    """Return the published name of the run folder, to which the data set is added."""
+    annealed = "" if args.anneal == "constant" else f"_{args.anneal}"
+    return f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
+
+
+def settle_method(args) -> None:
     """Fill in the defaults that depend on the method, and check flags against each other."""
     args.k = args.queue or args.k
     args.m = args.m if args.ema is None else args.ema

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common import UsageError, UserError, augment, data, launch, metrics, options, sets
+from common import UsageError, UserError, augment, data, inputs, launch, metrics, options, sets
 from ring import negatives
 from runner import checkpoint, knn
 
@@ -91,8 +91,8 @@ def val_loader(
         raise UsageError(
             "--nn-every needs labels, and the data has none: give a labelled tree, or --nn-every 0"
         )
-    val_set = options.open_split(args, "val", classes=train_set.classes)
-    return options.evaluation_loader(args, process, val_set, view, knn.BATCH)
+    val_set = inputs.open_split(args, "val", classes=train_set.classes)
+    return inputs.evaluation_loader(args, process, val_set, view, knn.BATCH)
 
 
 def bank_accuracy(

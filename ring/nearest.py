@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import augment, data, launch, metrics, options, sets
+from common import augment, data, inputs, launch, metrics, options, sets
 from ring import monitor
 from runner import knn, layouts
 
@@ -79,7 +79,7 @@ def neighbours(
         return knn.embedded(lambda images: embed(images, layer), loader)
 
     train_loader, val_loader = (
-        options.evaluation_loader(args, process, pictures, view, knn.BATCH) for pictures in both
+        inputs.evaluation_loader(args, process, pictures, view, knn.BATCH) for pictures in both
     )
     classes = len(both[0].classes)
     voters, of_voters = features(train_loader, POOLED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common import UsageError, augment, figures, files, launch, options, sets
+from common import UsageError, augment, figures, files, inputs, launch, options, sets
 from ring.monitor import no_ring
 from ring.views import last_operation
 
@@ -95,7 +95,7 @@ def _views(job, pictures: sets.PictureSet, rows: Tensor, view: augment.Compose) 
     """Return these pictures of the set under `view`, in one batch."""
     alone = launch.Process(device=job.process.device)
     chosen = pictures.select(rows)
-    loader = options.evaluation_loader(job.args, alone, chosen, view, len(rows), workers=0)
+    loader = inputs.evaluation_loader(job.args, alone, chosen, view, len(rows), workers=0)
     (images,), *_ = next(iter(loader))
     return images
 

@@ -31,6 +31,7 @@ from common import (
     batchnorm,
     cli,
     footing,
+    inputs,
     launch,
     options,
     schedule,
@@ -111,35 +112,8 @@ def parse_args(argv=None):
     parser.set_defaults(input_res=None, seed=1337)
     args = config.parse(parser, argv)
     options.check(args)
-    settle(args)
-    return cli.freeze(args)
-
-
-def settle(args) -> None:
-    """Fill in the defaults that depend on other flags, and check flags against each other."""
-    if args.data is None:
-        raise UsageError(
-            "no data: give --root (and --dataset), a CONFIG.json with both, or --demo for built-in "
-            "pictures"
-        )
-    args.dataset = args.dataset.removesuffix("_2views")  # the method decides how many views
-    args.input_res = args.input_res or SIDES[args.augmentation]
-    if args.nn_every is None:
-        is_labelled = args.dataset in sets.TORCHVISION_SETS
-        args.nn_every = 1 if is_labelled or args.anneal == "accuracy" else 0
     flags.settle(args)
-    args.exp_name = args.exp_name or run_name(args)
-    name = args.name or f"{args.exp_name}_{args.dataset}"
-    args.folder = os.path.join(args.model_path, name)
-    if args.show_ring:  # the run writes that picture alone
-        args.resume = args.resume or "auto"
-        args.overwrite = True
-
-
-def run_name(args) -> str:
-    """Return the published name of the run folder, to which the data set is added."""
-    annealed = "" if args.anneal == "constant" else f"_{args.anneal}"
-    return f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
+    return cli.freeze(args)
 
 
 def recipe(args) -> augment.Compose:
@@ -161,9 +135,9 @@ def recipe(args) -> augment.Compose:
 
 def build_loader(args, process: launch.Process):
     split = args.stl_split if args.dataset == "stl10" else "train"
-    pictures = options.open_split(args, split, unlabelled=True)
+    pictures = inputs.open_split(args, split, unlabelled=True)
     views = (recipe(args),) * (2 if args.method == "moco" else 1)
-    return options.make_loader(args, process, pictures, views)
+    return inputs.make_loader(args, process, pictures, views)
 
 
 class IR(Method):
@@ -308,7 +282,7 @@ def worker(args, process: launch.Process) -> None:
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
-        plain = options.plain_view(args, last_operation(args))
+        plain = inputs.plain_view(args, last_operation(args))
         neighbours = knn.loaders(args, process, pictures, plain)
         nearest = monitor.val_loader(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from common import UsageError, augment, cli, data, launch, metrics, options, sets
+from common import UsageError, augment, cli, data, inputs, launch, metrics, options, sets
 from runner.features import Embed, embed_images
 from runner.signals import until_stopped
 
@@ -29,15 +29,15 @@ def loaders(
         is_pack = os.path.exists(os.path.join(args.knn_data, "train.json"))
         dataset = "packed" if is_pack else "folder"
         args = cli.replace(args, data=args.knn_data, dataset=dataset, class_list=None)
-        train_set = options.open_split(args, "train")
+        train_set = inputs.open_split(args, "train")
     elif not train_set.classes:
         raise UsageError(
             "--knn-every needs labels, but DATA has none: give a labelled tree with --knn-data, "
             "or omit the flag"
         )
-    val_set = options.open_split(args, "val", classes=train_set.classes)
-    bank = options.evaluation_loader(args, process, train_set, view, BATCH)
-    return bank, options.evaluation_loader(args, process, val_set, view, BATCH)
+    val_set = inputs.open_split(args, "val", classes=train_set.classes)
+    bank = inputs.evaluation_loader(args, process, train_set, view, BATCH)
+    return bank, inputs.evaluation_loader(args, process, val_set, view, BATCH)
 
 
 def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def _beside(job, classifier, both, view) -> dict[str, float]:
     if size > MOST_BYTES:
         job.log.say(f"note: no k-NN beside it, as the features would take {size / 1e9:.0f} GB")
         return {}
-    loaders = [options.evaluation_loader(args, job.process, part, view, BATCH) for part in both]
+    loaders = [inputs.evaluation_loader(args, job.process, part, view, BATCH) for part in both]
     until = functools.partial(until_stopped, job=job, lost="nothing is trained yet")
     rows = [part for loader in loaders for part in embedded(embed, until(loader))]
     top1, _ = metrics.knn(*rows, len(both[0].classes), args.knn_k, args.knn_t)

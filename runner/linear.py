@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import cli, data, launch, options, sets
+from common import cli, data, inputs, launch, options, sets
 from common.precision import Precision
 from runner import checkpoint, knn, layouts, loop, pretrained
 from runner.classifier import Classifier
@@ -145,8 +145,8 @@ def read(spec: Spec, args) -> tuple[checkpoint.Saved, Any]:
 
 def open_both(args, saved: checkpoint.Saved) -> tuple[sets.PictureSet, sets.PictureSet]:
     """Open train/ and val/, with the class order of the checkpoint if it records one."""
-    train_set = options.open_split(args, "train", classes=saved.get("classes"))
-    return train_set, options.open_split(args, "val", classes=train_set.classes)
+    train_set = inputs.open_split(args, "train", classes=saved.get("classes"))
+    return train_set, inputs.open_split(args, "val", classes=train_set.classes)
 
 
 class _Embedding(nn.Module):
@@ -189,7 +189,7 @@ def fit(
 
         kind = spec.method or Classifier
         method = kind(spec, args, process, network, classifier, embed, recorded)
-        loader = options.make_loader(
+        loader = inputs.make_loader(
             args,
             process,
             train_set,
@@ -198,7 +198,7 @@ def fit(
             drop_last=spec.drop_last,
         )
         view = spec.recipe(args, saved, False)
-        val_loader = options.evaluation_loader(args, process, val_set, view, args.batch_size)
+        val_loader = inputs.evaluation_loader(args, process, val_set, view, args.batch_size)
         job.begin(
             loader,
             method,

@@ -284,7 +284,7 @@ def test_unlabelled_pictures_train_but_do_not_vote(monkeypatch):
     mixed = ArraySet(pictures, [-1, 1, -1, 0, 1, *[-1] * 7], ["a", "b"])
     val = ArraySet(pictures[:4], [0, 1, 0, 1], ["a", "b"])
     args = script.parse_args([*TINY, "--knn-every", "1"])
-    monkeypatch.setattr(script.options, "open_split", lambda *_, **__: val)
+    monkeypatch.setattr(script.inputs, "open_split", lambda *_, **__: val)
     bank, queries = script.build_knn(args, HERE, mixed)
     assert sorted(bank.dataset.targets.tolist()) == [0, 1, 1]
     assert len(queries.dataset) == 4

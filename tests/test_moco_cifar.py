@@ -12,7 +12,7 @@ from conftest import Net, equal
 from torch import nn
 from torch.nn import functional as F
 
-from common import UsageError, augment, batchnorm, launch, options
+from common import UsageError, augment, batchnorm, inputs, launch, options
 from nonsem_neg import main_lincls, views
 from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo
@@ -45,10 +45,10 @@ def test_the_preset_is_the_notebook():
     assert crop.scale == (0.08, 1.0) and isinstance(flip, augment.RandomHorizontalFlip)
     assert (jitter.p, grey.p, normal) == (0.8, 0.2, views.CIFAR)
     assert normal.mean == (0.4914, 0.4822, 0.4465) and normal.std == (0.2023, 0.1994, 0.2010)
-    assert options.plain_view(args).geometry == augment.ResizeCenterCrop(32, 32)  # as it is
-    assert options.plain_view(plain).geometry == augment.ResizeCenterCrop(256, 224)
+    assert inputs.plain_view(args).geometry == augment.ResizeCenterCrop(32, 32)  # as it is
+    assert inputs.plain_view(plain).geometry == augment.ResizeCenterCrop(256, 224)
     typed = script.parse_args(["CIFAR", "--preset", "moco-cifar", "--eval-resize", "37"])
-    assert options.plain_view(typed).geometry == augment.ResizeCenterCrop(37, 32)
+    assert inputs.plain_view(typed).geometry == augment.ResizeCenterCrop(37, 32)
 
 
 def test_keys_of_a_symmetric_step_fit_the_queue(capsys):

@@ -3,8 +3,8 @@ exact resumes. One job of two processes makes all that is compared here.
 
 The networks compute in float64, features and losses in float32 as ever. So rounding enters where
 features are compared, and is not blown up by batch-norm over few numbers on its way through the
-layers: what agrees, agrees to six digits, and what is wrong (the planted mistakes show it) is a
-thousand times further away.
+layers: what agrees, agrees to four digits on every processor seen, and what is wrong (the planted
+mistakes show it) is a thousand times further away.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from common import batchnorm, cli, launch, options
 from runner import checkpoint
 from runner.contract import At, Batch
 
-TOLERANCE = 2e-4  # relative; measured: at most 1e-5. The mistakes: 0.2 to 2
+TOLERANCE = 1e-3  # relative; measured: at most 2.3e-4, by processor. The mistakes: 0.2 to 2
 ROWS = 8  # of the global batch of a step
 TORCHRUN = "patch"  # the Case that torchrun starts, too
 MISTAKES = [(mistake, name) for name, case in CASES.items() for mistake in case.mistakes]

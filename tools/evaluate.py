@@ -30,7 +30,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import UsageError, UserError, augment, backbones, cli, launch, options, printable
+from common import (
+    UsageError,
+    UserError,
+    augment,
+    backbones,
+    cli,
+    inputs,
+    launch,
+    options,
+    printable,
+)
 from common.precision import Precision
 from preprocess import demo
 from runner import checkpoint, features, knn, layouts, pretrained
@@ -146,7 +156,7 @@ def embed_split(
 ) -> tuple[Tensor, Tensor]:
     """Return features (views, n, D) and targets (n,) of all pictures, in order."""
     print(f"{title}:", flush=True)
-    loader = options.evaluation_loader(
+    loader = inputs.evaluation_loader(
         args, process, pictures, view, args.batch_size, seed=args.seed
     )
     cached = features.CachedViews(embed, loader, views, args.seed, 10, show=True, flag="--views")
@@ -163,7 +173,7 @@ def evaluate(
         with precision.autocast():
             return network(images)
 
-    plain = options.plain_view(args, *operations)
+    plain = inputs.plain_view(args, *operations)
     crop = augment.RandomResizedCrop(args.input_res)
     augmented = augment.Compose(crop, augment.RandomHorizontalFlip(), *operations)
     began = time.perf_counter()
@@ -232,10 +242,10 @@ def worker(args, process: launch.Process) -> None:
     network, operations, origin, flags = open_backbone(args.checkpoint, process.device)
     with checkpoint.in_one_line(lambda: f"{origin['pretrained']}: its flags"):
         args = cli.replace(args, input_res=pretrained.input_res(args, flags))
-    train_set = options.open_split(args, "train")
+    train_set = inputs.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")
-    val_set = options.open_split(args, "val", classes=train_set.classes)
+    val_set = inputs.open_split(args, "val", classes=train_set.classes)
     log = RunFolder(args.out, args, process, tensorboard=False)
     try:
         result, cosines = evaluate(args, process, network, operations, train_set, val_set)

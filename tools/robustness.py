@@ -27,7 +27,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, augment, cli, files, launch, options
+from common import UsageError, UserError, augment, cli, files, inputs, launch, options
 from common.precision import Precision
 from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
@@ -151,7 +151,7 @@ class Evaluation:
         crop = geometry(self.args.precropped, plain.geometry, pictures, is_cropped)
         view = augment.Compose(crop, *plain.ops)
         batch = max(1, self.args.batch_size // self.process.world_size)
-        loader = options.evaluation_loader(self.args, self.process, pictures, view, batch)
+        loader = inputs.evaluation_loader(self.args, self.process, pictures, view, batch)
         is_long = self.log.main and len(loader) > 25
         progress = Progress(f"{label}: ", len(loader), 25, enabled=is_long)
         parts = []

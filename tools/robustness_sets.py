@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import UsageError, augment, options, printable, sets
+from common import UsageError, augment, inputs, options, printable, sets
 from preprocess.corruptions import CORRUPTIONS
 from runner import checkpoint
 from tools import shape_bias
@@ -28,7 +28,7 @@ def class_names(saved: checkpoint.Saved, args) -> list[str]:
         with saved.within():
             return [name.strip("") for name in saved["classes"]]  # raises unless they are names
     if args.data:
-        return options.open_split(args, "val").classes
+        return inputs.open_split(args, "val").classes
     if args.class_list:
         return sets.read_class_list(args.class_list)
     raise UsageError(
@@ -51,7 +51,7 @@ def open_by_class(folder: str, classes: list[str]) -> sets.FolderSet:
 
 def open_clean(args, classes: list[str]) -> sets.PictureSet:
     if args.dataset in ("packed", *sets.TORCHVISION_SETS):
-        return options.open_split(args, "val", classes=classes)
+        return inputs.open_split(args, "val", classes=classes)
     return open_by_class(str(sets.split_folder(args.data, "val")), classes)
 
 

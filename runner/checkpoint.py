@@ -110,9 +110,8 @@ def _read(path: Path):
 def _copied(value, depth: int = 0):
     """Copy `value` into plain containers, with tensors in memory and a Namespace as a dict.
 
-    A NumPy scalar becomes a number.
-
-    Raises ValueError if it is nested too deeply or a tensor claims more than the file holds.
+    A NumPy scalar becomes a number. Raises ValueError if it is nested too deeply or a tensor claims
+    more than the file holds.
     """
     if depth > DEPTH:
         raise ValueError(f"it is nested more than {DEPTH} times")

@@ -5,6 +5,7 @@ classifiers of every paper, results that are kept as they come, signals, wrong f
 
 import argparse
 import json
+import types
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from moco_insdis import eval_moco_ins
 from ring import eval_ring
 from ring import networks as ring_networks
 from runner import checkpoint, layouts
-from tools import report, robustness
+from tools import report, robustness, robustness_sets
 
 SMALL = (
     "--device cpu --input-res 32 --epochs 20 -b 64 --lr 5 -j 0 --seed 0 --dataset folder".split()
@@ -381,6 +382,13 @@ def test_two_processes_and_the_published_name(workspace):
 
 
 WRONG = [None, 3, -1.5, "x", [], {}, {"x": 1}, [1], True, torch.zeros(2), float("nan")]
+
+
+def test_a_classifier_with_an_empty_list_of_classes_does_not_name_them(tmp_path):
+    torch.save({"classes": []}, tmp_path / "empty.pth")
+    args = types.SimpleNamespace(data=None, class_list=None)
+    with pytest.raises(UsageError, match="empty.pth does not name its classes"):
+        robustness_sets.class_names(checkpoint.Saved(tmp_path / "empty.pth"), args)
 
 
 def test_a_classifier_with_a_wrong_field_is_one_line(workspace, monkeypatch, capsys):

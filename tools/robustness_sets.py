@@ -24,8 +24,8 @@ def class_names(saved: checkpoint.Saved, args) -> list[str]:
 
     They come from the checkpoint, or for an authors' file from the clean set or --class-list.
     """
-    if "classes" in saved:
-        with saved.within():
+    with saved.within():
+        if saved.get("classes"):
             return [name.strip("") for name in saved["classes"]]  # raises unless they are names
     if args.data:
         return inputs.open_split(args, "val").classes

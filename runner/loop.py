@@ -27,15 +27,13 @@ import torch
 from torch import Tensor
 
 from common import data, files, launch, options, schedule
-from runner import checkpoint, resume, views
+from runner import checkpoint, collapse, resume, views
 from runner.contract import At, Batch, Method
 from runner.folder import RunFolder, refuse_to_overwrite
 from runner.progress import Progress
 from runner.resume import Files, Position
 from runner.scores import Scores
 from runner.signals import StopSignal
-
-COLLAPSED = 0.1  # spread of features below which a network learns nothing
 
 __all__ = ["At", "Batch", "Files", "Job", "Method"]
 
@@ -306,20 +304,10 @@ class Job:
 
     def _warn_of_collapse(self) -> None:
         """Warn once where an epoch after the first shows that the network learns nothing."""
-        chance = getattr(self.method, "equal_loss", math.inf)
-        loss = next((v for key, v in self.means.items() if key in ("loss", "ins_loss")), 0.0)
-        finding = ""
-        if self.means.get("feature_spread", 1.0) < COLLAPSED:
-            spread = self.means["feature_spread"]
-            finding = f"the features have collapsed (their spread is {spread:.3f} of 1)"
-        elif loss > 1.02 * chance:
-            finding = f"the loss {loss:.3f} is above that of equal scores, {chance:.3f}"
+        finding = collapse.finding(self.means, getattr(self.method, "equal_loss", math.inf))
         if finding and self.done and not self._warned:
             self._warned = True
-            self.warn(
-                f"epoch {self.epoch}: {finding}, so the network learns nothing; usual remedies are "
-                "a lower learning rate, a higher temperature, and a larger batch or more negatives"
-            )
+            self.warn(f"epoch {self.epoch}: {finding}")
 
     def track(self, scores: Tensor | None = None, **values: Tensor | float) -> None:
         """Add up the values that `Method.step` returned, and log them every --print-freq steps."""

@@ -36,18 +36,21 @@ def reopen(
     side: int | None,
     process: launch.Process,
     precision: Precision,
+    eval_resize: int | None = None,
 ) -> Classifier:
     """Open the classifier in `saved`, a file of any linear evaluation, ours or the authors'.
 
     network: path of its network, for files that hold only a classifier; "" means the recorded path.
-    side: side of the input in pixels; None means that of the linear evaluation. Raises UserError if
-    the file holds no classifier, or its network is missing or a different one.
+    side, eval_resize: of the input in pixels, and of a picture before its centre is cut; None means
+    those of the linear evaluation. Raises UserError if the file holds no classifier, or its network
+    is missing or a different one.
     """
     with saved.within():
         paper = _paper_of(saved)
         spec = paper.linear()
         network = network or _network_of(saved, spec)
-        args = spec.parse_args(_argv(spec, saved, network, side))
+        typed = {spec.side: side, "eval_resize": eval_resize}
+        args = spec.parse_args(_argv(spec, saved, network, typed))
         if spec.whole:
             source, args = saved, spec.whole(saved, args)
         else:
@@ -112,15 +115,17 @@ def _network_of(saved: checkpoint.Saved, spec: Spec) -> str:
     return network
 
 
-def _argv(spec: Spec, saved: checkpoint.Saved, network: str, side: int | None) -> list[str]:
-    """Return the arguments for spec.parse_args, with the flags that the file decides."""
+def _argv(spec: Spec, saved: checkpoint.Saved, network: str, typed: dict) -> list[str]:
+    """Return the arguments for spec.parse_args, with the flags that the file decides.
+
+    typed: flags that win over it where they are not None.
+    """
     flags = dict(spec.flags_of(saved))
-    if side is not None:
-        flags[spec.side] = side
+    flags |= {name: value for name, value in typed.items() if value is not None}
     argv = [*spec.argv]
     if not spec.whole:
         argv.append(f"--{spec.flag}={network}")
-    for name in dict.fromkeys((*spec.reopened, spec.side)):
+    for name in dict.fromkeys((*spec.reopened, spec.side, "eval_resize")):
         value = flags.get(name)
         if value is True:
             argv.append(f"--{name}")

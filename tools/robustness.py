@@ -278,7 +278,7 @@ def worker(args, process: launch.Process) -> None:
         saved = read_classifier(args)
         precision = Precision.of(args, process.device)
         side = args.input_res if "input_res" in args.typed else None
-        classifier = reopen(saved, args.network, side, process, precision)
+        classifier = reopen(saved, args.network, side, process, precision, args.eval_resize)
         arch = classifier.origin["arch"]
         if args.arch and arch != args.arch:
             raise UserError(f"{saved.path} was trained with --arch {arch}, not {args.arch}")

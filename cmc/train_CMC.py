@@ -195,7 +195,8 @@ class CMC:
         self.wrapped = launch.parallel(self.network, process)
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
         self.memory = MemoryBanks(n, args.feat_dim, self.names, *bank).to(process.device)
-        self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k, args.softmax)
+        if args.softmax:
+            self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
         self.generators = {"draws": draws}
 

@@ -35,16 +35,13 @@ def info_nce(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def equal_loss(k: int, softmax: bool = True) -> float:
-    """Return the loss of a network that gives equal scores to a positive and k negatives.
-
-    softmax: InfoNCE; else NCE whose Z is the mean of its batch.
+def equal_loss(k: int) -> float:
+    """Return the InfoNCE loss of a network that gives equal scores to a positive and k negatives.
 
     >>> round(equal_loss(64), 4)
     4.1744
     """
-    chance = math.log1p(k)
-    return chance if softmax else chance + k * math.log1p(1 / k)
+    return math.log1p(k)
 
 
 def nce_loss(estimate: Tensor, n: int) -> Tensor:

@@ -254,7 +254,7 @@ def _recognise(args) -> None:
 
     The published default of some scripts is such a set. A typed --dataset stays.
     """
-    name = (args.dataset or "").removesuffix("_2views")
+    name = (getattr(args, "dataset", None) or "").removesuffix("_2views")
     if args.data is None or "dataset" in args.typed or name not in sets.TORCHVISION_SETS:
         return
     kind = sets.kind_of(args.data, name)

@@ -26,7 +26,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, cli, files, inputs, launch, options
+from common import UsageError, UserError, cli, files, footing, inputs, launch, options
 from debiased import main as pretraining
 from debiased.loss import clamp_threshold, log_debiased
 from debiased.networks import Network, described
@@ -97,9 +97,13 @@ def embed(args, saved: checkpoint.Saved, pictures, process: launch.Process) -> t
     """Return unit projections (n, views, D) of augmented views by the pre-trained network."""
     state = layouts.tensors(saved)
     model, small_stem = described(state, saved.path)
-    if "g.3.weight" not in state:
+    is_common = pretrained.footing(saved.get("opt") or {})["footing"] == "common"
+    last = "g.2.weight" if is_common else "g.3.weight"
+    if last not in state:
         raise UserError(f"{saved.path} has no projection head g: give a pre-training checkpoint")
-    network = Network(model, len(state["g.3.weight"]), small_stem)
+    network = Network(model, len(state[last]), small_stem)
+    if is_common:
+        network.g = footing.head(network.f.dim, len(state[last]))
     checkpoint.load_into(network, state, saved.path)
     network.eval().to(process.device, memory_format=torch.channels_last)
     views = (pretraining.recipe(args),) * args.views
@@ -246,7 +250,8 @@ def worker(args, process: launch.Process) -> None:
     saved = pretrained.read(args.model_path, "--model_path", first)
     with saved.within():
         opt = saved.get("opt") or {}
-        args = cli.replace(args, input_res=pretrained.input_res(args, opt))
+        side, shared = pretrained.input_res(args, opt), pretrained.footing(opt)
+        args = cli.replace(args, input_res=side, **shared)
         temperature = float(args.temperature or opt.get("temperature", 0.5))
     pictures = inputs.open_split(args, "train")
     counts = pictures.targets.bincount(minlength=2) if (pictures.targets >= 0).all() else None

@@ -161,7 +161,8 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     if not train:
         return pretraining.plain_view(args, normalisation(saved))
     if args.protocol == "published":
-        return pretraining.recipe(args)
+        before = saved.get("pretrained_args") or saved.get("opt") or {}
+        return pretraining.recipe(cli.replace(args, **pretrained.footing(before)))
     crop = augment.RandomResizedCrop(args.input_res)
     return augment.Compose(crop, augment.RandomHorizontalFlip(), normalisation(saved))
 

@@ -34,7 +34,8 @@ class InstanceMethod:
         if args.compile:
             self.network.compile()
         self.wrapped = launch.parallel(self.network, process)
-        self.equal_loss = nce.equal_loss(args.nce_k, args.softmax)
+        if args.softmax:
+            self.equal_loss = nce.equal_loss(args.nce_k)
 
     def curves(self, loss, out, logits, feat) -> dict:
         """Return the values to log: the loss, and as "prob" the mean of column 0 of `out`.

@@ -152,7 +152,7 @@ class Method:
         query (N, V * D): the unit features of each view, side by side.
         """
         views = query.chunk(len(observers), 1)
-        if not self.rule.neighbor_views:
+        if self.rule.kind == "all":  # others select the nearest, so that a loss may be above it
             self.equal_loss = len(views) * math.log1p(observers[0].compared)
         spread = sum(metrics.spread(view) for view in views) / len(views)
         seen = [observer.description for observer in observers]

@@ -93,8 +93,10 @@ def beside(
     both: the pictures that vote and those that are classified. The result is kept in the
     checkpoint, where a resumed run finds it, and is empty for features of more than MOST_BYTES.
     """
-    values = (job.saved or {}).get("neighbours")
-    if values is None:
+    if job.saved and "neighbours" in job.saved:
+        with job.saved.within():
+            values = {key: float(value) for key, value in job.saved["neighbours"].items()}
+    else:
         values = _beside(job, classifier, both, view)
     classifier.recorded["neighbours"] = values
     return values

@@ -151,6 +151,7 @@ def steps(name: str, process, mistake: str | None = None) -> dict:
         with planted:
             said = method.step(Batch(own, target, index, At(0, step / 20, step)))
         scores.append(launch.all_gather(said.pop("scores")))
+        said.pop("feature_spread")  # of a rank's own features
         logged.append(
             [launch.mean_ranks(torch.as_tensor(value).double()).cpu() for value in said.values()]
         )

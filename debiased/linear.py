@@ -161,7 +161,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     if not train:
         return pretraining.plain_view(args, normalisation(saved))
     if args.protocol == "published":
-        before = saved.get("pretrained_args") or saved.get("opt") or {}
+        before = saved.get("pretrained_args", None) or saved.get("opt", None) or {}
         return pretraining.recipe(cli.replace(args, **pretrained.footing(before)))
     crop = augment.RandomResizedCrop(args.input_res)
     return augment.Compose(crop, augment.RandomHorizontalFlip(), normalisation(saved))

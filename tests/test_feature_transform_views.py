@@ -132,7 +132,7 @@ def test_recipes():
         "E": [jitter(0.4, 0.4, 0.4, 0.1, p=0.8), blur, "RandAugment"],
     }.items():
         for modal, mem, last in (
-            ("RGB", "moco", [views.NORMALIZE]),
+            ("RGB", "moco", [views.IMAGENET]),
             ("CMC", "bank", ["ToColour", views.COLOURS]),
         ):
             made = views.recipe(flags(aug=aug, modal=modal, mem=mem))
@@ -171,7 +171,7 @@ def test_colours_of_cmc(name):
         and shown["query: Y"].shape == image[:, :1].shape
     )
     grey = torch.full((1, 3, 2, 2), 0.3)
-    back = views.pictures(flags(), 2 * [views.NORMALIZE.apply(grey, {})])
+    back = views.pictures(flags(), 2 * [views.IMAGENET.apply(grey, {})])
     assert list(back) == ["query", "key"]
     close(back["key"], grey)
 

@@ -41,7 +41,8 @@ in all of these runs patch negatives helped on clean pictures and on corrupted o
 to show anything else: where textures are those of another class (stylized) the gain was -1 to 13
 points, on sketch and rendition its sign changes from run to run, and shape bias (the share that
 names the shape, among the answers that name a picture's shape or its texture) moves by as much. 138
-steps are the beginning of a training. RESULTS.md has longer runs and real pictures."""
+steps are the beginning of a training, and the linear evaluation is short: k-NN on the same features
+may lie above it, which a warning says. RESULTS.md has longer runs and real pictures."""
 
 
 def parse_args(argv=None):
@@ -82,7 +83,8 @@ def evaluated(args, kind: str) -> str:
     demo = ["--demo", args.data]
     step("nonsem_neg/moco_non_sem_neg.py", *demo, "--robust", kind, *more, "--ckpt_path", run)
     if args.fresh or not is_done(lincls, run):
-        places = ["--pretrained", run, "--ckpt_path", lincls]
+        # The centre of enlarged pictures, as in the runs of EXPECTED.
+        places = ["--pretrained", run, "--ckpt_path", lincls, "--eval-resize", "37"]
         step("nonsem_neg/main_lincls.py", *demo, *places, *seed, "--overwrite")
     sets = [f"--{name}={args.data}/{name}" for name in SETS]
     places = ["--classifier", lincls, "--ckpt_path", row]

@@ -47,7 +47,7 @@ SEED = 0
 
 
 class Given:
-    """What a step begins with: unit queries and keys (B, D), a memory (K, D), and a generator."""
+    """Hold the inputs of a step: unit queries and keys (B, D), a memory (K, D), a generator."""
 
     def __init__(self, args):
         self.generator = torch.Generator().manual_seed(SEED)

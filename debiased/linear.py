@@ -161,10 +161,15 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     if not train:
         return pretraining.plain_view(args, normalisation(saved))
     if args.protocol == "published":
-        before = saved.get("pretrained_args", None) or saved.get("opt", None) or {}
-        return pretraining.recipe(cli.replace(args, **pretrained.footing(before)))
+        shared = pretrained.footing(pretraining_flags(saved))
+        return pretraining.recipe(cli.replace(args, **shared))
     crop = augment.RandomResizedCrop(args.input_res)
     return augment.Compose(crop, augment.RandomHorizontalFlip(), normalisation(saved))
+
+
+def pretraining_flags(saved) -> dict:
+    """Return the flags of the pre-training, from its file or a classifier's; {} if it has none."""
+    return saved.get("pretrained_args", None) or saved.get("opt", None) or {}
 
 
 def normalisation(saved) -> augment.Normalize:
@@ -182,7 +187,7 @@ def adam(args, parameters) -> torch.optim.Optimizer:
 
 def label(args, saved) -> str:
     """Return "debiased, tau_plus 0.1, t 0.5", from the flags of the pre-training."""
-    opt = saved.get("pretrained_args") or saved.get("opt") or {}
+    opt = pretraining_flags(saved)
     name = os.path.basename(saved.get("network", saved.path))
     if opt.keys() >= {"loss", "tau_plus", "M", "temperature"}:
         name = opt["loss"]

@@ -250,7 +250,7 @@ def test_help_begins_with_what_people_change_and_an_example(capsys):
 
 @pytest.mark.parametrize("script", flags.scripts())
 def test_what_a_preset_sets_is_printed_as_flags(script, capsys):
-    """What is printed, typed after the script, gives the same flags."""
+    """Typing the printed flags after the script gives the same settings as the preset."""
     parser = flags.parser_of(script)
     with pytest.raises(SystemExit):
         parser.parse_args(["--help-presets"])
@@ -279,7 +279,7 @@ def test_every_train_script_takes_the_common_spellings(script):
 
 
 def test_flags_of_runs_and_hardware_are_aside():
-    """What a script puts into these groups is no setting of a method, but for these."""
+    """The flags in these groups, except for `settings`, are not settings of a method."""
     settings = {"amp", "batch_size", "knn_k", "knn_on", "knn_t", "nn_every", "seed", "show_ring"}
     for script in (*flags.scripts(), "tools/evaluate.py", "tools/robustness.py"):
         parser = flags.parser_of(script)

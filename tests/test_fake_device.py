@@ -1,4 +1,4 @@
-"""What a GPU needs, tried without one.
+"""Take steps as on a GPU, without one.
 
 Every method takes a step on fake tensors of `cuda:0`, which have a device but no values: reading
 one, or mixing it with a host tensor, is an error. Every encoder is one graph for a compiler.

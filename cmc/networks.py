@@ -20,6 +20,7 @@ MODELS = {  # name: (depth, width) of each view's residual network; None: half a
     "resnet18v1": (18, 0.5), "resnet18v2": (18, 1), "resnet18v3": (18, 2),
     "resnet50v1": (50, 0.5), "resnet50v2": (50, 1), "resnet50v3": (50, 2),
     "resnet101v1": (101, 0.5), "resnet101v2": (101, 1), "resnet101v3": (101, 2),
+    backbones.SMALL: (18, 0.25),
 }  # fmt: skip
 
 
@@ -35,7 +36,10 @@ def build_network(
         if MODELS[model] is None:
             return HalfAlexNet(channels, dim, small_stem=small_stem)
         depth, width = MODELS[model]
-        network = backbones.WidthResNet(depth, channels, width, dim, small_stem=small_stem)
+        is_small = model == backbones.SMALL  # has a stem of its own
+        network = backbones.WidthResNet(
+            depth, channels, width, dim, small_stem=small_stem, narrow_stem=is_small
+        )
         if mlp:
             network.fc = footing.head(network.fc.in_features, dim)
         return network

@@ -49,7 +49,7 @@ PRESETS = {
         nce_k=4096, nce_t=0.1,
     ),
     "compare": dict(
-        options.COMPARE, model="resnet18v1", small_stem=True, crop_low=0.08, softmax=True,
+        options.COMPARE, model="resnet18-small", crop_low=0.08, softmax=True,
         nce_k=4096, nce_t=0.1, learning_rate=0.06,
     ),
     "demo": dict(

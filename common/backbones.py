@@ -31,15 +31,19 @@ BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512
     152: (Bottleneck, [3, 8, 36, 3]),
 }
 SECOND, THIRD = "layer1.0.conv2.weight", "layer1.0.conv3.weight"  # kernels of the first block
+SMALL = "resnet18-small"  # ResNet-18 for small pictures: see `small_resnet`
 
 
 def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
     """Build the torchvision network `arch` (a constructor name in lower case) with random weights.
 
-    num_classes: outputs of the last layer; None means torchvision's 1000; 0 leaves `fc` out, so
-    that the output is the pooled vector. small_stem: see `use_small_stem` (residual networks only).
+    arch: may also be SMALL, which has its own stem. num_classes: outputs of the last layer; None
+    means torchvision's 1000; 0 leaves `fc` out, so that the output is the pooled vector.
+    small_stem: see `use_small_stem` (residual networks only).
     Raises UsageError for an unknown name or an option that this architecture does not support.
     """
+    if arch == SMALL:
+        return small_resnet(1000 if num_classes is None else num_classes)
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
         hint = "use a torchvision constructor such as resnet50"
@@ -75,6 +79,29 @@ def use_small_stem(model: ResNet) -> None:
     old = model.conv1
     model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
+
+
+def use_narrow_stem(model: ResNet, in_channels: int, channels: int) -> None:
+    """Give a residual network the stem of `small_resnet`, before its stages are made; in place."""
+    model.inplanes = channels
+    model.conv1 = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False)
+    model.bn1 = nn.BatchNorm2d(channels)
+    model.maxpool = nn.Identity()
+
+
+def small_resnet(dim: int, in_channels: int = 3, width: float = 0.5) -> WidthResNet:
+    """Return the ResNet-18 that is called SMALL, which learns in minutes on a CPU at 32 pixels.
+
+    Its first convolution is 3x3 with stride 2, no max-pooling follows, and at the default width the
+    stem and the four stages have 32, 32, 64, 128 and 256 channels. CMC's towers have half of that.
+    dim: length of the output; 0 leaves `fc` out.
+    """
+    return WidthResNet(18, in_channels, width, dim, narrow_stem=True)
+
+
+def is_narrow(kernel) -> bool:
+    """Tell whether this shape of the first convolution's kernel is of the stem of SMALL."""
+    return len(kernel) == 4 and kernel[2] == 3 and kernel[0] < 64
 
 
 def stages(model: nn.Module) -> list[Callable[[Tensor], Tensor]] | None:
@@ -136,6 +163,7 @@ def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: in
 class WidthResNet(ResNet):
     """torchvision's residual network with all stages scaled by `width`, and a stem of 64 channels.
 
+    narrow_stem: the stem of `small_resnet` instead, as wide as the first stage.
     depth: 18, 34, 50, 101 or 152. in_channels: channels of the input. width: 0.5, 1, 2, 4, ...
     dim: length of the output; fc is Linear(512 * width * expansion -> dim), and 0 leaves fc out.
     Convolutions are drawn from N(0, 2 / (k * k * out_channels)), batch-norm starts at 1 and 0. The
@@ -152,6 +180,7 @@ class WidthResNet(ResNet):
         dim: int = 128,
         *,
         small_stem: bool = False,
+        narrow_stem: bool = False,
     ):
         if depth not in BLOCKS:
             raise UsageError(
@@ -162,17 +191,24 @@ class WidthResNet(ResNet):
                 f"width {width}: 64 times the width must be a whole number of channels"
             )
         self.width = width  # before super().__init__, which calls _make_layer
+        self.narrow_stem = narrow_stem
         super().__init__(*BLOCKS[depth], num_classes=1)
         if in_channels != 3:
-            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-        if small_stem:
+            old = self.conv1
+            self.conv1 = nn.Conv2d(
+                in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False
+            )
+        if small_stem and not narrow_stem:
             use_small_stem(self)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         fc = nn.Linear(self.inplanes, dim or 1)  # drawn even if it is left out
         self.fc = fc if dim else nn.Identity()
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, int(planes * self.width), *args, **kwargs)
+        channels = int(planes * self.width)
+        if planes == 64 and self.narrow_stem:  # torchvision has just made the usual stem
+            use_narrow_stem(self, 3, channels)
+        return super()._make_layer(block, channels, *args, **kwargs)
 
 
 class Trunk(ResNet):
@@ -213,7 +249,7 @@ class Trunk(ResNet):
     def _make_layer(self, block, planes, *args, **kwargs):
         if planes == 64:  # the first stage: replace the stem that torchvision has built
             self.inplanes, channels, side, _ = self.stem
-            stride = 1 if side == 3 else 2
+            stride = 1 if side == 3 and not is_narrow(self.stem) else 2
             self.conv1 = nn.Conv2d(
                 channels, self.inplanes, side, stride, padding=side // 2, bias=False
             )
@@ -234,8 +270,8 @@ class Trunk(ResNet):
 def name_of(state: dict[str, Tensor]) -> str | None:
     """Return the name of the residual network with the parameters `state`, or None.
 
-    It is torchvision's where torchvision has that network. resnet18x0.5 is half as wide. The
-    parameter names may have any prefix.
+    It is torchvision's where torchvision has that network, or SMALL. resnet18x0.5 is half as wide.
+    The parameter names may have any prefix.
     """
     found = {
         kernel: tuple(value.shape)
@@ -253,6 +289,11 @@ def name_of(state: dict[str, Tensor]) -> str | None:
         name = f"resnext{depth}_{groups}x{width_per_group}d"
     elif width_per_group != 64:
         name = f"wide_resnet{depth}_{width_per_group / 64:g}"
+    stems = [
+        v for k, v in state.items() if re.search(r"(^|\.)conv1\.weight$", k) and "layer" not in k
+    ]
+    if name == "resnet18" and any(is_narrow(stem.shape) for stem in stems):
+        return SMALL if planes == 32 else f"{SMALL}x{planes / 32:g}"
     return name if planes == 64 else f"{name}x{planes / 64:g}"
 
 

@@ -21,7 +21,9 @@ COMPARE = {  # what --preset compare sets in every train script, besides its own
     "knn_every": 5,
     "save_freq": 60,
 }
-SMALL_STEM = "use a 3x3 first convolution and no max-pooling, for small pictures"
+SMALL_STEM = (
+    "use a 3x3 first convolution and no max-pooling, for small pictures; resnet18-small has its own"
+)
 WHOLE_UP_TO = 96  # pixels of an input; evaluations of larger ones cut the centre, as published
 NO_DATA = "no data: give --data_folder, a tree with train/CLASS/*, or --demo for built-in pictures"
 

@@ -47,7 +47,7 @@ WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
 PRESETS = {
     "published": dict(knn_t=0.5),  # votes fall with the temperature of the loss
     "compare": dict(
-        options.COMPARE, model="resnet18", small_stem=True, learning_rate=0.06,
+        options.COMPARE, model="resnet18-small", small_stem=False, learning_rate=0.06,
     ),
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", small_stem=False, epochs=6,

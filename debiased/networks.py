@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common import UserError, augment, backbones
 
-MODELS = {f"resnet{depth}": depth for depth in backbones.BLOCKS}
+MODELS = {f"resnet{depth}": depth for depth in backbones.BLOCKS} | {backbones.SMALL: 18}
 HIDDEN = 512  # outputs of the head's first layer, whatever the encoder
 # Constants of CIFAR-10, whatever the pictures, as published.
 NORMALIZE = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
@@ -77,7 +77,8 @@ def described(state: dict[str, Tensor], path: str) -> tuple[str, bool]:
         block, blocks = backbones.BLOCKS[depth]
         is_alike = blocks == counts and (block is backbones.Bottleneck) == has_bottlenecks
         if is_alike and "f.0.weight" in state:
-            return model, state["f.0.weight"].shape[-1:] == (3,)
+            stem = state["f.0.weight"].shape
+            return backbones.SMALL if backbones.is_narrow(stem) else model, stem[-1:] == (3,)
     raise UserError(
         f"{path} holds no network of this method, which has f.0.weight, f.3.0.conv1.weight, ...; "
         "give a checkpoint of debiased/main.py"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common import UsageError, UserError, backbones, printable
 from feature_transform.memory import KeyQueue, MemoryBank
-from feature_transform.networks import BACKBONES, MODALS, WIDTHS, Network
+from feature_transform.networks import ARCHS, BACKBONES, MODALS, Network
 from runner import checkpoint, layouts
 
 
@@ -70,10 +70,9 @@ def described(state: dict[str, Tensor], path: str) -> tuple[str, str, bool]:
     }
     stem = tower.get("conv1.weight", ())
     shapes = _shapes_of(tower)
-    for backbone in BACKBONES if len(stem) == 4 else ():
-        for suffix, width in WIDTHS.items():
-            if shapes == _shapes(backbone, width / len(MODALS[modal])):
-                return backbone + suffix, modal, stem[2:] == (3, 3)
+    for arch, (backbone, width) in ARCHS.items() if len(stem) == 4 else ():
+        if shapes == _shapes(backbone, width / len(MODALS[modal])):
+            return arch, modal, stem[2:] == (3, 3)
     names = ", ".join(list(state)[:3])
     raise UserError(f"{path} holds no network of this family (it has {names})")
 

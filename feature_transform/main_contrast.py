@@ -48,7 +48,7 @@ WARM_FROM = 0.01  # learning rate at the first step of a warm-up
 PRESETS = {
     "ft": recipes.PUBLISHED,  # the published transformation, with whatever --method
     "compare": dict(
-        options.COMPARE, **recipes.PUBLISHED, arch="resnet18", small_stem=True, head="mlp",
+        options.COMPARE, **recipes.PUBLISHED, arch="resnet18-small", head="mlp",
         nce_k=4096, nce_t=0.1, alpha=0.99, learning_rate=0.06,
     ),
     "demo": dict(

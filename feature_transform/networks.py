@@ -10,7 +10,6 @@ With the colours of CMC there are two of each, which share nothing: `encoder1`, 
 from __future__ import annotations
 
 import argparse
-import re
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +32,11 @@ BACKBONES = {  # {name: (depth, groups of the 3x3 convolutions, their width per 
     "resnext152v2": (152, 32, 8),
     "resnext152v3": (152, 64, 4),
 }
-WIDTHS = {"": 1, "x2": 2, "x4": 4}  # {suffix: width}; CMC's towers have half of it
-ARCHS = [name + suffix for suffix in WIDTHS for name in BACKBONES]
+SUFFIXES = (("", 1), ("x2", 2), ("x4", 4))
+ARCHS = {  # {--arch: (backbone, width)}; CMC's towers have half of the width
+    **{f"{name}{suffix}": (name, width) for suffix, width in SUFFIXES for name in BACKBONES},
+    backbones.SMALL: ("resnet18", 0.5),
+}
 HEADS = ("linear", "linear_wo_norm", "mlp", "mlp_bn", "2mlp_bn")
 MODALS = {  # {--modal: {suffix of a tower's names: its input channels}}
     "RGB": {"": 3},
@@ -49,7 +51,7 @@ def arch_name(text: str) -> str:
             f"{text}: torchvision has no split-attention networks; use resnet50 or resnext50"
         )
     if text not in ARCHS:
-        names = f"{', '.join(BACKBONES)}, each also with x2 or x4 after it"
+        names = f"{', '.join(BACKBONES)}, each also with x2 or x4 after it, and {backbones.SMALL}"
         raise argparse.ArgumentTypeError(f"{text} is unknown; take one of {names}")
     return text
 
@@ -57,26 +59,29 @@ def arch_name(text: str) -> str:
 class Encoder(ResNet):
     """torchvision's ResNet without `fc`: images (N, in_channels, H, W) -> pooled feature (N, dim).
 
-    width: factor of the channels of all stages, and above 1 of the stem, too, which has at least
-    64. small_stem: 3x3 first convolution with stride 1 and no pooling, for small pictures (not in
-    the published code). Weights are drawn as torchvision draws them.
+    width: factor of the channels of all stages, beside that of `arch`; the stem has as many as the
+    first stage, but at least 64. small_stem: 3x3 first convolution with stride 1 and no pooling,
+    for small pictures (not in the published code). The small ResNet has a stem of its own.
+    Weights are drawn as torchvision draws them.
     """
 
-    def __init__(
-        self, backbone: str, in_channels: int = 3, width: float = 1, small_stem: bool = False
-    ):
+    def __init__(self, arch: str, in_channels: int = 3, width: float = 1, small_stem: bool = False):
+        backbone, own_width = ARCHS[arch]
         depth, groups, per_group = BACKBONES[backbone]
         self.in_channels = in_channels  # before super().__init__, which calls _make_layer
-        self.width = width
+        self.width = own_width * width
+        self.is_small = arch == backbones.SMALL
         layers = backbones.BLOCKS[depth]
         super().__init__(*layers, num_classes=1, groups=groups, width_per_group=per_group)
         self.fc = nn.Identity()
         self.dim = self.inplanes  # of the last stage
-        if small_stem:
+        if small_stem and not self.is_small:
             backbones.use_small_stem(self)
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        if planes == 64:  # the first stage: torchvision has just made a stem of 64 channels for RGB
+        if planes == 64 and self.is_small:  # torchvision has just made a stem for RGB
+            backbones.use_narrow_stem(self, self.in_channels, int(64 * self.width))
+        elif planes == 64:
             self.inplanes = max(64, int(64 * self.width))
             self.conv1 = nn.Conv2d(
                 self.in_channels, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False
@@ -144,11 +149,10 @@ class Network(nn.Module):
         small_stem: bool = False,
     ):
         super().__init__()
-        backbone, suffix = re.fullmatch(r"(.+?)(x\d)?", arch).groups(default="")
-        width = WIDTHS[suffix] / len(MODALS[modal])
         self.sides = tuple(MODALS[modal])
+        width = 1 / len(self.sides)
         for side, channels in MODALS[modal].items():
-            self.add_module(f"encoder{side}", Encoder(backbone, channels, width, small_stem))
+            self.add_module(f"encoder{side}", Encoder(arch, channels, width, small_stem))
         inputs = self.parts("encoder{}")[0].dim
         self.dim = inputs * len(self.sides)
         for side in self.sides:

@@ -33,7 +33,7 @@ from common import (
     schedule,
 )
 from moco_insdis import train_moco_ins
-from moco_insdis.networks import MODELS, normalize, synchronised
+from moco_insdis.networks import MODELS, backbone, normalize, synchronised
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained
 
@@ -178,9 +178,7 @@ def build_network(saved, args, classes: int, process: launch.Process):
     if stem is None:
         names = ", ".join(list(state)[:3])
         raise UserError(f"{saved.path} holds no network of this family (it has {names})")
-    depth, width = MODELS[args.model]
-    small_stem = stem.shape[-1] == 3
-    network = backbones.WidthResNet(depth, 3, width, dim=len(head), small_stem=small_stem)
+    network = backbone(args.model, dim=len(head), small_stem=stem.shape[-1] == 3)
     if not len(head):  # another program's network has no head, or another one
         state = layouts.without_head(state)
     checkpoint.load_into(network, state, saved.path, flag="--model")

@@ -9,7 +9,7 @@ from common import UsageError, augment, backbones, batchnorm, footing, launch
 
 MODELS = {  # name: (depth, width)
     "resnet18": (18, 1), "resnet34": (34, 1), "resnet50": (50, 1), "resnet50x2": (50, 2),
-    "resnet50x4": (50, 4), "resnet101": (101, 1),
+    "resnet50x4": (50, 4), "resnet101": (101, 1), backbones.SMALL: (18, 0.5),
 }  # fmt: skip
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
@@ -19,10 +19,17 @@ def normalize(flags: dict) -> augment.Normalize:
     return footing.normalize(flags, IMAGENET)
 
 
+def backbone(model: str, dim: int, small_stem: bool) -> backbones.WidthResNet:
+    """Return the network called `model` with a linear head of `dim` outputs, or with 0 without."""
+    if model == backbones.SMALL:
+        return backbones.small_resnet(dim)
+    depth, width = MODELS[model]
+    return backbones.WidthResNet(depth, 3, width, dim, small_stem=small_stem)
+
+
 def build_network(args, process: launch.Process) -> nn.Module:
     """Return the network with a head of --feat_dim outputs, on the device and in training mode."""
-    depth, width = MODELS[args.model]
-    network = backbones.WidthResNet(depth, 3, width, args.feat_dim, small_stem=args.small_stem)
+    network = backbone(args.model, args.feat_dim, args.small_stem)
     if args.footing == "common":
         network.fc = footing.head(network.fc.in_features, args.feat_dim)
     batchnorm.split(network, backbones.splits_here(args, process))

@@ -54,7 +54,7 @@ PRESETS = {
         nce_k=4096, nce_t=0.1, alpha=0.99,
     ),
     "compare": dict(
-        options.COMPARE, model="resnet18", small_stem=True, moco=True, softmax=True, nce_k=4096,
+        options.COMPARE, model="resnet18-small", moco=True, softmax=True, nce_k=4096,
         nce_t=0.1, alpha=0.99, learning_rate=0.06,
     ),
     "demo": dict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import UsageError, cli, options
+from common import UsageError, backbones, cli, options
 from nonsem_neg import textures
 from nonsem_neg.negatives import check_patch_range
 
@@ -85,7 +85,8 @@ def add_sgd_arguments(
 
 def add_model_arguments(group) -> None:
     """Add the network, the queue and the momentum of the key encoder: MoCo."""
-    group.add_argument("-a", "--arch", default="resnet50", help="torchvision ResNet")
+    text = f"torchvision ResNet, or {backbones.SMALL}, which has half the width and its own stem"
+    group.add_argument("-a", "--arch", default="resnet50", help=text)
     group.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     group.add_argument("--moco-dim", type=cli.positive_int, default=128, help="feature dimension")
     names = ("--moco-k", "--queue", "--negatives-k")

@@ -61,7 +61,7 @@ PRESETS = {
         knn_on="output", knn_t=0.1, save_freq=50, ckpt_path="ckpts/moco-cifar",
     ),
     "compare": dict(
-        options.COMPARE, arch="resnet18", small_stem=True, mlp=True, moco_k=4096, moco_m=0.99,
+        options.COMPARE, arch="resnet18-small", mlp=True, moco_k=4096, moco_m=0.99,
         moco_t=0.1, num_nonsem=1, alpha=2.0, lr=0.06,
     ),
     "demo": dict(

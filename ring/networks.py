@@ -19,7 +19,7 @@ from common import UserError, backbones
 from runner import checkpoint, layouts
 from runner.papers import SEQUENTIAL
 
-RESNETS = ("resnet18", "resnet50")  # the published ones
+RESNETS = ("resnet18", "resnet50", backbones.SMALL)  # the published ones, and a small one
 PREFIX = "model."  # begins the network's parameter names in a checkpoint's state_dict
 
 
@@ -28,7 +28,8 @@ class Network(nn.Module):
 
     Projections are not normalised. Layer 6 (see common.backbones) is the pooled feature h, which
     enters the head, and layer 7 the projection z. conv3x3: 3x3 first convolution with stride 1 and
-    no pooling after it, for small pictures.
+    no pooling after it, for small pictures. The small ResNet has a stem of its own, and half of its
+    width in a tower of CMC.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class Network(nn.Module):
         in_channels: int = 3,
     ):
         super().__init__()
-        trunk = backbones.build(arch)
-        if in_channels != 3:
-            trunk.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        if conv3x3:
-            backbones.use_small_stem(trunk)
+        if arch == backbones.SMALL:
+            trunk = backbones.small_resnet(1, in_channels, 0.5 if in_channels == 3 else 0.25)
+        else:
+            trunk = backbones.build(arch)
+            if in_channels != 3:
+                trunk.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+            if conv3x3:
+                backbones.use_small_stem(trunk)
         width = trunk.fc.in_features
         self.features = nn.Sequential(*list(trunk.children())[:-1])
         self.l1 = nn.Linear(width, width)
@@ -120,8 +124,11 @@ def adopt(saved: checkpoint.Saved) -> None:
 
 def arch(saved: dict) -> str:
     """Return the name (one of RESNETS) of a checkpoint's network, from its tensors."""
-    deep = f"{_first_tower(saved)}features.4.0.conv3.weight"
-    return "resnet50" if deep in parameters(saved) else "resnet18"
+    first = f"{_first_tower(saved)}features."
+    state = parameters(saved)
+    if backbones.is_narrow(state[f"{first}0.weight"].shape):
+        return backbones.SMALL
+    return "resnet50" if f"{first}4.0.conv3.weight" in state else "resnet18"
 
 
 def of_checkpoint(saved: dict) -> nn.Module:

@@ -47,7 +47,7 @@ from runner import checkpoint, knn, loop, resume
 
 PRESETS = {
     "compare": dict(
-        options.COMPARE, resnet_version="resnet18", conv3x3=True, method="moco", k=4096, t=0.1,
+        options.COMPARE, resnet_version="resnet18-small", method="moco", k=4096, t=0.1,
         m=0.99, nn_every=0, learning_rate=0.06,
     ),
     "demo": dict(

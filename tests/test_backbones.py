@@ -430,6 +430,7 @@ TRUNKS = {
     "resnet18x0.5": lambda: WidthResNet(18, 2, 0.5, small_stem=True),
     "resnet50x2": lambda: WidthResNet(50, 1, 2),
     "resnext50_32x4d": lambda: build("resnext50_32x4d", 0),
+    backbones.SMALL: lambda: build(backbones.SMALL, 0),
 }
 
 
@@ -467,6 +468,17 @@ def test_names_of_networks_by_their_parameters():
         assert backbones.name_of(WidthResNet(18, width=2).state_dict()) == "resnet18x2"
         assert backbones.name_of(build("mobilenet_v2").state_dict()) is None
         assert backbones.name_of({}) is None
+
+
+def test_the_small_network():
+    network = build(backbones.SMALL, 0)
+    shapes = [backbones.feature_shape(network, (3, 32, 32), layer) for layer in range(1, 7)]
+    assert shapes == [(32, 16, 16), (32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2), (256,)]
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(2.8, abs=0.01)
+    tower = backbones.small_resnet(8, in_channels=1, width=0.25)
+    assert backbones.feature_shape(tower, (1, 32, 32), 5) == (128, 2, 2)
+    assert tower(torch.zeros(2, 1, 32, 32)).shape == (2, 8)
+    assert backbones.name_of(tower.state_dict()) == f"{backbones.SMALL}x0.5"
 
 
 def test_feature_shape_leaves_the_model_alone():

@@ -1,8 +1,8 @@
 """One footing: every place that prints the k-NN of a network prints the same number."""
 
-import importlib
 import json
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from conftest import inside
 from papers import CASES
 from torch.nn import functional as F
 
-from common import launch, metrics, nce, schedule
+from common import backbones, launch, metrics, nce, schedule
 from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views
@@ -102,17 +102,36 @@ def test_presets_differ_in_nothing_but_the_method():
         assert differing == OWN.get(name, set()) & values.keys(), name
 
 
-def test_the_study_of_the_page_starts_every_method():
-    study = claim_records.papers(ROOT / "docs" / "compare.json")["compare"]
-    (setting,) = study["scales"].values()
-    for flags_of_run in setting["runs"].values():
-        script, *own = flags_of_run.split()
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        command = claim_records.fill(
-            setting["steps"][0]["command"], {"flags": "", "seed": "0", "name": "a"}
-        )
-        args = module.parse_args([*own, *command.split()[1:]])
-        assert args.footing == "common" and args.preset == "compare"
+STUDY = claim_records.papers(ROOT / "docs" / "compare.json")["compare"]
+(SETTING,) = STUDY["scales"].values()
+
+
+def words(step: int, run: str) -> list[str]:
+    """Return a command of the study for one of its runs at toy size, on the built-in pictures."""
+    values = {"flags": SETTING["runs"][run], "seed": "0", "name": run}
+    command = claim_records.fill(SETTING["steps"][step]["command"], values)
+    command = command.replace("data/compare", "data/demo").removeprefix("python ")
+    return f"{command} --device cpu {SETTING['steps'][step]['toy']}".split()
+
+
+@pytest.mark.usefixtures("full_width")
+@pytest.mark.parametrize("run", SETTING["runs"])
+def test_the_study_of_the_page_at_toy_size(workspace, run):
+    """The study's commands, then the paper's own evaluation and the export of the small network."""
+    script, *flags_of_run = words(0, run)
+    module = script.removesuffix(".py").replace("/", ".")
+    case = next(case for case in CASES.values() if case.script == module)
+    case.module.main([*flags_of_run, "--overwrite"])
+    options = json.loads(Path("runs/compare", run, "config.json").read_text())["options"]
+    assert options["footing"] == "common" and options["preset"] == "compare"
+    assert backbones.SMALL in options.values()
+    evaluate.main(words(1, run)[1:])
+    judged = json.loads(Path("runs/compare", f"{run}-evaluation", "result.json").read_text())
+    assert judged.keys() >= set(SETTING["numbers"])
+    case.evaluation.main(case.linear_of(f"runs/compare/{run}", "linear"))
+    (result,) = Path("linear").rglob("result.json")
+    accuracy = json.loads(result.read_text())["knn_acc1"]
+    assert accuracy == pytest.approx(judged["knn_acc1"], abs=1e-4)
 
 
 def first_losses(name: str, pictures, batch) -> list[float]:

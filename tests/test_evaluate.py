@@ -143,12 +143,17 @@ def test_a_run_of_the_script(workspace, capsys, monkeypatch):
     torch.manual_seed(0)
     torch.save(backbones.build("resnet18", 0).state_dict(), "net.pth")
     flags = ["net.pth", "--demo", "--views", "1", "--epochs", "2", "--device", "cpu"]
-    evaluate.main(flags)
+    shifted = ["--rendition", "data/demo/val", "--corruption", "data/demo/corruption"]
+    evaluate.main([*flags, *shifted])
     said = capsys.readouterr().out
     result = json.loads((workspace / "runs/try-evaluation/result.json").read_text())
     assert "linear, 10% of the labels" in said
     assert result["acc1"] == result["linear_100"] and 0 < result["knn_acc1"] <= 100
     assert len(result["linear"]["1%"]["val"]) == len(probes.RATES)
+    # val under another name
+    assert result["rendition"] == result["acc1"]
+    assert result["rendition_knn"] == result["knn_acc1"]
+    assert 0 < result["corruption"] < 100 and "corruption" in said
     assert result["pretrained"] == "net.pth" and result["label"] == "net"
     assert ("lies below k-NN" in said) == (result["acc1"] < result["knn_acc1"] - 0.5)
     ends = (probes.RATES[0], probes.RATES[-1])

@@ -40,12 +40,13 @@ from common import (
     launch,
     options,
     printable,
+    sets,
 )
 from common.precision import Precision
 from preprocess import demo
 from runner import checkpoint, features, knn, layouts, pretrained
 from runner.folder import RunFolder
-from tools import export, probes
+from tools import export, probes, robustness_sets
 from tools.report import layout
 
 PRESETS = {
@@ -64,6 +65,9 @@ def parse_args(argv=None):
     about = "data set root with train/CLASS/* and val/CLASS/*"
     g.add_argument("data", nargs="?", help=about)
     options.add_data_arguments(g, workers=8)
+    text = "shifted sets of the same classes, which the tuned linear classifier and k-NN judge too"
+    robustness_sets.add_set_arguments(parser.add_argument_group("data: " + text))
+    parser.set_defaults(cue_conflict=None, extra_corruptions=False)
     g = parser.add_argument_group("evaluation")
     about = "augmented views (crop, flip) of a training picture"
     g.add_argument("--views", type=cli.positive_int, default=2, help=about)
@@ -164,9 +168,12 @@ def embed_split(
 
 
 def evaluate(
-    args, process, network, operations, train_set, val_set
+    args, process, network, operations, train_set, val_sets: dict[str, sets.PictureSet]
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
-    """Return what result.json says of the features, and the two sets of cosines."""
+    """Return what result.json says of the features, and the two sets of cosines.
+
+    val_sets: val, named "clean", and the shifted sets.
+    """
     precision = Precision(args.amp, process.device)
 
     def embed(images: Tensor) -> Tensor:
@@ -179,10 +186,15 @@ def evaluate(
     began = time.perf_counter()
     seen, targets = embed_split(args, process, train_set, augmented, embed, args.views, "train")
     (bank,), _ = embed_split(args, process, train_set, plain, embed, 1, "train as it is")
-    (val,), val_targets = embed_split(args, process, val_set, plain, embed, 1, "val")
+    judged = {}
+    for name, pictures in val_sets.items():
+        (embedded,), labels = embed_split(
+            args, process, pictures, plain, embed, 1, "val" if name == "clean" else name
+        )
+        judged[name] = (embedded, labels)
     embedding_seconds = time.perf_counter() - began
     classes = len(train_set.classes)
-    numbers, cosines = probes.judge(args, seen, targets, bank, val, val_targets, classes)
+    numbers, cosines = probes.judge(args, seen, targets, bank, judged, classes)
     result = {
         "data": args.data,
         "pictures": len(train_set),
@@ -206,6 +218,12 @@ def table(result: dict) -> str:
         accuracy = result[f"linear_{share.rstrip('%')}"]
         name = f"linear, {share} of the labels"
         rows.append([name, f"{accuracy:.2f}", f"top-1, rate {linear['rate']:.3g}"])
+    for name in robustness_sets.SETS:
+        if name in result:
+            about = (
+                f"top-1 of the linear classifier on all labels; k-NN {result[f'{name}_knn']:.2f}"
+            )
+            rows.append([name, f"{result[name]:.2f}", about])
     about = "mean squared distance of two views, 0 to 4; less is closer"
     rows.append(["alignment", f"{result['alignment']:.3f}", about])
     about = "0: all features are the same; -4: spread evenly"
@@ -245,10 +263,11 @@ def worker(args, process: launch.Process) -> None:
     train_set = inputs.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")
-    val_set = inputs.open_split(args, "val", classes=train_set.classes)
+    opened = robustness_sets.open_sets(args, train_set.classes)
+    val_sets = {name: pictures for name, (_, pictures, _) in opened.items()}
     log = RunFolder(args.out, args, process, tensorboard=False)
     try:
-        result, cosines = evaluate(args, process, network, operations, train_set, val_set)
+        result, cosines = evaluate(args, process, network, operations, train_set, val_sets)
         label = args.label or default_label(Path(origin["pretrained"]).resolve())
         title = f"{label}: {origin['arch']}, {origin['pretrained']}"
         print(f"\n{title}\n\n{table(result)}\n")

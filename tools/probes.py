@@ -197,30 +197,31 @@ def judge(
     seen: Tensor,
     targets: Tensor,
     bank: Tensor,
-    val: Tensor,
-    val_targets: Tensor,
+    judged: dict[str, tuple[Tensor, Tensor]],
     classes: int,
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
     """Return all numbers of features and the two sets of cosines of `scores`.
 
     args: its seed, views, epochs, batch_size and knn_k are used. seen (V, n, D): features of
     augmented views of the training pictures, bank (n, D): of the pictures as they are, with targets
-    (n,); val (m, D) with val_targets (m,). The number `seconds` says what took how long.
+    (n,). judged: features (m, D) and targets (m,) of val, named "clean", and of shifted sets, of
+    which there are the accuracies NAME (of the linear classifier on all labels) and NAME_knn.
+    The number `seconds` says what took how long.
     """
+    shifted = dict(judged)
+    val, val_targets = shifted.pop("clean")
     generator = torch.Generator().manual_seed(args.seed)
     clock = Clock()
-    top1, top5 = metrics.knn(
-        bank,
-        targets,
-        val,
-        val_targets,
-        classes,
-        args.knn_k,
-        args.knn_t,
-        chunk_elements=KNN_ELEMENTS,
-    )
+
+    def neighbours(queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        settings = (classes, args.knn_k, args.knn_t)
+        return metrics.knn(bank, targets, queries, labels, *settings, chunk_elements=KNN_ELEMENTS)
+
+    top1, top5 = neighbours(val, val_targets)
     used = metrics.neighbours_used(args.knn_k, targets)
     result = {"knn_acc1": float(top1), "knn_acc5": float(top5), "knn_k": used}
+    for name, (embedded, labels) in shifted.items():
+        result[f"{name}_knn"] = float(neighbours(embedded, labels)[0])
     clock("k-NN")
     scale = seen.square().sum(2).mean().rsqrt()  # a rate means the same for every network
     seen = seen * scale
@@ -247,6 +248,10 @@ def judge(
             "val": val_acc,
         }
         result[f"linear_{100 * share:.0f}"] = val_acc[best]
+        if share == 1:
+            chosen = slice(best, best + 1)
+            for name, (embedded, labels) in shifted.items():
+                (result[name],) = accuracies(embedded * scale, labels, weight[chosen], bias[chosen])
         clock(f"linear, {share:.0%}")
     result |= {"acc1": result["linear_100"], "linear": linear, "rates": list(RATES)}
     first, second = (seen[0], seen[1]) if args.views > 1 else (seen[0], bank_scaled)

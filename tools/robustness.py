@@ -37,7 +37,14 @@ from runner.progress import Progress
 from runner.signals import StopSignal
 from tools.reopen import Classifier, reopen
 from tools.robustness_result import Result, earlier, write_corruptions
-from tools.robustness_sets import EXTRA_CORRUPTIONS, SETS, class_names, geometry, open_sets
+from tools.robustness_sets import (
+    EXTRA_CORRUPTIONS,
+    SETS,
+    add_set_arguments,
+    class_names,
+    geometry,
+    open_sets,
+)
 
 TABLE = "published.json"  # in the folder of the paper whose table has these columns
 PRESETS = {
@@ -53,11 +60,7 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     g = parser.add_argument_group("data (each set is optional)")
     g.add_argument("data", nargs="?", help="data set root with val/CLASS/*, for the clean column")
-    text = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/*; gives the mean over all folders"
-    g.add_argument("--corruption", metavar="DIR", help=text)
-    g.add_argument("--sketch", metavar="DIR", help="ImageNet-Sketch: CLASS/*")
-    g.add_argument("--stylized", metavar="DIR", help="Stylized-ImageNet validation: CLASS/*")
-    g.add_argument("--rendition", metavar="DIR", help="ImageNet-R: CLASS/*")
+    add_set_arguments(g)
     text = "pictures named SHAPE1-TEXTURE1; gives the share of answers that name the shape"
     g.add_argument("--cue-conflict", metavar="DIR", help=text)
     text = "also evaluate " + ", ".join(EXTRA_CORRUPTIONS)

@@ -19,6 +19,15 @@ COLUMNS = {name: (name, f"{name}_masked", f"{name}_extra") for name in SETS}
 COLUMNS["cue_conflict"] = ("shape_bias", "cue_shape", "cue_texture")
 
 
+def add_set_arguments(group) -> None:
+    """Add the flags that name the shifted sets whose pictures lie in class folders."""
+    text = "ImageNet-C: CORRUPTION/SEVERITY/CLASS/*; gives the mean over all folders"
+    group.add_argument("--corruption", metavar="DIR", help=text)
+    group.add_argument("--sketch", metavar="DIR", help="ImageNet-Sketch: CLASS/*")
+    group.add_argument("--stylized", metavar="DIR", help="Stylized-ImageNet validation: CLASS/*")
+    group.add_argument("--rendition", metavar="DIR", help="ImageNet-R: CLASS/*")
+
+
 def class_names(saved: checkpoint.Saved, args) -> list[str]:
     """Return the names of the class folders in label order.
 

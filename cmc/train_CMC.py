@@ -39,7 +39,7 @@ from common import (
 )
 from common.precision import Precision
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 PRESETS = {
@@ -74,6 +74,7 @@ def parse_args(argv=None):
     g.add_argument("--model", "--arch", choices=list(MODELS), default="alexnet", help=text)
     g.add_argument("--small-stem", action="store_true", help=options.SMALL_STEM)
     g.add_argument("--feat_dim", type=cli.positive_int, default=128, help="feature dimension")
+    options.add_init_argument(g)
 
     g = parser.add_argument_group("method")
     text = "colour space: its lightness is one view, its other two channels are the second one"
@@ -178,6 +179,7 @@ class CMC:
         self.names = colour.bank_names(self.views)
         mlp = args.footing == "common"
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem, mlp)
+        pretrained.start_from(network, args.init, "encoder.")
         batchnorm.split(network, backbones.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(

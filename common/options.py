@@ -99,6 +99,15 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
     add("--seed", type=cli.seed, help="random seed; drawn and recorded if not given")
 
 
+def add_init_argument(group) -> None:
+    """Add --init."""
+    text = (
+        "start from the backbone of a pre-training of any of the papers, a checkpoint or a run "
+        "folder; the head, the memory and the schedule are fresh"
+    )
+    group.add_argument("--init", metavar="PATH", default="", help=text)
+
+
 def add_linear_sgd_arguments(group, lr_help: str, **defaults) -> None:
     """Add the flags of `add_sgd_arguments` with the usual defaults of a linear evaluation."""
     usual = {

@@ -40,7 +40,7 @@ from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 from debiased.networks import MODELS, NORMALIZE, Network
 from debiased.scores import pair_statistics
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume
 from runner.folder import refuse_to_overwrite
 
 WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
@@ -73,6 +73,7 @@ def parse_args(argv=None):
     g.add_argument("--small-stem", action=cli.OnOff, default=True, help=text)
     text = "feature dimension: outputs of the projection head g"
     g.add_argument("--feature_dim", type=cli.positive_int, default=128, help=text)
+    options.add_init_argument(g)
     text = "batch-norm groups over all processes, as on that many GPUs (published: at most 2)"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
 
@@ -161,6 +162,7 @@ class Debiased:
         network = Network(args.model, args.feature_dim, args.small_stem)
         if args.footing == "common":
             network.g = footing.head(network.f.dim, args.feature_dim)
+        pretrained.start_from(network, args.init)
         self.network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = footing.sgd if args.footing == "common" else adam
         self.optimizer = optimizer(self.network.parameters(), args)

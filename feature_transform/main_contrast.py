@@ -42,7 +42,7 @@ from common.precision import Precision
 from feature_transform import checkpoints, flags, networks, recipes, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume
 
 WARM_FROM = 0.01  # learning rate at the first step of a warm-up
 PRESETS = {
@@ -70,7 +70,9 @@ def parse_args(argv=None):
     text = "the published spelling of --class-list"
     g.add_argument("--imagenet100path", dest="class_list", metavar="FILE", help=text)
 
-    flags.add_model_arguments(parser.add_argument_group("model"))
+    g = parser.add_argument_group("model")
+    flags.add_model_arguments(g)
+    options.add_init_argument(g)
     flags.add_method_arguments(parser.add_argument_group("method"))
     flags.add_transformation_arguments(parser.add_argument_group("feature transformation"))
     g = parser.add_argument_group("optimisation")
@@ -117,6 +119,7 @@ class Method:
         self.args = args
         self.process = process
         network = networks.build_network(args)
+        pretrained.start_from(network, args.init)
         batchnorm.split(network, backbones.splits_here(args, process))
         network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.SGD(

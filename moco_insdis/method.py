@@ -8,7 +8,7 @@ from common import backbones, launch, metrics, nce
 from common.precision import Precision
 from moco_insdis.contrast import KeyQueue, MemoryBank
 from moco_insdis.networks import build_network, normalize
-from runner import checkpoint, layouts
+from runner import checkpoint, layouts, pretrained
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 
@@ -21,6 +21,7 @@ class InstanceMethod:
     def __init__(self, args, process: launch.Process):
         self.args = args
         network = build_network(args, process)
+        pretrained.start_from(network, args.init)
         optimizer = torch.optim.SGD(
             network.parameters(),
             lr=args.learning_rate,

@@ -78,7 +78,9 @@ def parse_args(argv=None):
     text = "CJ: greyscale and colour jitter; NULL: crop and flip only"
     g.add_argument("--aug", choices=["NULL", "CJ"], default="CJ", help=text)
 
-    flags.add_model_arguments(parser.add_argument_group("model"))
+    g = parser.add_argument_group("model")
+    flags.add_model_arguments(g)
+    options.add_init_argument(g)
     flags.add_method_arguments(parser.add_argument_group("method"))
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g)

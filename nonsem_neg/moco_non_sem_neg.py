@@ -42,7 +42,7 @@ from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import patch_negatives
 from nonsem_neg.views import normalize
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume
 
 PAPER = dict(
     arch="resnet50", epochs=200, mlp=True, moco_t=0.2, aug_plus=True, cos=True, num_nonsem=1,
@@ -79,7 +79,9 @@ def parse_args(argv=None):
     flags.add_data_argument(g, text)
     options.add_data_arguments(g)
 
-    flags.add_model_arguments(parser.add_argument_group("model"))
+    g = parser.add_argument_group("model")
+    flags.add_model_arguments(g)
+    options.add_init_argument(g)
     flags.add_negatives_arguments(parser.add_argument_group("method: non-semantic negatives"))
 
     g = parser.add_argument_group("optimisation")
@@ -145,6 +147,7 @@ def build_network(args, process: launch.Process) -> MoCo:
         network = backbones.build(args.arch, dim, small_stem=args.small_stem)
         if not isinstance(getattr(network, "fc", None), nn.Linear):
             raise UsageError(f"--arch {args.arch}: the last layer must be `fc`, as of a ResNet")
+        pretrained.start_from(network, args.init)
         return batchnorm.split(network, splits, args.bn_running)
 
     queue = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)

@@ -14,9 +14,9 @@ from common import UserError, backbones, batchnorm, launch, metrics, sets
 from common.precision import Precision
 from ring import monitor, negatives, thresholds
 from ring.memories import MemoryBank
-from ring.networks import build_network
+from ring.networks import PREFIX, build_network
 from ring.views import last_operation
-from runner import checkpoint, loop
+from runner import checkpoint, loop, pretrained
 
 LOOKED_AT = 32  # the number of anchors of a batch whose rings are described in the logs
 
@@ -66,6 +66,7 @@ class Method:
         self.precision = Precision.of(args, process.device)
         self.views = colour.default_views(args.view) if args.method == "cmc" else []
         network = build_network(args.resnet_version, args.out_dim, args.conv3x3, self.views)
+        pretrained.start_from(network, args.init, PREFIX)
         self.network = batchnorm.split(network, backbones.splits_here(args, process)).train()
         self.precision.choose(self.network, (3, args.input_res, args.input_res))
         system = self.build_system()

@@ -78,6 +78,7 @@ def parse_args(argv=None):
     text = options.SMALL_STEM
     g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=text)
     g.add_argument("--out-dim", type=cli.positive_int, default=128, help="feature dimension")
+    options.add_init_argument(g)
     flags.add_method_arguments(parser.add_argument_group("method"))
 
     g = parser.add_argument_group("optimisation")

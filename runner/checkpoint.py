@@ -220,7 +220,7 @@ def load_into(
     absent too (PyTorch before 0.4.1). flag: the flag that selects the architecture, for the hint.
     """
     own = module.state_dict()
-    problem = _misfit(own, state, allowed_missing)
+    problem = misfit(own, state, allowed_missing)
     if problem:
         raise UserError(f"{path} does not fit this model ({problem}){_hint(own, state, flag)}")
     for name in own.keys() & state.keys():
@@ -252,8 +252,8 @@ def _hint(own: dict, state: dict, flag: str) -> str:
     return ""
 
 
-def _misfit(own: dict, state: dict, allowed_missing: tuple[str, ...]) -> str:
-    """Describe why `state` does not fit `own`, or return ""."""
+def misfit(own: dict, state: dict, allowed_missing: tuple[str, ...] = ()) -> str:
+    """Describe why the tensors `state` do not fit the tensors `own`, or return ""."""
     optional = (*allowed_missing,)
     missing = [k for k in own if k not in state and not k.startswith(optional)]
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]

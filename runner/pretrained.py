@@ -1,13 +1,40 @@
-"""Read the pre-training checkpoint that an evaluation starts from."""
+"""Read the pre-training checkpoint that an evaluation, or another pre-training, starts from."""
 
 from __future__ import annotations
 
 import os
 
+import torch
+from torch import nn
+
 from common import UsageError, UserError, launch
 from runner import checkpoint, layouts
 
 LARGEST = 2**14  # pixels of the side of an input
+
+
+def start_from(network: nn.Module, path: str, prefix: str = "") -> None:
+    """Give a fresh network the backbone of --init, in place; its projection head stays fresh.
+
+    path: checkpoint or run folder of a pre-training of any paper or program; "": leave the network
+    as it is. prefix: what begins the names of the network's parameters in its paper's checkpoints.
+    Raises UsageError if there is no checkpoint, and UserError if its backbone is another one.
+    """
+    if not path:
+        return
+    file = layouts.newest_below(path) if os.path.isdir(path) else path
+    if file is None:
+        raise UsageError(f"--init {path}: this folder has no checkpoint of a pre-training")
+    saved = checkpoint.Saved(file)
+    with saved.within():
+        state = layouts.without_head(layouts.backbone(saved))
+    named = layouts.add_prefix(network.state_dict(), prefix)  # the network's own tensors
+    own = layouts.without_head(layouts.backbone({"state_dict": named}))
+    if problem := checkpoint.misfit(own, state):
+        raise UserError(f"--init {path}: its network does not fit this one ({problem})")
+    with torch.no_grad():
+        for name in own.keys() & state.keys():
+            own[name].copy_(state[name])
 
 
 def read(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoint.Saved:

@@ -10,11 +10,11 @@ from conftest import inside
 from papers import CASES
 from torch.nn import functional as F
 
-from common import backbones, launch, metrics, nce, schedule
+from common import UserError, backbones, launch, metrics, nce, schedule
 from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views
-from runner import loop
+from runner import layouts, loop
 from tools import claim_records, evaluate, flags
 
 pytestmark = pytest.mark.usefixtures("slim")
@@ -166,6 +166,30 @@ def test_four_mocos_take_the_same_steps():
     assert first[0] != first[1]
     for losses in others:
         assert losses == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_run_starts_from_the_backbone_of_another(workspace, name):
+    start = backbones.build(backbones.SMALL, 0).state_dict()
+    for value in start.values():
+        value += 1  # unlike any fresh one
+    torch.save(start, "start.pth")
+    module = CASES[name].module
+    words = "--preset compare --data DATA --device cpu --seed 0 -b 32 --init start.pth"
+    args = module.parse_args(words.split())
+    pictures = ArraySet(torch.zeros(160, 3, 32, 32, dtype=torch.uint8), [0] * 160, ["a"])
+    if name == "cmc nce":
+        with pytest.raises(UserError, match="--init start.pth: its network does not fit this one"):
+            module.build_method(args, pictures, 5, launch.Process())
+        return
+    method = module.build_method(args, pictures, 5, launch.Process())
+    own = layouts.without_head(layouts.backbone(method.state_dict()))
+    assert own.keys() == layouts.without_head(start).keys()
+    assert all(torch.equal(value, start[key]) for key, value in own.items())
+    if name in MOCOS:
+        query, key = (attrgetter(path)(method) for path in MOCOS[name][:2])
+        pairs = zip(query.parameters(), key.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 # ----------------------------------------------------------------------------- nothing is learnt

@@ -192,11 +192,18 @@ def parse_args(argv=None):
     parser.add_argument("--every", type=cli.positive, default=5, help="seconds between samples")
     about = "folder of the run, of soak.json and soak.png"
     parser.add_argument("--out", default="runs/soak", help=about)
+    about = "run nothing: draw soak.png again, beside this soak.json"
+    parser.add_argument("--redraw", metavar="SOAK.json", help=about)
     return cli.freeze(parser.parse_args(argv))
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    if args.redraw:
+        curves = json.loads(Path(args.redraw).read_text())["curves"]
+        samples = [dict(zip(curves, values)) for values in zip(*curves.values())]
+        draw(samples, Path(args.redraw).with_suffix(".png"))
+        return 0
     if not Path("/proc/self/task").exists():
         raise UsageError("this looks into /proc, which only Linux has")
     out = Path(args.out).resolve()
@@ -222,7 +229,7 @@ def main(argv=None) -> int:
         "curves": {name: columns(samples, name)[0] for name in samples[0]},
     }
     write_json(out / "soak.json", content)
-    draw(samples, records, out / "soak.png")
+    draw(samples, out / "soak.png")
     print(report(figures))
     files = f"{out / 'soak.json'}, {out / 'soak.png'}"
     print(f"{figures['steps']} steps, {len(samples)} samples: {files}")

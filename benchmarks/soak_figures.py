@@ -193,7 +193,22 @@ def against_first(times: list[float]) -> str:
     return f"{times[0] * 1e3:.1f} ms a step in the first quarter, then {others}"
 
 
-def draw(samples: list[dict], records: list[dict], path: Path) -> None:
+def pace(part: list[dict]) -> tuple[list[float], list[float]]:
+    """Return steps, and milliseconds a step up to there, of about 50 stretches of a process.
+
+    The times are those of the clock, with the k-NN evaluations and the saving in between.
+    """
+    ends = part[:: max(1, len(part) // 50)]
+    steps, times = [], []
+    for before, after in zip(ends, ends[1:]):
+        if after["step"] > before["step"]:
+            minutes = after["minute"] - before["minute"]
+            steps.append(after["step"])
+            times.append(6e4 * minutes / (after["step"] - before["step"]))
+    return steps, times
+
+
+def draw(samples: list[dict], path: Path) -> None:
     """Write the curves of a run as a PNG file."""
     from matplotlib.figure import Figure
 
@@ -205,21 +220,15 @@ def draw(samples: list[dict], records: list[dict], path: Path) -> None:
         memory.plot(minutes, columns(part, "workers")[0], color="C1", lw=0.6, label="its workers")
         held.plot(minutes, columns(part, "descriptors")[0], color="C0", lw=0.8, label="open files")
         held.plot(minutes, columns(part, "threads")[0], color="C1", lw=0.8, label="threads")
+        time_of.plot(*pace(part), color="C0")
     for number, name in enumerate(RECORDS):
         steps, sizes = columns(samples, "step", name)
         written.plot(steps, [size / 1e6 for size in sizes], color=f"C{number}", label=name)
-    times = step_times(records)
-    width = max(1, len(times) // 200)
-    blocks = [times[start : start + width] for start in range(0, len(times), width)]
-    if blocks:
-        steps = [block[0][0] for block in blocks]
-        medians = [1e3 * statistics.median(time for _, time in block) for block in blocks]
-        time_of.plot(steps, medians, color="C0")
     titles = (
         (memory, "resident memory, MiB", "minutes"),
         (held, "held by the main process", "minutes"),
         (written, "records, MB", "steps"),
-        (time_of, "milliseconds a step, medians", "steps"),
+        (time_of, "milliseconds a step", "steps"),
     )
     for axes, title, x in titles:
         axes.set(title=title, xlabel=x, ylim=(0, None))
@@ -228,4 +237,7 @@ def draw(samples: list[dict], records: list[dict], path: Path) -> None:
             handles, labels = axes.get_legend_handles_labels()
             once = dict(zip(labels, handles))
             axes.legend(once.values(), once.keys(), fontsize="small")
+    for axes in (written, time_of):  # numbers of steps are long
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(path, dpi=110)

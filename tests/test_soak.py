@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import run_script
 
-from benchmarks import soak_figures
+from benchmarks import soak, soak_figures
 
 HELD = {"workers": 50.0, "descriptors": 15, "threads": 4, "checkpoint": 1000}
 
@@ -89,6 +89,16 @@ def test_steps_that_are_lost_or_made_twice():
     assert missed(taken, twice) == {"gaps"}
     knn = {"step": records[0]["step"], "knn_acc1": 3.0}
     assert soak_figures.gaps([records[0], knn, *records[1:]]) == 0
+
+
+def test_the_pace_is_the_clock_between_samples(tmp_path):
+    taken, _ = samples()
+    steps, times = soak_figures.pace(taken[:60])
+    assert steps[0] == 2000 and times == pytest.approx([60.0] * 59)  # 1,000 steps a minute
+    content = {"curves": {name: [sample[name] for sample in taken] for name in taken[0]}}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert soak.main(["--redraw", str(tmp_path / "a.json")]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")

@@ -151,11 +151,8 @@ class Method:
         with self.precision.autocast():
             if not squares:
                 return [self.wrapped(images)]
-            generator = self.generators["patches"]
-            patches = views.cut_patches(squares[0], generator)
-            rows = len(images) * self.process.world_size
-            order = launch.own_rows(torch.rand(rows, 9, generator=generator).argsort(1))
-            return list(self.wrapped(images, patches, order.to(images.device, non_blocking=True)))
+            patches, order = views.draw_jigsaw(squares[0], self.generators["patches"])
+            return list(self.wrapped(images, patches, order))
 
     def draw(self, batch: loop.Batch) -> tuple:
         """Return the rule of this step (None before --mix_start_epoch) and this rank's draws."""
@@ -193,7 +190,7 @@ class Method:
             return self.network.encode(images)
 
     def pictures(self, seen) -> dict:
-        return views.pictures(self.args, seen)
+        return views.pictures(self.args, seen, self.generators["patches"])
 
     def state_dict(self) -> dict:
         model = layouts.add_prefix(self.network.state_dict(), "module.")

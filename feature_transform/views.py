@@ -107,17 +107,33 @@ def plain_view(args) -> augment.Compose:
     return inputs.plain_view(args, *last(vars(args)))
 
 
-def pictures(args, seen: list[Tensor]) -> dict[str, Tensor]:
-    """Return {name: pictures in [0, 1]} of the views of a batch; those of CMC by channel."""
-    names = ("query", "key", "jigsaw") if args.mem == "moco" else ("picture", "jigsaw")
+def pictures(
+    args, seen: list[Tensor], generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Return {name: pictures in [0, 1]} of the views of a batch; those of CMC by channel.
+
+    A jigsaw has two columns: its nine patches at their places, and in the order in which the head
+    takes them. generator: that of `draw_jigsaw`.
+    """
+    names = ("query", "key") if args.mem == "moco" else ("picture",)
+    views = dict(zip(names, seen))
+    if args.jigsaw:
+        patches, order = draw_jigsaw(seen[-1], generator)
+        shuffled = [own[rows] for own, rows in zip(patches, order)]
+        views |= {"patches": patches, "patches, shuffled": torch.stack(shuffled)}
     columns = {}
-    for name, images in zip(names, seen):
-        if args.modal == "RGB":
-            columns[name] = last(vars(args))[0].inverse(images)
-            continue
-        for channel, values in zip(colour.CHANNELS["YDbDr"], images.split(1, 1)):
-            columns[f"{name}: {channel}"] = (values + 1) / 2
+    for name, images in views.items():
+        for channel, values in in_channels(args, images).items():
+            columns[name + channel] = lay_out(values) if values.ndim == 5 else values
     return columns
+
+
+def in_channels(args, images: Tensor) -> dict[str, Tensor]:
+    """Return {"": RGB} or {": Y": lightness, ...} in [0, 1] of views (..., 3, S, S)."""
+    if args.modal == "RGB":
+        return {"": last(vars(args))[0].inverse(images)}
+    channels = zip(colour.CHANNELS["YDbDr"], images.split(1, -3))
+    return {f": {channel}": (values + 1) / 2 for channel, values in channels}
 
 
 @dataclass(frozen=True)
@@ -286,3 +302,22 @@ def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Ten
     columns = corner[1, :, :, None, None] + pixel
     picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
     return images[picture, :, rows, columns].permute(0, 1, 4, 2, 3)
+
+
+def draw_jigsaw(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the patches of `cut_patches`, and the order (N, 9) in which the head takes them.
+
+    Each row of the order is a permutation. generator: as in `cut_patches`.
+    """
+    patches = cut_patches(images, generator)
+    rows = len(images) * launch.world_size()
+    order = launch.own_rows(torch.rand(rows, GRID**2, generator=generator).argsort(1))
+    return patches, order.to(images.device, non_blocking=True)
+
+
+def lay_out(patches: Tensor) -> Tensor:
+    """Lay patches (N, 9, C, s, s) out as sheets (N, C, S, S) of 3 x 3, with white gaps of s / 3."""
+    gap = max(1, patches.shape[-1] // GRID)
+    cells = F.pad(patches, (0, gap, 0, gap), value=1.0).unflatten(1, (GRID, GRID))
+    sheets = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return sheets[..., :-gap, :-gap]

@@ -215,7 +215,7 @@ CASES = {
         "feature_transform.main_contrast",
         "--method PIRL --dim_mask sample",
         **BANK,
-        sheet=("picture", "jigsaw"),
+        sheet=("picture", "patches", "patches, shuffled"),
         mistakes=(OWN_DRAWS,),
         on_device="index",
     ),

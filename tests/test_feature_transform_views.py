@@ -25,6 +25,7 @@ def flags(**values):
         "aug": "B",
         "modal": "RGB",
         "mem": "moco",
+        "jigsaw": False,
         "input_res": 32,
         "eval_resize": None,
         "footing": "published",
@@ -201,3 +202,23 @@ def test_patches(input_res, side, size):
     assert places.min() >= 0 and places.max() <= cell - size
     if side == 36:
         assert sorted(places.unique().tolist()) == list(range(cell - size + 1))
+
+
+def test_a_jigsaw_is_shown_in_place_and_in_the_order_of_the_head():
+    side, size, gap = 36, 9, 3
+    jigsaw = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    seen = [jigsaw, views.IMAGENET.apply(jigsaw, {})]
+    args = flags(mem="bank", jigsaw=True)
+    shown = views.pictures(args, seen, torch.Generator().manual_seed(0))
+    assert list(shown) == ["picture", "patches", "patches, shuffled"]
+    patches, order = views.draw_jigsaw(jigsaw, torch.Generator().manual_seed(0))
+    assert not torch.equal(order[0], order[1])
+    for name, places in (("patches", range(9)), ("patches, shuffled", order[1].tolist())):
+        sheet = shown[name][1]
+        assert sheet.shape == (3, 3 * size + 2 * gap, 3 * size + 2 * gap)
+        for number, patch in enumerate(places):
+            top, left = ((size + gap) * at for at in divmod(number, 3))
+            close(sheet[:, top : top + size, left : left + size], patches[1, patch])
+        assert (sheet[:, size : size + gap] == 1).all() and (
+            sheet[:, :, -size - gap : -size] == 1
+        ).all()

@@ -79,9 +79,6 @@ def settle(args) -> None:
     args.exp_name = args.exp_name or run_name(args)
     name = args.name or f"{args.exp_name}_{args.dataset}"
     args.folder = os.path.join(args.model_path, name)
-    if args.show_ring:  # the run writes that picture alone
-        args.resume = args.resume or "auto"
-        args.overwrite = True
 
 
 def run_name(args) -> str:

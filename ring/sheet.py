@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
-from common import UsageError, augment, figures, files, inputs, launch, options, sets
+from common import UsageError, augment, cli, figures, inputs, launch, sets
+from common.files import write_figure
 from ring.monitor import no_ring
 from ring.views import last_operation
+from runner import checkpoint, layouts, loop, resume
 
 ANCHORS = 8  # the number of pictures whose ring is drawn
 OF_EACH = 3  # the number of candidates drawn of each part of their neighbourhood
@@ -19,23 +23,56 @@ PARTS = {
 }
 
 
+def take_flags_of_run(parser: cli.Parser, argv: list[str] | None) -> None:
+    """Where --show-ring draws a run that --resume names, make its flags the defaults.
+
+    Flags that say where a run is kept and what it runs on are not taken.
+    """
+    args = parser.parse_args(argv)
+    if args.show_ring and args.resume not in ("", "auto"):
+        saved = checkpoint.Saved(newest(args.resume))
+        with saved.within():
+            then = saved.get("opt") or {}
+            parser.set_defaults(**{name: then[name] for name in args.compared & then.keys()})
+
+
+def newest(path: str) -> str:
+    """Return the checkpoint at `path`, or the newest one of a run folder or of its folders.
+
+    Raises UsageError where there is none.
+    """
+    if not os.path.isdir(path):
+        return path
+    found = layouts.newest_below(path)
+    if found is None:
+        raise UsageError(
+            f"--resume {path}: this folder has no checkpoint; name the folder of a run"
+        )
+    return str(found)
+
+
 @torch.no_grad()
-def show_ring(job, method, pictures: sets.PictureSet) -> None:
+def show_ring(args, process: launch.Process, files: loop.Files, loader, build_method) -> None:
     """Draw the neighbourhoods of eight training pictures and write them to --show-ring.
 
     Candidates are the bank rows of the checkpoint that --resume names, with the threshold of its
     step. With MoCo the bank of its queries stands for the queue; with CMC the anchor's lightness is
-    compared with the bank of colours. Raises UsageError where there is no checkpoint.
+    compared with the bank of colours. loader, build_method: those of the training. The run folder
+    is only read, so that a run can be drawn while it trains. Raises UsageError where there is no
+    checkpoint.
     """
-    args = job.args
-    if job.saved is None:
+    args = cli.replace(args, resume=newest(args.resume) if args.resume else "auto")
+    saved, _ = resume.find(args, args.folder, files)
+    if saved is None:
         raise UsageError(
-            f"--show-ring: there is no checkpoint in {job.folder} yet; train first, or name one "
-            "with --resume"
+            f"--show-ring: there is no checkpoint in {args.folder} yet; train first, or name a run "
+            "folder with --resume"
         )
-    with job.saved.within():
-        method.load_state_dict(job.saved)
-        threshold = method.policy(int(job.saved.get("global_step", 0)))
+    pictures = loader.dataset
+    method = build_method(resume.settle(args, saved, files), pictures, len(loader), process)
+    with saved.within():
+        method.load_state_dict(saved)
+        threshold = method.policy(int(saved.get("global_step", 0)))
     bank = method.banks[-1]._bank
     try:
         inner, outer = method.rule.ranks(threshold, len(bank), args.batch_size)
@@ -43,7 +80,7 @@ def show_ring(job, method, pictures: sets.PictureSet) -> None:
         raise no_ring(args, error) from None
     anchors = torch.linspace(0, len(pictures) - 1, ANCHORS).long()
     plain = augment.ResizeCenterCrop(args.input_res, args.input_res)
-    seen = _views(job, pictures, anchors, augment.Compose(plain, last_operation(args)))
+    seen = _views(args, process, pictures, anchors, augment.Compose(plain, last_operation(args)))
     method.network.eval()
     projections = method.project(seen.contiguous(memory_format=torch.channels_last))
     query = projections[:, : bank.shape[1]]
@@ -53,8 +90,10 @@ def show_ring(job, method, pictures: sets.PictureSet) -> None:
     places = [rank for of_part in ranks.values() for rank in of_part]
     columns = rows[:, places].cpu()
     both = torch.cat([anchors[:, None], columns], 1)
-    images = _views(job, pictures, both.flatten(), augment.Compose(plain))
-    if job.process.is_main:
+    images = _views(args, process, pictures, both.flatten(), augment.Compose(plain))
+    if process.is_main:
+        for note in resume.differing_flags(saved, args, files):
+            print(note)
         labels = pictures.targets[anchors]
         _draw(
             args.show_ring,
@@ -66,7 +105,7 @@ def show_ring(job, method, pictures: sets.PictureSet) -> None:
             same=pictures.targets[columns] == labels[:, None],
             names=[pictures.classes[label] if label >= 0 else "" for label in labels.tolist()],
             title=f"{args.method}, {args.negatives}: ranks {inner} to {outer} of {len(bank)}; "
-            f"{job.saved.path}",
+            f"{saved.path}",
         )
         print(f"eight pictures and their rings are drawn in {args.show_ring}")
 
@@ -91,11 +130,11 @@ def shown_ranks(inner: int, outer: int, n: int) -> dict[str, list[int]]:
     }
 
 
-def _views(job, pictures: sets.PictureSet, rows: Tensor, view: augment.Compose) -> Tensor:
+def _views(args, process, pictures: sets.PictureSet, rows: Tensor, view: augment.Compose) -> Tensor:
     """Return these pictures of the set under `view`, in one batch."""
-    alone = launch.Process(device=job.process.device)
+    alone = launch.Process(device=process.device)
     chosen = pictures.select(rows)
-    loader = inputs.evaluation_loader(job.args, alone, chosen, view, len(rows), workers=0)
+    loader = inputs.evaluation_loader(args, alone, chosen, view, len(rows), workers=0)
     (images,), *_ = next(iter(loader))
     return images
 
@@ -137,4 +176,4 @@ def _draw(
             axis.set_xlabel(figures.plain(caption), fontsize=7, labelpad=2)
             if row == 0 and (column == 0 or part != parts[column - 1]):
                 axis.set_title(part, fontsize=9, color=PARTS[part], loc="left")
-    files.write_figure(figure, path, "show-ring")
+    write_figure(figure, path, "show-ring")

@@ -105,12 +105,16 @@ def parse_args(argv=None):
     text = "epochs between 1-NN evaluations by the bank; 0: never; default: 1, class folders 0"
     g.add_argument("--nn-every", type=cli.count, help=text)
     options.add_monitor_arguments(g, "of those in the loss; cmc: mean over both views")
-    text = "draw pictures inside, in and beyond the rings of eight of a checkpoint's, and end"
+    text = (
+        "draw which training pictures lie inside, in and beyond the rings of eight others, then "
+        "exit; --resume names the run, a folder or a checkpoint, and typed flags win over its flags"
+    )
     g.add_argument("--show-ring", type=cli.figure_path, metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser, compile=True)
     text = "the published spelling of --gpu N and --device cpu"
     parser.add_argument("--gpu-device", metavar="N|cpu", help=text)
     parser.set_defaults(input_res=None, seed=1337)
+    sheet.take_flags_of_run(parser, argv)
     args = config.parse(parser, argv)
     options.check(args)
     flags.settle(args)
@@ -278,9 +282,12 @@ def worker(args, process: launch.Process) -> None:
         first=0,
         same=(*resume.PICTURES, "method", "resnet_version", "view"),
     )
+    demo.ensure_for(args, process)
+    if args.show_ring:
+        sheet.show_ring(args, process, files, build_loader(args, process), build_method)
+        return
     with loop.Job(args, process, args.folder, files) as job:
         args = job.args
-        demo.ensure_for(args, process)
         loader = build_loader(args, process)
         pictures = loader.dataset
         plain = inputs.plain_view(args, last_operation(args))
@@ -288,9 +295,6 @@ def worker(args, process: launch.Process) -> None:
         nearest = monitor.val_loader(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
         monitor.adopt_published(job.saved)
-        if args.show_ring:
-            sheet.show_ring(job, method, pictures)
-            return
         inner, outer = monitor.narrowest_ring(args, method)
         job.begin(
             loader,

@@ -13,7 +13,7 @@ from conftest import ROOT, as_published, equal, inside, run_script, says_no, sta
 from PIL import Image
 from vectors import keys, published_keys
 
-from common import UsageError, UserError, launch, sets
+from common import UsageError, UserError, files, launch, sets
 from ring import negatives, sheet
 from ring import train_ring as script
 from runner import checkpoint, loop
@@ -713,20 +713,30 @@ def test_a_published_checkpoint_resumes(workspace, full_width, capsys, method):
 
 
 def test_show_ring(whole, workspace, module_folder, capsys):
+    """The run names its own flags; typed ones win, and the run is only read."""
     for name, flags in RUNS.items():
-        path = f"{module_folder}/{script.parse_args([*TINY, *flags.split()]).folder}/last.ckpt"
-        before = checkpoint.load(path)
-        script.main([*TINY, *flags.split(), "--resume", path, "--show-ring", f"{name}.png"])
-        assert capsys.readouterr().out.endswith(
-            f"eight pictures and their rings are drawn in {name}.png\n"
+        folder = f"{module_folder}/{script.parse_args([*TINY, *flags.split()]).folder}"
+        before = checkpoint.load(f"{folder}/last.ckpt")
+        draw = ["--device", "cpu", "--resume", folder, "--show-ring", f"{name}.png"]
+        script.main(draw)
+        assert (
+            capsys.readouterr().out == f"eight pictures and their rings are drawn in {name}.png\n"
         )
         with Image.open(f"{name}.png") as sheet:
             assert sheet.width > 600 and sheet.height > 600
-        assert equal(before, checkpoint.load(path)) and not (workspace / "run").exists()
+        assert equal(before, checkpoint.load(f"{folder}/last.ckpt"))
+    with files.only_writer(folder):  # as while it trains
+        script.main([*draw[:3], f"{folder}/last.ckpt", *draw[4:], "--thres-outer", ".6"])
+    said = capsys.readouterr().out
+    assert "note: these flags differ from the checkpoint: thres_outer=0.6 (was 0.5)" in said
+    assert not (workspace / "run").exists() and not (workspace / "runs").exists()
     with pytest.raises(
-        UsageError, match="--show-ring: there is no checkpoint in run/pretrain_ir_ring_folder yet"
+        UsageError, match="--show-ring: there is no checkpoint in run/pretrain_ir_r"
     ):
         script.main([*TINY, "--show-ring", "x.png"])
+    (workspace / "empty").mkdir()
+    with pytest.raises(UsageError, match="--resume empty: this folder has no checkpoint"):
+        script.main(["--resume", "empty", "--show-ring", "x.png"])
 
 
 def test_ranks_that_are_shown():

@@ -14,6 +14,7 @@ from common import helptext, launch
 OnOff = argparse.BooleanOptionalAction
 FIGURES = (".png", ".pdf", ".svg")
 SWITCH = {"on": True, "off": False, "auto": "auto"}  # values of a flag of type `switch`
+DRAWN = range(10**9, 2**31)  # seeds of runs without --seed; people type shorter ones
 META = ("typed", "compared")  # attributes of a namespace that are not flags
 SYNONYMS = (  # names of one thing, of which a script has some
     "data data-folder data-dir data-path root dataset-path",
@@ -277,6 +278,13 @@ positive = number(float, above=0)
 not_negative = number(float, least=0)
 fraction = number(float, least=0, most=1)
 share = number(float, above=0, most=1)
+
+
+def seed_word(seed: int | None) -> str:
+    """Return a seed as tables and legends show it: its number, "drawn" for one of DRAWN, or "-"."""
+    if seed is None:
+        return "-"
+    return "drawn" if seed in DRAWN else str(seed)
 
 
 def run(main) -> None:

@@ -34,8 +34,11 @@ def read_runs(paths: Iterable[str], labels: list[str] | None = None) -> list[Run
 def setting(run: Run, flag: str):
     """Return a flag's value, or None where the run has no such flag.
 
-    The value of "method" is the run's method, which stands for the flags "moco" and "debiased".
+    The value of "method" is the run's method, which stands for the flags "moco" and "debiased". All
+    drawn seeds are "drawn", so that they do not tell runs apart.
     """
+    if flag == "seed" and run.options.get(flag) in cli.DRAWN:
+        return "drawn"
     if flag == "method":
         return run.method or None
     return run.options.get(flag)

@@ -187,6 +187,14 @@ LABELS = {
         ],
         ["moco_insdis MoCo, alpha 0.9", "moco_insdis MoCo, alpha 0.5", "debiased"],
     ),
+    "drawn seeds": (
+        [dict(alpha=0.99, seed=1873628193), dict(alpha=0.5, seed=1273628193)],
+        ["alpha 0.99", "alpha 0.5"],
+    ),
+    "a drawn and a typed seed": (
+        [dict(seed=1873628193), dict(seed=20240101)],
+        ["seed drawn", "seed 20240101"],
+    ),
     "nothing differs": ([dict(lr=1), dict(lr=1)], ["moco_insdis (r0)", "moco_insdis (r1)"]),
     "long": (
         [dict(view="x" * 60 + "1"), dict(view="x" * 60 + "2")],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import UserError
+from common import UserError, cli
 from tools import report
 
 NONSEM = "nonsem_neg/published.json"
@@ -227,6 +227,17 @@ def test_evaluations_of_one_network_are_told_by_both_seeds(tmp_path, capsys):
     write(tmp_path / "evaluations/again/deeper", again | {"seed": 1})
     rows = printed([tmp_path], capsys)
     assert [row[0] for row in rows[1:]] == ["moco, resnet18 (seeds 7/0, 7/1)"]
+
+
+def test_seeds_that_no_one_typed_are_not_spelled_out(tmp_path, capsys):
+    assert 10**9 in cli.DRAWN and 20251231 not in cli.DRAWN
+    for name, seed in (("moco-a", cli.DRAWN[0]), ("moco-b", cli.DRAWN[-1]), ("moco-c", 3)):
+        evaluated(tmp_path, name, seed, 30.0, label="moco")
+    rows = printed([tmp_path / "evaluations"], capsys)
+    assert [row[0] for row in rows[1:]] == ["moco, resnet18 (seeds drawn, drawn, 3)"]
+    page = tmp_path / "page.html"
+    report.main([str(tmp_path / "evaluations"), "--html", str(page)])
+    assert "drawn, drawn, 3" in Page(page.read_text()).texts
 
 
 class Page(HTMLParser):

@@ -186,13 +186,14 @@ def cell(values: list[float]) -> str:
 def seeds(results: list[dict]) -> str:
     """Return the seeds of several results, in brackets; with that of the evaluation if one recurs.
 
-    So 0/0, 0/1 are two evaluations of a network with seed 0.
+    So 0/0, 0/1 are two evaluations of a network with seed 0. See `cli.seed_word`.
     """
     if len(results) == 1:
         return ""
-    names = [shown(seed_of(result)) for result in results]
-    if len(set(names)) < len(names):
-        own = [shown(result.get("linear_seed", result.get("seed"))) for result in results]
+    numbers = [seed_of(result) for result in results]
+    names = [cli.seed_word(number) for number in numbers]
+    if len(set(numbers)) < len(numbers):
+        own = [cli.seed_word(result.get("linear_seed", result.get("seed"))) for result in results]
         names = [f"{name}/{seed}" for name, seed in zip(names, own)]
     return f" (seeds {', '.join(names)})"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import files
+from common import cli, files
 from tools.report_runs import HEADINGS, Row, epochs_of, seed_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -72,7 +72,7 @@ def _table(rows: list[Row], columns: list[str]) -> str:
     for number, row in enumerate(rows):
         first = row.results[0]
         swatch = f'<span style="background:{_colour(number)}"></span>'
-        texts = [", ".join(str(seed_of(result)) for result in row.results)]
+        texts = [", ".join(cli.seed_word(seed_of(result)) for result in row.results)]
         texts += [str(first.get("data") or "-"), str(epochs_of(first) or "-")]
         cells = [f"<td>{swatch}{escape(row.name)}</td>"]
         cells += [f"<td>{escape(text)}</td>" for text in texts]

@@ -206,6 +206,18 @@ def test_a_study_of_ones_own(root, capsys, monkeypatch):
     assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
 
 
+def test_a_run_of_a_study_may_have_any_name(root):
+    name = "b [x] *? 'y' $z"
+    study(root, runs={"a": "1", name: "2"})
+    setting = claim_records.setting("mine", "one", root / "mine.json")
+    ((command, folder),) = setting.commands(name, 3)
+    assert shlex.split(command) == ["python", "step.py", f"{name}-s3", "3", "2"]
+    assert folder.name == f"{name}-s3"
+    setting.record(name, 3).mkdir(parents=True)
+    (setting.record(name, 3) / "result.json").write_text("{}")
+    assert setting.seeds(name) == [3] and setting.seeds("a") == []
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

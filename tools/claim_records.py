@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Setting:
 
     @staticmethod
     def _seeds_in(run: str, suffix: str, folders) -> list[int]:
-        pattern = re.compile(re.escape(run) + r"-s(\d+)" + suffix)
+        pattern = re.compile(re.escape(run) + r"-s(\d+)" + re.escape(suffix))
         matches = (pattern.fullmatch(folder.name) for folder in folders)
         return sorted(int(match[1]) for match in matches if match)
 
@@ -131,7 +132,8 @@ class Setting:
             command = step["command"]
             if toy:
                 command += f" {step['toy']}"
-            commands.append((fill(command, values), self.root / fill(step["folder"], values)))
+            quoted = values | {"name": shlex.quote(values["name"])}
+            commands.append((fill(command, quoted), self.root / fill(step["folder"], values)))
         return commands
 
 

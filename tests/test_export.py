@@ -88,6 +88,45 @@ def test_timm_loads_it_strictly(folder, capsys, arch, small_stem):
     torch.testing.assert_close(model(x), ours.eval()(x))
 
 
+def test_it_says_what_the_network_was_trained_on(folder, capsys):
+    """Size and normalisation are those of the run; what a file does not tell is called unknown."""
+
+    def said(path, to="torchvision", *flags):
+        export.main([path, "--to", to, *flags])
+        *_, told, _, line = capsys.readouterr().out.splitlines()
+        return told.removeprefix("its input: "), line
+
+    network = backbones.WidthResNet(18)
+    run = {"model": "resnet18", "nce_k": 64, "moco": True}
+    bank("published.pth", network, **run, input_res=224)
+    bank("common.pth", network, **run, input_res=32, footing="common")
+    bank(
+        "towers.pth", networks.build_network("resnet18v2", colour.default_views("Lab"), 128, False)
+    )
+    for name in ("published", "common"):  # as our scripts write them
+        saved = torch.load(f"{name}.pth") | {"script": "moco_insdis/train_moco_ins.py"}
+        torch.save(saved, f"{name}.pth")
+    torch.save(torch.load("towers.pth") | {"script": "cmc/train_CMC.py"}, "towers.pth")
+    bare("bare.pth", "resnet18")
+    imagenet = (
+        "RGB in [0, 1], normalised with mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
+    )
+    cifar = (
+        "RGB in [0, 1], normalised with mean (0.4914, 0.4822, 0.4465), std (0.2023, 0.1994, 0.201)"
+    )
+    assert said("published.pth")[0] == f"224 x 224 pixels; {imagenet}"
+    assert said("common.pth", "timm")[0] == f"32 x 32 pixels; {cifar}"
+    told, line = said("common.pth", "detectron2")
+    assert told == f"32 x 32 pixels; {cifar}"
+    assert "PIXEL_MEAN = [125.307, 122.961, 113.858]; cfg.MODEL.PIXEL_STD = [51.587, " in line
+    unknown = "unknown size; unknown normalisation, for which ImageNet's is a usual guess"
+    assert said("bare.pth")[0] == unknown
+    assert "PIXEL_MEAN = [123.675, 116.28, 103.53]" in said("bare.pth", "detectron2")[1]
+    told, _ = said("towers.pth", "torchvision", "--tower", "ab_to_l")
+    assert "unknown size; from RGB in [0, 1] to the channels of ab_to_l and l_to_ab: " in told
+    assert "space='Lab', channels=(1, 2)" in told
+
+
 def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
     network = backbones.WidthResNet(50, 3, 1, 128)
     bank("current.pth", network, model="resnet50")

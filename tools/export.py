@@ -3,9 +3,9 @@
     python tools/export.py CKPT --to torchvision|timm|detectron2|safetensors
 
 Runs from any working directory and takes a run folder or a checkpoint of any layout that
-runner.layouts knows, also of other programs; the projection head or classifier stays behind. The
-last line that it prints loads the file, strictly. What a program cannot load is refused with the
-reason.
+runner.layouts knows, also of other programs; the projection head or classifier stays behind. It
+prints the size and the normalisation of the pictures that the network was trained on. The last line
+that it prints loads the file, strictly. What a program cannot load is refused with the reason.
 """
 
 import pickle
@@ -23,6 +23,7 @@ import torchvision
 
 from common import UsageError, UserError, backbones, cli, files, printable
 from runner import checkpoint, layouts, papers
+from tools import export_input
 
 SUFFIX = {
     "torchvision": ".pth",
@@ -30,7 +31,6 @@ SUFFIX = {
     "detectron2": ".pkl",
     "safetensors": ".safetensors",
 }
-PIXELS = ["PIXEL_MEAN = [123.675, 116.28, 103.53]", "PIXEL_STD = [58.395, 57.12, 57.375]"]
 
 
 def parse_args(argv=None):
@@ -62,8 +62,10 @@ def main(argv=None) -> None:
     if args.ema:
         saved["model"] = saved["model_ema"]
     with saved.within():
-        state = choose_tower(layouts.backbone(saved), saved, args)
+        inside = layouts.backbone(saved)
+        state = choose_tower(inside, saved, args)
         out = output_file(args, path)
+        trained_on = export_input.sentence(saved, layouts.towers(inside))
         line = recipe(state, saved, args, str(out))
     try:
         with files.replacing(out) as file:
@@ -73,6 +75,7 @@ def main(argv=None) -> None:
         raise UserError(f"cannot write {out}: {reason}") from None
     millions = sum(value.numel() for value in state.values()) / 1e6
     print(f"{path} -> {out}: {len(state)} tensors, {millions:.2f} M numbers")
+    print(f"its input: {trained_on}")
     print(f"to load it:\n{line}")
 
 
@@ -139,7 +142,10 @@ def recipe(state: dict, saved: checkpoint.Saved, args, out: str) -> str:
         is_resnet = isinstance(model, torchvision.models.ResNet)
         changes = stem_changes(state["conv1.weight"], model, args.to) if is_resnet else []
         if args.to == "detectron2":
-            return detectron2_settings(state, name, changes, out)
+            settings = detectron2_settings(state, name, changes, out)
+            mean, std = export_input.pixel_statistics(saved)
+            pixels = [f"cfg.MODEL.PIXEL_MEAN = {mean}", f"cfg.MODEL.PIXEL_STD = {std}"]
+            return "; ".join([*settings, *pixels, 'cfg.INPUT.FORMAT = "RGB"'])
         if args.to == "timm" and not is_resnet:
             raise Misfit(f"timm has other parameter names than torchvision for {name}")
     except Misfit as reason:
@@ -232,11 +238,8 @@ def difference(state: dict, wanted: dict, name: str, differing: list[str]) -> st
     return text
 
 
-def detectron2_settings(state: dict, name: str, changes: list[str], out: str) -> str:
-    """Return lines of a detectron2 configuration, joined.
-
-    The pixel statistics are ImageNet's, as the networks here have them.
-    """
+def detectron2_settings(state: dict, name: str, changes: list[str], out: str) -> list[str]:
+    """Return the lines of a detectron2 configuration that build the network and load the file."""
     depth = re.search(r"\d+", name)
     if not name.startswith(("resnet", "resnext", "wide_resnet")) or changes:
         raise Misfit("its ResNets have a 7x7 first convolution on RGB")
@@ -251,8 +254,7 @@ def detectron2_settings(state: dict, name: str, changes: list[str], out: str) ->
             settings.append(f"RESNETS.WIDTH_PER_GROUP = {per_group}")
     else:
         settings.append("RESNETS.RES2_OUT_CHANNELS = 64")
-    lines = [f"cfg.MODEL.{setting}" for setting in (*settings, *PIXELS)]
-    return "; ".join([*lines, 'cfg.INPUT.FORMAT = "RGB"'])
+    return [f"cfg.MODEL.{setting}" for setting in settings]
 
 
 # ------------------------------------------------------------------------------------- the file

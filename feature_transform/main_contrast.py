@@ -39,7 +39,7 @@ from common import (
     schedule,
 )
 from common.precision import Precision
-from feature_transform import checkpoints, flags, networks, recipes, views
+from feature_transform import checkpoints, flags, jigsaw, networks, recipes, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, pretrained, resume
@@ -151,7 +151,7 @@ class Method:
         with self.precision.autocast():
             if not squares:
                 return [self.wrapped(images)]
-            patches, order = views.draw_jigsaw(squares[0], self.generators["patches"])
+            patches, order = jigsaw.draw(squares[0], self.generators["patches"])
             return list(self.wrapped(images, patches, order))
 
     def draw(self, batch: loop.Batch) -> tuple:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import UserError, augment, cli, footing, inputs, launch, options, sets
+from common import UserError, augment, cli, footing, inputs, options, sets
+from feature_transform import jigsaw
 from preprocess.imagenet_splits import CLASS_LIST
 
 AUGMENTATIONS = ("A", "B", "C", "D", "E")
@@ -23,7 +24,6 @@ IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 # The published mean and deviation of Y, Db, Dr.
 COLOURS = augment.Normalize((0.457, -0.082, -0.052), (0.500, 1.331, 1.333))
 SMALLEST_CROP = {"bank": 0.08, "moco": 0.2}  # {--mem: least share of the picture}
-GRID = 3  # a jigsaw has 3 x 3 cells
 
 MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 ENHANCE = {  # {operation: the picture at the factor 0}; the factor 1 is the picture itself
@@ -113,18 +113,18 @@ def pictures(
     """Return {name: pictures in [0, 1]} of the views of a batch; those of CMC by channel.
 
     A jigsaw has two columns: its nine patches at their places, and in the order in which the head
-    takes them. generator: that of `draw_jigsaw`.
+    takes them. generator: that of `jigsaw.draw`.
     """
     names = ("query", "key") if args.mem == "moco" else ("picture",)
     views = dict(zip(names, seen))
     if args.jigsaw:
-        patches, order = draw_jigsaw(seen[-1], generator)
+        patches, order = jigsaw.draw(seen[-1], generator)
         shuffled = [own[rows] for own, rows in zip(patches, order)]
         views |= {"patches": patches, "patches, shuffled": torch.stack(shuffled)}
     columns = {}
     for name, images in views.items():
         for channel, values in in_channels(args, images).items():
-            columns[name + channel] = lay_out(values) if values.ndim == 5 else values
+            columns[name + channel] = jigsaw.lay_out(values) if values.ndim == 5 else values
     return columns
 
 
@@ -271,53 +271,10 @@ def move(x: Tensor, theta: Tensor, mode: str) -> Tensor:
 
 
 def jigsaw_recipe(args) -> augment.Compose:
-    """Return the view that `cut_patches` cuts: 255 pixels at an input of 224, else in proportion.
+    """Return the view that `jigsaw.cut_patches` cuts: 255 pixels at an input of 224.
 
-    At an input of 32 it has 36 pixels.
+    Others are in proportion: at an input of 32 it has 36 pixels.
     """
-    side = GRID * max(2, round(85 * args.input_res / 224))
+    side = jigsaw.GRID * max(2, round(85 * args.input_res / 224))
     crop = augment.RandomResizedCrop(side, scale=(0.6, 1.0))
     return augment.Compose(crop, augment.RandomHorizontalFlip(), *last(vars(args)))
-
-
-def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Cut images (N, 3, S, S) into nine patches each: (N, 9, 3, s, s).
-
-    A patch lies at a random place in its cell of a 3 x 3 grid. generator: on the CPU, in the same
-    state on every rank, so that the places are drawn for the global batch. Cells of 85 pixels give
-    patches of 64, at offsets of 0 to 21; others are in proportion (cells of 12 give 9). Every
-    network takes them, as its pooling is adaptive. A ResNet's strides leave one pixel of a patch
-    below 64; --small-stem, with a quarter of the strides, leaves more.
-    """
-    n, cell = len(images), images.shape[-1] // GRID
-    size = max(1, round(cell * 64 / 85))
-    shape = (2, n * launch.world_size(), GRID, GRID)
-    everyone = torch.randint(cell - size + 1, shape, generator=generator)
-    offset = everyone.chunk(launch.world_size(), 1)[launch.rank()]
-    cells = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    corner = offset + cell * torch.stack(cells)[:, None]
-    corner = corner.flatten(2).to(images.device, non_blocking=True)  # top and left, (2, N, 9)
-    pixel = torch.arange(size, device=images.device)
-    rows = corner[0, :, :, None, None] + pixel[:, None]
-    columns = corner[1, :, :, None, None] + pixel
-    picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
-    return images[picture, :, rows, columns].permute(0, 1, 4, 2, 3)
-
-
-def draw_jigsaw(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the patches of `cut_patches`, and the order (N, 9) in which the head takes them.
-
-    Each row of the order is a permutation. generator: as in `cut_patches`.
-    """
-    patches = cut_patches(images, generator)
-    rows = len(images) * launch.world_size()
-    order = launch.own_rows(torch.rand(rows, GRID**2, generator=generator).argsort(1))
-    return patches, order.to(images.device, non_blocking=True)
-
-
-def lay_out(patches: Tensor) -> Tensor:
-    """Lay patches (N, 9, C, s, s) out as sheets (N, C, S, S) of 3 x 3, with white gaps of s / 3."""
-    gap = max(1, patches.shape[-1] // GRID)
-    cells = F.pad(patches, (0, gap, 0, gap), value=1.0).unflatten(1, (GRID, GRID))
-    sheets = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-    return sheets[..., :-gap, :-gap]

@@ -105,10 +105,7 @@ def parse_args(argv=None):
     text = "epochs between 1-NN evaluations by the bank; 0: never; default: 1, class folders 0"
     g.add_argument("--nn-every", type=cli.count, help=text)
     options.add_monitor_arguments(g, "of those in the loss; cmc: mean over both views")
-    text = (
-        "draw which training pictures lie inside, in and beyond the rings of eight others, then "
-        "exit; --resume names the run, a folder or a checkpoint, and typed flags win over its flags"
-    )
+    text = "draw eight training pictures with their rings, then exit; --resume names the run"
     g.add_argument("--show-ring", type=cli.figure_path, metavar="FILE.png", help=text)
     options.add_hardware_arguments(parser, compile=True)
     text = "the published spelling of --gpu N and --device cpu"

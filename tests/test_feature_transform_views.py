@@ -11,7 +11,7 @@ from test_augment import pictures
 from vectors import close, names, read
 
 from common import augment
-from feature_transform import views
+from feature_transform import jigsaw, views
 
 
 @pytest.fixture(autouse=True)
@@ -187,9 +187,9 @@ def test_patches(input_res, side, size):
     pixels = (
         torch.arange(side * side, dtype=torch.float64).view(1, 1, side, side).expand(n, 3, -1, -1)
     )
-    patches = views.cut_patches(pixels, torch.Generator().manual_seed(0))
+    patches = jigsaw.cut_patches(pixels, torch.Generator().manual_seed(0))
     assert patches.shape == (n, 9, 3, size, size)
-    assert torch.equal(patches, views.cut_patches(pixels, torch.Generator().manual_seed(0)))
+    assert torch.equal(patches, jigsaw.cut_patches(pixels, torch.Generator().manual_seed(0)))
     corner = patches[:, :, 0, 0, 0].long()
     grid = torch.arange(size)[:, None] * side + torch.arange(size)
     assert torch.equal(
@@ -206,12 +206,12 @@ def test_patches(input_res, side, size):
 
 def test_a_jigsaw_is_shown_in_place_and_in_the_order_of_the_head():
     side, size, gap = 36, 9, 3
-    jigsaw = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-    seen = [jigsaw, views.IMAGENET.apply(jigsaw, {})]
+    square = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    seen = [square, views.IMAGENET.apply(square, {})]
     args = flags(mem="bank", jigsaw=True)
     shown = views.pictures(args, seen, torch.Generator().manual_seed(0))
     assert list(shown) == ["picture", "patches", "patches, shuffled"]
-    patches, order = views.draw_jigsaw(jigsaw, torch.Generator().manual_seed(0))
+    patches, order = jigsaw.draw(square, torch.Generator().manual_seed(0))
     assert not torch.equal(order[0], order[1])
     for name, places in (("patches", range(9)), ("patches, shuffled", order[1].tolist())):
         sheet = shown[name][1]

@@ -11,6 +11,7 @@ published one:
 """
 
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -33,7 +34,7 @@ from common import (
 )
 from common.precision import Precision
 from nonsem_neg import flags
-from nonsem_neg.views import normalize, pretraining_flags
+from nonsem_neg.views import adopt, normalisation, pretraining_flags
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained, resume
 from runner.features import FreshViews, validate
@@ -104,7 +105,7 @@ def read(args):
             "nonsem_neg/moco_non_sem_neg.py --demo" if is_demo else "nonsem_neg/moco_non_sem_neg.py"
         )
         saved = pretrained.read(args.pretrained, "--pretrained", first, any_resnet=True)
-        drop_trained_head(saved)
+        adopt(saved)
     elif "best_acc1" not in saved:
         raise UserError(
             f"{saved.path} is not a checkpoint of this script; give a pre-trained one to "
@@ -115,17 +116,13 @@ def read(args):
     with saved.within():
         default = backbones.name_of(layouts.backbone(saved)) or "resnet50"
         arch = pretrained.agreed(args, "arch", saved.get("arch"), saved.path, default)
-        input_res = pretrained.input_res(args, saved.get("args") or {})
+        if re.search(r"x[\d.]+$", arch):
+            own = saved.paper.evaluation if saved.paper else "tools/evaluate.py"
+            raise UserError(
+                f"{saved.path} is a {arch}, which torchvision lacks: evaluate it with {own}"
+            )
+        input_res = pretrained.input_res(args, saved.get("args") or saved.get("opt") or {})
     return saved, cli.replace(args, arch=arch, input_res=input_res)
-
-
-def drop_trained_head(saved: checkpoint.Saved) -> None:
-    """Remove the last layer of a classifier, or of a network that was trained with labels.
-
-    Only --resume continues a classifier; --pretrained always starts with a fresh layer.
-    """
-    if "best_acc1" in saved:
-        saved["state_dict"] = layouts.without_head(layouts.backbone(saved))
 
 
 def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
@@ -210,11 +207,10 @@ def embed(network, images, args):
 
 def recipe(args, saved, train: bool) -> augment.Compose:
     """Return crop and flip for training, or the centre crop for val/."""
-    before = pretraining_flags(saved)
     if not train:
-        return inputs.plain_view(args, normalize(before))
+        return inputs.plain_view(args, normalisation(saved))
     crop = augment.RandomResizedCrop(args.input_res)
-    return augment.Compose(crop, augment.RandomHorizontalFlip(), normalize(before))
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), normalisation(saved))
 
 
 def sgd(args, parameters) -> torch.optim.Optimizer:
@@ -230,7 +226,7 @@ def learning_rate(args, at: loop.At) -> float:
 def label(args, saved) -> str | None:
     """Return "MoCo + patch (K 16384, alpha 2)" where the checkpoint has the flags of its run."""
     before = pretraining_flags(saved)
-    if not before:
+    if "moco_k" not in before:  # another paper's
         return None
     if not before.get("num_nonsem"):
         return f"MoCo (K {before['moco_k']})"
@@ -250,6 +246,7 @@ def recorded(args, saved) -> dict:
         "pretrained_args": pretraining_flags(saved) or None,
         "pretrained_epoch": epochs_before(saved),
         "pretrained_step": saved.how_far()["backbone_step"],
+        "normalisation": saved.get("normalisation"),
     }
 
 

@@ -1,8 +1,9 @@
-"""The normalisation of a run."""
+"""The normalisation of a run, and the flags of the pre-training in a checkpoint."""
 
 from __future__ import annotations
 
 from common import augment
+from runner import checkpoint, layouts
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 CIFAR = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
@@ -15,9 +16,38 @@ def normalize(flags: dict) -> augment.Normalize:
 
 
 def pretraining_flags(saved: dict) -> dict:
-    """Return the flags of the pre-training, from its file or a classifier's; {} if it has none."""
-    key = "pretrained_args" if "best_acc1" in saved else "args"
-    return saved.get(key) or {}
+    """Return the flags of the pre-training, from its file or a classifier's; {} if it has none.
+
+    Other papers keep theirs under `opt`.
+    """
+    if "best_acc1" in saved:
+        return saved.get("pretrained_args") or {}
+    return saved.get("args") or saved.get("opt") or {}
+
+
+def normalisation(saved: dict) -> augment.Normalize:
+    """Return the normalisation of a checkpoint's network.
+
+    A classifier on a network of another paper records it, as (mean, std).
+    """
+    recorded = saved.get("normalisation")
+    if recorded:
+        mean, std = map(tuple, recorded)
+        return augment.Normalize(mean, std)
+    return normalize(pretraining_flags(saved))
+
+
+def adopt(saved: checkpoint.Saved) -> None:
+    """Prepare a checkpoint of any paper for a new classifier, in place.
+
+    The normalisation of its paper is added, and a trained head is removed: only --resume continues
+    a classifier, and --pretrained always starts with a fresh layer.
+    """
+    if saved.paper is not None:
+        (normalize,), _ = layouts.colours(saved, [])
+        saved["normalisation"] = [list(normalize.mean), list(normalize.std)]
+    if "best_acc1" in saved:
+        saved["state_dict"] = layouts.without_head(layouts.backbone(saved))
 
 
 def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
@@ -25,4 +55,4 @@ def of_checkpoint(saved, towers: list[str]) -> tuple[tuple, dict[str, int]]:
 
     towers: always empty, as the files hold one network that is evaluated.
     """
-    return (normalize(pretraining_flags(saved)),), {"": 3}
+    return (normalisation(saved),), {"": 3}

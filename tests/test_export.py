@@ -127,6 +127,25 @@ def test_it_says_what_the_network_was_trained_on(folder, capsys):
     assert "space='Lab', channels=(1, 2)" in told
 
 
+@pytest.mark.parametrize("channels, width", [(3, 0.5), (2, 0.25)])
+def test_the_small_network_is_built_of_torchvisions_parts(folder, capsys, channels, width):
+    """Its stem is strided and as wide as the first stage; CMC's towers have half of the width."""
+    network = backbones.small_resnet(8, channels, width)
+    bank("small.pth", network)
+    export.main(["small.pth", "--to", "torchvision"])
+    made = {}
+    exec(capsys.readouterr().out.partition("to load it:\n")[2], made)
+    model = made["model"].eval()
+    assert same(model, layouts.without_head(network.state_dict()))
+    x = torch.rand(2, channels, 32, 32)
+    assert torch.equal(model(x), backbones.feature(network.eval(), x, 6))
+    for to in ("timm", "detectron2"):
+        why = f"small.pth: {to} cannot load .* is known here alone; --to torchvision prints lines"
+        with pytest.raises(UserError, match=why):
+            export.main(["small.pth", "--to", to])
+    export.main(["small.pth", "--to", "safetensors"])
+
+
 def test_the_network_of_moco_and_old_files_without_counters(folder, capsys):
     network = backbones.WidthResNet(50, 3, 1, 128)
     bank("current.pth", network, model="resnet50")

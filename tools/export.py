@@ -4,8 +4,8 @@
 
 Runs from any working directory and takes a run folder or a checkpoint of any layout that
 runner.layouts knows, also of other programs; the projection head or classifier stays behind. It
-prints the size and the normalisation of the pictures that the network was trained on. The last line
-that it prints loads the file, strictly. What a program cannot load is refused with the reason.
+prints the size and the normalisation of the pictures that the network was trained on, and lastly
+the line that loads the file, strictly. What a program cannot load is refused with the reason.
 """
 
 import pickle
@@ -31,6 +31,17 @@ SUFFIX = {
     "detectron2": ".pkl",
     "safetensors": ".safetensors",
 }
+# Lines that build resnet18-small out of torchvision's parts; see backbones.small_resnet.
+SMALL_RESNET = """\
+import torch, torchvision
+class Small(torchvision.models.ResNet):
+    def _make_layer(self, block, planes, *rest, **more):
+        if planes == 64:
+            self.inplanes = {width}
+            self.conv1 = torch.nn.Conv2d({channels}, {width}, 3, 2, 1, bias=False)
+            self.bn1, self.maxpool = torch.nn.BatchNorm2d({width}), torch.nn.Identity()
+        return super()._make_layer(block, planes * {width} // 64, *rest, **more)
+model = Small(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2]); """
 
 
 def parse_args(argv=None):
@@ -131,12 +142,17 @@ def output_file(args, path: Path) -> Path:
 
 
 def recipe(state: dict, saved: checkpoint.Saved, args, out: str) -> str:
-    """Return the line of Python that loads the file, strictly.
+    """Return the line of Python, or for resnet18-small the lines, that load the file, strictly.
 
     Raises UserError with the reason where the program has no such network.
     """
     if args.to == "safetensors":
         return f"from safetensors.torch import load_file; state = load_file({out!r})"
+    load = f"model.load_state_dict(torch.load({out!r}, weights_only=True))"
+    if args.to == "torchvision" and name_without_width(state) == backbones.SMALL:
+        width, channels = state["conv1.weight"].shape[:2]
+        code = SMALL_RESNET.format(width=width, channels=channels)
+        return f"{code}model.fc = torch.nn.Identity(); {load}"
     try:
         name, model = like_torchvision(state, saved, args)
         is_resnet = isinstance(model, torchvision.models.ResNet)
@@ -153,7 +169,6 @@ def recipe(state: dict, saved: checkpoint.Saved, args, out: str) -> str:
             f"{saved.path}: {args.to} cannot load this network: {reason}; "
             "--to safetensors takes the tensors as they are"
         ) from None
-    load = f"model.load_state_dict(torch.load({out!r}, weights_only=True))"
     if args.to == "timm":
         channels = state["conv1.weight"].shape[1]
         own = f", in_chans={channels}" if channels != 3 else ""
@@ -199,10 +214,11 @@ def like_torchvision(state: dict, saved: checkpoint.Saved, args) -> tuple[str, t
     """
     if "conv_block_1.0.weight" in state:
         raise Misfit("this is half an AlexNet with batch-norm")
-    by_shapes = re.sub(r"x[\d.]+$", "", backbones.name_of(state) or "")  # of any width
-    name = args.arch or by_shapes or saved.get("arch")
+    name = args.arch or name_without_width(state) or saved.get("arch")
     if not name:
         raise Misfit("the file does not tell which it is: name it with --arch")
+    if name == backbones.SMALL:
+        raise Misfit(f"{name} is known here alone; --to torchvision prints lines that build it")
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise Misfit(f"torchvision has no {printable(str(name))}")
     with torch.device("meta"):
@@ -216,6 +232,11 @@ def like_torchvision(state: dict, saved: checkpoint.Saved, args) -> tuple[str, t
         raise Misfit(difference(state, wanted, name, differing))
     state.update({key: torch.tensor(0) for key in absent})
     return name, model
+
+
+def name_without_width(state: dict) -> str:
+    """Return the name of a residual network as if its stages had the usual width, or ""."""
+    return re.sub(r"x[\d.]+$", "", backbones.name_of(state) or "")
 
 
 def is_counter(key: str) -> bool:

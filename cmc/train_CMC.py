@@ -81,7 +81,7 @@ def parse_args(argv=None):
     g.add_argument(
         "--view", type=colour.space_name, choices=colour.SPACES, default="Lab", help=text
     )
-    text = "views instead of those two, such as L,a,b or L,ab,YCbCr:CbCr; every pair is contrasted"
+    text = "views in place of --view, such as L,a,b or L,ab,YCbCr:CbCr; every pair is contrasted"
     g.add_argument("--views", metavar="VIEW,VIEW,...", help=text)
     g.add_argument("--softmax", action=cli.OnOff, default=False, help="InfoNCE loss; else NCE")
     text = "negatives per anchor"

@@ -83,11 +83,11 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
     text = "steps between progress lines"
     add("-p", "--print-freq", type=cli.positive_int, default=10, help=text)
     if save_freq:
-        text = "epochs per kept checkpoint"
+        text = "epochs between the checkpoints that are kept"
         add("--save-freq", type=cli.positive_int, default=save_freq, help=text)
     text = (
-        "save the state for --resume every that many epochs; more than 1 saves time where epochs "
-        "take seconds (a run that is stopped is always saved)"
+        "epochs from one saving for --resume to the next; more than 1 saves time where an epoch "
+        "takes seconds (a run that is stopped by a signal is always saved)"
     )
     add("--last-every", type=cli.positive_int, default=1, help=text)
     text = "stop after EPOCHS epochs in all; --resume auto continues"
@@ -179,11 +179,11 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
     add = group.add_argument
     text = "start one process per GPU (or --nproc processes)"
     add("--multiprocessing-distributed", action="store_true", help=text)
-    text = "number of nodes (with the flag above), otherwise of processes"
+    text = "number of nodes (computers) with --multiprocessing-distributed, otherwise of processes"
     add("--world-size", type=int, default=-1, help=text)
     text = (
-        "number of this node, from 0 (with --multiprocessing-distributed), otherwise of this "
-        "process; one node needs none"
+        "which of the nodes (computers) this is, counted from 0, with "
+        "--multiprocessing-distributed; otherwise which of the processes; on one node: omit it"
     )
     add("--rank", type=int, default=-1, help=text)
     text = "address where processes meet, such as tcp://10.0.0.1:10001; not needed on one node"

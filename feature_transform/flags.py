@@ -70,30 +70,28 @@ def add_transformation_arguments(g) -> None:
     g.add_argument("--mixnorm", action=cli.OnOff, default=False, help=text)
     text = "features that are transformed: positives, negatives, both"
     g.add_argument("--mixnorm_target", choices=["pos", "neg", "posneg"], default="neg", help=text)
-    text = "positives: coefficients from 1 to 2, which move a pair apart; else from 0 to 1"
+    text = "extrapolate positives: coefficients from 1 to 2 move a pair apart; off: from 0 to 1"
     spellings = ("--expolation_mask", "--extrapolation_mask")
     g.add_argument(*spellings, action=cli.OnOff, default=False, help=text)
     text = "distribution of the coefficients"
     g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=text)
     text = (
-        "sides that have one coefficient for each number; none: one a step; sample: one for each "
-        "row; default, as published: none for posneg with --sep_alpha and beta, else both"
+        "none: one mixing coefficient in a step; sample: one for each row; pos, neg, both: one for "
+        "each dimension of every feature of the positives, the negatives, or both; default, as "
+        "published: none for posneg with --sep_alpha and beta, else both"
     )
     g.add_argument("--dim_mask", choices=["none", "pos", "neg", "both", "sample"], help=text)
     g.add_argument("--beta_alpha", type=cli.positive, default=2.0, help="a of Beta(a, a)")
     text = (
-        "mix positives with coefficients from Beta(a, a), a = --pos_alpha, and negatives with "
-        "a = --neg_alpha; otherwise a = --beta_alpha for both"
+        "draw the coefficients of positives from Beta(a, a) with a = --pos_alpha, and those of "
+        "negatives with a = --neg_alpha; off: both with a = --beta_alpha"
     )
     g.add_argument("--sep_alpha", action=cli.OnOff, default=False, help=text)
     g.add_argument("--pos_alpha", type=cli.positive, default=2.0, help="a of the positives")
     g.add_argument("--neg_alpha", type=cli.positive, default=1.6, help="a of the negatives")
     text = "bring transformed features back to unit length"
     g.add_argument("--postmix_norm", action=cli.OnOff, default=False, help=text)
-    text = (
-        "which transformed features --postmix_norm brings back to unit length: those of the "
-        "positive pair (pos: query and key), the negatives (neg), or all of them (both)"
-    )
+    text = "what --postmix_norm is applied to: query and key (pos), negatives (neg), or both"
     g.add_argument("--norm_target", choices=["pos", "neg", "both"], default="pos", help=text)
     text = "transform after this epoch; epochs count from 1"
     g.add_argument("--mix_start_epoch", type=cli.count, default=0, help=text)

@@ -89,7 +89,7 @@ def parse_args(argv=None):
     footing.add_argument(g)
     text = "cosine schedule instead of --schedule, per epoch, without warm-up"
     g.add_argument("--cos", action=cli.OnOff, default=False, help=text)
-    text = "--cos: what the schedule calls the first epoch: 0, or 1 as in MoCo's CIFAR notebook"
+    text = "--cos: the epochs that the cosine is ahead: 0, or 1 as in MoCo's CIFAR notebook"
     g.add_argument("--cos-from", type=cli.count, default=0, help=text)
     g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation")
     text = "augmentation: MoCo-v1's, MoCo-v2's (as --aug-plus), or MoCo's CIFAR-10 notebook's"
@@ -101,7 +101,7 @@ def parse_args(argv=None):
     options.add_name_argument(g, default="that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
-    text = "what k-NN compares: the network's pooled feature, or the output of the head after it"
+    text = "compare pictures in k-NN by the backbone's pooled features, or by the head's outputs"
     g.add_argument("--knn-on", choices=["feature", "output"], default="feature", help=text)
     options.add_hardware_arguments(parser, compile=True)
     parser.ignore("--patch-ratio sets the side of patches", "patch-size")

@@ -52,7 +52,7 @@ def add_method_arguments(g) -> None:
     g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=text)
     text = "epochs of the annealing"
     g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help=text)
-    text = "exponential: decay over all of these epochs; default: .1 per step, as published"
+    text = "exponential: decay rate over the whole annealing; default, as published: .1 a step"
     g.add_argument("--anneal-rate", type=cli.positive, help=text)
     spaces = colour.SPACES
     text = "cmc: colour space"

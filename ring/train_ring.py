@@ -61,7 +61,7 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__.splitlines()[0], presets=PRESETS)
     text = "settings in the published format (ring/configs); typed flags win over them"
     parser.add_argument("file", nargs="?", metavar="CONFIG.json", help=text)
-    parser.add_argument("--config", metavar="FILE.json", help="the same, as an option")
+    parser.add_argument("--config", metavar="FILE.json", help="CONFIG.json, as an option")
     g = parser.add_argument_group("data")
     text = "tree with train/CLASS/*, or where torchvision keeps its sets"
     g.add_argument("--root", "--data", dest="data", help=text)
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
     g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=text)
-    text = "name of that folder, to which the data set is added; default: pretrain_METHOD_NEGATIVES"
+    text = "name of that folder without the data set at its end; default: pretrain_METHOD_NEGATIVES"
     g.add_argument("--exp-name", help=text)
     options.add_name_argument(g, default="EXP_NAME_DATASET")
     options.add_run_arguments(g)

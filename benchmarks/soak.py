@@ -40,6 +40,7 @@ from benchmarks.soak_figures import SHOWN, columns, draw, judge, report
 from common import UsageError, UserError, cli
 from common.files import ROOT, write_json
 from runner.folder import environment
+from runner.records import read as read_records
 
 SCRIPT = "nonsem_neg/moco_non_sem_neg.py"
 FLAGS = (
@@ -218,7 +219,7 @@ def main(argv=None) -> int:
         samples += watch([*command, *flags], folder, 30 * args.minutes, args.every, part, began)
         last = samples[-1]
         print(f"part {part}: {last['step']} steps after {last['minute']:.1f} minutes", flush=True)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(folder / "metrics.jsonl")
     figures = judge(samples, records, short=args.minutes < 30)
     content = {
         "script": f"{SCRIPT} {FLAGS}",

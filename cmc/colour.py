@@ -126,12 +126,12 @@ def chosen_views(args) -> list[View]:
 
 
 def view_keys(views: Sequence[View]) -> list[str]:
-    """Return the names of the views in files: those of --views, with _ for a colon."""
+    """Return the names of the views in files and records: those of --views, with _ for a colon."""
     return [view.name.replace(":", "_") for view in views]
 
 
 def bank_names(views: Sequence[View]) -> list[str]:
-    """Return the names in `memory_VIEW` and `VIEW_loss`; two views are l and ab, as published."""
+    """Return the names of the views' banks in checkpoints; those of two are as published."""
     return ["l", "ab"] if len(views) == 2 else view_keys(views)
 
 

@@ -176,7 +176,6 @@ class CMC:
     def __init__(self, args, n: int, process: launch.Process):
         self.args = args
         self.views = colour.chosen_views(args)
-        self.names = colour.bank_names(self.views)
         mlp = args.footing == "common"
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem, mlp)
         pretrained.start_from(network, args.init, "encoder.")
@@ -196,7 +195,8 @@ class CMC:
             self.network.compile()
         self.wrapped = launch.parallel(self.network, process)
         bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
-        self.memory = MemoryBanks(n, args.feat_dim, self.names, *bank).to(process.device)
+        names = colour.bank_names(self.views)
+        self.memory = MemoryBanks(n, args.feat_dim, names, *bank).to(process.device)
         if args.softmax:
             self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
@@ -215,27 +215,27 @@ class CMC:
         self.precision.step(losses.sum(), self.optimizer)
         everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
         self.memory.update(everyone, launch.all_gather(batch.index))
-        return self.curves(losses.detach(), [pair.detach() for pair in out], logits, feats)
+        return self.curves(losses.detach(), out, logits, feats)
 
     def curves(self, losses, out, logits, feats) -> dict:
-        """Return the values to log: each view's loss, and as "prob" its mean of column 0.
+        """Return the values to log: loss and probability of the positive, also of each view.
 
-        With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
-        with NCE, Z over the number of pictures is. Both, and the scores, are means over all pairs.
+        losses (V,), out: what the memory's `losses` returned. Probabilities, scores and, with NCE,
+        Z over the number of pictures are means over the pairs of views.
         """
-        probs = torch.stack([pair[:, 0].mean() for pair in out]).view(len(self.names), -1).mean(1)
+        n = None if self.args.softmax else self.memory.n
+        probs = torch.stack([nce.positive_prob(pair, n) for pair in out])  # of each pair
         negatives = [pair.detach()[:, 1:].mean() for pair in logits]
         values = {
             "loss": losses.sum(),
+            "positive_prob": probs.mean(),
             "feature_spread": torch.stack([metrics.spread(feat) for feat in feats]).mean(),
             "negative_similarity": torch.stack(negatives).mean() * self.memory.temperature,
         }
-        for name, loss, prob in zip(self.names, losses, probs):
+        of_views = probs.view(len(self.views), -1).mean(1)
+        for name, loss, prob in zip(colour.view_keys(self.views), losses, of_views):
             values |= {f"{name}_loss": loss, f"{name}_prob": prob}
-        if self.args.softmax:
-            positives = [(pair[:, 0] - pair.logsumexp(1)).exp().mean() for pair in out]
-            values["positive_prob"] = torch.stack(positives).mean()
-        else:
+        if not self.args.softmax:
             values["z_over_n"] = self.memory.normaliser.mean() / self.memory.n
         if self.args.save_score:
             t = self.memory.temperature

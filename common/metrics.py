@@ -22,6 +22,17 @@ def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1, 5)) -> 
     return [hits[:, :k].sum() * (100.0 / max(n, 1)) for k in topk]
 
 
+def named(top1, top5, classes: int) -> dict:
+    """Return {"acc1": top1, "acc5": top5}; without top-5 up to five classes, where it is 100."""
+    return {"acc1": top1, "acc5": top5} if classes > 5 else {"acc1": top1}
+
+
+def in_words(accuracies: dict, digits: int = 2) -> str:
+    """Return "Acc@1 51.20 Acc@5 93.00" for the result of `named`."""
+    words = [f"{name.replace('acc', 'Acc@')} {v:.{digits}f}" for name, v in accuracies.items()]
+    return " ".join(words)
+
+
 @torch.no_grad()
 def spread(features: Tensor) -> Tensor:
     """Return how far unit features (B, D) spread: 1 in all directions, 0 where all are equal.

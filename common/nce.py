@@ -65,6 +65,23 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
     return (from_noise - from_data) / len(estimate)
 
 
+def positive_prob(out: Tensor, n: int | None = None) -> Tensor:
+    """Return the mean probability from 0 to 1 with which the loss recognises a positive, 0-dim.
+
+    InfoNCE: out (B, 1+K) are logits, and it is the softmax probability of column 0.
+    NCE, with n as in `nce_loss`: out (B, 1+K) are estimates P(i|v), and it is the probability that
+    column 0 is of the data and not of the noise, P / (P + K/n).
+
+    >>> positive_prob(torch.zeros(4, 8)).item(), positive_prob(torch.full((4, 5), 0.1), n=40).item()
+    (0.125, 0.5)
+    """
+    _check(out)
+    positive = out.detach()[:, 0]
+    if n is None:
+        return (positive - out.detach().logsumexp(1)).exp().mean()
+    return (positive / (positive + (out.shape[1] - 1) / n)).mean()
+
+
 def next_z(z: Tensor, batch_mean: Tensor, n: int, mode: str, updates: int | Tensor) -> Tensor:
     """Return the normalisers Z for a batch: n times the mean of exp(s / T), over all ranks.
 

@@ -200,7 +200,14 @@ def label(args, saved) -> str:
 
 
 def settings(args, saved) -> dict:
-    return {"protocol": args.protocol, "train_size": args.input_res, "test_size": args.test_size}
+    return {"train_size": args.input_res, "test_size": args.test_size}
+
+
+def protocol(args) -> str:
+    """Return the evaluation protocol in words, for result.json."""
+    if args.protocol == "published":
+        return "linear Adam, as published: batch-norm moves, views of the pre-training"
+    return "linear Adam"
 
 
 class Classifier(linear.Classifier):
@@ -243,9 +250,11 @@ SPEC = linear.Spec(
     result=settings,
     derived=lambda args, saved, network, classifier: {
         **settings(args, saved),
+        "protocol": args.protocol,
         "model": args.model,
     },
     published="debiased/published.json",
+    protocol=protocol,
     method=Classifier,
     reopened=("protocol", "input_res"),
     side="test_size",

@@ -307,6 +307,7 @@ def report(job: loop.Job, saved: checkpoint.Saved | None, values: dict) -> None:
         "label": args.label or folder,
         "data": " + ".join(args.data),
         "split": args.test_split,
+        "protocol": f"Faster R-CNN fine-tuned on VOC, batch-norm {args.norm}",
         "iterations": args.iterations,
         "norm": args.norm,
         "table": "feature_transform/published_detection.json",

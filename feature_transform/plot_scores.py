@@ -29,7 +29,7 @@ from feature_transform import score_figures
 from feature_transform.score_figures import NAMES
 from feature_transform.score_files import Run
 from feature_transform.score_labels import read_runs
-from runner.folder import own_events
+from runner.events import own_events
 
 FORMATS = tuple(suffix.removeprefix(".") for suffix in cli.FIGURES)
 

@@ -8,7 +8,6 @@ common.metrics.score_statistics. Those of the authors' code can be read, too.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UsageError, UserError, files
+from runner.records import read as read_records
 
 STATISTICS = {  # {name: (column of the files, description)}
     "neg_variance": (1, "variance of the negative similarities"),
@@ -119,7 +119,7 @@ def _runs_below(path: Path) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Read the scores, settings and records of a run folder."""
     config = read_config(folder)
-    records = read_records(folder)
+    records = read_records(folder / "metrics.jsonl")
     derived, options = (
         config[key] if isinstance(config.get(key), dict) else {} for key in ("derived", "options")
     )
@@ -132,10 +132,14 @@ def read_run(folder: Path) -> Run:
     )
     files = numbered(folder)
     logged = [record["epoch"] for record in records if isinstance(record.get("epoch"), int)]
-    first = 0 if 0 in files or 0 in logged else 1  # as its script counts
+    first = derived.get("first_epoch")  # as its script counts, and in older runs its records too
+    first_record = 0
+    if first is None:
+        first = first_record = 0 if 0 in files or 0 in logged else 1
     run.files = {number + 1 - first: path for number, path in files.items()}
     steps = _read_curves(run, derived.get("steps_per_epoch"))
-    run.drops = [run.starts.get(epoch, (epoch - 1) * steps + 1) for epoch in drops(records, first)]
+    lower = drops(records, first_record)
+    run.drops = [run.starts.get(epoch, (epoch - 1) * steps + 1) for epoch in lower]
     run.accuracy = accuracy(folder, records)
     return run
 
@@ -219,18 +223,6 @@ def read_config(folder: Path) -> dict:
         ) from None
 
 
-def read_records(folder: Path) -> list[dict]:
-    """Return the lines of metrics.jsonl that are whole."""
-    records = []
-    with contextlib.suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    records.append(record)
-    return records
-
-
 def drops(records: list[dict], first: int) -> list[int]:
     """Return the epochs, from 1, that begin at a lower learning rate than the one before.
 
@@ -239,7 +231,7 @@ def drops(records: list[dict], first: int) -> list[int]:
     """
     rates = {}
     for record in records:
-        rate = record.get("learning_rate", record.get("lr"))
+        rate = record.get("lr")
         epoch = record.get("epoch")
         if isinstance(rate, (int, float)) and isinstance(epoch, int):
             rates.setdefault(epoch, rate)

@@ -269,6 +269,7 @@ SPEC = linear.Spec(
         "crop": args.crop,
     },
     published="moco_insdis/published.json",
+    protocol=lambda args: "linear Adam" if args.adam else "linear SGD",
     reopened=("model", "layer", "input_res", "bn"),
     is_published=is_published,
     flags_of=flags_of,

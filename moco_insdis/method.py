@@ -39,22 +39,19 @@ class InstanceMethod:
             self.equal_loss = nce.equal_loss(args.nce_k)
 
     def curves(self, loss, out, logits, feat) -> dict:
-        """Return the values to log: the loss, and as "prob" the mean of column 0 of `out`.
+        """Return the values to log, with NCE also Z over the number of pictures.
 
-        With InfoNCE column 0 is a logit, so the softmax probability of the positive is logged too;
-        with NCE, Z over the number of pictures is. logits: the scores that --save_score describes.
-        feat: the features of the batch.
+        loss, out: what the memory's `loss` returned. logits: the scores that --save_score
+        describes. feat: the features of the batch.
         """
-        out = out.detach()
+        n = None if self.memory.softmax else self.memory.n
         values = {
-            "ins_loss": loss,
-            "ins_prob": out[:, 0].mean(),
+            "loss": loss,
+            "positive_prob": nce.positive_prob(out, n),
             "feature_spread": metrics.spread(feat),
             "negative_similarity": logits.detach()[:, 1:].mean() * self.memory.temperature,
         }
-        if self.memory.softmax:
-            values["positive_prob"] = (out[:, 0] - out.logsumexp(1)).exp().mean()
-        else:
+        if not self.memory.softmax:
             values["z_over_n"] = self.memory.normaliser / self.memory.n
         if self.args.save_score:
             t = self.memory.temperature

@@ -29,6 +29,7 @@ from common import (
     cli,
     inputs,
     launch,
+    metrics,
     options,
     schedule,
 )
@@ -294,7 +295,9 @@ def evaluate(args, process: launch.Process) -> None:
     loader = inputs.evaluation_loader(args, process, val_set, recipe(args, saved, train=False))
     top1, top5, _ = validate(classifier, FreshViews(embed_precisely, loader))
     log.say_replaced(loader)
-    log.result(evaluated=saved.path, data=args.data, split="val", acc1=top1, acc5=top5)
+    found = metrics.named(top1, top5, len(val_set.classes))
+    protocol = "a trained linear classifier"
+    log.result(evaluated=saved.path, data=args.data, split="val", protocol=protocol, **found)
     log.close()
 
 

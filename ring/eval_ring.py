@@ -177,10 +177,6 @@ def label(args, saved) -> str | None:
     return f"{opt['method'].upper()} {opt['negatives']}" if "negatives" in opt else None
 
 
-def protocol_of(args, saved, *_) -> dict:
-    return {"method": args.method, "protocol": args.protocol}
-
-
 SPEC = linear.Spec(
     script=__file__,
     parse_args=parse_args,
@@ -196,8 +192,9 @@ SPEC = linear.Spec(
     load=load,
     # The digest is of the pre-trained network, before its statistics have moved.
     digest=lambda saved, network: checkpoint.fingerprint(networks.parameters(saved)),
-    result=protocol_of,
-    derived=protocol_of,
+    result=lambda args, saved: {"method": args.method},
+    derived=lambda args, *_: {"method": args.method, "protocol": args.protocol},
+    protocol=released.protocol,
     argv=("--root=-",),
     reopened=("augmentation", "protocol", "input_res"),
 )
@@ -263,6 +260,7 @@ def evaluate_neighbours(args, process, saved, pictures, row: dict) -> dict:
     log.result(
         **row,
         **values,
+        protocol="nearest neighbours alone",
         network=saved.path,
         pretrained_epochs=saved.get("epoch"),
         method=args.method,

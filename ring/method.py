@@ -163,10 +163,10 @@ class Method:
             "loss": loss.detach(),
             "feature_spread": spread,
             **means,
-            "thres_outer": 1.0 if kind == "all" else threshold,
-            "thres_inner": self.rule.thres_inner if kind == "ring" else 0.0,
-            "candidates": ranks[1] - ranks[0],
-            "cut_out": ranks[0],
+            "ring_thres_outer": 1.0 if kind == "all" else threshold,
+            "ring_thres_inner": self.rule.thres_inner if kind == "ring" else 0.0,
+            "ring_candidates": ranks[1] - ranks[0],
+            "ring_cut_out": ranks[0],
         }
         if self.args.save_score:
             scores = [torch.cat(observer.scores) for observer in observers]

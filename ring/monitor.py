@@ -122,7 +122,7 @@ def evaluate_nearest(job, method, loader: data.Loader) -> None:
     if job.args.anneal == "accuracy":
         method.policy.record(accuracy / 100)
     job.log.say(f"Epoch {job.epoch}: 1-NN through the bank on val: Acc@1 {accuracy:.2f}")
-    job.log.log(job.global_step, epoch=job.epoch, nn_acc1=accuracy)
+    job.record(job.global_step, bank_acc1=accuracy)
 
 
 def description(
@@ -137,7 +137,7 @@ def description(
     ring_lowest, ring_highest: cosine of the last and of the first candidate, mean over anchors.
     own (B,), labels (n,): classes of the anchors and of the candidates, -1 where unknown. With
     them, ring_own_class is the share of the ring that is of its anchor's class, and with has_cut
-    inner_own_class is that share of the candidates that are cut out.
+    ring_inner_own_class is that share of the candidates that are cut out.
     """
     values = {
         "ring_lowest": ring.scores.amin(1).mean() * temperature,
@@ -147,7 +147,7 @@ def description(
         return values
     values["ring_own_class"] = _own_share(labels[ring.rows], own)
     if has_cut:
-        values["inner_own_class"] = _own_share(labels[ring.inner_rows], own)
+        values["ring_inner_own_class"] = _own_share(labels[ring.inner_rows], own)
     return values
 
 

@@ -39,6 +39,13 @@ def settle(args) -> None:
         args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
 
 
+def protocol(args) -> str:
+    """Return the evaluation protocol in words, for result.json."""
+    if args.protocol == "released":
+        return "linear SGD, as released: batch-norm moves, views of the pre-training"
+    return "linear SGD"
+
+
 def settings(saved: checkpoint.Saved, augmentations: Iterable[str]) -> dict:
     """Return the method and, where it is known, the augmentation of a published checkpoint.
 

@@ -189,7 +189,9 @@ class CMC(Method):
         everyone = launch.all_gather(batch.index)
         for memory, feat in zip(self.banks, launch.all_gather(feats).chunk(2, 1)):
             memory.update(feat, everyone)
-        return self.curves(loss, threshold, ranks, observers, feats)
+        names = colour.view_keys(self.views)
+        of_views = {f"{name}_loss": own.detach() for name, own in zip(names, losses)}
+        return self.curves(loss, threshold, ranks, observers, feats) | of_views
 
     def embed(self, images):
         with self.precision.autocast():

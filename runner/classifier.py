@@ -83,7 +83,8 @@ class Classifier:
         loss.backward()
         self.optimizer.step()
         top1, top5 = metrics.accuracy(logits.detach(), target, (1, 5))
-        return {"train_loss": loss, "train_acc": top1, "train_acc5": top5}
+        found = metrics.named(top1, top5, len(self.recorded["classes"]))
+        return {"train_loss": loss, **{f"train_{name}": value for name, value in found.items()}}
 
     def state_dict(self) -> dict:
         weights = self.spec.weights(self.network, self.classifier)

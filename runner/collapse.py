@@ -15,7 +15,7 @@ def finding(means: dict[str, float], equal_loss: float = math.inf) -> str:
     means: of an epoch. equal_loss: the loss of equal scores for all pairs.
     """
     spread = means.get("feature_spread", 1.0)
-    loss = next((value for key, value in means.items() if key in ("loss", "ins_loss")), 0.0)
+    loss = means.get("loss", 0.0)
     if spread < COLLAPSED:
         found = f"the features have collapsed (their spread is {spread:.3f} of 1)"
     elif loss > ABOVE * equal_loss:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UsageError, UserError, cli, files, launch, printable
-
-OWNER = ".run"  # a file in a folder of TensorBoard events: the path of the run that writes them
+from runner import events
 
 
 def environment() -> dict:
@@ -75,7 +72,7 @@ class RunFolder:
 
     folder: created with its parents. args: the flags to record.
     tensorboard: False for no events, True for events in the folder, or the folder to write them to;
-    if another run writes its events there, see `own_events`.
+    if another run writes its events there, see `events.own_events`.
     suffix: added to the names config.json, metrics.jsonl and result.json if a second kind of run
     shares the folder; its events go into a folder of that name.
     keep: leave an existing config.json unchanged, for a run that has nothing left to do.
@@ -96,16 +93,16 @@ class RunFolder:
         self._config_path = self.folder / f"config{suffix}.json"
         self._metrics_path = self.folder / f"metrics{suffix}.jsonl"
         self._result_path = self.folder / f"result{suffix}.json"
-        self._events = tensorboard
-        if tensorboard is True:
-            self._events = str(self.folder / suffix.lstrip("-"))
-        self._writer = None
+        self._events = None
         self._metrics = None
         if not self.main:
             return
         files.make_folder(self.folder)
-        if isinstance(tensorboard, str):
-            self._events = _claimed_events(tensorboard, f"{self.folder}{suffix}")
+        if tensorboard:
+            place = self.folder / suffix.lstrip("-")
+            if isinstance(tensorboard, str):
+                place = events.claimed(tensorboard, f"{self.folder}{suffix}")
+            self._events = events.Events(place, self.say)
         self._keep = keep and self._config_path.exists()
         self.config = {
             "command": self.command,
@@ -182,10 +179,11 @@ class RunFolder:
                     if record.get("step", 0) <= last:
                         file.write(line + "\n")
 
-    def log(self, step: int, **values) -> None:
+    def log(self, step: int, group: str = "train", **values) -> None:
         """Append a JSON object to metrics.jsonl, and each number to the TensorBoard events.
 
-        step counts from 0 over the whole run.
+        step counts from 0 over the whole run. group: of values whose name does not tell their group
+        in TensorBoard, see `events.tag`.
         """
         if not self.main:
             return
@@ -199,24 +197,7 @@ class RunFolder:
                 f"cannot write {self._metrics_path}: {error.strerror}; saved checkpoints are intact"
             ) from None
         if self._events:
-            self._log_events(step, record)
-
-    def _log_events(self, step: int, record: dict) -> None:
-        """Write TensorBoard scalars; if that fails, warn once and continue without them."""
-        try:
-            if self._writer is None:
-                self._writer = _event_writer(self._events, step)
-            for key, value in record.items():
-                if key not in ("step", "epoch") and isinstance(value, (int, float)):
-                    self._writer.add_scalar(key, value, step)
-        except Exception as error:
-            self._stop_events(error)
-
-    def _stop_events(self, error: Exception) -> None:
-        reason = getattr(error, "strerror", None) or error
-        self.say(f"warning: cannot write TensorBoard events to {self._events} any more: {reason}")
-        self._events = False
-        self._writer = None
+            self._events.add(step, record, group)
 
     def result(self, **values) -> None:
         """Write result.json, and print its path and its numbers as the final line."""
@@ -239,50 +220,8 @@ class RunFolder:
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except Exception as error:
-                self._stop_events(error)
-
-
-def own_events(folder: str | Path, run: str | Path) -> str:
-    """Return `folder`, or the first of folder-2, folder-3, ... that has no events of another run.
-
-    The folder is created, and the file OWNER in it names `run`, so that a resumed run finds its
-    events again. Raises OSError if it is not writable.
-    """
-    path = os.fsencode(os.path.realpath(run))
-    for number in itertools.count(1):
-        place = Path(f"{folder}-{number}" if number > 1 else folder)
-        place.mkdir(parents=True, exist_ok=True)
-        owner = place / OWNER
-        if not owner.exists() and not any(place.glob("events.out.tfevents.*")):
-            with contextlib.suppress(FileExistsError), open(owner, "xb") as file:
-                file.write(path)
-        if owner.exists() and owner.read_bytes() == path:
-            return str(place)
-
-
-def _claimed_events(folder: str, run: str) -> str:
-    """Return the folder that `own_events` chooses, for --tb_path.
-
-    Raises UsageError, before any training, if it is not writable.
-    """
-    try:
-        own = own_events(folder, run)
-    except OSError as error:
-        raise UsageError(f"--tb_path: cannot write to {folder}: {error.strerror.lower()}") from None
-    if not os.access(own, os.W_OK):
-        raise UsageError(f"--tb_path: cannot write to {own}: permission denied")
-    return own
-
-
-def _event_writer(folder: str, step: int):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.utils.tensorboard import SummaryWriter  # this import takes a second
-    return SummaryWriter(folder, purge_step=step)
+        if self._events:
+            self._events.close()
 
 
 def _from_root(script: str) -> str:

@@ -78,13 +78,13 @@ def fit(
     if not all(path.exists() for path in results):  # --stop-after
         return {}
     scores = [files.read_json(path) for path in results]
-    means = {key: _mean(scores, key) for key in ("acc1", "acc5", "acc1_best")}
+    means = {key: _mean(scores, key) for key in ("acc1", "acc5", "acc1_best") if key in scores[0]}
     log = RunFolder(folder, args, process, tensorboard=False)
     values = scores[0] | means
     values |= {
         "acc1_sd": float(np.std([score["acc1"] for score in scores], ddof=1)),
         "acc1_of_folds": [score["acc1"] for score in scores],
-        "data_protocol": PROTOCOL,
+        "protocol": f"{spec.protocol(args)}, {PROTOCOL}",
     }
     log.result(**values)
     log.close()

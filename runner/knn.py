@@ -69,10 +69,10 @@ def evaluate(job, method, both: tuple[data.Loader, data.Loader]) -> None:
     bank = features(method, both[0])
     classes = len(both[0].dataset.classes)
     accuracy = metrics.knn(*bank, *features(method, both[1]), classes, args.knn_k, args.knn_t)
-    top1, top5 = map(float, accuracy)
+    found = metrics.named(*map(float, accuracy), classes)
     k = metrics.neighbours_used(args.knn_k, bank[1])
-    job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: Acc@1 {top1:.2f} Acc@5 {top5:.2f}")
-    job.log.log(job.global_step, epoch=job.epoch, knn_acc1=top1, knn_acc5=top5)
+    job.log.say(f"Epoch {job.epoch}: k-NN (k {k}) on val: {metrics.in_words(found)}")
+    job.record(job.global_step, **{f"knn_{name}": value for name, value in found.items()})
 
 
 def warning(acc1: float, knn_acc1: float, remedy: str) -> str | None:

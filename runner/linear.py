@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import cli, data, inputs, launch, options, sets
+from common import cli, data, inputs, launch, metrics, options, sets
 from common.precision import Precision
 from runner import checkpoint, knn, layouts, loop, pretrained
 from runner.classifier import Classifier
@@ -46,7 +46,8 @@ class Spec:
     network.
     recorded(args, saved) -> more entries of the checkpoint. result(args, saved) -> more entries of
     result.json. derived(args, saved, network, classifier) -> more values to print at the start.
-    published: path of the table of published numbers, from the root.
+    published: path of the table of published numbers, from the root. protocol(args) -> the
+    evaluation protocol in a few words.
     method: the class of the method. drop_last: leave out the last, smaller batch of an epoch.
 
     tools/reopen.py uses these:
@@ -77,6 +78,7 @@ class Spec:
     result: Callable = lambda args, saved: {}
     derived: Callable = lambda args, saved, network, classifier: {}
     published: str | None = None
+    protocol: Callable = lambda args: "linear SGD"
     method: type | None = None
     drop_last: bool = False
     argv: tuple[str, ...] = ("--data_folder=-",)
@@ -258,22 +260,15 @@ def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str)
             is_checked = True
         is_best = top1 > scores["best_acc1"]
         scores.update(acc1=top1, acc5=top5)
+        found = metrics.named(top1, top5, len(method.recorded["classes"]))
         if is_best:
             scores.update(best_acc1=top1, best_epoch=job.done)
         number = scores["best_epoch"] - 1 + job.files.first
         job.log.say(
-            f" * epoch {epoch}: Acc@1 {top1:.3f} Acc@5 {top5:.3f} "
+            f" * epoch {epoch}: {metrics.in_words(found, 3)} "
             f"(best {scores['best_acc1']:.3f} at {number})"
         )
-        job.log.log(
-            job.done,
-            epoch=epoch,
-            **job.means,
-            test_acc=top1,
-            test_acc5=top5,
-            test_loss=loss,
-            learning_rate=first_rate,
-        )
+        job.record(job.done, **job.means, **found, val_loss=loss, lr=first_rate)
         if is_best:
             job.save(best)
     job.log.say_replaced(val_loader)
@@ -297,10 +292,10 @@ def report(job: loop.Job, saved: checkpoint.Saved, **measured) -> None:
         "split": "val",
         **origin,
         "linear_epochs": job.done,
-        "acc1": scores["acc1"],
-        "acc5": scores["acc5"],
+        "protocol": spec.protocol(args),
+        **metrics.named(scores["acc1"], scores["acc5"], len(job.method.recorded["classes"])),
         "acc1_best": scores["best_acc1"],
-        "best_epoch": scores["best_epoch"],
+        "best_epoch": scores["best_epoch"] - 1,
         "linear_seed": args.seed,
         "seed": args.seed if seed is None else seed,
         **more,

@@ -185,6 +185,7 @@ class Job:
             "steps_per_epoch": self.steps,
             "batch_per_process": loader.batch_size,
             "data_device": loader.mode,
+            "first_epoch": self.files.first,  # as files and the console count; records count from 0
         }
         if hasattr(self.method, "precision"):
             values["precision"] = str(self.method.precision)
@@ -313,14 +314,18 @@ class Job:
         """Add up the values that `Method.step` returned, and log them every --print-freq steps."""
         if scores is not None:
             self.scores.keep(scores)
-        shown = self.progress.update(self._rows, **values, learning_rate=self._rate)
+        shown = self.progress.update(self._rows, **values, lr=self._rate)
         if shown and not self.files.by_epoch:
             elapsed = max(self.progress.elapsed, 1e-9)
             shares = {
                 "view_share": self.source.view_seconds / elapsed,
                 "wait_share": self.source.wait_seconds / elapsed,
             }
-            self.log.log(self.global_step + 1, epoch=self.epoch, **shown, **shares)
+            self.record(self.global_step + 1, "train", **shown, **shares)
+
+    def record(self, step: int, group: str = "eval", **values) -> None:
+        """Log values of this epoch, which records count from 0. group: see runner.events.tag."""
+        self.log.log(step, group, epoch=self.epoch - self.files.first, **values)
 
     def due(self, every: int) -> bool:
         """Return whether a complete epoch is the last or a multiple of `every` (0: never)."""

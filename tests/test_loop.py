@@ -476,7 +476,7 @@ def test_a_failing_event_writer_is_one_line_and_the_run_continues(capfd):
     Path("events").mkdir()
     os.chmod("events", 0o500)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runner.folder._event_writer", lambda *_: open("/no/such/folder", "w"))
+        patch.setattr("runner.events.event_writer", lambda *_: open("/no/such/folder", "w"))
         assert train(tensorboard="events") == 0
     out, _ = capfd.readouterr()
     assert (

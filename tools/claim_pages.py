@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common import UserError, files
 from runner import papers as declarations
+from runner.records import read as read_records
 from tools import claim_records as records
 from tools.claim_records import NAMES, Comparison, Setting
 from tools.report import cell, layout
@@ -74,7 +75,7 @@ def curve_table(published: Path, folder: Path) -> str:
     """Return a published training curve beside that of the run recorded in `folder`."""
     theirs = json.loads(published.read_text())
     ours = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for line in read_records(folder / "metrics.jsonl"):
         ours.setdefault(line["epoch"] + 1, {}).update(line)
     rows = []
     for key, name, digits in (("knn_acc1", "k-NN", 2), ("epoch_loss", "loss", 3)):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import UsageError, UserError, printable
 from common.files import ROOT
+from runner.records import read as read_records
 
 # Student's t, two-sided 95 %, by degrees of freedom
 T95 = (
@@ -91,12 +92,10 @@ class Setting:
         """
         for step in reversed(self.steps):
             folder = self.record(run, seed, step["suffix"])
-            texts = []
+            records = read_records(folder / "metrics.jsonl")
             if (folder / "result.json").is_file():
-                texts.append((folder / "result.json").read_text())
-            if (folder / "metrics.jsonl").is_file():
-                texts += reversed((folder / "metrics.jsonl").read_text().splitlines())
-            for record in map(json.loads, texts):
+                records.append(json.loads((folder / "result.json").read_text()))
+            for record in reversed(records):
                 if key in record:
                     return float(record[key])
         raise UserError(f"{printable(self.record(run, seed))}: no {key} in its records")

@@ -196,6 +196,7 @@ def evaluate(
     classes = len(train_set.classes)
     numbers, cosines = probes.judge(args, seen, targets, bank, judged, classes)
     result = {
+        "protocol": probes.PROTOCOL,
         "data": args.data,
         "pictures": len(train_set),
         "classes": classes,

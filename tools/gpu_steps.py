@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.files import ROOT
 from runner import papers
+from runner.records import read as read_records
 from tools import claim_records
 
 
@@ -105,8 +106,7 @@ def yardstick(epochs: int) -> Callable[[Output], dict[str, float]]:
     def read(output: Output) -> dict[str, float]:
         numbers = {}
         newest = 0
-        for line in (output.folder / "metrics.jsonl").read_text().splitlines():
-            record = json.loads(line)
+        for record in read_records(output.folder / "metrics.jsonl"):
             if "epoch_loss" in record:
                 numbers[f"loss {record['epoch'] + 1}"] = record["epoch_loss"]
             if "knn_acc1" in record:

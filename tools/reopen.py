@@ -156,6 +156,7 @@ def _origin(paper: papers.Paper, spec: Spec, saved, source, args) -> dict:
         "label": label,
         "arch": getattr(args, "model", None) or getattr(args, "arch", None),
         **origin,
+        "protocol": f"shifted sets, answered by a classifier of: {spec.protocol(args)}",
         **own,
         "settings": settings | own,
     }

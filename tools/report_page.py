@@ -7,7 +7,6 @@ page needs no other file; its template is report_page.html.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, files
+from runner.records import read as read_records
 from tools.report_runs import HEADINGS, Row, epochs_of, seed_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -106,29 +106,12 @@ def _curves_of(folder: Path) -> dict[str, Points]:
     """Return {title: (epochs, value) points} of a run's metrics.jsonl."""
     config = json.loads((folder / "config.json").read_text())
     steps = config.get("derived", {}).get("steps_per_epoch") or 1
-    records = _records(folder / "metrics.jsonl")
-    curves = {"loss of the pre-training": [(r["step"] / steps, _loss(r)) for r in records]}
+    records = [r for r in read_records(folder / "metrics.jsonl") if "step" in r]
+    curves = {"loss of the pre-training": [(r["step"] / steps, r.get("loss")) for r in records]}
     for title, keys in CURVES.items():
         key = next((key for key in keys if any(key in record for record in records)), None)
         curves[title] = [(record["step"] / steps, record.get(key)) for record in records]
     return {title: kept for title, points in curves.items() if (kept := _finite(points))}
-
-
-def _records(path: Path) -> list[dict]:
-    """Return the records of a metrics.jsonl without an incomplete line, or [] without the file."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
-
-
-def _loss(record: dict) -> float | None:
-    """Return the loss of a record: its `loss`, or the sum over towers (`l_loss` + `ab_loss`)."""
-    if "loss" in record:
-        return record["loss"]
-    parts = [record[key] for key in record if key.endswith("_loss") and not key.startswith("epoch")]
-    return sum(parts) if parts else None
 
 
 def _finite(points) -> Points:

@@ -118,7 +118,7 @@ def _check(result: dict, where: str) -> None:
             )
 
     check("table", f"one of {', '.join(TABLES)}", lambda v: v is None or v in TABLES)
-    for name in ("label", "arch", "data", "pretrained", "network", "evaluated"):
+    for name in ("label", "arch", "data", "pretrained", "network", "evaluated", "protocol"):
         check(name, "a text", lambda v: v is None or isinstance(v, str))
     for name in ("epochs", "seed"):
         check(name, "a number", lambda v: v is None or _is_number(v) and 0 <= v < 2**63)
@@ -189,6 +189,8 @@ def settings_of(result: dict, folder: Path | None) -> dict:
         "epochs": epochs_of(result),
         "data": _last_part(result.get("data")),
     }
+    if "protocol" in result:
+        found["protocol"] = result["protocol"]
     if not config:
         found["network"] = result["pretrained"]
     found |= result.get("settings") or {}
@@ -202,7 +204,7 @@ def settings_of(result: dict, folder: Path | None) -> dict:
         for name, value in _table(content, "options").items():
             if name == "data":
                 value = _last_part(value)
-            if name not in cli.ASIDE | {"seed"}:
+            if name not in cli.ASIDE | {"seed", "protocol"}:
                 found[word + name] = value
     return found
 

@@ -141,8 +141,9 @@ class Loader:
             fitting = 2 ** int(math.log2(len(dataset)))
             raise UsageError(
                 f"{dataset.name}: its {len(dataset)} pictures do not fill one batch of "
-                f"{batch_size * world_size}: use --batch-size {fitting}, in a train script with "
-                f"--bn-splits {max(1, fitting // 8)} and a queue of a multiple of {fitting} keys"
+                f"{batch_size * world_size}: a train script fits 40 or more with --preset photos; "
+                f"or use --batch-size {fitting}, in a train script with --bn-splits "
+                f"{max(1, fitting // 8)} and a queue of a multiple of {fitting} keys"
             )
         self.dataset = dataset
         self.partner = partner

@@ -21,6 +21,17 @@ COMPARE = {  # what --preset compare sets in every train script, besides its own
     "knn_every": 5,
     "save_freq": 60,
 }
+PHOTOS = {  # the same for --preset photos, one's own 40 to a few thousand; queues hold one batch
+    "footing": "common",
+    "dataset": "folder",
+    "input_res": 96,
+    "batch_size": 32,
+    "epochs": 200,
+    "weight_decay": 1e-4,
+    "bn_splits": 2,
+    "knn_every": 0,  # it needs classes
+    "save_freq": 50,
+}
 SMALL_STEM = (
     "use a 3x3 first convolution and no max-pooling, for small pictures; resnet18-small has its own"
 )

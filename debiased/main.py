@@ -49,6 +49,7 @@ PRESETS = {
     "compare": dict(
         options.COMPARE, model="resnet18-small", small_stem=False, learning_rate=0.06,
     ),
+    "photos": dict(options.PHOTOS, model="resnet18", small_stem=False, learning_rate=0.015),
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", small_stem=False, epochs=6,
         batch_size=64, workers=2, knn_every=0, save_freq=100, model_path="runs/try-debiased",

@@ -51,6 +51,10 @@ PRESETS = {
         options.COMPARE, **recipes.PUBLISHED, arch="resnet18-small", head="mlp",
         nce_k=4096, nce_t=0.1, alpha=0.99, learning_rate=0.06,
     ),
+    "photos": dict(
+        options.PHOTOS, **recipes.PUBLISHED, arch="resnet18", head="mlp", nce_k=32, nce_t=0.1,
+        alpha=0.99, learning_rate=0.015,
+    ),
     "demo": dict(
         recipes.PUBLISHED, data="data/demo", dataset="folder", method="MoCov2", arch="resnet18",
         input_res=32, epochs=12, batch_size=64, learning_rate=0.03, cosine=True, nce_k=512,

@@ -57,6 +57,10 @@ PRESETS = {
         options.COMPARE, model="resnet18-small", moco=True, softmax=True, nce_k=4096,
         nce_t=0.1, alpha=0.99, learning_rate=0.06,
     ),
+    "photos": dict(
+        options.PHOTOS, model="resnet18", softmax=True, nce_k=32, nce_t=0.1, alpha=0.99,
+        learning_rate=0.015,
+    ),
     "demo": dict(
         data="data/demo", dataset="folder", model="resnet18", input_res=32, epochs=12,
         batch_size=64, learning_rate=0.03, lr_decay_epochs="8,10", nce_k=512, nce_t=0.1,

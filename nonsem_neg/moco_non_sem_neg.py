@@ -64,6 +64,10 @@ PRESETS = {
         options.COMPARE, arch="resnet18-small", mlp=True, moco_k=4096, moco_m=0.99,
         moco_t=0.1, num_nonsem=1, alpha=2.0, lr=0.06,
     ),
+    "photos": dict(
+        options.PHOTOS, arch="resnet18", mlp=True, moco_k=32, moco_m=0.99, moco_t=0.1,
+        num_nonsem=1, alpha=2.0, lr=0.015,
+    ),
     "demo": dict(
         PAPER, data="data/demo", arch="resnet18", input_res=32, epochs=3, batch_size=64, lr=0.03,
         moco_k=1024, moco_m=0.99, bn_splits=2, patch_ratio=None, workers=2, save_freq=100,

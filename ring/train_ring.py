@@ -50,6 +50,10 @@ PRESETS = {
         options.COMPARE, resnet_version="resnet18-small", method="moco", k=4096, t=0.1,
         m=0.99, nn_every=0, learning_rate=0.06,
     ),
+    "photos": dict(
+        options.PHOTOS, resnet_version="resnet18", method="moco", k=32, t=0.1, m=0.99,
+        thres_outer=0.5, thres_inner=0.25, nn_every=0, learning_rate=0.015,
+    ),
     "demo": dict(
         data="data/demo", dataset="folder", conv3x3=False, augmentation="mocov2_32x32", epochs=12,
         batch_size=64, k=512, workers=2, save_freq=100, model_path="runs/try-ring", seed=0,

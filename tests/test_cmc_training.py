@@ -64,16 +64,20 @@ def test_run_folder_and_checkpoint(workspace, capsys):
     assert {
         "step",
         "epoch",
-        "l_loss",
-        "l_prob",
+        "loss",
+        "L_loss",
+        "L_prob",
         "ab_loss",
         "ab_prob",
         "z_over_n",
-        "learning_rate",
+        "lr",
     } <= records[0].keys()
-    epochs = [r for r in records if "epoch_l_loss" in r]
-    assert [r["epoch"] for r in epochs] == [1, 2] and {
-        "epoch_l_prob",
+    first = records[0]
+    assert first["loss"] == pytest.approx(first["L_loss"] + first["ab_loss"], rel=1e-4)
+    assert 0 < first["positive_prob"] < 1
+    epochs = [r for r in records if "epoch_L_loss" in r]
+    assert [r["epoch"] for r in epochs] == [0, 1] and {
+        "epoch_L_prob",
         "epoch_ab_loss",
         "epoch_ab_prob",
     } <= epochs[0].keys()
@@ -89,7 +93,9 @@ def test_softmax_logs_the_true_probability_and_three_views_their_names(workspace
     folder = workspace / "run" / f"{NAME.replace('nce', 'softmax')}_views_L-a-b"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"L_loss", "L_prob", "a_loss", "b_prob", "positive_prob"} <= records[0].keys()
-    assert 0 < records[0]["positive_prob"] < 1
+    of_views = [records[0][f"{view}_prob"] for view in "Lab"]
+    assert 0 < min(of_views) < 1
+    assert records[0]["positive_prob"] == pytest.approx(sum(of_views) / 3, rel=1e-4)
     assert (
         list(saved["contrast"]) == ["params", "memory_L", "memory_a", "memory_b"]
         and saved["opt"]["views"] == "L,a,b"

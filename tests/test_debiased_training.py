@@ -155,7 +155,7 @@ def test_run_folder_and_the_authors_files(workspace, capsys):
     assert (saved["script"], saved["epoch"]) == ("debiased/main.py", 2)
     assert (saved["opt"]["tau_plus"], saved["opt"]["M"]) == (0.1, 2)
     first = records()[0]
-    assert {"loss", "clamped", "negative", "positive", "learning_rate", "epoch"} <= first.keys()
+    assert {"loss", "clamped", "negative", "positive", "lr", "epoch"} <= first.keys()
     assert -1 <= first["positive"] <= 1 and first["clamped"] == 0 and -1 < first["negative"] < 1
     assert any("knn_acc1" in r for r in records())
     derived = json.loads((folder / "config.json").read_text())["derived"]
@@ -392,7 +392,8 @@ def test_folds_of_stl10(trained, tmp_path, monkeypatch):
     assert found["acc1_of_folds"] == pytest.approx(accuracies)
     assert found["acc1"] == pytest.approx(np.mean(accuracies), abs=1e-5)
     assert found["acc1_sd"] == pytest.approx(np.std(accuracies, ddof=1), abs=1e-5)
-    assert "ten folds" in found["data_protocol"]
+    assert found["protocol"].startswith(of_folds[0]["protocol"] + ", ")
+    assert "ten folds" in found["protocol"]
     config = json.loads((tmp_path / "all/fold-1/config.json").read_text())
     assert config["derived"]["images"] == 8
     with pytest.raises(UsageError, match="--stl10-folds: --dataset folder has no folds"):
@@ -421,7 +422,6 @@ def test_both_protocols_on_both_layouts(trained, tmp_path, path, epoch, label, p
     assert moved(saved, path) == (statistics if protocol == "published" else set())
     ending = ", published protocol" if protocol == "published" else ""
     expected = {
-        "protocol": protocol,
         "epochs": epoch,
         "arch": "resnet18",
         "label": label + ending,
@@ -430,7 +430,8 @@ def test_both_protocols_on_both_layouts(trained, tmp_path, path, epoch, label, p
         "test_size": 32,
     }
     assert {key: result[key] for key in expected} == expected
-    assert {"acc1", "acc1_best", "best_epoch"} <= result.keys()
+    assert ("as published" in result["protocol"]) == (protocol == "published")
+    assert {"acc1", "acc5", "acc1_best"} <= result.keys() and result["best_epoch"] in (0, 1)
     assert saved["state_dict"]["fc.weight"].shape == (10, 512 // SLIM)
     assert (saved["script"], saved["network"]) == ("debiased/linear.py", path)
     assert saved["pretrained_epoch"] == epoch and len(saved["classes"]) == 10

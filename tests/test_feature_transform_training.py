@@ -142,7 +142,7 @@ def test_a_run_leaves_what_is_published(whole, module_folder):
     assert whole.keys() >= {*PUBLISHED, "opt"} and whole["queue"]["pointer"] == 10 * 32 % 40
     assert "module.head.2.bias" in whole["model"] and "head.2.bias" in whole["model_ema"]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "epoch", "loss", "contrast_acc1", "learning_rate"} <= records[0].keys()
+    assert {"step", "epoch", "loss", "contrast_acc1", "lr"} <= records[0].keys()
     assert any("knn_acc1" in r for r in records)
     for epoch in (1, 2):
         scores = np.load(folder / "scores" / f"score_{epoch:03d}.npy", allow_pickle=False)

@@ -154,7 +154,7 @@ def first_losses(name: str, pictures, batch) -> list[float]:
         generator.manual_seed(3)
     schedule.set_lr(method.optimizer, 0.06)
     steps = [method.step(batch) for _ in range(2)]
-    return [float(next(v for k, v in step.items() if k.endswith("loss"))) for step in steps]
+    return [float(step["loss"]) for step in steps]
 
 
 def test_four_mocos_take_the_same_steps():
@@ -190,6 +190,24 @@ def test_a_run_starts_from_the_backbone_of_another(workspace, name):
         query, key = (attrgetter(path)(method) for path in MOCOS[name][:2])
         pairs = zip(query.parameters(), key.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# --------------------------------------------------------------------------------- --preset photos
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_preset_fits_45_pictures_of_ones_own(name, demo_set, workspace, capsys):
+    """Pictures without classes, one epoch, with the preset alone."""
+    own = workspace / "photos"
+    own.mkdir()
+    for number, path in enumerate(sorted((demo_set / "train").rglob("*.png"))[:45]):
+        (own / f"{number}.png").symlink_to(path)
+    flags = "--preset photos --data photos --device cpu --seed 0 --epochs 1 --out run"
+    CASES[name].module.main(flags.split())
+    said = capsys.readouterr().out
+    assert "images=45" in said and "done: 1 epochs" in said and "warning" not in said
+    (log,) = (workspace / "run").rglob("metrics.jsonl")
+    assert json.loads(log.read_text().splitlines()[-1])["epoch"] == 0
 
 
 # ----------------------------------------------------------------------------- nothing is learnt

@@ -106,9 +106,10 @@ def test_a_published_checkpoint_is_evaluated(workspace, tmp_path, script, networ
     layer = "LinearClassifier" if network == "alexnet" else "LiniearClassifier"
     assert shapes[f"classifier.{layer}.weight"][0] == 10
     last = json.loads((done / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {f"{kind}_{name}" for kind in ("train", "test") for name in ("acc", "acc5", "loss")} <= (
-        last.keys()
-    )
+    of_training = {"train_loss", "train_acc1", "train_acc5"}
+    assert of_training | {"val_loss", "acc1", "acc5", "lr", "epoch"} <= last.keys()
+    assert last["acc1"] == result["acc1"] and last["epoch"] == 1
+    assert result["protocol"] == "linear SGD"
 
 
 def test_classifier_names_and_sizes_are_the_published_ones():
@@ -302,7 +303,7 @@ def test_two_processes_equal_one(workspace, tmp_path, demo_set):
         assert a["acc1"] == pytest.approx(b["acc1"], abs=2.6)  # of 40: rounding may move one
         records = [(path.parent / "metrics.jsonl").read_text() for path in (one, two)]
         logged = [json.loads(text.splitlines()[-1]) for text in records]
-        for key in ("train_loss", "test_loss", "train_acc"):  # of all ranks together
+        for key in ("train_loss", "val_loss", "train_acc1"):  # of all ranks together
             assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-3)
     assert len(list((tmp_path / "1").glob("*/current.pth"))) == 2
     (odd,) = (tmp_path / "odd").glob("*/result.json")

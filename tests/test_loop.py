@@ -142,7 +142,7 @@ def train(
                     if poison == (epoch, job.step):
                         method.weight.data[0, 0] = float("nan")
                 if job.due(args.knn_every):
-                    job.log.log(job.global_step, epoch=epoch, knn_acc1=50.0)
+                    job.record(job.global_step, knn_acc1=50.0)
                     if cut == epoch:
                         raise UserError("killed while it evaluates")
     except SystemExit as stopped:
@@ -184,7 +184,7 @@ def test_what_a_run_leaves(capsys):
         "step"
     ] == 12
     ends = [r for r in found if "epoch_loss" in r]
-    assert [r["epoch"] for r in ends] == [1, 2, 3] and all(r["learning_rate"] == 0.1 for r in found)
+    assert [r["epoch"] for r in ends] == [0, 1, 2] and all(r["lr"] == 0.1 for r in found)
     assert "done: 3 epochs; run/epoch_3.pth" in capsys.readouterr().out
 
 
@@ -246,7 +246,7 @@ def test_an_evaluation_that_is_cut_short_is_made_again():
         "epoch"
     ] == 2
     assert train("--knn-every", "2", "--resume", "auto") == 0
-    assert [r["epoch"] for r in records() if "knn_acc1" in r][-2:] == [2, 3]
+    assert [r["epoch"] for r in records() if "knn_acc1" in r][-2:] == [1, 2]
     for name in ("last.pth", "epoch_2.pth", "epoch_3.pth"):
         a, b = checkpoint.load(f"whole/{name}"), checkpoint.load(f"run/{name}")
         assert all(
@@ -628,7 +628,7 @@ def test_a_late_start_counts_its_steps():
     assert train("--epochs", "2", start_epoch=1) == 0
     assert (
         last()["global_step"] == 8
-        and {r["epoch"] for r in records()} == {2}
+        and {r["epoch"] for r in records()} == {1}
         and records()[-1]["step"] == 8
     )
 

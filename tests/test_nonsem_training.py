@@ -65,7 +65,7 @@ def test_a_run_logs_the_rate_that_its_steps_took(runs, module_folder):
     lines = (module_folder / "two" / "metrics.jsonl").read_text().splitlines()
     rates = {}
     for record in map(json.loads, lines):
-        rates.setdefault(record["epoch"], set()).add(record["learning_rate"])
+        rates.setdefault(record["epoch"], set()).add(record["lr"])
     assert rates == {0: {0.03}, 1: {0.015}}  # of two epochs, several lines each
 
 

@@ -156,8 +156,8 @@ def evaluated(
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(config | {"options": flags}))
     lines = [
-        {"step": 1, "epoch": 0, "l_loss": 2.0, "ab_loss": 1.0, "feature_spread": 0.5},
-        {"step": 2, "epoch": 0, "l_loss": 1.0, "ab_loss": 1.0, "feature_spread": 0.75},
+        {"step": 1, "epoch": 0, "ins_loss": 3.0, "feature_spread": 0.5},
+        {"step": 2, "epoch": 0, "loss": 2.0, "feature_spread": 0.75},
         {"step": 2, "epoch": 0, "knn_acc1": knn},
     ]
     (run / "metrics.jsonl").write_text(

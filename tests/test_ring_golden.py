@@ -250,7 +250,7 @@ def test_description_counts_classes_where_they_are_known():
     found = monitor.description(
         ring, 0.5, torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, -1, 0, 0])
     )
-    assert found["inner_own_class"] == 0.5  # one of two; the third anchor has no class
+    assert found["ring_inner_own_class"] == 0.5  # one of two; the third anchor has no class
     assert (
         found["ring_own_class"] == 0.5
     )  # 0: one of two; 1: one of two; the picture without a class does not count

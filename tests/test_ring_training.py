@@ -523,7 +523,7 @@ def test_scores_are_of_the_negatives_that_enter_the_loss(flags, monkeypatch):
 def test_the_published_slip_of_the_ball_is_reachable():
     for flags, candidates in (("", 20), ("--ball-bank-size batch", 4)):
         args = script.parse_args([*TINY, "-b", "8", "--negatives", "ball", *flags.split()])
-        assert a_step(args)[0]["candidates"] == candidates
+        assert a_step(args)[0]["ring_candidates"] == candidates
 
 
 def test_the_whole_ring_is_what_many_draws_come_to():
@@ -638,7 +638,7 @@ def test_pictures_without_classes(workspace, demo_set, tmp_path, monkeypatch):
 
 
 def test_what_a_run_says(whole):
-    linear = [r["thres_outer"] for r in whole["ir"][1] if "thres_outer" in r]
+    linear = [r["ring_thres_outer"] for r in whole["ir"][1] if "ring_thres_outer" in r]
     assert (
         linear[0] == 1
         and linear[-1] == pytest.approx(0.1)
@@ -646,11 +646,13 @@ def test_what_a_run_says(whole):
     )
     for _, logged in whole.values():
         record = next(r for r in logged if "ring_lowest" in r)
-        assert record["candidates"] > 0 and record["thres_inner"] == 0.1
+        assert record["ring_candidates"] > 0 and record["ring_thres_inner"] == 0.1
         assert -1 <= record["ring_lowest"] <= record["ring_highest"] <= 1
-        assert 0 <= record["ring_own_class"] <= 1 and 0 <= record["inner_own_class"] <= 1
-    accuracies = [r["nn_acc1"] for r in whole["cmc"][1] if "nn_acc1" in r]
+        assert 0 <= record["ring_own_class"] <= 1 and 0 <= record["ring_inner_own_class"] <= 1
+    accuracies = [r["bank_acc1"] for r in whole["cmc"][1] if "bank_acc1" in r]
     assert len(accuracies) == 2
+    logged = whole["cmc"][1][0]
+    assert logged["loss"] == pytest.approx(logged["L_loss"] + logged["ab_loss"], rel=1e-4)
     saved = whole["cmc"][0]["thresholds"]
     assert saved["history"] == pytest.approx([a / 100 for a in accuracies])
     moved = (accuracies[1] < accuracies[0]) - (accuracies[1] > accuracies[0])
@@ -662,7 +664,7 @@ def test_an_evaluation_moves_nothing(whole, workspace):
     flags = RUNS["moco"].split()
     same_run(whole["moco"][0], train(*flags, "--nn-every", 1, "--knn-every", 1, "--knn-k", 5))
     assert (
-        sum("nn_acc1" in r for r in records(*flags)) == 2
+        sum("bank_acc1" in r for r in records(*flags)) == 2
         and sum("knn_acc1" in r for r in records(*flags)) == 2
     )
 

@@ -197,9 +197,8 @@ class CMC:
         if args.compile:
             self.network.compile()
         self.wrapped = launch.parallel(self.network, process)
-        bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
-        names = colour.bank_names(self.views)
-        self.memory = MemoryBanks(n, args.feat_dim, names, *bank).to(process.device)
+        bank = (n, args.feat_dim, colour.bank_names(self.views), args.nce_k, args.nce_t, args.nce_m)
+        self.memory = MemoryBanks(*bank, args.softmax, args.nce_z).to(process.device)
         if args.softmax:
             self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank

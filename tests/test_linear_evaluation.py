@@ -112,6 +112,16 @@ def test_a_published_checkpoint_is_evaluated(workspace, tmp_path, script, networ
     assert result["protocol"] == "linear SGD"
 
 
+def test_three_classes_have_no_top_5(workspace, tmp_path, capsys):
+    listed = sorted(path.name for path in Path("DATA/train").iterdir())[:3]
+    (tmp_path / "classes").write_text("\n".join(listed))
+    flags = ("--cache-views", "1", "--class-list", str(tmp_path / "classes"))
+    done, result = evaluate(MOCO, "moco/ckpt_epoch_240.pth", tmp_path, *flags)
+    found = (done / "metrics.jsonl").read_text() + capsys.readouterr().out
+    assert "acc5" not in found and "Acc@5" not in found and "Acc@1" in found
+    assert "acc5" not in result and result["acc1"] >= 0
+
+
 def test_classifier_names_and_sizes_are_the_published_ones():
     of_moco = eval_moco_ins.LinearClassifier(2048, 100, False)
     for classifier, file in (

@@ -124,6 +124,18 @@ def test_what_is_no_plain_file_is_passed_over_and_does_not_hang(tmp_path, capsys
     assert "52.00" in told([tmp_path], capsys)
 
 
+def test_protocols_are_named_where_rows_differ_in_them(tmp_path, capsys):
+    """A row of three classes has no top-5 accuracy either."""
+    folded = "linear SGD, the mean of ten folds"
+    of_three = {name: value for name, value in RESULTS["linear"].items() if name != "acc5"}
+    for seed in range(2):
+        write(tmp_path / str(seed), of_three | {"protocol": "linear SGD", "seed": seed})
+    write(tmp_path / "folds", RESULTS["linear"] | {"protocol": folded})
+    rows = printed([tmp_path, "--no-published"], capsys)
+    assert [folded in row[0] for row in rows[1:]] == [False, True]
+    assert rows[0][-1] == "acc5" and [row[-1] for row in rows[1:]] == ["-", "90.00"]
+
+
 def test_a_published_best_epoch_stands_beside_the_best_epochs(tmp_path, capsys):
     """CMC and MoCo published the best epoch on val: a column for that, one for the last epoch."""
     runs = [

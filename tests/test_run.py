@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, run_script
 
 from common import UserError, cli, launch
-from runner import features
+from runner import features, records
 from runner.folder import RunFolder
 
 
@@ -20,6 +20,34 @@ def test_tensorboard_events_can_lie_elsewhere(tmp_path):
     assert list((tmp_path / "events").glob("events.out.*")) and not list(
         (tmp_path / "run").glob("events.out.*")
     )
+
+
+def test_events_are_grouped_and_records_are_flat(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunFolder(tmp_path, cli.Parser().parse_args([]), launch.Process())
+    log.log(1, epoch=0, loss=2.0, ring_lowest=0.1, negative_similarity=0.2, epoch_L_prob=0.5)
+    log.log(1, "eval", epoch=0, knn_acc1=30.0, train_acc1=40.0)
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/train_acc1",
+        "ring/ring_lowest",
+        "scores/negative_similarity",
+        "scores/epoch_L_prob",
+        "eval/knn_acc1",
+    }
+    first, last = records.read(tmp_path / "metrics.jsonl")
+    assert first["negative_similarity"] == 0.2 and last["knn_acc1"] == 30.0
+
+
+def test_records_of_older_runs_have_the_names_of_today(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"ins_loss": 2, "learning_rate": 0.1}\n{"test_acc": 50}\n{"st')
+    assert records.read(path) == [{"loss": 2, "lr": 0.1}, {"acc1": 50}]
+    assert records.read(tmp_path / "none") == []
 
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import UsageError
+from runner import papers
 
 OWNER = ".run"  # a file in a folder of events: the path of the run that writes them
 
@@ -17,14 +18,15 @@ OWNER = ".run"  # a file in a folder of events: the path of the run that writes 
 def tag(name: str, group: str) -> str:
     """Return the tag of a value in TensorBoard: its group, a slash, its name in metrics.jsonl.
 
-    The name's first word is the group where it is `train` or `ring`; a similarity or a probability
-    belongs to `scores`; any other value has the group of what logs it, `train` or `eval`.
+    The name's first word is the group where it is `train` or a paper's folder, as of statistics
+    that only this paper has; a similarity or a probability belongs to `scores`; any other value has
+    the group of what logs it, `train` or `eval`.
 
-    >>> [tag(name, "train") for name in ("loss", "epoch_ring_lowest", "negative_similarity")]
-    ['train/loss', 'ring/epoch_ring_lowest', 'scores/negative_similarity']
+    >>> [tag(name, "train") for name in ("loss", "negative_similarity")]
+    ['train/loss', 'scores/negative_similarity']
     """
     words = name.removeprefix("epoch_").split("_")
-    if words[0] in ("train", "ring"):
+    if words[0] in ("train", *papers.find()):
         group = words[0]
     elif words[-1] in ("similarity", "prob"):
         group = "scores"

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import types
 from unittest import mock
 
@@ -113,7 +114,7 @@ def test_a_published_checkpoint_is_evaluated(workspace, tmp_path, script, networ
 
 
 def test_three_classes_have_no_top_5(workspace, tmp_path, capsys):
-    listed = sorted(path.name for path in Path("DATA/train").iterdir())[:3]
+    listed = sorted(os.listdir("DATA/train"))[:3]
     (tmp_path / "classes").write_text("\n".join(listed))
     flags = ("--cache-views", "1", "--class-list", str(tmp_path / "classes"))
     done, result = evaluate(MOCO, "moco/ckpt_epoch_240.pth", tmp_path, *flags)

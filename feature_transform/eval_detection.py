@@ -28,6 +28,7 @@ from common.precision import Precision
 from feature_transform import checkpoints, detections, detector, voc, voc_batches
 from preprocess import demo_voc
 from runner import checkpoint, loop, pretrained
+from runner.trunks import name_of
 
 # The settings of pascal_voc_R_50_C4_24k.yaml of facebookresearch/moco.
 PUBLISHED = {"batch": 16, "learning_rate": 0.02, "iterations": 24000}
@@ -184,7 +185,7 @@ def build_network(
             f"--min-size {shortest} leaves batch-norm one number of one picture; give more pixels"
         )
     recorded = {
-        "arch": backbones.name_of(state) or "ResNet",
+        "arch": name_of(state) or "ResNet",
         "network": "none" if saved is None else path,
         "digest": checkpoint.fingerprint(state if saved else {}),
     }

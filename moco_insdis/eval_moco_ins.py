@@ -36,6 +36,7 @@ from moco_insdis import train_moco_ins
 from moco_insdis.networks import MODELS, backbone, normalize, synchronised
 from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained
+from runner.trunks import name_of
 
 # {layer: side to which its map is averaged}; other layers are classified as they are.
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}
@@ -127,7 +128,7 @@ def read(args):
         first += " --demo"
     saved = pretrained.read(args.model_path, "--model_path", first)
     opt = saved.setdefault("opt", {})
-    found = backbones.name_of(layouts.backbone(saved))  # of another program
+    found = name_of(layouts.backbone(saved))  # of another program
     default = found if found in MODELS else "resnet50"
     model = pretrained.agreed(args, "model", opt.get("model"), saved.path, default)
     if model not in MODELS:

@@ -40,6 +40,7 @@ from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained, resume
 from runner.features import FreshViews, validate
 from runner.folder import RunFolder
+from runner.trunks import name_of
 
 POOLED = 6  # the layer of `backbones.feature` that enters the classifier
 CLASSIFIERS = "checkpoint_robust_*.pth.tar"  # the files that this script writes
@@ -115,7 +116,7 @@ def read(args):
     elif "pretrained" in args.typed:
         check_backbone(saved, args.pretrained)
     with saved.within():
-        default = backbones.name_of(layouts.backbone(saved)) or "resnet50"
+        default = name_of(layouts.backbone(saved)) or "resnet50"
         arch = pretrained.agreed(args, "arch", saved.get("arch"), saved.path, default)
         if re.search(r"x[\d.]+$", arch):
             own = saved.paper.evaluation if saved.paper else "tools/evaluate.py"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common import UsageError, UserError, backbones, files, printable
 from runner import papers
+from runner.trunks import name_of
 
 ALLOWED = [
     argparse.Namespace,
@@ -241,7 +242,7 @@ def check_memory(state: dict, own: dict, path: str) -> None:
 
 def _hint(own: dict, state: dict, flag: str) -> str:
     """Return how the networks in `state` and `own` differ, and the flag that selects one."""
-    found, expected = (backbones.name_of(tensors) or "another network" for tensors in (state, own))
+    found, expected = (name_of(tensors) or "another network" for tensors in (state, own))
     if found != expected:
         way_out = f"; choose it with {flag}" if flag else ""
         return f": it holds {found}, and this run has {expected}{way_out}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from common import UserError, augment, backbones, printable
 from runner import checkpoint, papers
 from runner.papers import SEQUENTIAL, Layout
+from runner.trunks import Trunk
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 # Names of a network's last layers; the last two are of SwAV.
@@ -206,7 +207,7 @@ def colours(saved: checkpoint.Saved | None, names: list[str]) -> tuple[tuple, di
 
 def open_trunks(
     saved: checkpoint.Saved | None, state: dict[str, Tensor], path: str
-) -> tuple[tuple, dict[str, backbones.Trunk]]:
+) -> tuple[tuple, dict[str, Trunk]]:
     """Return (the operations of `colours`, {tower: its ResNet with the weights of `state`}).
 
     state: the result of `backbone`. Raises a UserError that names `path` if a tower is not a ResNet
@@ -216,7 +217,7 @@ def open_trunks(
     trunks = {}
     for name, count in channels.items():
         inside = one_tower(state, name) if name else without_head(state)
-        trunk = backbones.Trunk(inside, path)
+        trunk = Trunk(inside, path)
         checkpoint.load_into(trunk, inside, path)
         if trunk.in_channels != count:
             network = f"{name} of {path}" if name else path

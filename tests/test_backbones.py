@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from cmc.networks import HalfAlexNet
 from common import UsageError, UserError, backbones
 from common.backbones import TwoTowers, WidthResNet, build, feature
+from runner.trunks import Trunk, name_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -438,7 +439,7 @@ TRUNKS = {
 def test_a_trunk_has_the_shapes_and_the_maps_of_the_network_in_a_file(name):
     network = TRUNKS[name]().eval()
     state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
-    trunk = backbones.Trunk(state, "file.pth").eval()
+    trunk = Trunk(state, "file.pth").eval()
     assert trunk.arch == name and trunk.in_channels == network.conv1.in_channels
     assert not all(torch.equal(v, state[k]) for k, v in trunk.state_dict().items())
     trunk.load_state_dict(state)
@@ -454,7 +455,7 @@ def test_a_trunk_of_another_network_is_refused():
         empty = build("resnet18").state_dict() | {"conv1.weight": torch.zeros(0, 3, 7, 7)}
         for state in (*strangers, empty, {}):
             with pytest.raises(UserError, match="^file.pth: this must be a ResNet"):
-                backbones.Trunk(state, "file.pth")
+                Trunk(state, "file.pth")
 
 
 def test_names_of_networks_by_their_parameters():
@@ -462,12 +463,12 @@ def test_names_of_networks_by_their_parameters():
         for name in torchvision.models.list_models(module=torchvision.models):
             if "resne" in name:
                 state = build(name).state_dict()
-                assert backbones.name_of(state) == name
+                assert name_of(state) == name
                 prefixed = {f"encoder.module.{key}": value for key, value in state.items()}
-                assert backbones.name_of(prefixed) == name
-        assert backbones.name_of(WidthResNet(18, width=2).state_dict()) == "resnet18x2"
-        assert backbones.name_of(build("mobilenet_v2").state_dict()) is None
-        assert backbones.name_of({}) is None
+                assert name_of(prefixed) == name
+        assert name_of(WidthResNet(18, width=2).state_dict()) == "resnet18x2"
+        assert name_of(build("mobilenet_v2").state_dict()) is None
+        assert name_of({}) is None
 
 
 def test_the_small_network():
@@ -478,7 +479,7 @@ def test_the_small_network():
     tower = backbones.small_resnet(8, in_channels=1, width=0.25)
     assert backbones.feature_shape(tower, (1, 32, 32), 5) == (128, 2, 2)
     assert tower(torch.zeros(2, 1, 32, 32)).shape == (2, 8)
-    assert backbones.name_of(tower.state_dict()) == f"{backbones.SMALL}x0.5"
+    assert name_of(tower.state_dict()) == f"{backbones.SMALL}x0.5"
 
 
 def test_feature_shape_leaves_the_model_alone():

@@ -46,6 +46,7 @@ from common.precision import Precision
 from preprocess import demo
 from runner import checkpoint, features, knn, layouts, pretrained
 from runner.folder import RunFolder
+from runner.trunks import Trunk
 from tools import export, probes, robustness_sets
 from tools.report import layout
 
@@ -102,7 +103,7 @@ class Backbone(nn.Module):
     A picture's feature is that of all of them side by side, each pooled over the last stage.
     """
 
-    def __init__(self, trunks: list[backbones.Trunk]):
+    def __init__(self, trunks: list[Trunk]):
         super().__init__()
         self.trunks = nn.ModuleList(trunks)
         self.channels = [trunk.in_channels for trunk in trunks]

@@ -23,6 +23,7 @@ import torchvision
 
 from common import UsageError, UserError, backbones, cli, files, printable
 from runner import checkpoint, layouts, papers
+from runner.trunks import name_of
 from tools import export_input
 
 SUFFIX = {
@@ -236,7 +237,7 @@ def like_torchvision(state: dict, saved: checkpoint.Saved, args) -> tuple[str, t
 
 def name_without_width(state: dict) -> str:
     """Return the name of a residual network as if its stages had the usual width, or ""."""
-    return re.sub(r"x[\d.]+$", "", backbones.name_of(state) or "")
+    return re.sub(r"x[\d.]+$", "", name_of(state) or "")
 
 
 def is_counter(key: str) -> bool:

@@ -28,29 +28,25 @@ The exit code is 1 where an aim is missed. --json FILE writes the numbers.
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 
 from benchmarks import photographs
-from benchmarks.side_by_side import WARM, synchronize
-from common import backbones, inputs, launch, options
+from benchmarks.side_by_side import WARM
+from common import backbones, inputs, launch
 from common.precision import Precision
-from common.sets import ArraySet
 from nonsem_neg import moco_non_sem_neg as script
-from runner.loop import At, Batch
+from tools.trial import Trial, generated, timed
 
 SHARES = {"MoCo": 3 / 4, "MoCo + patch": 3 / 5}  # of the supervised rate, at best
 SHORT = {"MoCo": "moco", "MoCo + patch": "patch"}  # in the names of numbers
@@ -61,18 +57,6 @@ AIMS = {  # number: (least, most); the first two are --at-least
     "views_ms": (0, 15),
     "views_share": (0, 0.1),
 }
-
-
-def generated(count: int, side: int, device: torch.device) -> ArraySet:
-    """Return `count` pictures of `side` pixels on the device: blurred noise in ten classes."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.empty(count, 3, side, side, dtype=torch.uint8, device=device)
-    for rows in torch.arange(count).split(256):
-        small = torch.rand(len(rows), 3, 8, 8, generator=generator).to(device)
-        large = interpolate(small, (side, side), mode="bilinear")
-        images[rows[0] : rows[-1] + 1] = large.mul_(255).to(torch.uint8)
-    classes = [f"class{i}" for i in range(10)]
-    return ArraySet(images, [i % 10 for i in range(count)], classes, "generated pictures")
 
 
 def flags(args, kind: str, place: list[str]) -> list[str]:
@@ -89,7 +73,7 @@ def flags(args, kind: str, place: list[str]) -> list[str]:
     return [*settings, *place]
 
 
-class Pretraining:
+class Pretraining(Trial):
     """nonsem_neg's script without its run folder.
 
     `step()` fetches a batch and trains on it, `fetch()` only fetches. pictures: on the device;
@@ -98,30 +82,15 @@ class Pretraining:
 
     def __init__(self, args, kind: str, device: torch.device, pictures=None, data: str = "-"):
         where = "device" if pictures is not None else "host"
-        self.args = script.parse_args(flags(args, kind, [data, "--data-device", where]))
-        process = launch.Process(device=device)
+        own = script.parse_args(flags(args, kind, [data, "--data-device", where]))
         self.ready = 0  # batches that workers make ahead
         if pictures is None:
-            self.ready = 2 * inputs.reading_workers(self.args)
+            self.ready = 2 * inputs.reading_workers(own)
             calls = WARM + args.repeats * (args.steps + self.ready)
-            files = inputs.open_pretraining(self.args)
+            files = inputs.open_pretraining(own)
             count = max(len(files), args.batch * calls)
             pictures = files.select([row % len(files) for row in range(count)])
-        with mock.patch.object(inputs, "open_pretraining", lambda _: pictures):
-            self.loader = script.build_loader(self.args, process)
-        self.method = script.NonSemantic(self.args, process)
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator:
-        for epoch in itertools.count():
-            self.loader.set_epoch(epoch)
-            yield from self.loader
-
-    def fetch(self) -> None:
-        next(self.batches)
-
-    def step(self) -> None:
-        self.method.step(Batch(*next(self.batches), At(0, 0.0, 0)))
+        super().__init__(script, own, launch.Process(device=device), pictures)
 
 
 class Supervised:
@@ -145,16 +114,6 @@ class Supervised:
         with self.precision.autocast():
             logits = self.network(self.images)
         self.precision.step(cross_entropy(logits.float(), self.target), self.optimizer)
-
-
-def timed(step: Callable, steps: int, device: torch.device) -> float:
-    """Return the seconds of `steps` calls, to the end of the device's work."""
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def measure(args, device: torch.device, data: str | None = None) -> dict[str, float]:

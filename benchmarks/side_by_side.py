@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from tools.trial import synchronize
+
 WARM = 3  # steps before the clock runs
 
 
@@ -123,12 +125,6 @@ class Peak(threading.Thread):
         while not self.over:
             self.most = max(self.most, resident())
             time.sleep(0.002)
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until a GPU has done what it was given. The CPU has when a call returns."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(step: Callable, loader: Iterable, steps: int, device: str) -> float:

@@ -46,7 +46,7 @@ Points = list[tuple[float, float]]
 
 def write(path: str, rows: list[Row], columns: list[str]) -> None:
     """Write the page of these rows, whose table has these columns."""
-    curves = _panels(rows, _curves_of)
+    curves = _panels(rows, curves_of)
     scores = _panels(rows, _scores_of)
     page = string.Template(TEMPLATE.read_text()).substitute(
         table=_table(rows, columns),
@@ -102,7 +102,7 @@ def _panels(rows: list[Row], read) -> str:
     return "\n".join(_panel(title, lines) for title, lines in panels.items())
 
 
-def _curves_of(folder: Path) -> dict[str, Points]:
+def curves_of(folder: Path) -> dict[str, Points]:
     """Return {title: (epochs, value) points} of a run's metrics.jsonl."""
     config = json.loads((folder / "config.json").read_text())
     steps = config.get("derived", {}).get("steps_per_epoch") or 1

@@ -3,18 +3,15 @@
 The runs are made up.
 """
 
-import importlib
 import json
 import re
-import subprocess
-import sys
-import types
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, run_script, says_no
+from notebooks import Notebook
 from PIL import Image
 
 from common import UsageError, UserError, files
@@ -444,58 +441,27 @@ def test_events_of_runs_of_one_name_stay_apart(capsys, monkeypatch):
 
 
 def test_the_notebook(workspace, monkeypatch, capsys):
-    """Run its code cells in order, the scripts in this process, on so few pictures that an epoch
-    has two steps.
-    """
-    notebook = json.loads((ROOT / "docs/scores.ipynb").read_text())
-    (workspace / "feature_transform").symlink_to(
-        ROOT / "feature_transform"
-    )  # how it finds the project's root
+    """Run its code cells on so few pictures that an epoch has two steps."""
+    (workspace / "feature_transform").symlink_to(ROOT / "feature_transform")  # the project's root
     (workspace / "below").mkdir()
     (workspace / "four.txt").write_text(
         "\n".join(sorted(p.name for p in (workspace / "data/demo/train").iterdir())[:4])
     )
     monkeypatch.chdir(workspace / "below")
-    display, smaller = (
-        types.ModuleType("IPython.display"),
-        {"train_moco_ins": "-b 32 --nce_k 32 --device cpu -j 2 --class-list four.txt".split()},
-    )
-    shown, started = [], []
-    display.Image, display.display = (lambda filename: Image.open(filename).size), shown.append
-    package = types.ModuleType("IPython")
-    package.version_info = (9, 0)  # matplotlib asks
-    monkeypatch.setitem(sys.modules, "IPython", package)
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-
-    start = subprocess.run
-
-    def in_this_process(command, **how):
-        if command[0] != sys.executable:
-            return start(command, **how)
-        assert (ROOT / command[1]).is_file() and how == {"check": True}
-        name = command[1].removesuffix(".py").replace("/", ".")
-        started.append(name)
-        importlib.import_module(name).main(
-            [*command[2:], *smaller.get(name.rpartition(".")[2], [])]
-        )
-
-    monkeypatch.setattr(subprocess, "run", in_this_process)
-    names = {"__name__": "notebook"}
-    (setup,) = (cell for cell in notebook["cells"] if cell["id"] == "setup")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="open this notebook in"):
-        patch.chdir("/")
-        exec("".join(setup["source"]), dict(names))
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None
-            exec(compile("".join(cell["source"]), f"cell {cell['id']}", "exec"), names)
-    assert started == ["moco_insdis.train_moco_ins"] * 2 + ["feature_transform.plot_scores"]
-    assert len(shown) == 3 and min(width for width, _ in shown) > 700
+    train = "moco_insdis/train_moco_ins.py"
+    smaller = {train: "-b 32 --nce_k 32 --device cpu -j 2 --class-list four.txt"}
+    notebook = Notebook("scores.ipynb", smaller, monkeypatch)
+    notebook.is_refused_outside(monkeypatch)
+    for cell in notebook.cells:
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+    notebook.execute()
+    assert notebook.started == [train, train, "feature_transform/plot_scores.py"]
+    assert len(notebook.shown) == 3 and min(width for width, _ in notebook.shown) > 700
     said = capsys.readouterr().out
     assert re.search(r"^alpha 0\.5 +3 +6 .*k-NN \d+", said, re.M) and re.search(
         r"^epoch 3: negatives -?0\.\d", said, re.M
     )
-    assert names["scores"].shape == (2, 32, 5)
+    assert notebook.names["scores"].shape == (2, 32, 5)
 
 
 # ---------------------------------------------------------------------------------------- bad input

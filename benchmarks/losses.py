@@ -2,6 +2,7 @@
 
     python benchmarks/losses.py                     # B 256, D 128, memories of 65,536 rows
     python benchmarks/losses.py --groups debiased   # one of them
+    python benchmarks/losses.py --batch 16 --k 512 --dim 16 --steps 1 --repeats 1  # do all run?
 
 ours       the file that the scripts call.
 published  what the published code does, written anew: copies of the queue, a full sort, gathered

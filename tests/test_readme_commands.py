@@ -16,6 +16,7 @@ from conftest import ROOT, slim_networks
 from papers import CASES
 
 from preprocess import demo_voc
+from tools import flags
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
 BLOCK = r"^```([^\n]*)\n(.*?)^```"  # language, content
@@ -23,6 +24,7 @@ SMALLER = {  # of scripts that belong to no Case; appended, and so stronger than
     "nonsem_neg/eval_robustness.py": "-j 2",
     "tools/robustness.py": "-j 2",
     "tools/evaluate.py": "--views 1 --epochs 2 --device cpu -j 2",
+    "tools/cost.py": "-b 8 --bn-splits 2 --input-res 32 --device cpu --steps 1",
     "ring/theory.py": "--repeats 5 --pool 256 --pairs 8 --k 4 16",
     "debiased/estimator.py": "--batches 8 16 --draws 5 --anchors 20 --device cpu -j 2",
     "feature_transform/eval_detection.py": "--device cpu -j 0 -b 2 --iterations 2 "
@@ -140,9 +142,9 @@ def without_download(words: list[str]) -> list[str]:
     return [*words[: at - 1], "IMAGENET100", "--dataset", "folder", *words[at + 2 :]]
 
 
-def run(script: str, flags: list[str]) -> None:
+def run(script: str, words: list[str]) -> None:
     smaller = SMALLER.get(script, "").split()
-    assert not module_of(script).main([*flags, *smaller])  # None or exit code 0
+    assert not module_of(script).main([*words, *smaller])  # None or exit code 0
 
 
 @pytest.mark.parametrize("script", SMALLER)
@@ -155,6 +157,20 @@ def test_docstring_commands_parse(script, monkeypatch):
     for words in printed:
         assert (ROOT / words[1]).is_file()
         module_of(words[1]).parse_args(words[2:])
+
+
+@pytest.mark.parametrize("page", ["docs/faq.md", "docs/troubleshooting.md"])
+def test_commands_in_sentences_parse_and_flags_exist(page):
+    text = (ROOT / page).read_text()
+    for line in re.findall(r"`(python [^`]+)`", text):
+        words = shlex.split(line)
+        module_of(words[1]).parse_args(words[2:])
+    scripts = [*flags.scripts(), "tools/evaluate.py"]
+    known = {name for script in scripts for name in flags.flags_of(flags.parser_of(script))}
+    named = {name.replace("_", "-") for name in re.findall(r"`--([\w-]+)", text)}
+    assert named <= known, named - known
+    for path in re.findall(r"`(\w+/\w+\.py)", text):
+        assert (ROOT / path).is_file(), path
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,6 +1,7 @@
 """Cost of a pre-training: the time of the whole run, the parts of its memory, its checkpoint."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_lengths_of_runs():
         "2.0 h",
         "200 h (8 days)",
     ]
+
+
+def test_a_busy_processor_is_told():
+    own = Namespace(pictures=3600, steps=2)
+    quiet, busy = (
+        cost.time_lines(own, Namespace(epochs=10, batch_size=10), 20.0, share)
+        for share in (0.9, 0.25)
+    )
+    assert len(quiet) == 2 and ": 20.0 h, computed from 2 steps of 20 s" in quiet[1]
+    assert busy[:2] == quiet and "had 25% of their time" in busy[2] and "5.0 h" in busy[2]
 
 
 @pytest.mark.parametrize("name", ["moco", "ring ir"])
@@ -95,4 +106,6 @@ def test_a_trial_reads_no_files():
 
 def test_bad_flags(capsys):
     says_no(cost.parse_args, ["tools/cost.py"], "tools/cost.py is no train script: cmc/", capsys)
+    few = ["ring/train_ring.py", "--demo", "--pictures", "9", "--device", "cpu"]
+    says_no(cost.main, few, "--pictures 9 are fewer than a batch, 64", capsys)
     says_no(cost.main, ["cmc/train_CMC.py", "--epochs", "x"], "invalid int value: 'x'", capsys)

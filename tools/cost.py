@@ -20,6 +20,7 @@ import functools
 import importlib
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,7 @@ from runner.folder import environment
 from tools.trial import Trial, generated, timed
 
 IMAGENET100 = 126_689  # training pictures
+BUSY = 0.8  # share of a processor below which other programs seem to run
 LONGEST = 48  # hours, above which days are given as well
 NO_GPU = "no GPU was measured: it needs these tensors, and room for its kernels to work in"
 
@@ -165,16 +167,23 @@ def duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{seconds / 60:.1f} min"
 
 
-def time_lines(trial: Trial, pictures: int, steps: int, seconds: float) -> list[str]:
-    """Return what the step and the whole run take. seconds: of one step."""
-    args = trial.args
-    of_epoch = pictures // args.batch_size
-    whole = duration(args.epochs * of_epoch * seconds)
-    return [
+def time_lines(own, args, seconds: float, share: float) -> list[str]:
+    """Return what the step and the whole run take.
+
+    seconds: of one step. share: of the time of its threads that this process had, at most 1.
+    """
+    whole = args.epochs * (own.pictures // args.batch_size) * seconds
+    lines = [
         f"step     {seconds:.3g} s, {args.batch_size / seconds:.4g} images/s",
-        f"run      {pictures:,} pictures, {args.epochs} epochs: {whole}, computed from {steps} "
-        f"steps of {seconds:.3g} s; decoding not included: see docs/data.md",
+        f"run      {own.pictures:,} pictures, {args.epochs} epochs: {duration(whole)}, computed "
+        f"from {own.steps} steps of {seconds:.3g} s; decoding not included: see docs/data.md",
     ]
+    if share < BUSY:
+        lines.append(
+            f"         its threads had {share:.0%} of their time: where other programs took the "
+            f"rest, {duration(whole * share)} on a quiet machine"
+        )
+    return lines
 
 
 def memory_lines(device: torch.device, parts: dict[str, int]) -> list[str]:
@@ -198,6 +207,8 @@ def measure(own, args, process: launch.Process) -> None:
         raise UsageError(
             "this measures one process: omit --multiprocessing-distributed and --nproc"
         )
+    if own.pictures < args.batch_size:
+        raise UsageError(f"--pictures {own.pictures} are fewer than a batch, {args.batch_size}")
     device = process.device
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # as in a run
@@ -213,11 +224,16 @@ def measure(own, args, process: launch.Process) -> None:
     )
     trial.step()  # so that the optimizer has its state
     parts = parts_of(trial)
+    began = time.process_time()
     seconds = timed(trial.step, own.steps, device) / own.steps
+    share = 1.0  # a GPU computes while the process waits
+    if device.type == "cpu":
+        worked = time.process_time() - began
+        share = worked / (own.steps * seconds * torch.get_num_threads())
     saved = in_words(checkpoint_size(own.script, trial))
     held = in_words(own.pictures * 3 * side**2)
     print(
-        *time_lines(trial, own.pictures, own.steps, seconds),
+        *time_lines(own, args, seconds, share),
         *memory_lines(device, parts),
         f"pictures {held} more where --data-device keeps them on the device (computed)",
         f"disk     {saved} for a checkpoint (computed)",

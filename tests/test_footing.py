@@ -69,8 +69,7 @@ MOCOS = {  # {Case: (query network, key network, queue, flags without negatives 
     "transformed moco": ("network", "network_ema", "memory.memory", "--no-mixnorm"),
     "ring moco": ("network", "system.model_k", "system.queue", "--negatives all"),
 }
-# of the method: its temperature, and CMC's towers of half the width
-OWN = {"debiased": {"temperature", "queue", "negatives-k", "ema"}, "cmc nce": {"arch"}}
+OWN = {"debiased": {"temperature", "queue", "negatives-k", "ema"}}  # of the method
 
 
 def shared_options(args, parser) -> dict:

@@ -71,16 +71,26 @@ def encode_shuffled(
     return shuffle.own(gathered), gathered
 
 
+def is_wide(x: Tensor) -> bool:
+    """Return whether networks normalise all parts of a batch in one call, which saves launches.
+
+    On a CPU a call for each part is up to twice as fast, since it copies less.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch-norm that normalises `splits` contiguous parts of a batch separately, as GPUs do.
 
     Running statistics are those of the first part, as rank 0 of that many GPUs writes them to its
-    checkpoint; with running = "mean" they are the mean over the parts. In evaluation mode, and with
-    one split, this is nn.BatchNorm2d. Raises ValueError if the parts would not be equal.
+    checkpoint; with running = "mean" they are the mean over the parts. Every part starts from the
+    previous ones. In evaluation mode, and with one split, this is nn.BatchNorm2d. Raises ValueError
+    if the parts would not be equal.
     """
 
     splits = 1
     running = "first"
+    wide = None  # weight, bias, mean and variance (C * splits,) while a network runs, see _widen
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
@@ -91,13 +101,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             )
         if torch.compiler.is_compiling():
             return self._at_once(x)
-        if self.running == "mean":
-            return self._averaged(x.chunk(self.splits))
-        first, *others = x.chunk(self.splits)
-        parts = [super().forward(first)]
-        for part in others:
-            parts.append(batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
-        return torch.cat(parts)
+        if self.wide is not None:
+            return self._as_channels(x)
+        after = torch.stack([self.running_mean, self.running_var]).repeat(self.splits, 1, 1)
+        out = []
+        for part, (mean, var) in zip(x.chunk(self.splits), after):
+            settings = (self.weight, self.bias, True, self.momentum, self.eps)
+            out.append(batch_norm(part, mean, var, *settings))
+        mean, var = after.mean(0) if self.running == "mean" else after[0]
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        self.num_batches_tracked.add_(1)
+        return torch.cat(out)
 
     def _at_once(self, x: Tensor) -> Tensor:
         """Compute `forward` with operations over all parts at once, which a compiler can fuse.
@@ -118,22 +133,48 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """Move a running average (C,) towards the statistics of the batch (S, C)."""
         average.lerp_(batch.mean(0) if self.running == "mean" else batch[0], self.momentum)
 
-    def _averaged(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Compute `forward`, and set the running statistics to their mean over the parts.
+    def _as_channels(self, x: Tensor) -> Tensor:
+        """Normalise (S * n, C, H, W) as (n, C * S, H, W); leaves the batch statistics in `wide`."""
+        weight, bias, mean, var = self.wide
+        parts = x.permute(0, 2, 3, 1).unflatten(0, (self.splits, -1))  # S x n x H x W x C
+        wide = parts.permute(1, 2, 3, 4, 0).flatten(3).permute(0, 3, 1, 2)
+        wide = batch_norm(wide, mean, var, weight, bias, True, 1.0, self.eps)
+        parts = wide.permute(0, 2, 3, 1).unflatten(3, (-1, self.splits))  # n x H x W x C x S
+        parts = parts.permute(4, 3, 0, 1, 2).clone(memory_format=torch.channels_last_3d)
+        # No view: what changes it in place, as a ReLU does, would cost more in the backward pass.
+        return torch.ops.aten._unsafe_view(parts.transpose(1, 2), x.shape)
 
-        Every part starts from the previous running statistics.
-        """
-        before = torch.stack([self.running_mean, self.running_var])
-        after = before.repeat(self.splits, 1, 1)  # S x 2 x C
-        out = []
-        for part, (mean, var) in zip(parts, after):
-            settings = (self.weight, self.bias, True, self.momentum, self.eps)
-            out.append(batch_norm(part, mean, var, *settings))
-        mean, var = after.mean(0)
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        self.num_batches_tracked.add_(1)
-        return torch.cat(out)
+
+def _widen(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Prepare all norms of `module` for `_as_channels`, together; a forward pre-hook."""
+    norms = [child for child in module.modules() if isinstance(child, SplitBatchNorm2d)]
+    if not (norms and module.training and is_wide(inputs[0])):
+        return
+    splits = norms[0].splits
+    parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
+    sizes = [splits * len(parameter) for parameter in parameters]
+    settings = torch.cat(parameters).repeat_interleave(splits)
+    statistics = torch.zeros_like(settings, requires_grad=False).split(sizes)
+    settings = settings.split(sizes)
+    columns = (settings[::2], settings[1::2], statistics[::2], statistics[1::2])
+    for norm, *wide in zip(norms, *columns):
+        norm.wide = wide
+
+
+@torch.no_grad()
+def _move_averages(module: nn.Module, *_) -> None:
+    """Move the running statistics of all norms that `_widen` prepared; a forward hook."""
+    norms = [child for child in module.modules() if getattr(child, "wide", None) is not None]
+    if not norms:
+        return
+    parts = torch.cat([x for norm in norms for x in norm.wide[2:]]).view(-1, norms[0].splits)
+    batch = parts.mean(1) if norms[0].running == "mean" else parts[:, 0].contiguous()
+    averages = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
+    batch = batch.split([len(average) for average in averages])
+    torch._foreach_lerp_(averages, batch, norms[0].momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    for norm in norms:
+        norm.wide = None
 
 
 def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
@@ -148,9 +189,13 @@ def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:
     """
     if splits < 1 or running not in ("first", "mean"):
         raise ValueError(f"splits {splits} must be at least 1, running {running!r} first or mean")
+    if splits == 1:
+        return module
     for child in module.modules():
-        if splits > 1 and type(child) is nn.BatchNorm2d:
+        if type(child) is nn.BatchNorm2d:
             child.__class__ = SplitBatchNorm2d
             child.splits = splits
             child.running = running
+    module.register_forward_pre_hook(_widen)
+    module.register_forward_hook(_move_averages)
     return module

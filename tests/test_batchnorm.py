@@ -1,5 +1,6 @@
 """Shuffled batches, and batch-norm in groups. Two processes: tests/test_two_processes.py."""
 
+import copy
 import types
 
 import pytest
@@ -52,6 +53,26 @@ def test_every_group_is_normalised_apart(splits):
         torch.testing.assert_close(part.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
         std = part.std((0, 2, 3), correction=0)
         torch.testing.assert_close(std, torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_groups_as_channels_have_the_gradients_of_groups_in_turn(monkeypatch):
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
+    in_turn = batchnorm.split(nn.Sequential(*layers).to(memory_format=torch.channels_last), 2)
+    nn.init.normal_(in_turn[1].weight, generator=generator(2))
+    wide = copy.deepcopy(in_turn)
+    images = torch.randn(8, 3, 6, 6, generator=generator(0))
+    direction = torch.randn(8, 4, 4, 4, generator=generator(1))
+    for network in (in_turn, wide):
+        out = network(images)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        (out * direction).sum().backward()
+        monkeypatch.setattr(batchnorm, "is_wide", lambda x: True)
+    for (name, own), other in zip(wide.named_parameters(), in_turn.parameters()):
+        torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)
+    for (name, own), other in zip(wide.named_buffers(), in_turn.buffers()):
+        torch.testing.assert_close(own, other, msg=name)
+    wide[1](torch.zeros(4, 4, 2, 2))  # alone, it moves its running statistics itself
+    assert [wide[place].num_batches_tracked for place in (1, 3)] == [2, 1]
 
 
 def test_one_group_is_plain_batch_norm():

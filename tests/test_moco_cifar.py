@@ -109,12 +109,13 @@ def test_a_symmetric_step_of_the_script_is_the_sum_of_both_losses(flags):
 
 
 @pytest.mark.parametrize("running", ["first", "mean"])
-def test_statistics_of_groups_step_by_step_and_as_a_compiler_is_given_them(running):
+@pytest.mark.parametrize("way", ["in turn", "as channels", "as a compiler is given them"])
+def test_statistics_of_groups(running, way, monkeypatch):
+    monkeypatch.setattr(batchnorm, "is_wide", lambda x: way == "as channels")
     x = torch.randn(2, 8, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    norms = [
-        batchnorm.split(nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), 2, running)[0]
-        for _ in range(2)
-    ]
+    network = batchnorm.split(nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)), 2, running)
+    norm = network[0]
+    forward = norm._at_once if "compiler" in way else network
     expected, alone = torch.stack([torch.zeros(4), torch.ones(4)]), nn.BatchNorm2d(4, momentum=0.3)
     for images in x:
         groups = []
@@ -123,17 +124,13 @@ def test_statistics_of_groups_step_by_step_and_as_a_compiler_is_given_them(runni
             groups.append((alone(part), torch.stack([alone.running_mean, alone.running_var])))
         kept = [stats for _, stats in groups]
         expected = sum(kept) / 2 if running == "mean" else kept[0]
-        for norm, forward in zip(norms, (norms[0], norms[1]._at_once)):
-            torch.testing.assert_close(
-                forward(images), torch.cat([out for out, _ in groups]), atol=1e-5, rtol=1e-5
-            )
-            torch.testing.assert_close(torch.stack([norm.running_mean, norm.running_var]), expected)
-    assert all(
-        norm.num_batches_tracked == 2 and norm.state_dict().keys() == alone.state_dict().keys()
-        for norm in norms
-    )
-    norms[0].eval()
-    torch.testing.assert_close(norms[0](x[0, :1]), F.batch_norm(x[0, :1], *expected))
+        own = forward(images)
+        torch.testing.assert_close(own, torch.cat([out for out, _ in groups]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.stack([norm.running_mean, norm.running_var]), expected)
+    assert norm.num_batches_tracked == 2
+    assert norm.state_dict().keys() == alone.state_dict().keys()
+    norm.eval()
+    torch.testing.assert_close(norm(x[0, :1]), F.batch_norm(x[0, :1], *expected))
 
 
 def test_a_run_that_stops_early_goes_on_exactly_and_evaluations_see_its_colours(workspace, capsys):

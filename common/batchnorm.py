@@ -83,9 +83,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch-norm that normalises `splits` contiguous parts of a batch separately, as GPUs do.
 
     Running statistics are those of the first part, as rank 0 of that many GPUs writes them to its
-    checkpoint; with running = "mean" they are the mean over the parts. Every part starts from the
-    previous ones. In evaluation mode, and with one split, this is nn.BatchNorm2d. Raises ValueError
-    if the parts would not be equal.
+    checkpoint; with running = "mean" they are the mean over the parts. In evaluation mode, and with
+    one split, this is nn.BatchNorm2d. Raises ValueError if the parts would not be equal.
     """
 
     splits = 1
@@ -103,16 +102,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return self._at_once(x)
         if self.wide is not None:
             return self._as_channels(x)
-        after = torch.stack([self.running_mean, self.running_var]).repeat(self.splits, 1, 1)
-        out = []
-        for part, (mean, var) in zip(x.chunk(self.splits), after):
-            settings = (self.weight, self.bias, True, self.momentum, self.eps)
-            out.append(batch_norm(part, mean, var, *settings))
-        mean, var = after.mean(0) if self.running == "mean" else after[0]
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        self.num_batches_tracked.add_(1)
-        return torch.cat(out)
+        if self.running == "mean":
+            return self._averaged(x.chunk(self.splits))
+        first, *others = x.chunk(self.splits)
+        parts = [super().forward(first)]
+        for part in others:
+            parts.append(batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
+        return torch.cat(parts)
 
     def _at_once(self, x: Tensor) -> Tensor:
         """Compute `forward` with operations over all parts at once, which a compiler can fuse.
@@ -132,6 +128,23 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def _update(self, average: Tensor, batch: Tensor) -> None:
         """Move a running average (C,) towards the statistics of the batch (S, C)."""
         average.lerp_(batch.mean(0) if self.running == "mean" else batch[0], self.momentum)
+
+    def _averaged(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Compute `forward`, and set the running statistics to their mean over the parts.
+
+        Every part starts from the previous running statistics.
+        """
+        before = torch.stack([self.running_mean, self.running_var])
+        after = before.repeat(self.splits, 1, 1)  # S x 2 x C
+        out = []
+        for part, (mean, var) in zip(parts, after):
+            settings = (self.weight, self.bias, True, self.momentum, self.eps)
+            out.append(batch_norm(part, mean, var, *settings))
+        mean, var = after.mean(0)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        self.num_batches_tracked.add_(1)
+        return torch.cat(out)
 
     def _as_channels(self, x: Tensor) -> Tensor:
         """Normalise (S * n, C, H, W) as (n, C * S, H, W); leaves the batch statistics in `wide`."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import tarfile
 import threading
@@ -139,6 +140,16 @@ def test_the_next_call_goes_on_with_what_was_cut_short(here, capsys):
     slow = record(here, "slow")
     assert slow["state"] == "done" and slow["calls"] == 2 and slow["seconds"] > 1
     assert "half of it" in (here / "runs/gpu/slow.log").read_text()
+
+
+def test_what_was_cut_short_on_another_machine_starts_over(here, capsys):
+    with pytest.raises(UserError, match="1 of 1 steps did not finish: slow: cut short"):
+        run(here, "--limit", "1", "slow")
+    shutil.rmtree(here / "runs")
+    with pytest.raises(UserError, match="1 of 1 steps did not finish: slow: cut short"):
+        run(here, "--limit", "1", "slow")
+    assert "were left on another machine: it starts over" in capsys.readouterr().out
+    assert record(here, "slow")["calls"] == 1
 
 
 def test_a_budget_begins_what_fits_and_the_archive_holds_all_records(here, capsys):

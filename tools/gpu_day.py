@@ -11,7 +11,9 @@ others that is their record. A step that fails is recorded as such, and the othe
     python tools/gpu_day.py --toy                       # every step at toy size, on any device
 
 On a rented machine that ends a call after ten minutes and forgets what it wrote, a day is the calls
-1 to 4; each brings back one file, which is unpacked in the project's root:
+1 to 4; each brings back one file, which is unpacked in the project's root. It holds records and
+logs but no checkpoints, so a step that was cut short starts over there (claims keep the runs that
+have ended):
 
     python3 tools/gpu_day.py --call 1 --budget 580 --pack day-1.tgz
 """
@@ -126,11 +128,14 @@ class Day:
         Return the record, or None where this process was told to stop and the step cannot go on.
         """
         before = self.record(step) or {}
-        if again or before.get("state") != CUT:
+        folder = self.runs / step.name
+        if before.get("state") == CUT and not again and not folder.is_dir():
+            print("      its checkpoints were left on another machine: it starts over")
+        if again or before.get("state") != CUT or not folder.is_dir():
             before = {}
-            shutil.rmtree(self.runs / step.name, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         started = datetime.now().isoformat(timespec="seconds")
-        (self.runs / step.name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         cifar = self.pictures() if "{cifar}" in step.command else ""
         command = self.command(step, cifar)
         print(f"      $ {printable(command)}", flush=True)

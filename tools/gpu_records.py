@@ -69,7 +69,8 @@ def free_gib(folder: str) -> float:
 def pack(path: str, results: Path, records: Path, runs: Path) -> None:
     """Write `results` (those of claims too), the records and the logs into a compressed archive.
 
-    Unpacked in the project's root, it makes the next call on another machine go on from there.
+    Unpacked in the project's root, it makes the next call on another machine go on with the steps
+    that have no record. It holds no checkpoints.
     Raises UsageError where it cannot be written.
     """
     try:
@@ -82,7 +83,7 @@ def pack(path: str, results: Path, records: Path, runs: Path) -> None:
                 archive.add(log, f"runs/gpu/{log.name}")
     except OSError as error:
         raise UsageError(f"--pack {printable(path)}: {error.strerror or error}") from None
-    print(f"wrote {printable(path)}")
+    print(f"wrote {printable(path)}, without checkpoints: what was cut short starts over elsewhere")
 
 
 def without_lock(member: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -90,6 +90,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     splits = 1
     running = "first"
     wide = None  # weight, bias, mean and variance (C * splits,) while a network runs, see _widen
+    filled = False  # whether `wide` has the statistics of a batch
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.splits == 1:
@@ -147,7 +148,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(out)
 
     def _as_channels(self, x: Tensor) -> Tensor:
-        """Normalise (S * n, C, H, W) as (n, C * S, H, W); leaves the batch statistics in `wide`."""
+        """Normalise (S * n, C, H, W) as (n, C * S, H, W); leaves the batch statistics in `wide`.
+
+        Where a network runs a layer twice, as on pictures and on patches, the second call is usual.
+        """
+        if self.filled:
+            _move([self])
+            return self(x)
+        self.filled = True
         weight, bias, mean, var = self.wide
         parts = x.permute(0, 2, 3, 1).unflatten(0, (self.splits, -1))  # S x n x H x W x C
         wide = parts.permute(1, 2, 3, 4, 0).flatten(3).permute(0, 3, 1, 2)
@@ -174,12 +182,18 @@ def _widen(module: nn.Module, inputs: tuple[Tensor]) -> None:
         norm.wide = wide
 
 
-@torch.no_grad()
 def _move_averages(module: nn.Module, *_) -> None:
     """Move the running statistics of all norms that `_widen` prepared; a forward hook."""
     norms = [child for child in module.modules() if getattr(child, "wide", None) is not None]
-    if not norms:
-        return
+    if filled := [norm for norm in norms if norm.filled]:
+        _move(filled)
+    for norm in norms:
+        norm.wide = None
+
+
+@torch.no_grad()
+def _move(norms: list[SplitBatchNorm2d]) -> None:
+    """Move the running statistics of norms towards those that a batch has left in `wide`."""
     parts = torch.cat([x for norm in norms for x in norm.wide[2:]]).view(-1, norms[0].splits)
     batch = parts.mean(1) if norms[0].running == "mean" else parts[:, 0].contiguous()
     averages = [average for norm in norms for average in (norm.running_mean, norm.running_var)]
@@ -188,6 +202,7 @@ def _move_averages(module: nn.Module, *_) -> None:
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     for norm in norms:
         norm.wide = None
+        norm.filled = False
 
 
 def split(module: nn.Module, splits: int, running: str = "first") -> nn.Module:

@@ -75,6 +75,29 @@ def test_groups_as_channels_have_the_gradients_of_groups_in_turn(monkeypatch):
     assert [wide[place].num_batches_tracked for place in (1, 3)] == [2, 1]
 
 
+class Twice(nn.Module):
+    """A network that runs one of its norms twice, as on pictures and on patches, and one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+
+    def forward(self, x):
+        return self.norms[0](x) + self.norms[0](3 * x + 1)
+
+
+def test_groups_as_channels_of_a_norm_that_runs_twice(monkeypatch):
+    in_turn = batchnorm.split(Twice(), 2)
+    wide = copy.deepcopy(in_turn)
+    images = torch.randn(8, 3, 6, 6, generator=generator())
+    expected = in_turn(images)
+    monkeypatch.setattr(batchnorm, "is_wide", lambda x: True)
+    torch.testing.assert_close(wide(images), expected)
+    for (name, own), other in zip(wide.named_buffers(), in_turn.buffers()):
+        torch.testing.assert_close(own, other, msg=name)
+    assert [norm.num_batches_tracked for norm in wide.norms] == [2, 0]
+
+
 def test_one_group_is_plain_batch_norm():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(3))
     assert batchnorm.split(network, 1) is network and type(network[0]) is nn.BatchNorm2d

@@ -9,10 +9,10 @@ with labels. Writes one table, result.json and a picture of the scores into the 
     python tools/evaluate.py resnet50.pth IMAGENET100 --input-res 224 --views 1 --out runs/resnet
     python tools/evaluate.py --demo runs/try
 
-Every picture is embedded once per view; all learning rates and shares of the labels are then
-trained together, on the features. The rate is chosen on a tenth of the training pictures that are
-kept back, never on val. The input is as large as in the pre-training, unless --input-res says
-otherwise.
+Every training picture is embedded as it is and in --views crops. Linear classifiers of all learning
+rates are then trained together on these features, less their mean, with all, 10 % and 1 % of the
+labels. The rate is chosen on a tenth of the training pictures that is kept back, never on val. The
+input is as large as in the pre-training, unless --input-res says otherwise.
 """
 
 from __future__ import annotations

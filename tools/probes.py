@@ -205,9 +205,9 @@ def judge(
 
     args: its seed, views, epochs, batch_size and knn_k are used. seen (V, n, D): features of
     augmented views of the training pictures, bank (n, D): of the pictures as they are, with targets
-    (n,). judged: features (m, D) and targets (m,) of val, named "clean", and of shifted sets, of
-    which there are the accuracies NAME (of the linear classifier on all labels) and NAME_knn.
-    The number `seconds` says what took how long.
+    (n,). The linear classifiers are trained on both. judged: features (m, D) and targets (m,) of
+    val, named "clean", and of shifted sets, of which there are the accuracies NAME (of the linear
+    classifier on all labels) and NAME_knn. The number `seconds` says what took how long.
     """
     shifted = dict(judged)
     val, val_targets = shifted.pop("clean")
@@ -224,10 +224,13 @@ def judge(
     for name, (embedded, labels) in shifted.items():
         result[f"{name}_knn"] = float(neighbours(embedded, labels)[0])
     clock("k-NN")
-    scale = seen.square().sum(2).mean().rsqrt()  # a rate means the same for every network
-    seen = seen * scale
-    bank_scaled = bank * scale
-    val_scaled = val * scale
+    # Less the mean, which a young network's features share, and with a mean square length of 1:
+    # SGD then learns as fast, and a rate means the same, whatever the network.
+    centre = bank.mean(0)
+    scale = (bank - centre).square().sum(1).mean().rsqrt()
+    bank_centred = (bank - centre).mul_(scale)
+    centred = torch.cat([bank_centred[None], (seen - centre).mul_(scale)])
+    val_centred = (val - centre).mul_(scale)
     train_rows, kept = keep_back(targets.cpu(), KEPT_BACK, generator)
     kept = kept.to(bank.device)
     linear = {}
@@ -236,10 +239,10 @@ def judge(
         # Few labels make short epochs: there are more of them.
         epochs = min(round(args.epochs / share**0.5), 10 * args.epochs)
         weight, bias = train_linear(
-            seen, targets, rows, classes, epochs, args.batch_size, generator
+            centred, targets, rows, classes, epochs, args.batch_size, generator
         )
-        kept_acc = accuracies(bank_scaled[kept], targets[kept], weight, bias)
-        val_acc = accuracies(val_scaled, val_targets, weight, bias)
+        kept_acc = accuracies(bank_centred[kept], targets[kept], weight, bias)
+        val_acc = accuracies(val_centred, val_targets, weight, bias)
         best = max(range(len(RATES)), key=kept_acc.__getitem__)
         linear[f"{share:.0%}"] = {
             "labels": len(rows),
@@ -252,10 +255,12 @@ def judge(
         if share == 1:
             chosen = slice(best, best + 1)
             for name, (embedded, labels) in shifted.items():
-                (result[name],) = accuracies(embedded * scale, labels, weight[chosen], bias[chosen])
+                (result[name],) = accuracies(
+                    (embedded - centre) * scale, labels, weight[chosen], bias[chosen]
+                )
         clock(f"linear, {share:.0%}")
     result |= {"acc1": result["linear_100"], "linear": linear, "rates": list(RATES)}
-    first, second = (seen[0], seen[1]) if args.views > 1 else (seen[0], bank_scaled)
+    first, second = (seen[0], seen[1]) if args.views > 1 else (seen[0], bank)
     result["alignment"] = alignment(first, second)
     result["uniformity"] = uniformity(val)
     result["rankme"] = rankme(bank)

@@ -16,8 +16,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from common.backbones import Trunk
 from runner import layouts
+from runner.trunks import Trunk
 
 
 class Pyramid(nn.Module):

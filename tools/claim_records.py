@@ -70,7 +70,7 @@ class Setting:
 
     def seeds(self, run: str) -> list[int]:
         """Return the seeds that have records, sorted."""
-        suffix = re.escape(self.steps[-1]["suffix"])
+        suffix = self.steps[-1]["suffix"]
         seeds = self._seeds_in(run, suffix, self.records.glob("*"))
         return [seed for seed in seeds if self.is_done(run, seed)]
 

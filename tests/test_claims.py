@@ -206,7 +206,8 @@ def test_a_study_of_ones_own(root, capsys, monkeypatch):
     assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
 
 
-def test_a_run_of_a_study_may_have_any_name(root):
+def test_a_run_of_a_study_may_have_any_name(root, monkeypatch):
+    monkeypatch.chdir(root)
     name = "b [x] *? 'y' $z"
     study(root, runs={"a": "1", name: "2"})
     setting = claim_records.setting("mine", "one", root / "mine.json")

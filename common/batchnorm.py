@@ -168,8 +168,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 def _widen(module: nn.Module, inputs: tuple[Tensor]) -> None:
     """Prepare all norms of `module` for `_as_channels`, together; a forward pre-hook."""
+    if not (module.training and is_wide(inputs[0])):
+        return
     norms = [child for child in module.modules() if isinstance(child, SplitBatchNorm2d)]
-    if not (norms and module.training and is_wide(inputs[0])):
+    if not norms:
         return
     splits = norms[0].splits
     parameters = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
@@ -180,10 +182,13 @@ def _widen(module: nn.Module, inputs: tuple[Tensor]) -> None:
     columns = (settings[::2], settings[1::2], statistics[::2], statistics[1::2])
     for norm, *wide in zip(norms, *columns):
         norm.wide = wide
+        norm.filled = False
 
 
-def _move_averages(module: nn.Module, *_) -> None:
+def _move_averages(module: nn.Module, inputs: tuple[Tensor], _) -> None:
     """Move the running statistics of all norms that `_widen` prepared; a forward hook."""
+    if not (module.training and is_wide(inputs[0])):
+        return
     norms = [child for child in module.modules() if getattr(child, "wide", None) is not None]
     if filled := [norm for norm in norms if norm.filled]:
         _move(filled)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from common import UsageError, augment, cli, figures, inputs, launch, sets
 from common.files import write_figure
 from ring.monitor import no_ring
 from ring.views import last_operation
-from runner import checkpoint, layouts, loop, resume
+from runner import checkpoint, loop, pretrained, resume
 
 ANCHORS = 8  # the number of pictures whose ring is drawn
 OF_EACH = 3  # the number of candidates drawn of each part of their neighbourhood
@@ -24,31 +22,21 @@ PARTS = {
 
 
 def take_flags_of_run(parser: cli.Parser, argv: list[str] | None) -> None:
-    """Where --show-ring draws a run that --resume names, make its flags the defaults.
+    """Make the flags of the run that --resume names the defaults of --show-ring.
 
     Flags that say where a run is kept and what it runs on are not taken.
     """
     args = parser.parse_args(argv)
     if args.show_ring and args.resume not in ("", "auto"):
-        saved = checkpoint.Saved(newest(args.resume))
+        saved = checkpoint.Saved(file_of(args))
         with saved.within():
             then = saved.get("opt") or {}
             parser.set_defaults(**{name: then[name] for name in args.compared & then.keys()})
 
 
-def newest(path: str) -> str:
-    """Return the checkpoint at `path`, or the newest one of a run folder or of its folders.
-
-    Raises UsageError where there is none.
-    """
-    if not os.path.isdir(path):
-        return path
-    found = layouts.newest_below(path)
-    if found is None:
-        raise UsageError(
-            f"--resume {path}: this folder has no checkpoint; name the folder of a run"
-        )
-    return str(found)
+def file_of(args) -> str:
+    """Return the checkpoint that --resume names, also by its folder; without --resume "auto"."""
+    return pretrained.file_at(args.resume or "auto", "--resume", "name the folder of a run")
 
 
 @torch.no_grad()
@@ -61,7 +49,7 @@ def show_ring(args, process: launch.Process, files: loop.Files, loader, build_me
     is only read, so that a run can be drawn while it trains. Raises UsageError where there is no
     checkpoint.
     """
-    args = cli.replace(args, resume=newest(args.resume) if args.resume else "auto")
+    args = cli.replace(args, resume=file_of(args))
     saved, _ = resume.find(args, args.folder, files)
     if saved is None:
         raise UsageError(

@@ -13,6 +13,19 @@ from runner import checkpoint, layouts
 LARGEST = 2**14  # pixels of the side of an input
 
 
+def file_at(path: str, flag: str, way_out: str) -> str:
+    """Return the file `path`, or the newest pre-training checkpoint of that folder or its folders.
+
+    Raises UsageError where a folder has none, which names the flag and the way out.
+    """
+    if not os.path.isdir(path):
+        return path
+    newest = layouts.newest_below(path)
+    if newest is None:
+        raise UsageError(f"{flag} {path}: this folder has no checkpoint; {way_out}")
+    return str(newest)
+
+
 def start_from(network: nn.Module, path: str, prefix: str = "") -> None:
     """Give a fresh network the backbone of --init, in place; its projection head stays fresh.
 
@@ -22,10 +35,7 @@ def start_from(network: nn.Module, path: str, prefix: str = "") -> None:
     """
     if not path:
         return
-    file = layouts.newest_below(path) if os.path.isdir(path) else path
-    if file is None:
-        raise UsageError(f"--init {path}: this folder has no checkpoint of a pre-training")
-    saved = checkpoint.Saved(file)
+    saved = checkpoint.Saved(file_at(path, "--init", "name the folder of a run"))
     with saved.within():
         state = layouts.without_head(layouts.backbone(saved))
     named = layouts.add_prefix(network.state_dict(), prefix)  # the network's own tensors
@@ -45,10 +55,7 @@ def read(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoi
     classifier or belongs to another paper.
     """
     if os.path.isdir(path):
-        newest = layouts.newest_below(path)
-        if newest is None:
-            raise UsageError(f"{flag} {path}: this folder has no checkpoint; run {first} first")
-        path = newest
+        path = file_at(path, flag, f"run {first} first")
     elif not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
     saved = checkpoint.Saved(path)

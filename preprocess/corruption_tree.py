@@ -1,4 +1,4 @@
-"""Find the pictures to corrupt, name their corrupted files, and list the missing ones."""
+"""Find the pictures to change, name the files made of them, and list the missing ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from common import UsageError, files, sets
 from common.sets import SPLIT_NAMES
 from preprocess import workers
 
-SETTINGS = "corruptions.json"
 # format: (ending that is written, endings that may stay)
 ENDINGS = {"jpeg": (".JPEG", (".jpeg", ".jpg")), "png": (".png", (".png",))}
 PACKAGES = ("corrupt-tta", "numpy", "pillow", "opencv-python", "scikit-image", "scipy")
@@ -54,6 +53,9 @@ def source_folder(tree: str) -> Path:
     It is val/ (else test/, validation/) of a root, or the tree itself. Raises UsageError.
     """
     tree = Path(tree)
+    if not tree.is_dir():
+        reason = "is a file, not a folder" if tree.exists() else "no such folder"
+        raise UsageError(f"{tree}: {reason}")
     if not workers.split_folders(tree):
         return tree
     if not any(entry.is_dir() and _is_split(tree / entry.name) for entry in os.scandir(tree)):
@@ -89,23 +91,26 @@ def target_names(sources: list[str], format: str) -> dict[str, str]:
     return names
 
 
-def check_out(out: Path, source: Path, tree: Path) -> None:
-    """Raise UsageError if OUT lies among the pictures, or holds other files."""
+def check_out(out: Path, source: Path, tree: Path, settings: str) -> None:
+    """Raise UsageError if OUT lies among the pictures, or holds other files.
+
+    settings: name of the file in OUT to which the script writes its settings.
+    """
     folder = workers.lies_in(out, source, [source, *workers.split_folders(tree)])
     if folder:
         raise UsageError(
             f"{out} lies in the folder of the pictures {folder}, where it would become a class: "
             "name a folder outside it"
         )
-    workers.check_own(out, SETTINGS)
+    workers.check_own(out, settings)
 
 
-def settle(out: Path, settings: dict) -> list[str]:
-    """Write OUT/corruptions.json, or compare the settings with the one that is there.
+def settle(file: Path, settings: dict) -> list[str]:
+    """Write the settings of a set into its folder, or compare them with the file that is there.
 
     Returns lines to print. Raises UsageError if the settings differ or the file is damaged.
     """
-    file = out / SETTINGS
+    out = file.parent
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -122,7 +127,7 @@ def settle(out: Path, settings: dict) -> list[str]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"{file} is damaged: remove it together with the corrupted pictures"
+            f"{file} is damaged: remove it together with the pictures that were made"
         ) from None
     if differences:
         raise UsageError(

@@ -58,6 +58,7 @@ from preprocess.corruptions import CORRUPTIONS, corrupt
 from runner.progress import clock
 
 FORMAT = 2  # increase it if the same settings give other pictures
+SETTINGS = "corruptions.json"
 JPEG_QUALITY = 85  # ImageNet-C's
 PRESETS = {
     "demo": {
@@ -208,7 +209,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     """
     out.mkdir(parents=True, exist_ok=True)
     record = {"format": FORMAT, "seed": args.seed, "size": args.size, "files": args.format}
-    for line in settle(out, record):
+    for line in settle(out / SETTINGS, record):
         print(line, flush=True)
     variants = [(name, severity) for name in args.corruptions for severity in args.severities]
     settings = Settings(str(source), str(out), args.size, args.format, args.seed)
@@ -279,11 +280,8 @@ def main(argv=None) -> None:
         demo.ensure_for(cli.replace(args, data=args.tree), launch.Process())
     tree = Path(args.tree)
     out = Path(args.out)
-    if not tree.is_dir():
-        reason = "is a file, not a folder" if tree.exists() else "no such folder"
-        raise UsageError(f"{tree}: {reason}")
     source = source_folder(args.tree)
-    check_out(out, source, tree)
+    check_out(out, source, tree, SETTINGS)
     opened = sets.open_tree(source, class_list=args.class_list)
     sources = sorted(os.path.relpath(path, opened.root) for path in opened.paths)
     # for all pictures: a name does not depend on --limit or --shard

@@ -374,7 +374,7 @@ def test_links_of_a_page_lead_somewhere(page):
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_claim_has_its_runs_and_its_source(paper):
     content = PAPERS[paper]
-    starts = (f"python {paper}/", "python tools/evaluate.py ", "python preprocess/make_")
+    starts = (f"python {paper}/", "python tools/evaluate.py ", "python preprocess/")
     for scale in content["scales"]:
         setting = claim_records.setting(paper, scale)
         for name in setting.runs:

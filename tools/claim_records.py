@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import UsageError, UserError, printable
@@ -38,6 +38,7 @@ class Setting:
     after a few batches).
     runs: {name: flags}. numbers: keys of the numbers to compare, the main one first.
     pictures: name and size of the part of CIFAR-10 that is trained on, if it is that.
+    same_as: {name of a run: the run of another paper that takes the same steps, PAPER/RUN}.
     """
 
     root: Path
@@ -49,6 +50,7 @@ class Setting:
     runs: dict[str, str]
     numbers: list[str]
     pictures: dict | None
+    same_as: dict[str, str] = field(default_factory=dict)
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -121,11 +123,12 @@ class Setting:
 
     def commands(self, run: str, seed: int, toy: bool = False) -> list[tuple[str, Path]]:
         """Return (command, folder that it writes) of every step. toy: at toy size."""
-        values = {"name": f"{run}-s{seed}", "seed": str(seed), "flags": self.runs[run]}
+        values = {"name": f"{run}-s{seed}", "seed": str(seed)}
         if toy:
             values["name"] = f"toy-{run}-s{seed}"
         if self.pictures:
             values["data"] = TOY_PICTURES if toy else self.pictures["name"]
+        values["flags"] = fill(self.runs[run], values)
         commands = []
         for step in self.steps:
             command = step["command"]
@@ -200,6 +203,16 @@ def setting(paper: str, scale: str, root: Path = ROOT) -> Setting | None:
 # ------------------------------------------------------------------------------------ comparisons
 
 
+def find_run(own: Setting, name: str) -> tuple[Setting, str] | None:
+    """Return the run that a claim calls RUN, or PAPER/RUN if it is not of its own paper.
+
+    Follows `same_as`. Returns (its setting, its name), or None where it is not set up.
+    """
+    paper, _, run = own.same_as.get(name, name).rpartition("/")
+    side = setting(paper, own.scale, own.root) if paper else own
+    return (side, run) if side and run in side.runs else None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A claim at one scale: the runs that it compares, their difference, the verdict.
@@ -219,21 +232,12 @@ class Comparison:
         return self.claim.get("number", self.setting.numbers[0])
 
     def sides(self) -> list[tuple[Setting, str]]:
-        """Return the better and the other run, each with its setting; [] where one is not set up.
-
-        A claim names a run of its own paper as RUN, of another one as PAPER/RUN.
-        """
+        """Return (setting, run) of the better and the other; [] where one is not set up."""
         own = self.setting
         if own is None or self.number not in own.numbers:
             return []
-        pair = []
-        for name in (self.claim["better"], self.claim["than"]):
-            paper, _, run = name.rpartition("/")
-            side = setting(paper, self.scale, own.root) if paper else own
-            if side is None or run not in side.runs:
-                return []
-            pair.append((side, run))
-        return pair
+        pair = [find_run(own, self.claim[side]) for side in ("better", "than")]
+        return pair if all(pair) else []
 
     def differences(self) -> dict[str, list[float]]:
         """Return, for each number, better minus other of every seed that both have."""

@@ -1,0 +1,175 @@
+"""Make a set like Stylized-ImageNet from your own pictures: textures of another class.
+
+    python preprocess/swap_textures.py IMAGENET100 IMAGENET100-stylized
+    python preprocess/swap_textures.py CIFAR10/val CIFAR10-stylized
+
+TREE is a root, whose val/ (else test/, validation/) is taken, or a folder of class folders such as
+a val/ itself. It writes OUT/CLASS/NAME.png, which `tools/evaluate.py --stylized OUT` and
+`eval_robustness.py --stylized OUT` read. Each picture keeps its class and its shapes, but is put
+together from small blocks of a picture of another class: texture transfer as in Efros & Freeman,
+"Image Quilting for Texture Synthesis and Transfer" (2001), Sec. 4. Stylized-ImageNet was made with
+paintings and a network instead (Geirhos et al., 2019): numbers of the two cannot be compared.
+
+Each file depends only on the seed, its class and name, and the list of pictures. Existing files are
+kept, so the same command continues where it stopped. OUT/textures.json holds the settings.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common  # isort: split
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+
+from common import UsageError, UserError, cli, printable, sets
+from common.pictures import as_rgb
+from preprocess import corruption_tree, workers
+
+SETTINGS = "textures.json"
+BLOCKS = 8  # to the shorter side of a picture
+CANDIDATES = 4096  # blocks of the other picture that are compared
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+STREAM = 6  # separates these draws from others with the same key
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    about = "folder of class folders, or a root with val/"
+    parser.add_argument("tree", metavar="TREE", help=about)
+    about = "output folder, new or from an earlier run"
+    parser.add_argument("out", metavar="OUT", help=about)
+    parser.add_argument("--seed", type=cli.count, default=0, help="seed of the other pictures")
+    workers.add_workers_argument(parser)
+    return cli.freeze(parser.parse_args(argv))
+
+
+class Job(NamedTuple):
+    """A picture, the one whose texture it takes, and the file to write."""
+
+    source: str
+    texture: str
+    target: str
+
+
+def match_histogram(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return `values` with the distribution of `like`, which may have another size."""
+    ranks = np.empty(values.size, np.int64)
+    ranks[values.ravel().argsort(kind="stable")] = np.arange(values.size)
+    quantiles = np.linspace(0, 1, values.size)
+    return np.quantile(like, quantiles)[ranks].reshape(values.shape)
+
+
+def transfer(picture: np.ndarray, texture: np.ndarray) -> np.ndarray:
+    """Return a picture put together from blocks of another one: (H, W, 3) uint8.
+
+    picture: (H, W, 3) uint8, whose shapes stay. texture: (h, w, 3) uint8, of any size that holds
+    a block. The brightness of the picture is matched to that of the texture; every block, half of
+    which overlaps the next, is then the one of nearest brightness. Overlaps are averaged.
+    """
+    height, width = picture.shape[:2]
+    side = max(2, min(height, width) // BLOCKS)
+    wanted = match_histogram(picture @ LUMA, texture @ LUMA).astype(np.float32)
+    rows = np.unique(np.append(np.arange(0, height - side, side // 2), height - side))
+    columns = np.unique(np.append(np.arange(0, width - side, side // 2), width - side))
+    blocks = sliding_window_view(wanted, (side, side))[np.ix_(rows, columns)]
+    colours = sliding_window_view(texture.astype(np.float32), (side, side), (0, 1))
+    stride = max(1, round((colours[..., 0, 0, 0].size / CANDIDATES) ** 0.5))
+    colours = colours[::stride, ::stride].reshape(-1, 3, side, side)
+    found = np.einsum("nchw,c->nhw", colours, LUMA).reshape(len(colours), -1)
+    scores = blocks.reshape(-1, side * side) @ found.T - (found**2).sum(1) / 2
+    nearest = scores.argmax(1).reshape(len(rows), len(columns))
+    total = np.zeros((3, height, width), np.float32)
+    count = np.zeros((height, width), np.float32)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            total[:, row : row + side, column : column + side] += colours[nearest[i, j]]
+            count[row : row + side, column : column + side] += 1
+    return (total / count).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def read_picture(path: str) -> np.ndarray:
+    """Return a picture (H, W, 3) uint8. Raises any error of Pillow for damaged files."""
+    return np.asarray(as_rgb(Image.open(workers.read(path))))
+
+
+def do(job: Job) -> str:
+    """Write the file of a job; return why that failed, or "". Raises OSError if writing fails."""
+    try:
+        swapped = transfer(read_picture(job.source), read_picture(job.texture))
+    except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
+        return f"{printable(job.source)} or {printable(job.texture)}: {workers.reason(error)}"
+    encoded = BytesIO()
+    Image.fromarray(swapped).save(encoded, "PNG")
+    workers.write_picture(job.target, encoded.getbuffer())
+    return ""
+
+
+def plan(source: Path, out: Path, seed: int) -> list[Job]:
+    """Return the jobs of all pictures below `source`; every texture is of another class.
+
+    Raises UsageError for a single class.
+    """
+    opened = sets.open_tree(source)
+    if len(opened.classes) < 2:
+        raise UsageError(f"{source} has one class: textures of another class need two or more")
+    labels = np.asarray(opened.targets)
+    paths = [str(path) for path in opened.paths]
+    relative = [os.path.relpath(path, opened.root) for path in paths]
+    targets = corruption_tree.target_names(relative, "png")
+    others = [np.flatnonzero(labels != label) for label in range(len(opened.classes))]
+    jobs = []
+    for path, name, label in zip(paths, relative, labels):
+        draws = np.random.default_rng([*corruption_tree.key_of(seed, name), STREAM])
+        texture = paths[draws.choice(others[label])]
+        jobs.append(Job(path, texture, str(out / targets[name])))
+    return jobs
+
+
+def swap(jobs: list[Job], processes: int) -> list[str]:
+    """Write the files of all jobs; return why some failed. Raises Interrupted on Ctrl-C."""
+    bar = workers.Rate("swapping textures", len(jobs), "pictures")
+    failures = []
+    try:
+        for failure in workers.in_processes(do, jobs, processes, lambda job: [job.source]):
+            failures.append(failure)
+            bar.add(1)
+    except KeyboardInterrupt:
+        raise workers.Interrupted(
+            "interrupted; written files are complete, and the same command continues from there"
+        ) from None
+    finally:
+        bar.close()
+    return [*filter(None, failures)]
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    out = Path(args.out)
+    source = corruption_tree.source_folder(args.tree)
+    corruption_tree.check_out(out, source, Path(args.tree), SETTINGS)
+    jobs = plan(source, out, args.seed)
+    for folder in {os.path.dirname(job.target) for job in jobs}:
+        os.makedirs(folder, exist_ok=True)
+    record = {"seed": args.seed, "pictures": len(jobs)}
+    for line in corruption_tree.settle(out / SETTINGS, record):
+        print(line, flush=True)
+    missing = [job for job in jobs if not os.path.exists(job.target)]
+    processes = args.workers or workers.default_workers(len(missing), 500)
+    failures = swap(missing, processes)
+    made = len(missing) - len(failures)
+    print(f"result: {len(jobs) - len(failures)} of {len(jobs)} pictures in {out}; {made} made now")
+    if failures:
+        raise UserError(f"{len(failures)} pictures failed; the first: {failures[0]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -13,7 +13,7 @@ import pytest
 from common import UsageError, UserError, launch
 from common.files import ROOT
 from nonsem_neg import demo
-from tools import claim_pages, claim_records, claim_runs, claims
+from tools import claim_figure, claim_pages, claim_records, claim_runs, claims
 
 STEP = """\
 import json, sys
@@ -158,6 +158,27 @@ def test_a_run_of_another_paper_and_a_number_of_its_own(root, capsys):
     assert plain[0]["commit"] == "unknown" and plain[0]["seconds"] > 0
 
 
+def test_a_run_may_be_that_of_another_paper(root, capsys):
+    other = copy.deepcopy(CONTENT)
+    other["scales"]["toy"] |= {"records": "results/other", "same_as": {"plain": "paper/plain"}}
+    del other["scales"]["toy"]["runs"]["plain"]
+    other["claims"] = [claim("better", "plain", name="shared", published="60 to 62.5 (elsewhere)")]
+    declare(root, "other", other)
+    run(root, "shared", "--write", "--figure", str(root / "claims.png"))
+    said = flat(capsys.readouterr().out)
+    assert "[6/6] paper toy: plain, seed 2" in said and "other: shared 3 linear +2.00" in said
+    assert (root / "claims.png").stat().st_size > 5000
+    assert "`plain` is `paper/plain`" in (root / "results/other/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text, gain",
+    [("77.88 to 79.35 (ImageNet-100)", 1.47), ("79.35 to 75.58", 3.77), ("from .999 to .99", None)],
+)
+def test_published_gains(text, gain):
+    assert claim_figure.published_gain(text) == (gain and pytest.approx(gain))
+
+
 def test_a_run_that_fails_is_recorded_until_it_comes_through(root, capsys):
     with pytest.raises(UserError, match="1 runs failed"):
         run(root, "lost-plain", "--seeds", "1", "--write")
@@ -240,7 +261,6 @@ def test_a_study_in_another_format_is_one_line(changes, said, root, monkeypatch)
             "--toy: give each step of the study its flags",
         ),
         (["--study", study(root), "--write"], "--write makes the pages of this project"),
-        (["--figure", "a.png"], "--figure draws a study"),
     ):
         with pytest.raises(UsageError, match=message):
             claims.main(flags)

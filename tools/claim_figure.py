@@ -1,7 +1,8 @@
-"""Draw a study: its runs with every seed, and the differences that its claims are about."""
+"""Draw the runs of a study with every seed, and the differences that claims are about."""
 
 from __future__ import annotations
 
+import re
 import statistics
 
 from common import files
@@ -10,25 +11,28 @@ from tools.claim_records import NAMES, Comparison, Setting
 
 ROW = 0.32  # inches
 BLUE = "#0072b2"
+ORANGE = "#d55e00"
 
 
-def draw(path: str, setting: Setting, claims: list[Comparison]) -> None:
-    """Write the figure: one panel for each number of the study, and one for its claims.
+def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
+    """Write the figure: one panel for each number of the study, and one for the claims.
 
-    A dot is a seed, a bar a mean; the line of a claim is the 95 % interval of its difference.
+    setting: of the study, or None to draw claims alone. A dot is a seed, a bar a mean; the line of
+    a claim is the 95 % interval of its difference, and a diamond the published gain.
     """
     from matplotlib.figure import Figure  # this import takes half a second
 
     told = [claim for claim in claims if claim.sides() and claim.differences()[claim.number]]
-    runs = [run for run in setting.runs if setting.seeds(run)]
-    panels = len(setting.numbers) + bool(told)
+    numbers = setting.numbers if setting else []
+    runs = [run for run in setting.runs if setting.seeds(run)] if setting else []
+    panels = len(numbers) + bool(told)
     height = ROW * max(len(runs), len(told), 3) + 1
-    figure = Figure(figsize=(4.4 * panels, height), layout="constrained")
+    figure = Figure(figsize=(4.4 * panels if setting else 9, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis, key in zip(axes, setting.numbers):
+    for axis, key in zip(axes, numbers):
         _draw_runs(axis, setting, runs, key)
     if told:
-        _draw_claims(axes[-1], told)
+        _draw_claims(axes[-1], told, with_papers=setting is None)
     files.write_figure(figure, path, "figure", dpi=150)
 
 
@@ -43,18 +47,33 @@ def _draw_runs(axis, setting: Setting, runs: list[str], key: str) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
-def _draw_claims(axis, claims: list[Comparison]) -> None:
+def published_gain(text: str) -> float | None:
+    """Return the points between two published numbers, "77.88 to 79.35 (...)"; None of others."""
+    numbers = re.match(r"([\d.]+) to ([\d.]+)", text)
+    return abs(float(numbers[2]) - float(numbers[1])) if numbers else None
+
+
+def _draw_claims(axis, claims: list[Comparison], with_papers: bool) -> None:
     main = claims[0].setting.numbers[0]
     names = []
     for row, claim in enumerate(claims):
         values = claim.differences()[claim.number]
+        axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.4, label="a seed")
         mean = statistics.mean(values)
         half = claim_records.interval(values)
-        axis.errorbar(mean, row, xerr=half, fmt="o", color=BLUE, capsize=3)
+        axis.errorbar(mean, row, xerr=half, fmt="|", color="black", capsize=3, label="mean, 95 %")
         number = "" if claim.number == main else f" ({NAMES.get(claim.number, claim.number)})"
-        names.append(f"{claim.claim['better']}\n− {claim.claim['than']}{number}")
+        paper = f"{claim.paper}: " if with_papers else ""
+        names.append(f"{paper}{claim.claim['better']} − {claim.claim['than']}{number}")
     axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlim(axis.get_xlim())  # a published gain of 60 points would hide the others
+    for row, claim in enumerate(claims):
+        gain = published_gain(claim.claim["published"])
+        if gain is not None:
+            axis.plot(gain, row, "d", color=ORANGE, label="published, on other data")
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
+    axis.legend(handles.values(), handles.keys(), fontsize="small", loc="best")
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlabel(f"difference in {NAMES.get(main, main)}, 95 %")
+    axis.set_xlabel(f"difference in {NAMES.get(main, main)} accuracy, points")
     axis.grid(axis="x", alpha=0.3)

@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(<!-- claims: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = (
     "The tables are written from the records in this folder by `python tools/claims.py --write`.\n"
     "A difference is paired over the seeds, with its 95 % interval (Student's t); a run is mean ±\n"
-    "standard deviation. All numbers are in percent."
+    "standard deviation. Accuracies are in percent."
 )
 
 
@@ -134,6 +134,7 @@ def section(setting: Setting) -> str:
             claim_table(records.comparisons(setting.paper, setting.scale, setting.root)),
             "\n### Runs\n",
             run_table(setting),
+            *(f"\n`{run}` is `{other}`: the same steps." for run, other in setting.same_as.items()),
             f"\n{hardware(setting)}",
             "\nThe first command runs what has no records; the others are one of its runs, "
             f"`{first}` with seed 0.",

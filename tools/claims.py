@@ -52,15 +52,13 @@ def parse_args(argv=None):
     parser.add_argument("--cifar", metavar="TREE", help=about)
     about = "OMP_NUM_THREADS of the runs"
     parser.add_argument("--threads", type=cli.positive_int, help=about)
-    about = "draw the runs of the study and the differences that its claims are about"
+    about = "draw the differences that the claims are about, and the runs of a --study"
     parser.add_argument("--figure", type=cli.figure_path, metavar="FILE", help=about)
     about = "write RESULTS.md, the pages of results/ and results/ledger.json from the records"
     parser.add_argument("--write", action="store_true", help=about)
     args = parser.parse_args(argv)
     if args.study and args.write:
         raise UsageError("--write makes the pages of this project, not of a --study: take --figure")
-    if args.figure and not args.study:
-        raise UsageError("--figure draws a study: add --study FILE, or omit it")
     if args.jobs > 1 and args.threads is None:
         args.threads = max(1, launch.cores() // args.jobs)
     return cli.freeze(args)

@@ -193,13 +193,11 @@ class Clock:
         self.last = now
 
 
+Judged = dict[str, tuple[Tensor, Tensor]]  # {set: (features (m, D), targets (m,))}
+
+
 def judge(
-    args,
-    seen: Tensor,
-    targets: Tensor,
-    bank: Tensor,
-    judged: dict[str, tuple[Tensor, Tensor]],
-    classes: int,
+    args, seen: Tensor, targets: Tensor, bank: Tensor, judged: Judged, classes: int
 ) -> tuple[dict, tuple[Tensor, Tensor]]:
     """Return all numbers of features and the two sets of cosines of `scores`.
 
@@ -209,31 +207,54 @@ def judge(
     val, named "clean", and of shifted sets, of which there are the accuracies NAME (of the linear
     classifier on all labels) and NAME_knn. The number `seconds` says what took how long.
     """
-    shifted = dict(judged)
-    val, val_targets = shifted.pop("clean")
     generator = torch.Generator().manual_seed(args.seed)
     clock = Clock()
-
-    def neighbours(queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        settings = (classes, args.knn_k, args.knn_t)
-        return metrics.knn(bank, targets, queries, labels, *settings, chunk_elements=KNN_ELEMENTS)
-
-    found = metrics.named(*map(float, neighbours(val, val_targets)), classes)
-    result = {f"knn_{name}": value for name, value in found.items()}
-    result["knn_k"] = metrics.neighbours_used(args.knn_k, targets)
-    for name, (embedded, labels) in shifted.items():
-        result[f"{name}_knn"] = float(neighbours(embedded, labels)[0])
+    result = _judge_neighbours(args, bank, targets, judged, classes)
     clock("k-NN")
+    result |= _judge_linear(args, seen, targets, bank, judged, classes, generator, clock)
+    first, second = (seen[0], seen[1]) if args.views > 1 else (seen[0], bank)
+    result["alignment"] = alignment(first, second)
+    result["uniformity"] = uniformity(judged["clean"][0])
+    result["rankme"] = rankme(bank)
+    cosines = scores(first, second, generator)
+    clock("geometry")
+    return result | {"dimensions": bank.shape[1], "seconds": clock.seconds}, cosines
+
+
+def _judge_neighbours(args, bank: Tensor, targets: Tensor, judged: Judged, classes: int) -> dict:
+    """Return the k-NN accuracies: knn_acc1 of val, NAME_knn of every shifted set."""
+    result = {"knn_k": metrics.neighbours_used(args.knn_k, targets)}
+    for name, (queries, labels) in judged.items():
+        settings = (classes, args.knn_k, args.knn_t)
+        top = metrics.knn(bank, targets, queries, labels, *settings, chunk_elements=KNN_ELEMENTS)
+        if name == "clean":
+            found = metrics.named(*map(float, top), classes)
+            result |= {f"knn_{key}": value for key, value in found.items()}
+        else:
+            result[f"{name}_knn"] = float(top[0])
+    return result
+
+
+def _judge_linear(
+    args,
+    seen: Tensor,
+    targets: Tensor,
+    bank: Tensor,
+    judged: Judged,
+    classes: int,
+    generator: torch.Generator,
+    clock: Clock,
+) -> dict:
+    """Return the accuracies of linear classifiers at their best rates, for each share of labels."""
     # Less the mean, which a young network's features share, and with a mean square length of 1:
     # SGD then learns as fast, and a rate means the same, whatever the network.
     centre = bank.mean(0)
     scale = (bank - centre).square().sum(1).mean().rsqrt()
-    bank_centred = (bank - centre).mul_(scale)
-    centred = torch.cat([bank_centred[None], (seen - centre).mul_(scale)])
-    val_centred = (val - centre).mul_(scale)
+    centred = torch.cat([bank[None], seen]).sub_(centre).mul_(scale)
     train_rows, kept = keep_back(targets.cpu(), KEPT_BACK, generator)
     kept = kept.to(bank.device)
-    linear = {}
+    result = {"linear": {}, "rates": list(RATES)}
+    classifiers = []
     for share in SHARES:
         rows = fewer_labels(train_rows, targets.cpu(), share, generator).to(targets.device)
         # Few labels make short epochs: there are more of them.
@@ -241,10 +262,13 @@ def judge(
         weight, bias = train_linear(
             centred, targets, rows, classes, epochs, args.batch_size, generator
         )
-        kept_acc = accuracies(bank_centred[kept], targets[kept], weight, bias)
-        val_acc = accuracies(val_centred, val_targets, weight, bias)
+        weight *= scale  # now the classifier takes features as they are
+        bias -= centre @ weight[:, None]
+        kept_acc = accuracies(bank[kept], targets[kept], weight, bias)
+        val_acc = accuracies(*judged["clean"], weight, bias)
         best = max(range(len(RATES)), key=kept_acc.__getitem__)
-        linear[f"{share:.0%}"] = {
+        classifiers.append((weight[best : best + 1], bias[best : best + 1]))
+        result["linear"][f"{share:.0%}"] = {
             "labels": len(rows),
             "epochs": epochs,
             "rate": RATES[best],
@@ -252,18 +276,9 @@ def judge(
             "val": val_acc,
         }
         result[f"linear_{100 * share:.0f}"] = val_acc[best]
-        if share == 1:
-            chosen = slice(best, best + 1)
-            for name, (embedded, labels) in shifted.items():
-                (result[name],) = accuracies(
-                    (embedded - centre) * scale, labels, weight[chosen], bias[chosen]
-                )
         clock(f"linear, {share:.0%}")
-    result |= {"acc1": result["linear_100"], "linear": linear, "rates": list(RATES)}
-    first, second = (seen[0], seen[1]) if args.views > 1 else (seen[0], bank)
-    result["alignment"] = alignment(first, second)
-    result["uniformity"] = uniformity(val)
-    result["rankme"] = rankme(bank)
-    cosines = scores(first, second, generator)
-    clock("geometry")
-    return result | {"dimensions": bank.shape[1], "seconds": clock.seconds}, cosines
+    result["acc1"] = result["linear_100"]
+    for name, (embedded, labels) in judged.items():
+        if name != "clean":
+            (result[name],) = accuracies(embedded, labels, *classifiers[0])
+    return result

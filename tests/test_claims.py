@@ -353,6 +353,12 @@ def test_RESULTS_says_what_the_records_say():
     assert len(claim_pages.BLOCK.findall(text)) == 2
 
 
+def test_the_page_of_comparisons_says_what_the_records_say():
+    text = (ROOT / "docs/compare.md").read_text()
+    assert claim_pages.results(text, ROOT) == text
+    assert [kind for _, kind, _ in claim_pages.BLOCK.findall(text)] == ["study compare"]
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_page_says_what_the_records_say(paper):
     text = (ROOT / "results" / paper / "README.md").read_text()

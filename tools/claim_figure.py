@@ -12,6 +12,7 @@ from tools.claim_records import NAMES, Comparison, Setting
 ROW = 0.32  # inches
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
+COLUMNS = 4  # of panels
 
 
 def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
@@ -26,13 +27,19 @@ def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
     numbers = setting.numbers if setting else []
     runs = [run for run in setting.runs if setting.seeds(run)] if setting else []
     panels = len(numbers) + bool(told)
-    height = ROW * max(len(runs), len(told), 3) + 1
-    figure = Figure(figsize=(4.4 * panels if setting else 9, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis, key in zip(axes, numbers):
+    columns = min(panels, COLUMNS)
+    rows = -(-panels // COLUMNS)
+    height = ROW * max(len(runs), len(told), 3) + 0.8
+    width = 3.6 * columns + 1 if setting else 9
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[panels:]:
+        axis.remove()
+    for number, (axis, key) in enumerate(zip(axes, numbers)):
         _draw_runs(axis, setting, runs, key)
+        axis.set_yticks(range(len(runs)), runs if number % columns == 0 else [""] * len(runs))
     if told:
-        _draw_claims(axes[-1], told, with_papers=setting is None)
+        _draw_claims(axes[panels - 1], told, with_papers=setting is None)
     files.write_figure(figure, path, "figure", dpi=150)
 
 
@@ -41,9 +48,8 @@ def _draw_runs(axis, setting: Setting, runs: list[str], key: str) -> None:
         values = setting.values(run, key)
         axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.5, markersize=5)
         axis.plot(statistics.mean(values), row, "|", color="black", markersize=14)
-    axis.set_yticks(range(len(runs)), runs)
     axis.invert_yaxis()
-    axis.set_xlabel(f"{NAMES.get(key, key)}, %")
+    axis.set_xlabel(NAMES.get(key, key))
     axis.grid(axis="x", alpha=0.3)
 
 

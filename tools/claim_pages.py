@@ -1,11 +1,13 @@
 """Pages about claims, written from the records: results/PAPER/README.md, RESULTS.md and the ledger.
 
 Of a page of results/ only what follows its heading "Notes", prose about results, is kept as it is.
-Of RESULTS.md only what stands between `<!-- claims: ... -->` and `<!-- end -->` is written anew.
+Of RESULTS.md and docs/compare.md only what stands between `<!-- claims: ... -->` and `<!-- end -->`
+is written anew.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import statistics
@@ -105,6 +107,24 @@ def verdict_table(scale: str, root: Path) -> str:
     return layout(head, rows, markdown=True)
 
 
+def study_tables(name: str, root: Path) -> str:
+    """Return the runs of docs/NAME.json recorded in results/NAME, and its claims: Markdown."""
+    path = root / "docs" / f"{name}.json"
+    content = records.read_study(path)
+    scale = next(iter(content["scales"]))
+    setting = records.setting(name, scale, path)
+    setting = dataclasses.replace(setting, records=root / "results" / name)
+    rows = []
+    for said in content["claims"]:
+        claim = Comparison(name, said, setting, scale)
+        differences = claim.differences()
+        shown = [records.difference(differences[key]) for key in setting.numbers]
+        rows.append([f"`{said['better']}` - `{said['than']}`", *shown, claim.verdict()])
+    names = [NAMES.get(key, key) for key in setting.numbers]
+    head = ["difference, 95 % interval", *names, f"verdict ({names[0]})"]
+    return f"{run_table(setting)}\n\n{layout(head, rows, markdown=True)}"
+
+
 # ------------------------------------------------------------------------------------------ pages
 
 
@@ -164,11 +184,11 @@ def hardware(setting: Setting) -> str:
 
 
 def results(text: str, root: Path) -> str:
-    """Return RESULTS.md with its blocks made anew.
+    """Return RESULTS.md, or a page of docs/, with its blocks made anew.
 
     `verdicts SCALE` is one line for each claim; `curve PAPER RUN` is the run in results/PAPER/RUN
-    beside the published curve that `curves` in the paper's claims.json names. Raises UserError for
-    any other block.
+    beside the published curve that `curves` in the paper's claims.json names; `study NAME` is that
+    of docs/NAME.json, recorded in results/NAME. Raises UserError for any other block.
     """
 
     def block(match: re.Match) -> str:
@@ -179,8 +199,10 @@ def results(text: str, root: Path) -> str:
             paper, run = names
             published = records.papers(root)[paper]["curves"][run]
             table = curve_table(root / published, root / "results" / paper / run)
+        elif kind == "study" and len(names) == 1:
+            table = study_tables(names[0], root)
         else:
-            raise UserError(f"RESULTS.md: no table is known for `claims: {match[2]}`")
+            raise UserError(f"no table is known for `claims: {match[2]}`")
         return f"{match[1]}{table}\n{match[3]}"
 
     return BLOCK.sub(block, text)
@@ -232,8 +254,8 @@ def ledger_rows(paper: str, comparison: Comparison) -> list[dict]:
 
 def write(root: Path) -> list[Path]:
     """Write all pages and the ledger anew; return the files."""
-    path = root / "RESULTS.md"
-    texts = {path: results(path.read_text(), root)}
+    pages = (root / "RESULTS.md", root / "docs" / "compare.md")
+    texts = {path: results(path.read_text(), root) for path in pages if path.is_file()}
     for paper in records.papers(root):
         path = root / "results" / paper / "README.md"
         texts[path] = page(paper, path.read_text() if path.is_file() else "", root)

@@ -23,7 +23,14 @@ T95 = (
     2.145,
 )  # fmt: skip
 T95_BEYOND = 2.1  # of more degrees of freedom
-NAMES = {"acc1": "linear", "acc1_best": "linear, best epoch", "knn_acc1": "k-NN"}
+NAMES = {
+    "acc1": "linear",
+    "acc1_best": "linear, best epoch",
+    "knn_acc1": "k-NN",
+    "linear_10": "10 % of labels",
+    "linear_1": "1 % of labels",
+    "rankme": "RankMe",
+}
 TOY_PICTURES = "runs/claims/toy-pictures"
 FAILED = "failed.json"  # instead of the records of a run that did not come through
 

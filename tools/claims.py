@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=cli.positive_int, help=about)
     about = "draw the differences that the claims are about, and the runs of a --study"
     parser.add_argument("--figure", type=cli.figure_path, metavar="FILE", help=about)
-    about = "write RESULTS.md, the pages of results/ and results/ledger.json from the records"
+    about = "write the tables of RESULTS.md, docs/compare.md and results/ from the records"
     parser.add_argument("--write", action="store_true", help=about)
     args = parser.parse_args(argv)
     if args.study and args.write:

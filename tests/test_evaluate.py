@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cmc import colour, networks
-from common import UsageError, UserError, backbones
+from common import UsageError, UserError, backbones, sets
 from runner import layouts
 from tools import evaluate, probes
 
@@ -208,3 +208,26 @@ def test_bad_input(demo_set, tmp_path):
     for name, kind in zip(("cat", "dog"), kinds):
         (half / "train" / name).symlink_to(kind)
     refuse(UsageError, "half.* no val", out, tmp_path / "d.pth", half)
+
+
+class SmallCifar100:
+    """Stands for torchvision.datasets.CIFAR100, with two pictures of each class."""
+
+    classes = [f"c{number}" for number in range(100)]
+
+    def __init__(self, root, train, download):
+        self.targets = [*range(100), *range(100)]
+        noise = torch.Generator().manual_seed(int(train))
+        pixels = torch.randint(0, 256, (200, 32, 32, 3), generator=noise)
+        self.data = pixels.to(torch.uint8).numpy()
+
+
+def test_cifar100_is_judged_by_its_hundred_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sets.tv_datasets, "CIFAR100", SmallCifar100)
+    torch.save(backbones.small_resnet(0).state_dict(), tmp_path / "net.pth")
+    flags = "--dataset cifar100 --input-res 32 --epochs 1 --views 1 --workers 0 --knn-k 5"
+    out = tmp_path / "out"
+    evaluate.main([str(tmp_path / "net.pth"), str(tmp_path), *flags.split(), "--out", str(out)])
+    result = json.loads((out / "result.json").read_text())
+    assert result["classes"] == 100 and result["protocol"] == probes.PROTOCOL
+    assert result["knn_acc5"] >= result["knn_acc1"]

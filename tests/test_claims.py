@@ -61,7 +61,10 @@ CONTENT = {
     "scales": {"toy": SETTING},
     "claims": [claim("better", "plain"), claim("plain", "worse"), claim("lost", "plain")],
 }
-RESULTS = "before\n<!-- claims: verdicts toy -->\nold\n<!-- end -->\nafter\n"
+RESULTS = (
+    "before\n<!-- claims: verdicts toy results -->\nold\n<!-- end -->\n"
+    "<!-- claims: runs toy results -->\n<!-- end -->\nafter\n"
+)
 
 
 def declare(root, paper: str, content: dict) -> None:
@@ -108,9 +111,11 @@ def test_a_claim_from_its_commands_to_the_pages(root, capsys):
     assert (record / "weights.sha256").read_text() == f"{digest}  large.pth\n"
 
     text = (root / "RESULTS.md").read_text()
-    assert text.startswith("before\n<!-- claims: verdicts toy -->\n| claim")
+    assert text.startswith("before\n<!-- claims: verdicts toy results -->\n| claim")
     assert text.endswith("<!-- end -->\nafter\n") and "old" not in text
     row = "| better beats plain | agrees | linear +2.00±0.00 | 3 | [paper](results/paper/README.md)"
+    assert row in flat(text)
+    row = "| [paper](results/paper/README.md) | `better` | 3 | 43.67±2.08 | 31.00±1.00 | 0 |"
     assert row in flat(text)
     assert claim_pages.results(text, root) == text
     page = (root / "results/paper/README.md").read_text()

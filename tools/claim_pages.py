@@ -20,6 +20,7 @@ from tools import claim_records as records
 from tools.claim_records import NAMES, Comparison, Setting
 from tools.report import cell, layout
 
+PAGES = ("RESULTS.md", "docs/compare.md", "docs/footing.md")  # with tables that are written here
 NOTES = "\n## Notes\n"
 BLOCK = re.compile(r"(<!-- claims: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = (
@@ -73,6 +74,26 @@ def run_table(setting: Setting) -> str:
     return layout(["run", "seeds", *names, "commit", "flags"], rows, markdown=True)
 
 
+def footing_table(scale: str, root: Path, folder: str) -> str:
+    """Return the recorded runs of all papers at a scale in one table, with minutes: Markdown."""
+    rows = []
+    for paper in records.papers(root):
+        setting = records.setting(paper, scale, root)
+        for run in setting.runs if setting else ():
+            seeds = setting.seeds(run)
+            if not seeds:
+                continue
+            cells = [cell(setting.values(run, key)) for key in setting.numbers]
+            seconds = [setting.environment(run, seed)["seconds"] for seed in seeds]
+            minutes = f"{statistics.median(seconds) / 60:.0f}"
+            page = f"[{paper}]({folder}/{paper}/README.md)"
+            rows.append([page, f"`{run}`", str(len(seeds)), *cells, minutes])
+            names = [NAMES.get(key, key) for key in setting.numbers]
+    if not rows:
+        return "No run of this scale has been recorded."
+    return layout(["paper", "run", "seeds", *names, "minutes"], rows, markdown=True)
+
+
 def curve_table(published: Path, folder: Path) -> str:
     """Return a published training curve beside that of the run recorded in `folder`."""
     theirs = json.loads(published.read_text())
@@ -88,14 +109,14 @@ def curve_table(published: Path, folder: Path) -> str:
     return layout(["epoch", *map(str, theirs["epochs"])], rows, markdown=True)
 
 
-def verdict_table(scale: str, root: Path) -> str:
-    """Return one line for each claim at a scale: its page, verdict, difference and seeds."""
+def verdict_table(scale: str, root: Path, folder: str) -> str:
+    """Return one line for each claim at a scale, with links to the pages in `folder`."""
     rows = []
     for paper in records.papers(root):
         for claim in records.comparisons(paper, scale, root):
             if not claim.sides():
                 continue
-            page = f"[{paper}](results/{paper}/README.md)" if claim.is_recorded() else paper
+            page = f"[{paper}]({folder}/{paper}/README.md)" if claim.is_recorded() else paper
             number = NAMES.get(claim.number, claim.number)
             values = claim.differences()[claim.number]
             verdict = records.verdict(values)
@@ -105,6 +126,9 @@ def verdict_table(scale: str, root: Path) -> str:
             rows.append([claim.claim["claim"], verdict, shown, str(len(values)), page])
     head = ["claim", "verdict", "difference, 95 % interval", "seeds", "records"]
     return layout(head, rows, markdown=True)
+
+
+OF_SCALE = {"verdicts": verdict_table, "runs": footing_table}
 
 
 def study_tables(name: str, root: Path) -> str:
@@ -186,15 +210,17 @@ def hardware(setting: Setting) -> str:
 def results(text: str, root: Path) -> str:
     """Return RESULTS.md, or a page of docs/, with its blocks made anew.
 
-    `verdicts SCALE` is one line for each claim; `curve PAPER RUN` is the run in results/PAPER/RUN
-    beside the published curve that `curves` in the paper's claims.json names; `study NAME` is that
-    of docs/NAME.json, recorded in results/NAME. Raises UserError for any other block.
+    `verdicts SCALE FOLDER` is one line for each claim, with links into FOLDER, that of the results;
+    `runs SCALE FOLDER` one for each run of all papers; `curve PAPER RUN` is the run in
+    results/PAPER/RUN beside the published curve that `curves` in the paper's claims.json names;
+    `study NAME` is that of docs/NAME.json, recorded in results/NAME. Raises UserError for any other
+    block.
     """
 
     def block(match: re.Match) -> str:
         kind, *names = match[2].split()
-        if kind == "verdicts" and names and names[0] in records.scales(root):
-            table = verdict_table(names[0], root)
+        if kind in OF_SCALE and len(names) == 2 and names[0] in records.scales(root):
+            table = OF_SCALE[kind](names[0], root, names[1])
         elif kind == "curve" and len(names) == 2 and names[0] in records.papers(root):
             paper, run = names
             published = records.papers(root)[paper]["curves"][run]
@@ -254,7 +280,7 @@ def ledger_rows(paper: str, comparison: Comparison) -> list[dict]:
 
 def write(root: Path) -> list[Path]:
     """Write all pages and the ledger anew; return the files."""
-    pages = (root / "RESULTS.md", root / "docs" / "compare.md")
+    pages = (root / page for page in PAGES)
     texts = {path: results(path.read_text(), root) for path in pages if path.is_file()}
     for paper in records.papers(root):
         path = root / "results" / paper / "README.md"

@@ -30,6 +30,7 @@ NAMES = {
     "linear_10": "10 % of labels",
     "linear_1": "1 % of labels",
     "rankme": "RankMe",
+    "epoch_feature_spread": "spread",
 }
 TOY_PICTURES = "runs/claims/toy-pictures"
 FAILED = "failed.json"  # instead of the records of a run that did not come through

@@ -13,7 +13,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 
 from common import augment as A
-from common.data import of_all_images
+from common.data import of_all_images, sent_together
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -436,14 +436,27 @@ def test_a_recipe_for_whole_batches_is_one_graph_and_gives_the_same_pictures():
     for seed in (1, 2):
         params = recipe.sample(16, seeded(seed))
         expected = recipe.apply(images, params)
-        whole = [of_all_images(16, own, images.device) for own in params]
+        whole = [of_all_images(16, own) for own in params]
         assert torch.equal(recipe.apply(images, whole), expected)
         close(compiled(recipe, images, whole), expected, 5e-6)
     assert len(graphs) == 1
     nothing = [{name: value[:0] for name, value in own.items()} for own in params]
-    whole = [of_all_images(16, own, images.device) for own in nothing]
+    whole = [of_all_images(16, own) for own in nothing]
     unchanged = recipe.apply(images, whole)
     assert torch.equal(unchanged, recipe.ops[-1].apply(images, {}))
+
+
+def test_parameters_travel_as_one_tensor():
+    params = [of_all_images(5, own) for own in moco_recipe(20).sample(5, seeded(1))]
+    arrived = sent_together(params, torch.device("cpu"))
+    assert [[*own] for own in arrived] == [[*own] for own in params]
+    storages = set()
+    for own, sent in zip(params, arrived):
+        for name, value in own.items():
+            assert sent[name].dtype == value.dtype and torch.equal(sent[name], value)
+            storages.add(sent[name].untyped_storage().data_ptr())
+    assert len(storages) == 1
+    assert sent_together([{}], torch.device("cpu")) == [{}]
 
 
 def test_same_parameters_on_pictures_of_another_size():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import re
 import warnings
 import zipfile
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ ALLOWED = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     *(np.dtype, *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}),
 ]
+ABOUT = "checkpoint"  # key in the metadata of a safetensors file: what `about` returns, as JSON
 DEPTH = 20  # most levels of nested containers; a checkpoint has four or five
 
 
@@ -90,7 +92,9 @@ def load(path: str | Path) -> dict:
 def _read(path: Path):
     """Load `path` by torch or safetensors, with tensors mapped from the file."""
     if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            return {**about, **{name: file.get_tensor(name) for name in file.keys()}}
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         is_archive = file.read(4) == b"PK\3\4"
@@ -195,6 +199,10 @@ class Saved(dict):
         """The script that wrote this file, or its counterpart for an authors' file."""
         paper = self.paper
         return super().get("script") or (paper.pretraining if paper else "")
+
+    def about(self) -> dict:
+        """Return what tells how the network was trained and what pictures it takes, for JSON."""
+        return {key: value for key, value in self.items() if key in ("script", "opt", "args")}
 
     def how_far(self) -> dict:
         """Return the progress of the pre-training in this file, or behind this classifier."""

@@ -103,7 +103,8 @@ def backbone(saved: dict) -> dict[str, Tensor]:
     declared = sorted(papers.find().values(), key=lambda paper: paper is not own)  # own first
     places = [layout for paper in declared for layout in paper.layouts]
     found = next(filter(None, (_inside(state, layout) for layout in (*places, *OTHERS))), None)
-    if found is None and any(re.match(FIRST, name) for name in state):
+    first = FIRST_OF_TOWER if own else FIRST  # tools/export.py keeps the towers of our papers
+    if found is None and any(re.match(first, name) for name in state):
         found = state
     if found is None:
         names = ", ".join(itertools.islice(_names(saved), 3)) or "no tensors at all"

@@ -15,7 +15,7 @@ from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views
 from runner import layouts, loop
-from tools import claim_records, evaluate, flags
+from tools import claim_records, evaluate, export, flags
 
 pytestmark = pytest.mark.usefixtures("slim")
 
@@ -127,6 +127,16 @@ def test_the_study_of_the_page_at_toy_size(workspace, run):
     evaluate.main(words(1, run)[1:])
     judged = json.loads(Path("runs/compare", f"{run}-evaluation", "result.json").read_text())
     assert judged.keys() >= set(SETTING["numbers"])
+    export.main(
+        [f"runs/compare/{run}", *"--to safetensors --bfloat16 --out kept.safetensors".split()]
+    )
+    whole, kept = (
+        evaluate.open_backbone(file, torch.device("cpu"))
+        for file in (f"runs/compare/{run}", "kept.safetensors")
+    )
+    assert repr(whole[1]) == repr(kept[1]) and kept[3]["input_res"] == 32  # what pictures it takes
+    pictures = torch.rand(8, sum(whole[0].channels), 32, 32)
+    torch.testing.assert_close(kept[0](pictures), whole[0](pictures), rtol=0.05, atol=0.05)
     case.evaluation.main(case.linear_of(f"runs/compare/{run}", "linear"))
     (result,) = Path("linear").rglob("result.json")
     accuracy = json.loads(result.read_text())["knn_acc1"]

@@ -8,6 +8,7 @@ prints the size and the normalisation of the pictures that the network was train
 the line that loads the file, strictly. What a program cannot load is refused with the reason.
 """
 
+import json
 import pickle
 import re
 import sys
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common  # isort: split
 
+import safetensors.torch
 import torch
 import torchvision
 
@@ -57,7 +59,9 @@ def parse_args(argv=None):
     parser.add_argument("--ema", action="store_true", help=about)
     about = "torchvision's name of the network; default: as its shapes or the checkpoint tell"
     parser.add_argument("--arch", help=about)
-    about = "of a checkpoint of several towers, the one to export, as l_to_ab"
+    about = "safetensors: numbers of 16 bits, in half the space"
+    parser.add_argument("--bfloat16", action="store_true", help=about)
+    about = "of a checkpoint of several towers, the one to export, as l_to_ab; safetensors: all"
     parser.add_argument("--tower", help=about)
     return cli.freeze(parser.parse_args(argv))
 
@@ -69,6 +73,8 @@ def main(argv=None) -> None:
     if "classifier" in saved:
         network = saved.get("network", "see its opt")
         raise UserError(f"{path} is a classifier without its network; export that: {network}")
+    if args.bfloat16 and args.to != "safetensors":
+        raise UsageError(f"--bfloat16 is for --to safetensors: --to {args.to} needs 32 bits")
     if args.ema and not isinstance(saved.get("model_ema"), dict):
         raise UsageError(f"{path} has no model_ema: omit --ema")
     if args.ema:
@@ -81,7 +87,7 @@ def main(argv=None) -> None:
         line = recipe(state, saved, args, str(out))
     try:
         with files.replacing(out) as file:
-            write(state, file, args.to)
+            write(state, file, args, saved.about())
     except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {out}: {reason}") from None
@@ -94,8 +100,12 @@ def main(argv=None) -> None:
 def find(path: Path) -> Path:
     """Return a checkpoint, or the newest of a run folder or of the run folders in it.
 
-    A pre-training's is preferred to a linear evaluation's. Raises UsageError where there is none.
+    path: may also be a name in results/weights. A pre-training's is preferred to a linear
+    evaluation's. Raises UsageError where there is none.
     """
+    kept = files.ROOT / "results/weights" / f"{path}.safetensors"
+    if not path.exists() and kept.is_file():
+        return kept
     if not path.is_dir():
         return path
     declared = papers.find().values()
@@ -112,12 +122,19 @@ def find(path: Path) -> Path:
 def choose_tower(state: dict, saved: checkpoint.Saved, args) -> dict:
     """Return the parameters of the network, of several the one that --tower names, without a head.
 
-    Raises UsageError where --tower is missing or names none, and UserError where the program would
-    load none of the towers.
+    A safetensors file may hold all towers, with their names before the parameters'. Raises
+    UsageError where --tower is missing or names none, and UserError where the program would load
+    none of the towers.
     """
     names = layouts.towers(state)
     if args.tower in names:
         return layouts.one_tower(state, args.tower)
+    if names and args.to == "safetensors" and not args.tower:
+        return {
+            f"{name}.{key}": value
+            for name in names
+            for key, value in layouts.one_tower(state, name).items()
+        }
     if names and not args.tower:  # say first whether there is anything to choose
         recipe(layouts.one_tower(state, names[0]), saved, args, "")
     if names:
@@ -282,14 +299,15 @@ def detectron2_settings(state: dict, name: str, changes: list[str], out: str) ->
 # ------------------------------------------------------------------------------------- the file
 
 
-def write(state: dict, file: BinaryIO, to: str) -> None:
-    """Write the tensors in the format of a program."""
+def write(state: dict, file: BinaryIO, args, about: dict) -> None:
+    """Write the tensors in the format of a program; a safetensors file also holds `about`."""
     state = {key: value.contiguous() for key, value in state.items()}
-    if to == "safetensors":
-        from safetensors.torch import save
-
-        file.write(save(state))
-    elif to == "detectron2":  # a pickle of float32 arrays; its own loader adds what is missing
+    if args.to == "safetensors":
+        if args.bfloat16:
+            state = {key: in_16_bits(value) for key, value in state.items()}
+        about = json.dumps(about, default=str)
+        file.write(safetensors.torch.save(state, {checkpoint.ABOUT: about}))
+    elif args.to == "detectron2":  # a pickle of float32 arrays; its own loader adds what is missing
         arrays = {
             detectron2_name(key): value.float().numpy()
             for key, value in state.items()
@@ -303,6 +321,11 @@ def write(state: dict, file: BinaryIO, to: str) -> None:
         pickle.dump(content, file)
     else:  # timm's ResNets have torchvision's parameter names and accept the same file
         torch.save(state, file)
+
+
+def in_16_bits(value: torch.Tensor) -> torch.Tensor:
+    """Return real numbers in bfloat16, and others as they are."""
+    return value.bfloat16() if value.is_floating_point() else value
 
 
 def detectron2_name(key: str) -> str:

@@ -42,8 +42,8 @@ class Setting:
 
     root: folder that all paths and the commands start from. about: the setting in words. records:
     where the runs' records lie. steps: the commands of a run. Each is a dict of `command`, `folder`
-    (that it writes), `suffix` (of the folder of its records) and `toy` (flags with which it ends
-    after a few batches).
+    (that it writes), `suffix` (of the folder of its records), `toy` (flags with which it ends
+    after a few batches) and, where others do without it, `runs`.
     runs: {name: flags}. numbers: keys of the numbers to compare, the main one first.
     pictures: name and size of the part of CIFAR-10 that is trained on, if it is that.
     same_as: {name of a run: the run of another paper that takes the same steps, PAPER/RUN}.
@@ -129,6 +129,10 @@ class Setting:
             "seconds": took.get("seconds"),
         }
 
+    def steps_of(self, run: str) -> list[dict]:
+        """Return the steps that a run takes."""
+        return [step for step in self.steps if run in step.get("runs", self.runs)]
+
     def commands(self, run: str, seed: int, toy: bool = False) -> list[tuple[str, Path]]:
         """Return (command, folder that it writes) of every step. toy: at toy size."""
         values = {"name": f"{run}-s{seed}", "seed": str(seed)}
@@ -138,7 +142,7 @@ class Setting:
             values["data"] = TOY_PICTURES if toy else self.pictures["name"]
         values["flags"] = fill(self.runs[run], values)
         commands = []
-        for step in self.steps:
+        for step in self.steps_of(run):
             command = step["command"]
             if toy:
                 command += f" {step['toy']}"

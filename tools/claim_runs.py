@@ -111,7 +111,7 @@ def run_one(
     else:
         (first / FAILED).unlink(missing_ok=True)
     started = time.perf_counter()
-    for step, (command, folder) in zip(setting.steps, commands):
+    for step, (command, folder) in zip(setting.steps_of(run), commands):
         with locks[folder]:
             code = call(command, log, setting.root, threads)
         if code:

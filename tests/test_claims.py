@@ -232,6 +232,17 @@ def test_a_study_of_ones_own(root, capsys, monkeypatch):
     assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
 
 
+def test_a_step_may_belong_to_some_runs_alone(root, monkeypatch):
+    monkeypatch.chdir(root)
+    steps = [
+        {"command": "python prepare.py", "folder": "runs/prepared", "runs": ["b"]},
+        {"command": "python step.py {name} {seed} {flags}", "folder": "runs/{name}"},
+    ]
+    study(root, steps=steps)
+    setting = claim_records.setting("mine", "one", root / "mine.json")
+    assert [len(setting.commands(run, 0)) for run in ("a", "b")] == [1, 2]
+
+
 def test_a_run_of_a_study_may_have_any_name(root, monkeypatch):
     monkeypatch.chdir(root)
     name = "b [x] *? 'y' $z"
@@ -358,10 +369,11 @@ def test_RESULTS_says_what_the_records_say():
     assert len(claim_pages.BLOCK.findall(text)) == 2
 
 
-def test_the_page_of_comparisons_says_what_the_records_say():
-    text = (ROOT / "docs/compare.md").read_text()
+@pytest.mark.parametrize("page, tables", [("docs/compare.md", 1), ("docs/footing.md", 3)])
+def test_a_page_of_comparisons_says_what_the_records_say(page, tables):
+    text = (ROOT / page).read_text()
     assert claim_pages.results(text, ROOT) == text
-    assert [kind for _, kind, _ in claim_pages.BLOCK.findall(text)] == ["study compare"]
+    assert len(claim_pages.BLOCK.findall(text)) == tables
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -144,6 +144,8 @@ def study_tables(name: str, root: Path) -> str:
         differences = claim.differences()
         shown = [records.difference(differences[key]) for key in setting.numbers]
         rows.append([f"`{said['better']}` - `{said['than']}`", *shown, claim.verdict()])
+    if not rows:
+        return run_table(setting)
     names = [NAMES.get(key, key) for key in setting.numbers]
     head = ["difference, 95 % interval", *names, f"verdict ({names[0]})"]
     return f"{run_table(setting)}\n\n{layout(head, rows, markdown=True)}"

@@ -1,8 +1,8 @@
 """Pages about claims, written from the records: results/PAPER/README.md, RESULTS.md and the ledger.
 
 Of a page of results/ only what follows its heading "Notes", prose about results, is kept as it is.
-Of RESULTS.md and docs/compare.md only what stands between `<!-- claims: ... -->` and `<!-- end -->`
-is written anew.
+Of RESULTS.md and the pages of docs/ only what stands between `<!-- claims: ... -->` and
+`<!-- end -->` is written anew.
 """
 
 from __future__ import annotations

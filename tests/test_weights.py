@@ -1,0 +1,29 @@
+"""The networks of results/weights: found by name, described in their README, small."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.files import ROOT
+from tools import evaluate, export
+
+FOLDER = ROOT / "results" / "weights"
+FILES = sorted(FOLDER.glob("*.safetensors"))
+
+
+def test_they_are_small():
+    assert FILES and sum(file.stat().st_size for file in FILES) <= 40e6
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_network_is_found_by_its_name_and_is_the_one_described(file):
+    assert export.find(Path(file.stem)) == file
+    rows = (FOLDER / "README.md").read_text().splitlines()
+    (row,) = (row for row in rows if row.startswith(f"| `{file.stem}`"))
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in row
+    network, operations, origin, flags = evaluate.open_backbone(str(file), torch.device("cpu"))
+    assert flags["input_res"] == 32 and len(operations) == 1
+    pictures = torch.rand(2, sum(network.channels), 32, 32)
+    assert network(pictures).isfinite().all()

@@ -13,6 +13,7 @@ ROW = 0.32  # inches
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
 COLUMNS = 4  # of panels
+MOST_GAIN = 10  # points; marks of larger published gains are left out, to show the others
 
 
 def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
@@ -71,12 +72,10 @@ def _draw_claims(axis, claims: list[Comparison], with_papers: bool) -> None:
         number = "" if claim.number == main else f" ({NAMES.get(claim.number, claim.number)})"
         paper = f"{claim.paper}: " if with_papers else ""
         names.append(f"{paper}{claim.claim['better']} − {claim.claim['than']}{number}")
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlim(axis.get_xlim())  # a published gain of 60 points would hide the others
-    for row, claim in enumerate(claims):
         gain = published_gain(claim.claim["published"])
-        if gain is not None:
+        if gain is not None and gain < MOST_GAIN:
             axis.plot(gain, row, "d", color=ORANGE, label="published, on other data")
+    axis.axvline(0, color="black", linewidth=0.8)
     handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
     axis.legend(handles.values(), handles.keys(), fontsize="small", loc="best")
     axis.set_yticks(range(len(names)), names)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import inside
+from safetensors.torch import load_file
 from vectors import close
 
 from common import UsageError, UserError, launch
@@ -312,7 +313,6 @@ def test_export(workspace, tmp_path, capsys):
             published(tmp_path / arch / "current.pth", arch=arch, ema=False)
             export.main([arch, "--to", load, "--out", "out"])
         assert (name if load == "torchvision" else "RESNETS.DEPTH = 18") in capsys.readouterr().out
-    with pytest.raises(
-        UsageError, match="has the towers encoder1 and encoder2: choose one with --tower"
-    ):
-        export.main(["towers", "--to", "safetensors"])
+    export.main(["towers", "--to", "safetensors", "--out", str(tmp_path / "both.safetensors")])
+    kept = load_file(tmp_path / "both.safetensors")
+    assert {key.partition(".")[0] for key in kept} == {"encoder1", "encoder2"}

@@ -29,6 +29,7 @@ import sys
 import time
 from io import BytesIO
 from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,7 +225,8 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     )
     if args.size and jobs:
         _note_enlarged(os.path.join(source, jobs[0].source), args.size)
-    done, seconds = _do_all(jobs, missing, processes)
+    bar = workers.Rate("corrupting", missing, "files")
+    done = workers.do_all(do, jobs, processes, bar, files=attrgetter("files"))
     failures = {one.source: one.failure for one in done if one.failure}
     listing = workers.list_failures(out, "failed", args.shard, failures)
     count = sum(one.files for one in done)
@@ -236,7 +238,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     print(
         f"result: {wanted - missing + count} of {wanted} files in {out}, {len(args.corruptions)} "
         f"corruptions x {len(args.severities)} severities; {count} made now, {size / 1e6:.1f} MB, "
-        f"in {clock(seconds)}{per_picture}"
+        f"in {clock(bar.seconds)}{per_picture}"
     )
     if failures:
         path, reason = sorted(failures.items())[0]
@@ -244,23 +246,6 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
             f"{len(failures)} of {len(sources)} pictures failed, listed in {listing}; "
             f"the first: {printable(path)}: {reason}"
         )
-
-
-def _do_all(jobs: list[Job], missing: int, processes: int) -> tuple[list[Done], float]:
-    """Do the jobs; return their outcomes and the seconds. Raises Interrupted on Ctrl-C."""
-    bar = workers.Rate("corrupting", missing, "files")
-    done = []
-    try:
-        for one in workers.in_processes(do, jobs, processes, names=lambda job: [job.source]):
-            done.append(one)
-            bar.add(one.files)
-    except KeyboardInterrupt:
-        raise workers.Interrupted(
-            "interrupted; written files are complete, and the same command continues from there"
-        ) from None
-    finally:
-        bar.close()
-    return done, bar.seconds
 
 
 def _note_enlarged(path: str, size: int) -> None:

@@ -134,23 +134,6 @@ def plan(source: Path, out: Path, seed: int) -> list[Job]:
     return jobs
 
 
-def swap(jobs: list[Job], processes: int) -> list[str]:
-    """Write the files of all jobs; return why some failed. Raises Interrupted on Ctrl-C."""
-    bar = workers.Rate("swapping textures", len(jobs), "pictures")
-    failures = []
-    try:
-        for failure in workers.in_processes(do, jobs, processes, lambda job: [job.source]):
-            failures.append(failure)
-            bar.add(1)
-    except KeyboardInterrupt:
-        raise workers.Interrupted(
-            "interrupted; written files are complete, and the same command continues from there"
-        ) from None
-    finally:
-        bar.close()
-    return [*filter(None, failures)]
-
-
 def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
@@ -164,7 +147,8 @@ def main(argv=None) -> None:
         print(line, flush=True)
     missing = [job for job in jobs if not os.path.exists(job.target)]
     processes = args.workers or workers.default_workers(len(missing), 500)
-    failures = swap(missing, processes)
+    bar = workers.Rate("swapping textures", len(missing), "pictures")
+    failures = [*filter(None, workers.do_all(do, missing, processes, bar))]
     made = len(missing) - len(failures)
     print(f"result: {len(jobs) - len(failures)} of {len(jobs)} pictures in {out}; {made} made now")
     if failures:

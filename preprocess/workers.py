@@ -179,6 +179,28 @@ class Rate:
         return time.monotonic() - self.started
 
 
+def do_all(
+    function: Callable, jobs: list, processes: int, bar: Rate, files: Callable = lambda outcome: 1
+) -> list:
+    """Return function(job) of all jobs, in any order, and count the files that they wrote.
+
+    A job has a `source`, the name of its picture. files(outcome): how many files it wrote. The bar
+    is closed at the end. Raises Interrupted on Ctrl-C, and what `in_processes` raises.
+    """
+    done = []
+    try:
+        for outcome in in_processes(function, jobs, processes, lambda job: [job.source]):
+            done.append(outcome)
+            bar.add(files(outcome))
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; written files are complete, and the same command continues from there"
+        ) from None
+    finally:
+        bar.close()
+    return done
+
+
 def split_folders(tree: str | Path) -> list[Path]:
     """Return the existing folders among train/, val/, test/ and validation/ of a tree."""
     folders = [Path(tree) / name for name in ("train", *SPLIT_NAMES["val"])]

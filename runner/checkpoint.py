@@ -30,7 +30,7 @@ ALLOWED = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     *(np.dtype, *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}),
 ]
-ABOUT = "checkpoint"  # key in the metadata of a safetensors file: what `about` returns, as JSON
+ABOUT = "negatives.about"  # key in the metadata of a safetensors file: `Saved.about` as JSON
 DEPTH = 20  # most levels of nested containers; a checkpoint has four or five
 
 

@@ -219,6 +219,8 @@ def test_a_study_of_ones_own(root, capsys, monkeypatch):
     """Two at once; resumed for more seeds; the table of runs, the difference and the figure."""
     monkeypatch.chdir(root)
     path = study(root)
+    with pytest.raises(UserError, match="no claim has records to draw"):
+        claims.main(["paper", "--scale", "toy", "--figure", "mine.png"], root)
     claims.main(["--study", path, "--run", "--jobs", "2", "--figure", "mine.png"])
     said = flat(capsys.readouterr().out)
     assert "[6/6] mine one: b, seed 2" in said

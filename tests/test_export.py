@@ -326,6 +326,17 @@ def test_detectron2_names_and_settings(folder, capsys):
         export.main(["run", "--to", "detectron2"])
 
 
+def test_16_bits_are_for_safetensors(folder, capsys):
+    state = nonsem(folder / "run" / "checkpoint_0000.pth.tar")
+    with pytest.raises(UsageError, match="--to timm needs 32 bits"):
+        export.main(["run", "--to", "timm", "--bfloat16"])
+    found = loaded(capsys, "run", "--to", "safetensors", "--bfloat16", "--out", "out.safetensors")
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        expected = value.bfloat16() if value.is_floating_point() else value
+        assert torch.equal(found[name], expected)
+
+
 def test_the_key_encoder(folder, capsys):
     nets = backbones.WidthResNet(18), backbones.WidthResNet(18)
     states = [

@@ -1,6 +1,8 @@
 """The networks of results/weights: found by name, described in their README, small."""
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,9 @@ def test_a_network_is_found_by_its_name_and_is_the_one_described(file):
     assert export.find(Path(file.stem)) == file
     rows = (FOLDER / "README.md").read_text().splitlines()
     (row,) = (row for row in rows if row.startswith(f"| `{file.stem}`"))
+    record = FOLDER / re.search(r"\]\((.+?)\)", row)[1]
+    result = json.loads((record.parent / f"{record.name}-evaluation" / "result.json").read_text())
+    assert f"| {result['knn_acc1']:.2f} | {result['acc1']:.2f} |" in row
     assert hashlib.sha256(file.read_bytes()).hexdigest() in row
     network, operations, origin, flags = evaluate.open_backbone(str(file), torch.device("cpu"))
     assert flags["input_res"] == 32 and len(operations) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 
-from common import files
+from common import UserError, files
 from tools import claim_records
 from tools.claim_records import NAMES, Comparison, Setting
 
@@ -20,7 +20,8 @@ def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
     """Write the figure: one panel for each number of the study, and one for the claims.
 
     setting: of the study, or None to draw claims alone. A dot is a seed, a bar a mean; the line of
-    a claim is the 95 % interval of its difference, and a diamond the published gain.
+    a claim is the 95 % interval of its difference, and a diamond the published gain. Raises
+    UserError where there is nothing to draw.
     """
     from matplotlib.figure import Figure  # this import takes half a second
 
@@ -28,6 +29,8 @@ def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
     numbers = setting.numbers if setting else []
     runs = [run for run in setting.runs if setting.seeds(run)] if setting else []
     panels = len(numbers) + bool(told)
+    if not panels:
+        raise UserError("--figure: no claim has records to draw; make them with --run")
     columns = min(panels, COLUMNS)
     rows = -(-panels // COLUMNS)
     height = ROW * max(len(runs), len(told), 3) + 0.8

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import UserError, files
@@ -53,45 +54,44 @@ def claim_table(claims: list[Comparison]) -> str:
         shown = [records.difference(differences[key]) for key in numbers]
         cells = [said["claim"], said["published"], said["source"], pair, str(count)]
         rows.append([*cells, *shown, claim.verdict()])
-    names = [NAMES.get(key, key) for key in numbers]
+    names = claims[0].setting.names
     head = ["claim", "published", "source", "pair", "seeds"]
     return layout([*head, *names, f"verdict ({names[0]})"], rows, markdown=True)
+
+
+def measured(setting: Setting) -> Iterator[tuple[str, list[int], list[str]]]:
+    """Yield (run, its seeds, its numbers as a table shows them) of the runs that have records."""
+    for run in setting.runs:
+        seeds = setting.seeds(run)
+        if seeds:
+            yield run, seeds, [cell(setting.values(run, key)) for key in setting.numbers]
 
 
 def run_table(setting: Setting) -> str:
     """Return mean ± standard deviation, commit and flags of the runs that have records."""
     rows = []
-    for run, flags in setting.runs.items():
-        seeds = setting.seeds(run)
-        if not seeds:
-            continue
-        cells = [cell(setting.values(run, key)) for key in setting.numbers]
+    for run, seeds, cells in measured(setting):
         commits = dict.fromkeys(setting.environment(run, seed)["commit"] for seed in seeds)
-        flags = f"`{flags}`" if flags else "-"
+        flags = f"`{setting.runs[run]}`" if setting.runs[run] else "-"
         row = [f"`{run}`", ", ".join(map(str, seeds)), *cells, ", ".join(commits), flags]
         rows.append(row)
-    names = [NAMES.get(key, key) for key in setting.numbers]
-    return layout(["run", "seeds", *names, "commit", "flags"], rows, markdown=True)
+    return layout(["run", "seeds", *setting.names, "commit", "flags"], rows, markdown=True)
 
 
 def footing_table(scale: str, root: Path, folder: str) -> str:
     """Return the recorded runs of all papers at a scale in one table, with minutes: Markdown."""
     rows = []
-    for paper in records.papers(root):
-        setting = records.setting(paper, scale, root)
-        for run in setting.runs if setting else ():
-            seeds = setting.seeds(run)
-            if not seeds:
-                continue
-            cells = [cell(setting.values(run, key)) for key in setting.numbers]
+    settings = [records.setting(paper, scale, root) for paper in records.papers(root)]
+    settings = [setting for setting in settings if setting]
+    for setting in settings:
+        for run, seeds, cells in measured(setting):
             seconds = [setting.environment(run, seed)["seconds"] for seed in seeds]
             minutes = f"{statistics.median(seconds) / 60:.0f}"
-            page = f"[{paper}]({folder}/{paper}/README.md)"
+            page = f"[{setting.paper}]({folder}/{setting.paper}/README.md)"
             rows.append([page, f"`{run}`", str(len(seeds)), *cells, minutes])
-            names = [NAMES.get(key, key) for key in setting.numbers]
     if not rows:
         return "No run of this scale has been recorded."
-    return layout(["paper", "run", "seeds", *names, "minutes"], rows, markdown=True)
+    return layout(["paper", "run", "seeds", *settings[0].names, "minutes"], rows, markdown=True)
 
 
 def curve_table(published: Path, folder: Path) -> str:
@@ -146,8 +146,7 @@ def study_tables(name: str, root: Path) -> str:
         rows.append([f"`{said['better']}` - `{said['than']}`", *shown, claim.verdict()])
     if not rows:
         return run_table(setting)
-    names = [NAMES.get(key, key) for key in setting.numbers]
-    head = ["difference, 95 % interval", *names, f"verdict ({names[0]})"]
+    head = ["difference, 95 % interval", *setting.names, f"verdict ({setting.names[0]})"]
     return f"{run_table(setting)}\n\n{layout(head, rows, markdown=True)}"
 
 

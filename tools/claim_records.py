@@ -67,6 +67,11 @@ class Setting:
         folders = {script.partition("/")[0] for script in scripts if script.endswith(".py")}
         return *sorted(folders), "common", "runner"
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the numbers in tables."""
+        return [NAMES.get(key, key) for key in self.numbers]
+
     def record(self, run: str, seed: int, suffix: str = "") -> Path:
         """Return the folder of a run's records."""
         return self.records / f"{run}-s{seed}{suffix}"

@@ -8,7 +8,7 @@ records is not run again. A claim is a paired difference over seeds with its 95 
     python tools/claims.py                                       # every claim and its verdict
     python tools/claims.py ring --run --scale cpu --cifar CIFAR  # run what one paper's claims lack
     python tools/claims.py --run --scale gpu --toy               # a few steps of each GPU setting
-    python tools/claims.py --write                               # RESULTS.md, results/*/README.md
+    python tools/claims.py --write                               # the tables of the pages
     python tools/claims.py --study my.json --run --jobs 2 --figure my.png
 
 A study is a file in the same format (docs/studies.md). All its runs are made, its paths start from
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=cli.positive_int, help=about)
     about = "draw the differences that the claims are about, and the runs of a --study"
     parser.add_argument("--figure", type=cli.figure_path, metavar="FILE", help=about)
-    about = "write the tables of RESULTS.md, docs/compare.md and results/ from the records"
+    about = "write the tables of RESULTS.md, docs/ and results/ from the records"
     parser.add_argument("--write", action="store_true", help=about)
     args = parser.parse_args(argv)
     if args.study and args.write:
@@ -171,9 +171,8 @@ def print_runs(setting: Setting) -> None:
         + [cell(setting.values(run, key)) for key in setting.numbers]
         for run in setting.runs
     ]
-    names = [NAMES.get(key, key) for key in setting.numbers]
     print(f"{setting.paper}, {setting.about}: mean ± standard deviation over the seeds\n")
-    print(layout(["run", "seeds", *names], rows, markdown=False) + "\n")
+    print(layout(["run", "seeds", *setting.names], rows, markdown=False) + "\n")
 
 
 def main(argv=None, root: Path = ROOT) -> None:

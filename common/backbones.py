@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from common import UsageError, UserError, launch
+from common import UsageError, UserError, convolution, launch
 
 BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512.03385
     18: (BasicBlock, [2, 2, 2, 2]),
@@ -66,7 +66,7 @@ def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False
                 f"architecture '{arch}' has no last layer `fc` to leave out: use resnet50, say"
             )
         model.fc = nn.Identity()
-    return model
+    return convolution.use_products(model)
 
 
 def use_small_stem(model: ResNet) -> None:
@@ -201,6 +201,7 @@ class WidthResNet(ResNet):
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         fc = nn.Linear(self.inplanes, dim or 1)  # drawn even if it is left out
         self.fc = fc if dim else nn.Identity()
+        convolution.use_products(self)
 
     def _make_layer(self, block, planes, *args, **kwargs):
         channels = int(planes * self.width)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from common import backbones
+from common import backbones, convolution
 
 PATCHES = 9  # the number of patches of a jigsaw
 BACKBONES = {  # {name: (depth, groups of the 3x3 convolutions, their width per group)}
@@ -77,6 +77,7 @@ class Encoder(ResNet):
         self.dim = self.inplanes  # of the last stage
         if small_stem and not self.is_small:
             backbones.use_small_stem(self)
+        convolution.use_products(self)
 
     def _make_layer(self, block, planes, *args, **kwargs):
         if planes == 64 and self.is_small:  # torchvision has just made a stem for RGB

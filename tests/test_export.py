@@ -71,7 +71,7 @@ def test_torchvision_loads_it_strictly(folder, capsys, arch, small_stem):
     ours = backbones.build(arch, 0, small_stem=small_stem)
     ours.load_state_dict(state)
     x = torch.rand(2, 3, 64, 64)
-    assert torch.equal(ours.eval()(x), model.eval()(x))
+    torch.testing.assert_close(ours.eval()(x), model.eval()(x))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_small_network_is_built_of_torchvisions_parts(folder, capsys, channe
     model = made["model"].eval()
     assert same(model, layouts.without_head(network.state_dict()))
     x = torch.rand(2, channels, 32, 32)
-    assert torch.equal(model(x), backbones.feature(network.eval(), x, 6))
+    torch.testing.assert_close(model(x), backbones.feature(network.eval(), x, 6))
     for to in ("timm", "detectron2"):
         why = f"small.pth: {to} cannot load .* is known here alone; --to torchvision prints lines"
         with pytest.raises(UserError, match=why):
@@ -186,10 +186,8 @@ def test_the_numbered_layers_of_ring_and_debiased(folder, capsys, small_stem):
         network.eval()
     ring("last.ckpt", nets[0])
     model = loaded(capsys, ".", "--to", "torchvision")
-    assert (
-        torch.equal(model.eval()(x), backbones.feature(nets[0], x, 6))
-        and (folder / "torchvision_last.pth").exists()
-    )
+    torch.testing.assert_close(model.eval()(x), backbones.feature(nets[0], x, 6))
+    assert (folder / "torchvision_last.pth").exists()
     state = nets[1].state_dict()
     torch.save(
         {"opt": {}, "epoch": 1, "state_dict": layouts.add_prefix(state, "module.")}, "current.pth"
@@ -199,7 +197,7 @@ def test_the_numbered_layers_of_ring_and_debiased(folder, capsys, small_stem):
     torch.save({"opt": {}, "epoch": 1, "state_dict": classifier, "best_acc1": 9.0}, "linear.pth")
     for path in (".", "model_400.pth", "linear.pth"):
         model = loaded(capsys, path, "--to", "torchvision")
-        assert torch.equal(model.eval()(x), nets[1].f(x))
+        torch.testing.assert_close(model.eval()(x), nets[1].f(x))
     if small_stem:
         with pytest.raises(UserError, match="7x7 first convolution"):
             export.main(["last.ckpt", "--to", "detectron2"])
@@ -219,7 +217,8 @@ def test_the_towers_of_ring_one_by_one(folder, capsys):
             loaded(capsys, ".", "--to", "torchvision", "--tower", tower),
             torch.rand(2, channels, 32, 32),
         )
-        assert torch.equal(model.eval()(x), backbones.feature(getattr(network, tower), x, 6))
+        expected = backbones.feature(getattr(network, tower), x, 6)
+        torch.testing.assert_close(model.eval()(x), expected)
 
 
 def test_towers_are_refused_with_the_reason_or_loaded_one_by_one(folder, capsys):

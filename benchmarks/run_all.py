@@ -9,6 +9,7 @@ HERE = Path(__file__).resolve().parent
 PLAIN = (
     "augment_kornia.py",
     "augment_kornia.py --size 224 --batch 32",
+    "small_maps.py",
     "operations.py",
     "nce_step.py",
     "nce_step.py --n 1281167 --sides ours",

@@ -9,8 +9,9 @@
 Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n
 images, a dict of small tensors that stay on the CPU: one seed gives the same views on every device.
 `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device,
-and leaves its input unchanged; if nothing changes, it returns the input itself. The first
-operation of a recipe is its geometry (common.geometry); the others need float images in [0, 1].
+and leaves its input unchanged. `apply_` does the same in the memory of its input, which saves a
+copy; operations of one's own need not have it. The first operation of a recipe is its geometry
+(common.geometry); the others need float images in [0, 1].
 
 kornia is two to three times as slow and makes other views than the torchvision recipes of the
 papers: it draws one order of ColorJitter for the whole batch, and its crops are not anti-aliased
@@ -70,13 +71,16 @@ class _Sometimes:
         return {"rows": chosen.nonzero().flatten()}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
+        return self.apply_(images.clone(), params)
+
+    def apply_(self, images: Tensor, params: Params) -> Tensor:
         if "chosen" in params:
             changed = self.change(images.clone(), params)
             return torch.where(params["chosen"][:, None, None, None], changed, images)
         if params["rows"].numel() == 0:
             return images
         rows = params["rows"].to(images.device, non_blocking=True)
-        return images.index_copy(0, rows, self.change(images.index_select(0, rows), params))
+        return images.index_copy_(0, rows, self.change(images.index_select(0, rows), params))
 
 
 @dataclass(frozen=True)
@@ -298,13 +302,17 @@ class Compose:
 
         Raises TypeError for integers.
         """
+        return self.apply_(images.clone(), params)
+
+    def apply_(self, images: Tensor, params: list[Params]) -> Tensor:
+        """Do what `apply` does, and use the crops as memory."""
         if not images.is_floating_point():
             raise TypeError(
                 f"colour operations need float images in [0, 1], not {images.dtype}: "
                 "divide uint8 by 255"
             )
         for op, op_params in zip(self.ops, params, strict=True):
-            images = op.apply(images, op_params)
+            images = getattr(op, "apply_", op.apply)(images, op_params)
         return images
 
     def __repr__(self) -> str:

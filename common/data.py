@@ -185,9 +185,9 @@ class Loader:
         self.skip_bad = skip_bad
         self.progress = rank == 0 if progress is None else progress
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._apply = self._apply_compiled if compile else Compose.apply
+        self._apply = self._apply_compiled if compile else Compose.apply_
         if compile:
-            self._compiled = torch.compile(Compose.apply)
+            self._compiled = torch.compile(Compose.apply_)
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         self.epoch = 0
         self.start_step = 0
@@ -287,9 +287,9 @@ class Loader:
             yield views, target, index
 
     def _apply_compiled(self, view: Compose, crop: Tensor, params: list[Params]) -> Tensor:
-        """Do what Compose.apply does, as one graph of fixed shapes if that is possible."""
+        """Do what Compose.apply_ does, as one graph of fixed shapes if that is possible."""
         if not view.is_compilable:
-            return view.apply(crop, params)
+            return view.apply_(crop, params)
         everyone = [of_all_images(len(crop), own) for own in params]
         return self._compiled(view, crop, sent_together(everyone, self.device))
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SMALL = 64 * 64  # numbers of a matrix, up to which a copy costs less than a product of its own
+
 
 def uniform(shape, low: float, high: float, generator: torch.Generator | None) -> Tensor:
     """Draw float64 values uniform in [low, high)."""
@@ -27,10 +29,10 @@ def two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
     n, c, h, w = images.shape
     with torch.autocast(images.device.type, enabled=False):
         wide = torch.bmm(images.reshape(n, c * h, w), right.transpose(1, 2)).view(n, c, h, -1)
-        if torch.compiler.is_compiling():  # which takes no slice as the output
-            return left[:, None] @ wide
+        if left.shape[1] * h <= SMALL or torch.compiler.is_compiling():
+            return left[:, None] @ wide  # copies `left` for each channel
         out = images.new_empty(n, c, left.shape[1], right.shape[1])
-        for i in range(c):  # broadcasting `left` over the channels would copy it
+        for i in range(c):
             torch.bmm(left, wide[:, i], out=out[:, i])
     return out
 

@@ -428,7 +428,7 @@ def test_a_recipe_for_whole_batches_is_one_graph_and_gives_the_same_pictures():
     images, recipe = pictures(16, 20, 20), moco_recipe(20)
     graphs = []
     compiled = torch.compile(
-        A.Compose.apply,
+        A.Compose.apply_,
         backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
         fullgraph=True,
     )

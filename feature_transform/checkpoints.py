@@ -9,7 +9,7 @@ from torch import Tensor
 from common import UsageError, UserError, backbones, printable
 from feature_transform.memory import KeyQueue, MemoryBank
 from feature_transform.networks import ARCHS, BACKBONES, MODALS, Network
-from runner import checkpoint, layouts
+from runner import checkpoint, layouts, pretrained
 
 
 def backbone_state(saved: checkpoint.Saved, ema: bool = False) -> dict[str, Tensor]:
@@ -37,18 +37,14 @@ def read_resnet(args) -> tuple[checkpoint.Saved | None, dict[str, Tensor]]:
     path = args.pretrained
     if path == "none":
         return None, backbones.build(args.arch, 0).state_dict()
-    if os.path.isdir(path):
-        path = layouts.newest_below(path)
-        if path is None:
-            raise UsageError(
-                f"--pretrained {args.pretrained}: no checkpoint of a pre-training in this folder"
-            )
-    elif args.demo and "pretrained" not in args.typed and not os.path.exists(path):
+    if args.demo and "pretrained" not in args.typed and not os.path.exists(path):
         raise UsageError(
             f"{path} holds no network to start from yet; run feature_transform/main_contrast.py "
             "--demo first, or give --pretrained none"
         )
-    saved = checkpoint.Saved(path)
+    way_out = "name the folder of a pre-training run"
+    saved = checkpoint.Saved(pretrained.file_at(path, "--pretrained", way_out))
+    path = saved.path
     if "classifier" in saved:
         raise UserError(
             f"{path} is a classifier without its network: give a pre-training checkpoint to "

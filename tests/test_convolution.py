@@ -107,3 +107,12 @@ def test_residual_networks_use_products_at_32_pixels(products):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * scale)
     small = backbones.build(backbones.SMALL, 0)
     assert any(type(module) is convolution.Conv2d for module in small.modules())
+
+
+def test_a_compiler_sees_one_graph_with_products(products, recwarn):
+    torch.manual_seed(0)
+    network = backbones.build(backbones.SMALL, 4)
+    x = torch.randn(4, 3, 32, 32)
+    explained = torch._dynamo.explain(network)(x)
+    assert explained.graph_count == 1 and explained.graph_break_count == 0
+    assert products and not [w for w in recwarn if "lru_cache" in str(w.message)]

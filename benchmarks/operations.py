@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import network_alone, side_by_side
 from benchmarks.side_by_side import WARM
-from common import batchnorm, launch
+from common import batchnorm, convolution, launch
 from runner.loop import At, Batch
 
 SCRIPTS = network_alone.SCRIPTS | {
@@ -141,7 +141,8 @@ def main(argv=None) -> int:
     numbers, tables = {}, []
     waiting = 0
     wide = mock.patch.object(batchnorm, "is_wide", lambda x: not torch.compiler.is_compiling())
-    with tempfile.TemporaryDirectory() as folder, wide:  # on a CPU too
+    plain = mock.patch.object(convolution, "FEW", 0)
+    with tempfile.TemporaryDirectory() as folder, wide, plain:  # on a CPU as on a GPU
         tree = str(side_by_side.generate(Path(folder), PICTURES))
         for name in args.scripts:
             counts, waits, own_table = measure(name, tree, args, device)

@@ -6,12 +6,12 @@
     crops = recipe.geometry.apply(pictures, boxes)
     views = recipe.apply(crops, recipe.sample(len(crops), generator))
 
-Every operation has two methods and no state. `sample(n, generator)` draws the parameters of n
+Every operation has no state and two methods. `sample(n, generator)` draws the parameters of n
 images, a dict of small tensors that stay on the CPU: one seed gives the same views on every device.
 `apply(images, params)` is deterministic, works on the batch (N, 3, H, W) at once, on its device,
-and leaves its input unchanged. `apply_` does the same in the memory of its input, which saves a
-copy; operations of one's own need not have it. The first operation of a recipe is its geometry
-(common.geometry); the others need float images in [0, 1].
+and leaves its input unchanged. An operation may also have `apply_`, which returns the same and may
+overwrite its input, which saves a copy; who overrides one of them here overrides both. The first
+operation of a recipe is its geometry (common.geometry); the others need float images in [0, 1].
 
 kornia is two to three times as slow and makes other views than the torchvision recipes of the
 papers: it draws one order of ColorJitter for the whole batch, and its crops are not anti-aliased
@@ -305,7 +305,7 @@ class Compose:
         return self.apply_(images.clone(), params)
 
     def apply_(self, images: Tensor, params: list[Params]) -> Tensor:
-        """Do what `apply` does, and use the crops as memory."""
+        """Return what `apply` returns; the crops may be overwritten."""
         if not images.is_floating_point():
             raise TypeError(
                 f"colour operations need float images in [0, 1], not {images.dtype}: "

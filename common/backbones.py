@@ -35,6 +35,8 @@ SMALL = "resnet18-small"  # ResNet-18 for small pictures: see `small_resnet`
 def build(arch: str, num_classes: int | None = None, *, small_stem: bool = False) -> nn.Module:
     """Build the torchvision network `arch` (a constructor name in lower case) with random weights.
 
+    Its convolutions are `common.convolution.Conv2d`: on a CPU, its outputs equal those of
+    torchvision's network up to rounding.
     arch: may also be SMALL, which has its own stem. num_classes: outputs of the last layer; None
     means torchvision's 1000; 0 leaves `fc` out, so that the output is the pooled vector.
     small_stem: see `use_small_stem` (residual networks only).
@@ -166,7 +168,8 @@ class WidthResNet(ResNet):
     dim: length of the output; fc is Linear(512 * width * expansion -> dim), and 0 leaves fc out.
     Convolutions are drawn from N(0, 2 / (k * k * out_channels)), batch-norm starts at 1 and 0. The
     pooling is adaptive: at 224 pixels it is the fixed 7x7 average, and other sizes work too.
-    Parameter names are torchvision's: with width 1 and 3 channels its own network loads them.
+    Parameter names are torchvision's: with width 1 and 3 channels its own network loads them. The
+    convolutions are `common.convolution.Conv2d`.
     Raises UsageError for an unsupported depth or width.
     """
 

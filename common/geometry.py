@@ -1,6 +1,6 @@
 """Choose the part of a picture that a view shows, and resize it to the view's size.
 
-Crops are resized by two matrix products per channel for a whole batch, with the anti-aliased
+Crops are resized by matrix products for a whole batch, with the anti-aliased
 bilinear filter of torchvision. Scripts import these classes from common.augment.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALL = 64 * 64  # numbers of a matrix, up to which a copy costs less than a product of its own
+SMALL = 64 * 64  # numbers of a matrix, up to which a copy for every channel costs less than a call
 
 
 def uniform(shape, low: float, high: float, generator: torch.Generator | None) -> Tensor:
@@ -30,7 +30,7 @@ def two_products(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         wide = torch.bmm(images.reshape(n, c * h, w), right.transpose(1, 2)).view(n, c, h, -1)
         if left.shape[1] * h <= SMALL or torch.compiler.is_compiling():
-            return left[:, None] @ wide  # copies `left` for each channel
+            return left[:, None] @ wide  # copies `left` for every channel
         out = images.new_empty(n, c, left.shape[1], right.shape[1])
         for i in range(c):
             torch.bmm(left, wide[:, i], out=out[:, i])

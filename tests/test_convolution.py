@@ -21,13 +21,14 @@ SHAPES = {  # (kernel, stride, padding, height, width of the input)
     "no padding": (3, 1, 0, 3, 3),
     "a kernel that is not square": ((1, 3), (1, 2), (0, 1), 2, 4),
     "more padding than the kernel needs": (3, 3, 2, 2, 2),
+    "padding alone": (1, 2, 1, 1, 1),
 }
 
 
-def pair(channels, outputs, kernel, stride, padding, dtype=torch.float64):
+def pair(channels, outputs, kernel, stride, padding, dtype=torch.float64, bias=False):
     """Return nn.Conv2d and a convolution by products with the same kernel."""
     torch.manual_seed(0)
-    plain = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=False, dtype=dtype)
+    plain = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=bias, dtype=dtype)
     plain = plain.to(memory_format=torch.channels_last)
     ours = convolution.use_products(copy.deepcopy(plain))
     assert type(ours) is convolution.Conv2d and type(plain) is nn.Conv2d
@@ -76,12 +77,25 @@ def test_autocast_rounds_as_it_does_with_a_convolution(products):
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
 
 
-def test_other_sizes_and_other_convolutions_stay_as_they_are(products):
+def test_a_convolution_with_a_bias(products):
+    plain, ours = pair(3, 5, 3, 1, 1, bias=True)
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), plain(x))
+    assert products
+
+
+def test_other_sizes_and_other_convolutions_stay_as_they_are(products, monkeypatch):
     plain, ours = pair(3, 5, 3, 1, 1)
-    x = torch.randn(2, 3, 5, 1, dtype=torch.float64)
-    assert torch.equal(ours(x), plain(x)) and not products
+    large = torch.randn(2, 3, 5, 1, dtype=torch.float64)
+    for x in (large, large[0]):
+        assert torch.equal(ours(x), plain(x)) and not products
+    plain, ours = pair(3, 5, 3, 1, 0)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        ours(large)
+    monkeypatch.setattr(convolution, "FEW", 0)
+    small = torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    assert torch.equal(ours(small), plain(small)) and not products
     others = nn.Sequential(
-        nn.Conv2d(4, 4, 3),
         nn.Conv2d(4, 4, 3, bias=False, groups=2),
         nn.Conv2d(4, 4, 3, bias=False, dilation=2),
         nn.Conv2d(4, 4, 3, bias=False, padding=1, padding_mode="reflect"),

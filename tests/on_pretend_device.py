@@ -40,7 +40,6 @@ BENCHMARK = (
     "--repeats 1 --data data/demo --workers 0"
 )
 DEVICE, HOST = "npu", "cpu"  # the sides, and the folders of their runs
-convolution.FEW = 0  # only a CPU has matrix products in their place, and all bits are compared
 
 
 def checks() -> list[tuple[str, str]]:
@@ -283,6 +282,7 @@ def check(kind: str, name: str) -> dict:
 def main() -> None:
     out = sys.stdout
     demo_voc.ensure("data/demo-voc", trainval=6, test=3, size=64)
+    convolution.FEW = 0  # only a CPU computes products in their place, and all bits are compared
     device = pretend_device.switch_on()  # before a backward pass, which counts the devices
     with contextlib.redirect_stdout(io.StringIO()):
         for name in CASES:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from common import UsageError, data, launch
+from common import UsageError, convolution, data, launch
 from preprocess import demo
 
 
@@ -47,6 +47,12 @@ def exact_gpu(request):
         pytest.skip("needs a CUDA device")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """Compute every convolution as torchvision does, so that networks can be equal bit for bit."""
+    monkeypatch.setattr(convolution, "FEW", 0)
 
 
 @pytest.fixture(scope="session")

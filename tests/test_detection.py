@@ -34,6 +34,8 @@ from preprocess import demo_voc
 from ring import networks as ring_networks
 from runner import checkpoint, layouts, loop
 
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
+
 VIEW = voc_batches.View(0.5, (48, 64), 64)
 SMALL = "-b 2 --iterations 4 --checkpoint_every 3 --min-size 32 48 --test-size 48".split()
 SMALL += "--fpn-channels 8 --rois 16 -j 0 -p 1".split()
@@ -454,7 +456,7 @@ def test_it_is_the_detector_of_torchvision():
     images = [torch.rand(3, 60, 50), torch.rand(3, 40, 70)]
     for mine, its in zip(ours(images), model(images)):
         assert len(its["boxes"]) > 1
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, its)
 
 
 def maps_of(network, images):
@@ -480,7 +482,7 @@ def test_the_shapes_tell_what_network_it_is(make):
     }
     body = build(saved).backbone.body
     for mine, its, channels in zip(body(images), maps_of(network, images), body.maps, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, its)
         assert mine.shape[1] == channels
 
 
@@ -516,12 +518,10 @@ def test_one_network_of_every_paper_on_the_colours_it_was_trained_on():
         atol=1e-5,
     )
     assert torch.allclose(
-        network.backbone.body(images)[3].mean((2, 3)), debiased.f(images).flatten(1), atol=1e-4
+        network.backbone.body(images)[3].mean((2, 3)), debiased.f(images).flatten(1), atol=1e-5
     )
     network = build({"state_dict": layouts.add_prefix(ring.state_dict(), "model."), "opt": {}})
-    torch.testing.assert_close(
-        network.backbone.body(images), maps_of(ring, images), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(network.backbone.body(images), maps_of(ring, images))
 
 
 def test_the_towers_of_cmc_stand_side_by_side():

@@ -178,9 +178,9 @@ def read_array(path: Path) -> np.ndarray:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(256)
-        is_pickle = head[:1] == b"\x80"
-        if is_pickle or (head[:6] == b"\x93NUMPY" and b"|O" in head):
+            header = file.read(256).partition(b"}")[0]  # values follow the bracket
+        is_pickle = header[:1] == b"\x80"
+        if is_pickle or (header[:6] == b"\x93NUMPY" and b"|O" in header):
             raise UserError(
                 f"{path} holds Python objects, which can run code when they are read (NumPy before "
                 "1.24 wrote batches of unequal size like that); if you trust it, save it again as "

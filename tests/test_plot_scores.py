@@ -526,6 +526,12 @@ def test_files_that_cannot_be_drawn(case):
     assert said.startswith(f"{path} ") and message in said
 
 
+def test_values_that_look_like_the_type_of_objects():
+    values = np.frombuffer(b"|O|O" * 30, np.float32).reshape(3, 2, 5)
+    np.save("score_001.npy", values)
+    np.testing.assert_array_equal(score_files.read_array(Path("score_001.npy")), values)
+
+
 def test_settings_that_cannot_be_read():
     keep("run")
     for content in ("{", "[1]"):

@@ -23,7 +23,11 @@ if gain < 0:
     sys.exit("lost")
 folder = Path("runs") / name
 folder.mkdir(parents=True, exist_ok=True)
-lines = '{"knn_acc1": 1}\\n{"knn_acc1": %d}' % (30 + seed)
+values = (20 + gain, None, 30 + seed)
+lines = "".join(
+    json.dumps({"epoch": epoch, "loss": 1} | ({"knn_acc1": value} if value else {})) + "\\n"
+    for epoch, value in enumerate(values)
+)
 for file, text in (("config.json", "{}"), ("metrics.jsonl", lines), ("large.pth", "")):
     (folder / file).write_text(text)
 result = {"commit": "unknown", "device": "abacus", "torch": "2.1", "acc1": 40 + seed**2 + gain}
@@ -174,6 +178,17 @@ def test_a_run_may_be_that_of_another_paper(root, capsys):
     assert "[6/6] paper toy: plain, seed 2" in said and "other: shared 3 linear +2.00" in said
     assert (root / "claims.png").stat().st_size > 5000
     assert "`plain` is `paper/plain`" in (root / "results/other/README.md").read_text()
+
+
+def test_differences_in_the_course_of_training(root, capsys):
+    """Those of the epochs at which both logged their k-NN, at the k-NN of the other run."""
+    run(root, "better-plain", "--seeds", "2", "--curves", str(root / "curves.png"))
+    assert "wrote " in capsys.readouterr().out and (root / "curves.png").stat().st_size > 5000
+    claim, *_ = claim_records.comparisons("paper", "toy", root)
+    assert claim.courses("knn_acc1") == [[(20, 2), (30, 0)], [(20, 2), (31, 0)]]
+    assert claim.courses("acc5") == []
+    with pytest.raises(UserError, match="--curves: no claim has runs that logged k-NN"):
+        claims.main(["lost-plain", "--scale", "toy", "--curves", "curves.png"], root)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Draw the runs of a study with every seed, and the differences that claims are about."""
+"""Draw the runs of a study with every seed, and the differences that claims are about.
+
+The differences are drawn at the end of the trainings, and k-NN also in their course.
+"""
 
 from __future__ import annotations
 
@@ -85,3 +88,40 @@ def _draw_claims(axis, claims: list[Comparison], with_papers: bool) -> None:
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(f"difference in {NAMES.get(main, main)} accuracy, points")
     axis.grid(axis="x", alpha=0.3)
+
+
+def draw_curves(path: str, claims: list[Comparison]) -> None:
+    """Write the figure of differences in k-NN in the course of training: one panel for each paper.
+
+    A line is a seed, and a dot an epoch at which both runs were evaluated, at the k-NN accuracy
+    that the other run had then. Raises UserError where there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    drawn: dict[str, dict[str, list]] = {}
+    for claim in claims:
+        curves = claim.courses("knn_acc1")
+        if curves:
+            name = f"{claim.claim['better']} − {claim.claim['than']}"
+            drawn.setdefault(claim.paper, {})[name] = curves
+    if not drawn:
+        raise UserError("--curves: no claim has runs that logged k-NN in the course of training")
+    columns = min(len(drawn), COLUMNS - 1)
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axis in axes[len(drawn) :]:
+        axis.remove()
+    for axis, (paper, curves_of) in zip(axes, drawn.items()):
+        for color, (name, curves) in enumerate(curves_of.items()):
+            for curve in curves:
+                axis.plot(*zip(*curve), "o-", color=f"C{color}", markersize=3, linewidth=1)
+            axis.lines[-1].set_label(name)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(paper, fontsize="medium")
+        axis.legend(fontsize="x-small", loc="best")
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelbottom=True, labelleft=True)
+    figure.supxlabel("k-NN accuracy of the other run at the same epoch", fontsize="medium")
+    figure.supylabel("difference in k-NN accuracy, points", fontsize="medium")
+    files.write_figure(figure, path, "figure", dpi=150)

@@ -119,6 +119,13 @@ class Setting:
         """Return a number of all recorded seeds of a run."""
         return [self.number(run, seed, key) for seed in self.seeds(run)]
 
+    def course(self, run: str, seed: int, key: str) -> dict[int, float]:
+        """Return a number in the course of a run's training, as logged: {epoch: value}."""
+        logs = (self.record(run, seed, step["suffix"]) / "metrics.jsonl" for step in self.steps)
+        lines = (line for log in logs for line in read_records(log))
+        named = (line for line in lines if {"epoch", key} <= line.keys())
+        return {line["epoch"] + 1: float(line[key]) for line in named}
+
     def environment(self, run: str, seed: int) -> dict:
         """Return commit, versions, hardware and, where it was noted, the seconds of a run."""
         folder = self.last_record(run, seed)
@@ -267,6 +274,22 @@ class Comparison:
             key: [a.number(better, seed, key) - b.number(other, seed, key) for seed in seeds]
             for key in self.setting.numbers
         }
+
+    def courses(self, key: str) -> list[list[tuple[float, float]]]:
+        """Return, for each seed that both have, (the other's number, better minus other) by epoch.
+
+        Seeds of which `key` was not logged in the course of both trainings are left out.
+        """
+        if not self.sides():
+            return []
+        (a, better), (b, other) = self.sides()
+        courses = []
+        for seed in a.seeds(better):
+            ours, theirs = a.course(better, seed, key), b.course(other, seed, key)
+            epochs = sorted(ours.keys() & theirs.keys())
+            if len(epochs) > 1:
+                courses.append([(theirs[at], ours[at] - theirs[at]) for at in epochs])
+        return courses
 
     def failures(self) -> list[tuple[str, int]]:
         """Return (run, seed) of those that the claim compares where a command failed."""

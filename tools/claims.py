@@ -54,6 +54,8 @@ def parse_args(argv=None):
     parser.add_argument("--threads", type=cli.positive_int, help=about)
     about = "draw the differences that the claims are about, and the runs of a --study"
     parser.add_argument("--figure", type=cli.figure_path, metavar="FILE", help=about)
+    about = "draw the differences in k-NN in the course of training, where the runs logged it"
+    parser.add_argument("--curves", type=cli.figure_path, metavar="FILE", help=about)
     about = "write the tables of RESULTS.md, docs/ and results/ from the records"
     parser.add_argument("--write", action="store_true", help=about)
     args = parser.parse_args(argv)
@@ -194,6 +196,9 @@ def main(argv=None, root: Path = ROOT) -> None:
     if args.figure:
         claim_figure.draw(args.figure, studied, claims)
         print(f"wrote {printable(args.figure)}")
+    if args.curves:
+        claim_figure.draw_curves(args.curves, claims)
+        print(f"wrote {printable(args.curves)}")
     if args.write:
         for path in claim_pages.write(root):
             print(f"wrote {path.relative_to(root)}")

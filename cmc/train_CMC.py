@@ -37,9 +37,8 @@ from common import (
     options,
     schedule,
 )
-from common.precision import Precision
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 PRESETS = {
@@ -183,20 +182,8 @@ class CMC:
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem, mlp)
         pretrained.start_from(network, args.init, "encoder.")
         batchnorm.split(network, backbones.splits_here(args, process))
-        network = network.to(process.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(
-            network.parameters(),
-            lr=args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
-        self.precision = Precision.of(args, process.device)
-        self.precision.choose(network, (sum(network.channels), args.input_res, args.input_res))
-        self.network, self.optimizer = self.precision.prepare(network, optimizer)
-        if args.compile:
-            self.network.compile()
-        self.wrapped = launch.parallel(self.network, process)
+        parts = training.prepare(network, args, process, channels=sum(network.channels))
+        self.network, self.wrapped, self.optimizer, self.precision = parts
         bank = (n, args.feat_dim, colour.bank_names(self.views), args.nce_k, args.nce_t, args.nce_m)
         self.memory = MemoryBanks(*bank, args.softmax, args.nce_z).to(process.device)
         if args.softmax:

@@ -34,13 +34,12 @@ from common import (
     options,
     schedule,
 )
-from common.precision import Precision
 from debiased import flags
 from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 from debiased.networks import MODELS, NORMALIZE, Network
 from debiased.scores import pair_statistics
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
 from runner.folder import refuse_to_overwrite
 
 WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
@@ -164,15 +163,10 @@ class Debiased:
         if args.footing == "common":
             network.g = footing.head(network.f.dim, args.feature_dim)
         pretrained.start_from(network, args.init)
-        self.network = network.to(process.device, memory_format=torch.channels_last).train()
         optimizer = footing.sgd if args.footing == "common" else adam
-        self.optimizer = optimizer(self.network.parameters(), args)
-        self.precision = Precision.of(args, process.device)
-        self.precision.choose(self.network, (3, args.input_res, args.input_res))
+        parts = training.prepare(network, args, process, optimizer)
+        self.network, self.wrapped, self.optimizer, self.precision = parts
         self.groups = backbones.splits_here(args, process)
-        if args.compile:
-            self.network.compile()
-        self.wrapped = launch.parallel(self.network, process)
         self.equal_loss = math.log(2 * args.batch_size - 1)
 
     def step(self, batch: loop.Batch) -> dict:

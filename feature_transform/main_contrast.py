@@ -38,11 +38,10 @@ from common import (
     options,
     schedule,
 )
-from common.precision import Precision
 from feature_transform import checkpoints, flags, jigsaw, networks, recipes, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume
+from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
 
 WARM_FROM = 0.01  # learning rate at the first step of a warm-up
 PRESETS = {
@@ -125,20 +124,8 @@ class Method:
         network = networks.build_network(args)
         pretrained.start_from(network, args.init)
         batchnorm.split(network, backbones.splits_here(args, process))
-        network = network.to(process.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(
-            network.parameters(),
-            lr=args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
-        self.precision = Precision.of(args, process.device)
-        self.precision.choose(network, (3, args.input_res, args.input_res))
-        self.network, self.optimizer = self.precision.prepare(network, optimizer)
-        if args.compile:
-            self.network.compile()
-        self.wrapped = launch.parallel(self.network, process)
+        parts = training.prepare(network, args, process)
+        self.network, self.wrapped, self.optimizer, self.precision = parts
         self.rule = recipes.rule(args)
         self.modalities = len(networks.MODALS[args.modal])
         self.equal_loss = self.modalities * nce.equal_loss(args.nce_k)

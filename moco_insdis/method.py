@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from common import backbones, launch, metrics, nce
-from common.precision import Precision
 from moco_insdis.contrast import KeyQueue, MemoryBank
 from moco_insdis.networks import build_network, normalize
-from runner import checkpoint, layouts, pretrained
+from runner import checkpoint, layouts, pretrained, training
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 
@@ -22,19 +19,8 @@ class InstanceMethod:
         self.args = args
         network = build_network(args, process)
         pretrained.start_from(network, args.init)
-        optimizer = torch.optim.SGD(
-            network.parameters(),
-            lr=args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
-        self.precision = Precision.of(args, process.device)
-        self.precision.choose(network, (3, args.input_res, args.input_res))
-        self.network, self.optimizer = self.precision.prepare(network, optimizer)
-        if args.compile:
-            self.network.compile()
-        self.wrapped = launch.parallel(self.network, process)
+        parts = training.prepare(network, args, process)
+        self.network, self.wrapped, self.optimizer, self.precision = parts
         if args.softmax:
             self.equal_loss = nce.equal_loss(args.nce_k)
 

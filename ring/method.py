@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from cmc import colour
 from common import UserError, backbones, batchnorm, launch, metrics, sets
-from common.precision import Precision
 from ring import monitor, negatives, thresholds
 from ring.memories import MemoryBank
 from ring.networks import PREFIX, build_network
 from ring.views import last_operation
-from runner import checkpoint, loop, pretrained
+from runner import checkpoint, loop, pretrained, training
 
 LOOKED_AT = 32  # the number of anchors of a batch whose rings are described in the logs
 
@@ -63,26 +62,16 @@ class Method:
     def __init__(self, args, pictures: sets.PictureSet, steps: int, process: launch.Process):
         self.args = args
         self.n = len(pictures)
-        self.precision = Precision.of(args, process.device)
         self.views = colour.default_views(args.view) if args.method == "cmc" else []
         network = build_network(args.resnet_version, args.out_dim, args.conv3x3, self.views)
         pretrained.start_from(network, args.init, PREFIX)
-        self.network = batchnorm.split(network, backbones.splits_here(args, process)).train()
-        self.precision.choose(self.network, (3, args.input_res, args.input_res))
+        self.network = batchnorm.split(network, backbones.splits_here(args, process))
         system = self.build_system()
         self.system = system.to(process.device, memory_format=torch.channels_last)
         self.banks: list[MemoryBank] = [getattr(system, name) for name in self.bank_names]
         self.candidates = args.k if args.method == "moco" else self.n
-        if args.compile:
-            self.network.compile()
-        self.wrapped = launch.parallel(self.network, process)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+        parts = training.prepare(self.network, args, process)
+        self.network, self.wrapped, self.optimizer, self.precision = parts
         self.rule = negatives.Rule(
             args.negatives,
             args.thres_inner,

@@ -456,15 +456,32 @@ def called(command: str):
     return importlib.import_module(script.removesuffix(".py").replace("/", ".")), flags
 
 
+def commands_are_accepted(setting) -> None:
+    for name in setting.runs:
+        for command, _ in setting.commands(name, 0):
+            module, flags = called(command)
+            if hasattr(module, "parse_args"):
+                module.parse_args(flags)
+
+
+STUDIES = [path for path in sorted(ROOT.glob("docs/*.json")) if '"scales"' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_commands_of_every_study_are_accepted(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    content = claim_records.read_study(path)
+    for scale in content["scales"]:
+        setting = claim_records.setting(path.stem, scale, path)
+        commands_are_accepted(setting)
+        for claim in content["claims"]:
+            assert claim_records.Comparison(path.stem, claim, setting, scale).sides()
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_the_commands_of_every_run_are_accepted_and_those_for_a_gpu_work(paper, workspace):
     for scale in PAPERS[paper]["scales"]:
-        setting = claim_records.setting(paper, scale)
-        for name in setting.runs:
-            for command, _ in setting.commands(name, 0):
-                module, flags = called(command)
-                if hasattr(module, "parse_args"):
-                    module.parse_args(flags)
+        commands_are_accepted(claim_records.setting(paper, scale))
     claim_runs.make_toy_pictures(workspace)
     setting = claim_records.setting(paper, "gpu", ROOT)
     commands = setting.commands(next(iter(setting.runs)), 0, toy=True)

@@ -113,8 +113,8 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
 def add_init_argument(group) -> None:
     """Add --init."""
     text = (
-        "start from the backbone of a pre-training of any of the papers, a checkpoint or a run "
-        "folder; the head, the memory and the schedule are fresh"
+        "start from the backbone of a pre-training of any of the papers: a checkpoint, a run "
+        "folder or a name in results/weights; the head, the memory and the schedule are fresh"
     )
     group.add_argument("--init", metavar="PATH", default="", help=text)
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from common import UsageError, UserError, launch
+from common.files import ROOT
 from runner import checkpoint, layouts
 
 LARGEST = 2**14  # pixels of the side of an input
 
 
+def kept(path: str | Path) -> str | None:
+    """Return the network of that name in results/weights; None of a path or an unknown name."""
+    file = ROOT / "results/weights" / f"{path}.safetensors"
+    return None if os.path.exists(path) or not file.is_file() else str(file)
+
+
 def file_at(path: str, flag: str, way_out: str) -> str:
     """Return the file `path`, or the newest pre-training checkpoint of that folder or its folders.
 
-    Raises UsageError where a folder has none, which names the flag and the way out.
+    path: may also be a name in results/weights. Raises UsageError where a folder has no checkpoint,
+    which names the flag and the way out.
     """
     if not os.path.isdir(path):
-        return path
+        return kept(path) or path
     newest = layouts.newest_below(path)
     if newest is None:
         raise UsageError(f"{flag} {path}: this folder has no checkpoint; {way_out}")
@@ -29,8 +38,9 @@ def file_at(path: str, flag: str, way_out: str) -> str:
 def start_from(network: nn.Module, path: str, prefix: str = "") -> None:
     """Give a fresh network the backbone of --init, in place; its projection head stays fresh.
 
-    path: checkpoint or run folder of a pre-training of any paper or program; "": leave the network
-    as it is. prefix: what begins the names of the network's parameters in its paper's checkpoints.
+    path: checkpoint or run folder of a pre-training of any paper or program, or a name in
+    results/weights; "": leave the network as it is. prefix: what begins the names of the network's
+    parameters in its paper's checkpoints.
     Raises UsageError if there is no checkpoint, and UserError if its backbone is another one.
     """
     if not path:
@@ -50,12 +60,15 @@ def start_from(network: nn.Module, path: str, prefix: str = "") -> None:
 def read(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoint.Saved:
     """Read the pre-training checkpoint at `path`, or the newest one in that folder or its folders.
 
+    path: may also be a name in results/weights.
     flag: the flag that named it. first: the script that writes it. any_resnet: also accept another
     paper's single ResNet. Raises UsageError if there is no checkpoint, and UserError if it is a
     classifier or belongs to another paper.
     """
     if os.path.isdir(path):
         path = file_at(path, flag, f"run {first} first")
+    elif network := kept(path):
+        path = network
     elif not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
     saved = checkpoint.Saved(path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.files import ROOT
+from runner import pretrained
 from tools import evaluate, export
 
 FOLDER = ROOT / "results" / "weights"
@@ -32,3 +33,13 @@ def test_a_network_is_found_by_its_name_and_is_the_one_described(file):
     assert flags["input_res"] == 32 and len(operations) == 1
     pictures = torch.rand(2, sum(network.channels), 32, 32)
     assert network(pictures).isfinite().all()
+
+
+def test_a_pre_training_and_an_evaluation_find_a_network_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = FILES[0].stem
+    assert pretrained.file_at(name, "--init", "") == str(FILES[0])
+    saved = pretrained.read(name, "--pretrained", "cmc/train_CMC.py", any_resnet=True)
+    assert saved.path == str(FILES[0])
+    Path(name).touch()  # a file of one's own is preferred
+    assert pretrained.file_at(name, "--init", "") == name

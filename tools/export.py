@@ -24,7 +24,7 @@ import torch
 import torchvision
 
 from common import UsageError, UserError, backbones, cli, files, printable
-from runner import checkpoint, layouts, papers
+from runner import checkpoint, layouts, papers, pretrained
 from runner.trunks import name_of
 from tools import export_input
 
@@ -103,9 +103,8 @@ def find(path: Path) -> Path:
     path: may also be a name in results/weights. A pre-training's is preferred to a linear
     evaluation's. Raises UsageError where there is none.
     """
-    kept = files.ROOT / "results/weights" / f"{path}.safetensors"
-    if not path.exists() and kept.is_file():
-        return kept
+    if network := pretrained.kept(path):
+        return Path(network)
     if not path.is_dir():
         return path
     declared = papers.find().values()

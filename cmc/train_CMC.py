@@ -28,6 +28,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    collectives,
     footing,
     inputs,
     launch,
@@ -202,8 +203,8 @@ class CMC:
         logits = self.memory.logits(feats, rows)  # N x (1 + K) for each pair of views
         losses, out = self.memory.losses(logits)  # losses: one for each view
         self.precision.step(losses.sum(), self.optimizer)
-        everyone = launch.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
-        self.memory.update(everyone, launch.all_gather(batch.index))
+        everyone = collectives.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
+        self.memory.update(everyone, collectives.all_gather(batch.index))
         return self.curves(losses.detach(), out, logits, feats)
 
     def curves(self, losses, out, logits, feats) -> dict:

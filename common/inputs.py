@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import augment, data, launch, sets
+from common import augment, collectives, data, launch, sets
 from common.options import WHOLE_UP_TO
 
 
@@ -16,9 +16,9 @@ def open_split(args, split: str, classes: list[str] | None = None, **options) ->
     if dataset not in ("packed", *sets.TORCHVISION_SETS):
         dataset = "folder"
     if dataset in sets.TORCHVISION_SETS:  # rank 0 downloads the set, the others wait
-        if launch.rank() == 0:
+        if collectives.rank() == 0:
             sets.open_set(args.data, split, dataset=dataset)
-        launch.barrier()
+        collectives.barrier()
     return sets.open_set(
         args.data,
         split,

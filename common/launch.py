@@ -8,7 +8,7 @@ Without any flag this is the current process on the best device. Other ways to s
     script.py --nproc 2 --device cpu               that many processes here (CPU: gloo)
     script.py --world-size 4 --rank 2 --dist-url tcp://host:port       this process is rank 2 of 4
 
-With one process every collective below is the identity, so no script needs a second code path.
+What the processes say to each other is in common.collectives.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from common import UsageError, UserError, printable
+from common import UsageError, UserError, collectives, printable
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 STOP_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -37,7 +36,6 @@ LOST = (
     "another process of this job has ended (its own message says why); continue with --resume auto"
 )
 here = 1  # number of processes of this job on this node
-_control = None  # a gloo group for flags on the host: NCCL only moves device memory
 
 
 @dataclass(frozen=True)
@@ -224,14 +222,14 @@ def _join(
     try:
         worker(args, Process(rank, world_size, local_rank, device))
     except SystemExit:  # all ranks have agreed to stop
-        _leave()
+        collectives.leave()
         raise
-    _leave()  # not after an error, since it could wait for ranks that never answer
+    collectives.leave()  # not after an error, since it could wait for ranks that never answer
 
 
 def _meet(args, device: torch.device, rank: int, world_size: int, url: str) -> None:
     """Open the process group, and the gloo group for objects on the host."""
-    global _control, here
+    global here
     backend = "gloo"
     if device.type != "cpu":
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
@@ -244,16 +242,10 @@ def _meet(args, device: torch.device, rank: int, world_size: int, url: str) -> N
         raise UserError(f"processes cannot meet at --dist-url {url}: {reason}") from None
     # torch 2.15 renames a flag of DistributedDataParallel that 2.6 only knows by its old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    _control = dist.new_group(backend="gloo")
-    here = gather_objects(socket.gethostname()).count(socket.gethostname())
+    collectives.open_host_group()
+    here = collectives.gather_objects(socket.gethostname()).count(socket.gethostname())
     if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
-
-
-def _leave() -> None:
-    global _control
-    dist.destroy_process_group()
-    _control = None
 
 
 def _device(device: str, gpu: int | None, local_rank: int, shared: bool) -> torch.device:
@@ -295,127 +287,8 @@ def parallel(network: nn.Module, process: Process) -> nn.Module:
     return wrapper(network, device_ids=devices, broadcast_buffers=False)
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def cores() -> int:
     """Return the number of cores this process may use, as set by a scheduler or `taskset`."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def own_rows(x: Tensor) -> Tensor:
-    """Return this rank's rows of the global batch: (n * world_size, ...) -> (n, ...)."""
-    return x.chunk(world_size())[rank()]
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Gather the rows of every rank, in rank order: (n, ...) -> (n * world_size, ...).
-
-    n must be the same on every rank, and no gradient flows.
-    """
-    if world_size() == 1:
-        return x.detach()
-    x = x.detach().contiguous()
-    out = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(out, x)
-    return torch.cat(out)
-
-
-def all_gather_with_grad(x: Tensor) -> Tensor:
-    """Gather rows as `all_gather` does, with gradients summed over all ranks.
-
-    DistributedDataParallel averages over ranks afterwards, so a loss that every rank computes as a
-    mean over the gathered rows has exactly the gradient of the one-process loss.
-    """
-    if world_size() == 1:
-        return x
-    return _Gathered.apply(x)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return all_gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return own_rows(sum_ranks(grad))
-
-
-def gather_ragged(x: Tensor) -> Tensor:
-    """Gather rows as `all_gather` does, from ranks with different numbers of rows."""
-    if world_size() == 1:
-        return x.detach()
-    rows = all_gather(torch.tensor([x.shape[0]], device=x.device)).tolist()
-    padded = x.detach().new_zeros((max(rows), *x.shape[1:]))
-    padded[: x.shape[0]] = x.detach()
-    parts = all_gather(padded).split(max(rows))
-    return torch.cat([part[:n] for part, n in zip(parts, rows)])
-
-
-def sum_ranks(x: Tensor) -> Tensor:
-    """Return the elementwise sum over ranks, on every rank; `x` does not change."""
-    x = x.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def mean_ranks(x: Tensor) -> Tensor:
-    """Return the elementwise mean over ranks."""
-    return sum_ranks(x) / world_size()
-
-
-def broadcast_buffers(module: nn.Module) -> None:
-    """Copy the buffers of rank 0 to every rank, before an evaluation that all ranks share."""
-    if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def vote(flag: bool) -> Callable[[], bool]:
-    """Ask whether `flag` is True on any rank; the result waits for the answer and returns it.
-
-    The exchange waits for no GPU.
-    """
-    if world_size() == 1:
-        return lambda: flag
-    highest = torch.tensor([int(flag)])
-    exchange = dist.all_reduce(highest, dist.ReduceOp.MAX, _control, async_op=True)
-
-    def answer() -> bool:
-        exchange.wait()
-        return bool(highest)
-
-    return answer
-
-
-def any_rank(flag: bool) -> bool:
-    """Return whether `flag` is True on any rank. The exchange waits for no GPU."""
-    return vote(flag)()
-
-
-def agree(value):
-    """Return rank 0's value (any picklable object) on every rank."""
-    return gather_objects(value)[0]
-
-
-def gather_objects(value) -> list:
-    """Return the values (any picklable objects) of all ranks, in rank order, on every rank."""
-    values = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=_control)
-    return values
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier(group=_control)

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from common import UserError, launch
+from common import UserError, collectives, launch
 
 PICTURES = 16  # in a timed batch, but at least two in each batch-norm group
 REPEATS = 2  # timed passes each way, after a warm-up pass; the fastest counts
@@ -63,7 +63,7 @@ class Precision:
         with torch.no_grad():
             for buffer, value in zip(network.buffers(), buffers):
                 buffer.copy_(value)
-        plain, mixed = launch.agree([min(seconds[enabled][1:]) for enabled in (False, True)])
+        plain, mixed = collectives.agree([min(seconds[enabled][1:]) for enabled in (False, True)])
         self.enabled = mixed < plain
         self.is_open = False
         self.remark = (

@@ -19,7 +19,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, augment, cli, launch, options
+from common import UsageError, UserError, augment, cli, collectives, launch, options
 from debiased import main as pretraining
 from debiased.flags import add_adam_arguments, refuse_spaced_equals
 from debiased.networks import NORMALIZE, Encoder, LinearNet, described
@@ -152,7 +152,7 @@ def embed(network: LinearNet, images, args):
     """
     is_adapting = args.protocol == "published" and network.fc.training
     if network.f.training and not is_adapting:  # an evaluation begins with rank 0's statistics
-        launch.broadcast_buffers(network)
+        collectives.broadcast_buffers(network)
     network.f.train(is_adapting)
     return network.f(images)
 

@@ -27,6 +27,7 @@ from common import (
     augment,
     backbones,
     cli,
+    collectives,
     footing,
     inputs,
     launch,
@@ -172,11 +173,11 @@ class Debiased:
     def step(self, batch: loop.Batch) -> dict:
         args = self.args
         projections = torch.stack([self.project(view) for view in batch.views], 1)
-        projections = launch.all_gather_with_grad(projections)  # B x (1 + M) x D, of all ranks
+        projections = collectives.all_gather_with_grad(projections)  # B x (1 + M) x D, of all ranks
         z1, z2, *extra = projections.unbind(1)
         labels = None
         if args.loss == "unbiased":
-            labels = launch.all_gather(batch.target)
+            labels = collectives.all_gather(batch.target)
             loss, parts = unbiased_loss(z1, z2, labels, args.temperature)
         else:
             tau_plus = args.tau_plus if args.loss == "debiased" else 0

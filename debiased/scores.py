@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common import launch, metrics
+from common import collectives, metrics
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def pair_statistics(
     group = torch.arange(len(z1), device=z1.device) if labels is None else labels
     group = group.repeat_interleave(2)
     cosines = (z1.float() * z2.float()).sum(1).repeat_interleave(2)
-    positive = launch.own_rows(cosines) / temperature
-    scores = launch.own_rows(z) @ z.T / temperature
-    mask = launch.own_rows(group)[:, None] != group
+    positive = collectives.own_rows(cosines) / temperature
+    scores = collectives.own_rows(z) @ z.T / temperature
+    mask = collectives.own_rows(group)[:, None] != group
     return metrics.score_statistics(positive, scores, temperature, mask)

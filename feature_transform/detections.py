@@ -10,7 +10,7 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import UserError, figures, files, inputs, launch, options
+from common import UserError, collectives, figures, files, inputs, options
 from feature_transform import voc_batches
 from feature_transform.voc import Pictures
 from runner import loop
@@ -30,7 +30,7 @@ def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
     """
     args, process = job.args, job.process
     network = job.method.network.eval()
-    launch.broadcast_buffers(network)
+    collectives.broadcast_buffers(network)
     network.transform.min_size = view.min_size
     rows = range(process.rank, len(pictures), process.world_size)
     size = max(1, args.batch_size // process.world_size)
@@ -50,7 +50,7 @@ def detect(job: loop.Job, pictures: Pictures, view: voc_batches.View) -> Found:
             }
         progress.bar.update(1)
     progress.close()
-    for part in launch.gather_objects(found):
+    for part in collectives.gather_objects(found):
         found |= part
     if len(found) < len(pictures):
         left_out = len(pictures) - len(found)

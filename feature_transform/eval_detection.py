@@ -23,7 +23,17 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 
-from common import UsageError, UserError, backbones, cli, inputs, launch, options, schedule
+from common import (
+    UsageError,
+    UserError,
+    backbones,
+    cli,
+    collectives,
+    inputs,
+    launch,
+    options,
+    schedule,
+)
 from common.precision import Precision
 from feature_transform import checkpoints, detections, detector, voc, voc_batches
 from preprocess import demo_voc
@@ -245,7 +255,7 @@ def learning_rate(args, at: loop.At) -> float:
 def worker(args, process: launch.Process) -> None:
     if args.demo and "data" not in args.typed and process.is_main:
         demo_voc.ensure(args.data[0])
-    launch.barrier()
+    collectives.barrier()
     folder = options.run_folder(args, args.save_path, run_name(args))
     files = loop.Files(__file__, last="current.pth", same=SAME)
     with loop.Job(args, process, folder, files) as job:

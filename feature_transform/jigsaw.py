@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import launch
+from common import collectives
 
 GRID = 3  # a jigsaw has 3 x 3 cells
 
@@ -22,9 +22,9 @@ def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     n, cell = len(images), images.shape[-1] // GRID
     size = max(1, round(cell * 64 / 85))
-    shape = (2, n * launch.world_size(), GRID, GRID)
+    shape = (2, n * collectives.world_size(), GRID, GRID)
     everyone = torch.randint(cell - size + 1, shape, generator=generator)
-    offset = everyone.chunk(launch.world_size(), 1)[launch.rank()]
+    offset = everyone.chunk(collectives.world_size(), 1)[collectives.rank()]
     cells = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
     corner = offset + cell * torch.stack(cells)[:, None]
     corner = corner.flatten(2).to(images.device, non_blocking=True)  # top and left, (2, N, 9)
@@ -41,8 +41,8 @@ def draw(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     Each row of the order is a permutation. generator: as in `cut_patches`.
     """
     patches = cut_patches(images, generator)
-    rows = len(images) * launch.world_size()
-    order = launch.own_rows(torch.rand(rows, GRID**2, generator=generator).argsort(1))
+    rows = len(images) * collectives.world_size()
+    order = collectives.own_rows(torch.rand(rows, GRID**2, generator=generator).argsort(1))
     return patches, order.to(images.device, non_blocking=True)
 
 

@@ -29,6 +29,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    collectives,
     footing,
     inputs,
     launch,
@@ -211,7 +212,7 @@ class Bank(Method):
         loss, values = self.loss(logits)
         values["feature_spread"] = metrics.spread(queries[0])
         self.precision.step(loss, self.optimizer)
-        self.memory.update(launch.all_gather(queries[0]), launch.all_gather(batch.index))
+        self.memory.update(collectives.all_gather(queries[0]), collectives.all_gather(batch.index))
         return values
 
 

@@ -30,6 +30,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    collectives,
     footing,
     inputs,
     launch,
@@ -187,7 +188,7 @@ class InsDis(InstanceMethod):
         logits = self.memory.logits(feat, rows)  # N x (1 + K)
         loss, out = self.memory.loss(logits)
         self.precision.step(loss, self.optimizer)
-        self.memory.update(launch.all_gather(feat), launch.all_gather(batch.index))
+        self.memory.update(collectives.all_gather(feat), collectives.all_gather(batch.index))
         return self.curves(loss, out, logits, feat)
 
     def state_dict(self) -> dict:

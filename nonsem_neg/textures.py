@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common import UsageError, files, launch, printable
+from common import UsageError, collectives, files, printable
 from common.sets import TORCHVISION_SETS, FolderSet, few, open_set, pictures_below
 from nonsem_neg.negatives import pair_names, stem_of
 
@@ -53,7 +53,7 @@ def open_pairs(args) -> tuple[FolderSet, FolderSet]:
     """Return (originals, textures), paired row by row; unmatched.txt lists the rest."""
     texture_set = open_set(args.texture_root, "train", class_list=args.class_list)
     listing = None
-    if launch.rank() == 0 and not args.show_views:
+    if collectives.rank() == 0 and not args.show_views:
         listing = os.path.join(files.make_folder(args.ckpt_path), "unmatched.txt")
     root = os.path.join(args.data, "train")
     return pair_by_path(texture_set, root, unmatched_listing=listing)

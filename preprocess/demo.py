@@ -22,7 +22,7 @@ import os
 import shutil
 from pathlib import Path
 
-from common import UsageError, UserError, files, launch
+from common import UsageError, UserError, collectives, files, launch
 from common.files import only_writer
 from preprocess.demo_pictures import CUES
 from preprocess.demo_shapes import CLASSES
@@ -232,4 +232,4 @@ def ensure_for(args, process: launch.Process, texture: bool = False, cues: bool 
             ensure(args.data, texture=texture)
         if cues:
             add_cues(args.data)
-    launch.barrier()
+    collectives.barrier()

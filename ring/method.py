@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmc import colour
-from common import UserError, backbones, batchnorm, launch, metrics, sets
+from common import UserError, backbones, batchnorm, collectives, launch, metrics, sets
 from ring import monitor, negatives, thresholds
 from ring.memories import MemoryBank
 from ring.networks import PREFIX, build_network
@@ -116,8 +116,9 @@ class Method:
         if self.args.all_ring:
             return None
         count = self.args.k - 1 if self.rule.self_negative else self.args.k
-        everyone = rows * launch.world_size()
-        return launch.own_rows(negatives.draw(everyone, count, ranks, self.generators["draws"]))
+        everyone = rows * collectives.world_size()
+        drawn = negatives.draw(everyone, count, ranks, self.generators["draws"])
+        return collectives.own_rows(drawn)
 
     def observer(self, index: Tensor, labels: Tensor | None) -> Observer:
         """Return an observer of the rings of these pictures. labels: classes of all candidates."""
@@ -127,7 +128,7 @@ class Method:
     def adapt(self, loss: Tensor) -> None:
         """Give the loss to a threshold that follows it; no other policy waits for the device."""
         if self.args.anneal == "loss":
-            self.policy.record(float(launch.mean_ranks(loss)))
+            self.policy.record(float(collectives.averaged(loss)))
 
     def curves(
         self,

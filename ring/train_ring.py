@@ -30,6 +30,7 @@ from common import (
     backbones,
     batchnorm,
     cli,
+    collectives,
     footing,
     inputs,
     launch,
@@ -161,7 +162,7 @@ class IR(Method):
         loss = negatives.conditional_loss(query, positive, bank, comparison, observer)
         self.precision.step(loss, self.optimizer)
         self.adapt(loss)
-        self.banks[0].update(launch.all_gather(query), launch.all_gather(batch.index))
+        self.banks[0].update(collectives.all_gather(query), collectives.all_gather(batch.index))
         return self.curves(loss, threshold, ranks, [observer], query)
 
 
@@ -190,8 +191,8 @@ class CMC(Method):
         loss = sum(losses)
         self.precision.step(loss, self.optimizer)
         self.adapt(loss)
-        everyone = launch.all_gather(batch.index)
-        for memory, feat in zip(self.banks, launch.all_gather(feats).chunk(2, 1)):
+        everyone = collectives.all_gather(batch.index)
+        for memory, feat in zip(self.banks, collectives.all_gather(feats).chunk(2, 1)):
             memory.update(feat, everyone)
         names = colour.view_keys(self.views)
         of_views = {f"{name}_loss": own.detach() for name, own in zip(names, losses)}
@@ -231,9 +232,9 @@ class MoCo(Method):
         loss = negatives.conditional_loss(query, positive, queue, comparison, observer)
         self.precision.step(loss, self.optimizer)
         self.adapt(loss)
-        everyone = launch.all_gather(batch.index)
+        everyone = collectives.all_gather(batch.index)
         self.system.enqueue(keys, everyone)
-        self.banks[0].update(launch.all_gather(query), everyone)
+        self.banks[0].update(collectives.all_gather(query), everyone)
         return self.curves(loss, threshold, ranks, [observer], query)
 
     @torch.no_grad()
@@ -251,7 +252,7 @@ class MoCo(Method):
             draws = self.generators["draws"]
             return batchnorm.encode_shuffled(lambda x: self.encode(network, x), images, draws)
         key = self.encode(network, images)
-        return key, launch.all_gather(key)
+        return key, collectives.all_gather(key)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"queue_pictures": self.system.pictures}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision import datasets as tv_datasets
 
-from common import UsageError, UserError, cli, launch, sets
+from common import UsageError, UserError, cli, collectives, sets
 from runner import linear
 
 # {name: (splits to train on, splits to test on)}, as arguments of torchvision's class
@@ -119,9 +119,9 @@ def open_both(name: str, path: str) -> tuple[sets.PictureSet, sets.PictureSet]:
     if name not in SETS:
         train = sets.open_set(path, "train")
         return train, sets.open_set(path, "val", classes=train.classes)
-    if launch.rank() == 0:
+    if collectives.rank() == 0:
         _open(name, path)
-    launch.barrier()
+    collectives.barrier()
     return _open(name, path)
 
 

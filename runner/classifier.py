@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from common import UserError, launch, metrics
+from common import UserError, collectives, launch, metrics
 from runner import checkpoint
 from runner.contract import Batch
 from runner.features import Embed
@@ -75,7 +75,7 @@ class Classifier:
         does nothing and returns {}.
         """
         target = batch.target
-        if self.has_norm and launch.any_rank(len(target) == 1):
+        if self.has_norm and collectives.any_rank(len(target) == 1):
             return {}
         logits = self.wrapped(batch.views)
         loss = cross_entropy(logits, target)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from common import UserError, data, launch, metrics
+from common import UserError, collectives, data, metrics
 from runner.progress import Progress
 
 CACHE_BYTES = 32 << 30  # larger caches are refused, since memory would run out an hour later
@@ -74,7 +74,7 @@ class CachedViews:
         self.features = torch.stack(kept)  # (views, n, ...)
         self.targets = torch.cat(targets)  # (n,)
         # Every rank uses the same number of rows per epoch, so that all take the same steps.
-        self.rows = min(launch.gather_objects(len(self.targets)))
+        self.rows = min(collectives.gather_objects(len(self.targets)))
         self.batch = loader.batch_size
         self.seed = seed
         self.epoch = 0
@@ -97,7 +97,7 @@ class CachedViews:
         self.start = start_step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        seed = self.seed + 1_000_003 * self.epoch + launch.rank()
+        seed = self.seed + 1_000_003 * self.epoch + collectives.rank()
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.targets), generator=generator)[: self.rows]
         order = order.to(self.targets.device)  # once an epoch, since a step must not wait
@@ -119,5 +119,5 @@ def validate(classifier: Callable[[Tensor], Tensor], batches) -> tuple[float, fl
         loss = cross_entropy(logits, target)
         values = torch.stack([top1, top5, loss, torch.ones_like(loss)])
         sums.append(values.double() * len(target))
-    top1, top5, loss, rows = launch.sum_ranks(torch.stack(sums).sum(0)).tolist()
+    top1, top5, loss, rows = collectives.summed(torch.stack(sums).sum(0)).tolist()
     return top1 / rows, top5 / rows, loss / rows

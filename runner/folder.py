@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UsageError, UserError, cli, files, launch, printable
+from common import UsageError, UserError, cli, collectives, files, launch, printable
 from runner import events
 
 
@@ -212,7 +212,7 @@ class RunFolder:
     def say_replaced(self, *loaders) -> None:
         """Print how many pictures --skip-bad-images has replaced. Every rank must call this."""
         mine = {path for loader in loaders for path in loader.bad_images}
-        paths = sorted(set().union(*launch.gather_objects(mine)))
+        paths = sorted(set().union(*collectives.gather_objects(mine)))
         if paths:
             first = printable(paths[0])
             self.say(f"replaced {len(paths)} unreadable pictures, the first of them {first}")

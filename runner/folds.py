@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torchvision import datasets as tv_datasets
 
-from common import UsageError, UserError, files, launch, sets
+from common import UsageError, UserError, collectives, files, launch, sets
 from runner import checkpoint, linear
 from runner.folder import RunFolder
 
@@ -74,7 +74,7 @@ def fit(
         opened = train_set.select(rows), val_set
         linear.fit(of_fold, args, process, saved, lambda *_: opened, look)  # noqa: B023 used here
         results.append(Path(own, "result.json"))
-    launch.barrier()
+    collectives.barrier()
     if not all(path.exists() for path in results):  # --stop-after
         return {}
     scores = [files.read_json(path) for path in results]

@@ -8,7 +8,18 @@ import os
 import torch
 from torch import Tensor
 
-from common import UsageError, augment, cli, data, inputs, launch, metrics, options, sets
+from common import (
+    UsageError,
+    augment,
+    cli,
+    collectives,
+    data,
+    inputs,
+    launch,
+    metrics,
+    options,
+    sets,
+)
 from runner.features import Embed, embed_images
 from runner.signals import until_stopped
 
@@ -46,7 +57,7 @@ def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[T
     Batch-norm uses the statistics of rank 0, and nothing is compiled, since an evaluation is
     shorter than the compilation of its graphs. embed: default, the method's own.
     """
-    launch.broadcast_buffers(method.network)
+    collectives.broadcast_buffers(method.network)
     method.network.eval()
     with torch.compiler.set_stance("force_eager"):
         rows = embedded(embed or method.embed, loader)
@@ -57,7 +68,7 @@ def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[T
 def embedded(embed: Embed, loader: data.Loader) -> tuple[Tensor, Tensor]:
     """Return features (N, D) and targets (N,) of the pictures of all ranks."""
     rows = metrics.extract_features(lambda images: embed_images(embed, images), loader)
-    return tuple(map(launch.gather_ragged, rows))
+    return tuple(map(collectives.gather_ragged, rows))
 
 
 def evaluate(job, method, both: tuple[data.Loader, data.Loader]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import cli, data, inputs, launch, metrics, options, sets
+from common import cli, collectives, data, inputs, launch, metrics, options, sets
 from common.precision import Precision
 from runner import checkpoint, knn, layouts, loop, pretrained
 from runner.classifier import Classifier
@@ -253,7 +253,7 @@ def train(job: loop.Job, method: Classifier, val_loader: data.Loader, best: str)
                 job.track(**values)
         if not job.complete:
             continue
-        launch.broadcast_buffers(method.classifier)
+        collectives.broadcast_buffers(method.classifier)
         top1, top5, loss = validate(method.classifier.eval(), val)
         if not is_checked:
             method.check_frozen()

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import data, files, launch, options, schedule
+from common import collectives, data, files, launch, options, schedule
 from runner import checkpoint, collapse, resume, views
 from runner.contract import At, Batch, Method
 from runner.folder import RunFolder, refuse_to_overwrite
@@ -353,11 +353,11 @@ class Job:
         when = f"epoch {self.epoch}, after {self.global_step} steps in all"
         resume.check_weights(method.optimizer, when)
         draws = {key: generator.get_state() for key, generator in method.generators.items()}
-        draws = launch.gather_objects({**draws, "torch": torch.get_rng_state()})
+        draws = collectives.gather_objects({**draws, "torch": torch.get_rng_state()})
         if self.process.is_main:
             state = resume.state_of(method, self.files, self.args, position, draws)
             state |= {"steps": self.steps, "data": self.data}
             if pending:
                 state["pending"] = True
             checkpoint.save(Path(self.folder) / name, state)
-        launch.barrier()
+        collectives.barrier()

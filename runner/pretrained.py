@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import UsageError, UserError, launch
+from common import UsageError, UserError, collectives
 from common.files import ROOT
 from runner import checkpoint, layouts
 
@@ -114,7 +114,7 @@ def input_res(args, flags: dict) -> int:
     A typed side that differs from the pre-training's is noted.
     """
     if "input_res" in args.typed:
-        if flags.get("input_res", args.input_res) != args.input_res and launch.rank() == 0:
+        if flags.get("input_res", args.input_res) != args.input_res and collectives.rank() == 0:
             then = flags["input_res"]
             print(f"note: --input-res {args.input_res}; the pre-training had {then}", flush=True)
         return args.input_res

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, launch
+from common import UserError, collectives
 
 # Only one process prints. The default lock of tqdm would be shared between processes.
 tqdm.set_lock(threading.RLock())
@@ -103,7 +103,7 @@ class Progress:
         if self._pending is None:
             return torch.zeros(len(self._names), dtype=torch.float64), self._pending_rows
         mine = torch.cat([self._pending, self._pending.new_tensor([self._pending_rows])])
-        *sums, rows = launch.sum_ranks(mine).tolist()
+        *sums, rows = collectives.summed(mine).tolist()
         return torch.tensor(sums, dtype=torch.float64), rows
 
     def _print(self, recent: dict[str, float], seconds: float) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, cli, launch, printable
+from common import UserError, cli, collectives, launch, printable
 from runner import checkpoint, layouts
 
 PICTURES = ("dataset", "class_list")  # flags that select the training pictures
@@ -154,7 +154,7 @@ def settle(args, saved: checkpoint.Saved | None, files: Files):
     if seed is None and saved is not None:
         seed = (saved.get(files.flags) or {}).get("seed")
     if seed is None:
-        seed = launch.agree(random.SystemRandom().choice(cli.DRAWN))
+        seed = collectives.agree(random.SystemRandom().choice(cli.DRAWN))
     random.seed(seed)
     torch.manual_seed(seed)  # equal weights on every rank; views are drawn by the loader
     return cli.replace(args, seed=seed)

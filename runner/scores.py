@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import files, launch
+from common import collectives, files, launch
 
 COLUMNS = 5  # as in common.metrics.score_statistics
 
@@ -37,7 +37,7 @@ class Scores:
             return
         pad = torch.nn.utils.rnn.pad_sequence
         mine = pad(self.steps, batch_first=True, padding_value=float("nan"))
-        ranks = launch.gather_objects(mine.cpu().numpy())
+        ranks = collectives.gather_objects(mine.cpu().numpy())
         self.steps = []
         if not self.process.is_main:
             return

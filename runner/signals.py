@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 
-from common import launch
+from common import collectives, launch
 
 
 class StopSignal:
@@ -48,7 +48,7 @@ class StopSignal:
 
     def asked(self) -> bool:
         """Return whether any rank has received a signal. Every rank must call this."""
-        return launch.any_rank(bool(self.received))
+        return collectives.any_rank(bool(self.received))
 
     def asked_before(self) -> bool:
         """Return whether any rank had received a signal when this was last called.
@@ -56,15 +56,15 @@ class StopSignal:
         So no rank waits for the others. A single process answers for now. Every rank must call
         this.
         """
-        vote = launch.vote(bool(self.received))
-        if launch.world_size() > 1:
+        vote = collectives.vote(bool(self.received))
+        if collectives.world_size() > 1:
             vote, self.last_vote = self.last_vote, vote
         return vote()
 
     @property
     def exit_code(self) -> int:
         """128 + the number of the signal, the same on every rank; 0 without a signal."""
-        number = max(launch.gather_objects(self.received))
+        number = max(collectives.gather_objects(self.received))
         return 128 + number if number else 0
 
 

@@ -16,7 +16,7 @@ from conftest import equal, slim_networks
 from papers import CASES
 from PIL import Image
 
-from common import UsageError, UserError, cli, files, launch, options
+from common import UsageError, UserError, cli, collectives, files, launch, options
 from common.precision import Precision
 from runner import checkpoint, knn, loop, resume
 from runner.signals import StopSignal
@@ -707,11 +707,11 @@ def test_an_evaluation_is_not_compiled():
 
 
 def test_several_processes_learn_of_a_signal_one_step_later(monkeypatch):
-    monkeypatch.setattr(launch, "vote", lambda flag: lambda: flag)
+    monkeypatch.setattr(collectives, "vote", lambda flag: lambda: flag)
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked_before()  # a single process
-        monkeypatch.setattr(launch, "world_size", lambda: 2)
+        monkeypatch.setattr(collectives, "world_size", lambda: 2)
         assert [stop.asked_before(), stop.asked_before()] == [False, True]
         assert stop.asked()
 

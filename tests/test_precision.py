@@ -9,7 +9,7 @@ import torch
 from conftest import equal, says_no
 from torch import nn
 
-from common import UserError, backbones, batchnorm, cli, launch, options
+from common import UserError, backbones, batchnorm, cli, collectives, options
 from common import precision as precisions
 from common.precision import Precision
 
@@ -90,7 +90,8 @@ def test_auto_takes_the_faster_way_of_rank_0(mixed, expected, monkeypatch):
     precision.choose(network, (3, 8, 8))  # settled
     assert len(taken) == 2 * (1 + precisions.REPEATS)
 
-    monkeypatch.setattr(launch, "agree", lambda seconds: seconds[::-1])  # rank 0 saw the reverse
+    # Rank 0 saw the reverse.
+    monkeypatch.setattr(collectives, "agree", lambda seconds: seconds[::-1])
     precision = Precision("auto", CPU)
     precision.choose(network, (3, 8, 8))
     assert str(precision) != expected

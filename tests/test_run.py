@@ -75,15 +75,15 @@ JOB = """
 import errno, os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-from common import cli, launch, options
+from common import cli, collectives, launch, options
 
 def worker(args, process):
-    launch.barrier()
+    collectives.barrier()
     if process.rank == 0 and args.full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/current.pth")
     if process.rank == 1 and not args.full:
         os.kill(os.getpid(), signal.SIGKILL)
-    launch.all_gather(torch.zeros(1))
+    collectives.all_gather(torch.zeros(1))
 
 def main():
     parser = cli.Parser()

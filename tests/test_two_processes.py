@@ -24,7 +24,7 @@ from conftest import equal, inside, run_script, slim_networks
 from papers import BATCH, CASES, STEPS, WHOLE, checkpoints
 from torch import nn
 
-from common import batchnorm, cli, launch, options
+from common import batchnorm, cli, collectives, launch, options
 from runner import checkpoint
 from runner.contract import At, Batch
 
@@ -103,8 +103,8 @@ def build(name: str, process):
 
 def without_others(x):
     """What `all_gather_with_grad` returns, with a gradient for this rank's own rows alone."""
-    rows = list(launch.all_gather(x).chunk(launch.world_size()))
-    rows[launch.rank()] = x
+    rows = list(collectives.all_gather(x).chunk(collectives.world_size()))
+    rows[collectives.rank()] = x
     return torch.cat(rows)
 
 
@@ -126,9 +126,9 @@ def plant(mistake: str | None, method, process) -> contextlib.AbstractContextMan
     if mistake == papers.OWN_KEYS:
         return mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
     if mistake == papers.OWN_NEGATIVES:
-        return mock.patch.object(launch, "all_gather_with_grad", lambda x: x)
+        return mock.patch.object(collectives, "all_gather_with_grad", lambda x: x)
     if mistake == papers.CUT:
-        return mock.patch.object(launch, "all_gather_with_grad", without_others)
+        return mock.patch.object(collectives, "all_gather_with_grad", without_others)
     return contextlib.nullcontext()
 
 
@@ -150,19 +150,20 @@ def steps(name: str, process, mistake: str | None = None) -> dict:
         target, index = (rows[mine].to(process.device) for rows in rest)
         with planted:
             said = method.step(Batch(own, target, index, At(0, step / 20, step)))
-        scores.append(launch.all_gather(said.pop("scores")))
+        scores.append(collectives.all_gather(said.pop("scores")))
         said.pop("feature_spread")  # of a rank's own features
         logged.append(
-            [launch.mean_ranks(torch.as_tensor(value).double()).cpu() for value in said.values()]
+            [collectives.averaged(torch.as_tensor(value).double()).cpu() for value in said.values()]
         )
     after, memory = weights(method), memories(method)
+    digests = [digest(value) for value in (*after.values(), *memory.values())]
     moved = torch.cat([some(after[path] - before[path]) for path in after])
     return {
         "logged": torch.tensor(logged).double(),
         "moved": moved.cpu(),
         "scores": torch.stack(scores).double().cpu().sort(1).values,  # ranks order them otherwise
         **{path: value.double().cpu() for path, value in memory.items()},
-        "ranks": launch.gather_objects([digest(v) for v in (*after.values(), *memory.values())]),
+        "ranks": collectives.gather_objects(digests),
     }
 
 
@@ -175,20 +176,20 @@ def digest(x) -> str:
     return hashlib.sha1(x.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def collectives(process) -> dict:
+def exchanged(process) -> dict:
     x = torch.arange(3.0)[:, None] + 10 * process.rank
     shuffle = batchnorm.BatchShuffle(3, torch.Generator().manual_seed(1))
     spread = shuffle.spread(x)
     z = x.clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # torch's own function is deprecated
-        (launch.all_gather_with_grad(z) ** 2).sum().backward()
+        (collectives.all_gather_with_grad(z) ** 2).sum().backward()
     assert torch.equal(shuffle.own(shuffle.collect(spread)), x)
     return {
-        "shuffled": launch.all_gather(spread),
+        "shuffled": collectives.all_gather(spread),
         "grad": z.grad,
-        "ragged": launch.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
-        "any": launch.any_rank(process.rank == 1),
+        "ragged": collectives.gather_ragged(torch.arange(1.0 + 2 * process.rank)),
+        "any": collectives.any_rank(process.rank == 1),
     }
 
 
@@ -196,7 +197,7 @@ def job(args, process) -> None:
     """Take the steps of all Cases, in two processes with every mistake as well, and some runs."""
     with slim_networks():
         answers = {name: steps(name, process) for name in CASES}
-        answers["collectives"] = collectives(process)
+        answers["collectives"] = exchanged(process)
         if process.world_size == 2:
             for mistake, name in MISTAKES:
                 answers[name, mistake] = steps(name, process, mistake)

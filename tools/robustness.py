@@ -27,7 +27,7 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, augment, cli, files, inputs, launch, options
+from common import UsageError, UserError, augment, cli, collectives, files, inputs, launch, options
 from common.precision import Precision
 from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
@@ -168,14 +168,14 @@ class Evaluation:
             progress.close()
             loader.close()
         self.log.say_replaced(loader)
-        rows, *judged = (launch.gather_ragged(torch.cat(part).float()) for part in zip(*parts))
+        rows, *judged = (collectives.gather_ragged(torch.cat(part).float()) for part in zip(*parts))
         order = rows.double().argsort()  # ranks hold interleaved rows
         return [values[order].cpu() for values in judged]
 
     def _batches(self, loader):
         """Yield this rank's batches; all ranks make the same number of steps."""
         batches = iter(loader)
-        for _ in range(max(launch.gather_objects(len(loader)))):
+        for _ in range(max(collectives.gather_objects(len(loader)))):
             if self.stop.asked():
                 raise Stopped
             batch = next(batches, None)
@@ -335,7 +335,7 @@ def open_folder(args, process, saved, classifier: Classifier, context: contextli
     path = folder / f"result{suffix}.json"
     is_own = args.demo and "ckpt_path" not in args.typed
     before = earlier(path, saved.path, classifier.digest, args.overwrite, is_own)
-    before = launch.agree(before)
+    before = collectives.agree(before)
     log = RunFolder(folder, args, process, tensorboard=False, suffix=suffix)
     context.callback(log.close)
     return log, path, before

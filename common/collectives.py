@@ -1,6 +1,6 @@
 """Let the processes of a job communicate: gather rows, sum, agree, wait for each other.
 
-With one process every function here is the identity, so no script needs a second code path.
+With one process there is nothing to exchange, so no script needs a second code path.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def vote(flag: bool) -> Callable[[], bool]:
-    """Ask whether `flag` is True on any rank; the result waits for the answer and returns it.
+    """Start to ask all ranks whether `flag` is True on any of them.
 
-    The exchange waits for no GPU.
+    Returns a function that waits for the answer and returns it. Neither waits for a GPU.
     """
     if world_size() == 1:
         return lambda: flag
@@ -123,7 +123,7 @@ def vote(flag: bool) -> Callable[[], bool]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether `flag` is True on any rank. The exchange waits for no GPU."""
+    """Return whether `flag` is True on any rank, without waiting for a GPU."""
     return vote(flag)()
 
 

@@ -72,7 +72,7 @@ def panel(axes, kind: str) -> None:
             axes.scatter(*np.mean([at(first), at(second)], axis=0), s=30, color=RED, marker="x")
     dot(axes, POSITIVE, GREEN)
     dot(axes, ANCHOR, BLUE, 150, marker="*")
-    axes.set_title(TITLES[kind], fontsize=8.5, y=1.0, va="bottom")
+    axes.set_title(TITLES[kind], fontsize=8.5)
     axes.set(xlim=(-1.3, 1.3), ylim=(-1.25, 1.35), aspect="equal")
     axes.axis("off")
 
@@ -89,7 +89,7 @@ def main() -> None:
         figure.axes[0].scatter([], [], s=46, facecolor="white", edgecolor=RED, label="same class"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
-    figure.savefig(Path(__file__).with_name("idea.png"), dpi=140)
+    figure.savefig(Path(__file__).with_name("idea.png"), dpi=140, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ LARGEST = 2**14  # pixels of the side of an input
 
 
 def kept(path: str | Path) -> str | None:
-    """Return the network of that name in results/weights; None of a path or an unknown name."""
+    """Return the file of the network `path` in results/weights; None if there is none or a path."""
     file = ROOT / "results/weights" / f"{path}.safetensors"
     return None if os.path.exists(path) or not file.is_file() else str(file)
 

@@ -107,7 +107,7 @@ def test_a_claim_from_its_commands_to_the_pages(root, capsys):
     assert "[12/12]" in said and "left)" in said
     assert "paper: better-plain 3 linear +2.00±0.00 agrees *" in said
     assert "does not agree" in said and "not run" in said
-    assert "* from records of older code: a folder that their commands use" in said
+    assert "* from records of older code: common, runner or another folder" in said
     record = root / "results" / "paper" / "better-s2"
     kept = ["config.json", "metrics.jsonl", "result.json", "took.json", "weights.sha256"]
     assert sorted(path.name for path in record.iterdir()) == kept
@@ -324,7 +324,7 @@ def test_what_can_be_said_of_differences():
 
 
 def test_wrong_names_and_pictures_that_are_not_there(root):
-    names = "rings: no paper's folder and no claim; there are paper, better-plain, "
+    names = "rings: neither a paper's folder nor a claim; there are paper, better-plain, "
     with pytest.raises(UserError, match=names):
         claims.main(["rings", "--scale", "toy"], root)
     with pytest.raises(UserError, match="no table is known for `claims: ring cpu runs`"):

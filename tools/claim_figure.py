@@ -1,6 +1,6 @@
 """Draw the runs of a study with every seed, and the differences that claims are about.
 
-The differences are drawn at the end of the trainings, and k-NN also in their course.
+The differences are those at the end of training, and for k-NN also those during it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _draw_claims(axis, claims: list[Comparison], with_papers: bool) -> None:
         axis.errorbar(mean, row, xerr=half, fmt="|", color="black", capsize=3, label="mean, 95 %")
         number = "" if claim.number == main else f" ({NAMES.get(claim.number, claim.number)})"
         paper = f"{claim.paper}: " if with_papers else ""
-        names.append(f"{paper}{claim.claim['better']} − {claim.claim['than']}{number}")
+        names.append(f"{paper}{claim.pair()}{number}")
         gain = published_gain(claim.claim["published"])
         if gain is not None and gain < MOST_GAIN:
             axis.plot(gain, row, "d", color=ORANGE, label="published, on other data")
@@ -102,14 +102,13 @@ def draw_curves(path: str, claims: list[Comparison]) -> None:
     for claim in claims:
         curves = claim.courses("knn_acc1")
         if curves:
-            name = f"{claim.claim['better']} − {claim.claim['than']}"
-            drawn.setdefault(claim.paper, {})[name] = curves
+            drawn.setdefault(claim.paper, {})[claim.pair()] = curves
     if not drawn:
         raise UserError("--curves: no claim has runs that logged k-NN in the course of training")
-    columns = min(len(drawn), COLUMNS - 1)
-    rows = -(-len(drawn) // columns)
+    rows = -(-len(drawn) // (COLUMNS - 1))
+    columns = -(-len(drawn) // rows)
     figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axis in axes[len(drawn) :]:
         axis.remove()
     for axis, (paper, curves_of) in zip(axes, drawn.items()):
@@ -121,7 +120,8 @@ def draw_curves(path: str, claims: list[Comparison]) -> None:
         axis.set_title(paper, fontsize="medium")
         axis.legend(fontsize="x-small", loc="best")
         axis.grid(alpha=0.3)
-        axis.tick_params(labelbottom=True, labelleft=True)
+        axis.margins(y=0.2)
+        axis.tick_params(labelleft=True)
     figure.supxlabel("k-NN accuracy of the other run at the same epoch", fontsize="medium")
     figure.supylabel("difference in k-NN accuracy, points", fontsize="medium")
     files.write_figure(figure, path, "figure", dpi=150)

@@ -43,9 +43,9 @@ class Setting:
     root: folder that all paths and the commands start from. about: the setting in words. records:
     where the runs' records lie. steps: the commands of a run. Each is a dict of `command`, `folder`
     (that it writes), `suffix` (of the folder of its records), `toy` (flags with which it ends
-    after a few batches) and, where others do without it, `runs`.
+    after a few batches) and, if only some runs take it, `runs`.
     runs: {name: flags}. numbers: keys of the numbers to compare, the main one first.
-    pictures: name and size of the part of CIFAR-10 that is trained on, if it is that.
+    pictures: name and size of the part of CIFAR-10 that is trained on, or None.
     same_as: {name of a run: the run of another paper that takes the same steps, PAPER/RUN}.
     """
 
@@ -252,7 +252,7 @@ class Comparison:
 
     @property
     def number(self) -> str:
-        """The key of the number that the claim is about: the setting's first, unless it says."""
+        """The key of the number that the claim is about; the setting's first if it names none."""
         return self.claim.get("number", self.setting.numbers[0])
 
     def sides(self) -> list[tuple[Setting, str]]:
@@ -262,6 +262,10 @@ class Comparison:
             return []
         pair = [find_run(own, self.claim[side]) for side in ("better", "than")]
         return pair if all(pair) else []
+
+    def pair(self) -> str:
+        """Return the names of the runs that are compared, as a difference."""
+        return " − ".join(run for _, run in self.sides())
 
     def differences(self) -> dict[str, list[float]]:
         """Return, for each number, better minus other of every seed that both have."""
@@ -325,7 +329,7 @@ def missing(claims: list[Comparison], seeds: int) -> list[tuple[Setting, str, in
 
 
 def unrecorded(runs: list[tuple[Setting, str]], seeds: int) -> list[tuple[Setting, str, int]]:
-    """Return (setting, run, seed) of what has no records, by seed: pairs are complete early."""
+    """Return (setting, run, seed) of what has no records, ordered by seed."""
     return [
         (side, run, seed)
         for seed in range(seeds)

@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help=about)
     about = "runs at once; they share the processor's cores unless --threads is given"
     parser.add_argument("--jobs", type=cli.positive_int, default=1, help=about)
-    about = "CIFAR-10 as files, of which smaller trees are linked"
+    about = "CIFAR-10 as image files; smaller trees are made as links to them"
     parser.add_argument("--cifar", metavar="TREE", help=about)
     about = "OMP_NUM_THREADS of the runs"
     parser.add_argument("--threads", type=cli.positive_int, help=about)
@@ -97,13 +97,14 @@ def choose(which: list[str], root: Path) -> dict[str, set[str]]:
         else:
             names = [*claims, *(name for paper in claims for name in sorted(claims[paper]))]
             raise UserError(
-                f"{printable(name)}: no paper's folder and no claim; there are {', '.join(names)}"
+                f"{printable(name)}: neither a paper's folder nor a claim; there are "
+                f"{', '.join(names)}"
             )
     return {paper: chosen[paper] for paper in claims if paper in chosen}
 
 
 def run_missing(args, claims: list[Comparison], studied: Setting | None, root: Path) -> list[str]:
-    """Run what claims have no records of, or what a study has none of; return what failed."""
+    """Make the runs of the claims, or of a study, that have no records; return what failed."""
     jobs = claim_records.missing(claims, args.seeds)
     if studied and not args.which:
         runs = [(studied, run) for run in studied.runs]
@@ -160,9 +161,9 @@ def print_claims(claims: list[Comparison]) -> None:
     print(layout(["claim", "seeds", "difference, 95 % interval", "verdict"], rows, markdown=False))
     if any(row[-1].endswith(" *") for row in rows):
         print(
-            "\n* from records of older code: a folder that their commands use, common or runner\n"
-            "has changed since, or had changes that were not committed. --run keeps such records;\n"
-            "delete their folders to make them again."
+            "\n* from records of older code: common, runner or another folder that their commands\n"
+            "use has changed since, or had changes that were not committed. --run keeps such\n"
+            "records; delete their folders to make them again."
         )
 
 

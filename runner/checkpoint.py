@@ -31,6 +31,7 @@ ALLOWED = [
     *(np.dtype, *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}),
 ]
 ABOUT = "negatives.about"  # key in the metadata of a safetensors file: `Saved.about` as JSON
+KEPT = files.ROOT / "results/weights"  # networks that are found by their name
 DEPTH = 20  # most levels of nested containers; a checkpoint has four or five
 
 
@@ -66,6 +67,9 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         siblings = sorted(sibling.name for sibling in path.parent.glob("*.pth*"))
         hint = f"; {path.parent} has {', '.join(siblings[-4:])}" if siblings else ""
+        if not hint and path.name == str(path) and not path.suffix:
+            names = sorted(kept.stem for kept in KEPT.glob("*.safetensors"))
+            hint = f"; results/weights has {', '.join(names)}"
         raise UsageError(f"no checkpoint at {path}{hint}")
     try:
         loaded = _copied(_read(path))

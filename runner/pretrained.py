@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from common import UsageError, UserError, collectives
-from common.files import ROOT
 from runner import checkpoint, layouts
 
 LARGEST = 2**14  # pixels of the side of an input
@@ -17,7 +16,7 @@ LARGEST = 2**14  # pixels of the side of an input
 
 def kept(path: str | Path) -> str | None:
     """Return the file of the network `path` in results/weights; None if there is none or a path."""
-    file = ROOT / "results/weights" / f"{path}.safetensors"
+    file = checkpoint.KEPT / f"{path}.safetensors"
     return None if os.path.exists(path) or not file.is_file() else str(file)
 
 

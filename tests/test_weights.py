@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import UsageError
 from common.files import ROOT
 from runner import pretrained
 from tools import evaluate, export
@@ -41,5 +42,7 @@ def test_a_pre_training_and_an_evaluation_find_a_network_by_its_name(tmp_path, m
     assert pretrained.file_at(name, "--init", "") == str(FILES[0])
     saved = pretrained.read(name, "--pretrained", "cmc/train_CMC.py", any_resnet=True)
     assert saved.path == str(FILES[0])
+    with pytest.raises(UsageError, match=f"no checkpoint at {name}s; results/weights has .*{name}"):
+        pretrained.read(f"{name}s", "--pretrained", "cmc/train_CMC.py")
     Path(name).touch()  # a file of one's own is preferred
     assert pretrained.file_at(name, "--init", "") == name

@@ -64,11 +64,8 @@ def read(path: str, flag: str, first: str, any_resnet: bool = False) -> checkpoi
     paper's single ResNet. Raises UsageError if there is no checkpoint, and UserError if it is a
     classifier or belongs to another paper.
     """
-    if os.path.isdir(path):
-        path = file_at(path, flag, f"run {first} first")
-    elif network := kept(path):
-        path = network
-    elif not os.path.exists(path) and "--demo" in first:
+    path = file_at(path, flag, f"run {first} first")
+    if not os.path.exists(path) and "--demo" in first:
         raise UsageError(f"{path}: nothing to evaluate yet; run {first} first")
     saved = checkpoint.Saved(path)
     with saved.within():

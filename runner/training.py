@@ -34,8 +34,8 @@ def prepare(
 
     The network is on its device, in training mode, compiled if --compile is given, and of the
     precision that the flags ask for. A step calls the wrapped one; the other has the parameters
-    and their names. channels: number of channels of
-    an input picture, whose side is --input-res pixels.
+    and their names. channels: number of channels of an input picture, whose side is --input-res
+    pixels.
     """
     network = network.to(process.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(network.parameters(), args)

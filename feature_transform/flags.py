@@ -8,6 +8,7 @@ from feature_transform import networks, recipes, views
 OF_MIXNORM = (  # flags that have no effect without --mixnorm
     "mixnorm_target",
     "expolation_mask",
+    "pos_reach",
     "mask_distribution",
     "dim_mask",
     "beta_alpha",
@@ -20,6 +21,7 @@ OF_MIXNORM = (  # flags that have no effect without --mixnorm
     "neg_query",
 )
 BELONGS = {  # {flag: the flag without which it has no effect}
+    "pos_reach": "expolation_mask",
     "pos_alpha": "sep_alpha",
     "neg_alpha": "sep_alpha",
     "norm_target": "postmix_norm",
@@ -70,9 +72,11 @@ def add_transformation_arguments(g) -> None:
     g.add_argument("--mixnorm", action=cli.OnOff, default=False, help=text)
     text = "features that are transformed: positives, negatives, both"
     g.add_argument("--mixnorm_target", choices=["pos", "neg", "posneg"], default="neg", help=text)
-    text = "extrapolate positives: coefficients from 1 to 2 move a pair apart; off: from 0 to 1"
+    text = "extrapolate positives: coefficients above 1 move a pair apart; off: from 0 to 1"
     spellings = ("--expolation_mask", "--extrapolation_mask")
     g.add_argument(*spellings, action=cli.OnOff, default=False, help=text)
+    text = "extrapolated coefficients are from 1 to 1 plus this; below 1 pairs are moved less far"
+    g.add_argument("--pos_reach", type=cli.positive, default=1.0, help=text)
     text = "distribution of the coefficients"
     g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=text)
     text = (
@@ -120,10 +124,10 @@ def check(args) -> None:
     alone = [flag for flag in OF_MIXNORM if flag in typed]
     if alone and not args.mixnorm:
         raise UsageError(f"--{alone[0]} belongs to --mixnorm; add that, or omit it")
+    check_coefficients(args)
     for flag, other in BELONGS.items():
         if flag in typed and not getattr(args, other):
             raise UsageError(f"--{flag} belongs to --{other}; add that, or omit it")
-    check_coefficients(args)
     if args.mem == "bank" and "alpha" in typed:
         raise UsageError("--alpha belongs to a queue, --mem moco; take that, or omit it")
     if args.mem == "moco" and "nce_m" in typed:

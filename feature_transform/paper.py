@@ -29,6 +29,7 @@ PAPER = Paper(
         "neg_alpha",
         "beta_alpha",
         "expolation_mask",
+        "pos_reach",
         "postmix_norm",
         "norm_target",
         "mix_start_epoch",

@@ -74,6 +74,7 @@ def rule(args) -> Rule | None:
         neg_alpha=neg_alpha,
         normalise=normalise,
         original_query=args.neg_query == "original",
+        reach=args.pos_reach,
     )
 
 
@@ -89,8 +90,9 @@ def _shape(args, side: str) -> str | None:
 def run_name(args) -> str:
     """Return the published name of the run folder.
 
-    Where they are not published settings, it also has the shape of the coefficients, the side that
-    is normalised, the query of the negatives, and the epoch after which features are transformed.
+    Where they are not published settings, it also has the reach of the extrapolation, the shape of
+    the coefficients, the side that is normalised, the query of the negatives, and the epoch after
+    which features are transformed.
     """
     parts = [
         f"{args.method}_{args.arch}_{args.modal}_Jig_{args.jigsaw}_{args.mem}",
@@ -118,6 +120,8 @@ def _transformation_names(args) -> list[str]:
     ]
     if "pos" in args.mixnorm_target:
         parts.append(f"expolation{args.expolation_mask}")
+    if args.pos_reach != 1:
+        parts.append(f"reach{args.pos_reach}")
     if args.mask_distribution == "beta" and args.sep_alpha:
         parts.append(f"pos{args.pos_alpha}_neg{args.neg_alpha}")
     elif args.mask_distribution == "beta":

@@ -32,7 +32,8 @@ SHAPES = ("scalar", "sample", "element")  # one coefficient for all rows, each r
 class Draws(NamedTuple):
     """The random numbers of a step. A side whose coefficients are None is not transformed.
 
-    positive: coefficients () or (B, 1) or (B, D), in [0, 1], or in [1, 2] with extrapolation.
+    positive: coefficients () or (B, 1) or (B, D), in [0, 1], or in [1, 1 + reach] with
+    extrapolation.
     negative: coefficients () or (n, 1) or (n, D), in [0, 1].
     order (n,): the row that each of the n candidates for negatives is mixed with.
     """
@@ -59,7 +60,7 @@ class Rule:
     """Which sides are transformed, and how their coefficients are distributed.
 
     positives, negatives: one of SHAPES, or None for a side that stays as it is.
-    extrapolate: add 1 to the coefficients of the positives.
+    extrapolate: coefficients of the positives are from 1 to 1 + reach instead of 0 to 1.
     distribution: "beta" for Beta(a, a), with a = pos_alpha or neg_alpha, or "uniform".
     normalise: sides, "pos" or "neg", that are brought back to unit length.
     original_query: compare the negatives with the original query (published: the transformed one).
@@ -79,6 +80,7 @@ class Rule:
     neg_alpha: float = 1.6
     normalise: tuple[str, ...] = ()
     original_query: bool = False
+    reach: float = 1.0
 
     def __post_init__(self):
         for name in ("positives", "negatives"):
@@ -89,6 +91,8 @@ class Rule:
             raise ValueError(f"distribution {self.distribution!r} must be 'beta' or 'uniform'")
         if not min(self.pos_alpha, self.neg_alpha) > 0:
             raise ValueError(f"alphas {self.pos_alpha} and {self.neg_alpha} must be above 0")
+        if not self.reach > 0:
+            raise ValueError(f"reach {self.reach} must be above 0")
 
     @functools.cached_property
     def tables(self) -> dict:
@@ -109,7 +113,7 @@ class Rule:
                 shape, self.distribution, self.pos_alpha, generator, self.tables
             )
             if self.extrapolate:
-                positive = positive + 1
+                positive = 1 + self.reach * positive
         if self.negatives:
             shape = _shape(self.negatives, candidates, dim)
             negative = coefficients(

@@ -133,6 +133,10 @@ BAD = {
         "--expolation_mask moves positives apart, and --mixnorm_target neg",
     ),
     "no transformation": (["--mixnorm_target", "pos"], "--mixnorm_target belongs to --mixnorm"),
+    "no extrapolation": (
+        ["--preset", "ft", "--mixnorm_target", "neg", "--pos_reach", ".5"],
+        "--pos_reach belongs to --expolation_mask",
+    ),
     "one alpha": (["--mixnorm", "--pos_alpha", "3"], "--pos_alpha belongs to --sep_alpha"),
     "three alphas": (
         ["--mixnorm", "--sep_alpha", "--beta_alpha", "3"],

@@ -107,6 +107,14 @@ def test_shapes_of_the_coefficients(mask, shapes):
     )
 
 
+def test_a_shorter_reach_moves_positives_less_far():
+    flags = "--mixnorm --mixnorm_target posneg --expolation_mask --dim_mask both"
+    published = recipes.rule(parsed(flags)).draw(5, 8, 7, generator())
+    shorter = recipes.rule(parsed(f"{flags} --pos_reach .25")).draw(5, 8, 7, generator())
+    torch.testing.assert_close(shorter.positive, 1 + (published.positive - 1) / 4)
+    assert torch.equal(shorter.negative, published.negative)
+
+
 def test_sides_and_parameters_of_the_rule():
     rule = recipes.rule(parsed("--mixnorm --mixnorm_target pos --beta_alpha 3"))
     assert rule == Rule("element", None, False, "beta", 3.0, 3.0) and rule.draw(

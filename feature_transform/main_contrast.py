@@ -238,6 +238,7 @@ class MoCo(Method):
         logits = self.memory(queries, key, *self.draw(batch))
         loss, values = self.loss(logits)
         values["feature_spread"] = metrics.spread(queries[0])
+        values["view_correlation"] = metrics.view_correlation(queries[0], key)
         self.precision.step(loss, self.optimizer)
         self.memory.enqueue(keys)
         trained = [param.detach() for param in self.network.parameters()]

@@ -151,7 +151,8 @@ def steps(name: str, process, mistake: str | None = None) -> dict:
         with planted:
             said = method.step(Batch(own, target, index, At(0, step / 20, step)))
         scores.append(collectives.all_gather(said.pop("scores")))
-        said.pop("feature_spread")  # of a rank's own features
+        for name in ("feature_spread", "view_correlation"):  # of a rank's own features
+            said.pop(name, None)
         logged.append(
             [collectives.averaged(torch.as_tensor(value).double()).cpu() for value in said.values()]
         )

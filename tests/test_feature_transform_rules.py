@@ -229,6 +229,37 @@ def test_a_scalar_pair_follows_the_closed_form():
     assert ((moved * positive).sum(1) < similarity).all()  # further apart
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("coefficient", [1.0, 1.25, 1.5, 2.0])
+def test_nearly_equal_features_grow_as_the_page_says(coefficient, share):
+    """docs/feature_transform.md, "When to begin": growth = m - (m^2 + (1 - m)^2)(1 - r)."""
+    pairs, dim, small = 16, 64, 1e-4
+    center = unit(dim, seed=3).double()
+
+    def near(rows, seed):
+        """Return deviations without a mean, at right angles to the center."""
+        x = torch.randn(rows, dim, generator=generator(seed)).double()
+        x -= x.mean(0)
+        return x - (x @ center)[:, None] * center
+
+    common, own, other = (near(pairs, seed) for seed in (4, 5, 6))
+    a, b = share**0.5, (1 - share) ** 0.5
+    u, v = a * common + b * own, a * common + b * other
+    correlation = (u * v).sum() / u.square().sum()
+    memory = KeyQueue(1, 32, dim, temperature=0.2).double()
+    memory.memory.copy_(F.normalize(center + small * near(32, 7), dim=1))
+    query = (center + small * u).requires_grad_()
+    key = F.normalize(center + small * v, dim=1)
+    draws = [Draws(positive=torch.tensor(coefficient).double())]
+    (logits,) = memory([F.normalize(query, dim=1)], key, Rule(negatives=None), draws)
+    F.cross_entropy(logits[0], torch.zeros(pairs).long(), reduction="sum").backward()
+    descent = -(query.grad * u).sum() * memory.temperature * 33 / 32  # 32 negatives in 33 columns
+    growth = descent / (small * u.square().sum())
+    weight = coefficient**2 + (1 - coefficient) ** 2
+    expected = coefficient - weight * (1 - correlation)
+    torch.testing.assert_close(growth, expected, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("shape", [(), (9, 1), (9, 4)])
 def test_negatives_are_mixed_in_place_of_a_copy(shape):
     rows, order, m = (

@@ -33,6 +33,16 @@ for file, text in (("config.json", "{}"), ("metrics.jsonl", lines), ("large.pth"
 result = {"commit": "unknown", "device": "abacus", "torch": "2.1", "acc1": 40 + seed**2 + gain}
 (folder / "result.json").write_text(json.dumps(result))
 """
+TRAINING = """
+import json, sys
+from pathlib import Path
+name, _, gain = sys.argv[1:]
+folder = Path("runs") / name
+folder.mkdir(parents=True)
+config = {"commit": "unknown", "device": "abacus", "torch": "2.1"}
+(folder / "config.json").write_text(json.dumps(config))
+(folder / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "knn_acc1": 30 + int(gain)}))
+"""
 SETTING = {
     "about": "nothing much",
     "records": "results/paper",
@@ -245,6 +255,20 @@ def test_a_study_of_ones_own(root, capsys, monkeypatch):
     assert (root / "runs/studies/mine/one/a-s1/result.json").is_file()
     took = json.loads((root / "runs/studies/mine/one/a-s1/took.json").read_text())
     assert took["threads"] == max(1, launch.cores() // 2)
+    claims.main(["--study", path, "--run", "--seeds", "4"])
+    assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
+
+
+def test_a_study_may_end_with_a_training(root, capsys, monkeypatch):
+    """A training leaves no result.json; its numbers are those that it logged last."""
+    monkeypatch.chdir(root)
+    (root / "train.py").write_text(TRAINING)
+    step = {"command": "python train.py {name} {seed} {flags}", "folder": "runs/{name}"}
+    path = study(root, numbers=["knn_acc1"], steps=[step])
+    claims.main(["--study", path, "--run"])
+    said = flat(capsys.readouterr().out)
+    assert "b 3 32.00±0.00" in said and "mine: b-a 3 k-NN +1.00±0.00 agrees" in said
+    assert not list((root / "runs/studies/mine").glob("*/*/result.json"))
     claims.main(["--study", path, "--run", "--seeds", "4"])
     assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
 

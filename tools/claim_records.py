@@ -81,7 +81,9 @@ class Setting:
         return self.record(run, seed, self.steps[-1]["suffix"])
 
     def is_done(self, run: str, seed: int) -> bool:
-        return (self.last_record(run, seed) / "result.json").is_file()
+        """Tell whether the last step has ended. A training leaves took.json and no result."""
+        folder = self.last_record(run, seed)
+        return any((folder / name).is_file() for name in ("result.json", "took.json"))
 
     def seeds(self, run: str) -> list[int]:
         """Return the seeds that have records, sorted."""
@@ -129,7 +131,10 @@ class Setting:
     def environment(self, run: str, seed: int) -> dict:
         """Return commit, versions, hardware and, where it was noted, the seconds of a run."""
         folder = self.last_record(run, seed)
-        result = json.loads((folder / "result.json").read_text())
+        source = folder / "result.json"
+        if not source.is_file():
+            source = folder / "config.json"
+        result = json.loads(source.read_text())
         took = {}
         if (folder / "took.json").is_file():
             took = json.loads((folder / "took.json").read_text())

@@ -1,26 +1,24 @@
-"""Compute a convolution that leaves few positions as a matrix product, which a CPU does faster.
+"""Compute a convolution that leaves few positions as matrix products, which a CPU does faster.
 
 With the usual stem, the last two stages of a residual network leave 2x2 and 1x1 positions of a
-picture of 32 pixels. There oneDNN, torch's library for convolutions on a CPU, needs up to 15 times
-as long as one matrix product, forward and backward (benchmarks/small_maps.py). Needs torch alone.
+picture of 32 pixels. There oneDNN, torch's library for convolutions on a CPU, needs up to 25 times
+as long as a matrix product for each position, forward and backward (benchmarks/small_maps.py).
+Needs torch alone.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 4  # positions of the output, up to which the matrix product is used
+FEW = 4  # positions of the output, up to which matrix products are used
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, computed as a matrix product on a CPU if its output has at most FEW positions.
+    """nn.Conv2d, computed as matrix products on a CPU if its output has at most FEW positions.
 
-    Its values are those of nn.Conv2d up to rounding; the output of a product is channels_last.
+    Its values are those of nn.Conv2d up to rounding; the output of products is channels_last.
     Parameters and their names do not change. It has no groups, no dilation, and pads with zeros,
     as `use_products` makes sure.
     """
@@ -32,16 +30,7 @@ class Conv2d(nn.Conv2d):
         height, width = (_positions(*side) for side in sides)
         if min(height, width) < 1 or height * width > FEW:
             return super().forward(x)
-        find = _windows.__wrapped__ if torch.compiler.is_compiling() else _windows
-        return _product(x, self.weight, self.bias, find(*sides))
-
-
-class Windows(NamedTuple):
-    """Which positions of an input with h x w of them each position of an output reads."""
-
-    shape: tuple[int, int]  # height and width of the output
-    taps: tuple[slice, slice]  # rows and columns of the kernel that meet the input at some position
-    index: list[int]  # for each output position and tap: the input position, or h * w for padding
+        return _products(x, self.weight, self.bias, *(_spans(*side) for side in sides))
 
 
 def _positions(size: int, kernel: int, stride: int, padding: int) -> int:
@@ -49,41 +38,32 @@ def _positions(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-@functools.lru_cache(maxsize=128)  # a compiler would warn about it
-def _windows(vertical: tuple[int, ...], horizontal: tuple[int, ...]) -> Windows:
-    """Return what the output reads. A side is the arguments of `_positions`."""
-    h, w = vertical[0], horizontal[0]
-    rows, row_taps = _read(*vertical)
-    columns, column_taps = _read(*horizontal)
-    index = [
-        y * w + x if 0 <= y < h and 0 <= x < w else h * w
-        for read_rows in rows
-        for read_columns in columns
-        for y in read_rows[row_taps]
-        for x in read_columns[column_taps]
-    ]
-    return Windows((len(rows), len(columns)), (row_taps, column_taps), index)
+def _spans(size: int, kernel: int, stride: int, padding: int) -> list[tuple[slice, slice]]:
+    """Return what each output position along one side reads: (of the input, by these taps)."""
+    spans = []
+    for at in range(_positions(size, kernel, stride, padding)):
+        start = at * stride - padding
+        low = max(start, 0)
+        high = max(min(start + kernel, size), low)
+        spans.append((slice(low, high), slice(low - start, high - start)))
+    return spans
 
 
-def _read(size: int, kernel: int, stride: int, padding: int) -> tuple[list[range], slice]:
-    """Return what each output position reads along one side, and the taps that meet the input."""
-    starts = [at * stride - padding for at in range(_positions(size, kernel, stride, padding))]
-    read = [range(start, start + kernel) for start in starts]
-    used = [tap for tap in range(kernel) if any(0 <= row[tap] < size for row in read)] or [0]
-    return read, slice(used[0], used[-1] + 1)
+def _products(x: Tensor, weight: Tensor, bias: Tensor | None, rows: list, columns: list) -> Tensor:
+    """Convolve x (N, C, h, w) with weight (C', C, kernel_h, kernel_w): (N, C', H, W).
 
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> Tensor:
-    """Convolve x (N, C, h, w) with weight (C', C, kernel_h, kernel_w) by one matrix product."""
-    positions = x.permute(0, 2, 3, 1).flatten(1, 2)  # N x hw x C
-    if positions.shape[1] in windows.index:
-        positions = F.pad(positions, (0, 0, 0, 1))  # a row of zeros at the end, for the padding
-    index = torch.tensor(windows.index, device=x.device)
-    read = positions.index_select(1, index)  # N x (H W taps) x C
-    read = read.unflatten(1, (*windows.shape, -1)).flatten(3)  # N x H x W x (taps C)
-    rows, columns = windows.taps
-    kernel = weight[:, :, rows, columns].permute(0, 2, 3, 1).flatten(1)  # C' x (taps C)
-    return F.linear(read, kernel, bias).permute(0, 3, 1, 2)
+    There is one matrix product for each output position. It leaves out the taps that meet padding:
+    for 3x3 taps at 2x2 positions it needs four ninths of the operations. rows, columns: `_spans`.
+    """
+    x = x.permute(0, 2, 3, 1)
+    weight = weight.permute(0, 2, 3, 1)
+    positions = [
+        F.linear(x[:, row, column].flatten(1), weight[:, row_taps, column_taps].flatten(1), bias)
+        for row, row_taps in rows
+        for column, column_taps in columns
+    ]  # H W times N x C'
+    out = torch.stack(positions, 1).unflatten(1, (len(rows), len(columns)))
+    return out.permute(0, 3, 1, 2)
 
 
 def use_products(network: nn.Module) -> nn.Module:

@@ -31,6 +31,9 @@ NAMES = {
     "linear_1": "1 % of labels",
     "rankme": "RankMe",
     "epoch_feature_spread": "spread",
+    "epoch_view_correlation": "view correlation",
+    "epoch_negative_similarity": "similarity of negatives",
+    "epoch_loss": "loss",
 }
 TOY_PICTURES = "runs/claims/toy-pictures"
 FAILED = "failed.json"  # instead of the records of a run that did not come through

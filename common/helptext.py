@@ -72,7 +72,9 @@ def opening(parser) -> str:
     first = {name: names[name] for name in FIRST if name in names}
     if len(first) == len(FIRST):
         script = os.path.relpath(sys.argv[0])
-        defaults = [f"{name} {first[name].default}" for name in FIRST[2:]]
+        defaults = [
+            f"{name} {first[name].default}" for name in FIRST[2:] if first[name].default is not None
+        ]
         formatter = Formatter(parser.prog)
         formatter.start_section("what people change")
         formatter.add_arguments(first.values())

@@ -70,7 +70,10 @@ def described(state: dict[str, Tensor], path: str) -> tuple[str, str, bool]:
         if shapes == _shapes(backbone, width / len(MODALS[modal])):
             return arch, modal, stem[2:] == (3, 3)
     names = ", ".join(list(state)[:3])
-    raise UserError(f"{path} holds no network of this family (it has {names})")
+    raise UserError(
+        f"{path} holds no network of this family (it has {names}): tools/evaluate.py judges "
+        "the networks of all scripts"
+    )
 
 
 def _shapes(backbone: str, width: float) -> tuple:

@@ -178,7 +178,10 @@ def build_network(saved, args, classes: int, process: launch.Process):
     stem, head = state.get("conv1.weight"), state.get("fc.weight", ())
     if stem is None:
         names = ", ".join(list(state)[:3])
-        raise UserError(f"{saved.path} holds no network of this family (it has {names})")
+        raise UserError(
+            f"{saved.path} holds no network of this family (it has {names}): "
+            "tools/evaluate.py judges the networks of all scripts"
+        )
     network = backbone(args.model, dim=len(head), small_stem=stem.shape[-1] == 3)
     if not len(head):  # another program's network has no head, or another one
         state = layouts.without_head(state)

@@ -105,7 +105,8 @@ def parameters(saved: dict) -> dict[str, Tensor]:
         if name not in state:
             path = getattr(saved, "path", "the checkpoint")
             raise UserError(
-                f"{path} holds no network of ring/train_ring.py: it has no {PREFIX}{name}"
+                f"{path} holds no network of ring/train_ring.py (it has no {PREFIX}{name}): "
+                "tools/evaluate.py judges the networks of all scripts"
             )
     return state
 

@@ -56,6 +56,7 @@ def test_help_and_a_mistyped_flag(script, capsys, tmp_path, monkeypatch):
         assert ended.value.code == code
         if flag == "--help":
             assert out.startswith("usage: ") and err == ""
+            assert " None" not in out.partition("every flag:")[0]
         else:
             assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

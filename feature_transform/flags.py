@@ -75,7 +75,7 @@ def add_transformation_arguments(g) -> None:
     text = "extrapolate positives: coefficients above 1 move a pair apart; off: from 0 to 1"
     spellings = ("--expolation_mask", "--extrapolation_mask")
     g.add_argument(*spellings, action=cli.OnOff, default=False, help=text)
-    text = "extrapolated coefficients are from 1 to 1 plus this; below 1 pairs are moved less far"
+    text = "how far positives are extrapolated: their coefficients are from 1 to 1 plus this"
     g.add_argument("--pos_reach", type=cli.positive, default=1.0, help=text)
     text = "distribution of the coefficients"
     g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=text)

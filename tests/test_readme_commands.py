@@ -85,7 +85,7 @@ def test_pages_are_found():
 @pytest.fixture
 def placeholders(workspace, demo_set):
     """Fill the working directory with what the pages call IMAGENET100 and so on."""
-    links = dict.fromkeys(("IMAGENET100", "IMAGENET", "CIFAR", "PHOTOS"), demo_set)
+    links = dict.fromkeys(("IMAGENET100", "IMAGENET", "CIFAR", "PHOTOS", "BIRDS"), demo_set)
     links["IMAGENET100-texture"] = demo_set.parent / "demo-texture"
     for name, part in (("C", "corruption"), ("SKETCH", "sketch"), ("R", "rendition")):
         links[f"IMAGENET-{name}"] = demo_set / part

@@ -35,7 +35,7 @@ from common import (
     schedule,
 )
 from preprocess import demo
-from runner import checkpoint, layouts, linear, loop, pretrained
+from runner import checkpoint, layouts, linear, loop, pretrained, training
 
 # {layer: side to which its map is pooled}; other layers are classified as they are.
 POOLED = {1: 8, 2: 6, 3: 4, 4: 3}  # of a ResNet, by averages
@@ -219,7 +219,7 @@ SPEC = linear.Spec(
     network=build_network,
     embed=embed,
     recipe=recipe,
-    optimizer=linear.sgd,
+    optimizer=training.sgd,
     rate=learning_rate,
     label=label,
     result=lambda args, saved: {"layer": args.layer},

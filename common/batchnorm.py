@@ -13,40 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 
-class BatchShuffle:
-    """Redistribute the global batch at random over ranks and groups, and restore its order.
-
-    The batch statistics of a group then come from other images than the loss compares
-    ("shuffling BN", MoCo, He et al., arXiv:1911.05722, section 3.3).
-    rows: images per rank. generator: a CPU generator in the same state on every rank.
-
-    >>> images = torch.arange(6)
-    >>> shuffle = BatchShuffle(len(images), torch.Generator().manual_seed(0))
-    >>> shuffle.collect(shuffle.spread(images)).tolist()
-    [0, 1, 2, 3, 4, 5]
-    """
-
-    def __init__(self, rows: int, generator: torch.Generator, device: torch.device | str = "cpu"):
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        order = torch.randperm(rows * world, generator=generator)
-        self.order = order.to(device, non_blocking=True)
-        self.inverse = order.argsort().to(device, non_blocking=True)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Return this rank's slice (rows, ...) of the permuted global batch."""
-        return _all_gather(x)[self.own(self.order)]
-
-    def collect(self, x: Tensor) -> Tensor:
-        """Return every rank's rows in the original order: (rows * world_size, ...) on all ranks."""
-        return _all_gather(x)[self.inverse]
-
-    def own(self, x: Tensor) -> Tensor:
-        """Return this rank's rows of what `collect` returned."""
-        if not dist.is_initialized():
-            return x
-        return x.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def _all_gather(x: Tensor) -> Tensor:
     """Return the rows of every rank, in rank order and without gradient."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -63,12 +29,19 @@ def encode_shuffled(
 ) -> tuple[Tensor, Tensor]:
     """Encode images (B, ...) of this rank with batch statistics taken over a shuffled batch.
 
-    generator: as in `BatchShuffle`. Returns (features of this rank's images (B, D), those of all
-    ranks (B * world_size, D)), both in the original order and without gradient.
+    The global batch is redistributed at random over ranks and groups, so that the statistics come
+    from other images than the loss compares ("shuffling BN", MoCo, He et al., arXiv:1911.05722,
+    section 3.3), and the features are brought back into the original order.
+    generator: a CPU generator in the same state on every rank. Returns (features of this rank's
+    images (B, D), those of all ranks (B * world_size, D)), without gradient.
     """
-    shuffle = BatchShuffle(len(images), generator, images.device)
-    gathered = shuffle.collect(encode(shuffle.spread(images)))
-    return shuffle.own(gathered), gathered
+    is_alone = not dist.is_initialized()
+    rank, world = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
+    order = torch.randperm(len(images) * world, generator=generator)
+    own = order.chunk(world)[rank].to(images.device, non_blocking=True)
+    places = order.argsort().to(images.device, non_blocking=True)
+    features = _all_gather(encode(_all_gather(images)[own]))[places]
+    return features.chunk(world)[rank], features
 
 
 def is_wide(x: Tensor) -> bool:

@@ -280,13 +280,6 @@ fraction = number(float, least=0, most=1)
 share = number(float, above=0, most=1)
 
 
-def seed_word(seed: int | None) -> str:
-    """Return a seed as tables and legends show it: its number, "drawn" for one of DRAWN, or "-"."""
-    if seed is None:
-        return "-"
-    return "drawn" if seed in DRAWN else str(seed)
-
-
 def run(main) -> None:
     """Run `main()` as a program: print an error that the user can correct as one line on stderr."""
     try:

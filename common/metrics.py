@@ -43,18 +43,6 @@ def spread(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def view_correlation(query: Tensor, key: Tensor) -> Tensor:
-    """Return the correlation of two views' features (B, D) of the same B pictures, 0-dim.
-
-    Each side is centred at its mean over the batch: 1 where the views of a picture deviate from the
-    mean alike, 0 where they have no more in common than those of different pictures.
-    """
-    query, key = (x.detach() - x.detach().mean(0) for x in (query, key))
-    norms = torch.linalg.vector_norm(query) * torch.linalg.vector_norm(key)
-    return (query * key).sum() / norms.clamp(min=torch.finfo(query.dtype).tiny)
-
-
-@torch.no_grad()
 def score_statistics(
     positive: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None = None
 ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,19 @@ class Precision:
         backend = getattr(args, "amp_backend", "torch")
         return cls(args.amp, device, backend, getattr(args, "opt_level", "O2"))
 
-    def choose(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def choose(
+        self,
+        network: nn.Module,
+        image_shape: tuple[int, int, int],
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Decide `--amp auto` on a CPU: time the network both ways and take the faster.
 
-        The passes run forward and backward, or only forward if no parameter needs a gradient, on
-        random images of image_shape (C, H, W). Call this before the network is compiled or wrapped
-        for several processes. Parameters, gradients, buffers and torch's generator do not change,
-        and all ranks take the choice of rank 0. Does nothing unless `--amp auto` is undecided.
+        The passes run forward and backward on random images of image_shape (C, H, W). With `embed`,
+        which calls a frozen network, they run forward only. Call this before the network is
+        compiled or wrapped for several processes. Parameters, gradients, buffers and torch's
+        generator do not change, and all ranks take the choice of rank 0. Does nothing unless
+        `--amp auto` is undecided.
         """
         if not self.is_open:
             return
@@ -59,7 +66,7 @@ class Precision:
             images = torch.rand(rows, *image_shape).to(memory_format=torch.channels_last)
             for enabled in (False, True) * (1 + REPEATS):
                 self.enabled = enabled
-                seconds[enabled].append(self._seconds(network, images))
+                seconds[enabled].append(self._seconds(network, images, embed))
         with torch.no_grad():
             for buffer, value in zip(network.buffers(), buffers):
                 buffer.copy_(value)
@@ -71,17 +78,15 @@ class Precision:
             f"{plain:.3f} s in float32"
         )
 
-    def _seconds(self, network: nn.Module, images: Tensor) -> float:
-        """Time one pass of the network in seconds. Gradients are computed but not kept."""
-        trained = [p for p in network.parameters() if p.requires_grad]
+    def _seconds(self, network: nn.Module, images: Tensor, embed: Callable | None) -> float:
+        """Time one pass in seconds. Gradients are computed but not kept."""
         start = time.perf_counter()
-        with torch.set_grad_enabled(bool(trained)):
-            with self.autocast():
-                out = network(images)
-            if trained:
-                parts = [out] if isinstance(out, Tensor) else out
-                loss = sum(part.float().square().mean() for part in parts)
-                torch.autograd.grad(loss, trained, allow_unused=True)
+        with torch.set_grad_enabled(embed is None), self.autocast():
+            out = (embed or network)(images)
+        if embed is None:
+            parts = [out] if isinstance(out, Tensor) else out
+            loss = sum(part.float().square().mean() for part in parts)
+            torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
         return time.perf_counter() - start
 
     def prepare(self, model, optimizer):

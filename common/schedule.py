@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from common import UsageError
@@ -25,19 +24,12 @@ def cosine(base: float, t: float, total: float, floor: float = 0.0) -> float:
     return floor + (base - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step(
-    base: float,
-    epoch: float,
-    milestones: Iterable[float],
-    rate: float = 0.1,
-    inclusive: bool = True,
-) -> float:
-    """Multiply `base` by `rate` for each milestone that is passed.
+def step(base: float, epoch: float, milestones: Iterable[float], rate: float = 0.1) -> float:
+    """Multiply `base` by `rate` for each milestone m that is passed: after m complete epochs.
 
-    A milestone m is passed at epoch >= m (inclusive, for epochs counted from 0) or at epoch > m
-    (for epochs counted from 1). Either way the rate drops after m complete epochs.
+    epoch: counted from 0.
     """
-    passed = sum(epoch >= m if inclusive else epoch > m for m in milestones)
+    passed = sum(epoch >= m for m in milestones)
     return base * rate**passed
 
 
@@ -52,15 +44,9 @@ def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group to `lr`.
-
-    A rate that is a tensor (in capturable optimizers) is changed in place.
-    """
+    """Set the learning rate of every parameter group to `lr`."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = lr
 
 
 def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs") -> tuple[int, ...]:

@@ -181,7 +181,7 @@ def normalisation(saved) -> augment.Normalize:
     return layouts.IMAGENET if is_foreign else NORMALIZE
 
 
-def adam(args, parameters) -> torch.optim.Optimizer:
+def adam(parameters, args) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
 
 

@@ -39,7 +39,7 @@ from common import (
     options,
     schedule,
 )
-from feature_transform import checkpoints, flags, jigsaw, networks, recipes, views
+from feature_transform import checkpoints, flags, jigsaw, networks, recipes, transform, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
@@ -238,7 +238,7 @@ class MoCo(Method):
         logits = self.memory(queries, key, *self.draw(batch))
         loss, values = self.loss(logits)
         values["feature_spread"] = metrics.spread(queries[0])
-        values["view_correlation"] = metrics.view_correlation(queries[0], key)
+        values["view_correlation"] = transform.view_correlation(queries[0], key)
         self.precision.step(loss, self.optimizer)
         self.memory.enqueue(keys)
         trained = [param.detach() for param in self.network.parameters()]

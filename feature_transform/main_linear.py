@@ -22,7 +22,7 @@ from torch import nn
 from common import UsageError, UserError, augment, cli, launch, options, schedule
 from feature_transform import checkpoints, networks, views
 from preprocess import demo
-from runner import checkpoint, layouts, linear, loop, pretrained
+from runner import checkpoint, layouts, linear, loop, pretrained, training
 
 OF_THE_CHECKPOINT = (
     "method", "mem", "jigsaw", "head", "feat_dim", "nce_k", "nce_m", "nce_t", "alpha",
@@ -243,7 +243,7 @@ SPEC = linear.Spec(
     network=build_network,
     embed=embed,
     recipe=recipe,
-    optimizer=linear.sgd,
+    optimizer=training.sgd,
     rate=learning_rate,
     label=label,
     weights=lambda network, classifier: {

@@ -35,7 +35,7 @@ from common import (
 from moco_insdis import train_moco_ins
 from moco_insdis.networks import MODELS, backbone, normalize, synchronised
 from preprocess import demo
-from runner import checkpoint, layouts, linear, loop, pretrained
+from runner import checkpoint, layouts, linear, loop, pretrained, training
 from runner.trunks import name_of
 
 # {layer: side to which its map is averaged}; other layers are classified as they are.
@@ -221,9 +221,9 @@ def learning_rate(args, at: loop.At) -> float:
     return train_moco_ins.warmed(args, lr, at)
 
 
-def build_optimizer(args, parameters) -> torch.optim.Optimizer:
+def build_optimizer(parameters, args) -> torch.optim.Optimizer:
     if not args.adam:
-        return linear.sgd(args, parameters)
+        return training.sgd(parameters, args)
     return torch.optim.Adam(
         parameters,
         lr=args.learning_rate,

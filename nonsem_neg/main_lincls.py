@@ -215,7 +215,7 @@ def recipe(args, saved, train: bool) -> augment.Compose:
     return augment.Compose(crop, augment.RandomHorizontalFlip(), normalisation(saved))
 
 
-def sgd(args, parameters) -> torch.optim.Optimizer:
+def sgd(parameters, args) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )

@@ -28,7 +28,7 @@ from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
 from ring.views import SIDES, last_operation
-from runner import checkpoint, folds, linear, loop, pretrained
+from runner import checkpoint, folds, linear, loop, pretrained, training
 from runner.folder import RunFolder, refuse_to_overwrite
 
 PRESETS = {
@@ -186,7 +186,7 @@ SPEC = linear.Spec(
     network=build_network,
     embed=embed,
     recipe=recipe,
-    optimizer=linear.sgd,
+    optimizer=training.sgd,
     rate=learning_rate,
     label=label,
     load=load,

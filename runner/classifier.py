@@ -40,7 +40,7 @@ class Classifier:
         self.classifier = classifier
         self.embed = embed
         self.recorded = recorded
-        self.optimizer = spec.optimizer(args, classifier.parameters())
+        self.optimizer = spec.optimizer(classifier.parameters(), args)
         self.wrapped = launch.parallel(classifier, process)
         norms = nn.modules.batchnorm._BatchNorm
         self.has_norm = any(isinstance(module, norms) for module in classifier.modules())

@@ -36,7 +36,7 @@ class Spec:
     frozen and in evaluation mode; the classifier is trained, and may be a part of the network.
     embed(network, images, args) -> features (N, ...) that enter the classifier.
     recipe(args, saved, train) -> the view of a training picture (train), or of one of val/.
-    optimizer(args, parameters) -> the optimizer of the classifier.
+    optimizer(parameters, args) -> the optimizer of the classifier.
     rate(args, at) -> the learning rate.
     label(args, saved) -> name of the run in a report; None: the name of the network's folder.
 
@@ -102,31 +102,21 @@ def add_arguments(group) -> None:
     )
 
 
-def files(args, script: str, folder: str, **others) -> loop.Files:
+def files(args, script: str, folder: str) -> loop.Files:
     """Return the files of most linear evaluations: current.pth and ckpt_epoch_N.pth."""
-    settings = {
-        "last": "current.pth",
-        "numbered": "ckpt_epoch_{}.pth" if getattr(args, "save_freq", None) else "",
-        "by_epoch": True,
-        "events": options.events(args, folder),
-    }
-    return loop.Files(script, **settings | others)
+    return loop.Files(
+        script,
+        last="current.pth",
+        numbered="ckpt_epoch_{}.pth" if getattr(args, "save_freq", None) else "",
+        by_epoch=True,
+        events=options.events(args, folder),
+    )
 
 
 def freeze(network: nn.Module, process: launch.Process) -> nn.Module:
     """Move the network to the device, in evaluation mode and without gradients."""
     network = network.requires_grad_(False).eval()
     return network.to(process.device, memory_format=torch.channels_last)
-
-
-def sgd(args, parameters) -> torch.optim.Optimizer:
-    """Return SGD with the settings of options.add_sgd_arguments."""
-    return torch.optim.SGD(
-        parameters,
-        lr=args.learning_rate,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-    )
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -151,19 +141,6 @@ def open_both(args, saved: checkpoint.Saved) -> tuple[sets.PictureSet, sets.Pict
     return train_set, inputs.open_split(args, "val", classes=train_set.classes)
 
 
-class _Embedding(nn.Module):
-    """The frozen network as `spec.embed` calls it, which --amp auto times."""
-
-    def __init__(self, spec: Spec, network: nn.Module, args):
-        super().__init__()
-        self.spec = spec
-        self.network = network
-        self.args = args
-
-    def forward(self, images):
-        return self.spec.embed(self.network, images, self.args)
-
-
 def fit(
     spec: Spec, args, process: launch.Process, saved: checkpoint.Saved, open_sets, look=None
 ) -> Classifier:
@@ -182,12 +159,13 @@ def fit(
             recorded |= {"digest": spec.digest(saved, network), **spec.recorded(args, saved)}
         precision = Precision.of(args, process.device)
         shape = (3, args.input_res, args.input_res)
-        precision.choose(_Embedding(spec, network, args), shape)
-        recorded["amp"] = precision.enabled
 
         def embed(images):
             with precision.autocast():
                 return spec.embed(network, images, args)
+
+        precision.choose(network, shape, embed)
+        recorded["amp"] = precision.enabled
 
         kind = spec.method or Classifier
         method = kind(spec, args, process, network, classifier, embed, recorded)

@@ -229,6 +229,20 @@ def test_a_scalar_pair_follows_the_closed_form():
     assert ((moved * positive).sum(1) < similarity).all()  # further apart
 
 
+def test_view_correlation():
+    pictures, *noise = torch.randn(3, 512, 64, generator=torch.Generator().manual_seed(0))
+    query, key = (5 + pictures + 2 * own for own in noise)  # variances 1 in common, 4 apart
+    expected = torch.corrcoef(
+        torch.stack([(side - side.mean(0)).flatten() for side in (query, key)])
+    )
+    found = transform.view_correlation(query, key)
+    torch.testing.assert_close(found, expected[0, 1])
+    assert float(found) == pytest.approx(1 / 5, abs=0.02)
+    assert float(transform.view_correlation(query, query)) == pytest.approx(1)
+    collapsed = torch.ones(8, 64)
+    assert float(transform.view_correlation(collapsed, collapsed)) == 0
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("coefficient", [1.0, 1.25, 1.5, 2.0])
 def test_nearly_equal_features_grow_as_the_page_says(coefficient, share):

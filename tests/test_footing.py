@@ -229,20 +229,6 @@ def test_spread():
     assert float(metrics.spread(rows[:1].expand(8, -1))) == pytest.approx(0, abs=1e-6)
 
 
-def test_view_correlation():
-    pictures, *noise = torch.randn(3, 512, 64, generator=torch.Generator().manual_seed(0))
-    query, key = (5 + pictures + 2 * own for own in noise)  # variances 1 in common, 4 apart
-    expected = torch.corrcoef(
-        torch.stack([(side - side.mean(0)).flatten() for side in (query, key)])
-    )
-    found = metrics.view_correlation(query, key)
-    torch.testing.assert_close(found, expected[0, 1])
-    assert float(found) == pytest.approx(1 / 5, abs=0.02)
-    assert float(metrics.view_correlation(query, query)) == pytest.approx(1)
-    collapsed = torch.ones(8, 64)
-    assert float(metrics.view_correlation(collapsed, collapsed)) == 0
-
-
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_an_epoch_in_which_nothing_is_learnt_is_one_warning(
     workspace, monkeypatch, capsys, collapsed

@@ -250,17 +250,11 @@ def test_cosine_by_hand():
         cosine(1.0, 0, 0)
 
 
-def test_step_both_conventions():
-    from_zero = {119: 0.03, 120: 0.003, 159: 0.003, 160: 0.0003}
-    from_one = {120: 0.03, 121: 0.003, 160: 0.003, 161: 0.0003}
-    for epoch, lr in from_zero.items():
-        assert step(0.03, epoch, (120, 160)) == pytest.approx(lr, rel=1e-12)
-    for epoch, lr in from_one.items():
-        assert step(0.03, epoch, (160, 120), inclusive=False) == pytest.approx(lr, rel=1e-12)
-    assert step(0.1, 51, (30, 40, 50), rate=0.2, inclusive=False) == pytest.approx(0.0008)
+def test_step_by_hand():
+    for epoch, lr in {119: 0.03, 120: 0.003, 159: 0.003, 160: 0.0003}.items():
+        assert step(0.03, epoch, (160, 120)) == pytest.approx(lr, rel=1e-12)
+    assert step(0.1, 50, (30, 40, 50), rate=0.2) == pytest.approx(0.0008)
     assert step(0.1, 10**6, ()) == 0.1
-    for epoch in range(200):  # the same schedule, counted from 0 and from 1
-        assert step(1.0, epoch, (120, 160)) == step(1.0, epoch + 1, (120, 160), inclusive=False)
 
 
 def test_warmup_by_hand():
@@ -276,10 +270,6 @@ def test_set_lr_reaches_every_group():
     optimizer = torch.optim.SGD(groups)
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
-    optimizer = torch.optim.Adam(groups, lr=torch.tensor(1.0), capturable=True)
-    optimizer.param_groups[0]["lr"] = rate = torch.tensor(1.0)
-    set_lr(optimizer, 0.25)
-    assert rate.item() == 0.25 and optimizer.param_groups[0]["lr"] is rate
 
 
 @pytest.mark.parametrize(

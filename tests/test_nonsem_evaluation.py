@@ -56,6 +56,11 @@ def test_only_the_classifier_is_trained(workspace):
     assert (workspace / "lin/model_best_0000.pth.tar").exists()
 
 
+def test_amp_auto_times_the_frozen_part_alone(workspace, capsys):
+    main_lincls.main([*LIN, "--epochs", "1", "--ckpt_path", "auto", "--amp", "auto"])
+    assert "--amp auto: " in capsys.readouterr().out
+
+
 def test_a_classifier_says_what_it_is_of(workspace):
     saved = checkpoint.load(f"lin/{FILE}")
     assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= saved.keys()  # published

@@ -77,7 +77,7 @@ def test_auto_leaves_the_network_and_the_generator_as_they_were():
 def test_auto_takes_the_faster_way_of_rank_0(mixed, expected, monkeypatch):
     taken = []
 
-    def seconds(self, network, images):
+    def seconds(self, network, images, embed):
         assert images.shape == (64, 3, 8, 8)
         taken.append(self.enabled)
         return mixed if self.enabled else 1.0
@@ -99,9 +99,10 @@ def test_auto_takes_the_faster_way_of_rank_0(mixed, expected, monkeypatch):
 
 def test_auto_runs_a_frozen_network_forward_only():
     passes = []
-    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()).requires_grad_(False).eval()
-    network.register_forward_hook(lambda module, inputs, out: passes.append(out.requires_grad))
-    Precision("auto", CPU).choose(network, (3, 8, 8))
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(128, 4)).eval()
+    network[0].requires_grad_(False)  # and the last layer is the classifier that is trained
+    network[0].register_forward_hook(lambda module, inputs, out: passes.append(out.requires_grad))
+    Precision("auto", CPU).choose(network, (3, 8, 8), network[:2])
     assert passes == [False] * 2 * (1 + precisions.REPEATS)
 
 

@@ -24,7 +24,16 @@ import common  # isort: split
 
 from common import UsageError, cli, printable
 from tools import report_page
-from tools.report_runs import HEADINGS, Row, epochs_of, find_results, pool, published_table, seed_of
+from tools.report_runs import (
+    HEADINGS,
+    Row,
+    epochs_of,
+    find_results,
+    pool,
+    published_table,
+    seed_of,
+    seed_word,
+)
 
 ABOUT = """\
 The runs here; accuracies in percent, mean ± standard deviation over the seeds. last, best: epoch of
@@ -186,14 +195,14 @@ def cell(values: list[float]) -> str:
 def seeds(results: list[dict]) -> str:
     """Return the seeds of several results, in brackets; with that of the evaluation if one recurs.
 
-    So 0/0, 0/1 are two evaluations of a network with seed 0. See `cli.seed_word`.
+    So 0/0, 0/1 are two evaluations of a network with seed 0. See `seed_word`.
     """
     if len(results) == 1:
         return ""
     numbers = [seed_of(result) for result in results]
-    names = [cli.seed_word(number) for number in numbers]
+    names = [seed_word(number) for number in numbers]
     if len(set(numbers)) < len(numbers):
-        own = [cli.seed_word(result.get("linear_seed", result.get("seed"))) for result in results]
+        own = [seed_word(result.get("linear_seed", result.get("seed"))) for result in results]
         names = [f"{name}/{seed}" for name, seed in zip(names, own)]
     return f" (seeds {', '.join(names)})"
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import cli, files
 from runner.records import read as read_records
-from tools.report_runs import HEADINGS, Row, epochs_of, seed_of
+from tools.report_runs import HEADINGS, Row, epochs_of, seed_of, seed_word
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 COLOURS = (
@@ -72,7 +72,7 @@ def _table(rows: list[Row], columns: list[str]) -> str:
     for number, row in enumerate(rows):
         first = row.results[0]
         swatch = f'<span style="background:{_colour(number)}"></span>'
-        texts = [", ".join(cli.seed_word(seed_of(result)) for result in row.results)]
+        texts = [", ".join(seed_word(seed_of(result)) for result in row.results)]
         texts += [str(first.get("data") or "-"), str(epochs_of(first) or "-")]
         cells = [f"<td>{swatch}{escape(row.name)}</td>"]
         cells += [f"<td>{escape(text)}</td>" for text in texts]

@@ -238,6 +238,13 @@ def label_of(result: dict) -> str:
     return re.sub(rf"[-_ ]*(s|seed)[-_ ]?{seed_of(result)}(?![^-_ ])", "", label) or label
 
 
+def seed_word(seed: int | None) -> str:
+    """Return a seed as tables and legends show it: its number, "drawn" for one of DRAWN, or "-"."""
+    if seed is None:
+        return "-"
+    return "drawn" if seed in cli.DRAWN else str(seed)
+
+
 def seed_of(result: dict):
     """Return the seed of the pre-training, or that of the evaluation where it is not known."""
     return result.get("pretraining_seed", result.get("seed"))

@@ -229,6 +229,22 @@ def test_a_scalar_pair_follows_the_closed_form():
     assert ((moved * positive).sum(1) < similarity).all()  # further apart
 
 
+@pytest.mark.parametrize(
+    "shape, unit, expected",
+    [("scalar", False, 0.62), ("element", False, 0.62), ("scalar", True, 1)],
+)
+def test_scores_of_mixed_negatives_vary_less(shape, unit, expected):
+    """docs/feature_transform.md, "What mixed negatives do"."""
+    draws = generator()
+    rows = F.normalize(torch.randn(2048, 64, generator=draws), dim=1)
+    query = F.normalize(torch.randn(64, generator=draws), dim=0)
+    rule = Rule(None, shape, False)
+    steps = [rule.draw(1, 64, len(rows), draws) for _ in range(500)]
+    mixed = [transform.negatives(rows, own.negative, own.order, unit) @ query for own in steps]
+    share = torch.stack(mixed).var(1).mean() / (rows @ query).var()
+    assert float(share) == pytest.approx(expected, abs=0.03)
+
+
 def test_view_correlation():
     pictures, *noise = torch.randn(3, 512, 64, generator=torch.Generator().manual_seed(0))
     query, key = (5 + pictures + 2 * own for own in noise)  # variances 1 in common, 4 apart

@@ -235,7 +235,7 @@ def load_into(
     own = module.state_dict()
     problem = misfit(own, state, allowed_missing)
     if problem:
-        raise UserError(f"{path} does not fit this model ({problem}){_hint(own, state, flag)}")
+        raise UserError(f"{path} does not fit this model ({problem}){hint(own, state, flag)}")
     for name in own.keys() & state.keys():
         if not state[name].isfinite().all():
             raise UserError(f"{path}: {name} is not finite")
@@ -252,7 +252,7 @@ def check_memory(state: dict, own: dict, path: str) -> None:
             raise UserError(f"{path} is damaged: {name} of its memory is not finite")
 
 
-def _hint(own: dict, state: dict, flag: str) -> str:
+def hint(own: dict, state: dict, flag: str) -> str:
     """Return how the networks in `state` and `own` differ, and the flag that selects one."""
     found, expected = (name_of(tensors) or "another network" for tensors in (state, own))
     if found != expected:

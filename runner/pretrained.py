@@ -50,7 +50,8 @@ def start_from(network: nn.Module, path: str, prefix: str = "") -> None:
     named = layouts.add_prefix(network.state_dict(), prefix)  # the network's own tensors
     own = layouts.without_head(layouts.backbone({"state_dict": named}))
     if problem := checkpoint.misfit(own, state):
-        raise UserError(f"--init {path}: its network does not fit this one ({problem})")
+        hint = checkpoint.hint(own, state, "--arch")
+        raise UserError(f"--init {path}: its network does not fit this one ({problem}){hint}")
     with torch.no_grad():
         for name in own.keys() & state.keys():
             own[name].copy_(state[name])

@@ -192,6 +192,9 @@ def test_a_run_starts_from_the_backbone_of_another(workspace, name):
         with pytest.raises(UserError, match="--init start.pth: its network does not fit this one"):
             module.build_method(args, pictures, 5, launch.Process())
         return
+    larger = module.parse_args([*words.split(), "--arch", "resnet18"])
+    with pytest.raises(UserError, match="it holds resnet18-small.*; choose it with --arch"):
+        module.build_method(larger, pictures, 5, launch.Process())
     method = module.build_method(args, pictures, 5, launch.Process())
     own = layouts.without_head(layouts.backbone(method.state_dict()))
     assert own.keys() == layouts.without_head(start).keys()

@@ -181,10 +181,6 @@ def normalisation(saved) -> augment.Normalize:
     return layouts.IMAGENET if is_foreign else NORMALIZE
 
 
-def adam(parameters, args) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-
-
 def label(args, saved) -> str:
     """Return "debiased, tau_plus 0.1, t 0.5", from the flags of the pre-training."""
     opt = pretraining_flags(saved)
@@ -238,7 +234,7 @@ SPEC = linear.Spec(
     network=build_network,
     embed=embed,
     recipe=recipe,
-    optimizer=adam,
+    optimizer=pretraining.adam,
     rate=lambda args, at: args.learning_rate,
     label=label,
     weights=lambda network, classifier: {"state_dict": network.state_dict()},

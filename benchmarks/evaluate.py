@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.side_by_side import generate, in_a_process
-from common import augment, backbones, inputs, launch, metrics, options
+from common import augment, backbones, inputs, launch, metrics
 from tools import evaluate, probes
 
 TRAIN = 50_000

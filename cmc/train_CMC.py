@@ -19,11 +19,10 @@ import common  # isort: split
 import torch
 import torch.nn.functional as F
 
-from cmc import colour
+from cmc import colour, flags
 from cmc.contrast import MemoryBanks
-from cmc.networks import MODELS, build_network, check_alexnet
+from cmc.networks import MODELS, build_network
 from common import (
-    UsageError,
     augment,
     backbones,
     batchnorm,
@@ -43,14 +42,14 @@ from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 PRESETS = {
-    # for CIFAR's 50,000 pictures: the published K compares with a third of them at every step
+    # for CIFAR's 50,000 pictures, of which the published K, 16384, is a third
     "small": dict(
         model="resnet18v1", dataset="folder", input_res=32, small_stem=True, softmax=True,
         nce_k=4096, nce_t=0.1,
     ),
     "compare": dict(
-        options.COMPARE, model="resnet18-small", crop_low=0.08, softmax=True,
-        nce_k=4096, nce_t=0.1, learning_rate=0.06,
+        options.COMPARE, model="resnet18-small", softmax=True, nce_k=4096, nce_t=0.1,
+        learning_rate=0.06,
     ),
     "photos": dict(
         options.PHOTOS, model="resnet18v1", softmax=True, nce_k=32, nce_t=0.1, learning_rate=0.015,
@@ -113,49 +112,8 @@ def parse_args(argv=None):
     parser.ignore("pre-training uses SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
     options.check(args)
-    settle(args)
+    flags.settle(args)
     return cli.freeze(args)
-
-
-def settle(args) -> None:
-    """Fill in the defaults that depend on other flags, and check flags against each other."""
-    if args.data is None:
-        raise UsageError(options.NO_DATA)
-    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.views is not None:  # gets one spelling; None stands for the default views
-        views = colour.parse_views(args.views, args.view)
-        args.views = ",".join(view.name for view in views)
-        if views == colour.default_views(args.view):
-            args.views = None
-    if args.crop_low is None:  # the published code takes .08 there, whatever was typed
-        is_imagenet_resnet = args.dataset == "imagenet" and args.model != "alexnet"
-        args.crop_low = 0.08 if is_imagenet_resnet else 0.2
-    if args.nce_t is None:
-        args.nce_t = 0.1 if args.dataset == "stl10" else 0.07
-    if args.model == "alexnet":
-        check_alexnet(args)
-    if "nce_z" in args.typed and "softmax" not in args.typed:
-        args.softmax = False  # whatever the preset says
-    if args.softmax and "nce_z" in args.typed:
-        raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two")
-    args.folder = options.run_folder(args, args.model_path, run_name(args))
-
-
-def run_name(args) -> str:
-    """Return the published name of the run folder; further settings are in config.json."""
-    loss = "softmax"
-    if not args.softmax:
-        loss = "nce" if args.nce_z == "ema" else "nce_oneshot"
-    name = (
-        f"memory_{loss}_{args.nce_k}_{args.model}_lr_{args.learning_rate}"
-        f"_decay_{args.weight_decay}_bsz_{args.batch_size}"
-    )
-    if args.amp:
-        name += f"_amp_{args.opt_level}"
-    name += f"_view_{args.view}"
-    if args.views:
-        name += f"_views_{'-'.join(colour.view_keys(colour.chosen_views(args)))}"
-    return name
 
 
 def recipe(args) -> augment.Compose:
@@ -179,7 +137,7 @@ class CMC:
     def __init__(self, args, n: int, process: launch.Process):
         self.args = args
         self.views = colour.chosen_views(args)
-        mlp = args.footing == "common"
+        mlp = args.footing == "common"  # the head of that footing
         network = build_network(args.model, self.views, args.feat_dim, args.small_stem, mlp)
         pretrained.start_from(network, args.init, "encoder.")
         batchnorm.split(network, backbones.splits_here(args, process))
@@ -261,7 +219,7 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> CMC:
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
+    """Return the learning rate: drops after --lr_decay_epochs, or the cosine of the footing."""
     if args.footing == "common":
         return footing.learning_rate(args.learning_rate, at, args.epochs)
     return schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
@@ -293,10 +251,8 @@ def worker(args, process: launch.Process) -> None:
             bn_groups=backbones.splits_here(args, process) * process.world_size,
         )
         if args.nce_k >= len(pictures):
-            job.warn(
-                f"--nce_k {args.nce_k} draws more negatives than there are images ({len(pictures)})"
-                ": each is drawn repeatedly, the picture itself too (--exclude-self); use fewer"
-            )
+            warning = options.many_draws("--nce_k", args.nce_k, len(pictures))
+            job.warn(f"{warning}, and --exclude-self")
         for _ in job.epochs():
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))

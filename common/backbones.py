@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from common import UsageError, UserError, convolution, launch
+from common import UsageError, convolution, launch
 
 BLOCKS = {  # depth: (block, blocks per stage), Table 1 of He et al., arXiv:1512.03385
     18: (BasicBlock, [2, 2, 2, 2]),

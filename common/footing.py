@@ -2,7 +2,8 @@
 
 With --footing common a run has the augmentation, the normalisation, the projection head, SGD and
 the schedule that are defined here, instead of its paper's; --preset compare also sets the numbers.
-The augmentation and the schedule are those of the CIFAR-10 notebook of MoCo's authors.
+The augmentation is that of the CIFAR-10 notebook of MoCo's authors, and the cosine as well, but
+that it counts the epochs from 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import SGD
 
-from common import augment, schedule
+from common import UsageError, augment, schedule
 
 NORMALIZE = augment.Normalize(augment.CIFAR_MEAN, augment.CIFAR_STD)
 
@@ -22,6 +23,16 @@ def add_argument(group) -> None:
         "those that all train scripts share (common), so that only the method differs"
     )
     group.add_argument("--footing", choices=["published", "common"], default="published", help=text)
+
+
+def check(args, *own: str) -> None:
+    """Raise UsageError where a setting in `own`, a paper's flags, is typed without effect."""
+    for flag in own:
+        if args.footing == "common" and flag in args.typed:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} has no effect with --footing common, which has a view, a head, an "
+                "optimizer and a schedule of its own; omit it, or add --footing published"
+            )
 
 
 def normalize(flags: dict, published: augment.Normalize) -> augment.Normalize:

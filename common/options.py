@@ -7,7 +7,7 @@ import shutil
 
 import torch
 
-from common import UsageError, augment, cli, data, launch, sets
+from common import UsageError, cli, launch, sets
 
 TREES = ("folder", "imagenet", "imagenet100")
 COMPARE = {  # what --preset compare sets in every train script, besides its own spellings
@@ -40,19 +40,25 @@ NO_DATA = "no data: give --data_folder, a tree with train/CLASS/*, or --demo for
 
 
 def add_data_arguments(
-    group, trees: tuple[str, ...] = TREES, default: str = "folder", workers: int = 32
+    group,
+    trees: tuple[str, ...] = TREES,
+    default: str = "folder",
+    workers: int = 32,
+    also: tuple[str, ...] = (),
 ) -> None:
     """Add the flags that name the data set and say how it is read.
 
     trees: values of --dataset that mean class folders; some published flags distinguish ImageNet
-    from ImageNet-100. workers: the published default.
+    from ImageNet-100. workers: the published default. also: further published names of
+    torchvision's sets.
     """
     add = group.add_argument
     text = (
         f"{', '.join(trees)}: class folders; packed: by preprocess/pack.py; "
         "otherwise a torchvision set below DATA, downloaded if missing"
     )
-    add("--dataset", choices=[*trees, "packed", *sets.TORCHVISION_SETS], default=default, help=text)
+    names = [*trees, "packed", *sets.TORCHVISION_SETS, *also]
+    add("--dataset", choices=names, default=default, help=text)
     add("--class-list", metavar="FILE", help="use only the class folders in FILE, one per line")
     text = "side of the network's input, pixels"
     add("--input-res", type=cli.positive_int, default=224, help=text)
@@ -82,11 +88,13 @@ def add_sgd_arguments(group, lr_help: str = "not scaled with the batch", **defau
     group.set_defaults(**defaults)
 
 
-def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) -> None:
+def add_run_arguments(
+    group, save_freq: int | None = 10, tb_path: bool = False, seed: int | None = None
+) -> None:
     """Add the flags of progress, checkpoints, resume and seed.
 
     save_freq: the published default; None means no numbered checkpoints. tb_path: whether to add
-    --tb_path, as some published scripts have it.
+    --tb_path, as some published scripts have it. seed: the published default.
     """
     add = group.add_argument
     if tb_path:
@@ -107,7 +115,8 @@ def add_run_arguments(group, save_freq: int | None = 10, tb_path: bool = False) 
     add("--resume", default="", metavar="PATH|auto", help=text)
     text = "start over in a folder that already holds checkpoints"
     add("--overwrite", action="store_true", help=text)
-    add("--seed", type=cli.seed, help="random seed; drawn and recorded if not given")
+    text = "random seed; default: drawn and recorded" if seed is None else "random seed"
+    add("--seed", type=cli.seed, default=seed, help=text)
 
 
 def add_init_argument(group) -> None:
@@ -304,6 +313,22 @@ def check_batch(args, process: launch.Process) -> None:
             f"--batch_size {args.batch_size} must be a multiple of the number of processes, "
             f"{process.world_size}"
         )
+
+
+def long_queue(flag: str, length: int, n: int) -> str:
+    """Return a warning for a queue of at least n keys. flag: sets its length. n: of pictures."""
+    return (
+        f"the queue ({flag} {length}) is {length / n:.1f} times as long as the data set ({n} "
+        "images): a picture's own earlier keys are among its negatives; use fewer"
+    )
+
+
+def many_draws(flag: str, count: int, n: int) -> str:
+    """Return a warning for at least n draws per anchor from a bank of n pictures."""
+    return (
+        f"{flag} {count} draws more negatives than there are images ({n}): each is drawn "
+        "repeatedly, the picture itself too; use fewer"
+    )
 
 
 def run_folder(args, parent: str, published: str) -> str:

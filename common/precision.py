@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from common import UserError, collectives, launch
+from common import UserError, collectives
 
 PICTURES = 16  # in a timed batch, but at least two in each batch-norm group
 REPEATS = 2  # timed passes each way, after a warm-up pass; the fastest counts

@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from common import UsageError
 
+WARM_FROM = 0.01  # first rate of --warm, as in PyContrast, the later code of CMC's author
+WARM = f"warm up from {WARM_FROM} over the first 5 epochs, or 10 if there are more than 500"
+
 
 def cosine(base: float, t: float, total: float, floor: float = 0.0) -> float:
     """Return a half cosine from `base` at t = 0 to `floor` at t = total, constant outside.
@@ -41,6 +44,11 @@ def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
     if t >= total:
         return base
     return start + (base - start) * max(t, 0.0) / total
+
+
+def warm_epochs(epochs: int) -> int:
+    """Return the length of the warm-up of --warm, in epochs, for a run of so many epochs."""
+    return 10 if epochs > 500 else 5
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

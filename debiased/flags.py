@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from common import UsageError, cli, options
+from common import UsageError, cli, footing, options
 
 TRUE = ("true", "1", "yes")
 FALSE = ("false", "0", "no", "")
@@ -75,6 +75,8 @@ def settle(args) -> None:
     args.debiased = args.loss == "debiased"
     if args.tau_plus == 1:
         raise UsageError("--tau_plus 1.0: must be below 1, or all negatives are of one class")
+    if args.loss != "debiased" and "loss" not in args.typed:
+        args.typed.discard("tau_plus")  # published beside --debiased False, where it is not read
     for flag in ("tau_plus", "M"):
         if args.loss != "debiased" and flag in args.typed:
             raise UsageError(
@@ -85,6 +87,7 @@ def settle(args) -> None:
             "--loss unbiased needs the class of every picture, and 100,000 pictures of STL-10 have "
             "none: take --dataset cifar10, cifar100, or class folders"
         )
+    footing.check(args, "cosine", "warmup_epochs")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs}: must be fewer than --epochs {args.epochs}"

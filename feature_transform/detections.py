@@ -10,7 +10,7 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from common import UserError, collectives, figures, files, inputs, options
+from common import UserError, collectives, figures, files, inputs
 from feature_transform import voc_batches
 from feature_transform.voc import Pictures
 from runner import loop

@@ -26,7 +26,6 @@ from torchvision.models.detection import FasterRCNN
 from common import (
     UsageError,
     UserError,
-    backbones,
     cli,
     collectives,
     inputs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import UsageError, cli, options, schedule
+from common import UsageError, cli, footing, options, schedule
 from feature_transform import networks, recipes, views
 
 OF_MIXNORM = (  # flags that have no effect without --mixnorm
@@ -121,6 +121,9 @@ def settle(args) -> None:
 def check(args) -> None:
     """Raise UsageError for flags that contradict each other or have no effect together."""
     typed = args.typed
+    footing.check(args, "lr_decay_epochs", "lr_decay_rate", "cosine", "warm")
+    if args.modal == "RGB":
+        footing.check(args, "aug")
     alone = [flag for flag in OF_MIXNORM if flag in typed]
     if alone and not args.mixnorm:
         raise UsageError(f"--{alone[0]} belongs to --mixnorm; add that, or omit it")

@@ -25,7 +25,6 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import (
-    UsageError,
     backbones,
     batchnorm,
     cli,
@@ -44,7 +43,6 @@ from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
 
-WARM_FROM = 0.01  # learning rate at the first step of a warm-up
 PRESETS = {
     "ft": recipes.PUBLISHED,  # the published transformation, with whatever --method
     "compare": dict(
@@ -84,7 +82,7 @@ def parse_args(argv=None):
     footing.add_argument(g)
     text = "cosine schedule per epoch in place of steps, down to the rate after three drops"
     g.add_argument("--cosine", action=cli.OnOff, default=False, help=text)
-    text = f"warm up from {WARM_FROM} in 5 epochs (10 of more than 500); on for batches above 256"
+    text = f"{schedule.WARM}; on for batches above 256"
     g.add_argument("--warm", action=cli.OnOff, default=False, help=text)
 
     g = parser.add_argument_group("run")
@@ -272,12 +270,13 @@ def learning_rate(args, at: loop.At) -> float:
     if args.footing == "common":
         return footing.learning_rate(args.learning_rate, at, args.epochs)
     floor = args.learning_rate * args.lr_decay_rate**3
-    warm_epochs = 10 if args.epochs > 500 else 5
+    warm_epochs = schedule.warm_epochs(args.epochs)
     if args.warm and at.epoch < warm_epochs:
         to = args.learning_rate
         if args.cosine:
             to = schedule.cosine(args.learning_rate, warm_epochs, args.epochs, floor)
-        return schedule.warmup(to, at.epoch + at.part, warm_epochs, start=min(WARM_FROM, to))
+        start = min(schedule.WARM_FROM, to)
+        return schedule.warmup(to, at.epoch + at.part, warm_epochs, start)
     if args.cosine:
         return schedule.cosine(args.learning_rate, at.epoch + 1, args.epochs, floor)
     return schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
@@ -307,7 +306,8 @@ def worker(args, process: launch.Process) -> None:
             transformation=str(method.rule),
         )
         if args.nce_k >= n:
-            job.warn(recipes.too_many(args, n))
+            warning = options.long_queue if args.mem == "moco" else options.many_draws
+            job.warn(warning("--nce_k", args.nce_k, n))
         for _ in job.epochs():
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))

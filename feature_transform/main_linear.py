@@ -266,7 +266,7 @@ SPEC = linear.Spec(
 
 def worker(args, process: launch.Process) -> None:
     demo.ensure_for(args, process)
-    saved, args = read(args)
+    saved, args = linear.read(SPEC, args)
     args = views.choose_classes(args)
     linear.fit(SPEC, args, process, saved, open_sets, look=warn)
 

@@ -135,16 +135,3 @@ def _transformation_names(args) -> list[str]:
     if args.mix_start_epoch:
         parts.append(f"start{args.mix_start_epoch}")
     return parts
-
-
-def too_many(args, n: int) -> str:
-    """Return a warning for a run with n pictures and at least as many negatives."""
-    if args.mem == "moco":
-        return (
-            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data "
-            f"set ({n} images): a picture's own earlier keys are among its negatives; use fewer"
-        )
-    return (
-        f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn "
-        "repeatedly, the picture itself too; use fewer"
-    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from cmc import colour
-from common import UserError, augment, cli, footing, inputs, options, sets
+from common import UserError, augment, cli, footing, inputs, sets
 from feature_transform import jigsaw
 from preprocess.imagenet_splits import CLASS_LIST
 

@@ -27,6 +27,7 @@ from common import (
     augment,
     backbones,
     cli,
+    footing,
     inputs,
     launch,
     options,
@@ -79,8 +80,7 @@ def parse_args(argv=None):
     options.add_linear_sgd_arguments(g, text)
     text = "cosine schedule down to rate^3 / 10 of the learning rate"
     g.add_argument("--cosine", action="store_true", help=text)
-    text = f"warm up from {train_moco_ins.WARM_FROM} in {train_moco_ins.WARM_EPOCHS} epochs"
-    g.add_argument("--warm", action="store_true", help=text)
+    g.add_argument("--warm", action="store_true", help=schedule.WARM)
     g.add_argument("--adam", action="store_true", help="Adam instead of SGD")
     g.add_argument("--beta1", type=cli.fraction, default=0.5, help="beta 1 of Adam")
     g.add_argument("--beta2", type=cli.fraction, default=0.999, help="beta 2 of Adam")
@@ -137,7 +137,9 @@ def read(args):
             f"{saved.path} was trained with --model {model}, which is not one of {names}"
         )
     side = pretrained.input_res(args, opt)
-    return saved, cli.replace(args, model=model, input_res=side, **pretrained.footing(opt))
+    args = cli.replace(args, model=model, input_res=side, **pretrained.footing(opt))
+    footing.check(args, "crop", "aug")
+    return saved, args
 
 
 def files(args, saved):
@@ -214,10 +216,10 @@ def recipe(args, saved, train: bool) -> augment.Compose:
 
 def learning_rate(args, at: loop.At) -> float:
     """Return the learning rate; the published cosine is an epoch ahead and ends at its floor."""
-    if not args.cosine:
-        return train_moco_ins.dropped(args, at)
-    floor = args.learning_rate * args.lr_decay_rate**3 * 0.1
-    lr = schedule.cosine(args.learning_rate, at.epoch + 1, args.epochs, floor)
+    lr = schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
+    if args.cosine:
+        floor = args.learning_rate * args.lr_decay_rate**3 * 0.1
+        lr = schedule.cosine(args.learning_rate, at.epoch + 1, args.epochs, floor)
     return train_moco_ins.warmed(args, lr, at)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import UsageError, cli, options
+from common import UsageError, cli, footing, options, schedule
 from moco_insdis.networks import MODELS
 from runner import loop
 
@@ -38,6 +38,52 @@ def add_method_arguments(g) -> None:
     g.add_argument("--syncBN", action="store_true", help=text)
 
 
+def settle(args) -> None:
+    """Fill in the defaults that depend on other flags, and check flags against each other."""
+    if args.data is None:
+        raise UsageError(options.NO_DATA)
+    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
+    footing.check(args, "crop", "aug", "warm", "lr_decay_epochs", "lr_decay_rate")
+    if args.crop is None:  # on imagenet the published code takes .08, whatever was typed
+        args.crop = 0.08 if args.dataset == "imagenet" or args.footing == "common" else 0.2
+    if args.bn_splits is None:  # published on four GPUs, over which MoCo shuffles its keys
+        args.bn_splits = 4 if args.moco else 1
+    if args.moco and args.nce_k < args.batch_size:
+        raise UsageError(
+            f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys "
+            f"({args.batch_size})"
+        )
+    check_method(args)
+    if "nce_z" in args.typed:
+        if args.softmax and "softmax" in args.typed:
+            raise UsageError(
+                f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two"
+            )
+        args.softmax = False  # whatever the preset says
+    args.folder = options.run_folder(args, args.model_path, run_name(args))
+
+
+def run_name(args) -> str:
+    """Return the published name of the run folder; further settings are in config.json.
+
+    NCE with the averaged Z, the default here, has the name of the published NCE, whose Z is that of
+    the first batch; the latter is nce_oneshot here.
+    """
+    method = f"MoCo{args.alpha}" if args.moco else "InsDis"
+    loss = "softmax"
+    if not args.softmax:
+        loss = "nce" if args.nce_z == "ema" else "nce_oneshot"
+    name = (
+        f"{method}_{loss}_{args.nce_k}_{args.model}_lr_{args.learning_rate}"
+        f"_decay_{args.weight_decay}_bsz_{args.batch_size}_crop_{args.crop}"
+    )
+    if args.warm:
+        name += "_warm"
+    if args.amp:
+        name += f"_amp_{args.opt_level}"
+    return f"{name}_aug_{args.aug}"
+
+
 def check_method(args) -> None:
     """Raise UsageError where a flag belongs to the other method, or two exclude each other."""
     foreign = ("alpha",)
@@ -60,16 +106,10 @@ def warn(args, n: int, job: loop.Job) -> None:
     if args.nce_k >= n and args.moco:
         loss = "" if args.softmax else " --softmax,"
         preset = "" if args.preset == "small" else " (--preset small)"
-        job.warn(
-            f"the queue (--nce_k {args.nce_k}) is {args.nce_k / n:.1f} times as long as the data "
-            f"set ({n} images): a picture's own earlier keys are among its negatives; "
-            f"use fewer,{loss} a higher --nce_t{preset}"
-        )
+        also = f",{loss} a higher --nce_t{preset}"
+        job.warn(options.long_queue("--nce_k", args.nce_k, n) + also)
     elif args.nce_k >= n:
-        job.warn(
-            f"--nce_k {args.nce_k} draws more negatives than there are images ({n}): each is drawn "
-            "repeatedly, the picture itself too (--exclude-self); use fewer"
-        )
+        job.warn(options.many_draws("--nce_k", args.nce_k, n) + ", and --exclude-self")
     if args.moco and not args.softmax and args.nce_z == "oneshot":
         job.warn(
             "MoCo with NCE and the Z of the first batch does not learn (11.6 % published), because "

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import (
-    UsageError,
     UserError,
     augment,
     backbones,
@@ -46,10 +45,8 @@ from moco_insdis.networks import IMAGENET, normalize
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, resume
 
-WARM_FROM = 0.01  # learning rate at the start of --warm, as in the author's later code (PyContrast)
-WARM_EPOCHS = 10
 PRESETS = {
-    # for CIFAR's 50,000 pictures: the published K compares with a third of them at every step
+    # for CIFAR's 50,000 pictures, of which the published K, 16384, is a third
     "small": dict(
         model="resnet18", dataset="folder", input_res=32, small_stem=True, softmax=True,
         nce_k=4096, nce_t=0.1, alpha=0.99,
@@ -90,8 +87,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("optimisation")
     options.add_sgd_arguments(g)
     footing.add_argument(g)
-    text = f"warm up from {WARM_FROM} in {WARM_EPOCHS} epochs (published: no effect)"
-    g.add_argument("--warm", action="store_true", help=text)
+    g.add_argument("--warm", action="store_true", help=f"{schedule.WARM} (published: no effect)")
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
     g.add_argument("--model_path", "--out", default="./runs/moco_insdis", help=text)
@@ -103,51 +99,12 @@ def parse_args(argv=None):
     parser.ignore("pre-training uses SGD", "beta1", "beta2")
     args = parser.parse_args(argv)
     options.check(args)
-    settle(args)
+    flags.settle(args)
     return cli.freeze(args)
 
 
-def settle(args) -> None:
-    """Fill in the defaults that depend on other flags, and check flags against each other."""
-    if args.data is None:
-        raise UsageError(options.NO_DATA)
-    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.crop is None:  # the published code takes .08 there, whatever was typed
-        args.crop = 0.08 if args.dataset == "imagenet" else 0.2
-    if args.bn_splits is None:  # published on four GPUs, over which MoCo shuffles its keys
-        args.bn_splits = 4 if args.moco else 1
-    if args.moco and args.nce_k < args.batch_size:
-        raise UsageError(
-            f"--nce_k {args.nce_k}: a queue must hold at least a global batch of keys "
-            f"({args.batch_size})"
-        )
-    flags.check_method(args)
-    if "nce_z" in args.typed and "softmax" not in args.typed:
-        args.softmax = False  # whatever the preset says
-    if args.softmax and "nce_z" in args.typed:
-        raise UsageError(f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two")
-    args.folder = options.run_folder(args, args.model_path, run_name(args))
-
-
-def run_name(args) -> str:
-    """Return the published name of the run folder; further settings are in config.json."""
-    method = f"MoCo{args.alpha}" if args.moco else "InsDis"
-    loss = "softmax"
-    if not args.softmax:
-        loss = "nce" if args.nce_z == "ema" else "nce_oneshot"
-    name = (
-        f"{method}_{loss}_{args.nce_k}_{args.model}_lr_{args.learning_rate}"
-        f"_decay_{args.weight_decay}_bsz_{args.batch_size}_crop_{args.crop}"
-    )
-    if args.warm:
-        name += "_warm"
-    if args.amp:
-        name += f"_amp_{args.opt_level}"
-    return f"{name}_aug_{args.aug}"
-
-
 def recipe(args) -> augment.Compose:
-    """Return the operations of one view: greyscale before the jitter, which all get; no blur."""
+    """Return the operations of one view: greyscale for one in five, then jitter for all."""
     if args.footing == "common":
         return footing.recipe(args)
     crop = augment.RandomResizedCrop(args.input_res, scale=(args.crop, 1.0))
@@ -267,23 +224,19 @@ def build_method(args, pictures, steps: int, process: launch.Process) -> InsDis 
 
 
 def learning_rate(args, at: loop.At) -> float:
-    """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
+    """Return the learning rate: drops after --lr_decay_epochs, or the cosine of the footing."""
     if args.footing == "common":
         return footing.learning_rate(args.learning_rate, at, args.epochs)
-    return dropped(args, at)
-
-
-def dropped(args, at: loop.At) -> float:
-    """Return the learning rate, which drops after the epochs of --lr_decay_epochs."""
     lr = schedule.step(args.learning_rate, at.epoch, args.milestones, args.lr_decay_rate)
     return warmed(args, lr, at)
 
 
 def warmed(args, lr: float, at: loop.At) -> float:
     """Return `lr`, or with --warm in the first epochs the rate of a linear warm-up to it."""
-    if args.warm and at.epoch < WARM_EPOCHS:
-        return schedule.warmup(lr, at.epoch + at.part, WARM_EPOCHS, start=min(WARM_FROM, lr))
-    return lr
+    if not args.warm:
+        return lr
+    length = schedule.warm_epochs(args.epochs)
+    return schedule.warmup(lr, at.epoch + at.part, length, start=min(schedule.WARM_FROM, lr))
 
 
 def worker(args, process: launch.Process) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import UsageError, backbones, cli, options
+from common import UsageError, backbones, cli, footing, options
 from nonsem_neg import textures
 from nonsem_neg.negatives import check_patch_range
 
@@ -24,9 +24,18 @@ def add_data_argument(group, text: str) -> None:
     group.add_argument("--data", metavar="DATA", help="DATA as an option")
 
 
+def add_augmentation_arguments(group) -> None:
+    """Add the choice of the augmentation."""
+    text = "MoCo-v2 augmentation"
+    group.add_argument("--aug-plus", action=cli.OnOff, default=False, help=text)
+    text = "augmentation: MoCo-v1's, MoCo-v2's (as --aug-plus), or MoCo's CIFAR-10 notebook's"
+    group.add_argument("--aug", choices=["v1", "v2", "cifar"], help=text)
+
+
 def settle(args) -> None:
     """Fill in the defaults that depend on other flags, and check flags against each other."""
     settle_paths(args)
+    footing.check(args, "aug", "aug_plus", "schedule", "cos", "cos_from")
     if args.patch_ratio is None:
         largest = 72 if args.demo else 56
         args.patch_ratio = [max(1, round(s * args.input_res / 224)) for s in (16, largest)]

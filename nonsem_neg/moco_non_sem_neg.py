@@ -82,6 +82,7 @@ def parse_args(argv=None):
     text = "data set root with train/CLASS/*, or pictures alone; --robust texture: its textures"
     flags.add_data_argument(g, text)
     options.add_data_arguments(g)
+    flags.add_augmentation_arguments(g)
 
     g = parser.add_argument_group("model")
     flags.add_model_arguments(g)
@@ -93,11 +94,8 @@ def parse_args(argv=None):
     footing.add_argument(g)
     text = "cosine schedule instead of --schedule, per epoch, without warm-up"
     g.add_argument("--cos", action=cli.OnOff, default=False, help=text)
-    text = "--cos: the epochs that the cosine is ahead: 0, or 1 as in MoCo's CIFAR notebook"
+    text = "added to the epoch in --cos: 0, or 1 as in MoCo's CIFAR notebook"
     g.add_argument("--cos-from", type=cli.count, default=0, help=text)
-    g.add_argument("--aug-plus", action=cli.OnOff, default=False, help="MoCo-v2 augmentation")
-    text = "augmentation: MoCo-v1's, MoCo-v2's (as --aug-plus), or MoCo's CIFAR-10 notebook's"
-    g.add_argument("--aug", choices=["v1", "v2", "cifar"], help=text)
 
     g = parser.add_argument_group("run")
     text = "run folder: checkpoints, logs, TensorBoard events"
@@ -205,7 +203,7 @@ class NonSemantic:
         self.precision.step(loss, self.optimizer)
         self.network.enqueue(keys)
         top1, top5 = metrics.accuracy(logits.detach(), labels, (1, 5))
-        queue = logits.detach()[:, 1 : 1 + self.args.moco_k]
+        queue, nonsem = logits.detach()[:, 1:].tensor_split([self.args.moco_k], 1)
         values = {
             "loss": loss,
             "contrast_acc1": top1,
@@ -213,6 +211,8 @@ class NonSemantic:
             "feature_spread": metrics.spread(keys),
             "negative_similarity": queue.mean() * self.args.moco_t,
         }
+        if nonsem.numel() and self.args.alpha:
+            values["nonsem_similarity"] = nonsem.mean() * self.args.moco_t / self.args.alpha
         if self.args.save_score:
             t = self.args.moco_t
             values["scores"] = metrics.score_statistics(logits[:, 0], queue, t)
@@ -228,10 +228,16 @@ class NonSemantic:
             return texture[0].unsqueeze(1)
         if not args.num_nonsem:
             return None
-        shapes = {"inclusive": args.patch_inclusive, "turn": args.patch_turn}
-        ranks = {"rank": self.process.rank, "world_size": self.process.world_size}
-        draws = self.generators["generator"]
-        return patch_negatives(view, args.num_nonsem, args.patch_ratio, draws, **shapes, **ranks)
+        return patch_negatives(
+            view,
+            args.num_nonsem,
+            args.patch_ratio,
+            self.generators["generator"],
+            inclusive=args.patch_inclusive,
+            turn=args.patch_turn,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+        )
 
     def embed(self, images):
         """Return the query encoder's features that the k-NN compares: (N, D)."""
@@ -253,12 +259,6 @@ class NonSemantic:
         return {"arch": self.args.arch, "state_dict": state}
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
-        arch = saved.get("arch", self.args.arch)
-        if arch != self.args.arch:
-            raise UserError(
-                f"{saved.path} was trained with --arch {arch}, this run has {self.args.arch}: "
-                f"add -a {arch}"
-            )
         state = layouts.strip_prefix(saved["state_dict"], "module.")
         other_head = "encoder_q.fc.weight" if self.args.mlp else "encoder_q.fc.2.weight"
         if other_head in state:
@@ -308,12 +308,7 @@ def worker(args, process: launch.Process) -> None:
             **sides,
         )
         if args.moco_k >= len(pictures):
-            times = args.moco_k / len(pictures)
-            job.warn(
-                f"the queue (--moco-k {args.moco_k}) is {times:.1f} times as long as the data set "
-                f"({len(pictures)} images): a picture's own earlier keys are among its negatives; "
-                "use fewer"
-            )
+            job.warn(options.long_queue("--moco-k", args.moco_k, len(pictures)))
         for _ in job.epochs():
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))

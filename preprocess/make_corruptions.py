@@ -41,7 +41,7 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, inputs, launch, options, printable, sets
+from common import UsageError, UserError, cli, inputs, launch, printable, sets
 from common.pictures import as_rgb
 from preprocess import demo, workers
 from preprocess.corruption_tree import (

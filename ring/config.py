@@ -1,8 +1,8 @@
 """Read settings files in the published format (--config) as flags.
 
 The format is that of config/pretrain/*/*.json of mhw32/contrastive-ring-public at fb3e1c2. Every
-key of those files is known. A key that has no effect there has none here, and one warning names
-such keys. Settings that the published code ignores by mistake (`exponential_anneal`, a false
+key of those files is known. One warning names the keys without effect here, most of which have none
+there either. Settings that the published code ignores by mistake (`exponential_anneal`, a false
 `dynamic_inner`, `logsumexp_inner` or `self_negative`) have an effect here. A missing key or null
 means the default. An unknown key is an error, as its setting would silently be ignored.
 """
@@ -95,10 +95,7 @@ def parse(parser, argv) -> argparse.Namespace:
         args = parser.parse_args(argv)
         if dead:
             names = ", ".join(dead)
-            warning = (
-                f"warning: {path}: these keys have no effect, as in the published code: {names}"
-            )
-            print(warning, file=sys.stderr)
+            print(f"warning: {path}: these keys have no effect here: {names}", file=sys.stderr)
     del args.config, args.file
     _take_gpu_device(args)
     return args
@@ -108,12 +105,13 @@ def read(path: str, parser) -> tuple[dict, list[str]]:
     """Return ({destination of a flag: value}, the keys without effect) of a settings file."""
     items = {}
     keys = {*FLAGS, *CHOICES, *DEAD, *OTHERS}
-    for key, value in _flat(_load(path)):
-        if key.startswith("pretrain_model."):
-            raise UsageError(
-                f"{path} has the settings of a transfer evaluation: give the checkpoint to "
-                "ring/eval_ring.py with --model_path CHECKPOINT --protocol released"
-            )
+    pairs = list(_flat(_load(path)))
+    if ("system", "TransferSystem") in pairs:
+        raise UsageError(
+            f"{path} has the settings of a transfer evaluation: give the checkpoint to "
+            "ring/eval_ring.py with --model_path CHECKPOINT --protocol released"
+        )
+    for key, value in pairs:
         if key not in keys:
             close = difflib.get_close_matches(key, keys, 1)
             hint = f"; did you mean {close[0]}?" if close else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from cmc import colour
-from common import UsageError, cli, options, sets
+from common import UsageError, cli, footing, options, sets
 from ring import thresholds
 from ring.views import SIDES
 
@@ -48,7 +48,10 @@ def add_method_arguments(g) -> None:
     g.add_argument("--all-ring", action="store_true", help=text)
     text = "ir: the ball is a share of the bank, or of the batch (a slip of the published code)"
     g.add_argument("--ball-bank-size", choices=["bank", "batch"], default="bank", help=text)
-    text = "outer threshold from 1 to .1: by formula, or following the loss or the 1-NN accuracy"
+    text = (
+        "outer threshold from 1 to .1, in place of --thres-outer: by formula, or following the "
+        "loss or the 1-NN accuracy"
+    )
     g.add_argument("--anneal", choices=thresholds.POLICIES, default="constant", help=text)
     text = "epochs of the annealing"
     g.add_argument("--max-anneal-epoch", type=cli.positive_int, default=100, help=text)
@@ -82,7 +85,7 @@ def settle(args) -> None:
 
 
 def run_name(args) -> str:
-    """Return the published name of the run folder, to which the data set is added."""
+    """Return the name of the run folder, to which the data set is added."""
     annealed = "" if args.anneal == "constant" else f"_{args.anneal}"
     return f"pretrain_{args.method}_{args.negatives}{annealed}{options.seed_suffix(args)}"
 
@@ -104,6 +107,9 @@ def check(args) -> None:
         if BELONGS[name] != args.method:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} belongs to --method {BELONGS[name]}, or omit it")
+    footing.check(args, "scheduler")
+    if args.method != "cmc":
+        footing.check(args, "augmentation")
     if args.method == "moco":
         _check_queue(args)
     if args.negatives == "ring":
@@ -120,8 +126,21 @@ def check(args) -> None:
     if args.anneal == "accuracy" and (args.knn_every or not args.nn_every):
         raise UsageError(
             "--anneal accuracy follows the 1-NN accuracy of every epoch: give --nn-every 1, and "
-            "omit --knn-every"
+            "omit --knn-every, whose evaluation a resumed run may repeat"
         )
+    _check_annealing(args)
+
+
+def _check_annealing(args) -> None:
+    if args.anneal != "constant" and "thres_outer" in args.typed:
+        raise UsageError(
+            f"--thres-outer has no effect with --anneal {args.anneal}, which goes from 1 to "
+            f"{thresholds.END}; omit one of the two"
+        )
+    if args.anneal == "constant" and "max_anneal_epoch" in args.typed:
+        raise UsageError("--max-anneal-epoch belongs to --anneal; add that, or omit it")
+    if args.anneal != "exponential" and "anneal_rate" in args.typed:
+        raise UsageError("--anneal-rate belongs to --anneal exponential; add that, or omit it")
 
 
 def _check_queue(args) -> None:

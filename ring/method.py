@@ -34,7 +34,6 @@ class Observer:
         self.labels = labels
         self.description: dict[str, Tensor] = {}
         self.scores: list[Tensor] = []
-        self.compared = 0  # negatives per anchor
 
     def __call__(self, ring: negatives.Ring, positive: Tensor, compared: Tensor) -> None:
         if not self.description:
@@ -44,7 +43,6 @@ class Observer:
                 first, self.args.t, self.own, self.labels, has_cut
             )
             self.description["negative_similarity"] = compared.mean() * self.args.t
-            self.compared = compared.shape[1]
         if self.args.save_score:
             self.scores.append(metrics.score_statistics(positive, compared, self.args.t))
 
@@ -81,6 +79,10 @@ class Method:
             args.self_negative,
             ball_of_batch=args.ball_bank_size == "batch",
         )
+        if args.negatives == "all":  # others select the nearest, so that a loss may be above it
+            is_whole = args.all_ring or args.method == "moco"
+            scores = self.candidates + args.self_negative if is_whole else args.k
+            self.equal_loss = len(self.bank_names) * math.log(scores)
         length = args.max_anneal_epoch * steps
         self.policy = thresholds.build(args.anneal, args.thres_outer, length, args.anneal_rate)
         # Draws are the same on every rank: negatives on the device, shuffles of keys on the CPU.
@@ -143,8 +145,6 @@ class Method:
         query (N, V * D): the unit features of each view, side by side.
         """
         views = query.chunk(len(observers), 1)
-        if self.rule.kind == "all":  # others select the nearest, so that a loss may be above it
-            self.equal_loss = len(views) * math.log1p(observers[0].compared)
         spread = sum(metrics.spread(view) for view in views) / len(views)
         seen = [observer.description for observer in observers]
         means = {key: sum(one[key] for one in seen) / len(seen) for key in seen[0]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common import UsageError, UserError, augment, data, inputs, launch, metrics, options, sets
+from common import UsageError, UserError, augment, data, inputs, launch, metrics, sets
 from ring import negatives
 from runner import checkpoint, knn
 

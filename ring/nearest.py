@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import augment, data, inputs, launch, metrics, options, sets
+from common import augment, data, inputs, launch, metrics, sets
 from ring import monitor
 from runner import knn, layouts
 

@@ -25,7 +25,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cmc import colour
 from common import (
-    UsageError,
     augment,
     backbones,
     batchnorm,
@@ -70,8 +69,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("data")
     text = "tree with train/CLASS/*, or where torchvision keeps its sets"
     g.add_argument("--root", "--data", dest="data", help=text)
-    trees = ("folder", *(f"{name}_2views" for name in sets.TORCHVISION_SETS))
-    options.add_data_arguments(g, trees, default="cifar10", workers=8)
+    also = tuple(f"{name}_2views" for name in sets.TORCHVISION_SETS)
+    options.add_data_arguments(g, ("folder",), default="cifar10", workers=8, also=also)
     text = "augmentation of IR and MoCo: MoCo-v1's, or MoCo-v2's at 224 or the named side"
     g.add_argument("--augmentation", choices=list(SIDES), default="v1", help=text)
     splits = ("train", "train+unlabeled")
@@ -103,10 +102,13 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "the run gets a folder of its own in here"
     g.add_argument("--exp-base", "--out", dest="model_path", default="./runs/ring", help=text)
-    text = "name of that folder without the data set at its end; default: pretrain_METHOD_NEGATIVES"
+    text = (
+        "name of that folder without the data set at its end; "
+        "default: pretrain_METHOD_NEGATIVES[_ANNEAL][_seed_SEED]"
+    )
     g.add_argument("--exp-name", help=text)
     options.add_name_argument(g, default="EXP_NAME_DATASET")
-    options.add_run_arguments(g)
+    options.add_run_arguments(g, seed=1337)
     text = "epochs between 1-NN evaluations by the bank; 0: never; default: 1, class folders 0"
     g.add_argument("--nn-every", type=cli.count, help=text)
     options.add_monitor_arguments(g, "of those in the loss; cmc: mean over both views")
@@ -115,7 +117,7 @@ def parse_args(argv=None):
     options.add_hardware_arguments(parser, compile=True)
     text = "the published spelling of --gpu N and --device cpu"
     parser.add_argument("--gpu-device", metavar="N|cpu", help=text)
-    parser.set_defaults(input_res=None, seed=1337)
+    parser.set_defaults(input_res=None)
     sheet.take_flags_of_run(parser, argv)
     args = config.parse(parser, argv)
     options.check(args)

@@ -17,7 +17,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from common import UsageError, UserError, backbones, files, printable
+from common import UsageError, UserError, files, printable
 from runner import papers
 from runner.trunks import name_of
 

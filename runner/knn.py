@@ -17,7 +17,6 @@ from common import (
     inputs,
     launch,
     metrics,
-    options,
     sets,
 )
 from runner.features import Embed, embed_images

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common import UserError, augment, backbones, printable
+from common import UserError, augment, printable
 from runner import checkpoint, papers
 from runner.papers import SEQUENTIAL, Layout
 from runner.trunks import Trunk
 
 IMAGENET = augment.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-# Names of a network's last layers; the last two are of SwAV.
-HEADS = ("fc.", "classifier.", "head.", "heads.", "projection_head.", "prototypes.")
+# Names of a network's last layers; fc8 is AlexNet's, the last two are SwAV's.
+HEADS = ("fc.", "fc8.", "classifier.", "head.", "heads.", "projection_head.", "prototypes.")
 # Names of the first layer of a network, which may have the name of its tower before it.
 FIRST = r"(conv1|conv_block_1|features|Conv2d_1a_3x3|layers\.0|stem|conv_proj|patch_embed)\."
 FIRST_OF_TOWER = rf"(?:[a-zA-Z]\w*\.)?{FIRST}"
@@ -170,8 +170,10 @@ def numbered(state: dict[str, Tensor], children: dict[str, str], before: str) ->
 
 
 def without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` without the parameters of a projection head or classifier."""
-    return {name: value for name, value in state.items() if not name.startswith(HEADS)}
+    """Return `state` without the parameters of a projection head or classifier, of each tower."""
+    before = ("", *(f"{tower}." for tower in towers(state)))
+    heads = tuple(tower + head for tower in before for head in HEADS)
+    return {name: value for name, value in state.items() if not name.startswith(heads)}
 
 
 def towers(state: dict[str, Tensor]) -> list[str]:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import ROOT, says_no
 
-from cmc import colour
+from cmc import colour, flags
 from cmc import train_CMC as script
 from common import backbones
 from runner import layouts, loop
 
 
-def name(*flags) -> str:
-    return script.run_name(script.parse_args(["--data_folder", "x", *flags]))
+def name(*words) -> str:
+    return flags.run_name(script.parse_args(["--data_folder", "x", *words]))
 
 
 def test_run_names_are_the_published_ones():

@@ -118,6 +118,7 @@ BAD = {
     "no truth": ("--debiased maybe", "maybe must be True or False"),
     "two losses": ("--loss biased --debiased True", "--loss biased and --debiased True"),
     "tau of another loss": ("--loss biased --tau_plus 0.1", "--tau_plus belongs to --loss"),
+    "tau without a loss": ("--debiased False --M 2", "--M belongs to --loss debiased"),
     "M of another loss": ("--loss unbiased --dataset cifar10 --M 2", "--M belongs to --loss"),
     "no labels": ("--loss unbiased", "--loss unbiased needs the class of every"),
     "long warm-up": ("--epochs 5 --warmup_epochs 5", "5: must be fewer than --epochs 5"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import inside
+from conftest import inside, says_no
 from papers import CASES
 from torch.nn import functional as F
 
@@ -99,6 +99,29 @@ def test_presets_differ_in_nothing_but_the_method():
     for name, values in recorded.items():
         differing = {key for key in values if values[key] != first[key]}
         assert differing == OWN.get(name, set()) & values.keys(), name
+
+
+WITHOUT_EFFECT = {  # {Case: a flag of what the footing decides}
+    "cmc nce": "--lr_decay_epochs 5",
+    "moco": "--aug NULL",
+    "patch": "--cos",
+    "debiased": "--cosine",
+    "transformed moco": "--aug A",
+    "ring moco": "--scheduler none",
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_the_footing_decides_is_refused(name, capsys):
+    parse = CASES[name].module.parse_args
+    words = WITHOUT_EFFECT[name]
+    own = {"--method moco"} if name == "ring moco" else {"--data DATA"}
+    typed = f"--data DATA {' '.join(own)} {words}".split()
+    parse([*typed, "--footing", "published"])
+    flag = words.split()[0].replace("_", "-")
+    message = f"{flag} has no effect with --footing common"
+    says_no(parse, [*typed, "--footing", "common"], message, capsys)
+    says_no(parse, [*typed, "--preset", "compare"], message, capsys)
 
 
 STUDY = claim_records.papers(ROOT / "docs" / "compare.json")["compare"]
@@ -203,6 +226,32 @@ def test_a_run_starts_from_the_backbone_of_another(workspace, name):
         query, key = (attrgetter(path)(method) for path in MOCOS[name][:2])
         pairs = zip(query.parameters(), key.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("model", ["resnet18-small", "alexnet --small-stem"])
+def test_towers_start_without_the_heads_of_others(workspace, model):
+    module = CASES["cmc nce"].module
+    pictures = ArraySet(torch.zeros(80, 3, 32, 32, dtype=torch.uint8), [0] * 80, ["a"])
+    words = f"--data DATA --dataset folder --input-res 32 --device cpu --arch {model}".split()
+
+    def method(*more):
+        args = module.parse_args([*words, *more])
+        return module.build_method(args, pictures, 5, launch.Process())
+
+    first = method("--seed", "0")
+    with torch.no_grad():
+        for value in first.network.parameters():
+            value += 1
+    torch.save(first.state_dict(), "first.pth")
+    first = first.network.state_dict()
+    footings = ["published"] if "alexnet" in model else ["published", "common"]  # another head
+    for footing in footings:
+        own = method(
+            "--seed", "0", "--footing", footing, "--init", "first.pth"
+        ).network.state_dict()
+        kept = layouts.without_head(own)
+        assert len(kept) < len(own) and all(torch.equal(kept[name], first[name]) for name in kept)
+        assert all(torch.all(own[name] < 1) for name in own.keys() - kept.keys())  # fresh
 
 
 # --------------------------------------------------------------------------------- --preset photos

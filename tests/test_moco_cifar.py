@@ -12,7 +12,7 @@ from conftest import Net, equal
 from torch import nn
 from torch.nn import functional as F
 
-from common import UsageError, augment, batchnorm, inputs, launch, options
+from common import UsageError, augment, batchnorm, inputs, launch
 from nonsem_neg import main_lincls, views
 from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo

@@ -3,12 +3,13 @@
 import pytest
 from conftest import says_no
 
+from moco_insdis import flags
 from moco_insdis import train_moco_ins as script
 from runner import loop
 
 
-def parsed(*flags):
-    return script.parse_args(["--data_folder", "x", *" ".join(flags).split()])
+def parsed(*words):
+    return script.parse_args(["--data_folder", "x", *" ".join(words).split()])
 
 
 def test_run_names_are_the_published_ones():
@@ -22,9 +23,9 @@ def test_run_names_are_the_published_ones():
         other: "InsDis_nce_4096_resnet50x2_lr_0.03_decay_0.0001_bsz_128_crop_0.08_warm_amp_O1"
         "_aug_NULL",
     }
-    for flags, name in published.items():
-        assert script.run_name(parsed(flags)) == name
-    assert script.run_name(parsed("--nce_z oneshot")).startswith("InsDis_nce_oneshot_16384_")
+    for words, name in published.items():
+        assert flags.run_name(parsed(words)) == name
+    assert flags.run_name(parsed("--nce_z oneshot")).startswith("InsDis_nce_oneshot_16384_")
 
 
 def test_what_follows_from_other_flags():
@@ -36,6 +37,7 @@ def test_what_follows_from_other_flags():
     assert (common.alpha, common.model_path) == (0.9, "here")
     assert bare.crop == 0.2 and parsed("--dataset imagenet").crop == 0.08
     assert parsed("--dataset imagenet --crop .3").crop == 0.3
+    assert parsed("--footing common").crop == 0.08  # its own view
     assert bare.bn_splits == 1 and parsed("--moco").bn_splits == 4
     assert parsed("--moco --bn-splits 2").bn_splits == 2
     assert parsed("--preset small").softmax and not parsed("--preset small --nce_z oneshot").softmax
@@ -48,7 +50,9 @@ def test_learning_rates():
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.0003, 0.00003])
     times = [loop.At(0, 0.0, 0), loop.At(4, 0.5, 0), loop.At(5, 0.0, 0), loop.At(10, 0.0, 0)]
     rates = [script.learning_rate(parsed("--warm"), at) for at in times]
-    assert rates == pytest.approx([0.01, 0.019, 0.02, 0.03])
+    assert rates == pytest.approx([0.01, 0.028, 0.03, 0.03])
+    longer = parsed("--warm --epochs 501")
+    assert script.learning_rate(longer, loop.At(5, 0.0, 0)) == pytest.approx(0.02)
 
 
 def test_augmentation_as_published():

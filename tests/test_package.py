@@ -17,7 +17,7 @@ from conftest import ROOT, equal
 from torch import nn
 
 from common import batchnorm
-from common.memory import MemoryBank, Queue, bank_scores, enqueue, queue_logits, update_rows
+from common.memory import MemoryBank, Queue, bank_scores, queue_logits
 from common.nce import NCE, info_nce, nce_loss
 from debiased.loss import debiased_loss, unbiased_loss
 from feature_transform.transform import Rule, negatives, pair

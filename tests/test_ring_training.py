@@ -148,7 +148,7 @@ BAD = {
         "--thres-inner 0.2 must be less than the outer threshold 0.1",
     ),
     "inner beyond the end of an annealing": (
-        "--no-dynamic-inner --thres-outer .5 --thres-inner .2 --anneal linear".split(),
+        "--no-dynamic-inner --thres-inner .2 --anneal linear".split(),
         "must be less than the outer threshold 0.1",
     ),
     "no neighbours": (
@@ -156,6 +156,18 @@ BAD = {
         "--neighbor-views needs an inner cut",
     ),
     "no ring": (["--neighbor-views", "--negatives", "all"], "--neighbor-views needs an inner cut"),
+    "a threshold that is annealed": (
+        "--anneal linear --thres-outer .5".split(),
+        "--thres-outer has no effect with --anneal linear",
+    ),
+    "epochs of no annealing": (
+        "--max-anneal-epoch 5".split(),
+        "--max-anneal-epoch belongs to --anneal",
+    ),
+    "a rate of no exponential": (
+        "--anneal linear --anneal-rate 5".split(),
+        "--anneal-rate belongs to --anneal exponential",
+    ),
     "nothing to anneal": (
         ["--negatives", "all", "--anneal", "step"],
         "--anneal step: --negatives all has no threshold",
@@ -244,7 +256,7 @@ def test_a_published_call_says_what_flags_say(tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(
-        f"warning: {path}: these keys have no effect, as in the published code: "
+        f"warning: {path}: these keys have no effect here: "
     )
     for key in (
         "cuda",
@@ -389,7 +401,10 @@ def test_a_path_that_no_system_has_is_named(tmp_path, text):
 
 def test_published_settings_of_a_transfer_are_sent_to_the_evaluation(tmp_path):
     path = tmp_path / "transfer.json"
-    path.write_text('{"exp_name": "a", "pretrain_model": {"exp_dir": "b", "dataset": "cifar10"}}')
+    path.write_text(
+        '{"exp_base": "b", "system": "TransferSystem", "data_params": {"dataset": null}, '
+        '"model_params": {"exp_dir": null, "checkpoint_name": null}}'  # the keys of the template
+    )
     with pytest.raises(UsageError, match="transfer evaluation: give the checkpoint to ring/eval"):
         script.parse_args([str(path)])
 

@@ -73,14 +73,17 @@ def measured(setting: Setting) -> Iterator[tuple[str, list[int], list[str]]]:
 
 
 def run_table(setting: Setting) -> str:
-    """Return mean ± standard deviation, commit and flags of the runs that have records."""
+    """Return mean ± standard deviation, precision, commit and flags of the recorded runs."""
     rows = []
     for run, seeds, cells in measured(setting):
-        commits = dict.fromkeys(setting.environment(run, seed)["commit"] for seed in seeds)
+        made = [setting.environment(run, seed) for seed in seeds]
+        how = [
+            ", ".join(dict.fromkeys(env[key] for env in made)) for key in ("precision", "commit")
+        ]
         flags = f"`{setting.runs[run]}`" if setting.runs[run] else "-"
-        row = [f"`{run}`", ", ".join(map(str, seeds)), *cells, ", ".join(commits), flags]
-        rows.append(row)
-    return layout(["run", "seeds", *setting.names, "commit", "flags"], rows, markdown=True)
+        rows.append([f"`{run}`", ", ".join(map(str, seeds)), *cells, *how, flags])
+    head = ["run", "seeds", *setting.names, "precision", "commit", "flags"]
+    return layout(head, rows, markdown=True)
 
 
 def footing_table(scale: str, root: Path, folder: str) -> str:
@@ -90,13 +93,15 @@ def footing_table(scale: str, root: Path, folder: str) -> str:
     settings = [setting for setting in settings if setting]
     for setting in settings:
         for run, seeds, cells in measured(setting):
-            seconds = [setting.environment(run, seed)["seconds"] for seed in seeds]
-            minutes = f"{statistics.median(seconds) / 60:.0f}"
+            made = [setting.environment(run, seed) for seed in seeds]
+            minutes = f"{statistics.median(env['seconds'] for env in made) / 60:.0f}"
+            precisions = ", ".join(dict.fromkeys(env["precision"] for env in made))
             page = f"[{setting.paper}]({folder}/{setting.paper}/README.md)"
-            rows.append([page, f"`{run}`", str(len(seeds)), *cells, minutes])
+            rows.append([page, f"`{run}`", str(len(seeds)), *cells, precisions, minutes])
     if not rows:
         return "No run of this scale has been recorded."
-    return layout(["paper", "run", "seeds", *settings[0].names, "minutes"], rows, markdown=True)
+    head = ["paper", "run", "seeds", *settings[0].names, "precision", "minutes"]
+    return layout(head, rows, markdown=True)
 
 
 def curve_table(published: Path, folder: Path) -> str:
@@ -128,7 +133,10 @@ def verdict_table(scale: str, root: Path, folder: str) -> str:
             if claim.failures():
                 verdict += ", runs failed"
             shown = f"{number} {records.difference(values)}"
-            rows.append([claim.claim["claim"], verdict, shown, str(len(values)), page])
+            seeds = str(len(values))
+            if mixed := claim.mixed():
+                seeds += f" ({len(mixed)} of mixed precision)"
+            rows.append([claim.claim["claim"], verdict, shown, seeds, page])
     head = ["claim", "verdict", "difference, 95 % interval", "seeds", "records"]
     return layout(head, rows, markdown=True)
 

@@ -132,18 +132,24 @@ class Setting:
         return {line["epoch"] + 1: float(line[key]) for line in named}
 
     def environment(self, run: str, seed: int) -> dict:
-        """Return commit, versions, hardware and, where it was noted, the seconds of a run."""
+        """Return commit, versions, hardware, precision and, where noted, the seconds of a run.
+
+        Commit and precision are those of the training, where a run has one and an evaluation.
+        """
         folder = self.last_record(run, seed)
         source = folder / "result.json"
         if not source.is_file():
             source = folder / "config.json"
         result = json.loads(source.read_text())
+        training = self.record(run, seed) / "config.json"
+        made = json.loads(training.read_text()) if training.is_file() else {}
         took = {}
         if (folder / "took.json").is_file():
             took = json.loads((folder / "took.json").read_text())
         return {
             "seed": seed,
-            "commit": result["commit"],
+            "commit": made.get("commit", result["commit"]),
+            "precision": made.get("derived", {}).get("precision", "float32").split()[0],
             "torch": result.get("torch"),
             "device": result.get("device"),
             "seconds": took.get("seconds"),
@@ -302,6 +308,18 @@ class Comparison:
             if len(epochs) > 1:
                 courses.append([(theirs[at], ours[at] - theirs[at]) for at in epochs])
         return courses
+
+    def mixed(self) -> list[int]:
+        """Return the seeds at which one side computed in float32 and the other in bfloat16."""
+        if not self.sides():
+            return []
+        (a, better), (b, other) = self.sides()
+        return [
+            seed
+            for seed in a.seeds(better)
+            if seed in b.seeds(other)
+            and a.environment(better, seed)["precision"] != b.environment(other, seed)["precision"]
+        ]
 
     def failures(self) -> list[tuple[str, int]]:
         """Return (run, seed) of those that the claim compares where a command failed."""

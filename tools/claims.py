@@ -152,6 +152,8 @@ def listed(claim: Comparison) -> list[str]:
         ]
         if any(is_stale(*of_run) for of_run in made):
             verdict += " *"
+        if mixed := claim.mixed():
+            verdict += f" (mixed precision: seed {', '.join(map(str, mixed))})"
     return [name, str(len(values)), shown, verdict]
 
 
@@ -159,7 +161,7 @@ def print_claims(claims: list[Comparison]) -> None:
     """Print a line for each claim, and what a star at its end means."""
     rows = [listed(claim) for claim in claims]
     print(layout(["claim", "seeds", "difference, 95 % interval", "verdict"], rows, markdown=False))
-    if any(row[-1].endswith(" *") for row in rows):
+    if any(" *" in row[-1] for row in rows):
         print(
             "\n* from records of older code: common, runner or another folder that their commands\n"
             "use has changed since, or had changes that were not committed. --run keeps such\n"

@@ -34,7 +34,6 @@ from common import (
     UsageError,
     UserError,
     augment,
-    backbones,
     cli,
     inputs,
     launch,

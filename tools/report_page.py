@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, files
+from common import files
 from runner.records import read as read_records
 from tools.report_runs import HEADINGS, Row, epochs_of, seed_of, seed_word
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import UsageError, augment, inputs, options, printable, sets
+from common import UsageError, augment, inputs, printable, sets
 from preprocess.corruptions import CORRUPTIONS
 from runner import checkpoint
 from tools import shape_bias

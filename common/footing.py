@@ -30,8 +30,8 @@ def check(args, *own: str) -> None:
     for flag in own:
         if args.footing == "common" and flag in args.typed:
             raise UsageError(
-                f"--{flag.replace('_', '-')} has no effect with --footing common, which has a view, a head, an "
-                "optimizer and a schedule of its own; omit it, or add --footing published"
+                f"--{flag.replace('_', '-')} has no effect with --footing common, which has its "
+                "own view, head, optimizer and schedule; omit it, or add --footing published"
             )
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from common import UsageError
 
-WARM_FROM = 0.01  # first rate of --warm, as in PyContrast, the later code of CMC's author
+WARM_FROM = 0.01  # first rate of a warm-up in PyContrast, the later code of CMC's author
 WARM = f"warm up from {WARM_FROM} over the first 5 epochs, or 10 if there are more than 500"
 
 
@@ -47,7 +47,7 @@ def warmup(base: float, t: float, total: float, start: float = 0.0) -> float:
 
 
 def warm_epochs(epochs: int) -> int:
-    """Return the length of the warm-up of --warm, in epochs, for a run of so many epochs."""
+    """Return the epochs of the warm-up in PyContrast, for a run of so many epochs."""
     return 10 if epochs > 500 else 5
 
 

@@ -31,13 +31,12 @@ def truth(text: str) -> bool:
     return text.lower() in TRUE
 
 
-def refuse_spaced_equals(argv: list[str]) -> None:
-    """Raise UsageError for `--tau_plus = 0.1` of the published README, which a shell splits."""
-    for before, token, after in zip(argv, argv[1:], [*argv[2:], "VALUE"]):
-        if token == "=":
-            raise UsageError(
-                f"{before} = {after}: the equals sign stands alone; write {before} {after}"
-            )
+def without_lone_equals(argv: list[str] | None) -> list[str]:
+    """Return the words of the command line; `--tau_plus = 0.1` is in the published README.
+
+    argv: None for the words that the program was called with.
+    """
+    return [word for word in (sys.argv[1:] if argv is None else argv) if word != "="]
 
 
 def add_method_arguments(g) -> None:

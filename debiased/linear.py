@@ -21,7 +21,7 @@ import torch
 
 from common import UsageError, UserError, augment, cli, collectives, launch, options
 from debiased import main as pretraining
-from debiased.flags import add_adam_arguments, refuse_spaced_equals
+from debiased.flags import add_adam_arguments, without_lone_equals
 from debiased.networks import NORMALIZE, Encoder, LinearNet, described
 from debiased.paper import PAPER
 from preprocess import demo
@@ -68,8 +68,7 @@ def parse_args(argv=None):
     options.add_run_arguments(g, save_freq=None)
     g.add_argument("--label", help="name of the run in a report; default: made of its settings")
     options.add_hardware_arguments(parser)
-    refuse_spaced_equals(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(without_lone_equals(argv))
     options.check(args)
     if args.protocol == "published":
         if "cache_views" in args.typed and args.cache_views:

@@ -108,8 +108,6 @@ def check(args) -> None:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} belongs to --method {BELONGS[name]}, or omit it")
     footing.check(args, "scheduler")
-    if args.method != "cmc":
-        footing.check(args, "augmentation")
     if args.method == "moco":
         _check_queue(args)
     if args.negatives == "ring":
@@ -128,19 +126,6 @@ def check(args) -> None:
             "--anneal accuracy follows the 1-NN accuracy of every epoch: give --nn-every 1, and "
             "omit --knn-every, whose evaluation a resumed run may repeat"
         )
-    _check_annealing(args)
-
-
-def _check_annealing(args) -> None:
-    if args.anneal != "constant" and "thres_outer" in args.typed:
-        raise UsageError(
-            f"--thres-outer has no effect with --anneal {args.anneal}, which goes from 1 to "
-            f"{thresholds.END}; omit one of the two"
-        )
-    if args.anneal == "constant" and "max_anneal_epoch" in args.typed:
-        raise UsageError("--max-anneal-epoch belongs to --anneal; add that, or omit it")
-    if args.anneal != "exponential" and "anneal_rate" in args.typed:
-        raise UsageError("--anneal-rate belongs to --anneal exponential; add that, or omit it")
 
 
 def _check_queue(args) -> None:

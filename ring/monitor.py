@@ -54,9 +54,12 @@ def warn(job, method, ranks: tuple[int, int]) -> None:
     names = unused.get(args.negatives, ())
     if args.negatives == "ball" and args.neighbor_views:
         names = ()
-    for name in args.typed.intersection(names):
-        flag = name.replace("_", "-")
-        job.warn(f"--{flag} does nothing with --negatives {args.negatives}")
+    is_constant = args.anneal == "constant"
+    annealed = ("max_anneal_epoch", "anneal_rate") if is_constant else ("thres_outer",)
+    for setting, flags in (("negatives", names), ("anneal", annealed)):
+        for name in args.typed.intersection(flags):
+            flag = name.replace("_", "-")
+            job.warn(f"--{flag} does nothing with --{setting} {getattr(args, setting)}")
     candidates = ranks[1] - ranks[0]
     if args.negatives == "ring" and ranks[0] == 0 and args.thres_inner > 0:
         job.warn(

@@ -125,7 +125,7 @@ def test_bad_checkpoints(workspace):
     script.main([*DEMO, "--epochs", "1"])
     fails("already holds checkpoint_", *DEMO)
     resumed = [*DEMO, "--resume", "auto"]
-    message = "it holds resnet18, and this run has resnet34; choose it with -a"
+    message = "was trained with --arch resnet18, this run has resnet34"
     fails(message, *resumed, "--arch", "resnet34", error=UserError)
     fails("does not fit this model", *resumed, "--moco-k", "128", error=UserError)
     fails("with a head of two layers: add --mlp", *resumed, "--no-mlp", error=UserError)

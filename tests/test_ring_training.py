@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import sys
 import types
@@ -156,18 +157,6 @@ BAD = {
         "--neighbor-views needs an inner cut",
     ),
     "no ring": (["--neighbor-views", "--negatives", "all"], "--neighbor-views needs an inner cut"),
-    "a threshold that is annealed": (
-        "--anneal linear --thres-outer .5".split(),
-        "--thres-outer has no effect with --anneal linear",
-    ),
-    "epochs of no annealing": (
-        "--max-anneal-epoch 5".split(),
-        "--max-anneal-epoch belongs to --anneal",
-    ),
-    "a rate of no exponential": (
-        "--anneal linear --anneal-rate 5".split(),
-        "--anneal-rate belongs to --anneal exponential",
-    ),
     "nothing to anneal": (
         ["--negatives", "all", "--anneal", "step"],
         "--anneal step: --negatives all has no threshold",
@@ -345,9 +334,9 @@ BAD_FILES = {
         {"loss_params__loss": "NCERing"},
         "system PretrainMoCoSystem and loss NCERing are of different methods",
     ),
-    "transfer": (
-        {"system": "TransferSystem"},
-        'system "TransferSystem" must be one of PretrainNCESystem',
+    "system": (
+        {"system": "OtherSystem"},
+        'system "OtherSystem" must be one of PretrainNCESystem',
     ),
 }
 
@@ -786,7 +775,13 @@ def test_warnings(workspace, capsys):
     said = capsys.readouterr().out
     assert "--k 64 draws" not in said and "does nothing" not in said
     train("--epochs", 1, "--overwrite", "--negatives", "all")
-    assert "warning: --thres-outer does nothing with --negatives all" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: --thres-outer does nothing with --negatives all" in said
+    assert f"loss_of_equal_scores={math.log(64):.4f}" in said  # 63 draws and the positive
+    train("--epochs", 1, "--overwrite", "--anneal", "linear", "--max-anneal-epoch", 1)
+    said = capsys.readouterr().out
+    assert "warning: --thres-outer does nothing with --anneal linear" in said
+    assert "--max-anneal-epoch does nothing" not in said
     train("--epochs", 1, "--k", 80, "--overwrite")
     said = capsys.readouterr().out
     assert "--k 80 draws more negatives than there are candidates (72 at the narrowest)" in said

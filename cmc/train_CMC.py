@@ -143,8 +143,9 @@ class CMC:
         batchnorm.split(network, backbones.splits_here(args, process))
         parts = training.prepare(network, args, process, channels=sum(network.channels))
         self.network, self.wrapped, self.optimizer, self.precision = parts
-        bank = (n, args.feat_dim, colour.bank_names(self.views), args.nce_k, args.nce_t, args.nce_m)
-        self.memory = MemoryBanks(*bank, args.softmax, args.nce_z).to(process.device)
+        size = (n, args.feat_dim, colour.bank_names(self.views))
+        settings = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
+        self.memory = MemoryBanks(*size, *settings).to(process.device)
         if args.softmax:
             self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
@@ -155,17 +156,16 @@ class CMC:
         with self.precision.autocast():
             feats = self.wrapped(images)
         feats = [F.normalize(feat.float(), dim=1) for feat in feats]  # N x D for each view
-        banks = self.memory
-        draws = self.generators["draws"]
-        rows = memory.draw_rows(batch.index, banks.n, banks.k, draws, self.args.exclude_self)
+        args, draws = self.args, self.generators["draws"]
+        rows = memory.draw_rows(batch.index, self.memory.n, args.nce_k, draws, args.exclude_self)
         logits = self.memory.logits(feats, rows)  # N x (1 + K) for each pair of views
         losses, out = self.memory.losses(logits)  # losses: one for each view
         self.precision.step(losses.sum(), self.optimizer)
         everyone = collectives.all_gather(torch.cat(feats, 1)).chunk(len(feats), 1)
         self.memory.update(everyone, collectives.all_gather(batch.index))
-        return self.curves(losses.detach(), out, logits, feats)
+        return self.values_to_log(losses.detach(), out, logits, feats)
 
-    def curves(self, losses, out, logits, feats) -> dict:
+    def values_to_log(self, losses, out, logits, feats) -> dict:
         """Return the values to log: loss and probability of the positive, also of each view.
 
         losses (V,), out: what the memory's `losses` returned. Probabilities, scores and, with NCE,

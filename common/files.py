@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from common import UsageError, UserError, printable
+from common import UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ".lock"  # the lock file of a folder that one process writes to
@@ -45,16 +45,10 @@ def replacing(path: str | Path, mode: str = "wb", **options) -> Iterator:
         raise
 
 
-def write_figure(figure, path: str, flag: str, dpi: int = 110) -> None:
-    """Write a matplotlib figure in the format that the suffix of `path` names.
-
-    flag: the flag that gives `path`, without dashes, for the UsageError where it is not writable.
-    """
-    try:
-        with replacing(path) as file:
-            figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=dpi)
-    except OSError as error:
-        raise UsageError(f"--{flag} {path}: {error.strerror or error}") from None
+def write_figure(figure, path: str, dpi: int = 110) -> None:
+    """Write a matplotlib figure in the format that the suffix of `path` names."""
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=dpi)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -102,23 +96,13 @@ def write_json(path: str | Path, value: dict) -> None:
         file.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def make_folder(folder: str | Path) -> str:
-    """Create a folder and its parents. Raises UserError if that fails."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror.lower()
-        raise UserError(f"cannot write to {printable(folder)}: {reason}") from None
-    return str(folder)
-
-
 @contextlib.contextmanager
 def only_writer(folder: str | Path, wait: bool = False) -> Iterator[None]:
     """Create `folder` and own it; the lock ends with the process, however that ends.
 
     wait: wait for another process to release the folder. Otherwise raises UserError if one owns it.
     """
-    make_folder(folder)
+    os.makedirs(folder, exist_ok=True)
     lock = FileLock(Path(folder) / LOCK, timeout=-1 if wait else 0)
     try:
         lock.acquire()
@@ -127,9 +111,6 @@ def only_writer(folder: str | Path, wait: bool = False) -> Iterator[None]:
             f"another process{_owner(folder)} is writing to {printable(folder)}: "
             "wait for it to end, or choose another folder"
         ) from None
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot write to {printable(folder)}: {reason}") from None
     try:
         yield
     finally:

@@ -196,12 +196,11 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and first.startswith("DataLoader worker"):
         cause = "the memory or /dev/shm may be too small: use fewer --workers (0 needs no /dev/shm)"
         return f"{first.partition('. ')[0]}; {cause}", 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" writing {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}; checkpoints that were saved before are intact", 1
-    refused = (errno.EACCES, errno.EPERM, errno.EROFS)
-    if isinstance(error, OSError) and error.filename and error.errno in refused:
-        return f"{printable(error.filename)}: {error.strerror.lower()}", 1
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and (error.filename or is_full):
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        kept = "; checkpoints that were saved before are intact" if is_full else ""
+        return f"{where}{error.strerror.lower()}{kept}", 1
     signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         return LOST, 1  # errors of gloo and NCCL

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,24 +67,6 @@ def score_statistics(
     variance = distance.square() / (count - 1).clamp(min=0)
     similarities = (mean * temperature, variance * temperature**2, positive * temperature)
     return torch.stack((*similarities, exponential, positive.exp()), 1)
-
-
-@torch.no_grad()
-def extract_features(
-    model_fn: Callable[[Tensor], Tensor], loader: Iterable
-) -> tuple[Tensor, Tensor]:
-    """Return features (N, D) in float32 and targets (N,) for the first view of every picture.
-
-    Rows are in the order of the loader and stay on the device. model_fn maps a batch of images to
-    rows (B, D) and handles mode, layer and normalisation. Raises ValueError if the loader is empty.
-    """
-    features, targets = [], []
-    for views, target, _ in loader:
-        features.append(model_fn(views[0]).float())
-        targets.append(target)
-    if not features:
-        raise ValueError("no features: the loader is empty")
-    return torch.cat(features), torch.cat(targets)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import warnings
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from common import UserError, files, printable
 
-DARK = 64  # of 255: a set of 16-bit pictures whose brightest value is below uses 14 bits or fewer
-
 UNKNOWN_KIND = "damaged in its header, or of a kind that Pillow does not read (as 12-bit JPEG)"
 
 
@@ -27,11 +24,6 @@ def is_of_known_format(content: bytes) -> bool:
     Image.init()
     start = content[:16].ljust(16, b"\0")
     return any(accept(start) for _, accept in Image.OPEN.values() if accept is not None)
-
-
-def has_16_bits(image: Image.Image) -> bool:
-    """Return whether a file that Pillow opened, and did not load yet, has 16 bits per value."""
-    return image.mode == "I" or ";16" in f"{image.mode} {image.tile}"
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -115,20 +107,6 @@ class FolderSet(PictureSet):
                 return Image.open(BytesIO(file.read()))
         except Exception as error:  # Pillow's plug-ins raise a dozen types on damaged files
             raise self.bad_picture(row, error) from None
-
-    def brightest_of_16_bits(self, most: int = 16) -> int | None:
-        """Return the highest value (0 to 255) of up to `most` 16-bit pictures, or None.
-
-        Pictures spread over the set are opened; None means that the first one has 8 bits.
-        """
-        brightest = None
-        for row in range(0, len(self), max(1, len(self) // most)):
-            with contextlib.suppress(Exception):  # a damaged file is reported when it is decoded
-                image = self.open(row)
-                if not has_16_bits(image):
-                    return brightest
-                brightest = max(brightest or 0, int(np.asarray(as_rgb(image)).max()))
-        return brightest
 
     def _is_of_known_format(self, row: int) -> bool:
         with open(self.path(row), "rb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,9 +15,8 @@ from torchvision import datasets as tv_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common import UsageError, printable
-from common.pictures import DARK, FolderSet
+from common.pictures import FolderSet
 
-NO_NAME = re.compile(r"[:;=<>{}\[\]\"\\\x00-\x08\x0e-\x1f]|\S{60}")  # in no name of a class
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folder names; the first found wins
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 
@@ -65,7 +63,7 @@ def open_tree(
             f"(pictures end in {' '.join(IMG_EXTENSIONS)})"
         )
     opened = FolderSet(paths, targets, classes, folder)
-    opened.notes += _remarks(opened, left_out)
+    opened.notes += _remarks(folder, left_out)
     return opened
 
 
@@ -82,27 +80,19 @@ def open_unlabelled(root: Path, folder: Path, paths: list[str], left_out: Counte
         )
     opened = FolderSet(paths, [-1] * len(paths), [], folder)
     note = f"there is no train/CLASS/*, so its {len(paths)} pictures are used without labels"
-    opened.notes += [f"{folder}: {note}", *_remarks(opened, left_out)]
+    opened.notes += [f"{folder}: {note}", *_remarks(folder, left_out)]
     return opened
 
 
-def _remarks(opened: FolderSet, left_out: Counter) -> list[str]:
-    """Return a line where pictures are left out by their suffix, and one where they are dark."""
-    remarks = []
-    if left_out:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
-        remarks.append(
-            f"{opened.root}: {left_out.total()} files are left out by their suffix ({kinds}); "
-            "convert them, for example to .png, to use them"
-        )
-    brightest = opened.brightest_of_16_bits()
-    if brightest is not None and brightest < DARK:
-        remarks.append(
-            f"{opened.root}: its 16-bit pictures are nearly black, since their values use few of "
-            f"the 16 bits (the brightest of some is {brightest} of 255 when read); scale them to "
-            "the full range, or convert them to 8 bits"
-        )
-    return remarks
+def _remarks(folder: Path, left_out: Counter) -> list[str]:
+    """Return a line where pictures are left out by their suffix."""
+    if not left_out:
+        return []
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common())
+    return [
+        f"{folder}: {left_out.total()} files are left out by their suffix ({kinds}); "
+        "convert them, for example to .png, to use them"
+    ]
 
 
 class Folder(NamedTuple):
@@ -199,15 +189,7 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    if (root / "train.json").exists() or (root / "val.json").exists():
-        raise UsageError(
-            f"{root} is a packed set, not a tree of class folders: add --dataset packed"
-        )
     absent = f"{root} has no {names[0]}/ folder"
-    for dataset, class_name in TORCHVISION_SETS.items():
-        files = getattr(tv_datasets, class_name).base_folder
-        if (root / files).is_dir():
-            raise UsageError(f"{absent}, but {files}/: add --dataset {dataset}")
     if split == "train":
         for name in folders_in(root):
             if (root / name / "train").is_dir():
@@ -219,7 +201,8 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
     if len(names) > 1:
         absent += f" (nor {'/, '.join(names[1:])}/)"
     raise UsageError(
-        f"{absent}: move class folders into it, or name the kind of {root} with --dataset"
+        f"{absent}: move class folders into it, or say with --dataset what {root} holds "
+        f"(packed, {', '.join(TORCHVISION_SETS)})"
     )
 
 
@@ -273,15 +256,14 @@ def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> li
     present: class folders, whose names may be a whole line with spaces.
     Raises UsageError if the file does not list names.
     """
-    lines = read_names(class_list, "--class-list", present)
+    lines = read_names(class_list, "--class-list")
     return sorted({line if line in present else line.split()[0] for line in lines})
 
 
-def read_names(path: str | Path, flag: str, present: Collection[str] = ()) -> list[str]:
+def read_names(path: str | Path, flag: str) -> list[str]:
     """Return the lines of a text file but empty ones and comments, which begin with #.
 
-    Raises UsageError if the file cannot be read. If a line outside `present` is no name, the file
-    may be a secret, and the message does not print it.
+    Raises UsageError if the file cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -289,11 +271,7 @@ def read_names(path: str | Path, flag: str, present: Collection[str] = ()) -> li
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(f"{flag} {path}: {reason}") from None
     lines = [line.strip() for line in text.splitlines()]
-    names = [line for line in lines if line and not line.startswith("#")]
-    for number, line in enumerate(lines, 1):
-        if line in names and line not in present and NO_NAME.search(line):
-            raise UsageError(f"{flag} {path}: line {number} is not a name; expected one a line")
-    return names
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def listed(place: Path, names: Sequence[str], class_list: str | Path) -> list[str]:

@@ -228,7 +228,7 @@ def figure(rows: list[dict], share: float, temperature: float, path: str) -> Non
     lines, labels = axis.get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncols": 5, "frameon": False}
     drawing.legend(lines, labels, title="; ".join(KINDS.values()), fontsize=8, **place)
-    files.write_figure(drawing, path, "out")
+    files.write_figure(drawing, path)
 
 
 def draw_lines(axis, panel: str, rows: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""The flags of the method, checks between them, and spellings that argparse would misread."""
+"""The flags of the method, and checks between them and of what they meet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import sys
 
 from common import UsageError, cli, footing, options
+from debiased.loss import clamp_threshold
+from runner import loop
+from runner.folder import refuse_to_overwrite
 
 TRUE = ("true", "1", "yes")
 FALSE = ("false", "0", "no", "")
@@ -90,4 +93,34 @@ def settle(args) -> None:
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs}: must be fewer than --epochs {args.epochs}"
+        )
+
+
+def keep_published(args) -> None:
+    """Raise UsageError where the run would overwrite model_EPOCH.pth files of another run."""
+    is_own = os.path.exists(os.path.join(args.model_path, "config.json"))
+    if not args.show_views:
+        earlier = args.resume if is_own else ""
+        refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", earlier, args.overwrite)
+
+
+def check_labels(args, pictures) -> None:
+    """Raise UsageError where --loss unbiased has pictures without a class, or only one class."""
+    has_labels = len(pictures.classes) >= 2 and (pictures.targets >= 0).all()
+    if args.loss == "unbiased" and not has_labels:
+        raise UsageError(
+            "--loss unbiased needs the class of every picture, and two classes or more: "
+            "give class folders"
+        )
+
+
+def warn_of_bound(args, job: loop.Job) -> None:
+    """Warn where the estimate will be at its lower bound as soon as positives are aligned."""
+    threshold = clamp_threshold(args.temperature)
+    if args.loss == "debiased" and args.tau_plus >= max(threshold, 1e-12):
+        job.warn(
+            f"--tau_plus {args.tau_plus} is at or above 1/(1+e^(1/t)) = {threshold:.2g} for "
+            f"--temperature {args.temperature}: where positives are aligned, the estimate is at "
+            "its lower bound and negatives have no gradient (the log has the share of such anchors "
+            "as `clamped`); lower --tau_plus or raise --temperature"
         )

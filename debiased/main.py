@@ -41,7 +41,6 @@ from debiased.networks import MODELS, NORMALIZE, Network
 from debiased.scores import pair_statistics
 from preprocess import demo
 from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
-from runner.folder import refuse_to_overwrite
 
 WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
 PRESETS = {
@@ -235,38 +234,8 @@ def learning_rate(args, at: loop.At) -> float:
     return rate
 
 
-def keep_published(args) -> None:
-    """Raise UsageError where the run would overwrite model_EPOCH.pth files of another run."""
-    is_own = os.path.exists(os.path.join(args.model_path, "config.json"))
-    if not args.show_views:
-        earlier = args.resume if is_own else ""
-        refuse_to_overwrite(args.model_path, "model_[0-9]*.pth", earlier, args.overwrite)
-
-
-def check_labels(args, pictures) -> None:
-    """Raise UsageError where --loss unbiased has pictures without a class, or only one class."""
-    has_labels = len(pictures.classes) >= 2 and (pictures.targets >= 0).all()
-    if args.loss == "unbiased" and not has_labels:
-        raise UsageError(
-            "--loss unbiased needs the class of every picture, and two classes or more: "
-            "give class folders"
-        )
-
-
-def warn_of_bound(args, job: loop.Job) -> None:
-    """Warn where the estimate will be at its lower bound as soon as positives are aligned."""
-    threshold = clamp_threshold(args.temperature)
-    if args.loss == "debiased" and args.tau_plus >= max(threshold, 1e-12):
-        job.warn(
-            f"--tau_plus {args.tau_plus} is at or above 1/(1+e^(1/t)) = {threshold:.2g} for "
-            f"--temperature {args.temperature}: where positives are aligned, the estimate is at "
-            "its lower bound and negatives have no gradient (the log has the share of such anchors "
-            "as `clamped`); lower --tau_plus or raise --temperature"
-        )
-
-
 def worker(args, process: launch.Process) -> None:
-    keep_published(args)
+    flags.keep_published(args)
     files = loop.Files(
         __file__, last="current.pth", same=(*resume.PICTURES, "model", "loss", "feature_dim")
     )
@@ -274,7 +243,7 @@ def worker(args, process: launch.Process) -> None:
         args = job.args
         demo.ensure_for(args, process)
         loader = build_loader(args, process)
-        check_labels(args, loader.dataset)
+        flags.check_labels(args, loader.dataset)
         neighbours = build_knn(args, process, loader.dataset)
         if neighbours is None:  # the run goes on as with --knn-every 0
             args = cli.replace(args, knn_every=0)
@@ -287,7 +256,7 @@ def worker(args, process: launch.Process) -> None:
             clamp_threshold=clamp_threshold(args.temperature),
             bn_groups=method.groups * process.world_size,
         )
-        warn_of_bound(args, job)
+        flags.warn_of_bound(args, job)
         for epoch in job.epochs():
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))

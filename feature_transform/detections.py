@@ -175,7 +175,7 @@ def draw(path: str, pictures: Pictures, found: Found, least: float = 0.5) -> Non
     if not count:
         caption = f"no detection has a score of {least:g} or more"
     figure.suptitle(f"dashed: objects, dotted: difficult ones; {caption}", fontsize=9)
-    files.write_figure(figure, path, "show", dpi=100)
+    files.write_figure(figure, path, dpi=100)
 
 
 def _draw_picture(axis, pictures: Pictures, row: int, found: dict, least: float) -> None:

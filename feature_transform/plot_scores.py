@@ -202,7 +202,7 @@ def write(figure, args, name: str) -> list[str]:
     written = []
     for kind in args.formats:
         path = os.path.join(args.out, f"{name}.{kind}")
-        files.write_figure(figure, path, "out", dpi=150)
+        files.write_figure(figure, path, dpi=150)
         written.append(os.path.basename(path))
     return written
 
@@ -234,16 +234,12 @@ def main(argv=None) -> None:
     last = max(int(run.iterations[-1]) for run in runs)
     if args.start > last:
         raise UsageError(f"--start {args.start}: the runs have {last} iterations")
-    files.make_folder(args.out)
+    os.makedirs(args.out, exist_ok=True)
     print(table(runs))
-    try:
-        written = write_figures(runs, args, order, epochs)
-        if args.tensorboard:
-            folder = None if args.tensorboard is True else args.tensorboard
-            print("TensorBoard: " + ", ".join(write_events(run, folder) for run in runs))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot write to {error.filename or args.out}: {reason}") from None
+    written = write_figures(runs, args, order, epochs)
+    if args.tensorboard:
+        folder = None if args.tensorboard is True else args.tensorboard
+        print("TensorBoard: " + ", ".join(write_events(run, folder) for run in runs))
     print(f"figures in {args.out}: {', '.join(written)}")
 
 

@@ -24,7 +24,7 @@ class InstanceMethod:
         if args.softmax:
             self.equal_loss = nce.equal_loss(args.nce_k)
 
-    def curves(self, loss, out, logits, feat) -> dict:
+    def values_to_log(self, loss, out, logits, feat) -> dict:
         """Return the values to log, with NCE also Z over the number of pictures.
 
         loss, out: what the memory's `loss` returned. logits: the scores that --save_score

@@ -129,8 +129,8 @@ class InsDis(InstanceMethod):
 
     def __init__(self, args, n: int, process: launch.Process):
         super().__init__(args, process)
-        bank = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
-        self.memory = MemoryBank(n, args.feat_dim, *bank).to(process.device)
+        settings = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
+        self.memory = MemoryBank(n, args.feat_dim, *settings).to(process.device)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
         self.generators = {"draws": draws}
 
@@ -139,14 +139,13 @@ class InsDis(InstanceMethod):
         with self.precision.autocast():
             feat = self.wrapped(images)
         feat = F.normalize(feat.float(), dim=1)  # N x D
-        bank = self.memory
-        draws = self.generators["draws"]
-        rows = memory.draw_rows(batch.index, bank.n, bank.k, draws, self.args.exclude_self)
+        args, draws = self.args, self.generators["draws"]
+        rows = memory.draw_rows(batch.index, self.memory.n, args.nce_k, draws, args.exclude_self)
         logits = self.memory.logits(feat, rows)  # N x (1 + K)
         loss, out = self.memory.loss(logits)
         self.precision.step(loss, self.optimizer)
         self.memory.update(collectives.all_gather(feat), collectives.all_gather(batch.index))
-        return self.curves(loss, out, logits, feat)
+        return self.values_to_log(loss, out, logits, feat)
 
     def state_dict(self) -> dict:
         return {
@@ -175,8 +174,8 @@ class MoCo(InstanceMethod):
         self.key_network = copy.deepcopy(self.network).requires_grad_(False)
         if args.compile:
             self.key_network.compile()
-        queue = (args.nce_k, args.nce_t, args.softmax, args.nce_z)
-        self.memory = KeyQueue(n, args.feat_dim, *queue).to(process.device)
+        settings = (args.nce_k, args.nce_t, args.softmax, args.nce_z)
+        self.memory = KeyQueue(n, args.feat_dim, *settings).to(process.device)
         self.average = get_ema_multi_avg_fn(args.alpha)
         draws = torch.Generator().manual_seed(args.seed)  # shuffles keys, the same on every rank
         self.generators = {"draws": draws}
@@ -194,7 +193,7 @@ class MoCo(InstanceMethod):
         self.memory.enqueue(keys)
         queries = [param.detach() for param in self.network.parameters()]
         self.average(list(self.key_network.parameters()), queries, None)
-        return self.curves(loss, out, logits, query)
+        return self.values_to_log(loss, out, logits, query)
 
     def encode_key(self, images):
         with self.precision.autocast():

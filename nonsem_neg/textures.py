@@ -54,7 +54,8 @@ def open_pairs(args) -> tuple[FolderSet, FolderSet]:
     texture_set = open_set(args.texture_root, "train", class_list=args.class_list)
     listing = None
     if collectives.rank() == 0 and not args.show_views:
-        listing = os.path.join(files.make_folder(args.ckpt_path), "unmatched.txt")
+        os.makedirs(args.ckpt_path, exist_ok=True)
+        listing = os.path.join(args.ckpt_path, "unmatched.txt")
     root = os.path.join(args.data, "train")
     return pair_by_path(texture_set, root, unmatched_listing=listing)
 

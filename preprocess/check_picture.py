@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from common import crops
-from common.pictures import DARK, UNKNOWN_KIND, as_rgb, has_16_bits, is_of_known_format
+from common.pictures import UNKNOWN_KIND, as_rgb, is_of_known_format
 
 # kind of a finding for a colour mode of Pillow
 MODES = {
@@ -35,7 +35,13 @@ MODES = {
     "F": "float",
 }
 JPEG_END = b"\xff\xd9"
+DARK = 64  # of 255: a 16-bit picture whose brightest value is below uses 14 bits or fewer
 EXIF_ORIENTATION = 0x0112
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Return whether a file that Pillow opened, and did not load yet, has 16 bits per value."""
+    return image.mode == "I" or ";16" in f"{image.mode} {image.tile}"
 
 
 class Seen(NamedTuple):

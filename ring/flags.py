@@ -7,6 +7,7 @@ import os
 from cmc import colour
 from common import UsageError, cli, footing, options, sets
 from ring import thresholds
+from ring.networks import RESNETS
 from ring.views import SIDES
 
 MOMENTA = {"ir": 0.0, "cmc": 0.5, "moco": 0.999}  # defaults of --m; that of cmc is Tian et al.'s
@@ -17,6 +18,15 @@ BELONGS = {  # {flag: the --method that it belongs to}
     "queue": "moco",
     "ema": "moco",
 }
+
+
+def add_model_arguments(g) -> None:
+    """Add the network."""
+    text = "network; a two-layer head follows it"
+    g.add_argument("--resnet-version", "--arch", choices=RESNETS, default="resnet18", help=text)
+    text = options.SMALL_STEM
+    g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=text)
+    g.add_argument("--out-dim", type=cli.positive_int, default=128, help="feature dimension")
 
 
 def add_method_arguments(g) -> None:
@@ -64,6 +74,21 @@ def add_method_arguments(g) -> None:
     g.add_argument("--shuffle-bn", action=cli.OnOff, default=True, help=text)
     text = "batch-norm groups over all processes; default: moco with shuffled keys 8, else 1"
     g.add_argument("--bn-splits", type=cli.positive_int, help=text)
+
+
+def add_sgd_arguments(g) -> None:
+    """Add the length of the run, the batch, SGD and its schedule."""
+    text = "epochs to run in all"
+    g.add_argument("--epochs", "--num-epochs", type=cli.positive_int, default=200, help=text)
+    text = "global, over all processes"
+    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
+    text = "not scaled with the batch"
+    g.add_argument("--learning-rate", "--lr", type=cli.positive, default=0.03, help=text)
+    text = "MoCoLRScheduler: a tenth after 68 and 83 percent of the epochs"
+    names = ("MoCoLRScheduler", "none")
+    g.add_argument("--scheduler", choices=names, default="MoCoLRScheduler", help=text)
+    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
+    g.add_argument("--weight-decay", type=cli.not_negative, default=1e-4, help="weight decay")
 
 
 def settle(args) -> None:

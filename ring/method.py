@@ -132,7 +132,7 @@ class Method:
         if self.args.anneal == "loss":
             self.policy.record(float(collectives.averaged(loss)))
 
-    def curves(
+    def values_to_log(
         self,
         loss: Tensor,
         threshold: float,

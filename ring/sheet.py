@@ -164,4 +164,4 @@ def _draw(
             axis.set_xlabel(figures.plain(caption), fontsize=7, labelpad=2)
             if row == 0 and (column == 0 or part != parts[column - 1]):
                 axis.set_title(part, fontsize=9, color=PARTS[part], loc="left")
-    write_figure(figure, path, "show-ring")
+    write_figure(figure, path)

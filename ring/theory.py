@@ -256,7 +256,7 @@ def verdict(value, bound: float) -> str:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    files.make_folder(args.out)
+    os.makedirs(args.out, exist_ok=True)
     information = mutual_information(args.dim, args.rho)
     pair = f"{args.dim} coordinates, correlation {args.rho:g}"
     print(f"mutual information of the pair: {information:.4f} nats ({pair})")

@@ -39,7 +39,7 @@ def draw(args, rows: list[dict], information: float, path: str) -> None:
         f"Gaussian pair, {args.dim} coordinates, correlation {args.rho:g}: {information:.2f} nats; "
         f"{args.repeats} repeats, 95 % intervals"
     )
-    files.write_figure(figure, path, "out", dpi=100)
+    files.write_figure(figure, path, dpi=100)
 
 
 def _over_sizes(args, rows: list[dict], information: float, panels: dict) -> None:

@@ -41,7 +41,6 @@ from preprocess import demo
 from ring import config, flags, monitor, negatives, sheet
 from ring.memories import KeyQueue, MemoryBank
 from ring.method import Method
-from ring.networks import RESNETS
 from ring.views import SIDES, last_operation
 from runner import checkpoint, knn, loop, resume
 
@@ -77,26 +76,12 @@ def parse_args(argv=None):
     g.add_argument("--stl-split", choices=splits, default="train", help="pictures of STL-10")
 
     g = parser.add_argument_group("model")
-    text = "network; a two-layer head follows it"
-    g.add_argument("--resnet-version", "--arch", choices=RESNETS, default="resnet18", help=text)
-    text = options.SMALL_STEM
-    g.add_argument("--conv3x3", "--small-stem", action=cli.OnOff, default=False, help=text)
-    g.add_argument("--out-dim", type=cli.positive_int, default=128, help="feature dimension")
+    flags.add_model_arguments(g)
     options.add_init_argument(g)
     flags.add_method_arguments(parser.add_argument_group("method"))
 
     g = parser.add_argument_group("optimisation")
-    text = "epochs to run in all"
-    g.add_argument("--epochs", "--num-epochs", type=cli.positive_int, default=200, help=text)
-    text = "global, over all processes"
-    g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=text)
-    text = "not scaled with the batch"
-    g.add_argument("--learning-rate", "--lr", type=cli.positive, default=0.03, help=text)
-    text = "MoCoLRScheduler: a tenth after 68 and 83 percent of the epochs"
-    names = ("MoCoLRScheduler", "none")
-    g.add_argument("--scheduler", choices=names, default="MoCoLRScheduler", help=text)
-    g.add_argument("--momentum", type=cli.fraction, default=0.9, help="momentum of SGD")
-    g.add_argument("--weight-decay", type=cli.not_negative, default=1e-4, help="weight decay")
+    flags.add_sgd_arguments(g)
     footing.add_argument(g)
 
     g = parser.add_argument_group("run")
@@ -165,7 +150,7 @@ class IR(Method):
         self.precision.step(loss, self.optimizer)
         self.adapt(loss)
         self.banks[0].update(collectives.all_gather(query), collectives.all_gather(batch.index))
-        return self.curves(loss, threshold, ranks, [observer], query)
+        return self.values_to_log(loss, threshold, ranks, [observer], query)
 
 
 class CMC(Method):
@@ -198,7 +183,7 @@ class CMC(Method):
             memory.update(feat, everyone)
         names = colour.view_keys(self.views)
         of_views = {f"{name}_loss": own.detach() for name, own in zip(names, losses)}
-        return self.curves(loss, threshold, ranks, observers, feats) | of_views
+        return self.values_to_log(loss, threshold, ranks, observers, feats) | of_views
 
     def embed(self, images):
         with self.precision.autocast():
@@ -223,7 +208,7 @@ class MoCo(Method):
     def step(self, batch: loop.Batch) -> dict:
         im_q, im_k = (v.contiguous(memory_format=torch.channels_last) for v in batch.views)
         query = self.encode(self.wrapped, im_q)  # N x D
-        self.follow()
+        self.update_key_network()
         key, keys = self.encode_keys(im_k)  # key: N x D, keys: those of all ranks
         queue = self.system.queue  # k x D
         positive = (query * key).sum(1)
@@ -237,10 +222,10 @@ class MoCo(Method):
         everyone = collectives.all_gather(batch.index)
         self.system.enqueue(keys, everyone)
         self.banks[0].update(collectives.all_gather(query), everyone)
-        return self.curves(loss, threshold, ranks, [observer], query)
+        return self.values_to_log(loss, threshold, ranks, [observer], query)
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def update_key_network(self) -> None:
         """Move the key network towards the query network: parameters only, as published."""
         average = get_ema_multi_avg_fn(self.args.m)
         queries = [parameter.detach() for parameter in self.network.parameters()]

@@ -288,7 +288,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
     """Load the learning rate and every parameter's state; keep the optimizer's other settings.
 
     `optimizer.load_state_dict` accepts tensors of any shape, and a fused optimizer would then write
-    past their end, so shapes are compared first. Raises UserError if they differ, or if the state
+    past their end, so shapes are compared. Raises UserError if they differ, or if the state
     is one of SGD and the optimizer is Adam, or the other way round.
     """
     groups = saved["optimizer"]["param_groups"]
@@ -300,33 +300,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
             f"{saved.path} was trained with {kind}, and this run has {own_kind}: choose the same "
             "optimizer, or start another run"
         )
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    ids = [number for group in groups for number in group["params"]]
-    fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in own_groups]
-    kept = {}
-    for number, param in zip(ids, params):
-        values = {k: v for k, v in state.get(number, {}).items() if v is not None}
-        if values:
-            kept[number] = values
-        fits &= all(
-            torch.as_tensor(v).shape == param.shape for k, v in values.items() if k != "step"
-        )
-    if not fits:
-        raise UserError(
-            f"{saved.path}: the state of its optimizer does not fit this network "
-            "(the number or the shapes of parameters differ)"
-        )
+    unfit = f"{saved.path}: the state of its optimizer does not fit this network"
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
+        raise UserError(f"{unfit} (the number of parameters differs)")
     # The rate is set again before every step, but a file may be saved before that.
     merged = [
         own | {"params": group["params"], "lr": group["lr"]}
         for own, group in zip(own_groups, groups)
     ]
-    optimizer.load_state_dict({"state": kept, "param_groups": merged})
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
     for param, values in optimizer.state.items():
-        for key, value in values.items():
+        for key in values.keys() - {"step"}:
+            if values[key] is None:  # as torch writes the momentum before the first step
+                continue
+            if values[key].shape != param.shape:
+                raise UserError(f"{unfit} (the shapes of parameters differ)")
             # A fused optimizer needs the memory layout of the parameter.
-            if isinstance(value, Tensor) and value.shape == param.shape:
-                values[key] = torch.empty_like(param).copy_(value)
+            values[key] = torch.empty_like(param).copy_(values[key])
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:

@@ -90,20 +90,6 @@ def own_events(folder: str | Path, run: str | Path) -> str:
             return str(place)
 
 
-def claimed(folder: str, run: str) -> str:
-    """Return the folder that `own_events` chooses, for --tb_path.
-
-    Raises UsageError, before any training, if it is not writable.
-    """
-    try:
-        own = own_events(folder, run)
-    except OSError as error:
-        raise UsageError(f"--tb_path: cannot write to {folder}: {error.strerror.lower()}") from None
-    if not os.access(own, os.W_OK):
-        raise UsageError(f"--tb_path: cannot write to {own}: permission denied")
-    return own
-
-
 def event_writer(folder: str, step: int):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -97,11 +97,11 @@ class RunFolder:
         self._metrics = None
         if not self.main:
             return
-        files.make_folder(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if tensorboard:
             place = self.folder / suffix.lstrip("-")
             if isinstance(tensorboard, str):
-                place = events.claimed(tensorboard, f"{self.folder}{suffix}")
+                place = events.own_events(tensorboard, f"{self.folder}{suffix}")
             self._events = events.Events(place, self.say)
         self._keep = keep and self._config_path.exists()
         self.config = {
@@ -116,14 +116,8 @@ class RunFolder:
         self._echo(process, getattr(args, "typed", ()))
 
     def _write_config(self, config: dict) -> None:
-        if self._keep:
-            return
-        try:
+        if not self._keep:
             files.write_json(self._config_path, config)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run folder {self.folder}: {error.strerror}"
-            ) from None
 
     def _echo(self, process: launch.Process, typed) -> None:
         """Print the command, code version, machine, options and folder of this run."""
@@ -166,11 +160,7 @@ class RunFolder:
             self._result_path.unlink(missing_ok=True)
         if not self._metrics_path.exists():
             return
-        try:
-            lines = self._metrics_path.read_text(errors="replace").splitlines()
-        except OSError as error:
-            reason = error.strerror.lower()
-            raise UserError(f"cannot read {self._metrics_path}: {reason}") from None
+        lines = self._metrics_path.read_text(errors="replace").splitlines()
         with files.replacing(self._metrics_path, "w") as file:
             for line in lines:
                 with contextlib.suppress(Exception):  # an incomplete line
@@ -188,14 +178,9 @@ class RunFolder:
         if not self.main:
             return
         record = {"step": step, **{key: _plain(value) for key, value in values.items()}}
-        try:
-            if self._metrics is None:
-                self._metrics = open(self._metrics_path, "a", buffering=1)
-            self._metrics.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._metrics_path}: {error.strerror}; saved checkpoints are intact"
-            ) from None
+        if self._metrics is None:
+            self._metrics = open(self._metrics_path, "a", buffering=1)
+        self._metrics.write(json.dumps(record) + "\n")
         if self._events:
             self._events.add(step, record, group)
 

@@ -6,7 +6,6 @@ Coates, Lee and Ng, An Analysis of Single-Layer Networks in Unsupervised Feature
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -70,7 +69,8 @@ def fit(
     results = []
     for number, rows in enumerate(read(args.data)):
         own = os.path.join(folder, f"fold-{number}")
-        of_fold = dataclasses.replace(spec, files=functools.partial(_files, spec, own))
+        in_own = (own, *spec.files(args, saved)[1:])
+        of_fold = dataclasses.replace(spec, files=lambda *_: in_own)  # noqa: B023 used here
         opened = train_set.select(rows), val_set
         linear.fit(of_fold, args, process, saved, lambda *_: opened, look)  # noqa: B023 used here
         results.append(Path(own, "result.json"))
@@ -78,7 +78,8 @@ def fit(
     if not all(path.exists() for path in results):  # --stop-after
         return {}
     scores = [files.read_json(path) for path in results]
-    means = {key: _mean(scores, key) for key in ("acc1", "acc5", "acc1_best") if key in scores[0]}
+    names = [key for key in ("acc1", "acc5", "acc1_best") if key in scores[0]]
+    means = {key: float(np.mean([score[key] for score in scores])) for key in names}
     log = RunFolder(folder, args, process, tensorboard=False)
     values = scores[0] | means
     values |= {
@@ -89,11 +90,3 @@ def fit(
     log.result(**values)
     log.close()
     return {key: means[key] for key in ("acc1", "acc1_best")}
-
-
-def _files(spec: linear.Spec, folder: str, args, saved: checkpoint.Saved):
-    return folder, *spec.files(args, saved)[1:]
-
-
-def _mean(scores: list[dict], key: str) -> float:
-    return float(np.mean([score[key] for score in scores]))

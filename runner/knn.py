@@ -64,10 +64,11 @@ def features(method, loader: data.Loader, embed: Embed | None = None) -> tuple[T
     return rows
 
 
+@torch.no_grad()
 def embedded(embed: Embed, loader: data.Loader) -> tuple[Tensor, Tensor]:
-    """Return features (N, D) and targets (N,) of the pictures of all ranks."""
-    rows = metrics.extract_features(lambda images: embed_images(embed, images), loader)
-    return tuple(map(collectives.gather_ragged, rows))
+    """Return features (N, D) in float32 and targets (N,) of the pictures of all ranks."""
+    rows = zip(*((embed_images(embed, views[0]), target) for views, target, _ in loader))
+    return tuple(collectives.gather_ragged(torch.cat(part)) for part in rows)
 
 
 def evaluate(job, method, both: tuple[data.Loader, data.Loader]) -> None:

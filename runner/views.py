@@ -34,7 +34,7 @@ def write(path: str | Path, columns: dict[str, Tensor], names: Sequence[str] = (
     for axis, name in zip(axes[:, 0], names):
         label = "/\n".join(Path(printable(name)).parts[-2:])
         axis.set_ylabel(figures.plain(label), fontsize=6, rotation=0, ha="right", va="center")
-    files.write_figure(figure, path, "show-views")
+    files.write_figure(figure, path)
 
 
 def write_first_batch(path: str, loader, method, is_main: bool) -> None:

@@ -129,11 +129,13 @@ def test_a_claim_from_its_commands_to_the_pages(root, capsys):
     assert text.endswith("<!-- end -->\nafter\n") and "old" not in text
     row = "| better beats plain | agrees | linear +2.00±0.00 | 3 | [paper](results/paper/README.md)"
     assert row in flat(text)
-    row = "| [paper](results/paper/README.md) | `better` | 3 | 43.67±2.08 | 31.00±1.00 | 0 |"
-    assert row in flat(text)
+    row = "`better` | 3 | 43.67±2.08 | 31.00±1.00 | float32 | 0 |"
+    assert f"| [paper](results/paper/README.md) | {row}" in flat(text)
     assert claim_pages.results(text, root) == text
     page = (root / "results/paper/README.md").read_text()
-    assert "| `better` | 0, 1, 2 | 43.67±2.08 | 31.00±1.00 | unknown | `2` |" in flat(page)
+    assert "| `better` | 0, 1, 2 | 43.67±2.08 | 31.00±1.00 | float32 | unknown | `2` |" in flat(
+        page
+    )
     assert "Nothing much." in page and "Hardware: abacus, torch 2.1. A run takes 0.0" in page
     assert "\npython step.py plain-s0 0 0\n" in page
 

@@ -191,7 +191,7 @@ def test_no_processes_are_no_job():
 )
 def test_the_suffix_of_a_figure_is_its_format(suffix, start, tmp_path):
     path = cli.figure_path(str(tmp_path / f"figure.{suffix}"))
-    files.write_figure(Figure(), path, "out")
+    files.write_figure(Figure(), path)
     assert Path(path).read_bytes().startswith(start)
 
 

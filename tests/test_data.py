@@ -242,12 +242,12 @@ def test_folder_errors_name_the_thing(tmp_path):
     make_tree(tmp_path / "flat", each=1)
     (tmp_path / "torchvision" / "cifar-10-batches-py").mkdir(parents=True)
     with pytest.raises(
-        UsageError, match="no train/ folder, but cifar-10-batches-py/: add --dataset cifar10"
+        UsageError, match=r"no train/ folder: .* or say with --dataset .*\(packed, cifar10"
     ):
         open_set(tmp_path / "torchvision", "train")
     with pytest.raises(
         UsageError,
-        match="no train/ folder: move class folders into it, or name the kind of .* with --dataset",
+        match="no train/ folder: move class folders into it, or say with --dataset what .* holds",
     ):
         open_set(tmp_path / "flat", "train")
     with pytest.raises(UsageError, match=r"no val/ folder \(nor test/, validation/\)"):
@@ -298,10 +298,6 @@ def test_class_list(tmp_path):
     listing.write_text("\n")
     with pytest.raises(UsageError, match="names no class"):
         open_set(tmp_path, "train", class_list=listing)
-    listing.write_text("n1\nroot:$6$secret:19000:0:99999:7:::\n")
-    with pytest.raises(UsageError, match="line 2 is not a name; expected one a line") as error:
-        open_set(tmp_path, "train", class_list=listing)
-    assert "secret" not in str(error.value)
     with pytest.raises(UsageError, match="--class-list .*none.txt: No such file"):
         open_set(tmp_path, "train", class_list=tmp_path / "none.txt")
     with pytest.raises(UsageError, match="cifar10 has none"):
@@ -498,7 +494,7 @@ def test_what_could_be_meant_in_two_ways_is_asked(tmp_path):
         unlabelled(tmp_path / "texts")
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "train.json").write_text("")
-    with pytest.raises(UsageError, match="add --dataset packed"):
+    with pytest.raises(UsageError, match=r"say with --dataset what .* holds \(packed"):
         unlabelled(tmp_path / "packed")
 
 
@@ -647,16 +643,6 @@ def test_16_bits_are_scaled_to_8(tmp_path, mode):
     assert np.asarray(as_rgb(full)).mean() == 127.5
     assert np.asarray(full.convert("RGB")).mean() > 250  # Pillow
     assert not pictures.notes
-
-
-@pytest.mark.parametrize("colour", [False, True])
-def test_16_bit_pictures_that_use_few_bits_are_named_at_the_start(tmp_path, colour):
-    folder = tmp_path / "train" / "a"
-    folder.mkdir(parents=True)
-    deep = np.linspace(0, 4095, 900).astype(np.uint16).reshape(30, 30)
-    (folder / "a.png").write_bytes(png_of(np.stack([deep] * 3, 2) if colour else deep))
-    (note,) = open_set(tmp_path, "train").notes
-    assert "its 16-bit pictures are nearly black" in note and "15 of 255" in note
 
 
 @pytest.mark.parametrize("labelled", [True, False])

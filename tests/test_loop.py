@@ -449,17 +449,18 @@ def test_records_that_cannot_be_written():
     train("--epochs", "1")
     Path("run/metrics.jsonl").unlink()
     Path("run/metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match="cannot read run/metrics.jsonl: is a directory"):
-        train("--resume", "auto")
-    with pytest.raises(UserError, match="cannot read run/metrics.jsonl: is a directory"):
-        train("--overwrite")
+    for flags in (["--resume", "auto"], ["--overwrite"]):
+        with pytest.raises(IsADirectoryError) as error:
+            train(*flags)
+        assert launch.in_one_line(error.value) == ("run/metrics.jsonl: is a directory", 1)
 
 
 def test_where_tensorboard_cannot_write_the_run_says_so_before_its_first_step():
     Path("file").write_text("")
     for place in ("file/below", "/proc/1/below"):
-        with pytest.raises(UsageError, match=f"--tb_path: cannot write to {place}: "):
+        with pytest.raises(OSError) as error:
             train(tensorboard=place, folder="elsewhere")
+        assert launch.in_one_line(error.value)[0].startswith(f"{place}: ")
     assert not list(Path("elsewhere").glob("*.json*"))
 
 
@@ -747,6 +748,6 @@ def test_show_views(workspace, capsys):
     Path(full, "current.pth").touch()
     case.module.main([*flags, "--show-views", "again.png"])
     assert Path("again.png").exists()  # a folder that holds a run is no hindrance
-    with pytest.raises(UsageError, match="--show-views views.png/x.png: ") as refused:
+    with pytest.raises(OSError) as refused:
         case.module.main([*flags, "--show-views", "views.png/x.png"])
-    assert "\n" not in str(refused.value)
+    assert launch.in_one_line(refused.value)[0].startswith("views.png/x.png: ")

@@ -7,8 +7,9 @@ import torch
 import vectors
 
 from common import UsageError
-from common.metrics import accuracy, extract_features, knn, neighbours_used, score_statistics
+from common.metrics import accuracy, knn, neighbours_used, score_statistics
 from common.schedule import cosine, parse_milestones, set_lr, step, warmup
+from runner.knn import embedded
 
 
 def generator(seed=0):
@@ -114,16 +115,14 @@ def loader(batches=3, size=4):
         yield [x, -x], torch.full((size,), b), torch.arange(b * size, (b + 1) * size)
 
 
-def test_extract_features():
+def test_features_of_a_data_set():
     weight = torch.nn.Parameter(torch.ones(3, 5))
-    features, targets = extract_features(lambda x: (x.mean((2, 3)) @ weight).bfloat16(), loader())
+    features, targets = embedded(lambda x: (x.mean((2, 3)) @ weight).bfloat16(), loader())
     assert (
         features.shape == (12, 5) and features.dtype == torch.float32 and not features.requires_grad
     )
     assert features[:, 0].tolist() == [0.0] * 4 + [3.0] * 4 + [6.0] * 4
     assert targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    with pytest.raises(ValueError, match="empty"):
-        extract_features(lambda x: x, [])
 
 
 # --- k-NN --------------------------------------------------------------------------------------

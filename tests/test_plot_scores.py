@@ -14,7 +14,7 @@ from conftest import ROOT, run_script, says_no
 from notebooks import Notebook
 from PIL import Image
 
-from common import UsageError, UserError, files
+from common import UsageError, UserError, files, launch
 from feature_transform import plot_scores as script
 from feature_transform import score_figures as figures
 from feature_transform import score_files, score_labels
@@ -561,8 +561,9 @@ def test_bad_flags(three, capsys):
     ):
         says_no(script.parse_args, ["r", *flags.split()], message, capsys)
     Path("file").touch()
-    with pytest.raises(UserError, match="cannot write to file"):
+    with pytest.raises(FileExistsError) as error:
         script.main(["r", "--out", "file"])
+    assert launch.in_one_line(error.value) == ("file: file exists", 1)
 
 
 def test_as_a_program():

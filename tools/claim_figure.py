@@ -47,7 +47,7 @@ def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
         axis.set_yticks(range(len(runs)), runs if number % columns == 0 else [""] * len(runs))
     if told:
         _draw_claims(axes[panels - 1], told, with_papers=setting is None)
-    files.write_figure(figure, path, "figure", dpi=150)
+    files.write_figure(figure, path, dpi=150)
 
 
 def _draw_runs(axis, setting: Setting, runs: list[str], key: str) -> None:
@@ -124,4 +124,4 @@ def draw_curves(path: str, claims: list[Comparison]) -> None:
         axis.tick_params(labelleft=True)
     figure.supxlabel("k-NN accuracy of the other run at the same epoch", fontsize="medium")
     figure.supylabel("difference in k-NN accuracy, points", fontsize="medium")
-    files.write_figure(figure, path, "figure", dpi=150)
+    files.write_figure(figure, path, dpi=150)

@@ -174,7 +174,7 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
         axes.hist(values.cpu().numpy(), bins=bins, density=True, label=label, **style)
     axes.set(xlabel="cosine of their features", ylabel="density", title=figures.plain(title))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    files.write_figure(figure, path, "out", dpi=150)
+    files.write_figure(figure, path, dpi=150)
 
 
 # --------------------------------------------------------------------------------------- all of it

@@ -88,7 +88,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "run folder: model_EPOCH.pth (the authors' layout), current.pth (for --resume), logs"
     g.add_argument("--model_path", "--out", default="results", help=text)
-    options.add_name_argument(g, default="that folder itself")
+    options.add_name_argument(g, default="none, and the files go into that folder itself")
     options.add_run_arguments(g, save_freq=25)
     options.add_monitor_arguments(g, "a row for each view of a picture")
     text = "the published spelling of --knn-k"

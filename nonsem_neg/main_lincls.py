@@ -72,7 +72,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "run folder: checkpoints, logs, result.json"
     g.add_argument("--ckpt_path", "--out", default="./ckpts/lincls", help=text)
-    options.add_name_argument(g, default="that folder itself")
+    options.add_name_argument(g, default="none, and the files go into that folder itself")
     options.add_run_arguments(g, save_freq=None)
     text = "only evaluate the classifier that --resume names"
     g.add_argument("-e", "--evaluate", action="store_true", help=text)

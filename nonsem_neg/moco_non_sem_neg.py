@@ -100,7 +100,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("run")
     text = "run folder: checkpoints, logs, TensorBoard events"
     g.add_argument("--ckpt_path", "--out", default="./ckpts/moco", help=text)
-    options.add_name_argument(g, default="that folder itself")
+    options.add_name_argument(g, default="none, and the files go into that folder itself")
     options.add_run_arguments(g)
     options.add_monitor_arguments(g, "of the queue's keys alone, not the non-semantic ones")
     text = "compare pictures in k-NN by the backbone's pooled features, or by the head's outputs"

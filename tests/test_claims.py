@@ -77,7 +77,8 @@ CONTENT = {
 }
 RESULTS = (
     "before\n<!-- claims: verdicts toy results -->\nold\n<!-- end -->\n"
-    "<!-- claims: runs toy results -->\n<!-- end -->\nafter\n"
+    "<!-- claims: runs toy results -->\n<!-- end -->\n"
+    "<!-- claims: course toy results -->\n<!-- end -->\nafter\n"
 )
 
 
@@ -131,6 +132,7 @@ def test_a_claim_from_its_commands_to_the_pages(root, capsys):
     assert row in flat(text)
     row = "`better` | 3 | 43.67±2.08 | 31.00±1.00 | float32 | 0 |"
     assert f"| [paper](results/paper/README.md) | {row}" in flat(text)
+    assert "| `better` | 2 | 22.0 | 32.0 |" in flat(text)  # the second epoch has no k-NN
     assert claim_pages.results(text, root) == text
     page = (root / "results/paper/README.md").read_text()
     assert "| `better` | 0, 1, 2 | 43.67±2.08 | 31.00±1.00 | float32 | unknown | `2` |" in flat(

@@ -104,6 +104,23 @@ def footing_table(scale: str, root: Path, folder: str) -> str:
     return layout(head, rows, markdown=True)
 
 
+def course_table(scale: str, root: Path, folder: str) -> str:
+    """Return k-NN in the course of each training at a scale, by epochs, a row a seed: Markdown."""
+    courses = {}
+    for paper in records.papers(root):
+        setting = records.setting(paper, scale, root)
+        for run in setting.runs if setting else ():
+            for seed in setting.seeds(run):
+                courses[paper, run, seed] = setting.course(run, seed, "knn_acc1")
+    epochs = sorted({epoch for course in courses.values() for epoch in course})
+    rows = [
+        [f"[{paper}]({folder}/{paper}/README.md)", f"`{run}`", str(seed)]
+        + [f"{course[epoch]:.1f}" if epoch in course else "" for epoch in epochs]
+        for (paper, run, seed), course in courses.items()
+    ]
+    return layout(["paper", "run", "seed", *map(str, epochs)], rows, markdown=True)
+
+
 def curve_table(published: Path, folder: Path) -> str:
     """Return a published training curve beside that of the run recorded in `folder`."""
     theirs = json.loads(published.read_text())
@@ -141,7 +158,7 @@ def verdict_table(scale: str, root: Path, folder: str) -> str:
     return layout(head, rows, markdown=True)
 
 
-OF_SCALE = {"verdicts": verdict_table, "runs": footing_table}
+OF_SCALE = {"verdicts": verdict_table, "runs": footing_table, "course": course_table}
 
 
 def study_tables(name: str, root: Path) -> str:
@@ -225,7 +242,8 @@ def results(text: str, root: Path) -> str:
     """Return RESULTS.md, or a page of docs/, with its blocks made anew.
 
     `verdicts SCALE FOLDER` is one line for each claim, with links into FOLDER, that of the results;
-    `runs SCALE FOLDER` one for each run of all papers; `curve PAPER RUN` is the run in
+    `runs SCALE FOLDER` one for each run of all papers, and `course SCALE FOLDER` its k-NN in the
+    course of training; `curve PAPER RUN` is the run in
     results/PAPER/RUN beside the published curve that `curves` in the paper's claims.json names;
     `study NAME` is that of docs/NAME.json, recorded in results/NAME. Raises UserError for any other
     block.

@@ -58,17 +58,18 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
         cli.run(lambda: write(errno.ENOSPC))
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert (
-        said.startswith("error: No space left on device writing runs/a/config.json;")
-        and said.count("\n") == 1
-    )
-    with pytest.raises(SystemExit):
-        cli.run(lambda: write(errno.EACCES))
-    assert capsys.readouterr().err == "error: runs/a/config.json: permission denied\n"
-    with pytest.raises(
-        OSError, match="Is a directory"
-    ):  # what nobody has thought of keeps its traceback
-        cli.run(lambda: write(errno.EISDIR))
+    assert said.startswith("error: runs/a/config.json: no space left on device; checkpoints")
+    assert said.count("\n") == 1
+    for code, words in ((errno.EACCES, "permission denied"), (errno.EISDIR, "is a directory")):
+        with pytest.raises(SystemExit):
+            cli.run(lambda: write(code))  # noqa: B023 used here
+        assert capsys.readouterr().err == f"error: runs/a/config.json: {words}\n"
+
+    def unnamed():
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    with pytest.raises(OSError, match="Bad file descriptor"):  # an error of ours: with a traceback
+        cli.run(unnamed)
 
 
 JOB = """
@@ -97,8 +98,7 @@ if __name__ == "__main__":
 
 
 FULL = (
-    "error: No space left on device writing a/current.pth; "
-    "checkpoints that were saved before are intact\n"
+    "error: a/current.pth: no space left on device; checkpoints that were saved before are intact\n"
 )
 
 

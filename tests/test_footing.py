@@ -10,7 +10,7 @@ from conftest import inside, says_no
 from papers import CASES
 from torch.nn import functional as F
 
-from common import UserError, backbones, launch, metrics, nce, schedule
+from common import UsageError, UserError, backbones, launch, metrics, nce, schedule
 from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views
@@ -49,6 +49,8 @@ def test_three_places_print_one_k_nn(module_folder, name):
         record = json.loads(log.read_text().splitlines()[0])
         assert 0.1 < record["feature_spread"] < 1.1
         assert -1 < record["negative_similarity"] < 1
+        if name == "patch":
+            assert -1 < record["nonsem_similarity"] < 1
         small = ["--demo", "--knn-k", "20", "--epochs", "1", "--device", "cpu"]
         evaluate.main([name, *small, "--views", "1", "--out", f"{name} judged"])
         judged = json.loads((module_folder / f"{name} judged" / "result.json").read_text())
@@ -56,6 +58,9 @@ def test_three_places_print_one_k_nn(module_folder, name):
         if case.linear is None:
             return
         case.evaluation.main(case.linear_of(name, f"{name} linear", "--knn-k", "20"))
+        if name == "moco":  # its evaluation has the view of the footing, whatever is typed
+            with pytest.raises(UsageError, match="--aug has no effect with --footing common"):
+                case.evaluation.main(case.linear_of(name, "none", "--aug", "NULL"))
     (result,) = (module_folder / f"{name} linear").rglob("result.json")
     assert json.loads(result.read_text())["knn_acc1"] == pytest.approx(monitor, abs=1e-4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from common import UsageError, printable
 from common.pictures import FolderSet
 
+NO_NAME = re.compile(r"[:;=<>{}\[\]\"\\\x00-\x08\x0e-\x1f]|\S{60}")  # in no name of a class
 SPLIT_NAMES = {"val": ("val", "test", "validation")}  # folder names; the first found wins
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 
@@ -189,7 +191,15 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
+    if (root / "train.json").exists() or (root / "val.json").exists():
+        raise UsageError(
+            f"{root} is a packed set, not a tree of class folders: add --dataset packed"
+        )
     absent = f"{root} has no {names[0]}/ folder"
+    for dataset, class_name in TORCHVISION_SETS.items():
+        files = getattr(tv_datasets, class_name).base_folder
+        if (root / files).is_dir():
+            raise UsageError(f"{absent}, but {files}/: add --dataset {dataset}")
     if split == "train":
         for name in folders_in(root):
             if (root / name / "train").is_dir():
@@ -201,8 +211,7 @@ def split_folder(root: str | Path, split: str, bare: bool = False) -> Path:
     if len(names) > 1:
         absent += f" (nor {'/, '.join(names[1:])}/)"
     raise UsageError(
-        f"{absent}: move class folders into it, or say with --dataset what {root} holds "
-        f"(packed, {', '.join(TORCHVISION_SETS)})"
+        f"{absent}: move class folders into it, or name the kind of {root} with --dataset"
     )
 
 
@@ -256,14 +265,15 @@ def read_class_list(class_list: str | Path, present: Collection[str] = ()) -> li
     present: class folders, whose names may be a whole line with spaces.
     Raises UsageError if the file does not list names.
     """
-    lines = read_names(class_list, "--class-list")
+    lines = read_names(class_list, "--class-list", present)
     return sorted({line if line in present else line.split()[0] for line in lines})
 
 
-def read_names(path: str | Path, flag: str) -> list[str]:
+def read_names(path: str | Path, flag: str, present: Collection[str] = ()) -> list[str]:
     """Return the lines of a text file but empty ones and comments, which begin with #.
 
-    Raises UsageError if the file cannot be read.
+    Raises UsageError if the file cannot be read. If a line outside `present` is no name, the file
+    may be a secret, and the message does not print it.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -271,7 +281,11 @@ def read_names(path: str | Path, flag: str) -> list[str]:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(f"{flag} {path}: {reason}") from None
     lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    names = [line for line in lines if line and not line.startswith("#")]
+    for number, line in enumerate(lines, 1):
+        if line in names and line not in present and NO_NAME.search(line):
+            raise UsageError(f"{flag} {path}: line {number} is not a name; expected one a line")
+    return names
 
 
 def listed(place: Path, names: Sequence[str], class_list: str | Path) -> list[str]:

@@ -804,5 +804,9 @@ def test_the_schedule_is_the_published_one_and_follows_the_batch(tmp_path, capsy
     for missing in ("nosuch.txt", "no/such"):
         with pytest.raises(UsageError, match=f"--classes {missing}: no such file"):
             voc.class_names(missing)
+    listed.write_text("cat\nroot:$6$secret:19000:0:99999:7:::\n")
+    with pytest.raises(UsageError, match="line 2 is not a name") as error:
+        voc.class_names(str(listed))
+    assert "secret" not in str(error.value)
     with pytest.raises(UsageError, match="--classes: a comes twice"):
         voc.class_names("a, b,a")

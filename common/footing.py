@@ -2,8 +2,8 @@
 
 With --footing common a run has the augmentation, the normalisation, the projection head, SGD and
 the schedule that are defined here, instead of its paper's; --preset compare also sets the numbers.
-The augmentation is that of the CIFAR-10 notebook of MoCo's authors, and the cosine as well, but
-that it counts the epochs from 0.
+The augmentation is that of the CIFAR-10 notebook of MoCo's authors. So is the cosine, except that
+it counts epochs from 0, where the notebook counts from 1.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def add_data_arguments(
     names = [*trees, "packed", *sets.TORCHVISION_SETS, *also]
     add("--dataset", choices=names, default=default, help=text)
     add("--class-list", metavar="FILE", help="use only the class folders in FILE, one per line")
-    text = "side of the network's input, pixels; evaluations: unless typed, as in the pre-training"
+    text = "side of the network's input, pixels; an evaluation defaults to the pre-training's"
     add("--input-res", type=cli.positive_int, default=224, help=text)
     text = (
         "shorter side to which an evaluation resizes a picture before it cuts the centre; "

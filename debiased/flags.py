@@ -1,4 +1,4 @@
-"""The flags of the method, and checks between them and of what they meet."""
+"""The flags of the method, and the checks of flags, labels and run folders."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def truth(text: str) -> bool:
 
 
 def without_lone_equals(argv: list[str] | None) -> list[str]:
-    """Return the words of the command line; `--tau_plus = 0.1` is in the published README.
+    """Return the command line without words that are "=": the published `--tau_plus = 0.1` has one.
 
-    argv: None for the words that the program was called with.
+    argv: the words; None: those that the program was called with.
     """
     return [word for word in (sys.argv[1:] if argv is None else argv) if word != "="]
 
@@ -78,7 +78,7 @@ def settle(args) -> None:
     if args.tau_plus == 1:
         raise UsageError("--tau_plus 1.0: must be below 1, or all negatives are of one class")
     if args.loss != "debiased" and "loss" not in args.typed:
-        args.typed.discard("tau_plus")  # published beside --debiased False, where it is not read
+        args.typed.discard("tau_plus")  # the published code ignores it with --debiased False
     for flag in ("tau_plus", "M"):
         if args.loss != "debiased" and flag in args.typed:
             raise UsageError(

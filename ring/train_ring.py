@@ -2,7 +2,7 @@
 """Conditional Negative Sampling: pre-training.
 
 Mike Wu, Milan Mosse, Chengxu Zhuang, Daniel Yamins, Noah Goodman. ICLR 2021, arXiv:2010.02037. A
-ring selects the negatives of IR, CMC or MoCo. A minute on a laptop, and runs of hours on a GPU:
+ring selects the negatives of IR, CMC or MoCo. A minute on a laptop, and two full runs:
 
     python ring/train_ring.py --demo --epochs 1
     python ring/train_ring.py ring/configs/cifar10_ir_ring.json --root data --gpu-device 0

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from conftest import Net
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common import backbones, batchnorm
+from common import backbones, batchnorm, launch
+from nonsem_neg import moco_non_sem_neg as script
 from nonsem_neg.moco import MoCo, contrast_logits
 from nonsem_neg.negatives import check_patch_range, patch_negatives, sample_patches, tile_patches
+from runner import loop
 
 
 def unit(*shape, seed=0):
@@ -35,6 +37,21 @@ def test_alpha_is_inside_the_exponent_and_a_negative_belongs_to_its_own_query():
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     shuffled = contrast_logits(q, k, queue[order], t, 0.5, 2.0)
     torch.testing.assert_close(shuffled.logsumexp(1), logits.logsumexp(1))
+
+
+def test_the_logged_similarities_are_mean_cosines():
+    words = "DATA --preset compare --device cpu --seed 0 -b 4 --queue 8 --bn-splits 1 --alpha 3"
+    args = script.parse_args(words.split())
+    method = script.build_method(args, None, 1, launch.Process())
+    q, k, queue, t = unit(4, 8), unit(4, 128, seed=1), unit(8, 8, seed=2), unit(4, 1, 8, seed=3)
+    positive = unit(4, 8, seed=4)
+    logits = contrast_logits(q, positive, queue, t, args.moco_t, args.alpha).requires_grad_()
+    method.wrapped = lambda *_: (logits, k)
+    views = [torch.rand(4, 3, 32, 32)] * 2
+    batch = loop.Batch(views, torch.zeros(4).long(), torch.arange(4), loop.At(0, 0.0, 0))
+    values = method.step(batch)
+    torch.testing.assert_close(values["negative_similarity"], (q @ queue.T).mean())
+    torch.testing.assert_close(values["nonsem_similarity"], (q[:, None] * t).sum(2).mean())
 
 
 def make_model(encoder=Net):

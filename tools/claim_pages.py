@@ -72,14 +72,17 @@ def measured(setting: Setting) -> Iterator[tuple[str, list[int], list[str]]]:
             yield run, seeds, [cell(setting.values(run, key)) for key in setting.numbers]
 
 
+def distinct(environments: list[dict], key: str) -> str:
+    """Return the different values of a key of `Setting.environment`, in order, for a cell."""
+    return ", ".join(dict.fromkeys(environment[key] for environment in environments))
+
+
 def run_table(setting: Setting) -> str:
     """Return mean ± standard deviation, precision, commit and flags of the recorded runs."""
     rows = []
     for run, seeds, cells in measured(setting):
         made = [setting.environment(run, seed) for seed in seeds]
-        how = [
-            ", ".join(dict.fromkeys(env[key] for env in made)) for key in ("precision", "commit")
-        ]
+        how = [distinct(made, "precision"), distinct(made, "commit")]
         flags = f"`{setting.runs[run]}`" if setting.runs[run] else "-"
         rows.append([f"`{run}`", ", ".join(map(str, seeds)), *cells, *how, flags])
     head = ["run", "seeds", *setting.names, "precision", "commit", "flags"]
@@ -95,9 +98,10 @@ def footing_table(scale: str, root: Path, folder: str) -> str:
         for run, seeds, cells in measured(setting):
             made = [setting.environment(run, seed) for seed in seeds]
             minutes = f"{statistics.median(env['seconds'] for env in made) / 60:.0f}"
-            precisions = ", ".join(dict.fromkeys(env["precision"] for env in made))
             page = f"[{setting.paper}]({folder}/{setting.paper}/README.md)"
-            rows.append([page, f"`{run}`", str(len(seeds)), *cells, precisions, minutes])
+            rows.append(
+                [page, f"`{run}`", str(len(seeds)), *cells, distinct(made, "precision"), minutes]
+            )
     if not rows:
         return "No run of this scale has been recorded."
     head = ["paper", "run", "seeds", *settings[0].names, "precision", "minutes"]

@@ -277,6 +277,13 @@ class Comparison:
         pair = [find_run(own, self.claim[side]) for side in ("better", "than")]
         return pair if all(pair) else []
 
+    def seeds(self) -> list[int]:
+        """Return the seeds that both sides have; [] where one is not set up."""
+        if not self.sides():
+            return []
+        (a, better), (b, other) = self.sides()
+        return [seed for seed in a.seeds(better) if seed in b.seeds(other)]
+
     def pair(self) -> str:
         """Return the names of the runs that are compared, as a difference."""
         return " − ".join(run for _, run in self.sides())
@@ -287,7 +294,7 @@ class Comparison:
         if not pair:
             return {}
         (a, better), (b, other) = pair
-        seeds = [seed for seed in a.seeds(better) if seed in b.seeds(other)]
+        seeds = self.seeds()
         return {
             key: [a.number(better, seed, key) - b.number(other, seed, key) for seed in seeds]
             for key in self.setting.numbers
@@ -311,15 +318,11 @@ class Comparison:
 
     def mixed(self) -> list[int]:
         """Return the seeds at which one side computed in float32 and the other in bfloat16."""
-        if not self.sides():
-            return []
-        (a, better), (b, other) = self.sides()
-        return [
-            seed
-            for seed in a.seeds(better)
-            if seed in b.seeds(other)
-            and a.environment(better, seed)["precision"] != b.environment(other, seed)["precision"]
-        ]
+        made = {
+            seed: {side.environment(run, seed)["precision"] for side, run in self.sides()}
+            for seed in self.seeds()
+        }
+        return [seed for seed, precisions in made.items() if len(precisions) > 1]
 
     def failures(self) -> list[tuple[str, int]]:
         """Return (run, seed) of those that the claim compares where a command failed."""

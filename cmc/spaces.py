@@ -133,21 +133,24 @@ _AFFINE = {
 
 # The other spaces work on seven rows per pixel: three of one branch of a curve, a one, and three of
 # the other branch, so that a matrix (3, 7) adds up both branches and an offset. Without a mask,
-# curve(x) above a knee and slope * x below it is
-# curve(max(x, knee)) + slope * min(x, knee) - slope * knee.
-# This closes the gap that the standards' rounded constants leave at the knee (3e-7 for the cube
-# root): the lower branch moves by that much.
+# curve(x) above a knee and slope * x + offset below it is
+# curve(max(x, start)) + slope * min(x, knee) - slope * knee, with curve(start) = slope * knee +
+# offset. The standards' rounded constants leave a gap of some 1e-7 at the knee, so that start and
+# knee differ by as little; what lies between them is off by up to that gap.
 _EYE = np.eye(3)
 _ONE = np.ones((3, 1))
 # sRGB (IEC 61966-2-1): ((x + 0.055) / 1.055)^2.4 above the knee.
 _CODE_KNEE = 0.04045
 _CODE_SLOPE = 1 / 12.92
+_CODE_START = 1.055 * (_CODE_SLOPE * _CODE_KNEE) ** (1 / 2.4) - 0.055
 _LIGHT = np.hstack([_EYE / 1.055**2.4, -_ONE * _CODE_SLOPE * _CODE_KNEE, _EYE * _CODE_SLOPE])
 # CIE 1976: the cube root, and its tangent below (6/29)^3.
 _ROOT_KNEE = 0.008856
 _ROOT_SLOPE = 7.787
+_ROOT_START = (_ROOT_SLOPE * _ROOT_KNEE + 16 / 116) ** 3
 _ROOT = np.hstack([_EYE, -_ONE * _ROOT_SLOPE * _ROOT_KNEE, _EYE * _ROOT_SLOPE])
 _DARK_LUV = 903.3  # CIE 1976: L* of dark colours is 903.3 Y / Yn
+_START_LUV = ((_DARK_LUV * _ROOT_KNEE + 16) / 116) ** 3
 # u' = 4 X / (X + 15 Y + 3 Z) and v' = 9 Y / (X + 15 Y + 3 Z) have this denominator.
 _DENOMINATOR = np.array([1.0, 15.0, 3.0])
 _U_WHITE = 4 * _WHITE[0] / (_DENOMINATOR @ _WHITE)
@@ -263,7 +266,7 @@ def _in_blocks(space: str, x: Tensor, inner: Tensor | None, final: Tensor, floor
 
 def _light(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor | None) -> None:
     """Write the two branches of the sRGB curve: _LIGHT @ rows is linear RGB."""
-    torch.clamp(x, min=_CODE_KNEE, out=rows[:, :3]).add_(0.055).log_().mul_(2.4).exp_()
+    torch.clamp(x, min=_CODE_START, out=rows[:, :3]).add_(0.055).log_().mul_(2.4).exp_()
     torch.clamp(x, max=_CODE_KNEE, out=rows[:, 4:])
 
 
@@ -271,7 +274,7 @@ def _lab(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor) -> None:
     """Write the two branches of CIE 1976's curve of X / Xn, Y / Yn, Z / Zn."""
     _light(x, rows, scratch, None)
     torch.bmm(inner.expand(len(x), -1, -1), rows, out=scratch)
-    torch.clamp(scratch, min=_ROOT_KNEE, out=rows[:, :3]).log_().mul_(1 / 3).exp_()
+    torch.clamp(scratch, min=_ROOT_START, out=rows[:, :3]).log_().mul_(1 / 3).exp_()
     torch.clamp(scratch, max=_ROOT_KNEE, out=rows[:, 4:])
 
 
@@ -281,7 +284,7 @@ def _luv(x: Tensor, rows: Tensor, scratch: Tensor, inner: Tensor) -> None:
     torch.bmm(inner.expand(len(x), -1, -1), rows, out=scratch)
     y, x4, denominator = scratch.unbind(1)
     lightness, u, v = rows[:, :3].unbind(1)
-    torch.clamp(y, min=_ROOT_KNEE, out=lightness).log_().mul_(1 / 3).exp_().mul_(116)
+    torch.clamp(y, min=_START_LUV, out=lightness).log_().mul_(1 / 3).exp_().mul_(116)
     lightness.add_(torch.clamp(y, max=_ROOT_KNEE, out=u), alpha=_DARK_LUV)
     lightness.sub_(16 + _DARK_LUV * _ROOT_KNEE)
     denominator.clamp_(min=1e-8).reciprocal_()  # black is 0 / 0; the bluest code above it has 1e-3

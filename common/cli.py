@@ -285,7 +285,7 @@ def run(main) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; checkpoints that were saved before are intact", file=sys.stderr)
+        print("\ninterrupted; files that were saved before are intact", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -199,7 +199,7 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
     is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and (error.filename or is_full):
         where = f"{printable(error.filename)}: " if error.filename else ""
-        kept = "; checkpoints that were saved before are intact" if is_full else ""
+        kept = "; files that were saved before are intact" if is_full else ""
         return f"{where}{error.strerror.lower()}{kept}", 1
     signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):

@@ -80,7 +80,7 @@ def bank_scores(query: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     if rows.shape[:-1] != query.shape[:-1]:
         raise ValueError(f"rows are {tuple(rows.shape)}: expected (B, J) with B = {len(query)}")
     with torch.autocast(query.device.type, enabled=False):
-        return _BankScores.apply(query.float(), bank, rows)
+        return _BankScores.apply(query.float(), bank.float(), rows)
 
 
 def draw_rows(
@@ -132,7 +132,7 @@ def queue_logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) 
     with torch.autocast(query.device.type, enabled=False):
         query, key = query.float(), key.float()
         positive = (query * key).sum(1, keepdim=True)
-        return torch.cat([positive, query @ queue.T], 1).div_(temperature)
+        return torch.cat([positive, query @ queue.float().T], 1).div_(temperature)
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
             "one length, and at most as many keys as the queue holds"
         )
     places = (pointer + torch.arange(len(keys), device=keys.device)) % len(queue)
-    queue.index_copy_(0, places, keys)
+    queue.index_copy_(0, places, keys.to(queue.dtype))
     pointer.add_(len(keys)).remainder_(len(queue))
 
 
@@ -168,8 +168,8 @@ def update_rows(bank: Tensor, index: Tensor, feat: Tensor, momentum: float) -> N
         )
     if bank.device.type != "cpu":  # other devices write equal rows in no certain order
         feat = feat[last_of_equals(index)]
-    mixed = momentum * bank[index] + (1 - momentum) * feat
-    bank.index_copy_(0, index, F.normalize(mixed, dim=1))
+    mixed = momentum * bank[index].float() + (1 - momentum) * feat.float()
+    bank.index_copy_(0, index, F.normalize(mixed, dim=1).to(bank.dtype))
 
 
 def last_of_equals(index: Tensor) -> Tensor:

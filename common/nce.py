@@ -32,7 +32,7 @@ def info_nce(logits: Tensor) -> Tensor:
     """
     _check(logits)
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(at_least_float32(logits), target)
 
 
 def equal_loss(k: int) -> float:
@@ -58,6 +58,7 @@ def nce_loss(estimate: Tensor, n: int) -> Tensor:
     6.2383
     """
     _check(estimate)
+    estimate = at_least_float32(estimate)
     noise = (estimate.shape[1] - 1) / n  # K times p_n
     from_data = (estimate[:, 0] / (estimate[:, 0] + noise + EPS)).log().sum()
     ratios = (estimate[:, 1:] + EPS) / noise
@@ -76,9 +77,10 @@ def positive_prob(out: Tensor, n: int | None = None) -> Tensor:
     (0.125, 0.5)
     """
     _check(out)
-    positive = out.detach()[:, 0]
+    out = at_least_float32(out.detach())
+    positive = out[:, 0]
     if n is None:
-        return (positive - out.detach().logsumexp(1)).exp().mean()
+        return (positive - out.logsumexp(1)).exp().mean()
     return (positive / (positive + (out.shape[1] - 1) / n)).mean()
 
 
@@ -87,7 +89,8 @@ def next_z(z: Tensor, batch_mean: Tensor, n: int, mode: str, updates: int | Tens
 
     z: those so far, of any shape, negative before the first batch. batch_mean: of z's shape, the
     means of exp(s / T) of this rank. updates: the number of batches so far.
-    With the mode "oneshot" Z of the first batch is kept, as published (and in Wu et al.).
+    With the mode "oneshot" Z of the first batch is kept, as published (and in Wu et al.); the
+    published queue of MoCo also cuts off its decimals, which this does not.
     With "ema" Z is a moving average over all batches. That is the repair that the author of MoCo
     reported upstream (issue 23 of HobbitLong/CMC), since one batch is a fair sample of Z only while
     the memory is noise. The decay is .99 as reported, but (1 + updates) / (10 + updates) while that
@@ -131,15 +134,25 @@ class NCE(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (loss in nats, estimate (B, 1+K)) of logits (B, 1+K), float32 under autocast."""
+        """Return (loss in nats, estimate (B, 1+K)) of logits (B, 1+K), float32 under autocast.
+
+        In evaluation mode Z stays as it is; before the first batch it is that of these logits.
+        """
         _check(logits)
         with torch.autocast(logits.device.type, enabled=False):
             raw = logits.float().exp()
-            z = next_z(self.z, raw.mean(), self.n, self.mode, self.updates)
-            self.z.copy_(z)
-            self.updates.add_(1)
+            mode = self.mode if self.training else "oneshot"  # which keeps Z
+            z = next_z(self.z, raw.mean(), self.n, mode, self.updates)
+            if self.training:
+                self.z.copy_(z)
+                self.updates.add_(1)
             estimate = raw / z
             return nce_loss(estimate, self.n), estimate
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 where it has that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(logits: Tensor) -> None:

@@ -18,7 +18,7 @@ def cut_patches(images: Tensor, generator: torch.Generator | None = None) -> Ten
     state on every rank, so that the places are drawn for the global batch. Cells of 85 pixels give
     patches of 64, at offsets of 0 to 21; others are in proportion (cells of 12 give 9). Every
     network takes them, as its pooling is adaptive. A ResNet's strides leave one pixel of a patch
-    below 64; --small-stem, with a quarter of the strides, leaves more.
+    of 32 or less; --small-stem, with a quarter of the strides, leaves more.
     """
     n, cell = len(images), images.shape[-1] // GRID
     size = max(1, round(cell * 64 / 85))

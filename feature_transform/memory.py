@@ -60,7 +60,11 @@ class Memory(nn.Module):
 
     def rows(self) -> list[Tensor]:
         """Return the memory that each modality is compared with: of two, that of the other one."""
-        return [getattr(self, name) for name in reversed(self.names)]
+        return [nce.at_least_float32(getattr(self, name)) for name in reversed(self.names)]
+
+    def as_rows(self, features: Tensor) -> Tensor:
+        """Return features in the precision of `rows`: float32, unless the memory is float64."""
+        return features.to(self.rows()[0].dtype)
 
     def candidates(self, rule: Rule) -> int:
         """Return the number of rows that become negatives, each with a coefficient and partner."""
@@ -109,10 +113,17 @@ class KeyQueue(Memory):
         """Return [q'.k', q'.queue'] / T of every query (B, V D) with the key (B, V D).
 
         V is the number of modalities. The queries (of the picture, and of its jigsaw) share the
-        draws and the transformed queue.
+        draws and the transformed queue. The logits are float32 also under autocast. With a rule, a
+        second call must wait for the backward pass of the first.
         """
         if rule is None:
             rule = Rule(None, None)
+        with torch.autocast(key.device.type, enabled=False):
+            queries = [self.as_rows(query) for query in queries]
+            return self.logits(queries, self.as_rows(key), rule, draws)
+
+    def logits(self, queries: list[Tensor], key: Tensor, rule: Rule, draws: list[Draws]):
+        """Return the result of `forward` for features in the precision of `rows`."""
         logits: list[Logits] = [[] for _ in queries]
         for number, own in enumerate(key.split(self.dim, 1)[::-1]):
             rows = self.mixed(number, rule, draws[number])
@@ -167,7 +178,9 @@ class MemoryBank(Memory):
         """Return [x'.w0', x'.w1', ...] / T of every query (B, V D) with the drawn rows.
 
         rows (B, K + 1): drawn by `common.memory.draw_rows`; the positive w0 is the picture's own
-        row. The queries (of the picture, and of its jigsaw) share the draws.
+        row. The queries (of the picture, and of its jigsaw) share the draws. The logits are float32
+        also under autocast. With a rule, a second call must wait for the backward pass of the
+        first.
         """
         logits: list[Logits] = [[] for _ in queries]
         for number, bank in enumerate(self.rows()):
@@ -175,7 +188,7 @@ class MemoryBank(Memory):
             if rule is not None and self.is_mixed_whole(rule):
                 mixed = self.mixed(number, rule, draws[number])
             for query, of_query in zip(queries, logits):
-                part = query.split(self.dim, 1)[number]
+                part = self.as_rows(query).split(self.dim, 1)[number]
                 if rule is None:
                     scores = memory.bank_scores(part, bank, rows)
                 else:

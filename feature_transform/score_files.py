@@ -19,6 +19,7 @@ import numpy as np
 
 from common import UsageError, UserError, files
 from runner.records import read as read_records
+from runner.scores import numbered
 
 STATISTICS = {  # {name: (column of the files, description)}
     "neg_variance": (1, "variance of the negative similarities"),
@@ -72,16 +73,6 @@ class Run:
 
 
 # ----------------------------------------------------------------------------------------- folders
-
-
-def numbered(folder: Path) -> dict[int, Path]:
-    """Return {number: score file} of a run folder."""
-    paths = {}
-    for path in folder.glob("scores/score_*.npy"):
-        match = re.fullmatch(r"score_(\d+)\.npy", path.name, re.ASCII)
-        if match:
-            paths[int(match[1])] = path
-    return dict(sorted(paths.items()))
 
 
 def find_runs(paths: Iterable[str]) -> list[Path]:

@@ -203,7 +203,7 @@ def pair(
         moved = torch.lerp(key, query, coefficient)
         positive = torch.lerp(query, key, coefficient)
     if normalise:
-        return F.normalize(moved, dim=1), F.normalize(positive, dim=1)
+        return F.normalize(moved, dim=-1), F.normalize(positive, dim=-1)
     return moved, positive
 
 

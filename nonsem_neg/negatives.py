@@ -45,7 +45,7 @@ def contrast_logits(
     _check(query, key, queue, nonsem, temperature)
     with torch.autocast(query.device.type, enabled=False):
         query = query.float()
-        columns = [(query * key.float()).sum(dim=1, keepdim=True), query @ queue.T]
+        columns = [(query * key.float()).sum(dim=1, keepdim=True), query @ queue.float().T]
         if nonsem is not None:
             columns.append(alpha * torch.einsum("nd,nmd->nm", query, nonsem.float()))
         return torch.cat(columns, dim=1).div_(temperature)
@@ -66,8 +66,8 @@ def _check(
     if nonsem is not None:
         features["nonsem"] = nonsem
     for name, rows in features.items():
-        shape = rows.shape[::2] if name == "nonsem" and rows.dim() == 3 else rows.shape
-        if tuple(shape) != expected:
+        axes = 3 if name == "nonsem" else 2
+        if rows.dim() != axes or (len(rows), rows.shape[-1]) != expected:
             raise ValueError(
                 f"{name} is {tuple(rows.shape)}: expected {len(query)} times rows of length "
                 f"{expected[1]}, since the queue is {tuple(queue.shape)}"
@@ -142,8 +142,7 @@ def sample_patches(
     offsets = size - side + 1 if inclusive else size - side
     span = offsets.view(n, 1, 1)
     drawn = torch.rand((2, n, cells, cells), generator=generator, device=device)
-    # float32 can round the product up to `span` itself, once in some million draws
-    top, left = torch.minimum((drawn * span).long(), span - 1)
+    top, left = (drawn * span).long()
     code = None
     if turn:
         code = torch.randint(0, 8, (n, cells, cells), generator=generator, device=device)

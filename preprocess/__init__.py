@@ -1,1 +1,1 @@
-"""Prepare data sets. Every script can be run again and prints the counts to expect."""
+"""Prepare data sets. Every script can be run again and prints counts."""

@@ -208,7 +208,7 @@ def print_report(splits: list[Split], numbers: list[dict], examples: int) -> Non
 def _print_splits(splits: list[Split], numbers: list[dict]) -> None:
     columns = ("per_class_min_median_max", "width_min_median_max", "height_min_median_max")
     print(
-        f"{'':<8}{'classes':>8}{'pictures':>10}{'MB':>9}   "
+        f"{'':<8}{'classes':>8}{'pictures':>10}{'MB read':>9}   "
         f"{'per class':<18}{'width':<18}{'height':<18}"
     )
     for split, values in zip(splits, numbers):

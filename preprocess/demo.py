@@ -19,13 +19,10 @@ are nearly grey and reveal next to nothing about the class.
 import errno
 import functools
 import os
-import shutil
 from pathlib import Path
 
 from common import UsageError, UserError, collectives, files, launch
 from common.files import only_writer
-from preprocess.demo_pictures import CUES
-from preprocess.demo_shapes import CLASSES
 from preprocess.demo_writer import (
     FORMAT,
     MARK,
@@ -33,7 +30,6 @@ from preprocess.demo_writer import (
     clear,
     make_folders,
     make_set,
-    write_all,
 )
 from preprocess.workers import is_empty
 
@@ -61,9 +57,6 @@ def _checked(settings: dict) -> dict:
 
     settings: replace those of DEFAULTS.
     """
-    extra = set(settings) - set(DEFAULTS)
-    if extra:
-        raise TypeError(f"the demo data has no setting {', '.join(sorted(extra))}")
     settings = {**DEFAULTS, **settings}
     for name, least in LEAST.items():
         if settings[name] < least:
@@ -123,7 +116,6 @@ def ensure(
     is_complete = functools.partial(_is_complete, out, settings)
     if not is_complete():
         _make(out, settings, workers, progress, is_complete)
-    add_cues(out)
     return out
 
 
@@ -148,43 +140,6 @@ def _is_complete(out: Path, settings: dict) -> bool:
         f"({', '.join(differences) or 'by another version'}): "
         "name another folder, or replace it with preprocess/make_demo.py --force"
     )
-
-
-def add_cues(out: str | Path) -> None:
-    """Add OUT/cue-conflict to a complete set of an older version, and change nothing else.
-
-    Raises UserError if it cannot write.
-    """
-    out = Path(out)
-    if not _lacks_cues(read(out)):
-        return
-    try:
-        with only_writer(out, wait=True):
-            content = read(out)
-            if _lacks_cues(content):
-                _add_cues(out, content)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: {error.strerror or error}; the set {CUES} is missing and "
-            "could not be added"
-        ) from None
-
-
-def _lacks_cues(content: dict | None) -> bool:
-    return content is not None and CUES not in content["counts"]
-
-
-def _add_cues(out: Path, content: dict) -> None:
-    shutil.rmtree(out / CUES, ignore_errors=True)  # left by an interruption
-    for name in CLASSES:
-        (out / CUES / name).mkdir(parents=True)
-    settings = content["settings"]
-    indices = range(settings["val_per_class"])
-    jobs = [(CUES, shape, index) for shape in range(len(CLASSES)) for index in indices]
-    sizes = [size for _, size in write_all(jobs, out, None, settings)]
-    content["counts"][CUES] = len(sizes)
-    content["bytes"][CUES] = sum(sizes)
-    files.write_json(out / MARK, content)
 
 
 def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_complete) -> dict:
@@ -221,15 +176,16 @@ def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_com
         raise UserError(f"{error.filename or out}: {error.strerror or error}; {hint}") from None
 
 
-def ensure_for(args, process: launch.Process, texture: bool = False, cues: bool = False) -> None:
+def ensure_for(args, process: launch.Process, texture: bool = False) -> None:
     """With --demo, make the built-in pictures at DATA unless a complete set of any size exists.
 
-    cues: also make cue-conflict, which an older set lacks.
+    texture: whether their textures are needed; a set without them is made again with the same
+    pictures.
     """
     if args.demo and process.is_main:
         content = read(args.data)
-        if content is None or (texture and not content["settings"].get("texture")):
+        if content is None:
             ensure(args.data, texture=texture)
-        if cues:
-            add_cues(args.data)
+        elif texture and not content["settings"].get("texture"):
+            make(args.data, **content["settings"] | {"texture": True})
     collectives.barrier()

@@ -62,7 +62,7 @@ def render(seed: int, split: str, shape: int, index: int, size: int) -> np.ndarr
 def make_pictures(job: Job, out: Path, twin: Path | None, settings: dict):
     """Yield (set, path, picture) of every picture made from one train or val picture.
 
-    job: its kind is train, val, corruption or CUES. twin: folder of the texture tree, or None.
+    job: its kind is train, val or corruption. twin: folder of the texture tree, or None.
     """
     kind, shape, index = job
     seed = settings["seed"]
@@ -75,8 +75,8 @@ def make_pictures(job: Job, out: Path, twin: Path | None, settings: dict):
             for severity in settings["severities"]:
                 path = out / "corruption" / corruption / str(severity) / name / file
                 yield kind, path, corrupt(clean, corruption, severity, (seed, shape, index))
-    elif kind in ("val", CUES):
-        for split in ("val", *SHIFTED) if kind == "val" else (CUES,):
+    elif kind == "val":
+        for split in ("val", *SHIFTED):
             file = file_name(spec(seed, split, shape, index), split, index)
             yield split, out / split / name / file, render(seed, split, shape, index, size)
     else:

@@ -18,7 +18,7 @@ from preprocess.demo_shapes import CLASSES
 from preprocess.demo_textures import TEXTURE_NAMES
 from preprocess.workers import Rate, default_workers, in_processes
 
-FORMAT = 2  # increase it if the same settings give other pictures
+FORMAT = 3  # increase it if the same settings give other pictures
 SETS = ("train", "val", "corruption", *SHIFTED)
 PER_CLASS = {
     "corruption": "corruption_per_class",

@@ -96,6 +96,11 @@ def parse_args(argv=None):
             "give --imagenet_path A (train/CLASS/*) and --imagenet_t_path B (a tree to make), "
             "or --demo"
         )
+    if args.overwrite and args.shard[1] > 1:
+        raise UsageError(
+            "--overwrite with --shard: a part would make those of the other machines again; "
+            "remove B, or name another folder"
+        )
     return with_sizes(args)
 
 

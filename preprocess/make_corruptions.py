@@ -41,7 +41,7 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, inputs, launch, printable, sets
+from common import UsageError, UserError, cli, inputs, launch, options, printable, sets
 from common.pictures import as_rgb
 from preprocess import demo, workers
 from preprocess.corruption_tree import (
@@ -130,8 +130,8 @@ def _add_picture_arguments(group) -> None:
         type=cli.count,
         default=224,
         metavar="PIXELS",
-        help="side of the centre crop, after a resize of the shorter side to 256/224 of it; "
-        "0: leave pictures as they are",
+        help="side of the centre crop, after a resize of the shorter side to 256/224 of it "
+        f"(up to {options.WHOLE_UP_TO}: to the side itself); 0: leave pictures as they are",
     )
     group.add_argument(
         "--no-resize", action="store_const", const=0, dest="size", help="the same as --size 0"

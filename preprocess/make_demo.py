@@ -25,6 +25,7 @@ from common.files import replacing
 from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
 from preprocess.demo_pictures import SHIFTED
+from preprocess.demo_shapes import CLASSES
 
 LABEL_WIDTH = 76  # pixels left of the contact sheet's rows
 HEAD = 16  # pixels above its first row
@@ -81,7 +82,7 @@ def parse_args(argv=None):
 def _rows(out: Path, content: dict) -> Iterator[tuple[str, list[Path]]]:
     """Yield (label, files) for every row of the contact sheet, with one file per class."""
     for name in ("train", "val"):
-        columns = [sorted((out / name / shape).iterdir()) for shape in demo.CLASSES]
+        columns = [sorted((out / name / shape).iterdir()) for shape in CLASSES]
         for i in range(min(ROWS_PER_SET, *map(len, columns))):
             yield name, [column[i] for column in columns]
     levels = content["settings"]["severities"]
@@ -95,9 +96,9 @@ def _rows(out: Path, content: dict) -> Iterator[tuple[str, list[Path]]]:
 
 def _corruption_rows(out: Path, level: int) -> Iterator[tuple[str, list[Path]]]:
     """Yield rows with one corruption per column at this severity, over the classes in turn."""
-    columns = len(demo.CLASSES)
+    columns = len(CLASSES)
     files = [
-        min((out / "corruption" / name / str(level) / demo.CLASSES[i % columns]).iterdir())
+        min((out / "corruption" / name / str(level) / CLASSES[i % columns]).iterdir())
         for i, name in enumerate(CORRUPTIONS)
     ]
     for start in range(0, len(files), columns):
@@ -105,17 +106,17 @@ def _corruption_rows(out: Path, level: int) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _first_files(folder: Path) -> list[Path]:
-    return [min((folder / shape).iterdir()) for shape in demo.CLASSES]
+    return [min((folder / shape).iterdir()) for shape in CLASSES]
 
 
 def write_sheet(out: Path, content: dict, path: str) -> None:
     """Write the contact sheet, a row per set and a column per class, in 256 colours."""
     size = content["settings"]["size"]
     rows = list(_rows(out, content))
-    shape = (LABEL_WIDTH + size * len(demo.CLASSES), size * len(rows) + HEAD)
+    shape = (LABEL_WIDTH + size * len(CLASSES), size * len(rows) + HEAD)
     sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
-    for column, name in enumerate(demo.CLASSES):
+    for column, name in enumerate(CLASSES):
         pen.text((LABEL_WIDTH + size * column + 4, 2), name, fill="black")
     for row, (label, files) in enumerate(rows):
         top = HEAD + size * row
@@ -130,7 +131,7 @@ def write_sheet(out: Path, content: dict, path: str) -> None:
 
 def print_table(content: dict) -> None:
     """Print the number of files and the size of every set and of all sets."""
-    classes = len(demo.CLASSES)
+    classes = len(CLASSES)
     levels = len(content["settings"]["severities"])
     print(f"{'set':<12}{'files':>8}{'MB':>8}   folders")
     for name, count in content["counts"].items():

@@ -45,43 +45,42 @@ def link_split(split: Split, out: Path) -> None:
     (out / split.name).mkdir(parents=True, exist_ok=True)
     folders = set()
     for name in split.pictures.classes:
-        link = out / split.name / name
-        if split.flat or (link.is_dir() and not link.is_symlink()):
-            link.mkdir(exist_ok=True)
+        folder = out / split.name / name
+        if split.flat or (folder.is_dir() and not folder.is_symlink()):
+            folder.mkdir(exist_ok=True)
             folders.add(name)
         else:
-            _link(os.path.abspath(split.folder / name), link)
+            link(os.path.abspath(split.folder / name), folder)
     for source, place in _places(split, out):
         if place.relative_to(out / split.name).parts[0] in folders:
             place.parent.mkdir(parents=True, exist_ok=True)
             if place.is_symlink() or not place.exists():
-                _link(os.path.abspath(source), place)
+                link(os.path.abspath(source), place)
 
 
-def _link(target: str, link: Path) -> None:
-    """Keep a correct link, replace a broken one, create a missing one.
+def link(target: str, place: Path) -> None:
+    """Keep a correct link at `place`, replace a broken one, create a missing one.
 
     Raises UsageError if something else is in the way.
     """
-    if link.is_symlink():
-        if os.readlink(link) == target:
+    if place.is_symlink():
+        if os.readlink(place) == target:
             return
-        if link.exists() and not os.path.samefile(link, target):
+        if place.exists() and not os.path.samefile(place, target):
             raise UsageError(
-                f"{printable(link)} is a link to {printable(os.readlink(link))}: "
+                f"{printable(place)} is a link to {printable(os.readlink(place))}: "
                 "remove it, or choose another folder"
             )
-        partial = link.with_name(f".{link.name}.partial")  # files.replacing cannot make links
+        partial = place.with_name(f".{place.name}.partial")  # files.replacing cannot make links
         partial.unlink(missing_ok=True)
         os.symlink(target, partial)
-        os.replace(partial, link)
-    elif link.exists():
+        os.replace(partial, place)
+    elif place.exists():
         raise UsageError(
-            f"{printable(link)} is in the way of a class folder: "
-            "remove it, or choose another folder"
+            f"{printable(place)} is in the way of a link: remove it, or choose another folder"
         )
     else:
-        os.symlink(target, link)
+        os.symlink(target, place)
 
 
 def _places(split: Split, out: Path) -> list[tuple[str, Path]]:

@@ -13,6 +13,7 @@ The same command adds missing files and keeps the others. It ends with the count
 
 import os
 import sys
+from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from common import UsageError, cli, printable, sets, trees
+from preprocess import place_pictures, workers
 
 SPLITS = ("train", "val")
 
@@ -50,8 +52,7 @@ def link_tree(source: Path, out: Path, per_class: int) -> int:
     train = trees.split_folder(source, "train")
     val = trees.split_folder(source, "val")
     count = link_classes(train, out / "train", per_class)
-    if not (out / "val").exists():
-        (out / "val").symlink_to(val)
+    place_pictures.link(str(val), out / "val")
     return count
 
 
@@ -67,12 +68,13 @@ def link_classes(source: Path, out: Path, per_class: int) -> int:
             raise UsageError(
                 f"--per-class {per_class}: {printable(source / name)} has {len(pictures)} pictures"
             )
-        chosen[name] = [source / picture for picture in pictures]
+        chosen[name] = pictures
+    _check_others(out, {*chosen})
     for name, pictures in chosen.items():
-        _check_others(out / name, {picture.name for picture in pictures})
+        _check_others(out / name, {Path(picture).parts[1] for picture in pictures})
         for picture in pictures:
-            if not (out / name / picture.name).is_symlink():
-                (out / name / picture.name).symlink_to(picture)
+            (out / picture).parent.mkdir(parents=True, exist_ok=True)
+            place_pictures.link(str(source / picture), out / picture)
     return sum(map(len, chosen.values()))
 
 
@@ -81,6 +83,7 @@ def write_split(pictures: sets.PictureSet, out: Path, per_class: int | None) -> 
 
     Raises UsageError for a class with fewer pictures, and for an OUT with others.
     """
+    _check_others(out, {*pictures.classes})
     written = 0
     for label, name in enumerate(pictures.classes):
         rows = np.flatnonzero(np.asarray(pictures.targets) == label)[:per_class]
@@ -91,18 +94,21 @@ def write_split(pictures: sets.PictureSet, out: Path, per_class: int | None) -> 
         for row, file in zip(rows, names):
             if not (out / name / file).exists():
                 pixels = pictures.images[int(row)].permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(out / name / file)
+                encoded = BytesIO()
+                Image.fromarray(pixels).save(encoded, "PNG")
+                workers.write_picture(str(out / name / file), encoded.getbuffer())
         written += len(rows)
     return written
 
 
 def _check_others(folder: Path, names: set[str]) -> None:
-    """Make a class folder. Raises UsageError where it holds other files."""
+    """Make a folder. Raises UsageError where it holds other files than `names`."""
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(set(os.listdir(folder)) - names)
+    others = [name for name in others if not workers.unfinished(name)]
     if others:
         raise UsageError(
-            f"{printable(folder)} holds other pictures, such as {printable(others[0])}: choose "
+            f"{printable(folder)} holds other files, such as {printable(others[0])}: choose "
             "another OUT"
         )
 

@@ -9,9 +9,10 @@ a val/ itself. It writes OUT/CLASS/NAME.png, which `tools/evaluate.py --stylized
 together from small blocks of a picture of another class: texture transfer as in Efros & Freeman,
 "Image Quilting for Texture Synthesis and Transfer" (2001), Sec. 4. Stylized-ImageNet was made with
 paintings and a network instead (Geirhos et al., 2019): numbers of the two cannot be compared.
+Pictures whose shorter side is above 256 pixels are reduced to that.
 
 Each file depends only on the seed, its class and name, and the list of pictures. Existing files are
-kept, so the same command continues where it stopped. OUT/textures.json holds the settings.
+kept, so the same command continues where it stopped. OUT/swapped.json holds the settings.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ import common  # isort: split
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import UsageError, UserError, cli, printable, sets
 from common.pictures import as_rgb
 from preprocess import corruption_tree, workers
 
-SETTINGS = "textures.json"
+SETTINGS = "swapped.json"
+SHORTER_SIDE = 256  # pixels; larger pictures are reduced to it
 BLOCKS = 8  # to the shorter side of a picture
 CANDIDATES = 4096  # blocks of the other picture that are compared
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -71,12 +73,15 @@ def match_histogram(values: np.ndarray, like: np.ndarray) -> np.ndarray:
 def transfer(picture: np.ndarray, texture: np.ndarray) -> np.ndarray:
     """Return a picture put together from blocks of another one: (H, W, 3) uint8.
 
-    picture: (H, W, 3) uint8, whose shapes stay. texture: (h, w, 3) uint8, of any size that holds
-    a block. The brightness of the picture is matched to that of the texture; every block, half of
-    which overlaps the next, is then the one of nearest brightness. Overlaps are averaged.
+    picture: (H, W, 3) uint8, whose shapes stay. texture: (h, w, 3) uint8, which is enlarged if it
+    is smaller than a block. The brightness of the picture is matched to that of the texture; every
+    block, half of which overlaps the next, is then the one of nearest brightness. Overlaps are
+    averaged.
     """
     height, width = picture.shape[:2]
     side = max(2, min(height, width) // BLOCKS)
+    if min(texture.shape[:2]) < side:
+        texture = np.asarray(scaled(Image.fromarray(texture), side))
     wanted = match_histogram(picture @ LUMA, texture @ LUMA).astype(np.float32)
     rows = np.unique(np.append(np.arange(0, height - side, side // 2), height - side))
     columns = np.unique(np.append(np.arange(0, width - side, side // 2), width - side))
@@ -96,9 +101,17 @@ def transfer(picture: np.ndarray, texture: np.ndarray) -> np.ndarray:
     return (total / count).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
+def scaled(picture: Image.Image, side: int) -> Image.Image:
+    """Return the picture with a shorter side of `side` pixels."""
+    return ImageOps.scale(picture, side / min(picture.size), Image.Resampling.BILINEAR)
+
+
 def read_picture(path: str) -> np.ndarray:
     """Return a picture (H, W, 3) uint8. Raises any error of Pillow for damaged files."""
-    return np.asarray(as_rgb(Image.open(workers.read(path))))
+    picture = as_rgb(Image.open(workers.read(path)))
+    if min(picture.size) > SHORTER_SIDE:
+        picture = scaled(picture, SHORTER_SIDE)
+    return np.asarray(picture)
 
 
 def do(job: Job) -> str:
@@ -140,11 +153,12 @@ def main(argv=None) -> None:
     source = corruption_tree.source_folder(args.tree)
     corruption_tree.check_out(out, source, Path(args.tree), SETTINGS)
     jobs = plan(source, out, args.seed)
-    for folder in {os.path.dirname(job.target) for job in jobs}:
-        os.makedirs(folder, exist_ok=True)
-    record = {"seed": args.seed, "pictures": len(jobs)}
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"seed": args.seed, "pictures": len(jobs), "shorter_side": SHORTER_SIDE}
     for line in corruption_tree.settle(out / SETTINGS, record):
         print(line, flush=True)
+    for folder in {os.path.dirname(job.target) for job in jobs}:
+        os.makedirs(folder, exist_ok=True)
     missing = [job for job in jobs if not os.path.exists(job.target)]
     processes = args.workers or workers.default_workers(len(missing), 500)
     bar = workers.Rate("swapping textures", len(missing), "pictures")

@@ -17,7 +17,7 @@ from common import UsageError
 from preprocess import texture_mrs, texture_quilt
 from preprocess.texture_schedule import Schedule
 
-FORMAT = 1  # increase it if the same settings give other textures
+FORMATS = {"quilt": 1, "mrs": 2, "embark": 2}  # one more if settings give other textures
 ENGINES = ("mrs", "quilt", "embark")
 BINARY = "texture-synthesis"
 SOURCE = "https://github.com/EmbarkStudios/texture-synthesis"
@@ -65,7 +65,7 @@ class Settings:
     def recorded(self) -> dict:
         """Return the settings that the engine uses, for textures.json."""
         record = {
-            "format": FORMAT,
+            "format": FORMATS[self.engine],
             "engine": self.engine,
             "size": self.size,
             "patch": self.patch,

@@ -157,9 +157,10 @@ def with_sizes(args) -> cli.Flags:
     overlap = args.overlap
     if overlap is None:
         overlap = max(1, round(OVERLAP * block / BLOCK))
-    if patch < block and (args.engine == "quilt" or args.sheet):
+    is_quilted = args.engine == "quilt" or args.sheet
+    if is_quilted and patch < block:
         raise UsageError(f"--patch {patch} is smaller than a block: --block is {block}")
-    if 2 * overlap > block:
+    if is_quilted and 2 * overlap > block:
         raise UsageError(f"--overlap {overlap} is more than half of --block {block}")
     in_proportion = args.patch is None
     return cli.replace(args, patch=patch, block=block, overlap=overlap, in_proportion=in_proportion)

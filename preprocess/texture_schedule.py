@@ -78,7 +78,7 @@ class Canvas:
         """
         down = down.clamp(-self.patch, self.patch)
         right = right.clamp(-self.patch, self.patch)
-        return (down * self.stride + right.clamp(max=self.patch - 1)).int()
+        return (down * self.stride + right).int()
 
 
 class Schedule:

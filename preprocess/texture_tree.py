@@ -15,6 +15,7 @@ from preprocess import workers
 from preprocess.texture_jobs import Job
 
 SETTINGS = "textures.json"
+LATER = 2**63 - 1  # a time after that of every texture
 
 
 def open_splits(
@@ -59,7 +60,7 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
     versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": Image.__version__}
     record = {"settings": settings, "versions": versions}
     if overwrite:
-        files.write_json(file, record)
+        files.write_json(file, record | {"since": LATER})  # where this is interrupted
         record["since"] = file.stat().st_mtime_ns  # from the clock that dates the textures
     if overwrite or not file.exists():
         files.write_json(file, record)
@@ -73,6 +74,8 @@ def settle(out: Path, settings: dict, overwrite: bool) -> int:
             for name in sorted({*old, *settings})
             if old.get(name) != settings.get(name)
         ]
+        if old["engine"] != settings["engine"]:  # which has options of its own
+            differences = [f"engine {old['engine']}, not {settings['engine']}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{file} is damaged: give --overwrite, or name another folder") from None
     if differences:

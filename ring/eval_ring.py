@@ -28,7 +28,7 @@ from common.precision import Precision
 from preprocess import demo
 from ring import nearest, networks, released, train_ring, transfer
 from ring.views import SIDES, last_operation
-from runner import checkpoint, folds, linear, loop, pretrained, training
+from runner import checkpoint, folds, knn, linear, loop, pretrained, training
 from runner.folder import RunFolder, refuse_to_overwrite
 
 PRESETS = {
@@ -228,16 +228,12 @@ def evaluate(args, process, saved, pictures) -> dict:
     """Train and evaluate a classifier on one data set; return its accuracies."""
 
     def look(job, network, embed) -> dict:
-        values = {}
-        if job.saved:
-            with job.saved.within():
-                then = job.saved.get("neighbours", {})
-                values = {key: float(value) for key, value in then.items()}
+        values = knn.kept(job)
         if not values:
             values, note = neighbours(args, process, saved, network, pictures)
             if note:
                 job.log.say(note)
-        job.method.recorded["neighbours"] = values
+        knn.keep(job, job.method, values)
         words = ", ".join(f"{key} {value:.2f}" for key, value in values.items())
         job.log.say(f"{os.path.basename(args.folder)}: {words}")
         return values

@@ -135,6 +135,8 @@ def check(args) -> None:
     footing.check(args, "scheduler")
     if args.method == "moco":
         _check_queue(args)
+    elif args.k == 1 and args.self_negative and not args.all_ring:
+        raise UsageError("--k 1: that is the positive alone, without a negative; give 2 or more")
     if args.negatives == "ring":
         _check_thresholds(args)
     if args.neighbor_views and (args.negatives == "all" or args.thres_inner == 0):

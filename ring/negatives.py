@@ -7,7 +7,8 @@ fb3e1c2. It differs from that code in these ways:
 
 - the nearest are found by a top-k, not by sorting all candidates, which gives the same ranks;
 - a few anchors are scored at a time, so that a batch needs less than 64 MB beside a bank of up to
-  two million rows (and 24 bytes for each row of a longer one), or on CUDA 1 GiB;
+  two million rows of which a tenth is near enough (less than 100 MB where all are; and 24 bytes
+  for each row of a longer bank), or on CUDA 1 GiB;
 - the size of a ball is a share of its bank, where IR's published one is a share of the batch.
 """
 
@@ -42,13 +43,16 @@ class Ring(NamedTuple):
 def select(scores: Tensor, inner: int, outer: int) -> Ring:
     """Select the ring of scores (B, n): the ranks [inner, outer), rank 0 being the largest score.
 
-    0 <= inner < outer <= n. With (0, n) all candidates are returned, in the order of the bank.
+    0 <= inner <= outer <= n.
     """
-    if (inner, outer) == (0, scores.shape[1]):
-        rows = torch.arange(outer, device=scores.device).expand_as(scores)
-        return Ring(scores[:, :0], scores, rows[:, :0], rows)
     near, rows = scores.topk(outer)
     return Ring(near[:, :inner], near[:, inner:], rows[:, :inner], rows[:, inner:])
+
+
+def everything(scores: Tensor) -> Ring:
+    """Return all candidates of scores (B, n) as negatives, in the order of the bank."""
+    rows = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    return Ring(scores[:, :0], scores, rows[:, :0], rows)
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,26 @@ class Rule:
         """Return the number of nearest candidates that thres_inner cuts out."""
         return int(self.thres_inner * (outer if self.dynamic_inner else n))
 
-    def ranks(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
+    def ranks(
+        self, thres_outer: float, n: int, batch: int, allow_empty: bool = False
+    ) -> tuple[int, int]:
         """Return the (inner, outer) ranks of the ring among n candidates; shares are rounded down.
 
-        batch: rows of the global batch. Raises ValueError, with the numbers, for an empty ring.
+        batch: rows of the global batch. allow_empty: accept a ring without candidates, as the
+        published code does; the loss is then 0 with self_negative and without neighbor_views.
+        Otherwise raises ValueError, with the numbers, for an empty ring.
         """
         if self.kind == "all":
             return 0, n
         size = batch if self.ball_of_batch and self.kind == "ball" else n
         outer = min(int(thres_outer * size), n)
         inner = 0 if self.kind == "ball" else self.inside(outer, n)
-        if inner >= outer:
+        if inner >= outer and not allow_empty:
             raise ValueError(
                 f"the ring is empty: of {n} candidates, outer threshold {thres_outer:.4g} and "
                 f"inner {self.thres_inner:.4g} leave the ranks {inner} to {outer}"
             )
-        return inner, outer
+        return inner, max(inner, outer)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ class Comparison:
     """The settings by which the B queries of a step are compared with their candidates.
 
     ranks: (inner, outer), from `Rule.ranks`. temperature: divides the cosines.
-    draws (B, k): positions of the compared ones among the negatives of `select`; None: all.
+    draws (B, k): positions of the compared ones among the negatives of `select`, or for the kind
+    "all" of `everything`; None: all.
     """
 
     rule: Rule
@@ -179,7 +188,7 @@ def conditional_loss(
     """
     _check(query, positive, bank, comparison)
     with torch.autocast(query.device.type, enabled=False):
-        query, positive = query.float(), positive.float()
+        query, positive, bank = query.float(), positive.float(), bank.float()
         parts = [
             _compare(scores, positive[anchors], bank, comparison, anchors, observer)
             for anchors, scores in _scored(query.detach(), bank, comparison)
@@ -204,7 +213,7 @@ def _check(query: Tensor, positive: Tensor, bank: Tensor, comparison: Comparison
             f"{bank.shape[1]}) and (B,), since the memory is {tuple(bank.shape)}"
         )
     inner, outer = comparison.ranks
-    if not 0 <= inner < outer <= len(bank):
+    if not 0 <= inner <= outer <= len(bank):
         raise ValueError(f"ranks {inner} to {outer} are no ring among {len(bank)} candidates")
     if not comparison.temperature > 0:
         raise ValueError(f"temperature {comparison.temperature} must be above 0")
@@ -249,9 +258,9 @@ def _compare(
     rule = comparison.rule
     inner, outer = comparison.ranks
     positive = positive / comparison.temperature
-    ring = select(scores, inner, outer)
+    ring = everything(scores) if rule.kind == "all" else select(scores, inner, outer)
     negatives, rows = ring.scores, ring.rows
-    if comparison.draws is not None and comparison.draws.shape[1]:
+    if comparison.draws is not None:
         draws = comparison.draws[anchors]
         negatives = negatives.gather(1, draws)
         rows = rows.gather(1, draws)

@@ -206,7 +206,8 @@ class Saved(dict):
 
     def about(self) -> dict:
         """Return what tells how the network was trained and what pictures it takes, for JSON."""
-        return {key: value for key, value in self.items() if key in ("script", "opt", "args")}
+        about = {key: value for key, value in self.items() if key in ("opt", "args")}
+        return about | ({"script": self.script} if self.script else {})
 
     def how_far(self) -> dict:
         """Return the progress of the pre-training in this file, or behind this classifier."""

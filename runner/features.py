@@ -44,7 +44,8 @@ class CachedViews:
     loader: yields rows in order (shuffle=False, drop_last=False); `set_epoch` draws other views.
     views: number of views. The order of an epoch is drawn from its number, the seed and the rank.
     until(batches): yields the batches, and may end the embedding early by an exception. flag: the
-    flag that asked for it. Raises UserError if the features need more than CACHE_BYTES.
+    flag that asked for it. remedy: what to do about features of more than CACHE_BYTES, which raise
+    UserError.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class CachedViews:
         show: bool,
         until: Callable = iter,
         flag: str = "--cache-views",
+        remedy: str = "omit the flag, or choose a layer with fewer",
     ):
         kept = []
         for view in range(views):
@@ -65,7 +67,7 @@ class CachedViews:
             progress = Progress(label, len(loader), print_freq, enabled=show)
             feats, targets = [], []
             for feat, target, _ in until(FreshViews(embed, loader)):
-                self._check_size(feat, len(loader) * views, f"{flag} {views}")
+                self._check_size(feat, len(loader) * views, f"{flag} {views}", remedy)
                 feats.append(feat)
                 targets.append(target)
                 progress.update(len(target))
@@ -81,12 +83,12 @@ class CachedViews:
         self.start = 0
 
     @staticmethod
-    def _check_size(feat: Tensor, batches: int, flag: str) -> None:
+    def _check_size(feat: Tensor, batches: int, flag: str, remedy: str) -> None:
         needed = 4 * feat.numel() * batches
         if needed > CACHE_BYTES:
             raise UserError(
                 f"{flag}: features of {feat[0].numel()} numbers need {needed >> 30} GB of memory; "
-                "omit the flag, or choose a layer with fewer"
+                f"{remedy}"
             )
 
     def __len__(self) -> int:

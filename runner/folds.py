@@ -78,10 +78,12 @@ def fit(
     if not all(path.exists() for path in results):  # --stop-after
         return {}
     scores = [files.read_json(path) for path in results]
-    names = [key for key in ("acc1", "acc5", "acc1_best") if key in scores[0]]
+    averaged = ("acc1", "acc5", "acc1_best", "knn_acc1", "bank_acc1")
+    names = [key for key in averaged if key in scores[0]]
     means = {key: float(np.mean([score[key] for score in scores])) for key in names}
     log = RunFolder(folder, args, process, tensorboard=False)
     values = scores[0] | means
+    values.pop("best_epoch", None)  # of the first fold
     values |= {
         "acc1_sd": float(np.std([score["acc1"] for score in scores], ddof=1)),
         "acc1_of_folds": [score["acc1"] for score in scores],

@@ -104,13 +104,26 @@ def beside(
     both: the pictures that vote and those that are classified. The result is kept in the
     checkpoint, where a resumed run finds it, and is empty for features of more than MOST_BYTES.
     """
-    if job.saved and "neighbours" in job.saved:
-        with job.saved.within():
-            values = {key: float(value) for key, value in job.saved["neighbours"].items()}
-    else:
-        values = _beside(job, classifier, both, view)
-    classifier.recorded["neighbours"] = values
+    values = kept(job) or _beside(job, classifier, both, view)
+    keep(job, classifier, values)
     return values
+
+
+def keep(job, classifier, values: dict[str, float]) -> None:
+    """Let the checkpoints of a linear evaluation hold the accuracies of k-NN."""
+    flags = [job.args.knn_k, job.args.knn_t]
+    classifier.recorded |= {"neighbours": values, "neighbours_of": flags}
+
+
+def kept(job) -> dict[str, float]:
+    """Return the accuracies that `keep` left in the checkpoint of a resumed run.
+
+    They are {} where --knn-k or --knn-t is another than then.
+    """
+    if not job.saved or job.saved.get("neighbours_of") != [job.args.knn_k, job.args.knn_t]:
+        return {}
+    with job.saved.within():
+        return {key: float(value) for key, value in job.saved["neighbours"].items()}
 
 
 def _beside(job, classifier, both, view) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,19 @@ class Scores:
         """Remove the scores of epochs after `done` complete ones, which this run repeats."""
         if not self.process.is_main:
             return
-        for path in self.folder.glob("score_[0-9]*.npy"):
-            number = path.stem.removeprefix("score_")
-            if number.isdecimal() and int(number) >= done + self.first:
+        for number, path in numbered(self.folder.parent).items():
+            if number >= done + self.first:
                 path.unlink(missing_ok=True)
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return {epoch: score file} of a run folder, in order."""
+    paths = {}
+    for path in folder.glob("scores/score_*.npy"):
+        match = re.fullmatch(r"score_(\d+)\.npy", path.name, re.ASCII)
+        if match:
+            paths[int(match[1])] = path
+    return dict(sorted(paths.items()))
 
 
 def _read(path: Path) -> np.ndarray:

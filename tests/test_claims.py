@@ -288,6 +288,51 @@ def test_a_step_may_belong_to_some_runs_alone(root, monkeypatch):
     assert [len(setting.commands(run, 0)) for run in ("a", "b")] == [1, 2]
 
 
+def test_some_runs_may_end_with_an_earlier_step(root, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    (root / "train.py").write_text(TRAINING)
+    steps = [
+        {"command": "python train.py {name} {seed} {flags}", "folder": "runs/{name}"},
+        {"command": "python step.py {name}-x {seed} 9", "folder": "runs/{name}-x", "runs": ["a"]},
+    ]
+    path = study(root, steps=steps)
+    content = json.loads((root / path).read_text())
+    (root / path).write_text(json.dumps(content | {"claims": []}))
+    claims.main(["--study", path, "--run", "--seeds", "1"])
+    said = flat(capsys.readouterr().out)
+    assert " b 1 - 32.00" in said  # a training has no linear accuracy
+    claims.main(["--study", path, "--run", "--seeds", "1"])
+    assert "[1/" not in capsys.readouterr().out
+
+
+def test_a_study_names_the_training_of_a_run_wherever_it_comes(root, monkeypatch):
+    monkeypatch.chdir(root)
+    steps = [
+        {"command": "python preprocess/prepare.py", "folder": "runs/prepared"},
+        {"command": "python {flags} {name}", "folder": "runs/{name}"},
+    ]
+    study(root, steps=steps, runs={"a": "cmc/train.py", "b": "ring/train.py"})
+    setting = claim_records.setting("mine", "one", root / "mine.json")
+    assert setting.code == ("cmc", "preprocess", "ring", "common", "runner")
+    for suffix, derived in (("", {}), ("-1", {"precision": "bfloat16 (chosen)"})):
+        folder = setting.record("a", 0, suffix)
+        folder.mkdir(parents=True)
+        config = {"commit": f"commit{suffix}", "derived": derived}
+        (folder / "config.json").write_text(json.dumps(config))
+    made = setting.environment("a", 0)
+    assert (made["commit"], made["precision"]) == ("commit-1", "bfloat16")
+
+
+def test_a_toy_run_leaves_a_whole_run_alone(root, monkeypatch):
+    monkeypatch.chdir(root)
+    step = {"command": "python step.py x 0 1", "folder": "runs/shared", "toy": "9"}
+    (root / "runs/shared").mkdir(parents=True)
+    (root / "runs/shared/kept").touch()
+    with pytest.raises(UsageError, match="--toy: .*shared is also the folder of the whole run"):
+        claims.main(["--study", study(root, steps=[step]), "--run", "--toy"])
+    assert (root / "runs/shared/kept").exists()
+
+
 def test_a_run_of_a_study_may_have_any_name(root, monkeypatch):
     monkeypatch.chdir(root)
     name = "b [x] *? 'y' $z"
@@ -314,12 +359,14 @@ def test_a_study_in_another_format_is_one_line(changes, said, root, monkeypatch)
     monkeypatch.chdir(root)
     with pytest.raises(UsageError, match=f"--study mine.json: not in the format .*: {said}"):
         claims.main(["--study", study(root, **changes)])
+    (root / "empty.json").write_text('{"scales": {}}')
     for flags, message in (
+        (["--study", "empty.json"], "--study empty.json: not in the format .*: it has no runs"),
         (["--study", "no.json"], "--study no.json: no such file"),
         (["--study", study(root), "--scale", "two"], "--scale two: there are one"),
         (
             ["--study", study(root), "--toy", "--run"],
-            "--toy: give each step of the study its flags",
+            "--toy: give each step of scale one its flags",
         ),
         (["--study", study(root), "--write"], "--write makes the pages of this project"),
     ):

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def test_counts_and_layout(small):
         name: counts[name] for name in demo_writer.SETS
     }
     for name in ("train", "val", *demo_pictures.SHIFTED, "corruption/fog/4"):
-        assert sorted(p.name for p in (out / name).iterdir()) == list(demo.CLASSES)
+        assert sorted(p.name for p in (out / name).iterdir()) == list(demo_shapes.CLASSES)
     assert sorted(p.name for p in (out / "corruption").iterdir()) == sorted(CORRUPTIONS)
     assert sorted(p.name for p in (out / "corruption" / "snow").iterdir()) == ["2", "4"]
     # a texture twin for each train picture, under the same name below OUT-texture
@@ -138,8 +137,8 @@ def test_stylized_pictures_have_the_shape_of_val_and_the_textures_of_another_cla
         assert len(styles) >= 6
     # the file name tells the other class, for a count of shape against texture answers
     for i, path in enumerate(sorted((out / "stylized" / "disc").iterdir())):
-        styled = demo_pictures.spec(0, "stylized", demo.CLASSES.index("disc"), i)
-        assert path.name == f"disc_{i:04d}-{demo.CLASSES[styled.texture_class]}.png"
+        styled = demo_pictures.spec(0, "stylized", demo_shapes.CLASSES.index("disc"), i)
+        assert path.name == f"disc_{i:04d}-{demo_shapes.CLASSES[styled.texture_class]}.png"
 
 
 def test_cue_conflict_has_every_shape_in_the_textures_of_all_other_classes_in_turn(small):
@@ -151,13 +150,15 @@ def test_cue_conflict_has_every_shape_in_the_textures_of_all_other_classes_in_tu
         assert [s.centre for s in other] == [
             demo_pictures.spec(0, "val", c, i).centre for i in range(14)
         ]
-    cues = shape_bias.CueConflict(str(out / demo_pictures.CUES), demo.CLASSES)
-    assert len(cues.dataset) == 20 and cues.categories == list(demo.CLASSES)
+    cues = shape_bias.CueConflict(str(out / demo_pictures.CUES), demo_shapes.CLASSES)
+    assert len(cues.dataset) == 20 and cues.categories == list(demo_shapes.CLASSES)
     for path, shape, texture in zip(cues.dataset.paths, cues.dataset.targets, cues.textures):
         drawn = demo_pictures.spec(
             0, demo_pictures.CUES, shape := int(shape), int(re.search(r"(\d+)-", path)[1])
         )
-        assert drawn.texture_class == texture and Path(path).parent.name == demo.CLASSES[shape]
+        assert (
+            drawn.texture_class == texture and Path(path).parent.name == demo_shapes.CLASSES[shape]
+        )
 
 
 def test_sketch_is_black_on_white_and_rendition_is_flat():
@@ -257,39 +258,16 @@ def test_complete_set_is_reused_and_interrupted_one_redone(tmp_path):
     assert files(out) == output and demo.read(out)["counts"]["train"] == 20
 
 
-def test_a_set_of_an_older_version_gets_what_it_lacks_and_keeps_the_rest(tmp_path):
+def test_a_set_gets_the_textures_that_a_later_script_needs(tmp_path):
     out = tmp_path / "demo"
     demo.make(out, **TINY, workers=1, progress=False)
-    output, content = files(out), demo.read(out)
-
-    def older():
-        shutil.rmtree(out / demo_pictures.CUES)
-        old = {
-            **content,
-            **{
-                k: {n: v for n, v in content[k].items() if n != demo_pictures.CUES}
-                for k in ("counts", "bytes")
-            },
-        }
-        (out / "demo.json").write_text(json.dumps(old))
-
-    older()
-    (out / demo_pictures.CUES / "disc").mkdir(parents=True)  # as an interruption leaves it
-    (out / demo_pictures.CUES / "disc" / "left_over.png").touch()
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
-    demo.ensure(out, **TINY, progress=False)
-    assert files(out) == output and demo.read(out) == content
-    assert all(
-        p.stat().st_mtime_ns == stamp
-        for p, stamp in stamps.items()
-        if p.exists() and demo_pictures.CUES not in str(p)
-    )
-    older()
-    for demo_flag, cues, there in ((False, True, False), (True, False, False), (True, True, True)):
-        demo.ensure_for(
-            argparse.Namespace(demo=demo_flag, data=str(out)), launch.Process(), cues=cues
-        )
-        assert (out / demo_pictures.CUES).is_dir() == there
+    output = files(out)
+    for is_demo in (False, True):
+        args = argparse.Namespace(demo=is_demo, data=str(out))
+        demo.ensure_for(args, launch.Process(), texture=True)
+        assert demo.read(out)["settings"]["texture"] == is_demo
+        assert files(out) == output
+    assert set(files(tmp_path / "demo-texture")) == {f for f in output if f.startswith("train")}
 
 
 def test_other_settings_are_refused_by_ensure_and_replaced_by_make(tmp_path):

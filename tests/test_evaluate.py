@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cmc import colour, networks
-from common import UsageError, UserError, backbones, sets
+from common import UsageError, UserError, augment, backbones, sets
 from runner import layouts
 from tools import evaluate, probes
 
@@ -231,3 +231,17 @@ def test_cifar100_is_judged_by_its_hundred_classes(tmp_path, monkeypatch):
     result = json.loads((out / "result.json").read_text())
     assert result["classes"] == 100 and result["protocol"] == probes.PROTOCOL
     assert result["knn_acc5"] >= result["knn_acc1"]
+
+
+def test_pictures_that_are_cropped_already_are_not_cropped_again():
+    plain = augment.Compose(augment.ResizeCenterCrop(256, 224))
+    pictures = {
+        side: sets.ArraySet(torch.zeros(1, 3, side, side, dtype=torch.uint8), [0], ["cat"])
+        for side in (224, 300)
+    }
+
+    def resize(name, side):
+        return evaluate.view_of(name, pictures[side], plain).geometry.resize
+
+    assert resize("corruption", 224) is None and resize("stylized", 224) is None
+    assert resize("clean", 224) == resize("corruption", 300) == resize("rendition", 224) == 256

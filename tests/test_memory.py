@@ -11,6 +11,8 @@ from vectors import close
 
 from common import memory as memory_module
 from common.memory import bank_scores, draw_rows, enqueue, update_rows
+from feature_transform import transform
+from feature_transform.memory import KeyQueue, MemoryBank
 
 
 @pytest.mark.parametrize("gather_from", [0, 10**9], ids=["rows fetched", "whole bank"])
@@ -106,3 +108,45 @@ def test_a_picture_that_stands_twice_in_a_batch_leaves_its_last_feature():
     update_rows(bank, index, feat, 0.5)
     update_rows(same, index, feat[last], 0.5)
     assert torch.equal(bank, same)
+
+
+HALF = [torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("of_memory", [torch.float32, torch.bfloat16], ids=str)
+def test_features_and_memories_of_any_precision(dtype, of_memory):
+    queue, bank = memory_module.Queue(12, 8).to(of_memory), memory_module.MemoryBank(20, 8)
+    bank = bank.to(of_memory)
+    query, key = (F.normalize(torch.randn(4, 8), dim=1).to(dtype).requires_grad_() for _ in "qk")
+    rows = draw_rows(torch.arange(4), 20, 5)
+    exact = torch.cat([(query * key).sum(1)[:, None], query.float() @ queue.queue.float().T], 1)
+    for logits in (queue.logits(query, key, 1.0), bank.logits(query, rows, 1.0)):
+        assert logits.dtype == torch.float32
+        logits.sum().backward()
+    close(queue.logits(query, key, 1.0), exact.float(), atol=0.02)
+    queue.enqueue(key.detach())
+    bank.update(query, torch.arange(4))
+    assert torch.equal(queue.queue[:4], key.detach().to(of_memory))
+    close(bank.memory[:4].float().norm(dim=1), torch.ones(4), atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["queue", "bank"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_transformed_memories_take_features_of_any_precision(kind, dtype):
+    rule = transform.Rule("scalar", "scalar")
+    query, key = (F.normalize(torch.randn(4, 8), dim=1).to(dtype).requires_grad_() for _ in "qk")
+    if kind == "queue":
+        memory = KeyQueue(1, 12, 8, 1.0)
+        compared = key.detach()
+    else:
+        memory = MemoryBank(1, 12, 8, 1.0, 5, 0.5)
+        compared = draw_rows(torch.arange(4), 12, 5)
+    draws = memory.draw(rule, 4, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        ((logits,),) = memory([query], compared, rule, draws)
+    logits.sum().backward()
+    exact = compared.float() if kind == "queue" else compared
+    ((expected,),) = memory([query.detach().float()], exact, rule, draws)
+    assert logits.dtype == torch.float32
+    close(logits, expected, atol=1e-6)

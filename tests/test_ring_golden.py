@@ -32,7 +32,7 @@ def rule_and_ranks(kind: str, config: list, n: int, ball_of: int | None = None):
     """A row of `configs` as the rule it means, and its ranks among n candidates."""
     outer, inner, *switches = config
     rule = Rule(kind, inner, *map(bool, switches), ball_of_batch=ball_of is not None)
-    return rule, rule.ranks(outer, n, ball_of or n)
+    return rule, rule.ranks(outer, n, ball_of or n, allow_empty=True)
 
 
 @pytest.mark.parametrize("name", names("ring_moco*"))
@@ -67,7 +67,9 @@ def test_memory_bank(name, blocks):
         rule, ranks = rule_and_ranks(kind, config, len(g["bank"]), ball_of)
         rows = draws[:, : int(g["noise_count"][i])]
         assert rows.shape[1] == g["k"] - rule.self_negative
-        found = negatives.select(query.detach() @ g["bank"].T, *ranks).rows
+        scores = query.detach() @ g["bank"].T
+        ring = negatives.everything(scores) if kind == "all" else negatives.select(scores, *ranks)
+        found = ring.rows
         at = (found[:, None, :] == rows[:, :, None]).float().argmax(2)
         assert torch.equal(found.gather(1, at), rows)
         if kind == "ring":  # in the published order, too
@@ -182,8 +184,7 @@ def test_the_ring_is_what_a_full_sort_says():
         assert torch.equal(ring.scores, x.gather(1, ring.rows)) and torch.equal(
             ring.inner, x.gather(1, ring.inner_rows)
         )
-        if outer < 90:
-            assert (ring.scores.diff(dim=1) <= 0).all()  # nearest first
+        assert (ring.scores.diff(dim=1) <= 0).all()  # nearest first
 
 
 def unit(b, d, seed):
@@ -210,6 +211,17 @@ def test_equal_scores_give_the_logarithm_of_their_number():
     query, bank = torch.ones(3, 1), torch.ones(50, 1)
     loss = conditional_loss(query, torch.ones(3), bank, Comparison(Rule(), (2, 12), 0.1))
     close(loss, torch.tensor(11.0).log())
+
+
+@pytest.mark.parametrize("ranks, draws", [((3, 3), None), ((2, 9), 0)], ids=["ring", "draws"])
+def test_nothing_to_compare_with_gives_no_loss(ranks, draws):
+    query = unit(5, 8, 0).requires_grad_()
+    if draws is not None:
+        draws = torch.zeros(5, draws, dtype=torch.long)
+    positive = (query * unit(5, 8, 1)).sum(1)
+    loss = conditional_loss(query, positive, unit(40, 8, 2), Comparison(Rule(), ranks, 0.1, draws))
+    loss.backward()
+    assert loss == 0 and not query.grad.any()
 
 
 def test_draws_are_the_ranks_of_the_ring():

@@ -97,9 +97,7 @@ if __name__ == "__main__":
 """
 
 
-FULL = (
-    "error: a/current.pth: no space left on device; checkpoints that were saved before are intact\n"
-)
+FULL = "error: a/current.pth: no space left on device; files that were saved before are intact\n"
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -30,7 +30,7 @@ def test_links_to_the_first_pictures_of_a_tree(tmp_path, capsys, monkeypatch):
     small = tmp_path / "SMALL"
     assert listed(small / "train") == ["cat/1.png", "cat/2.png", "dog/4.png", "dog/5.png"]
     assert (small / "val/cat/9.png").is_file() and (small / "train/cat/1.png").is_file()
-    with pytest.raises(UsageError, match="train/cat holds other pictures, such as 2.png: choose"):
+    with pytest.raises(UsageError, match="train/cat holds other files, such as 2.png: choose"):
         subset.main(["CIFAR", "SMALL", "--per-class", "1"])
     with pytest.raises(UsageError, match="--per-class 3: .*train/dog has 2 pictures"):
         subset.main(["CIFAR", "OTHER", "--per-class", "3"])

@@ -40,6 +40,12 @@ def test_a_picture_made_of_itself_is_itself():
 def test_sizes_may_differ():
     picture, texture = disc_and_spots(48)
     assert swap.transfer(picture[:40], texture[:20, :30]).shape == (40, 48, 3)
+    assert swap.transfer(picture, texture[:3, :30]).shape == (48, 48, 3)  # a block has 6 pixels
+
+
+def test_large_pictures_are_reduced(tmp_path):
+    Image.new("RGB", (600, 400)).save(tmp_path / "large.png")
+    assert swap.read_picture(str(tmp_path / "large.png")).shape == (256, 384, 3)
 
 
 @pytest.fixture()

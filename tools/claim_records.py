@@ -22,7 +22,7 @@ T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145,
 )  # fmt: skip
-T95_BEYOND = 2.1  # of more degrees of freedom
+T95_BEYOND = 2.131  # of more degrees of freedom, at most
 NAMES = {
     "acc1": "linear",
     "acc1_best": "linear, best epoch",
@@ -66,8 +66,9 @@ class Setting:
     @property
     def code(self) -> tuple[str, ...]:
         """The folders whose code these runs execute."""
-        scripts = [word for step in self.steps for word in step["command"].split() if "/" in word]
-        folders = {script.partition("/")[0] for script in scripts if script.endswith(".py")}
+        texts = [*(step["command"] for step in self.steps), *self.runs.values()]
+        scripts = [word for text in texts for word in text.split() if word.endswith(".py")]
+        folders = {script.partition("/")[0] for script in scripts if "/" in script}
         return *sorted(folders), "common", "runner"
 
     @property
@@ -81,7 +82,7 @@ class Setting:
 
     def last_record(self, run: str, seed: int) -> Path:
         """Return the folder of the records of a run's last step."""
-        return self.record(run, seed, self.steps[-1]["suffix"])
+        return self.record(run, seed, self.steps_of(run)[-1]["suffix"])
 
     def is_done(self, run: str, seed: int) -> bool:
         """Tell whether the last step has ended. A training leaves took.json and no result."""
@@ -90,14 +91,16 @@ class Setting:
 
     def seeds(self, run: str) -> list[int]:
         """Return the seeds that have records, sorted."""
-        suffix = self.steps[-1]["suffix"]
+        suffix = self.steps_of(run)[-1]["suffix"]
         seeds = self._seeds_in(run, suffix, self.records.glob("*"))
         return [seed for seed in seeds if self.is_done(run, seed)]
 
     def failed(self, run: str) -> list[int]:
         """Return the seeds of which a command failed, and that have not come through since."""
+        suffix = self.steps_of(run)[0]["suffix"]
         folders = (path.parent for path in self.records.glob(f"*/{FAILED}"))
-        return [seed for seed in self._seeds_in(run, "", folders) if not self.is_done(run, seed)]
+        seeds = self._seeds_in(run, suffix, folders)
+        return [seed for seed in seeds if not self.is_done(run, seed)]
 
     @staticmethod
     def _seeds_in(run: str, suffix: str, folders) -> list[int]:
@@ -141,8 +144,11 @@ class Setting:
         if not source.is_file():
             source = folder / "config.json"
         result = json.loads(source.read_text())
-        training = self.record(run, seed) / "config.json"
-        made = json.loads(training.read_text()) if training.is_file() else {}
+        of_steps = [self.record(run, seed, step["suffix"]) for step in self.steps_of(run)]
+        files = [step / "config.json" for step in of_steps if (step / "config.json").is_file()]
+        configs = [json.loads(file.read_text()) for file in files]
+        trainings = [config for config in configs if "precision" in config.get("derived", {})]
+        made = trainings[0] if trainings else {}
         took = {}
         if (folder / "took.json").is_file():
             took = json.loads((folder / "took.json").read_text())
@@ -200,11 +206,12 @@ def read_study(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text())
+        next(iter(content["scales"]))
         for name, scale in content["scales"].items():
             records = f"runs/studies/{path.stem}/{name}"
             scale |= {"about": name, "records": records, "pictures": None} | scale
             for number, step in enumerate(scale["steps"]):
-                step |= {"suffix": f"-{number}" if number else "", "toy": ""} | step
+                step |= {"suffix": f"-{number}" if number else ""} | step
             tried = Setting(root=path.parent, paper=path.stem, scale=name, **scale)
             tried.commands(next(iter(tried.runs)), 0)
         for claim in content.setdefault("claims", []):

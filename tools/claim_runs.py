@@ -30,19 +30,19 @@ WEIGHTS = ("*.pth", "*.pth.tar", "*.ckpt", "*.pt")
 
 
 def make_pictures(part: dict, cifar: str | None, root: Path) -> None:
-    """Link the first pictures of each class of a CIFAR-10 tree, if the setting's part is missing.
+    """Link to the first pictures of each class of a CIFAR-10 tree, where links are missing.
 
-    part: `name` of the folder to make and `per_class`. Raises UserError without a tree.
+    part: `name` of the folder to make and `per_class`. Raises UserError if there is neither a
+    tree nor the folder.
     """
     folder = root / part["name"]
-    if folder.exists():
-        return
-    if cifar is None:
+    if cifar is not None:
+        subset.link_tree(Path(cifar), folder, part["per_class"])
+    elif not folder.exists():
         raise UserError(
             f"{part['name']} is not there: give --cifar TREE, a CIFAR-10 tree with train/CLASS/* "
             "and test/"
         )
-    subset.link_tree(Path(cifar), folder, part["per_class"])
 
 
 def make_toy_pictures(root: Path) -> None:
@@ -103,7 +103,7 @@ def run_one(
     """
     log = setting.root / "runs/claims" / f"{setting.paper}-{setting.scale}-{run}-s{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    first = setting.record(run, seed, setting.steps[0]["suffix"])
+    first = setting.record(run, seed, setting.steps_of(run)[0]["suffix"])
     commands = setting.commands(run, seed, toy)
     if toy:
         for _, folder in commands:
@@ -114,14 +114,14 @@ def run_one(
     for step, (command, folder) in zip(setting.steps_of(run), commands):
         with locks[folder]:
             code = call(command, log, setting.root, threads)
+            if not (toy or code):
+                keep_records(folder, setting.record(run, seed, step["suffix"]))
         if code:
             is_stopped = code < 0 or code > 128  # by a signal
             if not (toy or is_stopped):
                 keep_failure(first, command, code, log)
             place = log.relative_to(setting.root)
             return f"{run}, seed {seed}: exit code {code}; {place} says why"
-        if not toy:
-            keep_records(folder, setting.record(run, seed, step["suffix"]))
     if not toy:
         took = {
             "seconds": round(time.perf_counter() - started, 3),
@@ -129,6 +129,7 @@ def run_one(
             "threads": threads,
         }
         path = setting.last_record(run, seed) / "took.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(took, indent=1) + "\n")
     return None
 

@@ -103,6 +103,21 @@ def choose(which: list[str], root: Path) -> dict[str, set[str]]:
     return {paper: chosen[paper] for paper in claims if paper in chosen}
 
 
+def check_toy(jobs: list[tuple[Setting, str, int]]) -> None:
+    """Raise UsageError where a step has no flags for toy size, or the folder of the whole run."""
+    for setting, run, seed in jobs:
+        if not all("toy" in step for step in setting.steps):
+            raise UsageError(
+                f"--toy: give each step of scale {setting.scale} its flags as `toy`, or omit it"
+            )
+        for whole, toy in zip(setting.commands(run, seed), setting.commands(run, seed, toy=True)):
+            if whole[1] == toy[1]:  # which would be removed first
+                raise UsageError(
+                    f"--toy: {printable(toy[1])} is also the folder of the whole run: put {{name}} "
+                    "into it, or omit --toy"
+                )
+
+
 def run_missing(args, claims: list[Comparison], studied: Setting | None, root: Path) -> list[str]:
     """Make the runs of the claims, or of a study, that have no records; return what failed."""
     jobs = claim_records.missing(claims, args.seeds)
@@ -110,11 +125,10 @@ def run_missing(args, claims: list[Comparison], studied: Setting | None, root: P
         runs = [(studied, run) for run in studied.runs]
         jobs = claim_records.unrecorded(runs, args.seeds)
     root = studied.root if studied else root
-    if args.toy and studied and not all(step["toy"] for step in studied.steps):
-        raise UsageError("--toy: give each step of the study its flags as `toy`, or omit it")
     if args.toy:
         settings = {setting.paper: setting for setting, _, _ in jobs}
         jobs = [(setting, next(iter(setting.runs)), 0) for setting in settings.values()]
+        check_toy(jobs)
         claim_runs.make_toy_pictures(root)
     else:
         for setting, _, _ in jobs:
@@ -132,7 +146,10 @@ def is_stale(code: tuple[str, ...], commit: str) -> bool:
     if commit.endswith("-dirty") or commit == "unknown":
         return True
     git = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *code]
-    return subprocess.run(git, capture_output=True).returncode != 0
+    try:
+        return subprocess.run(git, capture_output=True).returncode != 0
+    except OSError:  # there is no git
+        return True
 
 
 def listed(claim: Comparison) -> list[str]:
@@ -169,11 +186,18 @@ def print_claims(claims: list[Comparison]) -> None:
         )
 
 
+def shown(setting: Setting, run: str, key: str) -> str:
+    """Return the cell of a number, "-" where the steps that a run takes do not record it."""
+    try:
+        return cell(setting.values(run, key))
+    except UserError:
+        return "-"
+
+
 def print_runs(setting: Setting) -> None:
     """Print mean ± standard deviation of each number of the runs that have records."""
     rows = [
-        [run, str(len(setting.seeds(run)))]
-        + [cell(setting.values(run, key)) for key in setting.numbers]
+        [run, str(len(setting.seeds(run)))] + [shown(setting, run, key) for key in setting.numbers]
         for run in setting.runs
     ]
     print(f"{setting.paper}, {setting.about}: mean ± standard deviation over the seeds\n")

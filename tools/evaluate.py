@@ -163,8 +163,18 @@ def embed_split(
     loader = inputs.evaluation_loader(
         args, process, pictures, view, args.batch_size, seed=args.seed
     )
-    cached = features.CachedViews(embed, loader, views, args.seed, 10, show=True, flag="--views")
+    remedy = "use fewer pictures, or --views 1"
+    cached = features.CachedViews(
+        embed, loader, views, args.seed, 10, show=True, flag="--views", remedy=remedy
+    )
     return cached.features, cached.targets
+
+
+def view_of(name: str, pictures: sets.PictureSet, plain: augment.Compose) -> augment.Compose:
+    """Return the view of a test set, which leaves out a crop that its pictures already have."""
+    is_cropped = name in ("corruption", "stylized")
+    crop = robustness_sets.geometry("auto", plain.geometry, pictures, is_cropped)
+    return augment.Compose(crop, *plain.ops)
 
 
 def evaluate(
@@ -188,9 +198,9 @@ def evaluate(
     (bank,), _ = embed_split(args, process, train_set, plain, embed, 1, "train as it is")
     judged = {}
     for name, pictures in val_sets.items():
-        (embedded,), labels = embed_split(
-            args, process, pictures, plain, embed, 1, "val" if name == "clean" else name
-        )
+        view = view_of(name, pictures, plain)
+        title = "val" if name == "clean" else name
+        (embedded,), labels = embed_split(args, process, pictures, view, embed, 1, title)
         judged[name] = (embedded, labels)
     embedding_seconds = time.perf_counter() - began
     classes = len(train_set.classes)
@@ -264,6 +274,8 @@ def worker(args, process: launch.Process) -> None:
     train_set = inputs.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")
+    if len(train_set) <= len(train_set.classes):
+        raise UsageError(f"{args.data}: needs two training pictures or more of a class")
     opened = robustness_sets.open_sets(args, train_set.classes)
     val_sets = {name: pictures for name, (_, pictures, _) in opened.items()}
     log = RunFolder(args.out, args, process, tensorboard=False)

@@ -146,10 +146,11 @@ def choose_tower(state: dict, saved: checkpoint.Saved, args) -> dict:
 
 def output_file(args, path: Path) -> Path:
     """Return the file to write: in a folder, a name that no run takes for its own checkpoint."""
-    out = Path(args.out or path.parent)
+    own = Path() if path.parent == checkpoint.KEPT else path.parent
+    out = Path(args.out or own)
     if not out.is_dir():
         return out
-    parts = [args.to, re.split(r"\.pth|\.ckpt", path.name)[0]]
+    parts = [args.to, re.split(r"\.pth|\.ckpt|\.safetensors", path.name)[0]]
     if args.tower:
         parts.insert(1, args.tower)
     return out / ("_".join(parts) + SUFFIX[args.to])

@@ -118,9 +118,9 @@ def uniformity(features: Tensor, most: int = 8192, chunk: int = 1024) -> float:
     """Return the log of the mean over pairs of e^{-2 |x - y|^2} of unit features.
 
     Wang & Isola, arXiv:2005.10242, Sec. 4. 0 is collapse, -4 the least. Of more than `most`
-    features the first are taken.
+    features every second, third, ... is taken, as they are in the order of their classes.
     """
-    z = F.normalize(features[:most].float(), dim=1)
+    z = F.normalize(features[:: -(-len(features) // most)].float(), dim=1)
     total = z.new_zeros((), dtype=torch.float64)
     for part in z.split(chunk):
         total += (part @ z.T).sub_(1).mul_(4).exp_().sum(dtype=torch.float64)
@@ -160,7 +160,8 @@ def draw_scores(path: str, positive: Tensor, negative: Tensor, title: str) -> No
 
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    bins = torch.linspace(float(min(positive.min(), negative.min())), 1, 61).tolist()
+    lowest = min(float(positive.min()), float(negative.min()), 0.99)  # collapsed: all are 1
+    bins = torch.linspace(lowest, 1, 61).tolist()
     styles = (
         (negative, "two pictures", {"color": "0.55", "histtype": "stepfilled", "alpha": 0.6}),
         (

@@ -18,6 +18,7 @@ import numpy as np
 
 from common import files
 from runner.records import read as read_records
+from runner.scores import numbered
 from tools.report_runs import HEADINGS, Row, epochs_of, seed_of, seed_word
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -123,7 +124,7 @@ def _finite(points) -> Points:
 def _scores_of(folder: Path) -> dict[str, Points]:
     """Return {title: (epochs, mean over the batch) points} of the scores that a run has kept."""
     curves: dict[str, Points] = {}
-    for epoch, path in enumerate(sorted(folder.glob("scores/score_*.npy"))):
+    for epoch, path in enumerate(numbered(folder).values()):
         scores = np.load(path, allow_pickle=False).astype(np.float64)  # (steps, batch, 5)
         valid = np.isfinite(scores)
         means = np.where(valid, scores, 0).sum(1) / np.where(valid.any(1), valid.sum(1), np.nan)

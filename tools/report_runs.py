@@ -165,7 +165,8 @@ def run_folder(checkpoint: str | None, file: Path) -> Path | None:
     bases = [Path(), *file.resolve().parents]
     candidates = [base / folder for folder in folders for base in bases]
     name = file.parent.name.rpartition("-")[0]
-    if name and any(part.startswith(name) for part in Path(checkpoint).parts):
+    of_name = re.compile(re.escape(name) + r"(_|$)")
+    if name and any(map(of_name.match, Path(checkpoint).parts)):
         candidates.insert(0, file.parent.with_name(name))  # as its folder may hold a later run
     return next((folder for folder in candidates if read_config(folder / "config.json")), None)
 

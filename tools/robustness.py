@@ -275,8 +275,7 @@ def published_table() -> str:
 
 
 def worker(args, process: launch.Process) -> None:
-    own_cues = Path(args.data or "") / demo.CUES == Path(args.cue_conflict or "")
-    demo.ensure_for(args, process, cues=own_cues)
+    demo.ensure_for(args, process)
     with StopSignal() as stop, contextlib.ExitStack() as context:
         saved = read_classifier(args)
         precision = Precision.of(args, process.device)
@@ -296,6 +295,7 @@ def worker(args, process: launch.Process) -> None:
         log.derived(classifier=saved.path, classes=len(classes), precision=str(precision))
         settings = {
             "input_res": classifier.view.geometry.size,
+            "eval_resize": classifier.view.geometry.resize,
             "precropped": args.precropped,
             "precision": str(precision),
             "dataset": args.dataset,

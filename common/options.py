@@ -241,7 +241,8 @@ def _add_precision_arguments(add, apex: bool) -> None:
     """Add --amp, and with apex the flags of NVIDIA's."""
     text = (
         "autocast of the encoder: bfloat16, or float16 on old GPUs; --amp alone means on; "
-        "auto: on, except that a CPU times both ways first"
+        "auto: on, except that on a CPU a training times both ways first, and an evaluation "
+        "without one computes in float32"
     )
     add(
         "--amp",

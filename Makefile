@@ -9,7 +9,7 @@ help:
 	@echo "make demo    pre-train, evaluate and print the robustness table on built-in pictures (two to five minutes on two CPU cores)"
 	@echo "make test    run the tests (some eight minutes on two cores; no network, no GPU)"
 	@echo "make lint    the formatter and the linter, as a change has to pass them"
-	@echo "make bench   measure speed on this machine, side by side with the usual alternatives"
+	@echo "make bench   measure speed on this machine, side by side with the usual alternatives; ARGS='--data TREE --photos FOLDER'"
 	@echo "make gpu     what waits for a GPU, in steps of ten minutes with records; make gpu ARGS='--cifar TREE', ARGS=--list, ARGS=--toy"
 	@echo "make clean   remove .venv, the demo's pictures and its runs"
 
@@ -26,7 +26,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 
 bench: .venv/dev.stamp
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 gpu: .venv/dev.stamp
 	$(BIN)/python tools/gpu_day.py $(ARGS)

@@ -58,6 +58,8 @@ def tree(tmp_path_factory):
     """A folder with data/demo-voc: 6 pictures to train on, 3 to test."""
     folder = tmp_path_factory.mktemp("voc")
     demo_voc.ensure(folder / "data" / "demo-voc", trainval=6, test=3, size=64)
+    torch.manual_seed(5)
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "bare.pth")
     return folder
 
 
@@ -689,9 +691,7 @@ def test_a_run_that_was_stopped_goes_on_bit_by_bit(inside, monkeypatch, capsys):
 
 
 def test_batch_norm_is_trained_or_frozen(inside, capsys):
-    torch.manual_seed(5)
-    resnet = torchvision.models.resnet18().state_dict()
-    torch.save(resnet, "bare.pth")
+    resnet = torch.load("bare.pth")
     eval_detection.main(
         [
             *RUN,

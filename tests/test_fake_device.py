@@ -15,10 +15,10 @@ from common import launch
 from common.precision import Precision
 from runner.contract import At, Batch
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the steps are tried on the GPU itself"),
-    pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
+no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_two_processes takes the steps on the GPU itself"
+)
 FAKE = FakeTensorMode()  # one, since modules cache tensors
 HostGenerator = torch.Generator
 GPU = torch.device("cuda", 0)
@@ -89,6 +89,7 @@ def move(method) -> None:
     own.update({name: fake(x) for name, x in own.items() if isinstance(x, torch.Tensor)})
 
 
+@no_gpu
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_on_a_gpu_reads_no_value_and_mixes_no_devices(name, workspace, monkeypatch):
     case = CASES[name]

@@ -239,6 +239,12 @@ def both(module_folder):
 
 def distances(a: dict, b: dict) -> dict:
     """Return the relative distance of everything that must agree."""
+    a, b = ({**side} for side in (a, b))
+    for side in (a, b):  # each logged value on its own, as some are percentages
+        side |= {
+            f"logged {i}": values
+            for i, values in enumerate(side.pop("logged", torch.empty(0, 0)).T)
+        }
     return {
         k: ((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)).item()
         for k in a.keys() - {"ranks"}

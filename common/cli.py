@@ -123,14 +123,15 @@ class Parser(argparse.ArgumentParser):
         `parse_args` leaves them out of its result, and one note names those that were typed.
         """
         for name in names:
+            flag = name if name.startswith("-") else f"--{name}"
             action = self.add_argument(
-                f"--{name}",
+                flag,
                 nargs="?",
                 const=True,
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,
             )
-            self._ignored[action.dest] = (f"--{name}", reason)
+            self._ignored[action.dest] = (flag, reason)
 
     def parse_args(self, args=None, namespace=None):
         argv = [self._spelling(token) for token in (sys.argv[1:] if args is None else args)]

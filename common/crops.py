@@ -9,6 +9,7 @@ reduced-size decoding would change the pixels and is not used.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -22,7 +23,11 @@ from common.pictures import ArraySet, BadPicture, PictureSet, as_rgb
 
 try:  # deprecated since torchvision 0.29, and its named successor needs FFmpeg
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
+
+    _file = BytesIO()
+    Image.new("RGB", (1, 1)).save(_file, "JPEG")
+    decode_jpeg(torch.frombuffer(_file.getbuffer(), dtype=torch.uint8), ImageReadMode.RGB)
+except Exception:  # its extension is missing, which shows at the first call
     decode_jpeg = None
 
 # Random streams of a step. Each has its own generator, so a colour operation never moves a crop.

@@ -47,15 +47,16 @@ def quiet_worker(_: int) -> None:
     """Make a worker survive the signals sent to its job, and compute in one thread.
 
     A scheduler signals the workers too, but the main process still needs them to finish its step.
-    Only SIGTERM ends a worker, after a minute; normally the main process ends it sooner.
+    Only SIGTERM ends a worker, after an hour; normally the main process ends it sooner.
     A worker that cannot hand over a batch, as where /dev/shm is full, ends too: otherwise the main
     process would wait for ever.
     """
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(3600))
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -164,12 +165,17 @@ class Loader:
         if len(dataset) == 0:
             raise UsageError(f"{dataset.name}: there are no pictures in it")
         if drop_last and len(dataset) < batch_size * world_size:
-            fitting = 2 ** int(math.log2(len(dataset)))
+            fitting = world_size * 2 ** int(math.log2(max(2, len(dataset) // world_size)))
             raise UsageError(
                 f"{dataset.name}: its {len(dataset)} pictures do not fill one batch of "
-                f"{batch_size * world_size}: a train script fits 40 or more with --preset photos; "
-                f"or use --batch-size {fitting}, in a train script with --bn-splits "
-                f"{max(1, fitting // 8)} and a queue of a multiple of {fitting} keys"
+                f"{batch_size * world_size}: give more, or --batch-size {fitting} (in a train "
+                f"script with --bn-splits {max(1, fitting // 8)} and a queue of a multiple of "
+                f"{fitting} keys); --preset photos sets these for 40 pictures or more"
+            )
+        if not drop_last and len(dataset) < world_size:
+            raise UsageError(
+                f"{dataset.name}: its {len(dataset)} pictures are fewer than the {world_size} "
+                "processes"
             )
         self.dataset = dataset
         self.partner = partner
@@ -217,7 +223,7 @@ class Loader:
             ]
         except resident.SizesDiffer as error:
             if data_device == "device":
-                raise
+                raise UsageError(f"{error}: they need --data-device host") from None
             if self.progress:
                 print(
                     f"note: pictures are decoded at every step instead of once: {error}", flush=True

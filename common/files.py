@@ -40,7 +40,7 @@ def replacing(path: str | Path, mode: str = "wb", **options) -> Iterator:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError):  # the system does not name the file when a disk is full
+        if isinstance(error, OSError) and error.errno:  # a full disk does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -55,8 +55,10 @@ def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a crash of the machine, if the file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sweep(folder: str | Path) -> None:
@@ -111,6 +113,10 @@ def only_writer(folder: str | Path, wait: bool = False) -> Iterator[None]:
             f"another process{_owner(folder)} is writing to {printable(folder)}: "
             "wait for it to end, or choose another folder"
         ) from None
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from None  # NFS without locks
     try:
         yield
     finally:

@@ -146,7 +146,8 @@ def _supervise(nproc: int, arguments: tuple) -> None:
                 os.kill(child.pid, number)
 
     children = torch.multiprocessing.spawn(_child, arguments, nproc, join=False)
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]  # as by nohup
+    previous = {number: signal.signal(number, pass_on) for number in heeded}
     try:
         while not children.join(grace_period=10):  # ends the others if one fails
             pass
@@ -266,6 +267,8 @@ def _device(device: str, gpu: int | None, local_rank: int, shared: bool) -> torc
     index = local_rank if gpu is None else gpu
     if shared and gpu is None:
         index = local_rank % count
+    if gpu is not None and not 0 <= gpu < count:
+        raise UsageError(f"--gpu {gpu}: this node has {count} GPUs, numbered from 0")
     if not 0 <= index < count:
         raise UsageError(
             f"process {local_rank} has no GPU of its own, since this node has {count}: "

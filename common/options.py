@@ -1,4 +1,4 @@
-"""Add the flags that scripts share, check them against each other, and open their data."""
+"""Add the flags that scripts share, and check them against each other."""
 
 from __future__ import annotations
 

@@ -107,8 +107,7 @@ def _load(
             elif picture.shape != blank.shape:
                 raise SizesDiffer(
                     f"{source.path(row)} is {picture.shape[2]}x{picture.shape[1]}, "
-                    f"{source.path(first)} is {blank.shape[2]}x{blank.shape[1]}: "
-                    "pictures of different sizes need --data-device host"
+                    f"{source.path(first)} is {blank.shape[2]}x{blank.shape[1]}"
                 )
             pictures.append(picture)
         return torch.stack(pictures)

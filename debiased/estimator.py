@@ -218,7 +218,7 @@ def figure(rows: list[dict], share: float, temperature: float, path: str) -> Non
         draw_lines(axis, panel, rows)
         label = "the true tau_plus: chance of the same class"
         axis.axvline(share, color="grey", linewidth=0.8, label=label)
-        label = "from here on the lower bound can be reached"
+        label = "lower bound for aligned positives and orthogonal negatives"
         threshold = clamp_threshold(temperature)
         axis.axvline(threshold, color="grey", linewidth=0.8, linestyle=":", label=label)
         axis.set(title=PANELS[panel], xlabel="tau_plus")

@@ -115,12 +115,13 @@ def check_labels(args, pictures) -> None:
 
 
 def warn_of_bound(args, job: loop.Job) -> None:
-    """Warn where the estimate will be at its lower bound as soon as positives are aligned."""
+    """Warn where the estimate is at its lower bound for aligned positives, orthogonal negatives."""
     threshold = clamp_threshold(args.temperature)
     if args.loss == "debiased" and args.tau_plus >= max(threshold, 1e-12):
         job.warn(
             f"--tau_plus {args.tau_plus} is at or above 1/(1+e^(1/t)) = {threshold:.2g} for "
-            f"--temperature {args.temperature}: where positives are aligned, the estimate is at "
-            "its lower bound and negatives have no gradient (the log has the share of such anchors "
-            "as `clamped`); lower --tau_plus or raise --temperature"
+            f"--temperature {args.temperature}: where positives are aligned and negatives "
+            "orthogonal, the estimate is at its lower bound and negatives have no gradient (the "
+            "log has the share of such anchors as `clamped`); lower --tau_plus or raise "
+            "--temperature"
         )

@@ -127,9 +127,10 @@ def unbiased_loss(
 
 
 def clamp_threshold(temperature: float) -> float:
-    """Return 1 / (1 + e^{1/t}), the tau_plus from which on negatives can lose their gradient.
+    """Return 1 / (1 + e^{1/t}), the tau_plus from which on a typical anchor's g is at its bound.
 
-    Then g is at its bound where positives are aligned (cosine 1) and negatives orthogonal.
+    That is where its positive is aligned (cosine 1) and its negatives are orthogonal; then they
+    have no gradient. With negatives of lower cosines the bound begins at a lower tau_plus.
     """
     if temperature > 0.01:
         return 1 / (1 + math.exp(1 / temperature))

@@ -120,11 +120,12 @@ class _Tables:
 
 
 def average_precision(pictures: Pictures, found: Found) -> dict:
-    """Return AP (mean over IoU .5 to .95), AP50, AP75 and AP50_11 in percent, and AP50 by class.
+    """Return AP (mean over IoU .5 to .95), AP50 and AP75 in percent, and AP50 by class.
 
     Each is a mean over the classes that have objects. At most 100 detections of a class in a
-    picture count. Precision is interpolated at COCO's 101 recalls, for AP50_11 at the eleven of VOC
-    2007, as in detectron2's evaluation of that year. The entry `classes` is {name: AP50}.
+    picture count. Precision is interpolated at COCO's 101 recalls, for AP_11, AP50_11 and AP75_11
+    at the eleven of VOC 2007, as in detectron2's evaluation of that year. The entry `classes` is
+    {name: AP50}.
     Raises UserError where the test pictures have no objects to find.
     """
     tables = _Tables(pictures, found)
@@ -149,7 +150,9 @@ def average_precision(pictures: Pictures, found: Found) -> dict:
         "AP": float(precision.mean()),
         "AP50": float(precision[0].mean()),
         "AP75": float(precision[5].mean()),
+        "AP_11": float(precision[:, ::RECALLS].mean()),
         "AP50_11": float(precision[0, ::RECALLS].mean()),
+        "AP75_11": float(precision[5, ::RECALLS].mean()),
         "classes": {name: round(float(ap), 3) for name, ap in by_class},
     }
 

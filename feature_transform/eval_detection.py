@@ -147,7 +147,7 @@ def settle(args) -> None:
     if args.learning_rate is None:
         args.learning_rate = PUBLISHED["learning_rate"] * times
     if args.steps is None:
-        drops = sorted({args.iterations * part // 12 for part in (9, 11)})
+        drops = sorted({max(1, args.iterations * part // 12) for part in (9, 11)})
         args.steps = ",".join(map(str, drops))
     args.milestones = schedule.parse_milestones(args.steps, "--steps")
     args.epochs = -(-args.iterations // args.checkpoint_every)  # which the job counts

@@ -25,7 +25,8 @@ from preprocess import demo
 from runner import checkpoint, layouts, linear, loop, pretrained, training
 
 OF_THE_CHECKPOINT = (
-    "method", "mem", "jigsaw", "head", "feat_dim", "nce_k", "nce_m", "nce_t", "alpha",
+    "method", "mem", "jigsaw", "head", "feat_dim", "-d", "nce_k", "-k", "nce_m", "-m", "nce_t",
+    "-t", "alpha",
 )  # fmt: skip
 PRESETS = {
     "demo": dict(

@@ -28,7 +28,7 @@ from common import UsageError, UserError, cli, files, printable
 from feature_transform import score_figures
 from feature_transform.score_figures import NAMES
 from feature_transform.score_files import Run
-from feature_transform.score_labels import read_runs
+from feature_transform.score_labels import differing, read_runs
 from runner.events import own_events
 
 FORMATS = tuple(suffix.removeprefix(".") for suffix in cli.FIGURES)
@@ -95,20 +95,17 @@ def swept(runs: list[Run], flag: str) -> list[tuple[str, int]]:
     Raises UsageError where there is nothing to sweep over.
     """
     name = flag.lstrip("-").replace("-", "_")
+    told = ", ".join(differing(runs)) or "no flag"
     values = []
     for number, run in enumerate(runs):
         if name not in run.options:
             reason = "has no such flag in its config.json"
             if not run.options:
                 reason = "has no config.json"
-            raise UsageError(
-                f"--sweep {flag}: {run.folder} {reason}; runs differ in {differing_flags(runs)}"
-            )
+            raise UsageError(f"--sweep {flag}: {run.folder} {reason}; runs differ in {told}")
         values.append((run.options[name], number))
     if len({str(value) for value, _ in values}) < 2:
-        raise UsageError(
-            f"--sweep {flag} is {values[0][0]} in every run; runs differ in {differing_flags(runs)}"
-        )
+        raise UsageError(f"--sweep {flag} is {values[0][0]} in every run; runs differ in {told}")
     if all(isinstance(value, (int, float)) for value, _ in values):
         values.sort()
     else:
@@ -118,17 +115,6 @@ def swept(runs: list[Run], flag: str) -> list[tuple[str, int]]:
 
 def _worded(value) -> str:
     return f"{value:g}" if isinstance(value, float) else printable(str(value))
-
-
-def differing_flags(runs: list[Run]) -> str:
-    """Return the flags that every run has and that differ, as words."""
-    flags = [
-        flag
-        for flag in runs[0].options
-        if all(flag in run.options for run in runs)
-        and len({str(run.options[flag]) for run in runs}) > 1
-    ]
-    return ", ".join(flags[:8]) or "no flag"
 
 
 def chosen_epochs(runs: list[Run], asked: list[int] | None) -> list[int]:

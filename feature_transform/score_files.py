@@ -193,10 +193,10 @@ def read_array(path: Path) -> np.ndarray:
 
 def batch_means(array: np.ndarray) -> np.ndarray:
     """Return means of the finite values over the batch: (iterations, 5), ordered as STATISTICS."""
+    finite = np.where(np.isfinite(array), array, np.nan).astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a step may have no values
-        means = np.nanmean(np.asarray(array, np.float64), axis=1)[:, COLUMNS]
-    return np.where(np.isfinite(means), means, np.nan)
+        return np.nanmean(finite, axis=1)[:, COLUMNS]
 
 
 def read_config(folder: Path) -> dict:
@@ -241,7 +241,8 @@ def accuracy(folder: Path, records: list[dict]) -> tuple[str, float] | None:
     name = "result*.json"
     paths = {path for deep in ("", "*/", "*/*/") for path in folder.glob(deep + name)}
     paths |= {path for deep in ("*/", "*/*/") for path in folder.parent.glob(deep + name)}
-    paths |= set(folder.parent.parent.glob(f"*linear*/*/{name}"))
+    for deep in ("*/", "*/*/"):
+        paths |= set(folder.parent.parent.glob(f"*linear*/{deep}{name}"))
     by_age = {}
     for path in paths:
         with contextlib.suppress(OSError, ValueError):

@@ -101,7 +101,7 @@ def is_done(lincls: str, pretrained: str) -> bool:
         is_newer = os.path.getmtime(backbone) < os.path.getmtime(result)
     except (OSError, KeyError, ValueError):
         return False
-    return is_newer and os.path.dirname(backbone) == pretrained
+    return is_newer and os.path.abspath(os.path.dirname(backbone)) == os.path.abspath(pretrained)
 
 
 def step(script: str, *words: str) -> None:

@@ -122,7 +122,7 @@ def add_negatives_arguments(group) -> None:
     text = "M, non-semantic negatives per query; 0: plain MoCo"
     group.add_argument("--num-nonsem", type=cli.count, default=1, help=text)
     text = "factor of the similarities of non-semantic negatives, inside the exponent"
-    group.add_argument("--alpha", type=float, default=1.0, help=text)
+    group.add_argument("--alpha", type=cli.number(float), default=1.0, help=text)
     text = "least and greatest side of a patch, pixels; default 16 56 at 224, else in proportion"
     sides = ("MIN", "MAX")
     group.add_argument(

@@ -174,7 +174,8 @@ def load(network, classifier, saved) -> None:
 def label(args, saved) -> str | None:
     """Return "IR ring" where the checkpoint has the flags of its run."""
     opt = saved["opt"]
-    return f"{opt['method'].upper()} {opt['negatives']}" if "negatives" in opt else None
+    names = {"ir": "IR", "cmc": "CMC", "moco": "MoCo"}
+    return f"{names[opt['method']]} {opt['negatives']}" if "negatives" in opt else None
 
 
 SPEC = linear.Spec(
@@ -204,11 +205,12 @@ RELEASED = dataclasses.replace(SPEC, method=released.Released, drop_last=True)
 # ------------------------------------------------------------------------- several data sets
 
 
-def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
+def neighbours(args, process, saved, network, pictures, voters) -> tuple[dict, str]:
     """Return the accuracies of nearest neighbours, and a note to print.
 
-    pictures: the set that votes and the set that is classified. The memory bank is used for the
-    pre-training's own data set alone.
+    pictures: the training set and the set that is classified. voters: the pictures that vote, a
+    fold of the training set or all of it. The memory bank is used for the pre-training's own data
+    set alone.
     """
     precision = Precision.of(args, process.device)
 
@@ -220,8 +222,9 @@ def neighbours(args, process, saved, network, pictures) -> tuple[dict, str]:
     banks, labels, note = [], None, ""
     with saved.within():
         if not args.is_transfer:
-            banks, labels, note = nearest.banks(saved, pictures[0], args.dataset == "stl10")
-        return nearest.neighbours(args, process, by_layer, view, pictures, banks, labels), note
+            banks, labels, note = nearest.banks(saved, pictures[0], args.dataset)
+        both = voters, pictures[1]
+        return nearest.neighbours(args, process, by_layer, view, both, banks, labels), note
 
 
 def evaluate(args, process, saved, pictures) -> dict:
@@ -230,7 +233,8 @@ def evaluate(args, process, saved, pictures) -> dict:
     def look(job, network, embed) -> dict:
         values = knn.kept(job)
         if not values:
-            values, note = neighbours(args, process, saved, network, pictures)
+            voters = job.source.dataset
+            values, note = neighbours(args, process, saved, network, pictures, voters)
             if note:
                 job.log.say(note)
         knn.keep(job, job.method, values)
@@ -250,7 +254,7 @@ def evaluate_neighbours(args, process, saved, pictures, row: dict) -> dict:
     """Write result-nn.json of one data set (--nn-only); return its accuracies."""
     log = RunFolder(args.folder, args, process, suffix="-nn", tensorboard=False)
     network, _ = build_network(saved, args, 1, process)
-    values, note = neighbours(args, process, saved, network, pictures)
+    values, note = neighbours(args, process, saved, network, pictures, pictures[0])
     if note:
         log.say(note)
     log.result(

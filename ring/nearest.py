@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import augment, data, inputs, launch, metrics, sets
 from ring import monitor
-from runner import knn, layouts
+from runner import knn, layouts, resume
 
 POOLED = 6  # layers of `backbones.feature`
 PROJECTION = 7
@@ -33,11 +33,12 @@ def is_matrix(value) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2
 
 
-def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], Tensor, str]:
+def banks(saved, pictures: sets.PictureSet, dataset: str) -> tuple[list[Tensor], Tensor, str]:
     """Return the memory banks of a checkpoint, labels of their rows, and a note to print.
 
-    pictures: the training set, in the order of the rows; where the numbers differ, no banks are
-    returned. stl10: whether a bank may go on with rows of the unlabelled pictures.
+    pictures: the training set, in the order of the rows. No banks are returned where their number
+    differs, or where the checkpoint says that it was trained on another set. dataset: --dataset;
+    with stl10 a bank may go on with rows of the unlabelled pictures.
     """
     tensors = [
         value.float()
@@ -49,14 +50,24 @@ def banks(saved, pictures: sets.PictureSet, stl10: bool) -> tuple[list[Tensor], 
         return [], pictures.targets, note
     n = len(pictures)
     rows = len(tensors[0])
-    if rows < n or (rows > n and not stl10):
+    if rows < n or (rows > n and dataset != "stl10") or is_of_others(saved, pictures, dataset):
         note = (
-            f"note: the memory bank has {rows} rows and train/ {n} pictures, so it is of other "
+            f"note: the memory bank has {rows} rows and train/ {n} pictures, but it is of other "
             "pictures, and there is no 1-NN through it"
         )
         return [], pictures.targets, note
     unlabelled = pictures.targets.new_full((rows - n,), -1)
     return tensors, torch.cat([pictures.targets, unlabelled]), ""
+
+
+def is_of_others(saved, pictures: sets.PictureSet, dataset: str) -> bool:
+    """Return whether a checkpoint names another data set, or other classes, than this one."""
+    trained_on = (saved.get("opt") or {}).get("dataset") or dataset
+    named = {name.removesuffix("_2views") for name in (trained_on, dataset)}
+    if len(named) == 2 and named & {*sets.TORCHVISION_SETS}:
+        return True
+    names = (saved.get("data") or {}).get("names")
+    return names is not None and names != resume.digest_of(pictures.classes)
 
 
 def neighbours(

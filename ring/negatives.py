@@ -79,26 +79,23 @@ class Rule:
         """Return the number of nearest candidates that thres_inner cuts out."""
         return int(self.thres_inner * (outer if self.dynamic_inner else n))
 
-    def ranks(
-        self, thres_outer: float, n: int, batch: int, allow_empty: bool = False
-    ) -> tuple[int, int]:
+    def ranks(self, thres_outer: float, n: int, batch: int) -> tuple[int, int]:
         """Return the (inner, outer) ranks of the ring among n candidates; shares are rounded down.
 
-        batch: rows of the global batch. allow_empty: accept a ring without candidates, as the
-        published code does; the loss is then 0 with self_negative and without neighbor_views.
-        Otherwise raises ValueError, with the numbers, for an empty ring.
+        batch: rows of the global batch. Raises ValueError, with the numbers, for an empty ring,
+        whose loss the published code computes.
         """
         if self.kind == "all":
             return 0, n
         size = batch if self.ball_of_batch and self.kind == "ball" else n
         outer = min(int(thres_outer * size), n)
         inner = 0 if self.kind == "ball" else self.inside(outer, n)
-        if inner >= outer and not allow_empty:
+        if inner >= outer:
             raise ValueError(
                 f"the ring is empty: of {n} candidates, outer threshold {thres_outer:.4g} and "
                 f"inner {self.thres_inner:.4g} leave the ranks {inner} to {outer}"
             )
-        return inner, max(inner, outer)
+        return inner, outer
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def _over_thresholds(args, rows: list[dict], information: float, axes) -> None:
     axes.set(xticks=args.outer, xticklabels=[f"{outer:g}" for outer in args.outer])
     for number, inner in enumerate(args.inner):
         mine = [row for row in rows if row["inner"] == inner and row["estimator"] != "NCE"]
+        if not mine:  # everything: that is NCE
+            continue
         _bars(
             axes,
             [row["outer"] for row in mine],
@@ -111,7 +113,9 @@ def chosen(rows: list[dict]) -> list[str]:
     thresholds = [pair for pair, name in names.items() if name != "NCE"]
     outers = sorted({outer for outer, _ in thresholds}, reverse=True)
     inners = sorted({inner for _, inner in thresholds})
-    outers = outers[:: max(1, (len(outers) - 1) // 2)][:3]
+    outers = (
+        list(dict.fromkeys((outers[0], outers[len(outers) // 2], outers[-1]))) if outers else []
+    )
     picked = [(1.0, 0.0)]
     for outer in outers:
         picked.append((outer, inners[-1]))

@@ -65,10 +65,11 @@ class Step(Annealed):
     drop: float = 0.1
 
     def inside(self, step: int) -> float:
-        levels = round((self.value - self.least) / self.drop) + 1
+        # as np.arange(least, value + drop, drop) counts them, which the published code reverses
+        levels = math.ceil((self.value + self.drop - self.least) / self.drop)
         held = self.length // levels
         level = step // held if held else levels
-        return self.value - self.drop * level if level < levels else self.least
+        return self.least + self.drop * (levels - 1 - level) if level < levels else self.least
 
 
 @dataclass

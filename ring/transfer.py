@@ -51,6 +51,11 @@ def parse(words: list[str], root: str) -> dict[str, str]:
                 )
             name = os.path.basename(os.path.abspath(word))
             path = word
+            if name in SETS:
+                raise UsageError(
+                    f"--transfer {word}: {name} is a set of torchvision; give NAME=PATH for a tree "
+                    f"of class folders, or {name}=PATH where torchvision's files are"
+                )
         path = path or root
         if name in places:
             raise UsageError(f"--transfer {name} comes twice; tell them apart with NAME=PATH")

@@ -152,7 +152,7 @@ class RunFolder:
         """Remove records after global step `step`, because a resumed run logs them again.
 
         A negative step removes everything, including an old result.json. drop_evaluation: also
-        remove the k-NN evaluation that was logged at `step` itself.
+        remove the evaluations that were logged at `step` itself.
         """
         if not self.main:
             return
@@ -165,15 +165,16 @@ class RunFolder:
             for line in lines:
                 with contextlib.suppress(Exception):  # an incomplete line
                     record = json.loads(line)
-                    last = step - 1 if drop_evaluation and "knn_acc1" in record else step
+                    is_evaluation = "seconds_per_step" not in record
+                    last = step - 1 if drop_evaluation and is_evaluation else step
                     if record.get("step", 0) <= last:
                         file.write(line + "\n")
 
     def log(self, step: int, group: str = "train", **values) -> None:
         """Append a JSON object to metrics.jsonl, and each number to the TensorBoard events.
 
-        step counts from 0 over the whole run. group: of values whose name does not tell their group
-        in TensorBoard, see `events.tag`.
+        step: optimizer steps of the run that are done, or complete epochs. group: of values whose
+        name does not tell their group in TensorBoard, see `events.tag`.
         """
         if not self.main:
             return

@@ -16,7 +16,6 @@ with loop.Job(args, process, folder, files) as job:  # reads the checkpoint of -
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -116,14 +115,13 @@ class Job:
         self.loader: Iterable = loader
         self.source = loader  # keeps counts of replaced pictures and times of views and workers
         self.method = method
-        self.steps = len(loader)
+        self.steps = min(collectives.gather_objects(len(loader)))
         self.global_step = self.done * self.steps
         pictures = loader.dataset
-        digest = hashlib.sha256("\n".join(pictures.classes).encode()).hexdigest()
         self.data = {
             "pictures": len(pictures),
             "classes": len(pictures.classes),
-            "names": digest[:16],
+            "names": resume.digest_of(pictures.classes),
         }
         continues_here = False
         if self.saved:
@@ -142,7 +140,7 @@ class Job:
         self._rewind(continues_here)
         self._context.enter_context(self.stop)
         torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
-        if self.args.resume == "auto" and self.files.last and self.saved:
+        if self.args.resume == "auto" and self.saved:
             if Path(self.saved.path).name != self.files.last:
                 self.epoch = self.done - 1 + self.files.first
                 self.save(self.files.last)  # which was not written
@@ -160,8 +158,7 @@ class Job:
         self.remarks += resume.differing_flags(saved, self.args, self.files)
         self.remarks += resume.restore_draws(saved, self.method.generators, self.process)
         self.remarks.append(f"resumed {saved.path}: epoch {self.done}, step {self.step}")
-        is_pending = saved.get("pending") is True and self.done and not self.step
-        if self.args.resume == "auto" and is_pending:  # repeat the evaluation of this epoch
+        if saved.get("pending") is True and self.done and not self.step:  # repeat the evaluation
             self.done -= 1
             self.step = self.steps
 
@@ -204,7 +201,7 @@ class Job:
             self.log.say(f"nothing is left to train: {path} already has {self.done} epochs")
         else:
             last = self.done if self.files.by_epoch else self.global_step
-            at_evaluation = self.step == self.steps
+            at_evaluation = self.step == self.steps and not self.files.by_epoch
             self.log.rewind(last if continues_here else -1, drop_evaluation=at_evaluation)
             kept = self.done + 1 if self.step else self.done
             self.scores.drop_from(kept if continues_here else 0)
@@ -234,6 +231,8 @@ class Job:
         if self.finished:
             return
         last_epoch = self.args.stop_after or self.args.epochs
+        if last_epoch <= self.done < self.args.epochs:
+            return self._end(f"--stop-after {last_epoch}, as {self.done} epochs are done")
         while self.done < self.args.epochs:
             self.epoch = self.done + self.files.first
             self.complete = False
@@ -298,7 +297,7 @@ class Job:
         self.done += 1
         self.step = 0
         self.complete = True
-        if self._knn_is_due():  # so that an interrupted evaluation is repeated
+        if self._knn_is_due() or self.stop.asked():  # so that an interrupted evaluation is repeated
             self._save_numbered(pending=True)
             before = Position(self.done - 1, len(loader), self.global_step)
             self.save(self.files.last, position=before)

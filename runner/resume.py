@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import random
@@ -21,11 +22,11 @@ class Files:
     """The files in a script's run folder, and the flags that identify a run.
 
     script: `__file__` of the script, whose name is saved in every checkpoint.
-    last: file name of the newest state, saved after every epoch and after a signal.
+    last: file name of the newest state, saved every --last-every epochs and after a signal.
     numbered: file name of the states kept every --save-freq epochs, with {} for the epoch.
     patterns: files that --resume auto looks for and a new run must not overwrite; default: these.
     flags: key of the flags in the authors' files.
-    first: number of the first epoch in names, lines and records, as the published script counts.
+    first: number of the first epoch in names and lines, as the published script counts.
     start: complete epochs that a new run counts as done.
     same: flags that must not differ from the checkpoint when a run resumes.
     by_epoch: log one record per epoch instead of one per progress line.
@@ -133,9 +134,11 @@ def _check_same(saved: checkpoint.Saved, args, files: Files) -> None:
     for name in names:
         now = getattr(args, name, None)
         if name in then and comparable(then[name]) != comparable(now):
-            was = comparable(then[name]) or "the default"
-            here = comparable(now) or "the default"
-            way_out = f"add --{name} {was}" if then[name] else "use the same"
+            was, here = (
+                "the default" if value in (None, "") else value
+                for value in map(comparable, (then[name], now))
+            )
+            way_out = "use the same" if was == "the default" else f"add --{name} {was}"
             raise UserError(
                 f"{saved.path} was trained with --{name} {was}, this run has {here}: "
                 f"{way_out}, or start another run"
@@ -143,7 +146,7 @@ def _check_same(saved: checkpoint.Saved, args, files: Files) -> None:
 
 
 def settle(args, saved: checkpoint.Saved | None, files: Files):
-    """Return `args` with the seed: the typed one, that of the checkpoint, or a random one.
+    """Return `args` with the seed: typed, of the checkpoint, the default, or drawn, in this order.
 
     --amp auto becomes what was chosen when the run began. Python's generator and torch's are
     seeded.
@@ -151,8 +154,8 @@ def settle(args, saved: checkpoint.Saved | None, files: Files):
     if args.amp == "auto" and saved is not None and "amp" in saved:
         args = cli.replace(args, amp=bool(saved["amp"]))
     seed = args.seed
-    if seed is None and saved is not None:
-        seed = (saved.get(files.flags) or {}).get("seed")
+    if saved is not None and "seed" not in args.typed:
+        seed = (saved.get(files.flags) or {}).get("seed", seed)
     if seed is None:
         seed = collectives.agree(random.SystemRandom().choice(cli.DRAWN))
     random.seed(seed)
@@ -238,6 +241,11 @@ def restore_draws(saved: checkpoint.Saved, generators: dict, process: launch.Pro
         else:
             raise ValueError(f"{name} is not the state of a random generator")
     return remarks
+
+
+def digest_of(names: list[str]) -> str:
+    """Return a digest of class names, by which a checkpoint knows its data set."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def restore_scaler(saved: checkpoint.Saved, method) -> None:

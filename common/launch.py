@@ -268,7 +268,7 @@ def _device(device: str, gpu: int | None, local_rank: int, shared: bool) -> torc
     if shared and gpu is None:
         index = local_rank % count
     if gpu is not None and not 0 <= gpu < count:
-        raise UsageError(f"--gpu {gpu}: this node has {count} GPUs, numbered from 0")
+        raise UsageError(f"--gpu {gpu}: this node's GPUs have the numbers 0 to {count - 1}")
     if not 0 <= index < count:
         raise UsageError(
             f"process {local_rank} has no GPU of its own, since this node has {count}: "

@@ -297,7 +297,10 @@ class Job:
         self.done += 1
         self.step = 0
         self.complete = True
-        if self._knn_is_due() or self.stop.asked():  # so that an interrupted evaluation is repeated
+        is_stopping = (
+            self.files.by_epoch and self.stop.asked()
+        )  # a linear evaluation validates next
+        if self._knn_is_due() or is_stopping:  # so that an interrupted evaluation is repeated
             self._save_numbered(pending=True)
             before = Position(self.done - 1, len(loader), self.global_step)
             self.save(self.files.last, position=before)

@@ -979,7 +979,7 @@ def test_evaluation_covers_every_row_once(equal, mode, world):
 def test_impossible_loaders_are_refused(equal):
     with pytest.raises(
         UsageError,
-        match="12 pictures do not fill one batch of 16: .* --preset photos; or use --batch-size 8",
+        match="12 pictures do not fill one batch of 16: .*, or --batch-size 8 .* --preset photos",
     ):
         loader(equal, batch_size=8, world_size=2)
     with pytest.raises(UsageError, match="no pictures"):

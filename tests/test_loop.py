@@ -234,6 +234,8 @@ def test_the_newest_state_is_saved_as_often_as_asked_and_where_a_run_stops(monke
         "stopped by --stop-after 3 after epoch 3; continue with --resume auto"
         in capsys.readouterr().out
     )
+    assert train(*flags, "--resume", "auto", "--stop-after", "3") == 0  # as a requeued job does
+    assert len(saves) == 3 and "--stop-after 3, as 3 epochs are done" in capsys.readouterr().out
     assert train(*flags, "--resume", "auto") == 0
     assert equal(last()["weight"], last("whole")["weight"])
 
@@ -245,6 +247,8 @@ def test_an_evaluation_that_is_cut_short_is_made_again():
     assert (last()["epoch"], last()["step"]) == (1, 4) and checkpoint.load("run/epoch_2.pth")[
         "epoch"
     ] == 2
+    train("--knn-every", "2", "--resume", "run/epoch_2.pth", folder="named")
+    assert [r["epoch"] for r in records("named") if "knn_acc1" in r] == [1, 2]
     assert train("--knn-every", "2", "--resume", "auto") == 0
     assert [r["epoch"] for r in records() if "knn_acc1" in r][-2:] == [1, 2]
     for name in ("last.pth", "epoch_2.pth", "epoch_3.pth"):
@@ -671,6 +675,16 @@ def test_a_run_that_is_found_goes_on_with_its_own_seed():
     ):
         train("--epochs", "1", "--resume", "auto", "--seed", "2")
     assert train("--resume", "run/last.pth", "--seed", "2") == 0
+
+
+def test_a_seed_that_is_not_typed_is_that_of_the_checkpoint():
+    """As with --demo and in ring, whose scripts have a seed by default."""
+    train("--epochs", "1", "--seed", "7")
+    args = parse()
+    args = cli.replace(args, typed=args.typed - {"seed"})
+    saved = checkpoint.Saved("run/last.pth")
+    assert args.seed == 1 and resume.settle(args, saved, loop.Files(__file__)).seed == 7
+    assert resume.settle(args, None, loop.Files(__file__)).seed == 1
 
 
 def test_amp_auto_stays_what_it_was_when_the_run_began(monkeypatch, capsys):

@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(capsys):
         cli.run(lambda: write(errno.ENOSPC))
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: runs/a/config.json: no space left on device; checkpoints")
+    assert said.startswith("error: runs/a/config.json: no space left on device; files")
     assert said.count("\n") == 1
     for code, words in ((errno.EACCES, "permission denied"), (errno.EISDIR, "is a directory")):
         with pytest.raises(SystemExit):
@@ -120,8 +120,8 @@ def test_processes_share_a_gpu_with_gloo_alone(monkeypatch):
     assert launch._device("auto", None, 1, shared=True) == torch.device("cuda", 0)
     with pytest.raises(UserError, match="process 1 has no GPU of its own, since this node has 1"):
         launch._device("auto", None, 1, shared=False)
-    with pytest.raises(UserError, match="no GPU of its own"):
-        launch._device("auto", 2, 0, shared=True)  # of --gpu 2
+    with pytest.raises(UserError, match="--gpu 2: this node's GPUs have the numbers 0 to 0"):
+        launch._device("auto", 2, 0, shared=True)
 
 
 class Pictures:

@@ -192,11 +192,14 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def batch_means(array: np.ndarray) -> np.ndarray:
-    """Return means of the finite values over the batch: (iterations, 5), ordered as STATISTICS."""
-    finite = np.where(np.isfinite(array), array, np.nan).astype(np.float64)
+    """Return means over the batch without NaN: (iterations, 5), ordered as STATISTICS.
+
+    A mean is NaN where a step has no values or an infinite one.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a step may have no values
-        return np.nanmean(finite, axis=1)[:, COLUMNS]
+        means = np.nanmean(np.asarray(array, np.float64), axis=1)[:, COLUMNS]
+    return np.where(np.isfinite(means), means, np.nan)
 
 
 def read_config(folder: Path) -> dict:

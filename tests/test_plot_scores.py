@@ -544,7 +544,7 @@ def test_bad_flags(three, capsys):
         "r", "--labels", "x,y", error=UsageError
     )
     assert refused("r", "--sweep", "nce_q", error=UsageError) == (
-        "--sweep nce_q: r/a has no such flag in its config.json; runs differ in folder, alpha"
+        "--sweep nce_q: r/a has no such flag in its config.json; runs differ in alpha"
     )
     keep("s/a", alpha=0.5), keep("s/b", alpha=0.5)
     assert "--sweep alpha is 0.5 in every run" in refused("s", "--sweep", "alpha", error=UsageError)

@@ -52,6 +52,8 @@ def test_the_logged_similarities_are_mean_cosines():
     values = method.step(batch)
     torch.testing.assert_close(values["negative_similarity"], (q @ queue.T).mean())
     torch.testing.assert_close(values["nonsem_similarity"], (q[:, None] * t).sum(2).mean())
+    shares = logits.detach()[:, 1:].softmax(1)[:, len(queue) :].sum(1)
+    torch.testing.assert_close(values["nonsem_share"], shares.mean())
 
 
 def make_model(encoder=Net):

@@ -33,6 +33,8 @@ NAMES = {
     "epoch_feature_spread": "spread",
     "epoch_view_correlation": "view correlation",
     "epoch_negative_similarity": "similarity of negatives",
+    "epoch_nonsem_similarity": "similarity of patches",
+    "epoch_nonsem_share": "share of patches",
     "epoch_loss": "loss",
 }
 TOY_PICTURES = "runs/claims/toy-pictures"

@@ -213,7 +213,7 @@ class NonSemantic:
         }
         if nonsem.numel() and self.args.alpha:
             values["nonsem_similarity"] = nonsem.mean() * self.args.moco_t / self.args.alpha
-            # of the gradient that pushes a query away
+            # of the softmax over all negatives
             values["nonsem_share"] = (nonsem.logsumexp(1) - queue.logsumexp(1)).sigmoid().mean()
         if self.args.save_score:
             t = self.args.moco_t

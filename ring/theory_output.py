@@ -113,9 +113,8 @@ def chosen(rows: list[dict]) -> list[str]:
     thresholds = [pair for pair, name in names.items() if name != "NCE"]
     outers = sorted({outer for outer, _ in thresholds}, reverse=True)
     inners = sorted({inner for _, inner in thresholds})
-    outers = (
-        list(dict.fromkeys((outers[0], outers[len(outers) // 2], outers[-1]))) if outers else []
-    )
+    places = (0, len(outers) // 2, len(outers) - 1)
+    outers = [outer for place, outer in enumerate(outers) if place in places]
     picked = [(1.0, 0.0)]
     for outer in outers:
         picked.append((outer, inners[-1]))

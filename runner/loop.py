@@ -297,10 +297,9 @@ class Job:
         self.done += 1
         self.step = 0
         self.complete = True
-        is_stopping = (
-            self.files.by_epoch and self.stop.asked()
-        )  # a linear evaluation validates next
-        if self._knn_is_due() or is_stopping:  # so that an interrupted evaluation is repeated
+        # Save before an evaluation, so that it is repeated where it is interrupted.
+        is_validation = self.files.by_epoch and self.stop.asked()  # of a linear evaluation
+        if self._knn_is_due() or is_validation:
             self._save_numbered(pending=True)
             before = Position(self.done - 1, len(loader), self.global_step)
             self.save(self.files.last, position=before)

@@ -1,5 +1,7 @@
 """MoCo with non-semantic negatives: the loss, what enters queue and batch-norm, the patches."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,20 @@ def test_the_logged_similarities_are_mean_cosines():
     torch.testing.assert_close(values["nonsem_similarity"], (q[:, None] * t).sum(2).mean())
     shares = logits.detach()[:, 1:].softmax(1)[:, len(queue) :].sum(1)
     torch.testing.assert_close(values["nonsem_share"], shares.mean())
+
+
+@pytest.mark.parametrize("alpha, temperature", [(2.0, 0.1), (1.0, 0.1), (2.0, 0.2)])
+def test_patches_weigh_as_much_as_the_queue_where_the_page_says(alpha, temperature):
+    """docs/nonsem_neg.md, "The weight of the patches": at alpha t = T ln K + s."""
+    count, s = 64, -0.2
+    t = (temperature * math.log(count) + s) / alpha
+
+    def at(cosine, *shape):
+        return torch.tensor([cosine, math.sqrt(1 - cosine**2)]).expand(*shape, 2)
+
+    q = at(1.0, 3)
+    logits = contrast_logits(q, q, at(s, count), at(t, 3, 1), temperature, alpha)[:, 1:]
+    torch.testing.assert_close(logits.softmax(1)[:, count], torch.full((3,), 0.5))
 
 
 def make_model(encoder=Net):

@@ -461,7 +461,9 @@ def test_RESULTS_says_what_the_records_say():
     assert len(claim_pages.BLOCK.findall(text)) == 2
 
 
-@pytest.mark.parametrize("page, tables", [("docs/compare.md", 2), ("docs/footing.md", 4)])
+@pytest.mark.parametrize(
+    "page, tables", [("docs/compare.md", 2), ("docs/footing.md", 5), ("docs/nonsem_neg.md", 1)]
+)
 def test_a_page_of_comparisons_says_what_the_records_say(page, tables):
     text = (ROOT / page).read_text()
     assert claim_pages.results(text, ROOT) == text

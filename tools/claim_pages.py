@@ -26,6 +26,7 @@ PAGES = (  # with tables that are written here
     "docs/compare.md",
     "docs/feature_transform.md",
     "docs/footing.md",
+    "docs/nonsem_neg.md",
 )
 NOTES = "\n## Notes\n"
 BLOCK = re.compile(r"(<!-- claims: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)

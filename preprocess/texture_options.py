@@ -160,7 +160,7 @@ def with_sizes(args) -> cli.Flags:
     is_quilted = args.engine == "quilt" or args.sheet
     if is_quilted and patch < block:
         raise UsageError(f"--patch {patch} is smaller than a block: --block is {block}")
-    if is_quilted and 2 * overlap > block:
+    if (is_quilted or args.overlap) and 2 * overlap > block:
         raise UsageError(f"--overlap {overlap} is more than half of --block {block}")
     in_proportion = args.patch is None
     return cli.replace(args, patch=patch, block=block, overlap=overlap, in_proportion=in_proportion)

@@ -43,16 +43,13 @@ class Ring(NamedTuple):
 def select(scores: Tensor, inner: int, outer: int) -> Ring:
     """Select the ring of scores (B, n): the ranks [inner, outer), rank 0 being the largest score.
 
-    0 <= inner <= outer <= n.
+    0 <= inner <= outer <= n. With (0, n) all candidates are returned, in the order of the bank.
     """
+    if (inner, outer) == (0, scores.shape[1]):
+        rows = torch.arange(outer, device=scores.device).expand_as(scores)
+        return Ring(scores[:, :0], scores, rows[:, :0], rows)
     near, rows = scores.topk(outer)
     return Ring(near[:, :inner], near[:, inner:], rows[:, :inner], rows[:, inner:])
-
-
-def everything(scores: Tensor) -> Ring:
-    """Return all candidates of scores (B, n) as negatives, in the order of the bank."""
-    rows = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-    return Ring(scores[:, :0], scores, rows[:, :0], rows)
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,7 @@ class Comparison:
     """The settings by which the B queries of a step are compared with their candidates.
 
     ranks: (inner, outer), from `Rule.ranks`. temperature: divides the cosines.
-    draws (B, k): positions of the compared ones among the negatives of `select`, or for the kind
-    "all" of `everything`; None: all.
+    draws (B, k): positions of the compared ones among the negatives of `select`; None: all.
     """
 
     rule: Rule
@@ -255,7 +251,7 @@ def _compare(
     rule = comparison.rule
     inner, outer = comparison.ranks
     positive = positive / comparison.temperature
-    ring = everything(scores) if rule.kind == "all" else select(scores, inner, outer)
+    ring = select(scores, inner, outer)
     negatives, rows = ring.scores, ring.rows
     if comparison.draws is not None:
         draws = comparison.draws[anchors]

@@ -144,8 +144,6 @@ def estimates(
 def candidates(scores: Tensor, outer: float, inner: float) -> Tensor:
     """Return the scores (B, M) in the ring, from those (B, N) of a pool."""
     ranks = negatives.Rule("ring", inner).ranks(outer, scores.shape[1], len(scores))
-    if ranks == (0, scores.shape[1]):
-        return scores
     return negatives.select(scores, *ranks).scores
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from cmc import colour, networks
 from common import UsageError, UserError, augment, backbones, sets
@@ -233,12 +234,13 @@ def test_cifar100_is_judged_by_its_hundred_classes(tmp_path, monkeypatch):
     assert result["knn_acc5"] >= result["knn_acc1"]
 
 
-def test_pictures_that_are_cropped_already_are_not_cropped_again():
+def test_pictures_that_are_cropped_already_are_not_cropped_again(tmp_path):
     plain = augment.Compose(augment.ResizeCenterCrop(256, 224))
-    pictures = {
-        side: sets.ArraySet(torch.zeros(1, 3, side, side, dtype=torch.uint8), [0], ["cat"])
-        for side in (224, 300)
-    }
+    pictures = {}
+    for side in (224, 300):
+        (tmp_path / f"{side}/cat").mkdir(parents=True)
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}/cat/1.png")
+        pictures[side] = sets.open_tree(tmp_path / str(side))
 
     def resize(name, side):
         return evaluate.view_of(name, pictures[side], plain).geometry.resize

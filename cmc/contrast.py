@@ -24,10 +24,11 @@ class MemoryBanks(nn.Module):
 
     n: number of pictures. dim: feature size D. views: their names. k: negatives per anchor.
     temperature: T. momentum: m of a row. softmax: True for InfoNCE, False for NCE. nce_z: mode of
-    the normaliser, "ema" or "oneshot". The attribute `pairs` lists all (anchor view, view of the
-    bank) of different views, ordered by anchor; each pair has a Z of its own.
+    the normaliser, "ema" or "oneshot". epoch_rows: compare with copies of the banks, which
+    `start_epoch` makes. The attribute `pairs` lists all (anchor view, view of the bank) of
+    different views, ordered by anchor; each pair has a Z of its own.
     Buffers: `params` = [K, T, Z of every pair, m], and `memory_VIEW` (n, D). With the views l and
-    ab they are the published Z_l, Z_ab, memory_l and memory_ab.
+    ab they are the published Z_l, Z_ab, memory_l and memory_ab. The copies are `epoch_VIEW`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class MemoryBanks(nn.Module):
         momentum: float,
         softmax: bool,
         nce_z: str,
+        epoch_rows: bool = False,
     ):
         super().__init__()
         self.n = n
@@ -49,6 +51,7 @@ class MemoryBanks(nn.Module):
         self.views = tuple(views)
         self.softmax = softmax
         self.nce_z = nce_z
+        self.epoch_rows = epoch_rows
         self.updates = 0  # of Z
         self.pairs = [(i, j) for i in range(len(views)) for j in range(len(views)) if i != j]
         self.register_buffer(
@@ -56,10 +59,22 @@ class MemoryBanks(nn.Module):
         )
         for name in views:
             self.register_buffer(f"memory_{name}", memory.random_rows(n, dim))
+            if epoch_rows:
+                self.register_buffer(f"epoch_{name}", getattr(self, f"memory_{name}").clone())
 
-    def banks(self) -> list[Tensor]:
-        """Return the bank of every view."""
-        return [getattr(self, f"memory_{name}") for name in self.views]
+    def banks(self, prefix: str = "memory") -> list[Tensor]:
+        """Return the bank of every view, or its copy with the prefix "epoch"."""
+        return [getattr(self, f"{prefix}_{name}") for name in self.views]
+
+    def start_epoch(self) -> None:
+        """Copy the banks, so that all rows of this epoch's comparisons are of one age.
+
+        In the banks themselves a positive's row was written an epoch ago, and ever more of the
+        negatives' rows in this epoch, so that their age helps to tell them apart.
+        """
+        if self.epoch_rows:
+            for copy, bank in zip(self.banks("epoch"), self.banks()):
+                copy.copy_(bank)
 
     def logits(self, feats: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
         """Return s / T (B, K+1) of every pair, the positive in column 0.
@@ -68,7 +83,7 @@ class MemoryBanks(nn.Module):
         `common.memory.draw_rows`, the same for all pairs. The positive is the row of the same
         picture in the other view's bank, which averages the features of its earlier crops.
         """
-        banks = self.banks()
+        banks = self.banks("epoch" if self.epoch_rows else "memory")
         scores = [memory.bank_scores(feats[i], banks[j], rows) for i, j in self.pairs]
         return [score.div_(self.temperature) for score in scores]
 

@@ -95,6 +95,8 @@ def parse_args(argv=None):
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
     text = "never draw a picture as its own negative"
     g.add_argument("--exclude-self", action="store_true", help=text)
+    text = "compare with the rows as they were when the epoch began, which are all of one age"
+    g.add_argument("--epoch-rows", action="store_true", help=text)
     text = "batch-norm groups over all processes, as on that many GPUs"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
 
@@ -145,13 +147,15 @@ class CMC:
         self.network, self.wrapped, self.optimizer, self.precision = parts
         size = (n, args.feat_dim, colour.bank_names(self.views))
         settings = (args.nce_k, args.nce_t, args.nce_m, args.softmax, args.nce_z)
-        self.memory = MemoryBanks(*size, *settings).to(process.device)
+        self.memory = MemoryBanks(*size, *settings, args.epoch_rows).to(process.device)
         if args.softmax:
             self.equal_loss = len(self.memory.pairs) * nce.equal_loss(args.nce_k)
         draws = torch.Generator(process.device).manual_seed(args.seed)  # the same on every rank
         self.generators = {"draws": draws}
 
     def step(self, batch: loop.Batch) -> dict:
+        if batch.at.part == 0:
+            self.memory.start_epoch()
         images = batch.views[0].contiguous(memory_format=torch.channels_last)
         with self.precision.autocast():
             feats = self.wrapped(images)
@@ -230,7 +234,7 @@ def worker(args, process: launch.Process) -> None:
         __file__,
         last="current.pth",
         numbered="ckpt_epoch_{}.pth",
-        same=(*resume.PICTURES, "model", "view", "views"),
+        same=(*resume.PICTURES, "model", "view", "views", "epoch_rows"),
         events=options.events(args, args.folder),
     )
     with loop.Job(args, process, args.folder, files) as job:

@@ -133,6 +133,28 @@ def test_scores_are_the_mean_over_the_pairs_of_views(flags):
     torch.testing.assert_close(scores, torch.stack(pairs).mean(0), rtol=1e-4, atol=1e-6)
 
 
+def test_epoch_rows_are_those_of_the_first_step():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    method = build("cpu", "--softmax", "--epoch-rows")
+    for epoch, step in ((0, 0), (0, 3), (1, 0)):
+        before = [bank.clone() for bank in method.memory.banks()]
+        batch = loop.Batch(
+            [images], torch.zeros(8).long(), torch.arange(8), loop.At(epoch, step / 5, step)
+        )
+        method.step(batch)
+        if step == 0:
+            at_start = before
+        assert equal(method.memory.banks("epoch"), at_start)
+        assert not equal(method.memory.banks(), at_start)
+    rows = torch.arange(8)[:, None]
+    feats = [F.normalize(torch.randn(8, 128, generator=generator), dim=1) for _ in range(2)]
+    l_score, ab_score = method.memory.logits(feats, rows)
+    expected = [(feats[0] * at_start[1][:8]).sum(1), (feats[1] * at_start[0][:8]).sum(1)]
+    torch.testing.assert_close(l_score[:, 0] * method.memory.temperature, expected[0])
+    torch.testing.assert_close(ab_score[:, 0] * method.memory.temperature, expected[1])
+
+
 def test_alexnet_and_other_spaces_train(workspace):
     train(
         "--model",
@@ -162,18 +184,22 @@ def test_amp_is_for_the_encoder_alone(workspace, capsys):
         assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floats.values())
 
 
-@pytest.mark.parametrize("stop_at", [None, 6], ids=["whole epoch", "second epoch"])
-def test_resume_is_bit_exact(workspace, capsys, stop_at):
-    whole = train("--model_path", "whole")
+@pytest.mark.parametrize(
+    "stop_at, flags",
+    [(None, ()), (6, ()), (6, ("--epoch-rows",))],
+    ids=["whole epoch", "second epoch", "second epoch with --epoch-rows"],
+)
+def test_resume_is_bit_exact(workspace, capsys, stop_at, flags):
+    whole = train("--model_path", "whole", *flags)
     if stop_at:
         with stopped_at(stop_at):
-            train()
+            train(*flags)
         cut = newest()
         assert (cut["epoch"], cut["step"]) == (1, 1)
         assert "continue with --resume auto" in capsys.readouterr().out
     else:
         train("--epochs", 1)
-    resumed = train("--resume", "auto")
+    resumed = train("--resume", "auto", *flags)
     assert f"resumed run/{NAME}/" in capsys.readouterr().out
     same_run(whole, resumed)
 

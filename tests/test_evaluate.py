@@ -164,6 +164,21 @@ def test_a_run_of_the_script(workspace, capsys, monkeypatch):
     assert (workspace / "runs/try-evaluation/scores.png").stat().st_size > 5000
 
 
+def test_untrained_weights_are_the_floor(workspace):
+    torch.save(backbones.build("resnet18", 0).state_dict(), "net.pth")
+    network = evaluate.open_backbone("net.pth", CPU)[0]
+    images = torch.randn(2, 3, 32, 32)
+    given, first, again, other = (
+        net(images)
+        for net in (network, *(evaluate.untrained(network, seed) for seed in (0, 0, 1)))
+    )
+    assert torch.equal(first, again) and first.shape == given.shape
+    assert not torch.allclose(first, given) and not torch.allclose(first, other)
+    evaluate.main("net.pth --demo --untrained --views 1 --epochs 1 --device cpu".split())
+    result = json.loads((workspace / "runs/try-evaluation/result.json").read_text())
+    assert (result["arch"], result["pretrained"]) == ("resnet18", "random weights")
+
+
 def test_the_input_is_as_large_as_in_the_pretraining(workspace):
     state = layouts.add_prefix(backbones.build("resnet18", 0).state_dict(), "module.encoder_q.")
     saved = {"state_dict": state, "args": {"input_res": 24}, "arch": "resnet18"}

@@ -9,6 +9,8 @@ with labels. Writes one table, result.json and a picture of the scores into the 
     python tools/evaluate.py resnet50.pth IMAGENET100 --input-res 224 --views 1 --out runs/resnet
     python tools/evaluate.py --demo runs/try
 
+--untrained judges random weights in the same network: what is known before any training.
+
 Every training picture is embedded as it is and in --views crops. Linear classifiers of all learning
 rates are then trained together on these features, less their mean, with all, 10 % and 1 % of the
 labels. The rate is chosen on a tenth of the training pictures that is kept back, never on val. The
@@ -76,7 +78,9 @@ def parse_args(argv=None):
     about = "pictures at once"
     g.add_argument("-b", "--batch-size", type=cli.positive_int, default=256, help=about)
     options.add_knn_arguments(g)
-    about = "seed of views, batches and what is kept back"
+    about = "judge random weights in this network, the floor of its numbers"
+    g.add_argument("--untrained", action="store_true", help=about)
+    about = "seed of views, batches, what is kept back, and untrained weights"
     g.add_argument("--seed", type=cli.seed, default=0, help=about)
     g = parser.add_argument_group("run")
     about = "folder of result.json and scores.png"
@@ -258,6 +262,13 @@ def warn(log: RunFolder, result: dict) -> None:
         )
 
 
+def untrained(network: Backbone, seed: int) -> Backbone:
+    """Return the same network with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    trunks = [Trunk(trunk.state_dict(), "") for trunk in network.trunks]
+    return Backbone(trunks).requires_grad_(False).eval().to(next(network.parameters()).device)
+
+
 def default_label(file: Path) -> str:
     """Return the name of the run folder in which a file lies, or if it is none the file's name."""
     is_run = (file.parent / "config.json").exists()
@@ -271,6 +282,10 @@ def worker(args, process: launch.Process) -> None:
     network, operations, origin, flags = open_backbone(args.checkpoint, process.device)
     with checkpoint.in_one_line(lambda: f"{origin['pretrained']}: its flags"):
         args = cli.replace(args, input_res=pretrained.input_res(args, flags))
+    if args.untrained:
+        network = untrained(network, args.seed)
+        kept = {key: origin[key] for key in ("arch", "towers")}
+        origin = kept | {"pretrained": "random weights"}
     train_set = inputs.open_split(args, "train")
     if len(train_set.classes) < 2 or (train_set.targets < 0).any():
         raise UsageError(f"{args.data}: needs the class of every picture, and two classes or more")

@@ -5,7 +5,8 @@ operations, and the names and shapes of the buffers are those of NCE/ of HobbitL
 It differs from that code in these ways: there may be more views, and every pair is contrasted (the
 paper's full graph); the banks are written after the backward pass (their rows are constants in the
 loss, so the values are the same and no copy is needed); scores are computed without gathering
-B x (K+1) x D rows; Z may be a moving average; it runs on any device and number of processes.
+B x (K+1) x D rows; Z may be a moving average; all rows may be those of the epoch's start; it runs
+on any device and number of processes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class MemoryBanks(nn.Module):
     n: number of pictures. dim: feature size D. views: their names. k: negatives per anchor.
     temperature: T. momentum: m of a row. softmax: True for InfoNCE, False for NCE. nce_z: mode of
     the normaliser, "ema" or "oneshot". epoch_rows: compare with copies of the banks, which
-    `start_epoch` makes. The attribute `pairs` lists all (anchor view, view of the bank) of
-    different views, ordered by anchor; each pair has a Z of its own.
+    `start_epoch` makes; with NCE, Z would lag behind them. The attribute `pairs` lists all (anchor
+    view, view of the bank) of different views, ordered by anchor; each pair has a Z of its own.
     Buffers: `params` = [K, T, Z of every pair, m], and `memory_VIEW` (n, D). With the views l and
-    ab they are the published Z_l, Z_ab, memory_l and memory_ab. The copies are `epoch_VIEW`.
+    ab they are the published Z_l, Z_ab, memory_l and memory_ab. The copies, `epoch_VIEW`, are not
+    in the state dict.
     """
 
     def __init__(
@@ -60,17 +62,18 @@ class MemoryBanks(nn.Module):
         for name in views:
             self.register_buffer(f"memory_{name}", memory.random_rows(n, dim))
             if epoch_rows:
-                self.register_buffer(f"epoch_{name}", getattr(self, f"memory_{name}").clone())
+                copy = getattr(self, f"memory_{name}").clone()
+                self.register_buffer(f"epoch_{name}", copy, persistent=False)
 
     def banks(self, prefix: str = "memory") -> list[Tensor]:
         """Return the bank of every view, or its copy with the prefix "epoch"."""
         return [getattr(self, f"{prefix}_{name}") for name in self.views]
 
     def start_epoch(self) -> None:
-        """Copy the banks, so that all rows of this epoch's comparisons are of one age.
+        """Copy the banks, so that a row's age does not tell a positive from a negative.
 
-        In the banks themselves a positive's row was written an epoch ago, and ever more of the
-        negatives' rows in this epoch, so that their age helps to tell them apart.
+        In the banks themselves a positive's row is never of this epoch, and ever more of the
+        negatives' rows are. In the copies all rows are of earlier epochs.
         """
         if self.epoch_rows:
             for copy, bank in zip(self.banks("epoch"), self.banks()):

@@ -31,6 +31,11 @@ def settle(args) -> None:
                 f"--nce_z {args.nce_z}: InfoNCE (--softmax) has no Z; omit one of the two"
             )
         args.softmax = False  # whatever the preset says
+    if args.epoch_rows and not args.softmax:
+        raise UsageError(
+            "--epoch-rows needs --softmax: all rows change at the start of an epoch, and the Z of "
+            "NCE would be wrong for hundreds of steps"
+        )
     args.folder = options.run_folder(args, args.model_path, run_name(args))
 
 
@@ -52,4 +57,6 @@ def run_name(args) -> str:
     name += f"_view_{args.view}"
     if args.views:
         name += f"_views_{'-'.join(colour.view_keys(colour.chosen_views(args)))}"
+    if args.epoch_rows:
+        name += "_epoch_rows"
     return name

@@ -38,7 +38,7 @@ from common import (
     schedule,
 )
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
+from runner import checkpoint, knn, layouts, loop, pretrained, training
 
 PREFIX = "encoder.module."  # begins the networks' parameter names in the published files
 PRESETS = {
@@ -95,7 +95,8 @@ def parse_args(argv=None):
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
     text = "never draw a picture as its own negative"
     g.add_argument("--exclude-self", action="store_true", help=text)
-    text = "compare with the rows as they were when the epoch began, which are all of one age"
+    text = "with --softmax: compare with the rows as they were when the epoch began, so that their "
+    text += "age does not tell the positive from the negatives"
     g.add_argument("--epoch-rows", action="store_true", help=text)
     text = "batch-norm groups over all processes, as on that many GPUs"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)
@@ -205,14 +206,21 @@ class CMC:
         return colour.Views(self.views).pictures(views[0])
 
     def state_dict(self) -> dict:
-        return {
+        state = {
             "model": layouts.add_prefix(self.network.state_dict(), PREFIX),
             "contrast": self.memory.state_dict(),
             "z_updates": self.memory.updates,
         }
+        if self.args.epoch_rows:
+            state["epoch_rows"] = self.memory.banks("epoch")
+        return state
 
     def load_state_dict(self, saved: checkpoint.Saved) -> None:
         self.memory.load(saved["contrast"], saved.get("z_updates", nce.LONG_AGO), saved.path)
+        if self.args.epoch_rows:
+            rows = saved.get("epoch_rows", self.memory.banks())
+            for copy, own in zip(self.memory.banks("epoch"), rows):
+                copy.copy_(own)
         model = layouts.strip_prefix(saved["model"], PREFIX)
         checkpoint.load_into(self.network, model, saved.path)
 
@@ -234,7 +242,7 @@ def worker(args, process: launch.Process) -> None:
         __file__,
         last="current.pth",
         numbered="ckpt_epoch_{}.pth",
-        same=(*resume.PICTURES, "model", "view", "views", "epoch_rows"),
+        same=("dataset", "model", "view", "views"),
         events=options.events(args, args.folder),
     )
     with loop.Job(args, process, args.folder, files) as job:
@@ -255,8 +263,9 @@ def worker(args, process: launch.Process) -> None:
             bn_groups=backbones.splits_here(args, process) * process.world_size,
         )
         if args.nce_k >= len(pictures):
-            warning = options.many_draws("--nce_k", args.nce_k, len(pictures))
-            job.warn(f"{warning}, and --exclude-self")
+            n = len(pictures)
+            way_out = "" if args.exclude_self else ", and --exclude-self"
+            job.warn(options.many_draws("--nce_k", args.nce_k, n, way_out))
         for _ in job.epochs():
             for batch in job.batches(learning_rate):
                 job.track(**method.step(batch))

@@ -182,7 +182,7 @@ class Parser(argparse.ArgumentParser):
         if by_reason and not int(os.environ.get("RANK", 0)):
             named = "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
             print(
-                f"note: these flags have no effect, as in the published code: {named}",
+                f"note: these flags have no effect: {named}",
                 file=sys.stderr,
             )
 

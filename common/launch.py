@@ -256,7 +256,7 @@ def _device(device: str, gpu: int | None, local_rank: int, shared: bool) -> torc
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         if gpu is not None:
             raise UsageError(
-                f"--gpu {gpu}: no CUDA device is usable here; omit the flag to run on the CPU"
+                f"GPU {gpu}: no CUDA device is usable here; omit its flag to run on the CPU"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():

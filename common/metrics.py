@@ -33,11 +33,13 @@ def in_words(accuracies: dict, digits: int = 2) -> str:
 
 @torch.no_grad()
 def spread(features: Tensor) -> Tensor:
-    """Return how far unit features (B, D) spread: 1 in all directions, 0 where all are equal.
+    """Return how far the directions of features (B, D) spread: 1 evenly, 0 where all are equal.
 
-    It is the mean over dimensions of their standard deviation, times sqrt(D); 0-dim, on the device.
+    It is the mean over dimensions of the standard deviation of the features at unit length, times
+    sqrt(D); 0-dim, on the device.
     """
-    return features.detach().std(0, correction=0).mean() * features.shape[1] ** 0.5
+    units = F.normalize(features.detach(), dim=1)
+    return units.std(0, correction=0).mean() * units.shape[1] ** 0.5
 
 
 @torch.no_grad()

@@ -324,11 +324,14 @@ def long_queue(flag: str, length: int, n: int) -> str:
     )
 
 
-def many_draws(flag: str, count: int, n: int) -> str:
-    """Return a warning for at least n draws per anchor from a bank of n pictures."""
+def many_draws(flag: str, count: int, n: int, way_out: str = "") -> str:
+    """Return a warning for at least n draws per anchor from a bank of n pictures.
+
+    way_out: what else keeps a picture from being drawn as its own negative.
+    """
     return (
-        f"{flag} {count} draws more negatives than there are images ({n}): each is drawn "
-        "repeatedly, the picture itself too; use fewer"
+        f"{flag} {count} draws at least as many negatives as there are images ({n}): each is "
+        f"drawn repeatedly; use fewer{way_out}"
     )
 
 

@@ -84,6 +84,8 @@ def settle(args) -> None:
             raise UsageError(
                 f"--{flag} belongs to --loss debiased, and this is --loss {args.loss}; omit it"
             )
+    if args.M > 1 and not args.tau_plus:
+        raise UsageError(f"--M {args.M} has no effect with --tau_plus 0; omit one of the two")
     if args.loss == "unbiased" and args.dataset == "stl10":
         raise UsageError(
             "--loss unbiased needs the class of every picture, and 100,000 pictures of STL-10 have "

@@ -25,7 +25,7 @@ from debiased.flags import add_adam_arguments, without_lone_equals
 from debiased.networks import NORMALIZE, Encoder, LinearNet, described
 from debiased.paper import PAPER
 from preprocess import demo
-from runner import checkpoint, folds, layouts, linear, loop, pretrained, resume
+from runner import checkpoint, folds, layouts, linear, loop, pretrained
 
 PRESETS = {
     "demo": dict(
@@ -129,7 +129,7 @@ def files(args, saved):
         f"{pretrained.parent(saved)}_{file}_{args.protocol}"
         f"_bsz_{args.batch_size}_lr_{args.learning_rate}"
     )
-    same = (*resume.PICTURES, "protocol")
+    same = ("dataset", "protocol")
     there = loop.Files(__file__, last="current.pth", by_epoch=True, same=same)
     return options.run_folder(args, args.save_path, name), there, "model_best.pth"
 

@@ -40,7 +40,7 @@ from debiased.loss import clamp_threshold, debiased_loss, unbiased_loss
 from debiased.networks import MODELS, NORMALIZE, Network
 from debiased.scores import pair_statistics
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
+from runner import checkpoint, knn, layouts, loop, pretrained, training
 
 WARM_FROM = 0.01  # share of the learning rate at the start of a warm-up
 PRESETS = {
@@ -237,7 +237,7 @@ def learning_rate(args, at: loop.At) -> float:
 def worker(args, process: launch.Process) -> None:
     flags.keep_published(args)
     files = loop.Files(
-        __file__, last="current.pth", same=(*resume.PICTURES, "model", "loss", "feature_dim")
+        __file__, last="current.pth", same=("dataset", "model", "loss", "feature_dim")
     )
     with loop.Job(args, process, args.model_path, files) as job:
         args = job.args

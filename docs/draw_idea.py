@@ -14,7 +14,7 @@ ANCHOR, POSITIVE = 90.0, 66.0  # angles on the circle, in degrees
 OTHERS = [113, 129, 141, 158, 176, 199, 222, 251, 283, 305, 331, 352, 12, 31, 44]
 SAME_CLASS = (113, 44)  # other pictures of the anchor's class
 TITLES = {
-    "bank": "CMC, MoCo, InsDis\nall of a queue or memory bank",
+    "bank": "MoCo: all of a queue; CMC and\nInsDis: drawn rows of a memory bank",
     "ring": "ring\nnear ones, but not the nearest",
     "debiased": "debiased\nthe share of the same class\nis taken off the sum",
     "nonsem": "diminished semantics\nadded: textures of the anchor\nwithout its object",

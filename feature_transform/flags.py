@@ -110,6 +110,8 @@ def settle(args) -> None:
         raise UsageError(options.NO_DATA)
     recipes.fill(args)
     check(args)
+    if args.footing == "common":
+        args.head = "mlp"
     args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
     if args.batch_size > 256 and "warm" not in args.typed:
         args.warm = True
@@ -121,7 +123,7 @@ def settle(args) -> None:
 def check(args) -> None:
     """Raise UsageError for flags that contradict each other or have no effect together."""
     typed = args.typed
-    footing.check(args, "lr_decay_epochs", "lr_decay_rate", "cosine", "warm")
+    footing.check(args, "head", "lr_decay_epochs", "lr_decay_rate", "cosine", "warm")
     if args.modal == "RGB":
         footing.check(args, "aug")
     alone = [flag for flag in OF_MIXNORM if flag in typed]

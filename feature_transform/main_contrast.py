@@ -41,7 +41,7 @@ from common import (
 from feature_transform import checkpoints, flags, jigsaw, networks, recipes, transform, views
 from feature_transform.memory import KeyQueue, MemoryBank, hits, info_nce
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume, training
+from runner import checkpoint, knn, layouts, loop, pretrained, training
 
 PRESETS = {
     "ft": recipes.PUBLISHED,  # the published transformation, with whatever --method
@@ -127,7 +127,9 @@ class Method:
         self.network, self.wrapped, self.optimizer, self.precision = parts
         self.rule = recipes.rule(args)
         self.modalities = len(networks.MODALS[args.modal])
-        self.equal_loss = self.modalities * nce.equal_loss(args.nce_k)
+        moved = self.rule is not None and self.rule.positives  # their loss may well lie above
+        if not moved and args.head != "linear_wo_norm":
+            self.equal_loss = self.modalities * nce.equal_loss(args.nce_k)
         # Generators are in the same state on every rank. `mixing` draws coefficients and
         # permutations, `draws` bank rows or shuffles of keys, `patches` the jigsaws.
         mixing = torch.Generator(process.device).manual_seed(args.seed)
@@ -289,7 +291,7 @@ def worker(args, process: launch.Process) -> None:
         __file__,
         last="current.pth",
         numbered="ckpt_epoch_{}.pth",
-        same=(*resume.PICTURES, "arch", "modal", "mem", "head"),
+        same=("dataset", "arch", "modal", "mem", "head"),
         events=options.events(args, args.folder),
     )
     with loop.Job(args, process, args.folder, files) as job:

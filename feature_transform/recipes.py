@@ -30,11 +30,12 @@ PUBLISHED = dict(  # the published transformation
 def fill(args) -> None:
     """Fill in the values of --method for the flags that were not typed.
 
-    One note names the flags that were typed with another value.
+    The temperature of --preset compare stays. One note names the flags with another value.
     """
+    kept = args.typed | ({"nce_t"} if args.preset == "compare" else set())
     differing = []
     for flag, value in zip(FIELDS, METHODS[args.method]):
-        if flag not in args.typed:
+        if flag not in kept:
             setattr(args, flag, value)
         elif getattr(args, flag) != value:
             differing.append(f"--{flag} {getattr(args, flag)} ({value})")
@@ -42,7 +43,7 @@ def fill(args) -> None:
         args.dim_mask = published_dims(args)
     if differing and not int(os.environ.get("RANK", 0)):
         listed = ", ".join(differing)
-        print(f"note: typed flags win over --method {args.method}: {listed}", file=sys.stderr)
+        print(f"note: these flags win over --method {args.method}: {listed}", file=sys.stderr)
 
 
 def published_dims(args) -> str:

@@ -138,7 +138,14 @@ def read(args):
         )
     side = pretrained.input_res(args, opt)
     args = cli.replace(args, model=model, input_res=side, **pretrained.footing(opt))
-    footing.check(args, "crop", "aug")
+    if args.footing == "common":
+        for flag in ("crop", "aug"):
+            if flag in args.typed:
+                raise UserError(
+                    f"{saved.path} was trained with --footing common, which has its own view: "
+                    f"omit --{flag}"
+                )
+        args = cli.replace(args, crop=0.08, aug="footing")
     return saved, args
 
 

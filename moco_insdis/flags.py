@@ -109,7 +109,8 @@ def warn(args, n: int, job: loop.Job) -> None:
         also = f",{loss} a higher --nce_t{preset}"
         job.warn(options.long_queue("--nce_k", args.nce_k, n) + also)
     elif args.nce_k >= n:
-        job.warn(options.many_draws("--nce_k", args.nce_k, n) + ", and --exclude-self")
+        way_out = "" if args.exclude_self else ", and --exclude-self"
+        job.warn(options.many_draws("--nce_k", args.nce_k, n, way_out))
     if args.moco and not args.softmax and args.nce_z == "oneshot":
         job.warn(
             "MoCo with NCE and the Z of the first batch does not learn (11.6 % published), because "

@@ -43,7 +43,7 @@ from moco_insdis.contrast import KeyQueue, MemoryBank
 from moco_insdis.method import PREFIX, InstanceMethod, load_network
 from moco_insdis.networks import IMAGENET, normalize
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, resume
+from runner import checkpoint, knn, layouts, loop
 
 PRESETS = {
     # for CIFAR's 50,000 pictures, of which the published K, 16384, is a third
@@ -243,7 +243,7 @@ def worker(args, process: launch.Process) -> None:
         __file__,
         last="current.pth",
         numbered="ckpt_epoch_{}.pth",
-        same=(*resume.PICTURES, "model"),
+        same=("dataset", "model"),
         events=options.events(args, args.folder),
     )
     with loop.Job(args, process, args.folder, files) as job:

@@ -82,12 +82,13 @@ def evaluated(args, kind: str) -> str:
         more += ["--epochs", str(args.epochs)]
     demo = ["--demo", args.data]
     step("nonsem_neg/moco_non_sem_neg.py", *demo, "--robust", kind, *more, "--ckpt_path", run)
-    if args.fresh or not is_done(lincls, run):
+    again = args.fresh or not is_done(lincls, run)
+    if again:
         # The centre of enlarged pictures, as in the runs of EXPECTED.
         places = ["--pretrained", run, "--ckpt_path", lincls, "--eval-resize", "37"]
         step("nonsem_neg/main_lincls.py", *demo, *places, *seed, "--overwrite")
     sets = [f"--{name}={args.data}/{name}" for name in SETS]
-    places = ["--classifier", lincls, "--ckpt_path", row]
+    places = ["--classifier", lincls, "--ckpt_path", row, *(["--overwrite"] if again else [])]
     step("nonsem_neg/eval_robustness.py", *demo, *sets, *places)
     return row
 

@@ -9,6 +9,13 @@ from common import UsageError, backbones, cli, footing, options
 from nonsem_neg import textures
 from nonsem_neg.negatives import check_patch_range
 
+OF_PATCHES = ("patch_inclusive", "patch_turn")
+USELESS = {  # {--robust: flags that have no effect with it}
+    "none": (*OF_PATCHES, "texture_root", "num_nonsem", "alpha", "nonsem_bn"),
+    "patch": ("texture_root",),
+    "texture": OF_PATCHES,
+}
+
 
 class Positional(argparse.Action):
     """An optional positional argument that does not overwrite an option of the same name."""
@@ -35,7 +42,9 @@ def add_augmentation_arguments(group) -> None:
 def settle(args) -> None:
     """Fill in the defaults that depend on other flags, and check flags against each other."""
     settle_paths(args)
-    footing.check(args, "aug", "aug_plus", "schedule", "cos", "cos_from")
+    footing.check(args, "mlp", "aug", "aug_plus", "schedule", "cos", "cos_from")
+    if args.footing == "common":
+        args.mlp = True
     if args.patch_ratio is None:
         largest = 72 if args.demo else 56
         args.patch_ratio = [max(1, round(s * args.input_res / 224)) for s in (16, largest)]
@@ -43,6 +52,7 @@ def settle(args) -> None:
         args.aug = "v2" if args.aug_plus else "v1"
     if args.robust == "none":
         args.num_nonsem = 0
+    check_useless(args)
     if args.robust == "texture":
         settle_textures(args)
     if args.robust == "patch" and args.num_nonsem:
@@ -51,6 +61,18 @@ def settle(args) -> None:
     if args.moco_k % keys:
         name = "twice the global batch" if args.symmetric else "the global batch"
         raise UsageError(f"--moco-k {args.moco_k} must be a multiple of {name} {args.batch_size}")
+
+
+def check_useless(args) -> None:
+    """Raise UsageError for a typed flag that has no effect beside another one."""
+    for flag in USELESS[args.robust]:
+        if flag in args.typed:
+            name = flag.replace("_", "-")
+            raise UsageError(
+                f"--{name} has no effect with --robust {args.robust}; omit one of them"
+            )
+    if args.aug_plus and args.aug != "v2" and {"aug", "aug_plus"} <= args.typed:
+        raise UsageError(f"--aug-plus is --aug v2, not --aug {args.aug}; omit one of them")
 
 
 def settle_paths(args) -> None:
@@ -122,7 +144,7 @@ def add_negatives_arguments(group) -> None:
     text = "M, non-semantic negatives per query; 0: plain MoCo"
     group.add_argument("--num-nonsem", type=cli.count, default=1, help=text)
     text = "factor of the similarities of non-semantic negatives, inside the exponent"
-    group.add_argument("--alpha", type=cli.number(float), default=1.0, help=text)
+    group.add_argument("--alpha", type=cli.not_negative, default=1.0, help=text)
     text = "least and greatest side of a patch, pixels; default 16 56 at 224, else in proportion"
     sides = ("MIN", "MAX")
     group.add_argument(

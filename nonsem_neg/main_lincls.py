@@ -129,9 +129,8 @@ def read(args):
 
 def check_backbone(resumed: checkpoint.Saved, path: str) -> None:
     """Raise UserError where the resumed classifier has another backbone than --pretrained."""
-    if os.path.isdir(path):
-        path = layouts.newest(path) or path
-    if not os.path.isfile(path):
+    path = pretrained.file_at(path, "--pretrained", "name that of the pre-training")
+    if not os.path.isfile(path):  # it may have been removed since
         return
     named = checkpoint.load(path)
     both = [layouts.without_head(layouts.backbone(saved)) for saved in (resumed, named)]

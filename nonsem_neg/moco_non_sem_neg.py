@@ -42,7 +42,7 @@ from nonsem_neg.moco import MoCo
 from nonsem_neg.negatives import patch_negatives
 from nonsem_neg.views import normalize
 from preprocess import demo
-from runner import checkpoint, knn, layouts, loop, pretrained, resume
+from runner import checkpoint, knn, layouts, loop, pretrained
 
 PAPER = dict(
     arch="resnet50", epochs=200, mlp=True, moco_t=0.2, aug_plus=True, cos=True, num_nonsem=1,
@@ -291,7 +291,7 @@ def worker(args, process: launch.Process) -> None:
         flags="args",
         first=0,
         start=args.start_epoch,
-        same=(*resume.PICTURES, "texture_root", "arch"),
+        same=("dataset", "arch"),
     )
     with loop.Job(args, process, args.ckpt_path, files) as job:
         args = job.args

@@ -56,8 +56,7 @@ def open_pairs(args) -> tuple[FolderSet, FolderSet]:
     if collectives.rank() == 0 and not args.show_views:
         os.makedirs(args.ckpt_path, exist_ok=True)
         listing = os.path.join(args.ckpt_path, "unmatched.txt")
-    root = os.path.join(args.data, "train")
-    return pair_by_path(texture_set, root, unmatched_listing=listing)
+    return pair_by_path(texture_set, args.data, unmatched_listing=listing)
 
 
 def pair_by_path(

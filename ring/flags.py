@@ -104,6 +104,8 @@ def settle(args) -> None:
         is_labelled = args.dataset in sets.TORCHVISION_SETS
         args.nn_every = 1 if is_labelled or args.anneal == "accuracy" else 0
     settle_method(args)
+    if "exp_name" in args.typed:  # the demo's own folder alone may be overwritten
+        args.overwrite = "overwrite" in args.typed
     args.exp_name = args.exp_name or run_name(args)
     name = args.name or f"{args.exp_name}_{args.dataset}"
     args.folder = os.path.join(args.model_path, name)
@@ -133,6 +135,11 @@ def check(args) -> None:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} belongs to --method {BELONGS[name]}, or omit it")
     footing.check(args, "scheduler")
+    if args.method != "cmc":
+        footing.check(args, "augmentation")
+    for flag, other in (("k", "queue"), ("m", "ema")):
+        if {flag, other} <= args.typed:
+            raise UsageError(f"--{flag} and --{other} are one setting; omit one of the two")
     if args.method == "moco":
         _check_queue(args)
     elif args.k == 1 and args.self_negative and not args.all_ring:

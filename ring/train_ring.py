@@ -42,7 +42,7 @@ from ring import config, flags, monitor, negatives, sheet
 from ring.memories import KeyQueue, MemoryBank
 from ring.method import Method
 from ring.views import SIDES, last_operation
-from runner import checkpoint, knn, loop, resume
+from runner import checkpoint, knn, loop
 
 PRESETS = {
     "compare": dict(
@@ -271,7 +271,7 @@ def worker(args, process: launch.Process) -> None:
         last="last.ckpt",
         numbered="epoch={}.ckpt",
         first=0,
-        same=(*resume.PICTURES, "method", "resnet_version", "view"),
+        same=("dataset", "method", "resnet_version", "view"),
     )
     demo.ensure_for(args, process)
     if args.show_ring:

@@ -14,8 +14,6 @@ import torch
 from common import UserError, cli, collectives, launch, printable
 from runner import checkpoint, layouts
 
-PICTURES = ("dataset", "class_list")  # flags that select the training pictures
-
 
 @dataclass(frozen=True)
 class Files:
@@ -41,7 +39,7 @@ class Files:
     flags: str = "opt"
     first: int = 1
     start: int = 0
-    same: tuple[str, ...] = PICTURES
+    same: tuple[str, ...] = ("dataset",)
     by_epoch: bool = False
     events: bool | str = True
     suffix: str = ""

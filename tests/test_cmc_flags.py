@@ -88,6 +88,7 @@ BAD = {
         ["--data_folder", "x", "--views", "L,Q"],
         "--views L,Q: 'Q' is not made of channels of Lab",
     ),
+    "rows with NCE": (["--data_folder", "x", "--epoch-rows"], "--epoch-rows needs --softmax"),
     "no Z": (["--data_folder", "x", "--softmax", "--nce_z", "ema"], "--nce_z ema: InfoNCE"),
     "split AlexNet": (["--data_folder", "x", "--bn-splits", "2"], "--bn-splits 2"),
     "milestones": (["--data_folder", "x", "--lr_decay_epochs", "1,x"], "--lr-decay-epochs '1,x'"),

@@ -120,6 +120,7 @@ BAD = {
     "two losses": ("--loss biased --debiased True", "--loss biased and --debiased True"),
     "tau of another loss": ("--loss biased --tau_plus 0.1", "--tau_plus belongs to --loss"),
     "tau without a loss": ("--debiased False --M 2", "--M belongs to --loss debiased"),
+    "M without tau": ("--tau_plus 0 --M 2", "--M 2 has no effect with --tau_plus 0"),
     "M of another loss": ("--loss unbiased --dataset cifar10 --M 2", "--M belongs to --loss"),
     "no labels": ("--loss unbiased", "--loss unbiased needs the class of every"),
     "long warm-up": ("--epochs 5 --warmup_epochs 5", "5: must be fewer than --epochs 5"),

@@ -169,8 +169,7 @@ def test_untrained_weights_are_the_floor(workspace):
     network = evaluate.open_backbone("net.pth", CPU)[0]
     images = torch.randn(2, 3, 32, 32)
     given, first, again, other = (
-        net(images)
-        for net in (network, *(evaluate.untrained(network, seed) for seed in (0, 0, 1)))
+        net(images) for net in (network, *(evaluate.untrained(network, seed) for seed in (0, 0, 1)))
     )
     assert torch.equal(first, again) and first.shape == given.shape
     assert not torch.allclose(first, given) and not torch.allclose(first, other)

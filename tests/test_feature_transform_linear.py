@@ -256,7 +256,7 @@ def test_published_command_lines(capsys):
     args = main_linear.parse_args([*imagenet.split(), "--epochs", "100"])
     assert (args.milestones, args.dataset, args.n_class) == ((60, 80), "imagenet100", 1000)
     assert capsys.readouterr().err.startswith(
-        "note: these flags have no effect, as in the published code: --method (the checkpoint"
+        "note: these flags have no effect: --method (the checkpoint"
     )
     assert [round(rate(args, e), 6) for e in (1, 60, 61, 81)] == [30, 30, 3, 0.3]
     args = main_linear.parse_args(

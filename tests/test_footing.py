@@ -58,7 +58,7 @@ def test_three_places_print_one_k_nn(module_folder, name):
             return
         case.evaluation.main(case.linear_of(name, f"{name} linear", "--knn-k", "20"))
         if name == "moco":  # its evaluation has the view of the footing, whatever is typed
-            with pytest.raises(UsageError, match="--aug has no effect with --footing common"):
+            with pytest.raises(UserError, match="--footing common, .* own view: omit --aug"):
                 case.evaluation.main(case.linear_of(name, "none", "--aug", "NULL"))
     (result,) = (module_folder / f"{name} linear").rglob("result.json")
     assert json.loads(result.read_text())["knn_acc1"] == pytest.approx(monitor, abs=1e-4)
@@ -103,6 +103,23 @@ def test_presets_differ_in_nothing_but_the_method():
     for name, values in recorded.items():
         differing = {key for key in values if values[key] != first[key]}
         assert differing == OWN.get(name, set()) & values.keys(), name
+
+
+@pytest.mark.parametrize("name, flag", [("patch", "mlp"), ("transformed moco", "head")])
+def test_the_footing_has_its_head(name, flag):
+    parse = CASES[name].module.parse_args
+    published, common = (
+        getattr(parse(["--data", "DATA", "--footing", kind]), flag)
+        for kind in ("published", "common")
+    )
+    assert (published, common) in ((False, True), ("linear", "mlp"))
+
+
+def test_a_method_keeps_the_temperature_of_the_footing():
+    parse = CASES["transformed moco"].module.parse_args
+    words = ["--data", "DATA", "--method", "MoCov2"]
+    assert parse(words).nce_t == 0.2
+    assert parse([*words, "--preset", "compare"]).nce_t == 0.1
 
 
 WITHOUT_EFFECT = {  # {Case: a flag of what the footing decides}

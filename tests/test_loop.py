@@ -123,7 +123,7 @@ def train(
         __file__,
         last="last.pth",
         numbered="epoch_{}.pth",
-        same=(*resume.PICTURES, "model"),
+        same=("dataset", "model"),
         by_epoch=by_epoch,
         start=start_epoch,
         events=tensorboard or True,
@@ -535,11 +535,6 @@ REFUSED = {
         ["--dataset", "cifar10"],
         {},
         "was trained with --dataset folder, this run has cifar10",
-    ),
-    "class list": (
-        ["--class-list", "five.txt"],
-        {},
-        "was trained with --class_list the default, this run has five.txt",
     ),
     "fewer pictures": (
         [],

@@ -67,6 +67,9 @@ BAD = {
         "patch sides 16 to 72 do not fit pictures of 32",
     ),
     "two textures": (["x", "--robust", "texture", "--num-nonsem", "2"], "--num-nonsem 2"),
+    "alpha of nothing": (["x", "--robust", "none", "--alpha", "2"], "--alpha has no effect with"),
+    "root of nothing": (["x", "--texture-root", "y"], "--texture-root has no effect with --robust"),
+    "two augmentations": (["x", "--aug", "v1", "--aug-plus"], "--aug-plus is --aug v2, not"),
     "no convention": (["x", "--robust", "texture"], "has no '-texture'"),
 }
 
@@ -78,6 +81,7 @@ def test_bad_flags(name, capsys):
 
 BAD_VALUES = (
     "--moco-t 0", "--moco-k 0", "--lr -1", "--pres table1", "--nproc 0", "--robust bad",
+    "--alpha -1",
 )  # fmt: skip
 
 

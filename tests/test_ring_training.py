@@ -176,6 +176,7 @@ BAD = {
     ),
     "CMC's": (["--view", "YCbCr"], "--view belongs to --method cmc"),
     "MoCo's": (["--no-shuffle-bn"], "--shuffle-bn belongs to --method moco"),
+    "two lengths": (["--method", "moco", "--k", "64", "--queue", "128"], "--k and --queue are one"),
     "MoCo's queue": (["--queue", "64"], "--queue belongs to --method moco"),
     "GPU": (["--gpu-device", "0,1"], "--gpu-device 0,1 must be a number or cpu"),
 }

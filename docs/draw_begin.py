@@ -1,10 +1,12 @@
-"""Draw the first steps of two studies, a line for each seed: `python docs/draw_begin.py`.
+"""Draw logged numbers of three studies, a line for each seed: `python docs/draw_begin.py`.
 
 docs/begin.png shows when extrapolated positives collapse (results/small-collapse), docs/patches.png
-when patches outweigh the queue (results/small-patches).
+when patches outweigh the queue (results/small-patches), and docs/ages.png how the age of the rows
+enters CMC's loss (results/small-tuning).
 """
 
 import json
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -25,6 +27,12 @@ PATCHES = {
     "alpha2": ("alpha 2", "#d55e00"),
     "alpha2-init": ("alpha 2, from a trained backbone", "#cc79a7"),
 }
+
+AGES = {
+    "cmc": ("rows as they are", "#d55e00"),
+    "cmc-epoch-rows": ("rows of the epoch's start", "#0072b2"),
+}
+EQUAL = 2 * math.log(4097)  # the loss of CMC where all scores are equal
 
 
 def draw(axis: Axes, study: str, runs: dict, key: str, title: str) -> None:
@@ -61,6 +69,14 @@ def main() -> None:
     share.axhline(0.5, color="black", lw=1, ls="--")
     share.legend(fontsize="small")
     figure.savefig(HERE / "patches.png", dpi=130)
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    loss, spread = figure.subplots(1, 2)
+    draw(loss, "small-tuning", AGES, "loss", "loss")
+    draw(spread, "small-tuning", AGES, "epoch_feature_spread", "feature spread, mean of an epoch")
+    loss.axhline(EQUAL, color="black", lw=1, ls="--")
+    loss.legend(fontsize="small", loc="lower left")
+    figure.savefig(HERE / "ages.png", dpi=130)
 
 
 if __name__ == "__main__":

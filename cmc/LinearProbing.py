@@ -166,9 +166,8 @@ def build_network(saved, args, classes: int, process: launch.Process):
     network = networks.build_network(args.model, views, len(heads[0]), small_stem, mlp)
     checkpoint.load_into(network, state, saved.path)
     network = linear.freeze(network, process)
-    side = args.input_res
-    shapes = backbones.feature_shape(network, (sum(network.channels), side, side), args.layer)
-    features = pool([torch.zeros(1, *shape) for shape in shapes], args).shape[1]
+    image = torch.zeros(1, sum(network.channels), args.input_res, args.input_res)
+    features = embed(network, image.to(process.device), args).shape[1]
     return network, LinearClassifier(features, classes, args.model).to(process.device)
 
 

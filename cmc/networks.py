@@ -57,8 +57,8 @@ def check_alexnet(args) -> None:
     with torch.device("meta"):  # computes shapes alone, and raises where the pictures are too small
         views = colour.chosen_views(args)
         network = build_network(args.model, views, args.feat_dim, args.small_stem)
-    shape = (sum(network.channels), args.input_res, args.input_res)
-    backbones.feature_shape(network, shape, layer=1)
+        image = torch.zeros(1, sum(network.channels), args.input_res, args.input_res)
+    backbones.feature(network.eval(), image, layer=1)
 
 
 class HalfAlexNet(nn.Module):

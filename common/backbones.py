@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -141,25 +140,6 @@ def feature(model: nn.Module, x: Tensor, layer: int | None = None):
     return inputs_of_fc[0] if layer == 6 else output
 
 
-@torch.no_grad()
-def feature_shape(model: nn.Module, image_shape: tuple[int, int, int], layer: int | None = None):
-    """Return the shape of `feature` for one image (C, H, W); for `TwoTowers`, one shape per tower.
-
-    Runs one black image in evaluation mode; modes and batch-norm statistics do not change.
-    """
-    training = [module for module in model.modules() if module.training]
-    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
-    model.eval()
-    try:
-        out = feature(model, image, layer)
-    finally:
-        for module in training:
-            module.training = True
-    if isinstance(out, tuple):
-        return tuple(tuple(part.shape[1:]) for part in out)
-    return tuple(out.shape[1:])
-
-
 class WidthResNet(ResNet):
     """torchvision's residual network with all stages scaled by `width`, and a stem of 64 channels.
 
@@ -170,7 +150,6 @@ class WidthResNet(ResNet):
     pooling is adaptive: at 224 pixels it is the fixed 7x7 average, and other sizes work too.
     Parameter names are torchvision's: with width 1 and 3 channels its own network loads them. The
     convolutions are `common.convolution.Conv2d`.
-    Raises UsageError for an unsupported depth or width.
     """
 
     def __init__(
@@ -183,14 +162,6 @@ class WidthResNet(ResNet):
         small_stem: bool = False,
         narrow_stem: bool = False,
     ):
-        if depth not in BLOCKS:
-            raise UsageError(
-                f"depth {depth}: the depth must be one of {', '.join(map(str, BLOCKS))}"
-            )
-        if width <= 0 or 64 * width != int(64 * width):
-            raise UsageError(
-                f"width {width}: 64 times the width must be a whole number of channels"
-            )
         self.width = width  # before super().__init__, which calls _make_layer
         self.narrow_stem = narrow_stem
         super().__init__(*BLOCKS[depth], num_classes=1)

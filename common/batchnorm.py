@@ -76,13 +76,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             return self._at_once(x)
         if self.wide is not None:
             return self._as_channels(x)
-        if self.running == "mean":
-            return self._averaged(x.chunk(self.splits))
-        first, *others = x.chunk(self.splits)
-        parts = [super().forward(first)]
-        for part in others:
-            parts.append(batch_norm(part, None, None, self.weight, self.bias, True, 0.0, self.eps))
-        return torch.cat(parts)
+        return self._in_turn(x.chunk(self.splits))
 
     def _at_once(self, x: Tensor) -> Tensor:
         """Compute `forward` with operations over all parts at once, which a compiler can fuse.
@@ -103,18 +97,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """Move a running average (C,) towards the statistics of the batch (S, C)."""
         average.lerp_(batch.mean(0) if self.running == "mean" else batch[0], self.momentum)
 
-    def _averaged(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """Compute `forward`, and set the running statistics to their mean over the parts.
-
-        Every part starts from the previous running statistics.
-        """
+    def _in_turn(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Normalise part after part, each from the running statistics before this batch."""
         before = torch.stack([self.running_mean, self.running_var])
         after = before.repeat(self.splits, 1, 1)  # S x 2 x C
         out = []
         for part, (mean, var) in zip(parts, after):
             settings = (self.weight, self.bias, True, self.momentum, self.eps)
             out.append(batch_norm(part, mean, var, *settings))
-        mean, var = after.mean(0)
+        mean, var = after.mean(0) if self.running == "mean" else after[0]
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
         self.num_batches_tracked.add_(1)

@@ -196,8 +196,8 @@ def build_network(saved, args, classes: int, process: launch.Process):
         state = layouts.without_head(state)
     checkpoint.load_into(network, state, saved.path, flag="--model")
     network = linear.freeze(network, process)
-    shape = backbones.feature_shape(network, (3, args.input_res, args.input_res), args.layer)
-    features = pool(torch.zeros(1, *shape), args.layer).shape[1]
+    image = torch.zeros(1, 3, args.input_res, args.input_res, device=process.device)
+    features = embed(network, image, args).shape[1]
     classifier = LinearClassifier(features, classes, args.bn)
     if args.syncBN:
         classifier = synchronised(classifier, process)

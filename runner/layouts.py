@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -54,19 +52,14 @@ def strip_prefix(state: dict[str, Tensor], prefix: str = "module.") -> dict[str,
 # ------------------------------------------------------------------------------- files of a run
 
 
-def pretraining_patterns() -> tuple[str, ...]:
-    """Return the file name patterns of all papers' pre-training checkpoints."""
-    every = (pattern for paper in papers.find().values() for pattern in paper.checkpoints)
-    return tuple(dict.fromkeys(every))
-
-
 def by_age(folder: str | Path, patterns: tuple[str, ...] | None = None) -> list[Path]:
     """Return the checkpoints of a run folder, newest first.
 
     patterns: file name patterns; default: those of all papers' pre-training checkpoints.
     """
     if patterns is None:
-        patterns = pretraining_patterns()
+        declared = papers.find().values()
+        patterns = tuple({pattern: 0 for paper in declared for pattern in paper.checkpoints})
     paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
     paths = [path for path in paths if os.path.isfile(path)]  # not a circular link
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -107,7 +100,7 @@ def backbone(saved: dict) -> dict[str, Tensor]:
     if found is None and any(re.match(first, name) for name in state):
         found = state
     if found is None:
-        names = ", ".join(itertools.islice(_names(saved), 3)) or "no tensors at all"
+        names = printable(", ".join([*state, *saved][:3])) or "nothing"
         raise UserError(f"found no backbone in {path} (it has {names})")
     if {"conv1.0.weight", "layer1.0.conv1.weight"} <= found.keys():
         raise UserError(
@@ -127,15 +120,6 @@ def tensors(saved: dict) -> dict[str, Tensor]:
             return tensors(saved[key])
     named = ((name, value) for name, value in saved.items() if isinstance(value, Tensor))
     return {re.sub(WRAPPERS, "", str(name)): value for name, value in named}
-
-
-def _names(content: dict, before: str = "") -> Iterator[str]:
-    """Yield the names of all tensors in nested dicts, with dots between the levels."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _names(value, f"{before}{key}.")
-        elif isinstance(value, Tensor):
-            yield printable(f"{before}{key}")[:80]
 
 
 def _inside(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

@@ -313,7 +313,7 @@ def test_blur_equals_torchvision(height, width, k):
     close(op.apply(images, params), expected, 2e-6)
 
 
-def test_blur_kernel_rule_and_errors():
+def test_blur_kernel_rule():
     def reach(size):  # width of the spot a single bright pixel becomes
         dot = torch.zeros(1, 3, size, size)
         dot[:, :, size // 2, size // 2] = 1
@@ -321,11 +321,6 @@ def test_blur_kernel_rule_and_errors():
         return int((op.apply(dot, op.sample(1, seeded()))[0, 0, size // 2] > 0).sum())
 
     assert [reach(s) for s in (8, 32, 64, 96, 224)] == [3, 3, 7, 9, 23]
-    op = A.GaussianBlur(p=1.0)
-    with pytest.raises(ValueError, match="1x40 is too small"):
-        op.apply(torch.zeros(1, 3, 1, 40), op.sample(1))
-    with pytest.raises(ValueError, match="sigma"):
-        A.GaussianBlur((0.0, 2.0))
 
 
 def test_flip_grey_normalise_equal_torchvision():
@@ -485,19 +480,10 @@ def test_compose_prints_and_checks_itself():
     recipe = moco_recipe(8)
     with pytest.raises(TypeError, match="float images"):
         recipe.apply(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), recipe.sample(1))
-    for wrong in (
-        lambda: A.ColorJitter(hue=0.6),
-        lambda: A.ColorJitter(brightness=-1),
-        lambda: A.RandomGrayscale(1.1),
-        lambda: A.RandomResizedCrop(8, (1.0, 0.2)),
-        lambda: A.RandomHorizontalFlip(-0.1),
-        lambda: A.GaussianBlur(p=1.1),
-        lambda: A.ColorJitter(0.4, p=2.0),
-        lambda: A.ColorJitter(contrast=(0.5, 0.4)),
-        lambda: A.ColorJitter(saturation=(-0.1, 0.4)),
-    ):
-        with pytest.raises(ValueError):
-            wrong()
+    with pytest.raises(ValueError):
+        A.RandomResizedCrop(8, (1.0, 0.2))
+    with pytest.raises(ValueError):  # torchvision's
+        A.ColorJitter(hue=0.6).sample(1)
 
 
 def test_whole_recipe_equals_torchvision_step_by_step():

@@ -237,8 +237,6 @@ def test_folder_errors_name_the_thing(tmp_path):
         open_set(tmp_path / "file", "train")
     with pytest.raises(UsageError, match="no train/ folder: move class folders"):
         open_set(tmp_path, "train")
-    with pytest.raises(UsageError, match="splits train and val, not 'training'"):
-        open_set(tmp_path, "training")
 
     make_tree(tmp_path / "flat", each=1)
     (tmp_path / "torchvision" / "cifar-10-batches-py").mkdir(parents=True)
@@ -266,8 +264,6 @@ def test_folder_errors_name_the_thing(tmp_path):
         match="these class folders have no picture: cat; add pictures, remove the folder",
     ):
         open_set(tmp_path / "tree", "train")
-    with pytest.raises(UsageError, match="--dataset svhn is not one of folder, cifar10"):
-        open_set(tmp_path, "train", dataset="svhn")
 
 
 def test_errors_are_one_line(tmp_path):
@@ -378,8 +374,6 @@ def test_cifar(tmp_path, monkeypatch):
     assert len(val) == 3 and val.images.shape == (3, 3, 32, 32) and val.name == "cifar10/val"
     expected = FakeCifar(tmp_path, False, False).data[1]
     assert np.array_equal(val.images[1].permute(1, 2, 0).numpy(), expected)
-    with pytest.raises(UsageError, match="splits train, val, not 'unlabeled'"):
-        open_set(tmp_path, "unlabeled", dataset="cifar10")
     with pytest.raises(UsageError, match="other classes than the training set"):
         open_set(tmp_path, "val", dataset="cifar10", classes=["a"])
 
@@ -556,7 +550,7 @@ def test_evaluations_and_textures_want_classes(demo_set, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="flat-texture has no train/ folder: move"):
         moco_non_sem_neg.main(["flat-texture", *texture])
     with pytest.raises(
-        UsageError, match="flat/train: no such folder; it should hold the originals of"
+        UsageError, match="none of its .* textures has an original in .*flat .same class folder"
     ):
         moco_non_sem_neg.main(["flat", *texture, "--texture-root", str(demo_set)])
     moco_non_sem_neg.main(

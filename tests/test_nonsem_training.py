@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,6 +174,20 @@ def test_texture_negatives_are_paired_with_the_query_view(workspace):
     args = cli.replace(args, seed=0)
     (q, k, t), _, _ = next(iter(script.build_loader(args, launch.Process())))
     assert torch.equal(q, t) and not torch.equal(k, t)
+
+
+def test_a_class_may_be_named_train(workspace):
+    """As in CIFAR-100."""
+    for tree in ("named", "named-texture"):
+        for name in ("apple", "train"):
+            picture = next(Path("data/demo/train").glob("*/*"))
+            folder = Path(tree, "train", name)
+            folder.mkdir(parents=True)
+            shutil.copy(picture, folder)
+    args = script.parse_args(["named-texture", "--robust", "texture", "--ckpt_path", "run"])
+    originals, twins = textures.open_pairs(args)
+    assert [Path(path).parent.name for path in originals.paths] == ["apple", "train"]
+    assert len(twins) == 2
 
 
 def test_published_texture_convention(workspace):

@@ -504,8 +504,6 @@ def test_a_tree_for_a_pack_and_a_pack_for_a_tree(tree, packed, tmp_path):
         open_set(packed, "train")
     with pytest.raises(UsageError, match="no such folder"):
         open_set(tmp_path / "none", "train", dataset="packed")
-    with pytest.raises(UsageError, match="has the splits train and val"):
-        open_set(packed, "unlabeled", dataset="packed")
 
 
 @pytest.mark.gpu

@@ -95,8 +95,10 @@ def parse_args(argv=None):
     g.add_argument("--nce_z", choices=["ema", "oneshot"], default="ema", help=text)
     text = "never draw a picture as its own negative"
     g.add_argument("--exclude-self", action="store_true", help=text)
-    text = "with --softmax: compare with the rows as they were when the epoch began, so that their "
-    text += "age does not tell the positive from the negatives"
+    text = (
+        "with --softmax: compare with the rows as they were when the epoch began, so that their "
+        "age does not tell the positive from the negatives"
+    )
     g.add_argument("--epoch-rows", action="store_true", help=text)
     text = "batch-norm groups over all processes, as on that many GPUs"
     g.add_argument("--bn-splits", type=cli.positive_int, default=1, help=text)

@@ -65,7 +65,7 @@ def settle(args) -> None:
 
 def check_useless(args) -> None:
     """Raise UsageError for a typed flag that has no effect beside another one."""
-    for flag in USELESS[args.robust]:
+    for flag in USELESS.get(args.robust, ()):
         if flag in args.typed:
             name = flag.replace("_", "-")
             raise UsageError(

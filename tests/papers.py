@@ -111,7 +111,7 @@ README_BANK = f"{README} -b 32 --nce_k 64 --bn-splits 2 --print_freq 100"
 CASES = {
     "cmc softmax": Case(
         "cmc.train_CMC",
-        "--softmax --view YCbCr",
+        "--softmax --view YCbCr --epoch-rows",
         **BANK,
         sheet=("Y: Y", "CbCr: Cb", "CbCr: Cr"),
         mistakes=(SUMMED, SAME_ROWS),

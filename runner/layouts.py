@@ -59,7 +59,7 @@ def by_age(folder: str | Path, patterns: tuple[str, ...] | None = None) -> list[
     """
     if patterns is None:
         declared = papers.find().values()
-        patterns = tuple({pattern: 0 for paper in declared for pattern in paper.checkpoints})
+        patterns = tuple(dict.fromkeys(own for paper in declared for own in paper.checkpoints))
     paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
     paths = [path for path in paths if os.path.isfile(path)]  # not a circular link
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -100,7 +100,7 @@ def backbone(saved: dict) -> dict[str, Tensor]:
     if found is None and any(re.match(first, name) for name in state):
         found = state
     if found is None:
-        names = printable(", ".join([*state, *saved][:3])) or "nothing"
+        names = printable(", ".join(name[:80] for name in [*state, *saved][:3])) or "nothing"
         raise UserError(f"found no backbone in {path} (it has {names})")
     if {"conv1.0.weight", "layer1.0.conv1.weight"} <= found.keys():
         raise UserError(

@@ -44,16 +44,19 @@ def choose_classes(args):
     """Return the flags, with the list of ImageNet-100's classes where a tree has more than these.
 
     That is so for --dataset imagenet100 (the default). A tree without all of these classes is used
-    as it is, and so is one with as many classes as --n_class where --dataset was not typed, which
-    is how a published command means all of ImageNet. Raises UsageError where there is no such
-    folder.
+    as it is, unless the flag was typed and the tree has some of them and more than 100 in all: then
+    opening it names the missing ones. A tree with as many classes as --n_class is used as it is
+    where --dataset was not typed, which is how a published command means all of ImageNet. Raises
+    UsageError where there is no such folder.
     """
     if args.dataset != "imagenet100" or args.class_list:
         return args
     listed = set(sets.read_class_list(CLASS_LIST))
     folders = set(sets.folders_in(sets.split_folder(args.data, "train", bare=True)))
-    all_are_meant = "dataset" not in args.typed and getattr(args, "n_class", None) == len(folders)
-    if listed < folders and not all_are_meant:
+    is_typed = "dataset" in args.typed
+    all_are_meant = not is_typed and getattr(args, "n_class", None) == len(folders)
+    has_them = listed & folders if is_typed else listed <= folders
+    if has_them and len(folders) > len(listed) and not all_are_meant:
         return cli.replace(args, class_list=str(CLASS_LIST))
     return args
 

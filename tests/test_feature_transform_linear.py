@@ -9,7 +9,7 @@ from conftest import inside
 from safetensors.torch import load_file
 from vectors import close
 
-from common import UsageError, UserError, launch
+from common import UsageError, UserError, launch, sets
 from feature_transform import main_linear, networks, views
 from feature_transform.views import CLASS_LIST
 from runner import checkpoint, layouts, loop
@@ -301,7 +301,12 @@ def test_imagenet100_of_a_whole_tree(tmp_path):
     )  # published: ImageNet, without --dataset
     assert chosen("--n_class", str(len(listed) + 1), "--dataset", "imagenet100") == str(CLASS_LIST)
     (tmp_path / "train" / listed[0]).rmdir()
+    assert chosen() is None and chosen("--dataset", "imagenet100") is None  # 100, as some lists
+    (tmp_path / "train" / "n00000002").mkdir()
     assert chosen() is None
+    assert chosen("--dataset", "imagenet100") == str(CLASS_LIST)
+    with pytest.raises(UsageError, match=f"no such class folder in .*{listed[0]}"):
+        sets.open_set(tmp_path, "train", class_list=chosen("--dataset", "imagenet100"))
 
 
 def test_export(workspace, tmp_path, capsys):

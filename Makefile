@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 
 help:
 	@echo "make demo    pre-train, evaluate and print the robustness table on built-in pictures (two to five minutes on two CPU cores)"
-	@echo "make test    run the tests (some eight minutes on two cores; no network, no GPU)"
+	@echo "make test    run the tests (8 to 20 minutes on two cores; no network, no GPU)"
 	@echo "make lint    the formatter and the linter, as a change has to pass them"
 	@echo "make bench   measure speed on this machine, side by side with the usual alternatives; ARGS='--data TREE --photos FOLDER'"
 	@echo "make gpu     what waits for a GPU, in steps of ten minutes with records; make gpu ARGS='--cifar TREE', ARGS=--list, ARGS=--toy"
@@ -18,7 +18,7 @@ demo: .venv/run.stamp
 	$(BIN)/python nonsem_neg/demo.py
 
 test: .venv/dev.stamp
-	@echo "about 1,850 tests, some eight minutes on two cores, 3 GB of temporary files"
+	@echo "about 2,450 tests, 8 to 20 minutes on two cores, 3 GB of temporary files"
 	$(BIN)/python -m pytest
 
 lint: .venv/dev.stamp

@@ -73,7 +73,7 @@ def parse_args(argv=None):
     options.add_linear_sgd_arguments(g, text)
     linear.add_arguments(g)
     options.add_linear_run_arguments(parser, "./runs/cmc_linear")
-    options.add_hardware_arguments(parser, apex=True)
+    options.add_hardware_arguments(parser, opt_level=True)
     parser.ignore("TensorBoard gets a point every epoch", "tb_freq")
     parser.ignore("no code reads it", "log")
     parser.ignore("the classifier is trained by SGD", "beta1", "beta2")
@@ -108,7 +108,8 @@ def read(args):
         raise UsageError(f"--layer {layer}: --model {model} has the layers 1 to {last}")
     crop_low = args.crop_low
     if crop_low is None:  # the published code takes .08 there, whatever was typed
-        crop_low = 0.08 if args.dataset == "imagenet" and not is_alexnet else 0.2
+        is_imagenet_resnet = args.dataset == "imagenet" and not is_alexnet
+        crop_low = 0.08 if is_imagenet_resnet or opt.get("footing") == "common" else 0.2
     return saved, cli.replace(
         args,
         model=model,
@@ -166,7 +167,7 @@ def build_network(saved, args, classes: int, process: launch.Process):
     network = networks.build_network(args.model, views, len(heads[0]), small_stem, mlp)
     checkpoint.load_into(network, state, saved.path)
     network = linear.freeze(network, process)
-    image = torch.zeros(1, sum(network.channels), args.input_res, args.input_res)
+    image = torch.zeros(1, *backbones.input_shape(network, args.input_res))
     features = embed(network, image.to(process.device), args).shape[1]
     return network, LinearClassifier(features, classes, args.model).to(process.device)
 

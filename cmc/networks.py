@@ -57,7 +57,7 @@ def check_alexnet(args) -> None:
     with torch.device("meta"):  # computes shapes alone, and raises where the pictures are too small
         views = colour.chosen_views(args)
         network = build_network(args.model, views, args.feat_dim, args.small_stem)
-        image = torch.zeros(1, sum(network.channels), args.input_res, args.input_res)
+        image = torch.zeros(1, *backbones.input_shape(network, args.input_res))
     backbones.feature(network.eval(), image, layer=1)
 
 

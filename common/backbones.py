@@ -203,6 +203,11 @@ def splits_here(args, process: launch.Process) -> int:
     return splits
 
 
+def input_shape(network: nn.Module, side: int) -> tuple[int, int, int]:
+    """Return the shape (C, side, side) of a picture that a network or `TwoTowers` takes."""
+    return sum(getattr(network, "channels", (3,))), side, side
+
+
 class TwoTowers(nn.Module):
     """Two or more networks that share no weights, each on its own channels of one input.
 

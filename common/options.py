@@ -190,10 +190,13 @@ def add_monitor_arguments(group, negatives: str = "of all its negatives") -> Non
     add("--save_score", action="store_true", help=text)
 
 
-def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) -> None:
+def add_hardware_arguments(
+    parser, opt_level: bool = False, apex: bool = False, compile: bool = False
+) -> None:
     """Add the flags of processes, devices, data reading and precision, spelled as published.
 
-    apex: whether to add the flags of NVIDIA apex. compile: whether to add --compile.
+    opt_level: whether to add --opt-level. apex: whether to add --amp-backend, for a training.
+    compile: whether to add --compile.
     """
     group = parser.add_argument_group("hardware")
     add = group.add_argument
@@ -228,7 +231,7 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
         default=parser.get_default("workers") or 32,
         help=text,
     )
-    _add_precision_arguments(add, apex)
+    _add_precision_arguments(add, opt_level or apex, apex)
     if compile:
         add(
             "--compile",
@@ -237,8 +240,8 @@ def add_hardware_arguments(parser, apex: bool = False, compile: bool = False) ->
         )
 
 
-def _add_precision_arguments(add, apex: bool) -> None:
-    """Add --amp, and with apex the flags of NVIDIA's."""
+def _add_precision_arguments(add, opt_level: bool, apex: bool) -> None:
+    """Add --amp, and the flags of NVIDIA apex that are asked for."""
     text = (
         "autocast of the encoder: bfloat16, or float16 on old GPUs; --amp alone means on; "
         "auto: on, except that on a CPU a training times both ways first, and an evaluation "
@@ -253,9 +256,10 @@ def _add_precision_arguments(add, apex: bool) -> None:
         metavar="on|off|auto",
         help=text,
     )
-    if apex:
+    if opt_level:
         text = "level of apex; with torch's own --amp, both mean autocast with float32 weights"
         add("--opt-level", choices=["O1", "O2"], default="O2", help=text)
+    if apex:
         text = "implementation of --amp"
         add("--amp-backend", choices=["torch", "apex"], default="torch", help=text)
 
@@ -270,6 +274,11 @@ def check(args) -> None:
     if "amp_backend" in args.typed and not args.amp:
         raise UsageError(
             f"--amp-backend {args.amp_backend} needs --amp: add --amp, or omit the flag"
+        )
+    if getattr(args, "amp_backend", "torch") == "apex" and args.opt_level != "O1":
+        raise UsageError(
+            f"--amp-backend apex needs --opt-level O1: with {args.opt_level}, apex replaces the "
+            "network's forward, and a key network, its copy, would compute with the query's weights"
         )
     if "knn_data" in args.typed and not args.knn_every:
         raise UsageError(f"--knn-data {args.knn_data} needs --knn-every: add it, or omit the flag")

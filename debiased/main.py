@@ -128,14 +128,14 @@ def build_loader(args, process: launch.Process):
 def build_knn(args, process: launch.Process, pictures):
     """Return the loaders of the k-NN, whose bank holds those of these pictures that have a label.
 
-    Return None where --knn-every is 0, or where there is no val/ and the flag was not typed.
+    Return None where --knn-every is 0, or where there is no val/ and no flag of it was typed.
     """
     labelled = (pictures.targets >= 0).nonzero().flatten()
     bank = pictures if len(labelled) == len(pictures) else pictures.select(labelled)
     try:
         return knn.loaders(args, process, bank, plain_view(args))
     except UsageError as error:
-        if "knn_every" in args.typed:
+        if {"knn_every", "knn_data"} & args.typed:
             raise
         if process.is_main:
             print(f"note: there is no k-NN in this run: {error}", flush=True)

@@ -30,14 +30,15 @@ PUBLISHED = dict(  # the published transformation
 def fill(args) -> None:
     """Fill in the values of --method for the flags that were not typed.
 
-    The temperature of --preset compare stays. One note names the flags with another value.
+    The temperature of --preset compare and photos stays. One note names the typed flags
+    with another value.
     """
-    kept = args.typed | ({"nce_t"} if args.preset == "compare" else set())
+    kept = args.typed | ({"nce_t"} if args.preset in ("compare", "photos") else set())
     differing = []
     for flag, value in zip(FIELDS, METHODS[args.method]):
         if flag not in kept:
             setattr(args, flag, value)
-        elif getattr(args, flag) != value:
+        elif flag in args.typed and getattr(args, flag) != value:
             differing.append(f"--{flag} {getattr(args, flag)} ({value})")
     if args.dim_mask is None:
         args.dim_mask = published_dims(args)

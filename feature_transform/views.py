@@ -82,12 +82,15 @@ def recipe(args) -> augment.Compose:
     """Return the operations of one view: the augmentation --aug at --input-res.
 
     A is that of InsDis, MoCo and PIRL, B of MoCo-v2, C of CMC, D of InfoMin, E of CMC-v2. Blurs
-    have taps up to a tenth of the side (published: B by PIL, D and E with 23 taps at 224).
+    have taps up to a tenth of the side (published: B by PIL, D and E with 23 taps at 224). With the
+    common footing, views of colours are only cropped and flipped.
     """
-    if args.footing == "common" and args.modal == "RGB":
-        return footing.recipe(args)
-    crop = augment.RandomResizedCrop(args.input_res, scale=(SMALLEST_CROP[args.mem], 1.0))
     flip = augment.RandomHorizontalFlip()
+    if args.footing == "common":
+        if args.modal == "RGB":
+            return footing.recipe(args)
+        return augment.Compose(augment.RandomResizedCrop(args.input_res), flip, *last(vars(args)))
+    crop = augment.RandomResizedCrop(args.input_res, scale=(SMALLEST_CROP[args.mem], 1.0))
     grey = augment.RandomGrayscale(0.2)
     blur = augment.GaussianBlur((0.1, 2.0), p=0.5)
     sometimes = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)

@@ -86,7 +86,7 @@ def parse_args(argv=None):
     g.add_argument("--beta2", type=cli.fraction, default=0.999, help="beta 2 of Adam")
     linear.add_arguments(g)
     options.add_linear_run_arguments(parser, "./runs/moco_insdis_linear")
-    options.add_hardware_arguments(parser, apex=True)
+    options.add_hardware_arguments(parser, opt_level=True)
     parser.ignore("TensorBoard gets a point every epoch", "tb_freq")
     args = parser.parse_args(argv)
     options.check(args)

@@ -94,6 +94,8 @@ def check_method(args) -> None:
     for flag in foreign:
         if flag in args.typed:
             raise UsageError(f"--{flag.replace('_', '-')} belongs to {owner}, or omit it")
+    if args.syncBN and "bn_splits" not in args.typed:
+        args.bn_splits = 1  # whatever the preset says
     if args.syncBN and args.bn_splits > 1:
         raise UsageError(
             "--syncBN takes batch-norm statistics over all processes, --bn-splits over parts of a "

@@ -254,13 +254,14 @@ def worker(args, process: launch.Process) -> None:
         plain = inputs.plain_view(args, normalize(vars(args)))
         neighbours = knn.loaders(args, process, pictures, plain)
         method = build_method(args, pictures, len(loader), process)
+        splits = backbones.splits_here(args, process)
         job.begin(
             loader,
             method,
             method=type(method).__name__,
             loss="InfoNCE" if args.softmax else f"NCE, Z {args.nce_z}",
             crop=args.crop,
-            bn_groups=backbones.splits_here(args, process) * process.world_size,
+            bn_groups=1 if args.syncBN else splits * process.world_size,
         )
         flags.warn(args, len(pictures), job)
         for _ in job.epochs():

@@ -91,6 +91,10 @@ def parse(parser, argv) -> argparse.Namespace:
     path = args.config or args.file
     if path:
         values, dead = read(path, parser)
+        if _typed_over(args, values, "method"):
+            values.pop("m", None)  # a row's momentum in one method, the key network's in another
+        if _typed_over(args, values, "method", "negatives", "anneal"):
+            values.pop("exp_name", None)
         parser.set_defaults(**values)
         args = parser.parse_args(argv)
         if dead:
@@ -99,6 +103,11 @@ def parse(parser, argv) -> argparse.Namespace:
     del args.config, args.file
     _take_gpu_device(args)
     return args
+
+
+def _typed_over(args, values: dict, *names: str) -> bool:
+    """Return whether a typed flag differs from the file's value, or the file has none."""
+    return any(name in args.typed and getattr(args, name) != values.get(name) for name in names)
 
 
 def read(path: str, parser) -> tuple[dict, list[str]]:

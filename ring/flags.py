@@ -106,7 +106,10 @@ def settle(args) -> None:
     settle_method(args)
     if "exp_name" in args.typed:  # the demo's own folder alone may be overwritten
         args.overwrite = "overwrite" in args.typed
-    args.exp_name = args.exp_name or run_name(args)
+    if args.exp_name is None:
+        args.exp_name = run_name(args)
+    elif "exp_name" not in args.typed:  # a settings file's
+        args.exp_name += options.seed_suffix(args)
     name = args.name or f"{args.exp_name}_{args.dataset}"
     args.folder = os.path.join(args.model_path, name)
 
@@ -120,7 +123,8 @@ def run_name(args) -> str:
 def settle_method(args) -> None:
     """Fill in the defaults that depend on the method, and check flags against each other."""
     args.k = args.queue or args.k
-    args.m = args.m if args.ema is None else args.ema
+    if args.method == "moco" and args.ema is not None and "m" not in args.typed:
+        args.m = args.ema
     args.m = MOMENTA[args.method] if args.m is None else args.m
     if args.bn_splits is None:
         args.bn_splits = 8 if args.method == "moco" and args.shuffle_bn else 1

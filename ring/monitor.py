@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from common import UsageError, UserError, augment, data, inputs, launch, metrics, sets
-from ring import negatives
+from ring import negatives, thresholds
 from runner import checkpoint, knn
 
 
@@ -40,7 +40,10 @@ def narrowest_ring(args, method) -> tuple[int, int]:
 
 def no_ring(args, error: ValueError) -> UserError:
     """Return the error of `negatives.Rule` for an empty ring, with the flags that help."""
-    flags = f"--thres-outer {args.thres_outer}, --thres-inner {args.thres_inner}"
+    outer = f"--thres-outer {args.thres_outer}"
+    if args.anneal != "constant":
+        outer = f"--anneal {args.anneal}, which ends at {thresholds.END}"
+    flags = f"{outer}, --thres-inner {args.thres_inner}"
     return UserError(f"{flags}: {error}; change those, or take a longer queue or more data")
 
 

@@ -47,10 +47,10 @@ from runner import checkpoint, knn, loop
 PRESETS = {
     "compare": dict(
         options.COMPARE, resnet_version="resnet18-small", method="moco", k=4096, t=0.1,
-        m=0.99, nn_every=0, learning_rate=0.06,
+        ema=0.99, nn_every=0, learning_rate=0.06,
     ),
     "photos": dict(
-        options.PHOTOS, resnet_version="resnet18", method="moco", k=32, t=0.1, m=0.99,
+        options.PHOTOS, resnet_version="resnet18", method="moco", k=32, t=0.1, ema=0.99,
         thres_outer=0.5, thres_inner=0.25, nn_every=0, learning_rate=0.015,
     ),
     "demo": dict(
@@ -114,7 +114,8 @@ def recipe(args) -> augment.Compose:
     """Return the operations of one view; CMC has Tian et al.'s, crop, flip and both views."""
     if args.footing == "common" and args.method != "cmc":
         return footing.recipe(args)
-    crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
+    least = 0.08 if args.footing == "common" else 0.2
+    crop = augment.RandomResizedCrop(args.input_res, scale=(least, 1.0))
     grey = augment.RandomGrayscale(0.2)
     flip = augment.RandomHorizontalFlip()
     if args.method == "cmc":

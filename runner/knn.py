@@ -11,6 +11,7 @@ from torch import Tensor
 from common import (
     UsageError,
     augment,
+    backbones,
     cli,
     collectives,
     data,
@@ -133,7 +134,8 @@ def _beside(job, classifier, both, view) -> dict[str, float]:
     def embed(images: Tensor) -> Tensor:
         return classifier.embed(images).flatten(1)
 
-    one = torch.zeros((1, 3, args.input_res, args.input_res), device=job.process.device)
+    shape = backbones.input_shape(classifier.network, args.input_res)
+    one = torch.zeros((1, *shape), device=job.process.device)
     size = 4 * embed_images(embed, one).shape[1] * len(both[0])
     if size > MOST_BYTES:
         job.log.say(f"note: no k-NN beside it, as the features would take {size / 1e9:.0f} GB")

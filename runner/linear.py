@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import cli, collectives, data, inputs, launch, metrics, options, sets
+from common import backbones, cli, collectives, data, inputs, launch, metrics, options, sets
 from common.precision import Precision
 from runner import checkpoint, knn, layouts, loop, pretrained
 from runner.classifier import Classifier
@@ -158,13 +158,12 @@ def fit(
             recorded = {"classes": train_set.classes, "network": saved.path}
             recorded |= {"digest": spec.digest(saved, network), **spec.recorded(args, saved)}
         precision = Precision.of(args, process.device)
-        shape = (3, args.input_res, args.input_res)
 
         def embed(images):
             with precision.autocast():
                 return spec.embed(network, images, args)
 
-        precision.choose(network, shape, embed)
+        precision.choose(network, backbones.input_shape(network, args.input_res), embed)
         recorded["amp"] = precision.enabled
 
         kind = spec.method or Classifier

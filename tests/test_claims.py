@@ -260,7 +260,13 @@ def test_a_study_of_ones_own(root, capsys, monkeypatch):
     took = json.loads((root / "runs/studies/mine/one/a-s1/took.json").read_text())
     assert took["threads"] == max(1, launch.cores() // 2)
     claims.main(["--study", path, "--run", "--seeds", "4"])
-    assert "[1/2] mine one: a, seed 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[1/2] mine one: a, seed 3" in said and "note:" not in said
+    study(root, runs={"a": "1", "b": "5"})
+    claims.main(["--study", path, "--run"])
+    said = capsys.readouterr().out
+    assert "[1/" not in said and said.count("was made by other commands than it has now") == 4
+    assert "note: b, seed 3 was made" in said and "runs/studies/mine/one/b-s3\n" in said
 
 
 def test_a_study_may_end_with_a_training(root, capsys, monkeypatch):
@@ -301,6 +307,10 @@ def test_some_runs_may_end_with_an_earlier_step(root, capsys, monkeypatch):
     claims.main(["--study", path, "--run", "--seeds", "1"])
     said = flat(capsys.readouterr().out)
     assert " b 1 - 32.00" in said  # a training has no linear accuracy
+    (root / path).write_text(json.dumps(content))
+    claims.main(["--study", path, "--figure", "mine.png"])
+    assert "mine: b-a 0 - not run" in flat(capsys.readouterr().out)
+    (root / path).write_text(json.dumps(content | {"claims": []}))
     claims.main(["--study", path, "--run", "--seeds", "1"])
     assert "[1/" not in capsys.readouterr().out
 
@@ -309,7 +319,7 @@ def test_a_study_names_the_training_of_a_run_wherever_it_comes(root, monkeypatch
     monkeypatch.chdir(root)
     steps = [
         {"command": "python preprocess/prepare.py", "folder": "runs/prepared"},
-        {"command": "python {flags} {name}", "folder": "runs/{name}"},
+        {"command": "python {flags} {name} {seed}", "folder": "runs/{name}"},
     ]
     study(root, steps=steps, runs={"a": "cmc/train.py", "b": "ring/train.py"})
     setting = claim_records.setting("mine", "one", root / "mine.json")
@@ -325,7 +335,7 @@ def test_a_study_names_the_training_of_a_run_wherever_it_comes(root, monkeypatch
 
 def test_a_toy_run_leaves_a_whole_run_alone(root, monkeypatch):
     monkeypatch.chdir(root)
-    step = {"command": "python step.py x 0 1", "folder": "runs/shared", "toy": "9"}
+    step = {"command": "python step.py x {seed} 1", "folder": "runs/shared", "toy": "9"}
     (root / "runs/shared").mkdir(parents=True)
     (root / "runs/shared/kept").touch()
     with pytest.raises(UsageError, match="--toy: .*shared is also the folder of the whole run"):
@@ -336,7 +346,7 @@ def test_a_toy_run_leaves_a_whole_run_alone(root, monkeypatch):
 def test_a_run_of_a_study_may_have_any_name(root, monkeypatch):
     monkeypatch.chdir(root)
     name = "b [x] *? 'y' $z"
-    study(root, runs={"a": "1", name: "2"})
+    study(root, runs={"a": "1", "b": "2", name: "2"})
     setting = claim_records.setting("mine", "one", root / "mine.json")
     ((command, folder),) = setting.commands(name, 3)
     assert shlex.split(command) == ["python", "step.py", f"{name}-s3", "3", "2"]
@@ -353,6 +363,13 @@ def test_a_run_of_a_study_may_have_any_name(root, monkeypatch):
         ({"steps": [{"command": "python step.py"}]}, "'folder' is missing"),
         ({"steps": [{"command": "python step.py {data}", "folder": "x"}]}, "'data' is missing"),
         ({"steps": 3}, "'int' object"),
+        (
+            {"steps": [{"command": "torchrun step.py {seed}", "folder": "x"}]},
+            "a command must begin with `python SCRIPT`: torchrun",
+        ),
+        ({"steps": [{"command": "python step.py", "folder": "x"}]}, r"no command has \{seed\}"),
+        ({"numbers": []}, "`numbers` is empty"),
+        ({"runs": {"a": "1", "c": "2"}}, "a claim names the run b; there are a, c"),
     ],
 )
 def test_a_study_in_another_format_is_one_line(changes, said, root, monkeypatch):

@@ -270,6 +270,8 @@ def test_without_val_there_is_no_knn_unless_it_is_asked_for(workspace, demo_set,
     assert json.loads((workspace / "run/config.json").read_text())["options"]["knn_every"] == 0
     with pytest.raises(UsageError, match="no val/ folder"):
         script.main([*flags, "--overwrite", "--knn-every", "1"])
+    with pytest.raises(UsageError, match="MISSING"):
+        script.main([*flags, "--overwrite", "--knn-data", "MISSING"])
 
 
 def test_the_oracle_needs_a_class_of_every_picture(workspace, demo_set, tmp_path, monkeypatch):

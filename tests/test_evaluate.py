@@ -199,6 +199,22 @@ def refuse(error, match, out, *arguments) -> None:
     assert {path.name: path.read_text() for path in out.iterdir()} == before
 
 
+def test_the_folder_of_another_network_or_of_a_training_is_left_alone(demo_set, tmp_path):
+    network = tmp_path / "net.pth"
+    torch.save(backbones.build("resnet18", 0).state_dict(), network)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "result.json").write_text(json.dumps({"pretrained": "other.pth"}))
+    refuse(UsageError, "out holds the evaluation of other.pth: choose", out, network, demo_set)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "config.json").write_text("{}")
+    network.rename(tmp_path / "train" / "current.pth")
+    with pytest.raises(UsageError, match="train is the folder of a training"):
+        flags = ["--out", str(tmp_path / "train"), "--device", "cpu"]
+        evaluate.main([str(tmp_path / "train"), str(demo_set), *flags])
+    assert (tmp_path / "train" / "config.json").read_text() == "{}"
+
+
 def test_bad_input(demo_set, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

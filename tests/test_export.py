@@ -352,6 +352,10 @@ def test_the_key_encoder(folder, capsys):
             layouts.without_head(network.state_dict()),
         )
     bank("other.pth", nets[0])
+    assert os.path.isfile("torchvision_current_ema.pth")
+    with pytest.raises(UsageError, match="--out current.pth is the checkpoint itself"):
+        export.main(["current.pth", "--to", "torchvision", "--out", "current.pth"])
+    assert "model_ema" in torch.load("current.pth")
     with pytest.raises(UsageError, match="other.pth has no model_ema: omit --ema"):
         export.main(["other.pth", "--to", "torchvision", "--ema"])
 

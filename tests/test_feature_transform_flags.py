@@ -85,6 +85,8 @@ def test_what_is_typed_beats_a_method_and_is_said_once(capsys):
         said == "note: these flags win over --method InfoMin: --jigsaw False (True), "
         "--nce_t 0.3 (0.15)\n"
     )
+    assert parsed("--preset photos --method MoCov2").nce_t == 0.1
+    assert capsys.readouterr().err == ""
     assert parsed("--method CMCv2 --custom_head 2mlp_bn").head == "2mlp_bn"
     assert (
         parsed("--preset ft --method MoCo").expolation_mask

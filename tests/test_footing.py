@@ -10,7 +10,7 @@ from conftest import inside, says_no
 from papers import CASES
 from torch.nn import functional as F
 
-from common import UsageError, UserError, backbones, launch, metrics, nce, schedule
+from common import UsageError, UserError, augment, backbones, launch, metrics, nce, schedule
 from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views
@@ -103,6 +103,20 @@ def test_presets_differ_in_nothing_but_the_method():
     for name, values in recorded.items():
         differing = {key for key in values if values[key] != first[key]}
         assert differing == OWN.get(name, set()) & values.keys(), name
+
+
+COLOURS = {"cmc nce": "", "ring moco": "--method cmc", "transformed moco": "--modal CMC"}
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_colours_are_cropped_and_flipped_alone(name):
+    module = CASES[name].module
+    args = module.parse_args(["--preset", "compare", "--data", "DATA", *COLOURS[name].split()])
+    recipe = getattr(module, "recipe", views.recipe)(args)
+    flip, *rest = recipe.ops
+    assert recipe.geometry.scale == (0.08, 1.0)
+    assert type(flip) is augment.RandomHorizontalFlip
+    assert not any(isinstance(op, augment.ColorJitter | augment.RandomGrayscale) for op in rest)
 
 
 @pytest.mark.parametrize("name, flag", [("patch", "mlp"), ("transformed moco", "head")])

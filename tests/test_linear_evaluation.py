@@ -263,6 +263,17 @@ def test_a_classifier_goes_on_only_with_its_own_network_and_classes(
         evaluate(script, str(tmp_path / network), tmp_path / "out", *ONCE, "--resume", "auto")
 
 
+def test_views_of_five_channels_and_the_crop_of_the_footing(workspace, tmp_path):
+    views = "L,ab,YCbCr:CbCr"
+    network = networks.build_network("resnet18v1", colour.parse_views(views, "Lab"), 128, False)
+    flags = {"model": "resnet18v1", "view": "Lab", "views": views, "footing": "common"}
+    published(tmp_path / "three" / "ckpt_epoch_240.pth", network, **flags)
+    flags = (*ONCE, "--amp", "auto")
+    done, result = evaluate(CMC, str(tmp_path / "three"), tmp_path / "out", *flags)
+    derived = json.loads((done / "config.json").read_text())["derived"]
+    assert result["knn_acc1"] > 0 and derived["crop_low"] == 0.08
+
+
 def two_ranks(args, process):
     """Run in every process: both scripts on equal shares, and --bn on an odd set.
 

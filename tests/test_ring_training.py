@@ -265,6 +265,28 @@ def test_a_published_call_says_what_flags_say(tmp_path, capsys):
     ) | {"typed": 0}
 
 
+@pytest.mark.parametrize("preset", ["compare", "photos"])
+def test_a_preset_has_the_momentum_of_each_method(preset):
+    words = f"--preset {preset}"
+    assert parsed(words).m == 0.99 and parsed(f"{words} --m .9").m == 0.9
+    assert parsed(f"{words} --ema .9").m == 0.9
+    assert parsed(f"{words} --method ir").m == 0 and parsed(f"{words} --method cmc").m == 0.5
+
+
+def test_another_method_than_the_files_has_its_own_momentum_and_name():
+    path = str(ROOT / "ring/configs/cifar10_ir_ring.json")
+    for flags, m, name in (
+        ("", 0, "pretrain_ir_ring"),
+        ("--seed 7", 0, "pretrain_ir_ring_seed_7"),
+        ("--method moco", 0.999, "pretrain_moco_ring"),
+        ("--method cmc --m .7", 0.7, "pretrain_cmc_ring"),
+        ("--negatives ball", 0, "pretrain_ir_ball"),
+        ("--method ir --exp-name mine --seed 7", 0, "mine"),
+    ):
+        args = script.parse_args([path, *flags.split()])
+        assert (args.m, args.exp_name) == (m, name)
+
+
 def test_what_is_typed_beats_the_file_and_so_does_the_demo(tmp_path):
     path = written(tmp_path, loss_params__linear_anneal=True, loss_params__neighbor_views=True)
     args = script.parse_args([path, "--root", "x"])

@@ -55,7 +55,10 @@ def draw(path: str, setting: Setting | None, claims: list[Comparison]) -> None:
 
 def _draw_runs(axis, setting: Setting, runs: list[str], key: str) -> None:
     for row, run in enumerate(runs):
-        values = setting.values(run, key)
+        try:
+            values = setting.values(run, key)
+        except UserError:  # its steps do not record this number
+            continue
         axis.plot(values, [row] * len(values), "o", color=BLUE, alpha=0.5, markersize=5)
         axis.plot(statistics.mean(values), row, "|", color="black", markersize=14)
     axis.invert_yaxis()

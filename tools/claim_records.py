@@ -5,6 +5,7 @@ Nothing here runs or writes anything; see tools/claims.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -90,6 +91,12 @@ class Setting:
         """Tell whether the last step has ended. A training leaves took.json and no result."""
         folder = self.last_record(run, seed)
         return any((folder / name).is_file() for name in ("result.json", "took.json"))
+
+    def is_changed(self, run: str, seed: int) -> bool:
+        """Tell whether a recorded run was made by other commands than it has now."""
+        path = self.last_record(run, seed) / "took.json"
+        commands = [command for command, _ in self.commands(run, seed)]
+        return path.is_file() and json.loads(path.read_text())["commands"] != commands
 
     def seeds(self, run: str) -> list[int]:
         """Return the seeds that have records, sorted."""
@@ -215,8 +222,9 @@ def read_study(path: Path) -> dict:
             for number, step in enumerate(scale["steps"]):
                 step |= {"suffix": f"-{number}" if number else ""} | step
             tried = Setting(root=path.parent, paper=path.stem, scale=name, **scale)
-            tried.commands(next(iter(tried.runs)), 0)
+            _check_scale(tried)
         for claim in content.setdefault("claims", []):
+            _check_claim(claim, content["scales"])
             pair = f"{claim['better']} is better than {claim['than']}"
             usual = {"name": f"{claim['better']}-{claim['than']}", "claim": pair}
             claim |= usual | {"published": "-", "source": "-"} | claim
@@ -229,6 +237,31 @@ def read_study(path: Path) -> dict:
     else:
         return content
     raise UsageError(f"--study {printable(path)}: not in the format of docs/studies.md: {reason}")
+
+
+def _check_scale(setting: Setting) -> None:
+    """Raise ValueError where the runs of a study cannot be made, or not compared."""
+    commands = [command for command, _ in setting.commands(next(iter(setting.runs)), 0)]
+    for command in commands:
+        if not command.startswith("python "):
+            raise ValueError(f"a command must begin with `python SCRIPT`: {command}")
+    texts = [*(step["command"] for step in setting.steps), *setting.runs.values()]
+    if not any("{seed}" in text for text in texts):
+        raise ValueError("no command has {seed}, so that all seeds would be the same run")
+    if not setting.numbers:
+        raise ValueError("`numbers` is empty; name a key of result.json or metrics.jsonl")
+
+
+def _check_claim(claim: dict, scales: dict) -> None:
+    """Raise ValueError where a claim names a run or a number that no scale has."""
+    runs = {run for scale in scales.values() for run in scale["runs"]}
+    numbers = {key for scale in scales.values() for key in scale["numbers"]}
+    for run in (claim["better"], claim["than"]):
+        if run not in runs:
+            raise ValueError(f"a claim names the run {run}; there are {', '.join(sorted(runs))}")
+    if claim.get("number", min(numbers)) not in numbers:
+        listed = ", ".join(sorted(numbers))
+        raise ValueError(f"a claim names the number {claim['number']}; there are {listed}")
 
 
 def scales(root: Path = ROOT) -> list[str]:
@@ -298,16 +331,22 @@ class Comparison:
         return " − ".join(run for _, run in self.sides())
 
     def differences(self) -> dict[str, list[float]]:
-        """Return, for each number, better minus other of every seed that both have."""
+        """Return, for each number, better minus other of every seed that both have.
+
+        A number that one of the runs does not record has none.
+        """
         pair = self.sides()
         if not pair:
             return {}
         (a, better), (b, other) = pair
         seeds = self.seeds()
-        return {
-            key: [a.number(better, seed, key) - b.number(other, seed, key) for seed in seeds]
-            for key in self.setting.numbers
-        }
+        found = {key: [] for key in self.setting.numbers}
+        for key in found:
+            with contextlib.suppress(UserError):
+                found[key] = [
+                    a.number(better, seed, key) - b.number(other, seed, key) for seed in seeds
+                ]
+        return found
 
     def courses(self, key: str) -> list[list[tuple[float, float]]]:
         """Return, for each seed that both have, (the other's number, better minus other) by epoch.

@@ -202,6 +202,16 @@ def print_runs(setting: Setting) -> None:
     ]
     print(f"{setting.paper}, {setting.about}: mean ± standard deviation over the seeds\n")
     print(layout(["run", "seeds", *setting.names], rows, markdown=False) + "\n")
+    for run in setting.runs:
+        for seed in setting.seeds(run):
+            if setting.is_changed(run, seed):
+                suffixes = dict.fromkeys(step["suffix"] for step in setting.steps_of(run))
+                folders = (setting.record(run, seed, suffix) for suffix in suffixes)
+                listed = ", ".join(printable(folder) for folder in folders if folder.exists())
+                print(
+                    f"note: {run}, seed {seed} was made by other commands than it has now; to make "
+                    f"it again, delete {listed}"
+                )
 
 
 def main(argv=None, root: Path = ROOT) -> None:

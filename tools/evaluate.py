@@ -37,6 +37,7 @@ from common import (
     UserError,
     augment,
     cli,
+    files,
     inputs,
     launch,
     options,
@@ -83,8 +84,10 @@ def parse_args(argv=None):
     about = "seed of views, batches, what is kept back, and untrained weights"
     g.add_argument("--seed", type=cli.seed, default=0, help=about)
     g = parser.add_argument_group("run")
-    about = "folder of result.json and scores.png"
-    g.add_argument("--out", default="runs/evaluation", help=about)
+    about = "folder of result.json and scores.png; default: runs/evaluation/ and the label"
+    g.add_argument("--out", help=about)
+    about = "replace another network's evaluation in that folder"
+    g.add_argument("--overwrite", action="store_true", help=about)
     about = "name of this network in the table; default: its run folder, or its file"
     g.add_argument("--label", help=about)
     options.add_hardware_arguments(parser)
@@ -275,6 +278,26 @@ def default_label(file: Path) -> str:
     return file.parent.name if is_run else file.stem
 
 
+def open_folder(args, process: launch.Process, network: str) -> RunFolder:
+    """Return the records of this evaluation, in a folder that holds none of another network.
+
+    Raises UsageError where it does, unless --overwrite is given, or where it is a training's.
+    """
+    folder = Path(args.out)
+    if any(folder.glob("*.pth*")):
+        raise UsageError(f"--out {folder} is the folder of a training: give the evaluation its own")
+    earlier = folder / "result.json"
+    is_own = args.demo and "out" not in args.typed
+    if earlier.exists() and not (args.overwrite or is_own):
+        of = files.read_json(earlier).get("pretrained")
+        if of != network:
+            raise UsageError(
+                f"{folder} holds the evaluation of {of}: choose another --out, or pass --overwrite"
+            )
+    earlier.unlink(missing_ok=True)
+    return RunFolder(folder, args, process, tensorboard=False)
+
+
 def worker(args, process: launch.Process) -> None:
     if process.world_size > 1:
         raise UsageError("this runs in one process: omit --multiprocessing-distributed and --nproc")
@@ -293,10 +316,11 @@ def worker(args, process: launch.Process) -> None:
         raise UsageError(f"{args.data}: needs two training pictures or more of a class")
     opened = robustness_sets.open_sets(args, train_set.classes)
     val_sets = {name: pictures for name, (_, pictures, _) in opened.items()}
-    log = RunFolder(args.out, args, process, tensorboard=False)
+    label = args.label or default_label(Path(origin["pretrained"]).resolve())
+    args = cli.replace(args, out=args.out or os.path.join("runs/evaluation", label))
+    log = open_folder(args, process, origin["pretrained"])
     try:
         result, cosines = evaluate(args, process, network, operations, train_set, val_sets)
-        label = args.label or default_label(Path(origin["pretrained"]).resolve())
         title = f"{label}: {origin['arch']}, {origin['pretrained']}"
         print(f"\n{title}\n\n{table(result)}\n")
         warn(log, result)

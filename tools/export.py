@@ -83,6 +83,8 @@ def main(argv=None) -> None:
         inside = layouts.backbone(saved)
         state = choose_tower(inside, saved, args)
         out = output_file(args, path)
+        if out.exists() and out.samefile(path):
+            raise UsageError(f"--out {out} is the checkpoint itself: choose another file")
         trained_on = export_input.sentence(saved, layouts.towers(inside))
         line = recipe(state, saved, args, str(out))
     try:
@@ -153,6 +155,7 @@ def output_file(args, path: Path) -> Path:
     parts = [args.to, re.split(r"\.pth|\.ckpt|\.safetensors", path.name)[0]]
     if args.tower:
         parts.insert(1, args.tower)
+    parts += [flag for flag in ("ema", "bfloat16") if getattr(args, flag)]
     return out / ("_".join(parts) + SUFFIX[args.to])
 
 

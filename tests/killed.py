@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # NumPy's: one per core
 
 import torch
+import torch.utils.tensorboard  # noqa: F401  (once, before the forks)
 from conftest import slim_networks
 from papers import CASES, checkpoints
 

@@ -422,7 +422,7 @@ TRUNKS = {
     "resnet18": lambda: build("resnet18", 0),
     "resnet34": lambda: build("resnet34", 10, small_stem=True),
     "resnet18x0.5": lambda: WidthResNet(18, 2, 0.5, small_stem=True),
-    "resnet50x2": lambda: WidthResNet(50, 1, 2),
+    "resnet50x0.5": lambda: WidthResNet(50, 1, 0.5),
     "resnext50_32x4d": lambda: build("resnext50_32x4d", 0),
     backbones.SMALL: lambda: build(backbones.SMALL, 0),
 }

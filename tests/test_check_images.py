@@ -529,9 +529,9 @@ def test_which_imagenet100(tmp_path, capsys):
     assert report["imagenet100"]["in_both"] == 2 and len(report["imagenet100"]["missing"]) == 98
 
 
-def test_rate_in_plain_lines(capsys):
+def test_rate_in_plain_lines(capsys, monkeypatch):
     bar = workers.Rate("checking", 100, "pictures")
-    bar.started -= 2
+    monkeypatch.setattr(workers.time, "monotonic", lambda: bar.started + 2)
     bar.add(50)
     assert "checking: 50/100 pictures, 25/s, 0:0" in capsys.readouterr().err
 

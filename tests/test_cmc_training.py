@@ -157,6 +157,8 @@ def test_epoch_rows_are_those_of_the_first_step():
 
 def test_alexnet_and_other_spaces_train(workspace):
     train(
+        "--input-res",
+        16,
         "--model",
         "alexnet",
         "--small-stem",

@@ -507,6 +507,7 @@ FLAT_RUNS = {
 
 
 @pytest.mark.parametrize("script", FLAT_RUNS, ids=lambda script: script.__name__.rpartition(".")[2])
+@pytest.mark.usefixtures("slim_once")
 def test_every_pre_training_takes_them(demo_set, tmp_path, monkeypatch, capsys, script):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flat").symlink_to(make_tree(tmp_path / "photos", (".", "deeper"), each=8))
@@ -530,6 +531,7 @@ def test_every_pre_training_takes_them(demo_set, tmp_path, monkeypatch, capsys, 
     assert script.parse_args([*flags, "--dataset", "imagenet100"]).dataset == "imagenet100"
 
 
+@pytest.mark.usefixtures("slim_once")
 def test_evaluations_and_textures_want_classes(demo_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_tree(tmp_path / "flat", (".",), each=8)
@@ -1125,7 +1127,7 @@ def test_a_program_with_a_global_loader_ends(mixed):
         "for batch in loader:\n    raise SystemExit('left in the middle')\n"
     )
     command = [sys.executable, "-c", code, str(ROOT), mixed.root]
-    done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    done = subprocess.run(command, capture_output=True, timeout=240, text=True)
     assert (done.returncode, done.stderr.strip()) == (1, "left in the middle")
 
 

@@ -338,7 +338,7 @@ def test_two_processes_that_want_the_same_set_make_it_once(tmp_path):
         subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(2)
     ]
-    errors = [process.communicate(timeout=60)[1].decode() for process in both]
+    errors = [process.communicate(timeout=240)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert sum("making 70 files" in text for text in errors) == 1
     assert len(files(tmp_path / "demo")) == 70

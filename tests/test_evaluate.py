@@ -97,7 +97,7 @@ def test_geometry_of_features():
 SHAPES = (
     {"depth": 18},
     {"depth": 50, "width": 0.5},
-    {"depth": 18, "small_stem": True, "width": 2},
+    {"depth": 18, "small_stem": True, "width": 0.25},
 )
 
 

@@ -48,10 +48,9 @@ def test_coefficients_are_beta_distributed(alpha):
     )
     drawn = transform.coefficients((n // 4, 4), "beta", alpha, generator()).view(-1)
     assert largest_distance(drawn, true) < 2 * math.sqrt(2 / n)  # chance of more: 0.0007
-    assert (
-        largest_distance(transform.coefficients((n,), "uniform", alpha, generator()), true) < 0.01
-        or alpha != 1
-    )
+    if alpha == 1:
+        uniform = transform.coefficients((n,), "uniform", alpha, generator())
+        assert largest_distance(uniform, true) < 0.01
 
 
 def test_the_table_is_within_its_step_of_the_true_distribution():
@@ -237,12 +236,13 @@ def test_the_published_mixtures_have_62_percent_of_the_variance():
 
 @pytest.mark.parametrize("shape, unit", [("scalar", False), ("element", False), ("scalar", True)])
 def test_scores_of_mixed_negatives_vary_as_the_page_says(shape, unit):
-    """docs/feature_transform.md, "What mixed negatives do", for the coefficients of 500 steps."""
+    """docs/feature_transform.md, "What mixed negatives do", for the coefficients of many steps."""
     draws = generator()
     rows = F.normalize(torch.randn(2048, 64, generator=draws), dim=1)
     query = F.normalize(torch.randn(64, generator=draws), dim=0)
     rule = Rule(None, shape, False)
-    steps = [rule.draw(1, 64, len(rows), draws) for _ in range(500)]
+    count = 500 if shape == "scalar" else 50  # of 64 coefficients a row
+    steps = [rule.draw(1, 64, len(rows), draws) for _ in range(count)]
     mixed = [transform.negatives(rows, own.negative, own.order, unit) @ query for own in steps]
     share = torch.stack(mixed).var(1).mean() / (rows @ query).var()
     b = torch.stack([own.negative for own in steps])

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,10 +245,8 @@ def test_sigterm_saves_and_says_how_to_go_on(workspace):
             # As a scheduler does: parent and children, who get it twice.
             os.killpg(process.pid, signal.SIGTERM)
             break
-    started = time.monotonic()
     lines += process.stdout.readlines()
-    assert process.wait(60) in (0, 128 + signal.SIGTERM), "".join(lines)
-    assert time.monotonic() - started < 45
+    assert process.wait(240) == 128 + signal.SIGTERM, "".join(lines)
     assert "continue with --resume auto" in lines[-1]
     saved = checkpoint.load(workspace / "run/checkpoint_last.pth.tar")
     assert len(saved["generators"]) == 2 and equal(saved["generators"][0], saved["generators"][1])

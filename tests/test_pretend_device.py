@@ -28,7 +28,7 @@ def answers(demo_set, tmp_path_factory) -> dict:
             (small / "train" / pictures.name).mkdir(parents=True)
             for picture in sorted(pictures.iterdir())[:8]:
                 (small / "train" / pictures.name / picture.name).symlink_to(picture)
-    done = run_script("tests/on_pretend_device.py", cwd=folder, timeout=400)
+    done = run_script("tests/on_pretend_device.py", cwd=folder, timeout=1200)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     return {answer["check"]: answer for answer in answers}

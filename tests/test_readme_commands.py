@@ -55,9 +55,8 @@ FULL_WIDTH = {  # pages with scripts that tell networks by their widths, or hand
     "README.md",
     "feature_transform/README.md",
     "feature_transform/DETECTION.md",
-    "nonsem_neg/README.md",  # trains in a process of its own
-    "ring/README.md",
 }
+FULL_WIDTH_RUN = "ckpts/published"  # of nonsem_neg/README.md, trained in a process of its own
 
 
 def module_of(script: str):
@@ -113,8 +112,9 @@ def test_commands(page, placeholders):
         voc = demo_voc.ensure("data/demo-voc", trainval=6, test=3, size=64)
         for name in ("VOC2007", "VOC2012"):
             (placeholders / name).symlink_to(voc)
-    with contextlib.nullcontext() if page in FULL_WIDTH else slim_networks():
-        for line in lines:
+    for line in lines:
+        is_full = page in FULL_WIDTH or FULL_WIDTH_RUN in line
+        with contextlib.nullcontext() if is_full else slim_networks():
             run_line(line)
 
 

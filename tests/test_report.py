@@ -297,6 +297,6 @@ def test_control_characters_are_written_out(tmp_path, capsys):
 def test_as_a_program(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "report.py")]
     bad = write(tmp_path / "bad", RESULTS["linear"] | {"acc1": {}})
-    done = subprocess.run([*command, str(bad)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(bad)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -721,7 +721,7 @@ def test_only_regular_files_are_read_and_what_is_too_large_is_named(tree, tmp_pa
         "cpu",
         *SMALL["quilt"],
     ]
-    run_script(SCRIPT, *flags, timeout=60)
+    run_script(SCRIPT, *flags, timeout=240)
     assert len(files(tmp_path / "T")) == 6
     with pytest.raises(OSError, match="not a regular file"):
         texture_jobs.read_rgb(str(tree / "train" / "bird" / "pipe.png"))

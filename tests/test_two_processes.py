@@ -31,6 +31,7 @@ from runner.contract import At, Batch
 TOLERANCE = 1e-3  # relative; measured: at most 2.3e-4, by processor. The mistakes: 0.2 to 2
 ROWS = 8  # of the global batch of a step
 TORCHRUN = "patch"  # the Case that torchrun starts, too
+SMALL = ("-a", "resnet18-small")  # its network, as a process of torchrun has no slim ones
 MISTAKES = [(mistake, name) for name, case in CASES.items() for mistake in case.mistakes]
 
 
@@ -210,10 +211,11 @@ def job(args, process) -> None:
             (parts, "--save_score", "--stop-after", "1"),
             (parts, "--save_score", "--resume", "auto"),
         ]
-        # torchrun repeats one of these, in a process of its own, which has no slim networks
-        with contextlib.nullcontext() if name == TORCHRUN else slim_networks():
+        is_repeated = name == TORCHRUN
+        with contextlib.nullcontext() if is_repeated else slim_networks():
             for run in runs:
-                script.worker(script.parse_args(CASES[name].run_in(*run)), process)
+                flags = CASES[name].run_in(*run, *(SMALL if is_repeated else ()))
+                script.worker(script.parse_args(flags), process)
     if process.is_main:
         torch.save(answers, f"{process.world_size}.pt")
 
@@ -313,7 +315,7 @@ def test_two_processes_on_one_gpu_take_the_steps_of_one(module_folder):
 def test_torchrun_gives_what_nproc_gives(both):
     folder, case = both[2], CASES[TORCHRUN]
     script = case.module.__file__
-    start = [script, *case.run_in("torchrun", "--save_score", "--stop-after", "1")]
+    start = [script, *case.run_in("torchrun", "--save_score", "--stop-after", "1", *SMALL)]
     runner = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     command = [sys.executable, *runner, *start]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
@@ -329,6 +331,6 @@ def test_a_slurm_step_without_torchrun_is_one_line(workspace):
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}
     slurm |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
     script = CASES[TORCHRUN].module.__file__
-    done = run_script(script, *CASES[TORCHRUN].run_in("run"), cwd=workspace, timeout=60, **slurm)
+    done = run_script(script, *CASES[TORCHRUN].run_in("run"), cwd=workspace, timeout=240, **slurm)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "srun torchrun" in done.stderr

@@ -28,13 +28,13 @@ from PIL import Image
 from benchmarks.photographs import generate
 from preprocess import check_images, workers
 
-JOB = 32  # pictures of a job
+MIN_SIDE = 32  # pixels, the default of --min-side
 
 
 def plain_loop(pictures: check_images.Pictures) -> int:
     """Decode every picture; return how many cannot be."""
     bad = 0
-    for _, paths, _ in pictures.jobs(JOB):
+    for _, paths, _ in pictures.jobs(MIN_SIDE):
         for path in paths:
             try:
                 Image.open(path).load()
@@ -67,11 +67,11 @@ def script(pictures: check_images.Pictures, processes: int) -> tuple[float, floa
     def jobs():
         nonlocal began, starting
         while len(at_work) < processes:
-            yield 0, [], JOB
+            yield 0, [], MIN_SIDE
         now = time.perf_counter()
         starting = now - began
         began = now
-        yield from pictures.jobs(JOB)
+        yield from pictures.jobs(MIN_SIDE)
 
     for (start, seen), process, seconds in workers.in_processes(examine, jobs(), processes):
         at_work.add(process)
@@ -112,7 +112,7 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         tree = args.data or str(generate(Path(temporary)))
         pictures, files = open_pictures(tree, args.pictures)
-        paths = [path for _, paths, _ in pictures.jobs(JOB) for path in paths]
+        paths = [path for _, paths, _ in pictures.jobs(MIN_SIDE) for path in paths]
         kilobytes = sum(os.path.getsize(path) for path in paths) / len(pictures) / 1000
         print(
             f"{args.data or 'generated pictures'}: {files} files, mean {kilobytes:.0f} kB, "

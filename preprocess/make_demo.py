@@ -1,4 +1,4 @@
-"""Make the demo data set: ten textured shapes and six shifted test sets, drawn by the program.
+"""Make the demo data set: ten textured shapes and five shifted test sets, drawn by the program.
 
     python preprocess/make_demo.py data/demo
     python preprocess/make_demo.py data/demo --sheet docs/demo_pictures.png

@@ -229,11 +229,13 @@ class PixelFile:
         """Write the squares of a block. failures: (row in the block, reason) of unreadable rows."""
         if len(squares):
             self._write(squares, self.end)
-        self.count += len(squares)
-        for row, why in failures:
-            name = os.path.relpath(self.source.path(first + row), self.source.root)
-            self.failed.append([name, why])
-        self.done = first + len(squares) + len(failures)
+        count = self.count + len(squares)
+        done = first + len(squares) + len(failures)
+        names = [self.source.path(first + row) for row, _ in failures]
+        names = [os.path.relpath(name, self.source.root) for name in names]
+        failed = self.failed + [[name, why] for name, (_, why) in zip(names, failures)]
+        # At once, as Ctrl-C may come between two statements, and `save` follows it.
+        self.count, self.done, self.failed = count, done, failed
 
     def complete(self) -> None:
         """Write the final count into the header."""

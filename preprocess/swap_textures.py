@@ -17,6 +17,7 @@ kept, so the same command continues where it stopped. OUT/swapped.json holds the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from io import BytesIO
@@ -138,13 +139,22 @@ def plan(source: Path, out: Path, seed: int) -> list[Job]:
     paths = [str(path) for path in opened.paths]
     relative = [os.path.relpath(path, opened.root) for path in paths]
     targets = corruption_tree.target_names(relative, "png")
-    others = [np.flatnonzero(labels != label) for label in range(len(opened.classes))]
+    numbers = np.bincount(labels, minlength=len(opened.classes))
+    firsts = np.cumsum(numbers) - numbers  # pictures are in the order of their classes
     jobs = []
     for path, name, label in zip(paths, relative, labels):
         draws = np.random.default_rng([*corruption_tree.key_of(seed, name), STREAM])
-        texture = paths[draws.choice(others[label])]
-        jobs.append(Job(path, texture, str(out / targets[name])))
+        row = draws.integers(len(paths) - numbers[label])
+        row += numbers[label] * (row >= firsts[label])
+        jobs.append(Job(path, paths[row], str(out / targets[name])))
     return jobs
+
+
+def listing(jobs: list[Job], source: Path) -> str:
+    """Return the number of pictures and a digest of their names, on which every texture depends."""
+    names = [os.fsencode(os.path.relpath(job.source, source)) for job in jobs]
+    digest = hashlib.sha256(b"\0".join(names)).hexdigest()
+    return f"{len(jobs)} with names {digest[:12]}"
 
 
 def main(argv=None) -> None:
@@ -154,7 +164,7 @@ def main(argv=None) -> None:
     corruption_tree.check_out(out, source, Path(args.tree), SETTINGS)
     jobs = plan(source, out, args.seed)
     out.mkdir(parents=True, exist_ok=True)
-    record = {"seed": args.seed, "pictures": len(jobs), "shorter_side": SHORTER_SIDE}
+    record = {"seed": args.seed, "pictures": listing(jobs, source), "shorter_side": SHORTER_SIDE}
     for line in corruption_tree.settle(out / SETTINGS, record):
         print(line, flush=True)
     for folder in {os.path.dirname(job.target) for job in jobs}:

@@ -75,6 +75,9 @@ def test_the_set_keeps_classes_and_goes_on(tree, capsys):
     assert "1 made now" in capsys.readouterr().out and files[0].read_bytes() == before
     with pytest.raises(UsageError, match="begun with seed 0, not 1"):
         swap.main([str(tree), str(out), "-j", "1", "--seed", "1"])
+    (tree / "val/rose/0.jpg").rename(tree / "val/rose/9.jpg")  # another list draws other textures
+    with pytest.raises(UsageError, match="begun with pictures 6 with names .*, not 6 with names"):
+        swap.main([str(tree), str(out), "-j", "1"])
 
 
 def test_what_cannot_be_done_is_one_line(tree, capsys):

@@ -388,6 +388,7 @@ def test_a_study_in_another_format_is_one_line(changes, said, root, monkeypatch)
             "--toy: give each step of scale one its flags",
         ),
         (["--study", study(root), "--write"], "--write makes the pages of this project"),
+        (["--study", study(root), "--toy"], "--toy needs --run"),
     ):
         with pytest.raises(UsageError, match=message):
             claims.main(flags)

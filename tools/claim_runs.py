@@ -41,7 +41,7 @@ def make_pictures(part: dict, cifar: str | None, root: Path) -> None:
     elif not folder.exists():
         raise UserError(
             f"{part['name']} is not there: give --cifar TREE, a CIFAR-10 tree with train/CLASS/* "
-            "and test/"
+            "and val/ or test/"
         )
 
 

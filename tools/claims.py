@@ -59,6 +59,9 @@ def parse_args(argv=None):
     about = "write the tables of RESULTS.md, docs/ and results/ from the records"
     parser.add_argument("--write", action="store_true", help=about)
     args = parser.parse_args(argv)
+    for flag in ("toy", "jobs", "threads", "cifar"):
+        if flag in args.typed and not args.run:
+            raise UsageError(f"--{flag} needs --run: add it, or omit the flag")
     if args.study and args.write:
         raise UsageError("--write makes the pages of this project, not of a --study: take --figure")
     if args.jobs > 1 and args.threads is None:

@@ -139,7 +139,8 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that torch allocated on a GPU, or that this process held on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def checkpoint_size(script: str, trial: Trial) -> int:

@@ -236,7 +236,7 @@ def _folder_name(result: dict) -> str | None:
 def label_of(result: dict) -> str:
     """Return the label, or else the folder's name, without a seed: "moco" for "moco-s0"."""
     label = result.get("label") or _folder_name(result) or result["file"].parent.name
-    return re.sub(rf"[-_ ]*(s|seed)[-_ ]?{seed_of(result)}(?![^-_ ])", "", label) or label
+    return re.sub(rf"(?:^|[-_ ]+)(s|seed)[-_ ]?{seed_of(result)}(?![^-_ ])", "", label) or label
 
 
 def seed_word(seed: int | None) -> str:

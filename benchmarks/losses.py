@@ -169,12 +169,17 @@ def published_debiased(given: Given):
 
 
 def lightly(given: Given, size: int | None = None):
+    if "lightly" not in vars(given):
+        make_lightly(given, len(given.queue.queue) if size is None else size)
+    return given.lightly(given.query, given.key)
+
+
+def make_lightly(given: Given, size: int) -> None:
+    """Build lightly's loss, with a memory of its own where size is above 0."""
     from lightly.loss import NTXentLoss
 
-    size = len(given.queue.queue) if size is None else size
     shape = (size, given.query.shape[1]) if size else 0
-    criterion = given.__dict__.setdefault("lightly", NTXentLoss(T, memory_bank_size=shape))
-    return criterion(given.query, given.key)
+    given.lightly = NTXentLoss(T, memory_bank_size=shape)
 
 
 def metric(given: Given):
@@ -184,8 +189,10 @@ def metric(given: Given):
     if "metric" not in vars(given):
         given.metric = CrossBatchMemory(NTXentLoss(T), dim, memory_size=k)
         given.metric.add_to_memory(given.queue.queue, torch.arange(k), k)
+        given.labels = torch.arange(len(given.query)) + k
+    given.labels = given.labels + len(given.query)  # new ones in each step, as for MoCo
     z = torch.cat((given.query, given.key))
-    labels = (torch.arange(len(given.query)) + k).repeat(2)
+    labels = given.labels.repeat(2)
     is_key = torch.arange(len(z)) >= len(given.query)
     return given.metric(z, labels, enqueue_mask=is_key)
 
@@ -228,6 +235,8 @@ def measure(args) -> dict:
     small = Given(argparse.Namespace(batch=2, k=1000, dim=args.dim))
     torch.autograd.grad(loss(small), small.query)  # the libraries' own buffers and imports
     given = Given(args)
+    if (args.groups[0], args.side) == ("queue", "lightly"):
+        make_lightly(given, args.k)  # its memory is no part of the step, as that of the others
     before = resident()
     peak = Peak()
     peak.start()

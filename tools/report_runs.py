@@ -243,7 +243,7 @@ def seed_word(seed: int | None) -> str:
     """Return a seed as tables and legends show it: its number, "drawn" for one of DRAWN, or "-"."""
     if seed is None:
         return "-"
-    return "drawn" if seed in cli.DRAWN else str(seed)
+    return "drawn" if type(seed) is int and seed in cli.DRAWN else str(seed)
 
 
 def seed_of(result: dict):

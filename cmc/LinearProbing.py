@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmc import colour, networks
+from cmc import colour, flags, networks
 from cmc.networks import MODELS
 from common import (
     UsageError,
@@ -107,9 +107,8 @@ def read(args):
     if not 1 <= layer <= last:
         raise UsageError(f"--layer {layer}: --model {model} has the layers 1 to {last}")
     crop_low = args.crop_low
-    if crop_low is None:  # the published code takes .08 there, whatever was typed
-        is_imagenet_resnet = args.dataset == "imagenet" and not is_alexnet
-        crop_low = 0.08 if is_imagenet_resnet or opt.get("footing") == "common" else 0.2
+    if crop_low is None:
+        crop_low = flags.crop_low(args.dataset, model, opt.get("footing"))
     return saved, cli.replace(
         args,
         model=model,

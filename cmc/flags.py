@@ -18,9 +18,8 @@ def settle(args) -> None:
         if views == colour.default_views(args.view):
             args.views = None
     footing.check(args, "lr_decay_epochs", "lr_decay_rate")
-    if args.crop_low is None:  # on imagenet the published code takes .08, whatever was typed
-        is_imagenet_resnet = args.dataset == "imagenet" and args.model != "alexnet"
-        args.crop_low = 0.08 if is_imagenet_resnet or args.footing == "common" else 0.2
+    if args.crop_low is None:
+        args.crop_low = crop_low(args.dataset, args.model, args.footing)
     if args.nce_t is None:
         args.nce_t = 0.1 if args.dataset == "stl10" else 0.07
     if args.model == "alexnet":
@@ -37,6 +36,15 @@ def settle(args) -> None:
             "NCE would be wrong for hundreds of steps"
         )
     args.folder = options.run_folder(args, args.model_path, run_name(args))
+
+
+def crop_low(dataset: str, model: str, kind: str | None) -> float:
+    """Return the least share of a picture that a crop keeps where none was typed.
+
+    kind: the --footing. The published code takes .08 for a ResNet on imagenet, whatever was typed.
+    """
+    is_imagenet_resnet = dataset == "imagenet" and model != "alexnet"
+    return 0.08 if is_imagenet_resnet or kind == "common" else 0.2
 
 
 def run_name(args) -> str:

@@ -8,6 +8,8 @@ it counts epochs from 0, where the notebook counts from 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.optim import SGD
 
@@ -40,15 +42,14 @@ def normalize(flags: dict, published: augment.Normalize) -> augment.Normalize:
     return NORMALIZE if flags.get("footing") == "common" else published
 
 
-def recipe(args) -> augment.Compose:
-    """Return the operations of one view at --input-res: crop, flip, jitter, grey, normalise."""
-    return augment.Compose(
-        augment.RandomResizedCrop(args.input_res),  # .08 to 1 of the picture
-        augment.RandomHorizontalFlip(),
-        augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        augment.RandomGrayscale(0.2),
-        NORMALIZE,
-    )
+def recipe(args, colours: Sequence = ()) -> augment.Compose:
+    """Return the operations of one view at --input-res: crop, flip, jitter, grey, normalise.
+
+    colours: the operations that make CMC's views, which follow the crop and the flip alone.
+    """
+    rest = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), augment.RandomGrayscale(0.2), NORMALIZE
+    crop = augment.RandomResizedCrop(args.input_res)  # .08 to 1 of the picture
+    return augment.Compose(crop, augment.RandomHorizontalFlip(), *(colours or rest))
 
 
 def head(dim: int, feat_dim: int) -> nn.Sequential:

@@ -85,12 +85,10 @@ def recipe(args) -> augment.Compose:
     have taps up to a tenth of the side (published: B by PIL, D and E with 23 taps at 224). With the
     common footing, views of colours are only cropped and flipped.
     """
-    flip = augment.RandomHorizontalFlip()
     if args.footing == "common":
-        if args.modal == "RGB":
-            return footing.recipe(args)
-        return augment.Compose(augment.RandomResizedCrop(args.input_res), flip, *last(vars(args)))
+        return footing.recipe(args, last(vars(args)) if args.modal == "CMC" else ())
     crop = augment.RandomResizedCrop(args.input_res, scale=(SMALLEST_CROP[args.mem], 1.0))
+    flip = augment.RandomHorizontalFlip()
     grey = augment.RandomGrayscale(0.2)
     blur = augment.GaussianBlur((0.1, 2.0), p=0.5)
     sometimes = augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)

@@ -139,13 +139,13 @@ def plan(source: Path, out: Path, seed: int) -> list[Job]:
     paths = [str(path) for path in opened.paths]
     relative = [os.path.relpath(path, opened.root) for path in paths]
     targets = corruption_tree.target_names(relative, "png")
-    numbers = np.bincount(labels, minlength=len(opened.classes))
-    firsts = np.cumsum(numbers) - numbers  # pictures are in the order of their classes
+    counts = np.bincount(labels, minlength=len(opened.classes))
+    firsts = np.cumsum(counts) - counts  # pictures are in the order of their classes
     jobs = []
     for path, name, label in zip(paths, relative, labels):
         draws = np.random.default_rng([*corruption_tree.key_of(seed, name), STREAM])
-        row = draws.integers(len(paths) - numbers[label])
-        row += numbers[label] * (row >= firsts[label])
+        row = draws.integers(len(paths) - counts[label])  # among those of the other classes
+        row += counts[label] * (row >= firsts[label])
         jobs.append(Job(path, paths[row], str(out / targets[name])))
     return jobs
 

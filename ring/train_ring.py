@@ -112,10 +112,9 @@ def parse_args(argv=None):
 
 def recipe(args) -> augment.Compose:
     """Return the operations of one view; CMC has Tian et al.'s, crop, flip and both views."""
-    if args.footing == "common" and args.method != "cmc":
-        return footing.recipe(args)
-    least = 0.08 if args.footing == "common" else 0.2
-    crop = augment.RandomResizedCrop(args.input_res, scale=(least, 1.0))
+    if args.footing == "common":
+        return footing.recipe(args, [last_operation(args)] if args.method == "cmc" else ())
+    crop = augment.RandomResizedCrop(args.input_res, scale=(0.2, 1.0))
     grey = augment.RandomGrayscale(0.2)
     flip = augment.RandomHorizontalFlip()
     if args.method == "cmc":

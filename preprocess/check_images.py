@@ -139,7 +139,7 @@ def open_splits(args) -> list[Split]:
     if args.class_list:
         present = {name for folder in folders.values() for name in sets.folders_in(folder)}
         class_list = sets.read_class_list(args.class_list, present)
-    unlabelled = not (class_list or any(map(sets.folders_in, folders.values())))
+    unlabelled = not (class_list or sets.folders_in(folders.get("train") or args.tree))
     splits = [list_split(name, folder, class_list, unlabelled) for name, folder in folders.items()]
     compare_classes(splits)
     return splits

@@ -45,8 +45,7 @@ def find_splits(tree: str | Path) -> dict[str, Path]:
     for split, names in (("train", ("train",)), ("val", SPLIT_NAMES["val"])):
         present = [tree / name for name in names if (tree / name).is_dir()]
         if present:
-            with_folders = [folder for folder in present if sets.folders_in(folder)]
-            splits[split] = (with_folders or present)[0]
+            splits[split] = present[0]
     if len(splits) == 1 and not sets.folders_in(*splits.values()):
         if len(sets.folders_in(tree)) > 1:
             splits = {}

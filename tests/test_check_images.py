@@ -413,12 +413,20 @@ def test_pictures_without_classes_are_checked_for_pre_training(tree, tmp_path, c
         good.unlink()
     save(root / "train" / "a.png", seed=1)
     (root / "val").symlink_to(tree / "val")
-    code, _, report = check(root, capsys)  # what are the labels in val/ for?
-    assert code == 1 and answer(report, "no classes") == [("train", "train")]
+    code, _, report = check(root, capsys)  # labels in val/ are no reason not to train without them
+    assert code == 0 and answer(report, "unlabelled") == [("train", "train")]
+    assert report["splits"]["val"]["classes"] > 0
+
+
+def test_a_flat_val_is_reported_although_test_has_class_folders(tree, capsys):
+    (tree / "val").rename(tree / "test")
+    save(tree / "val" / "a.png", seed=1)  # the loader prefers val/
+    code, _, report = check(tree, capsys)
+    assert code == 1 and answer(report, "no classes") == [("val", "val")]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_split_without_class_folders_breaks_training(tree, capsys, split):
+def test_a_split_without_class_folders_is_reported(tree, capsys, split):
     for folder in list((tree / split).iterdir()):
         shutil.rmtree(folder)
     code, out, report = check(tree, capsys)
@@ -426,7 +434,10 @@ def test_a_split_without_class_folders_breaks_training(tree, capsys, split):
     assert not answer(report, "class mismatch")
     save(tree / split / "ILSVRC2012_val_00000001.JPEG", seed=1)
     code, out, report = check(tree, capsys)
-    assert code == 1 and "1 pictures lie in it directly" in out
+    if split == "train":
+        assert code == 0 and "no class folders: for pre-training only" in out
+    else:
+        assert code == 1 and "1 pictures lie in it directly" in out
 
 
 def test_class_list_and_limit(tree, tmp_path, capsys):

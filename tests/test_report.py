@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from common import UserError, cli
-from tools import report
+from tools import report, report_page
 
 NONSEM = "nonsem_neg/published.json"
 CMC = "cmc/published.json"
@@ -285,6 +285,28 @@ def test_a_page_holds_table_curves_scores_and_pictures_and_loads_nothing(tmp_pat
     for text in ("<moco>, resnet18", "0, 1", "30.50", "± 0.71", "<moco>-s0"):
         assert text in page.texts, text
     assert {"k-NN", "linear (tuned)", "RankMe"} <= {*page.texts}
+    assert "stylized" not in page.texts  # of which no run has a number
+
+
+def test_a_page_has_the_columns_of_the_tables_and_says_what_is_unfinished(tmp_path, capsys):
+    shifted = RESULTS["robustness"] | {"pending": ["sketch"]}
+    write(tmp_path / "shifted", shifted)
+    judged = {"corruption": 41.5, "backbone_epochs": 3, "backbone_epochs_asked": 24}
+    write(tmp_path / "judged", RESULTS["linear"] | judged)
+    report.main([str(tmp_path), "--html", str(tmp_path / "page.html"), "--sort", "corruption"])
+    assert "41.50" in capsys.readouterr().out
+    page = Page((tmp_path / "page.html").read_text())
+    assert {"clean", "corruption", "41.50"} <= {*page.texts}
+    names = "\n".join(page.texts)
+    assert "(unfinished: sketch)" in names and "(backbone NOT finished: 3 of 24 epochs)" in names
+
+
+def test_scores_of_a_page_stand_at_their_epochs(tmp_path):
+    (tmp_path / "scores").mkdir()
+    np.save(tmp_path / "scores/score_005.npy", np.full((4, 8, 5), 0.25, np.float32))
+    (tmp_path / "config.json").write_text(json.dumps({"derived": {"first_epoch": 1}}))
+    (points, *_) = report_page._scores_of(tmp_path).values()
+    assert [epoch for epoch, _ in points] == [4.25, 4.5, 4.75, 5]
 
 
 def test_control_characters_are_written_out(tmp_path, capsys):

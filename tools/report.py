@@ -33,6 +33,7 @@ from tools.report_runs import (
     published_table,
     seed_of,
     seed_word,
+    unfinished,
 )
 
 ABOUT = """\
@@ -75,7 +76,7 @@ def main(argv=None) -> None:
     found = tables(results, not args.no_published, chosen, args.sort)
     if args.html:
         rows = ordered(pool(results), args.sort)
-        report_page.write(args.html, rows, chosen or columns_of({"columns": []}, results))
+        report_page.write(args.html, rows, chosen or _columns_with_numbers(found, rows))
     print("\n\n".join(FORMATS[args.format](table) for table in found))
     if args.html:
         print(f"wrote {printable(args.html)}", file=sys.stderr)
@@ -122,6 +123,13 @@ def columns_of(published: dict, results: list[dict]) -> list[str]:
     return columns + sorted(name for name in masked if name.removesuffix("_masked") in columns)
 
 
+def _columns_with_numbers(found: list[Table], rows: list[Row]) -> list[str]:
+    """Return the columns of the tables in which a row has a number."""
+    own = len(_heads("", [])[0])  # columns in front of the numbers
+    columns = dict.fromkeys(name for table in found for name in table.columns[own:])
+    return [name for name in columns if any(row.values(name) for row in rows)]
+
+
 def ordered(rows: list[Row], sort: str | None) -> list[Row]:
     """Return the rows with the best mean of a column first, and those without it last."""
     if sort is None:
@@ -165,23 +173,6 @@ def _heads(first: str, columns: list[str]) -> tuple[list[str], list[str]]:
 
 def shown(value) -> str:
     return "-" if value is None else printable(str(value))
-
-
-def unfinished(results: list[dict]) -> str:
-    """Return, in brackets, what behind these results was not at its end.
-
-    That is how far a pre-training had come, or sets that tools/robustness.py had not come to.
-    """
-    text = ""
-    for result in results:
-        done = result.get("backbone_epochs")
-        asked = result.get("backbone_epochs_asked")
-        if isinstance(done, int) and isinstance(asked, int) and done < asked:
-            text = f" (backbone NOT finished: {done} of {asked} epochs)"
-    pending = dict.fromkeys(str(name) for one in results for name in one.get("pending") or ())
-    if pending:
-        text += f" (unfinished: {shown(', '.join(pending))})"
-    return text
 
 
 def cell(values: list[float]) -> str:

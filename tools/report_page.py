@@ -19,7 +19,7 @@ import numpy as np
 from common import files
 from runner.records import read as read_records
 from runner.scores import numbered
-from tools.report_runs import HEADINGS, Row, epochs_of, seed_of, seed_word
+from tools.report_runs import HEADINGS, Row, epochs_of, seed_of, seed_word, unfinished
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 COLOURS = (
@@ -75,7 +75,7 @@ def _table(rows: list[Row], columns: list[str]) -> str:
         swatch = f'<span style="background:{_colour(number)}"></span>'
         texts = [", ".join(seed_word(seed_of(result)) for result in row.results)]
         texts += [str(first.get("data") or "-"), str(epochs_of(first) or "-")]
-        cells = [f"<td>{swatch}{escape(row.name)}</td>"]
+        cells = [f"<td>{swatch}{escape(row.name + unfinished(row.results))}</td>"]
         cells += [f"<td>{escape(text)}</td>" for text in texts]
         cells += [_cell(row.values(column)) for column in columns]
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -105,14 +105,18 @@ def _panels(rows: list[Row], read) -> str:
 
 def curves_of(folder: Path) -> dict[str, Points]:
     """Return {title: (epochs, value) points} of a run's metrics.jsonl."""
-    config = json.loads((folder / "config.json").read_text())
-    steps = config.get("derived", {}).get("steps_per_epoch") or 1
+    steps = _derived(folder).get("steps_per_epoch") or 1
     records = [r for r in read_records(folder / "metrics.jsonl") if "step" in r]
     curves = {"loss of the pre-training": [(r["step"] / steps, r.get("loss")) for r in records]}
     for title, keys in CURVES.items():
         key = next((key for key in keys if any(key in record for record in records)), None)
         curves[title] = [(record["step"] / steps, record.get(key)) for record in records]
     return {title: kept for title, points in curves.items() if (kept := _finite(points))}
+
+
+def _derived(folder: Path) -> dict:
+    """Return the settings that a run has worked out, from its config.json."""
+    return json.loads((folder / "config.json").read_text()).get("derived", {})
 
 
 def _finite(points) -> Points:
@@ -124,13 +128,16 @@ def _finite(points) -> Points:
 def _scores_of(folder: Path) -> dict[str, Points]:
     """Return {title: (epochs, mean over the batch) points} of the scores that a run has kept."""
     curves: dict[str, Points] = {}
-    for epoch, path in enumerate(numbered(folder).values()):
+    paths = numbered(folder)
+    first = _derived(folder).get("first_epoch", min(paths, default=0))
+    for number, path in paths.items():
         scores = np.load(path, allow_pickle=False).astype(np.float64)  # (steps, batch, 5)
         valid = np.isfinite(scores)
         means = np.where(valid, scores, 0).sum(1) / np.where(valid.any(1), valid.sum(1), np.nan)
         for title, column in SCORES.items():
             points = curves.setdefault(title, [])
-            points += [(epoch + (i + 1) / len(means), v) for i, v in enumerate(means[:, column])]
+            values = means[:, column]
+            points += [(number - first + (i + 1) / len(values), v) for i, v in enumerate(values)]
     return {title: kept for title, points in curves.items() if (kept := _finite(points))}
 
 

@@ -27,6 +27,10 @@ SCORES = {  # {key in a result.json: heading}: in percent
     "linear_100": "linear (tuned)",
     "linear_10": "10 % labels",
     "linear_1": "1 % labels",
+    "corruption": "corruption",
+    "sketch": "sketch",
+    "stylized": "stylized",
+    "rendition": "rendition",
     "shape_bias": "shape bias",
 }
 MEASURES = {"alignment": "alignment", "uniformity": "uniformity", "rankme": "RankMe"}
@@ -237,6 +241,23 @@ def label_of(result: dict) -> str:
     """Return the label, or else the folder's name, without a seed: "moco" for "moco-s0"."""
     label = result.get("label") or _folder_name(result) or result["file"].parent.name
     return re.sub(rf"(?:^|[-_ ]+)(s|seed)[-_ ]?{seed_of(result)}(?![^-_ ])", "", label) or label
+
+
+def unfinished(results: list[dict]) -> str:
+    """Return, in brackets, what behind these results was not at its end.
+
+    That is how far a pre-training had come, or sets that tools/robustness.py had not come to.
+    """
+    text = ""
+    for result in results:
+        done = result.get("backbone_epochs")
+        asked = result.get("backbone_epochs_asked")
+        if isinstance(done, int) and isinstance(asked, int) and done < asked:
+            text = f" (backbone NOT finished: {done} of {asked} epochs)"
+    pending = dict.fromkeys(str(name) for one in results for name in one.get("pending") or ())
+    if pending:
+        text += f" (unfinished: {printable(', '.join(pending))})"
+    return text
 
 
 def seed_word(seed: int | None) -> str:

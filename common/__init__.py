@@ -29,6 +29,14 @@ def printable(path: str | os.PathLike) -> str:
     return "".join(escaped)
 
 
+def clock(seconds: float) -> str:
+    """Format seconds: 75 as "1:15", 3675 as "1:01:15"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
 def _leave_quietly(kind, error, trace, otherwise=sys.excepthook) -> None:
     """Exit with code 130 and no traceback if Ctrl-C is pressed while torch is being imported."""
     os._exit(130) if issubclass(kind, KeyboardInterrupt) else otherwise(kind, error, trace)

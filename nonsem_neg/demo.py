@@ -20,8 +20,7 @@ sys.path.insert(0, ROOT)
 
 import common  # isort: split
 
-from common import UserError, cli
-from runner.progress import clock
+from common import UserError, cli, clock
 
 SETS = ("corruption", "sketch", "stylized", "rendition", "cue-conflict")
 # The ranges are those of the records in results/nonsem_neg (seeds 0, 1, 2 on an Intel Xeon, one and

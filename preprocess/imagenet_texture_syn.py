@@ -49,7 +49,7 @@ import common  # isort: split
 import torch
 from PIL import Image
 
-from common import UsageError, UserError, cli, launch, printable, sets
+from common import UsageError, UserError, cli, clock, launch, printable, sets
 from preprocess import demo, workers
 from preprocess.texture_engines import (
     BATCH,
@@ -70,7 +70,6 @@ from preprocess.texture_options import (
 )
 from preprocess.texture_sheet import make_sheet
 from preprocess.texture_tree import check_out, list_jobs, missing_of, open_splits, settle
-from runner.progress import clock
 
 LOOKED_AT = 20  # pictures whose size is checked before the work
 ON_SHEET = 20  # most pictures on a sheet

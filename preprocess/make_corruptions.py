@@ -41,7 +41,7 @@ import numpy as np
 from PIL import Image
 from torchvision import transforms
 
-from common import UsageError, UserError, cli, inputs, launch, options, printable, sets
+from common import UsageError, UserError, cli, clock, inputs, launch, options, printable, sets
 from common.pictures import as_rgb
 from preprocess import demo, workers
 from preprocess.corruption_tree import (
@@ -56,7 +56,6 @@ from preprocess.corruption_tree import (
     target_names,
 )
 from preprocess.corruptions import CORRUPTIONS, corrupt
-from runner.progress import clock
 
 FORMAT = 2  # increase it if the same settings give other pictures
 SETTINGS = "corruptions.json"

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from common import UsageError, UserError, cli, files, launch, printable, sets
+from common import UsageError, UserError, cli, clock, files, launch, printable, sets
 from common.augment import ResizeCenterCrop
 from common.crops import decoded
 from common.files import only_writer
@@ -61,7 +61,6 @@ from preprocess.pack_files import (
     size_text,
 )
 from preprocess.workers import Rate, continue_hint, start_worker, system_reason
-from runner.progress import clock
 
 SIDE = 256  # pixels; an evaluation at 224 resizes to this
 SAVE_EVERY = 5.0  # seconds between markers, the most work that a crash repeats

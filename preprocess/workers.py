@@ -24,9 +24,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import UsageError, UserError, cli, files, launch
+from common import UsageError, UserError, cli, clock, files, launch
 from common.sets import SPLIT_NAMES, few
-from runner.progress import clock
 
 STALE = 3600  # seconds after which the writer of an unfinished file must be gone
 LINE_EVERY = 5.0  # seconds between two progress lines

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, collectives
+from common import UserError, clock, collectives
 
 # Only one process prints. The default lock of tqdm would be shared between processes.
 tqdm.set_lock(threading.RLock())
@@ -140,11 +140,3 @@ class Progress:
             self._read_back()
         self.bar.close()
         return self.means
-
-
-def clock(seconds: float) -> str:
-    """Format seconds: 75 as "1:15", 3675 as "1:01:15"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02d}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -32,7 +32,7 @@ def imported(path) -> set[str]:
 ALLOWED = {
     "common": {"common"},
     "runner": {"common", "runner"},
-    "preprocess": {"common", "runner", "preprocess"},
+    "preprocess": {"common", "preprocess"},
     "tools": {"common", "runner", "preprocess", "tools"},
 }
 VIEWS_OF_CMC = ("ring", "feature_transform")  # applied on top of CMC

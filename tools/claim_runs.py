@@ -15,11 +15,10 @@ import time
 from concurrent import futures
 from pathlib import Path
 
-from common import UserError
+from common import UserError, clock
 from common.files import ROOT
 from preprocess import demo, subset
 from runner.folder import environment
-from runner.progress import clock
 from tools.claim_records import FAILED, TOY_PICTURES, Setting
 
 KEPT = ("config.json", "metrics.jsonl", "result.json")

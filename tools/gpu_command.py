@@ -15,8 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import printable
-from runner.progress import clock
+from common import clock, printable
 
 
 @dataclass

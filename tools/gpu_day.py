@@ -37,11 +37,10 @@ import common  # isort: split
 
 import torch
 
-from common import UsageError, UserError, cli, printable
+from common import UsageError, UserError, cli, clock, printable
 from common.files import ROOT, only_writer, write_json
 from preprocess import demo
 from runner.folder import environment
-from runner.progress import clock
 from tools import claim_records
 from tools.gpu_command import Caller, Ended
 from tools.gpu_records import CUT, DONE, OUT_OF_TIME, check_budget, free_gib, judge, pack, rows_of

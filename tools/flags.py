@@ -30,7 +30,7 @@ COMMON = {  # {spelling that every script takes: its meaning}
     "batch-size": "global batch",
     "temperature": "temperature of the loss",
     "negatives-k": "negatives per query",
-    "queue": "the same, where it is the length of a queue",
+    "queue": "negatives per query, where they are the length of a queue",
     "ema": "momentum of the key encoder",
     "weight-decay": "weight decay",
 }
@@ -57,7 +57,8 @@ ALL_HEAD = """
 ## All flags of the train scripts
 
 Cells are the defaults without a preset. `none` means that other flags decide, or that it is left
-out; `-` is a flag that the script lacks. The meaning is that of the first script with the flag.
+out; `-` is a flag that the script lacks. Scripts word the meaning of a flag for their own method;
+here it is in the words of one of them.
 """
 
 
@@ -151,9 +152,15 @@ def all_table(parsers: dict[str, cli.Parser]) -> str:
             own = [name for name, other in found.items() if other is action]
             first = next((name for name in COMMON if name in own), own[0])
             cells = [default_of(flags[first]) if first in flags else "-" for flags in of_script]
-            rows.setdefault(first, [f"`--{first}`", *cells, text_of(action)])
+            rows.setdefault(first, [f"`--{first}`", *cells, meaning_of(first, action)])
     heads = ["flag", *map(_folder, parsers), "meaning"]
     return markdown(heads, sorted(rows.values(), key=lambda row: row[0].lower()))
+
+
+def meaning_of(name: str, action: argparse.Action) -> str:
+    if name in AMBIGUOUS:
+        return "several, [see above](#one-spelling-several-meanings)"
+    return COMMON.get(name) or text_of(action)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

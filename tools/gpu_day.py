@@ -10,8 +10,8 @@ others that is their record. A step that fails is recorded as such, and the othe
     python tools/gpu_day.py throughput cifar20 --again throughput
     python tools/gpu_day.py --toy                       # every step at toy size, on any device
 
-On a rented machine that ends a call after ten minutes and forgets what it wrote, a day is the calls
-1 to 4; each brings back one file, which is unpacked in the project's root. It holds records and
+On a batch system with a short time limit and no lasting disk, a day is the calls 1 to 4; each brings
+back one file, which is unpacked in the project's root. It holds records and
 logs but no checkpoints, so a step that was cut short starts over there (claims keep the runs that
 have ended):
 

@@ -15,8 +15,6 @@ from collections import OrderedDict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # isort: split
-
 import torch
 import torch.nn.functional as F
 from torch import nn

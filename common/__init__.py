@@ -1,7 +1,6 @@
 """Provide what every script needs and no paper claims: data, augmentation, networks, memories."""
 
 import os
-import sys
 
 
 class UserError(Exception):
@@ -35,11 +34,3 @@ def clock(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{seconds:02d}"
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _leave_quietly(kind, error, trace, otherwise=sys.excepthook) -> None:
-    """Exit with code 130 and no traceback if Ctrl-C is pressed while torch is being imported."""
-    os._exit(130) if issubclass(kind, KeyboardInterrupt) else otherwise(kind, error, trace)
-
-
-sys.excepthook = _leave_quietly

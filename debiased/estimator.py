@@ -22,8 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # isort: split
-
 import torch
 
 from common import UsageError, UserError, cli, files, footing, inputs, launch, options

@@ -17,8 +17,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # isort: split
-
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN

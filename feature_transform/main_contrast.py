@@ -19,8 +19,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # isort: split
-
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 

@@ -18,13 +18,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # isort: split
-
 from pathlib import Path
 
 import numpy as np
 
-from common import UsageError, UserError, cli, files, printable
+from common import UsageError, cli, files, printable
 from feature_transform import score_figures
 from feature_transform.score_figures import NAMES
 from feature_transform.score_files import Run

@@ -18,8 +18,6 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import common  # isort: split
-
 from common import UserError, cli, clock
 
 SETS = ("corruption", "sketch", "stylized", "rendition", "cue-conflict")

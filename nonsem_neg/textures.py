@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common import UsageError, collectives, files, printable
+from common import UsageError, collectives, printable
 from common.sets import TORCHVISION_SETS, FolderSet, few, open_set, pictures_below
 from nonsem_neg.negatives import pair_names, stem_of
 

@@ -29,8 +29,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 import numpy as np
 
 from common import UsageError, UserError, cli, files, launch, printable, sets

@@ -32,8 +32,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 from common import UsageError, UserError, cli, launch, printable, sets
 from common.files import only_writer
 from preprocess.imagenet_splits import Split, find_splits, list_missing, missing_file

@@ -35,8 +35,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 import numpy as np
 from PIL import Image
 from torchvision import transforms

@@ -19,8 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common  # isort: split
-
 import torch
 
 from common import UsageError, augment, backbones, cli, files, inputs, launch, options, schedule

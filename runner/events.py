@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from common import UsageError
 from runner import papers
 
 OWNER = ".run"  # a file in a folder of events: the path of the run that writes them

@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UsageError, UserError, cli, collectives, files, launch, printable
+from common import UsageError, cli, collectives, files, launch, printable
 from runner import events
 
 

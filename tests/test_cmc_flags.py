@@ -8,7 +8,6 @@ from conftest import ROOT, says_no
 
 from cmc import colour, flags
 from cmc import train_CMC as script
-from common import backbones
 from runner import layouts, loop
 
 

@@ -5,10 +5,8 @@ folders that do not collide, what was typed marked as typed.
 """
 
 import argparse
-import ast
 import importlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,40 +68,6 @@ def test_the_answer_is_the_same_as_a_script_and_as_a_module(tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert "argument --nce_k/--negatives-k: invalid int value: 'many'" in done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_common_is_imported_before_anything_that_takes_a_while(script):
-    """So that Ctrl-C during the imports is quiet; see common/__init__.py."""
-    for node in ast.parse((ROOT / script).read_text()).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            name = getattr(node, "module", None) or node.names[0].name
-            top = name.partition(".")[0]
-            if top == "common":
-                return
-            assert top in sys.stdlib_module_names, f"{script} imports {name} before common"
-    raise AssertionError(f"{script} does not import common")
-
-
-@pytest.mark.parametrize("script", ["cmc/train_CMC.py", "nonsem_neg/main_lincls.py"])
-def test_ctrl_c_during_the_imports_is_quiet(script, tmp_path):
-    slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
-    (tmp_path / "torch.py").write_text(slow)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), "--demo"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "importing\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, out, err) == (130, "", "")
 
 
 # --------------------------------------------------------------------------------------- flags

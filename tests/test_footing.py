@@ -10,7 +10,7 @@ from conftest import inside, says_no
 from papers import CASES
 from torch.nn import functional as F
 
-from common import UsageError, UserError, augment, backbones, launch, metrics, nce, schedule
+from common import UserError, augment, backbones, launch, metrics, nce, schedule
 from common.files import ROOT
 from common.pictures import ArraySet
 from feature_transform import views

@@ -24,8 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 from common import UsageError, UserError, cli, launch, printable
 from common.files import ROOT
 from tools import claim_figure, claim_pages, claim_records, claim_runs

@@ -28,8 +28,6 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks

@@ -17,8 +17,6 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 import safetensors.torch
 import torch
 import torchvision

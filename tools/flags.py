@@ -14,8 +14,6 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 from common import cli, files
 from common.files import ROOT
 from runner import papers

@@ -10,10 +10,9 @@ others that is their record. A step that fails is recorded as such, and the othe
     python tools/gpu_day.py throughput cifar20 --again throughput
     python tools/gpu_day.py --toy                       # every step at toy size, on any device
 
-On a batch system with a short time limit and no lasting disk, a day is the calls 1 to 4; each brings
-back one file, which is unpacked in the project's root. It holds records and
-logs but no checkpoints, so a step that was cut short starts over there (claims keep the runs that
-have ended):
+On a batch system with a short time limit and no lasting disk, a day is the calls 1 to 4; each
+brings back one file, which is unpacked in the project's root. It holds records and logs but no
+checkpoints, so a step that was cut short starts over there (claims keep the runs that have ended):
 
     python3 tools/gpu_day.py --call 1 --budget 580 --pack day-1.tgz
 """
@@ -32,8 +31,6 @@ from datetime import datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import common  # isort: split
 
 import torch
 

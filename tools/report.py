@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common  # isort: split
-
 from common import UsageError, cli, printable
 from tools import report_page
 from tools.report_runs import (

@@ -121,7 +121,7 @@ def read(args):
 def files(args, saved):
     """Return the run folder (published name and layer), its files, and the best epoch's file."""
     name = (
-        f"calibrated_{pretrained.parent(saved)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
+        f"calibrated_{pretrained.name_of(saved.path)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
         f"_decay_{args.weight_decay}_view_{args.view}"
     )
     if args.amp:

@@ -68,10 +68,10 @@ def parse_milestones(text: str | Iterable[int], flag: str = "--lr-decay-epochs")
         milestones = sorted(map(int, text.split(",") if is_filled else text or ()))
     except ValueError:
         raise UsageError(
-            f"{flag} '{text}': give whole epochs with commas between them, like 120,160,200"
+            f"{flag} '{text}': give whole numbers with commas between them, like 120,160,200"
         ) from None
     if min(milestones, default=0) < 0 or len(set(milestones)) < len(milestones):
         raise UsageError(
-            f"{flag} '{text}': epochs must be distinct and not negative, like 120,160,200"
+            f"{flag} '{text}': they must be distinct and not negative, like 120,160,200"
         )
     return tuple(milestones)

@@ -124,7 +124,7 @@ def files(args, saved):
     """Return the run folder, its files, and the best epoch's file."""
     file = os.path.basename(saved.path).partition(".")[0]
     name = (
-        f"{pretrained.parent(saved)}_{file}_{args.protocol}"
+        f"{pretrained.name_of(saved.path)}_{file}_{args.protocol}"
         f"_bsz_{args.batch_size}_lr_{args.learning_rate}"
     )
     same = ("dataset", "protocol")

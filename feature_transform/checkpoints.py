@@ -123,7 +123,7 @@ def load_memory(memory: KeyQueue | MemoryBank, saved: checkpoint.Saved) -> None:
     if n != memory.n:
         length = f"--nce_k {n}" if mem == "moco" else f"{n} training pictures"
         raise UserError(f"{saved.path} was made with {length}, this run has {memory.n}")
-    checkpoint.load_into(memory, rows, saved.path, flag="--feat_dim")
+    checkpoint.load_into(memory, rows, saved.path)
 
 
 def load_pointer(memory: KeyQueue, saved: checkpoint.Saved) -> None:

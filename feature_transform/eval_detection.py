@@ -62,7 +62,7 @@ def parse_args(argv=None):
     g.add_argument("--pretrained", default="", metavar="PATH|none", help=text)
     text = "take the key encoder of the checkpoint (model_ema)"
     g.add_argument("--use_ema", action="store_true", help=text)
-    text = "network with random weights; otherwise the checkpoint determines it"
+    text = "network with random weights (--pretrained none); a checkpoint determines its own"
     g.add_argument("-a", "--arch", default="resnet50", help=text)
     text = "batch-norm: sync: trained over all processes; plain: over each; frozen: not trained"
     g.add_argument("--norm", choices=["sync", "plain", "frozen"], default="sync", help=text)
@@ -139,6 +139,8 @@ def settle(args) -> None:
     if args.pretrained == "none" and (args.norm == "frozen" or args.use_ema):
         flag = "use_ema" if args.use_ema else "norm frozen"
         raise UsageError(f"--{flag} needs a network: give --pretrained CHECKPOINT")
+    if args.pretrained != "none" and "arch" in args.typed:
+        raise UsageError("--arch: the checkpoint determines the network; omit it")
     times = args.batch_size / PUBLISHED["batch"]
     if args.iterations is None:
         args.iterations = max(1, round(PUBLISHED["iterations"] / times))
@@ -152,10 +154,10 @@ def settle(args) -> None:
 
 
 def run_name(args) -> str:
-    network = "scratch"
+    network = f"scratch_{args.arch}"
     if args.pretrained != "none":
-        path = os.path.abspath(args.pretrained)
-        network = os.path.basename(path if os.path.isdir(path) else os.path.dirname(path))
+        path = pretrained.file_at(args.pretrained, "--pretrained", "name the folder of a run")
+        network = pretrained.name_of(path)
         network = f"{network}_ema" if args.use_ema else network
     return (
         f"{network}_norm_{args.norm}_bsz_{args.batch_size}_lr_{args.learning_rate:g}"
@@ -305,7 +307,7 @@ def report(job: loop.Job, saved: checkpoint.Saved | None, values: dict) -> None:
     folder = "random weights"
     if saved is not None:
         origin = pretrained.origin(saved)
-        folder = pretrained.parent(saved)
+        folder = pretrained.name_of(saved.path)
     seed = origin["seed"]
     settings = {
         **origin,

@@ -61,7 +61,7 @@ def add_method_arguments(g) -> None:
     g.add_argument("-m", "--nce_m", type=cli.fraction, default=0.5, help=text)
     text = "moco: momentum of the key encoder"
     g.add_argument("--alpha", "--moco-m", "--ema", type=cli.fraction, default=0.999, help=text)
-    g.add_argument("--beta", type=cli.fraction, default=0.5, help="jigsaw: weight of its loss")
+    g.add_argument("--beta", type=cli.fraction, default=0.5, help="weight of the jigsaw's loss")
     text = "batch-norm groups over all processes, as on that many GPUs; default: moco 8, bank 1"
     g.add_argument("--bn-splits", type=cli.positive_int, help=text)
 
@@ -75,7 +75,7 @@ def add_transformation_arguments(g) -> None:
     text = "extrapolate positives: coefficients above 1 move a pair apart; off: from 0 to 1"
     spellings = ("--expolation_mask", "--extrapolation_mask")
     g.add_argument(*spellings, action=cli.OnOff, default=False, help=text)
-    text = "how far positives are extrapolated: their coefficients are from 1 to 1 plus this"
+    text = "how far positives are extrapolated: coefficients lie between 1 and 1 + POS_REACH"
     g.add_argument("--pos_reach", type=cli.positive, default=1.0, help=text)
     text = "distribution of the coefficients"
     g.add_argument("--mask_distribution", choices=["uniform", "beta"], default="beta", help=text)
@@ -95,7 +95,10 @@ def add_transformation_arguments(g) -> None:
     g.add_argument("--neg_alpha", type=cli.positive, default=1.6, help="a of the negatives")
     text = "bring transformed features back to unit length"
     g.add_argument("--postmix_norm", action=cli.OnOff, default=False, help=text)
-    text = "what --postmix_norm is applied to: query and key (pos), negatives (neg), or both"
+    text = (
+        "what --postmix_norm is applied to: query and key (pos, as published, even where only "
+        "negatives are transformed), negatives (neg), or both"
+    )
     g.add_argument("--norm_target", choices=["pos", "neg", "both"], default="pos", help=text)
     text = "transform after this epoch; epochs count from 1"
     g.add_argument("--mix_start_epoch", type=cli.count, default=0, help=text)
@@ -110,10 +113,10 @@ def settle(args) -> None:
         raise UsageError(options.NO_DATA)
     recipes.fill(args)
     check(args)
+    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
     if args.footing == "common":
         args.head = "mlp"
-    args.milestones = schedule.parse_milestones(args.lr_decay_epochs)
-    if args.batch_size > 256 and "warm" not in args.typed:
+    elif args.batch_size > 256 and "warm" not in args.typed:
         args.warm = True
     if args.bn_splits is None:
         args.bn_splits = 8 if args.mem == "moco" else 1
@@ -123,9 +126,7 @@ def settle(args) -> None:
 def check(args) -> None:
     """Raise UsageError for flags that contradict each other or have no effect together."""
     typed = args.typed
-    footing.check(args, "head", "lr_decay_epochs", "lr_decay_rate", "cosine", "warm")
-    if args.modal == "RGB":
-        footing.check(args, "aug")
+    footing.check(args, "head", "aug", "lr_decay_epochs", "lr_decay_rate", "cosine", "warm")
     alone = [flag for flag in OF_MIXNORM if flag in typed]
     if alone and not args.mixnorm:
         raise UsageError(f"--{alone[0]} belongs to --mixnorm; add that, or omit it")
@@ -157,6 +158,18 @@ def check_coefficients(args) -> None:
                 "they are: take pos or posneg, or omit it"
             )
         args.expolation_mask = False
+        for flag in ("pos_reach", "neg_query"):
+            if flag in typed:
+                raise UsageError(
+                    f"--{flag} has no effect with --mixnorm_target neg, which leaves query and key "
+                    "as they are: take pos or posneg, or omit it"
+                )
+    is_idle = {args.norm_target, args.mixnorm_target} == {"pos", "neg"}
+    if "norm_target" in typed and args.postmix_norm and is_idle and args.head != "linear_wo_norm":
+        raise UsageError(
+            f"--norm_target {args.norm_target}: with --mixnorm_target {args.mixnorm_target} those "
+            "features keep unit length; name the side that is transformed"
+        )
     if "dim_mask" in typed and {args.dim_mask, args.mixnorm_target} == {"pos", "neg"}:
         raise UsageError(
             f"--dim_mask {args.dim_mask}: with --mixnorm_target {args.mixnorm_target} those are "

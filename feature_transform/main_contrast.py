@@ -49,7 +49,7 @@ PRESETS = {
     ),
     "photos": dict(
         options.PHOTOS, **recipes.PUBLISHED, arch="resnet18", head="mlp", nce_k=32, nce_t=0.1,
-        alpha=0.99, learning_rate=0.015,
+        alpha=0.99, learning_rate=0.015, mix_start_epoch=66,  # earlier, features collapse
     ),
     "demo": dict(
         recipes.PUBLISHED, data="data/demo", dataset="folder", method="MoCov2", arch="resnet18",
@@ -128,6 +128,8 @@ class Method:
         moved = self.rule is not None and self.rule.positives  # their loss may well lie above
         if not moved and args.head != "linear_wo_norm":
             self.equal_loss = self.modalities * nce.equal_loss(args.nce_k)
+        if moved:
+            self.remedies = "to begin later (--mix_start_epoch) or from a trained network (--init)"
         # Generators are in the same state on every rank. `mixing` draws coefficients and
         # permutations, `draws` bank rows or shuffles of keys, `patches` the jigsaws.
         mixing = torch.Generator(process.device).manual_seed(args.seed)
@@ -289,7 +291,7 @@ def worker(args, process: launch.Process) -> None:
         __file__,
         last="current.pth",
         numbered="ckpt_epoch_{}.pth",
-        same=("dataset", "arch", "modal", "mem", "head"),
+        same=("dataset", "arch", "modal", "mem", "head", "feat_dim", "jigsaw"),
         events=options.events(args, args.folder),
     )
     with loop.Job(args, process, args.folder, files) as job:

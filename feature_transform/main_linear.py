@@ -137,7 +137,7 @@ def run_name(args, parent: str) -> str:
 
 def files(args, saved):
     """Return the run folder, its files, and the best epoch's file."""
-    name = run_name(args, pretrained.parent(saved))
+    name = run_name(args, pretrained.name_of(saved.path))
     folder = options.run_folder(args, args.save_path, name)
     if len(os.path.basename(folder)) > 240:  # the lock beside it has a longer name
         raise UsageError(

@@ -91,6 +91,8 @@ class Rule:
             raise ValueError(f"distribution {self.distribution!r} must be 'beta' or 'uniform'")
         if not min(self.pos_alpha, self.neg_alpha) > 0:
             raise ValueError(f"alphas {self.pos_alpha} and {self.neg_alpha} must be above 0")
+        if not isinstance(self.normalise, tuple) or not set(self.normalise) <= {"pos", "neg"}:
+            raise ValueError(f"normalise {self.normalise!r} must be a tuple of 'pos' and 'neg'")
         if not self.reach > 0:
             raise ValueError(f"reach {self.reach} must be above 0")
 

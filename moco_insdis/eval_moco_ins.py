@@ -149,7 +149,7 @@ def read(args):
 def files(args, saved):
     """Return the run folder (published name and layer), its files, and the best epoch's file."""
     name = (
-        f"{pretrained.parent(saved)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
+        f"{pretrained.name_of(saved.path)}_bsz_{args.batch_size}_lr_{args.learning_rate}"
         f"_decay_{args.weight_decay}_crop_{args.crop}"
     )
     if args.amp:

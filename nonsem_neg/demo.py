@@ -48,9 +48,9 @@ def parse_args(argv=None):
     text = "folder of the built-in pictures, which are made if missing"
     parser.add_argument("--data", default="data/demo", help=text)
     text = "pre-training epochs; default: the demo preset's"
-    parser.add_argument("--epochs", type=int, default=None, help=text)
+    parser.add_argument("--epochs", type=cli.positive_int, help=text)
     text = "seed of both methods; give another --out with another seed"
-    parser.add_argument("--seed", type=int, default=0, help=text)
+    parser.add_argument("--seed", type=cli.seed, default=0, help=text)
     text = "start over where results exist"
     parser.add_argument("--fresh", action="store_true", help=text)
     return parser.parse_args(argv)
@@ -118,9 +118,10 @@ def step(script: str, *words: str) -> None:
     code = process.wait()
     for number, handler in previous.items():
         signal.signal(number, handler)
-    if received or code:
-        end = "was stopped" if received else f"ended with exit code {code}"
-        raise UserError(f"this step {end}; repeat the demo to go on from here")
+    if received:
+        raise UserError("this step was stopped; repeat the demo to go on from here")
+    if code:
+        raise UserError(f"this step ended with exit code {code}, and says why above")
 
 
 if __name__ == "__main__":

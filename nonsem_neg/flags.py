@@ -53,7 +53,7 @@ def settle(args) -> None:
     if args.robust == "none":
         args.num_nonsem = 0
     check_useless(args)
-    if args.robust == "texture":
+    if args.robust == "texture" and args.num_nonsem:
         settle_textures(args)
     if args.robust == "patch" and args.num_nonsem:
         check_patches(args)
@@ -156,7 +156,10 @@ def add_negatives_arguments(group) -> None:
     group.add_argument("--patch-turn", action="store_true", help=text)
     text = "key batch-norm of non-semantic images: batch statistics (as published), or running ones"
     group.add_argument("--nonsem-bn", choices=["train", "eval"], default="train", help=text)
-    text = "tree of textures, paired by path; default: DATA, the originals' path lacks -texture"
+    text = (
+        "tree of textures, paired by path; default: DATA itself, and the originals are then at the "
+        "same path without -texture"
+    )
     group.add_argument("--texture-root", help=text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common import UsageError, collectives, printable
+from common import UsageError, collectives, files, printable
 from common.sets import TORCHVISION_SETS, FolderSet, few, open_set, pictures_below
 from nonsem_neg.negatives import pair_names, stem_of
 
@@ -129,7 +129,8 @@ def _originals(tree: Path, classes: list[str]) -> tuple[list[str], list[int]]:
 def _list_unmatched(path: str | Path, lonely: list[str], without_texture: list[str]) -> None:
     lines = [f"texture without original: {name}\n" for name in lonely]
     lines += [f"original without texture: {name}\n" for name in without_texture]
-    Path(path).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    with files.replacing(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(lines)
 
 
 def _check_pairs(

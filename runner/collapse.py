@@ -9,10 +9,10 @@ ABOVE = 1.02  # times the loss of equal scores: by this much a loss is above it
 REMEDIES = "a lower learning rate, a higher temperature, and a larger batch or more negatives"
 
 
-def finding(means: dict[str, float], equal_loss: float = math.inf) -> str:
+def finding(means: dict[str, float], equal_loss: float = math.inf, remedies: str = REMEDIES) -> str:
     """Return a warning where features have collapsed or the loss is worse than chance, or "".
 
-    means: of an epoch. equal_loss: the loss of equal scores for all pairs.
+    means: of an epoch. equal_loss: the loss of equal scores for all pairs. remedies: of the method.
     """
     spread = means.get("feature_spread", 1.0)
     loss = means.get("loss", 0.0)
@@ -22,4 +22,4 @@ def finding(means: dict[str, float], equal_loss: float = math.inf) -> str:
         found = f"the loss {loss:.3f} is above that of equal scores, {equal_loss:.3f}"
     else:
         return ""
-    return f"{found}, so the network learns nothing; usual remedies are {REMEDIES}"
+    return f"{found}, so the network learns nothing; usual remedies are {remedies}"

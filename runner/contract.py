@@ -38,6 +38,7 @@ class Method(Protocol):
     network: nn.Module  # the network of k-NN, in training mode otherwise
     precision: Any  # common.precision.Precision; a linear evaluation has none
     equal_loss: float  # of equal scores, above which a run learns nothing; a pre-training's alone
+    remedies: str  # what to try where it learns nothing; optional
 
     def step(self, batch: Batch) -> dict:
         """Take one optimizer step and return the values to log.

@@ -259,7 +259,7 @@ def report(job: loop.Job, saved: checkpoint.Saved, **measured) -> None:
     args, spec, scores = job.args, job.method.spec, job.method.scores
     with saved.within():
         origin = pretrained.origin(saved)
-        label = spec.label(args, saved) or pretrained.parent(saved)
+        label = spec.label(args, saved) or pretrained.name_of(saved.path)
         more = spec.result(args, saved)
     seed = origin["seed"]
     values = {

@@ -306,7 +306,11 @@ class Job:
 
     def _warn_of_collapse(self) -> None:
         """Warn once where an epoch after the first shows that the network learns nothing."""
-        finding = collapse.finding(self.means, getattr(self.method, "equal_loss", math.inf))
+        finding = collapse.finding(
+            self.means,
+            getattr(self.method, "equal_loss", math.inf),
+            getattr(self.method, "remedies", collapse.REMEDIES),
+        )
         if finding and self.done and not self._warned:
             self._warned = True
             self.warn(f"epoch {self.epoch}: {finding}")

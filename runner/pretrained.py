@@ -126,9 +126,10 @@ def footing(flags: dict) -> dict[str, str]:
     return {"footing": str(flags.get("footing") or "published")}
 
 
-def parent(saved: checkpoint.Saved) -> str:
-    """Return the name of the folder of a checkpoint."""
-    return os.path.basename(os.path.dirname(os.path.abspath(saved.path)))
+def name_of(path: str | Path) -> str:
+    """Return the name of the network in a checkpoint: that of its folder, or of a kept network."""
+    path = Path(path).resolve()
+    return path.stem if path.parent == checkpoint.KEPT else path.parent.name
 
 
 def origin(saved: checkpoint.Saved) -> dict:

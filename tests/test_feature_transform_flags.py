@@ -135,9 +135,25 @@ BAD = {
         "--expolation_mask moves positives apart, and --mixnorm_target neg",
     ),
     "no transformation": (["--mixnorm_target", "pos"], "--mixnorm_target belongs to --mixnorm"),
-    "no extrapolation": (
-        ["--preset", "ft", "--mixnorm_target", "neg", "--pos_reach", ".5"],
+    "no reach": (
+        ["--preset", "ft", "--no-expolation_mask", "--pos_reach", ".5"],
         "--pos_reach belongs to --expolation_mask",
+    ),
+    "no reach of negatives": (
+        ["--preset", "ft", "--mixnorm_target", "neg", "--pos_reach", ".5"],
+        "--pos_reach has no effect with --mixnorm_target neg",
+    ),
+    "no other query": (
+        ["--preset", "ft", "--mixnorm_target", "neg", "--neg_query", "original"],
+        "--neg_query has no effect with --mixnorm_target neg",
+    ),
+    "a side that stays": (
+        ["--preset", "ft", "--mixnorm_target", "pos", "--postmix_norm", "--norm_target", "neg"],
+        "with --mixnorm_target pos those features keep unit length",
+    ),
+    "augmentation of the common footing": (
+        ["--preset", "compare", "--method", "CMC", "--aug", "E"],
+        "--aug",
     ),
     "one alpha": (["--mixnorm", "--pos_alpha", "3"], "--pos_alpha belongs to --sep_alpha"),
     "three alphas": (

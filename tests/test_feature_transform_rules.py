@@ -124,11 +124,11 @@ def test_sides_and_parameters_of_the_rule():
     )
     rule = recipes.rule(
         parsed(
-            "--mixnorm --sep_alpha --pos_alpha 3 --postmix_norm --norm_target both "
-            "--neg_query original"
+            "--mixnorm --mixnorm_target posneg --dim_mask both --sep_alpha --pos_alpha 3 "
+            "--postmix_norm --norm_target both --neg_query original"
         )
     )
-    assert rule == Rule(None, "element", False, "beta", 3.0, 1.6, ("pos", "neg"), True)
+    assert rule == Rule("element", "element", False, "beta", 3.0, 1.6, ("pos", "neg"), True)
     shapes = {  # published: where --dim_mask is not given
         "--sep_alpha": "scalar",
         "": "element",
@@ -390,3 +390,9 @@ def test_a_bank_without_mixing_is_insdis():
     bank.update(query, index)
     other.update(query, index)
     torch.testing.assert_close(bank.memory, other.memory)
+
+
+@pytest.mark.parametrize("sides", ["both", "pos", ("query",), ["pos"]])
+def test_a_rule_normalises_named_sides_alone(sides):
+    with pytest.raises(ValueError, match="must be a tuple of 'pos' and 'neg'"):
+        Rule(normalise=sides)

@@ -57,14 +57,14 @@ KINDS = {
     "leak": (WARNING, "LEAK: the same picture in train and val"),
     "two classes": (WARNING, "the same picture in two classes"),
     "duplicate": (WARNING, "the same picture twice in a class"),
-    "damaged": (WARNING, "JPEG damaged inside, decodes with wrong parts"),
+    "damaged": (WARNING, "JPEG damaged inside: parts of it decode wrongly"),
     "tiny": (WARNING, "a side shorter than --min-side"),
     "few": (WARNING, "class with under half the median count"),
     "many": (WARNING, "class with over twice the median count"),
     "outside": (WARNING, "picture outside any class folder, ignored"),
     "not read": (WARNING, "file of another kind, ignored"),
     "not a file": (WARNING, "pipe, device, or link to a folder it lies in, ignored"),
-    "dark": (WARNING, "16 bits, of which the values use few: read as nearly black"),
+    "dark": (WARNING, "16 bits, but only low values: read as nearly black"),
     "float": (WARNING, "floating point: cut to whole numbers from 0 to 255"),
     "same name": (WARNING, "same name with another extension"),
     "unlabelled": (NOTE, "no class folders: for pre-training only"),
@@ -137,6 +137,8 @@ def open_splits(args) -> list[Split]:
     if args.class_list:
         present = {name for folder in folders.values() for name in sets.folders_in(folder)}
         class_list = sets.read_class_list(args.class_list, present)
+        if not class_list:
+            raise UsageError(f"--class-list {args.class_list}: the file names no class")
     unlabelled = not (class_list or sets.folders_in(folders.get("train") or args.tree))
     splits = [list_split(name, folder, class_list, unlabelled) for name, folder in folders.items()]
     compare_classes(splits)

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UsageError, files, sets
+from common import UsageError, files, printable, sets
 from common.sets import SPLIT_NAMES
 from preprocess import workers
 
@@ -105,18 +105,21 @@ def check_out(out: Path, source: Path, tree: Path, settings: str) -> None:
     workers.check_own(out, settings)
 
 
-def settle(file: Path, settings: dict) -> list[str]:
+def settle(file: Path, settings: dict, source: Path) -> list[str]:
     """Write the settings of a set into its folder, or compare them with the file that is there.
 
-    Returns lines to print. Raises UsageError if the settings differ or the file is damaged.
+    source: the folder of the pictures, which may have moved since. Returns lines to print. Raises
+    UsageError if the settings differ or the file is damaged.
     """
     out = file.parent
+    origin = printable(source.resolve())
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     if not file.exists():
-        files.write_json(file, {"settings": settings, "versions": versions})
+        content = {"settings": settings, "versions": versions, "source": origin}
+        files.write_json(file, content)
         return []
     try:
         before = files.read_json(file)
@@ -133,13 +136,19 @@ def settle(file: Path, settings: dict) -> list[str]:
         raise UsageError(
             f"{out} was begun with {'; '.join(differences)}: give the same, or name another folder"
         )
-    if before.get("versions") == versions:
-        return []
-    return [
-        f"note: {out} was begun with other versions of "
-        f"{_changed(before.get('versions') or {}, versions)}; new files may differ by a "
-        "grey level from those of the earlier versions"
-    ]
+    notes = []
+    if before.get("source", origin) != origin:
+        notes.append(
+            f"note: {out} was begun with the pictures of {before['source']}; those of its files "
+            f"that exist are kept, which is wrong if the pictures of {origin} are others"
+        )
+    if before.get("versions") != versions:
+        notes.append(
+            f"note: {out} was begun with other versions of "
+            f"{_changed(before.get('versions') or {}, versions)}; new files may differ by a "
+            "grey level from those of the earlier versions"
+        )
+    return notes
 
 
 def _changed(before: dict, now: dict) -> str:

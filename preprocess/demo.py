@@ -151,6 +151,7 @@ def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_com
         raise UsageError(f"--workers {workers} must be at least 1")
     twin = Path(f"{os.path.abspath(out)}-texture")
     folders = [out, twin] if settings["texture"] else [out]
+    stale = [twin] if read(twin) and twin not in folders else []  # of the pictures that go
     for folder in folders:
         if not _is_ours(folder):
             raise UsageError(
@@ -162,7 +163,7 @@ def _make(out: Path, settings: dict, workers: int | None, progress: bool, is_com
         with only_writer(out, wait=True):  # several programs may want the same pictures at once
             if is_complete():
                 return read(out)
-            clear(folders)
+            clear(folders + stale)
             make_folders(out, twin, settings)
             content = make_set(out, twin, settings, workers, progress)
             for folder in reversed(folders):  # OUT's own last

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common import printable
 from preprocess import demo_shapes
 from preprocess.corruptions import CORRUPTIONS
 from preprocess.demo_pictures import SHIFTED, Job, make_pictures
 from preprocess.demo_shapes import CLASSES
 from preprocess.demo_textures import TEXTURE_NAMES
-from preprocess.workers import Rate, default_workers, in_processes
+from preprocess.workers import Rate, count_processes, default_workers, in_processes
 
 FORMAT = 3  # increase it if the same settings give other pictures
 SETS = ("train", "val", "corruption", *SHIFTED)
@@ -94,7 +95,7 @@ def make_set(out: Path, twin: Path, settings: dict, workers: int | None, progres
         workers = min(MOST_WORKERS, default_workers(count, 500))
     if progress:
         print(
-            f"demo data: making {count} files in {out} with {workers} process(es)",
+            f"demo data: making {count} files in {printable(out)}, {count_processes(workers)}",
             file=sys.stderr,
             flush=True,
         )

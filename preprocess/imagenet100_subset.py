@@ -146,7 +146,7 @@ def count_tree(split: Split, out: Path) -> Counter:
 def count_pack(split: Split, out: Path) -> Counter:
     """Count the pictures of each class in the pack."""
     pack = sets.read_pack(PackFiles(out, split.name).listing)
-    return Counter(split.pictures.classes[label] for label in pack.targets.tolist())
+    return Counter(pack.classes[label] for label in pack.targets.tolist())
 
 
 def make_pack(args, splits: list[Split], out: Path, command: str) -> None:

@@ -207,7 +207,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     """
     out.mkdir(parents=True, exist_ok=True)
     record = {"format": FORMAT, "seed": args.seed, "size": args.size, "files": args.format}
-    for line in settle(out / SETTINGS, record):
+    for line in settle(out / SETTINGS, record, source):
         print(line, flush=True)
     variants = [(name, severity) for name in args.corruptions for severity in args.severities]
     settings = Settings(str(source), str(out), args.size, args.format, args.seed)
@@ -216,7 +216,7 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
     missing = sum(len(job.variants) for job in jobs)
     processes = args.workers or workers.default_workers(missing, 1000)
     print(
-        f"corrupting {len(sources)} pictures of {source}: {wanted} files, "
+        f"corrupting {len(sources)} pictures of {printable(source)}: {wanted} files, "
         f"{wanted - missing} exist; {workers.count_processes(processes)}",
         flush=True,
     )
@@ -233,8 +233,9 @@ def finish(args, source: Path, out: Path, sources: list[str], targets: dict[str,
         mean = sum(one.seconds for one in done) / len(jobs)
         per_picture = f" ({mean:.2f} s of processor time per picture)"
     print(
-        f"result: {wanted - missing + count} of {wanted} files in {out}, {len(args.corruptions)} "
-        f"corruptions x {len(args.severities)} severities; {count} made now, {size / 1e6:.1f} MB, "
+        f"result: {wanted - missing + count} of {wanted} files in {printable(out)}, "
+        f"{len(args.corruptions)} corruptions x {len(args.severities)} severities; "
+        f"{count} made now, {size / 1e6:.1f} MB, "
         f"in {clock(bar.seconds)}{per_picture}"
     )
     if failures:
@@ -250,8 +251,8 @@ def _note_enlarged(path: str, size: int) -> None:
     with contextlib.suppress(Exception), Image.open(workers.read(path)) as image:
         if min(image.size) < size // 2:
             print(
-                f"note: pictures such as this one, {image.width} x {image.height}, are enlarged "
-                f"to {size}; --size 0 leaves them as they are",
+                f"note: small pictures, such as {printable(path)} ({image.width} x "
+                f"{image.height}), are enlarged to {size}; --size 0 leaves them as they are",
                 flush=True,
             )
 

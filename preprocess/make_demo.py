@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image, ImageDraw
 
-from common import UserError, cli
+from common import UserError, cli, printable
 from common.files import replacing
 from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
 from preprocess.demo_pictures import SHIFTED
 from preprocess.demo_shapes import CLASSES
+from preprocess.workers import count_processes
 
 LABEL_WIDTH = 76  # pixels left of the contact sheet's rows
 HEAD = 16  # pixels above its first row
@@ -133,6 +134,8 @@ def print_table(content: dict) -> None:
     levels = len(content["settings"]["severities"])
     print(f"{'set':<12}{'files':>8}{'MB':>8}   folders")
     for name, count in content["counts"].items():
+        if not count:
+            continue
         folders = f"{classes} classes"
         if name == "corruption":
             corruptions = len(CORRUPTIONS)
@@ -140,9 +143,8 @@ def print_table(content: dict) -> None:
         print(f"{name:<12}{count:>8}{content['bytes'][name] / 1e6:>8.1f}   {folders}")
     total = sum(content["counts"].values())
     print(f"{'all':<12}{total:>8}{sum(content['bytes'].values()) / 1e6:>8.1f}")
-    print(
-        f"result: {total} files, made in {content['seconds']} s by {content['workers']} process(es)"
-    )
+    processes = count_processes(content["workers"])
+    print(f"result: {total} files, made in {content['seconds']} s by {processes}")
 
 
 def main(argv=None) -> None:
@@ -165,7 +167,7 @@ def main(argv=None) -> None:
         sys.exit(130)
     print_table(content)
     if args.sheet:
-        print(f"contact sheet: {args.sheet}")
+        print(f"contact sheet: {printable(args.sheet)}")
 
 
 if __name__ == "__main__":

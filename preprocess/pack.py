@@ -124,7 +124,7 @@ def _blocks(
                 yield first, *future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was ended, perhaps for its memory: try again with fewer --workers"
+                "a worker process died (out of memory?): try again with fewer --workers"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -186,7 +186,10 @@ def pack_split(
         if state is None:
             content = files.read_json(paths.listing)
             place = printable(paths.pixels)
-            print(f"{split}: {content['count']:,} pictures are packed already ({place})")
+            origin = content["source"]
+            print(
+                f"{split}: {content['count']:,} pictures of {origin} are packed already ({place})"
+            )
             return content["failed"]
         began = time.monotonic()
         start = state["done"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,12 +110,21 @@ def read_marker(paths: PackFiles) -> dict:
         ) from None
 
 
+def _refuse_foreign(listing: Path) -> None:
+    """Raise UsageError for a file of this name that another program wrote, such as annotations."""
+    with contextlib.suppress(OSError, ValueError):
+        content = files.read_json(listing)
+        if not isinstance(content, dict) or content.get("format") != PACK_FORMAT:
+            raise UsageError(f"{listing} is not the list of a pack: name another folder")
+
+
 def begin(paths: PackFiles, settings: dict, command: str, force: bool) -> dict | None:
     """Return the marker to continue from, or None where the pack is finished.
 
     command: the command that finishes this pack after an interruption. force: remove an existing
     pack. Raises UsageError if another pack is in the way, UserError if the marker is damaged.
     """
+    _refuse_foreign(paths.listing)
     if force:
         for path in (paths.listing, paths.marker, paths.partial, paths.pixels, paths.failed):
             path.unlink(missing_ok=True)

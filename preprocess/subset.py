@@ -115,13 +115,16 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     if args.dataset == "folder":
-        train = link_tree(Path(args.source), out, args.per_class)
-        print(f"result: {train} train pictures linked in {out}, and all of val")
+        source = trees.existing(args.source)
+        if workers.lies_in(out, source, workers.split_folders(source)):
+            raise UsageError(f"OUT {out} lies inside SOURCE {source}: choose another folder")
+        train = link_tree(source, out, args.per_class)
+        print(f"result: {train} train pictures linked in {printable(out)}, and all of val")
         return
     opened = {split: sets.open_set(args.source, split, dataset=args.dataset) for split in SPLITS}
     train = write_split(opened["train"], out / "train", args.per_class)
     val = write_split(opened["val"], out / "val", None)
-    print(f"result: {train} train and {val} val pictures in {out}")
+    print(f"result: {train} train and {val} val pictures in {printable(out)}")
 
 
 if __name__ == "__main__":

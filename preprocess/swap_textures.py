@@ -163,7 +163,7 @@ def main(argv=None) -> None:
     jobs = plan(source, out, args.seed)
     out.mkdir(parents=True, exist_ok=True)
     record = {"seed": args.seed, "pictures": listing(jobs, source), "shorter_side": SHORTER_SIDE}
-    for line in corruption_tree.settle(out / SETTINGS, record):
+    for line in corruption_tree.settle(out / SETTINGS, record, source):
         print(line, flush=True)
     for folder in {os.path.dirname(job.target) for job in jobs}:
         os.makedirs(folder, exist_ok=True)
@@ -172,7 +172,8 @@ def main(argv=None) -> None:
     bar = workers.Rate("swapping textures", len(missing), "pictures")
     failures = [*filter(None, workers.do_all(do, missing, processes, bar))]
     made = len(missing) - len(failures)
-    print(f"result: {len(jobs) - len(failures)} of {len(jobs)} pictures in {out}; {made} made now")
+    there = f"{len(jobs) - len(failures)} of {len(jobs)} pictures in {printable(out)}"
+    print(f"result: {there}; {made} made now")
     if failures:
         raise UserError(f"{len(failures)} pictures failed; the first: {failures[0]}")
 

@@ -13,7 +13,7 @@ import tifffile
 from conftest import run_script
 from PIL import Image
 
-from common import UserError, crops, sets
+from common import UsageError, UserError, crops, sets
 from preprocess import check_images, check_picture, imagenet100_lists, workers
 
 SCRIPT = "preprocess/check_images.py"
@@ -585,3 +585,9 @@ def test_as_a_program_from_elsewhere(tree, tmp_path):
 def test_demo(workspace, capsys):
     check_images.main(["--demo", "-j", "1"])
     assert "nothing breaks training; 200 pictures" in capsys.readouterr().out
+
+
+def test_a_class_list_without_classes_is_refused(tree, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("# none yet\n")
+    with pytest.raises(UsageError, match="list.txt: the file names no class"):
+        check(tree, capsys, "--class-list", str(tmp_path / "list.txt"))

@@ -278,6 +278,10 @@ def test_other_settings_are_refused_by_ensure_and_replaced_by_make(tmp_path):
     with pytest.raises(UsageError, match="texture False not True"):
         demo.ensure(out, **TINY, texture=True, progress=False)
     demo.make(out, **TINY, texture=True, workers=1, progress=False)
+    assert any((tmp_path / "demo-texture" / "train").iterdir())
+    demo.make(out, **TINY, workers=1, progress=False)  # these textures are of other pictures now
+    assert not (tmp_path / "demo-texture" / "train").exists()
+    demo.make(out, **TINY, texture=True, workers=1, progress=False)
     demo.ensure(out, **TINY, progress=False)  # twins do not disturb
     assert (tmp_path / "demo-texture" / "demo.json").is_file()
 

@@ -140,7 +140,8 @@ def test_sides_and_parameters_of_the_rule():
     for flags, shape in shapes.items():
         found = recipes.rule(parsed(f"--mixnorm --mixnorm_target posneg {flags}"))
         assert (found.positives, found.negatives) == (shape, shape), flags
-    assert recipes.rule(parsed()) is None and rule.draw(2, 3, 4, generator()).positive is None
+    assert recipes.rule(parsed()) is None
+    assert Rule(None, "element").draw(2, 3, 4, generator()).positive is None
 
 
 @pytest.mark.parametrize("extrapolate", [True, False])

@@ -551,6 +551,9 @@ def test_note_on_other_versions_and_damaged_settings(tree, tmp_path, capsys):
     file.write_text(json.dumps(content))
     make(tree, tmp_path / "C", *FEW)
     assert "was begun with other versions of numpy;" in capsys.readouterr().out
+    tree = tree.rename(tmp_path / "moved")
+    make(tree, tmp_path / "C", *FEW)
+    assert f"was begun with the pictures of {tmp_path / 'set'}" in capsys.readouterr().out
     file.write_text("{")
     with pytest.raises(UsageError, match="damaged"):
         make(tree, tmp_path / "C", *FEW)

@@ -356,6 +356,12 @@ def test_what_is_in_the_way(tree, packed, tmp_path, monkeypatch):
     run_pack(tree, out, "--side", SIDE, "--force")
     same_pack(out, packed)
 
+    annotations = '{"images": [1, 2, 3]}'
+    (out / "train.json").write_text(annotations)
+    with pytest.raises(UsageError, match="train.json is not the list of a pack"):
+        run_pack(tree, out, "--side", SIDE, "--force")
+    assert (out / "train.json").read_text() == annotations
+
 
 # --------------------------------------------------------------------------------------- reading it
 

@@ -37,6 +37,8 @@ def test_links_to_the_first_pictures_of_a_tree(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "OTHER").exists()
     with pytest.raises(UsageError, match="no train/ folder"):
         subset.main(["CIFAR/test", "OTHER", "--per-class", "1"])
+    with pytest.raises(UsageError, match="OUT CIFAR/train/few lies inside SOURCE CIFAR"):
+        subset.main(["CIFAR", "CIFAR/train/few", "--per-class", "1"])
 
 
 def test_writes_the_first_pictures_of_a_set_of_torchvision(tmp_path, capsys, monkeypatch):

@@ -811,3 +811,20 @@ def test_the_schedule_is_the_published_one_and_follows_the_batch(tmp_path, capsy
     assert "secret" not in str(error.value)
     with pytest.raises(UsageError, match="--classes: a comes twice"):
         voc.class_names("a, b,a")
+
+
+def test_runs_and_kept_networks_have_folders_of_their_own():
+    names = ("moco", "cmc-ycbcr", "/x/runs/a/current.pth", "/x/runs/b/current.pth", "none")
+    found = [
+        eval_detection.run_name(eval_detection.parse_args(["--data_folder", "x", *flags]))
+        for flags in (
+            *(["--pretrained", name] for name in names),
+            ["--pretrained", "none", "--arch", "resnet18"],
+        )
+    ]
+    heads = [name.partition("_norm_")[0] for name in found]
+    assert heads == ["moco", "cmc-ycbcr", "a", "b", "scratch_resnet50", "scratch_resnet18"]
+    with pytest.raises(UsageError, match="--arch: the checkpoint determines the network"):
+        eval_detection.parse_args(
+            ["--data_folder", "x", "--pretrained", "moco", "--arch", "resnet18"]
+        )

@@ -60,15 +60,15 @@ def in_words(comparison: dict) -> str:
     if comparison["list"] == CMC:
         return f"ImageNet-100: the list of {CMC} ({CMC_USERS}), as in the papers here"
     other = comparison["compared_with"]
-    name = "no known list"
+    name = "not a known list"
     if comparison["list"]:
         name = f"the list of {comparison['list']}"
     elif other != CMC:
-        name = f"no known list, nearest is that of {other}"
+        name = f"not a known list, and {other}'s is the nearest"
     parts = [f"{comparison['in_both']} classes are in both"]
     for word in ("extra", "missing"):
         names = comparison[word]
         if names:
             more = f", ... ({len(names)} in all)" if len(names) > NAMED else ""
             parts.append(f"{word} {', '.join(names[:NAMED])}{more}")
-    return f"ImageNet-100: {name}; beside that of {other}: {'; '.join(parts)}"
+    return f"ImageNet-100: {name}; compared with that of {other}: {'; '.join(parts)}"

@@ -38,7 +38,7 @@ from preprocess.imagenet_splits import Split, find_splits, list_missing, missing
 from preprocess.pack import SIDE, command_line, pack_splits
 from preprocess.pack_files import PackFiles, check_output
 from preprocess.place_pictures import check_other_classes, copy_split, link_split
-from preprocess.workers import continue_hint, system_reason
+from preprocess.workers import add_workers_argument, continue_hint, system_reason
 
 EXPECTED = {"train": 126_689, "val": 5_000}  # of the 100 classes in ILSVRC 2012
 VAL_PER_CLASS = 50
@@ -80,13 +80,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="labels of a flat val folder: a WordNet id per line, or LOC_val_solution.csv; if not "
         "given, searched for in and above the input",
     )
-    parser.add_argument(
-        "--workers",
-        type=cli.positive_int,
-        default=None,
-        help=f"files copied at once (default {COPIED_AT_ONCE}), or processes that decode "
-        "(default: one per core)",
+    text = (
+        f"files copied at once (default {COPIED_AT_ONCE}), or processes that decode (default: one "
+        "per core)"
     )
+    add_workers_argument(parser, text)
     parser.add_argument(
         "--force", action="store_true", help="with --pack: replace a pack, finished or not"
     )

@@ -24,7 +24,7 @@ from preprocess import demo
 from preprocess.corruptions import CORRUPTIONS
 from preprocess.demo_pictures import SHIFTED
 from preprocess.demo_shapes import CLASSES
-from preprocess.workers import count_processes
+from preprocess.workers import add_workers_argument, count_processes
 
 LABEL_WIDTH = 76  # pixels left of the contact sheet's rows
 HEAD = 16  # pixels above its first row
@@ -61,9 +61,7 @@ def parse_args(argv=None):
         action="store_true",
         help="also make OUT-texture: the texture of each train picture without its shape",
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="number of processes (default: one per core)"
-    )
+    add_workers_argument(parser)
     parser.add_argument(
         "--force",
         action="store_true",

@@ -58,7 +58,13 @@ from preprocess.pack_files import (
     pack_settings,
     size_text,
 )
-from preprocess.workers import Rate, continue_hint, start_worker, system_reason
+from preprocess.workers import (
+    Rate,
+    add_workers_argument,
+    continue_hint,
+    start_worker,
+    system_reason,
+)
 
 SIDE = 256  # pixels; an evaluation at 224 resizes to this
 SAVE_EVERY = 5.0  # seconds between markers, the most work that a crash repeats
@@ -258,12 +264,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="FILE",
         help="pack only the class folders in FILE, one per line",
     )
-    parser.add_argument(
-        "--workers",
-        type=cli.positive_int,
-        default=launch.cores(),
-        help="processes that decode",
-    )
+    add_workers_argument(parser, "processes that decode (default: one per core)")
     parser.add_argument("--force", action="store_true", help="replace a pack, finished or not")
     return cli.freeze(parser.parse_args(argv))
 
@@ -295,7 +296,8 @@ def main(argv=None) -> None:
     command = command_line("pack.py", argv)
     with only_writer(out):
         try:
-            pack_splits(sources, out, args.side, args.workers, args.force, command)
+            processes = args.workers or launch.cores()
+            pack_splits(sources, out, args.side, processes, args.force, command)
         except KeyboardInterrupt:
             print(f"\ninterrupted; {continue_hint('--force', args.force)}", file=sys.stderr)
             sys.exit(130)

@@ -506,7 +506,7 @@ def test_which_imagenet100(tmp_path, capsys):
     assert "the list of CMC (also of solo-learn" in imagenet100_lists.in_words(said(lists["CMC"]))
     line = imagenet100_lists.in_words(said(lists["Kaggle"]))
     assert re.fullmatch(
-        r"ImageNet-100: the list of Kaggle; beside that of CMC: 8 classes are in both; "
+        r"ImageNet-100: the list of Kaggle; compared with that of CMC: 8 classes are in both; "
         r"extra n01440764, n01443537, n01484850, ... \(92 in all\); "
         r"missing n\d{8}, n\d{8}, n\d{8}, ... \(92 in all\)",
         line,
@@ -518,8 +518,8 @@ def test_which_imagenet100(tmp_path, capsys):
         [first],
     )
     assert (
-        "no known list, nearest is that of SCAN; beside that of SCAN: 99 classes are in both"
-        in imagenet100_lists.in_words(answer)
+        "not a known list, and SCAN's is the nearest; "
+        "compared with that of SCAN: 99 classes are in both" in imagenet100_lists.in_words(answer)
     )
     answer = said({"n00000001", "n00000002", first})
     assert (answer["list"], answer["compared_with"], len(answer["missing"])) == (
@@ -535,7 +535,8 @@ def test_which_imagenet100(tmp_path, capsys):
     (tmp_path / "set" / "n00000003").mkdir()  # a folder without pictures is no class
     _, out, report = check(tmp_path / "set", capsys)
     assert (
-        "ImageNet-100: no known list; beside that of CMC: 2 classes are in both; missing n" in out
+        "ImageNet-100: not a known list; compared with that of CMC: 2 classes are in both; missing n"
+        in out
     )
     assert report["imagenet100"]["in_both"] == 2 and len(report["imagenet100"]["missing"]) == 98
 

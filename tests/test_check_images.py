@@ -534,10 +534,8 @@ def test_which_imagenet100(tmp_path, capsys):
         save(tmp_path / "set" / name / "a.png", seed=int(name[1:]))
     (tmp_path / "set" / "n00000003").mkdir()  # a folder without pictures is no class
     _, out, report = check(tmp_path / "set", capsys)
-    assert (
-        "ImageNet-100: not a known list; compared with that of CMC: 2 classes are in both; missing n"
-        in out
-    )
+    message = "not a known list; compared with that of CMC: 2 classes are in both; missing n"
+    assert f"ImageNet-100: {message}" in out
     assert report["imagenet100"]["in_both"] == 2 and len(report["imagenet100"]["missing"]) == 98
 
 

@@ -30,8 +30,8 @@ PUBLISHED = dict(  # the published transformation
 def fill(args) -> None:
     """Fill in the values of --method for the flags that were not typed.
 
-    The temperature of --preset compare and photos stays. One note names the typed flags
-    with another value.
+    The temperature of --preset compare and photos stays. Notes name the typed flags with another
+    value, and a start of the transformation after the last epoch.
     """
     kept = args.typed | ({"nce_t"} if args.preset in ("compare", "photos") else set())
     differing = []
@@ -42,9 +42,15 @@ def fill(args) -> None:
             differing.append(f"--{flag} {getattr(args, flag)} ({value})")
     if args.dim_mask is None:
         args.dim_mask = published_dims(args)
-    if differing and not int(os.environ.get("RANK", 0)):
-        listed = ", ".join(differing)
-        print(f"note: these flags win over --method {args.method}: {listed}", file=sys.stderr)
+    notes = []
+    if differing:
+        notes.append(f"these flags win over --method {args.method}: {', '.join(differing)}")
+    if args.mixnorm and args.mix_start_epoch >= args.epochs:
+        start, epochs = args.mix_start_epoch, args.epochs
+        notes.append(f"--mix_start_epoch {start} of --epochs {epochs}: no feature is transformed")
+    if not int(os.environ.get("RANK", 0)):
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def published_dims(args) -> str:

@@ -70,6 +70,14 @@ def test_the_classes_of_imagenet100_in_a_tree_of_more_are_chosen(demo_set, tmp_p
         assert args.class_list == ("other" if found == "other" else None)
 
 
+def test_a_start_after_the_last_epoch_is_said(capsys):
+    parsed("--preset photos --epochs 66")
+    assert "--mix_start_epoch 66 of --epochs 66: no feature" in capsys.readouterr().err
+    parsed("--preset photos --epochs 67")
+    parsed("--no-mixnorm --epochs 1")
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_typed_beats_a_method_and_is_said_once(capsys):
     args = parsed("--method InfoMin --nce_t 0.3 --no-jigsaw --mem moco")
     assert (args.modal, args.jigsaw, args.mem, args.aug, args.head, args.nce_t) == (

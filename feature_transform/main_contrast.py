@@ -291,7 +291,7 @@ def worker(args, process: launch.Process) -> None:
         __file__,
         last="current.pth",
         numbered="ckpt_epoch_{}.pth",
-        same=("dataset", "arch", "modal", "mem", "head", "feat_dim", "jigsaw"),
+        same=("dataset", "arch", "modal", "mem", "head", "feat_dim"),
         events=options.events(args, args.folder),
     )
     with loop.Job(args, process, args.folder, files) as job:

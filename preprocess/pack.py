@@ -192,7 +192,7 @@ def pack_split(
         if state is None:
             content = files.read_json(paths.listing)
             place = printable(paths.pixels)
-            origin = content["source"]
+            origin = printable(str(content.get("source", "another tree")))
             print(
                 f"{split}: {content['count']:,} pictures of {origin} are packed already ({place})"
             )

@@ -128,7 +128,7 @@ def footing(flags: dict) -> dict[str, str]:
 
 def name_of(path: str | Path) -> str:
     """Return the name of the network in a checkpoint: that of its folder, or of a kept network."""
-    path = Path(path).resolve()
+    path = Path(os.path.abspath(path))
     return path.stem if path.parent == checkpoint.KEPT else path.parent.name
 
 

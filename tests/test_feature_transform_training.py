@@ -202,7 +202,8 @@ def test_bad_checkpoints(whole, workspace):
     fails("was trained with --mem moco, this run has bank: add --mem moco", "--method", "InsDis")
     fails("was trained with --head mlp, this run has linear: add --head mlp", "--head", "linear")
     fails("was trained with --modal RGB, this run has CMC", "--method", "CMCv2")
-    fails("does not fit", "--feat_dim", 64)
+    fails("was trained with --feat_dim 128, this run has 64: add --feat_dim 128", "--feat_dim", 64)
+    fails("does not fit this model .*missing head_jig", "--jigsaw")
     torch.save({**saved, "contrast": {"memory_1": torch.zeros(40, 128)}}, "whole.pth")
     fails("is of another method: its memory holds memory_1")
     for queue in ({"pointer": 40}, {}):

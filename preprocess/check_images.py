@@ -136,9 +136,7 @@ def open_splits(args) -> list[Split]:
     class_list = None
     if args.class_list:
         present = {name for folder in folders.values() for name in sets.folders_in(folder)}
-        class_list = sets.read_class_list(args.class_list, present)
-        if not class_list:
-            raise UsageError(f"--class-list {args.class_list}: the file names no class")
+        class_list = sets.listed(Path(args.tree), sorted(present), args.class_list)
     unlabelled = not (class_list or sets.folders_in(folders.get("train") or args.tree))
     splits = [list_split(name, folder, class_list, unlabelled) for name, folder in folders.items()]
     compare_classes(splits)

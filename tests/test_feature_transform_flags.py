@@ -161,7 +161,7 @@ BAD = {
     ),
     "augmentation of the common footing": (
         ["--preset", "compare", "--method", "CMC", "--aug", "E"],
-        "--aug",
+        "--aug has no effect with --footing common",
     ),
     "one alpha": (["--mixnorm", "--pos_alpha", "3"], "--pos_alpha belongs to --sep_alpha"),
     "three alphas": (
